@@ -1,0 +1,36 @@
+"""Model scales by name, and `resolve`, which writes the shape a config names into it.
+
+N layers, width D, H heads of width D / H and an MLP of width F = 4D give a `nanodo` block stack 12 N D^2 weights, which is
+the non-embedding count below (norm scales and embeddings come on top; lm/budget.py counts everything exactly).
+24m to 1.2b are the scales of the Functional-SAM paper (arXiv 2502.02407): it prints 23.9M, 42.5M, 117.9M and ~1.2B, and
+these (N, D) are our inference from those counts, not a quotation.
+"""
+
+from ml_collections import ConfigDict
+
+SIZES = {
+    # for studies on a CPU: four blocks, width doubled from one to the next
+    "0.1m": dict(layers=4, width=48, heads=3, mlp_width=192),  # 110,592; head width 16
+    "0.4m": dict(layers=4, width=96, heads=6, mlp_width=384),  # 442,368; head width 16
+    "1.8m": dict(layers=4, width=192, heads=6, mlp_width=768),  # 1,769,472; head width 32
+    # the paper's scales, head width 64
+    "24m": dict(layers=6, width=576, heads=9, mlp_width=2304),  # 23,887,872
+    "42m": dict(layers=6, width=768, heads=12, mlp_width=3072),  # 42,467,328
+    "118m": dict(layers=6, width=1280, heads=20, mlp_width=5120),  # 117,964,800
+    "1.2b": dict(layers=24, width=2048, heads=32, mlp_width=8192),  # 1,207,959,552
+    # the width and head width (128) of the common 8B models, deepened to 40 blocks so that a plain MLP of 4D reaches 8B
+    "8b": dict(layers=40, width=4096, heads=32, mlp_width=16384),  # 8,053,063,680
+}
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Writes the shape named by `config.model.size` into `config.model` and returns the config; "" leaves it alone.
+
+    Raises ValueError for an unknown name.
+    """
+    size = config.model.size
+    if size:
+        if size not in SIZES:
+            raise ValueError(f"config.model.size = {size!r}: must be one of {', '.join(SIZES)}, or empty")
+        config.model.update(SIZES[size])
+    return config
