@@ -1,0 +1,249 @@
+"""What every command line shares: a config file with overrides, options, and one line for bad input.
+
+    config, options = command.parse(argv, parser)
+
+reads `--config=FILE[:ARGUMENT] --config.section.key=value ...` through ml_collections' config flags and everything else
+through the argparse `parser`. Bad input of any kind ends the process with status 2 and one line on standard error that
+names the key, the value and what is accepted; only a bug shows a traceback. Nothing here imports jax.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import base, sizes
+
+_HELP = """
+config:
+  --config=FILE[:ARGUMENT]      a Python file with get_config([ARGUMENT]), such as configs/quickstart.py
+  --config.section.key=value    changes one key; configs/base.py explains every key; None gives a key its default
+"""
+
+
+class UsageError(ValueError):
+    """Bad input on the command line; its message is the one line shown."""
+
+
+def parser(name: str, summary: str) -> argparse.ArgumentParser:
+    """An argparse parser for `steppe NAME` whose errors raise UsageError instead of printing the usage."""
+    made = argparse.ArgumentParser(
+        prog=f"steppe {name}",
+        description=summary,
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.error = _raise_usage
+    return made
+
+
+def parse(
+    argv: Sequence[str], parser: argparse.ArgumentParser, *, needs_config: bool = True
+) -> tuple[ConfigDict | None, argparse.Namespace]:
+    """Reads a command line (without the program's name) into (config, options); exits with status 2 on bad input.
+
+    The config is locked, holds exactly the keys of configs/base.py and its `model.size` is resolved. Without
+    `--config` it is None where `needs_config` is false, and an error otherwise.
+    """
+    try:
+        plain, path, overrides = _split(argv)
+        options, unknown = parser.parse_known_args(plain)
+        if unknown and not unknown[0].startswith("-"):
+            raise UsageError(f"{unknown[0]}: must be left out; arguments are --options and --config.key=value")
+        if unknown:
+            known = [string for action in parser._actions for string in action.option_strings]
+            raise UsageError(f"{unknown[0].split('=')[0]}: no such option{_closest(unknown[0], [*known, '--config'])}")
+        if path is None:
+            if overrides or needs_config:
+                raise UsageError("--config is missing: name a config file, such as --config=configs/quickstart.py")
+            return None, options
+        return read_config(path, overrides), options
+    except UsageError as error:
+        sys.exit(fail(error))
+
+
+def fail(message: object) -> int:
+    """Prints one line on standard error and returns the exit status for bad input, 2."""
+    print(" ".join(str(message).split()), file=sys.stderr, flush=True)
+    return 2
+
+
+def read_config(path: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
+    """The config of FILE[:ARGUMENT] with ("section.key", text) overrides applied; text None means a bare flag.
+
+    Raises UsageError.
+    """
+    known = base.get_config()
+    config = _with_types_of_base(_load(path), path)
+    for key, _ in overrides:
+        _check_key(key, known)
+    for key in dict.fromkeys(key for key, _ in overrides):
+        _override(config, known, key, [text for name, text in overrides if name == key])
+    size = config.model.size
+    if size in sizes.SIZES:
+        for field, value in sizes.SIZES[size].items():
+            if f"model.{field}" in dict(overrides) and config.model[field] != value:
+                raise UsageError(
+                    f"config.model.{field} = {config.model[field]}: must be left out with config.model.size = {size}, "
+                    f"which makes it {value}; or set config.model.size to nothing"
+                )
+    try:
+        return sizes.resolve(config)
+    except ValueError as error:
+        raise UsageError(error) from None
+
+
+def _raise_usage(message: str):
+    missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+    raise UsageError(f"{missing[1]} is missing; --help shows the usage" if missing else message)
+
+
+def _split(argv: Sequence[str]):
+    """Separates (arguments for argparse, config path, [(key, text)]) in the order given."""
+    plain, path, overrides = [], None, []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.partition("=")
+        if re.fullmatch(r"--?config", name):
+            if path is not None:
+                raise UsageError("--config: must be given once")
+            if not equals and (not rest or rest[0].startswith("-")):
+                raise UsageError("--config: must be followed by a config file, such as --config=configs/quickstart.py")
+            path = text if equals else rest.pop(0)
+        elif re.fullmatch(r"--?noconfig\..*", name):
+            overrides.append((name.split(".", 1)[1], "false"))
+        elif re.fullmatch(r"--?config\..*", name):
+            spaced = not equals and rest and not rest[0].startswith("--")
+            overrides.append((name.split(".", 1)[1], text if equals else rest.pop(0) if spaced else None))
+        else:
+            plain.append(argument)
+    return plain, path, overrides
+
+
+def _load(path: str) -> ConfigDict:
+    file, _, argument = path.partition(":")
+    if not os.path.isfile(file):
+        raise UsageError(f"--config = {file or 'nothing'}: must be a Python file, such as configs/quickstart.py")
+    spec = importlib.util.spec_from_loader("steppe_config", importlib.machinery.SourceFileLoader("steppe_config", file))
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UsageError(f"--config = {file}: must define get_config(), which returns a ConfigDict")
+        try:
+            inspect.signature(module.get_config).bind(*([argument] if ":" in path else []))
+        except TypeError:
+            accepted = "FILE:ARGUMENT" if ":" not in path else "FILE alone, because its get_config takes no argument"
+            raise UsageError(f"--config = {path}: must be {accepted}; see the head of {file}") from None
+        config = module.get_config(*([argument] if ":" in path else []))
+    except UsageError:
+        raise
+    except SyntaxError as error:
+        raise UsageError(f"--config = {file}: line {error.lineno}: {error.msg}") from None
+    except Exception as error:  # whatever a user's file raises is about that file, so say where in it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f"line {lines[-1]}: " if lines else ""
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise UsageError(f"--config = {path}: {where}{kind}{str(error).strip(chr(34))}") from None
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"--config = {file}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def _flat(config: ConfigDict) -> dict:
+    """{"section.key": value}; a section itself is not an entry."""
+    found = {}
+    for key, value in config.items():
+        found.update(
+            {f"{key}.{k}": v for k, v in _flat(value).items()} if isinstance(value, ConfigDict) else {key: value}
+        )
+    return found
+
+
+def _with_types_of_base(config: ConfigDict, path: str) -> ConfigDict:
+    """A locked copy of the config with the types of configs/base.py, whose keys it must have, no more and no fewer."""
+    typed = base.get_config()
+    have, want = _flat(config), _flat(typed)
+    for key in have:
+        if key not in want:
+            raise UsageError(f"config.{key} in {path}: no such key{_closest(key, list(want))}")
+    for key in want:
+        if key not in have:
+            raise UsageError(f"config.{key} is missing in {path}: start from configs/base.py, which holds every key")
+        section, name = _place(typed, key)
+        try:
+            section[name] = have[key]
+        except TypeError:
+            accepted = _accepted(section.get_type(name), want[key] is None)
+            raise UsageError(f"config.{key} = {have[key]!r} in {path}: must be {accepted}") from None
+    return typed.lock()
+
+
+def _place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    return config, name
+
+
+def _check_key(key: str, known: ConfigDict):
+    flat = _flat(known)
+    if key in flat:
+        return
+    inside = [name for name in flat if name.startswith(f"{key}.")]
+    if inside:
+        raise UsageError(f"config.{key} is a section: set its keys one by one, such as --config.{inside[0]}=...")
+    raise UsageError(f"config.{key}: no such key{_closest(key, list(flat))}")
+
+
+def _closest(word: str, among: list[str]) -> str:
+    word = word.split("=")[0]
+    match = difflib.get_close_matches(word, among, n=1, cutoff=0.6)
+    if not match:  # a key under the wrong section, or without one
+        last = {name.rsplit(".", 1)[-1]: name for name in among}
+        match = [last[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
+    if match:
+        prefix = "" if match[0].startswith("-") else "config."
+        return f"; did you mean {prefix}{match[0]}?"
+    return "; --help lists the options" if word.startswith("-") else "; configs/base.py lists every key"
+
+
+def _accepted(kind: type, optional: bool) -> str:
+    kinds = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    accepted = kinds.get(kind, 'a tuple of texts, such as ("a", "b"), or one text per flag')
+    return accepted + (", or None for its default" if optional else "")
+
+
+def _override(config: ConfigDict, known: ConfigDict, key: str, texts: list[str | None]):
+    """Sets one key from its texts on the command line (a tuple may take several) through config_flags."""
+    section, name = _place(config, key)
+    kind, optional = section.get_type(name), _flat(known)[key] is None
+    wrong = UsageError(
+        f"config.{key} = {', '.join(text or 'nothing' for text in texts)}: must be {_accepted(kind, optional)}"
+    )
+    if optional and texts == ["None"]:
+        section[name] = None
+        return
+    if kind is not tuple and len(texts) > 1:
+        raise UsageError(f"config.{key} = {', '.join(text or 'nothing' for text in texts)}: must be given once")
+    if kind is not bool and None in texts:
+        raise wrong
+    values = flags.FlagValues()
+    argv = ["steppe", *(f"--config.{key}" + ("" if text is None else f"={text}") for text in texts)]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, ValueError, TypeError):
+        raise wrong from None
+    if kind is tuple and not all(isinstance(item, str) for item in section[name]):
+        raise wrong
