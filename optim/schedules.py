@@ -1,0 +1,95 @@
+"""Durations in any unit, and the learning-rate and rho schedules."""
+
+import math
+import re
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "wsd")
+RHO_SCHEDULES = ("constant", "warmup", "cosine", "learning_rate")
+_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+_DURATION = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([kKMBGT]?)\s*(%|steps?|tokens?|epochs?|)\s*")
+ACCEPTED_DURATION = 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"'
+
+
+def duration_steps(
+    text: str, *, tokens_per_step: int, total_steps: int | None = None, tokens_per_epoch: int | None = None
+) -> int:
+    """Converts a duration to whole steps, rounding up. A bare number means steps.
+
+    "N steps" | "N tokens" | "N epochs" (needs tokens_per_epoch) | "N%" of total_steps (needs total_steps); N may end in
+    k, M, B or T. ValueError for anything else.
+
+    >>> duration_steps("1.5M tokens", tokens_per_step=4096)
+    367
+    >>> duration_steps("5%", tokens_per_step=4096, total_steps=1000)
+    50
+    """
+    match = _DURATION.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not {ACCEPTED_DURATION}")
+    number, multiple, unit = float(match[1].replace("_", "")), _UNITS[match[2]], match[3].rstrip("s")
+    value = number * multiple
+    if unit in ("", "step"):
+        steps = value
+    elif unit == "token":
+        steps = value / tokens_per_step
+    elif unit == "epoch":
+        if not tokens_per_epoch:
+            raise ValueError(f"{text!r} counts epochs, and the corpus is not known here: give steps or tokens")
+        steps = value * tokens_per_epoch / tokens_per_step
+    else:
+        if total_steps is None or value > 100:
+            raise ValueError(f"{text!r} must be a fraction of a run of known length, from 0% to 100%")
+        steps = value / 100 * total_steps
+    # 0.05 * 1000 is 50.00000000000001 in binary: round before taking the ceiling.
+    return math.ceil(round(steps, 6))
+
+
+def learning_rate(
+    name: str, peak: float, total_steps: int, *, warmup_steps: int = 0, end: float = 0.1, cooldown_steps: int = 0
+) -> Callable:
+    """Learning rate as a function of the step: a linear warm-up from `end * peak`, then the named shape.
+
+    cosine and linear decay to end * peak at total_steps; constant stays; rsqrt decays as sqrt(warmup / step);
+    wsd stays, then falls linearly to end * peak over the last cooldown_steps.
+    """
+    floor, left = end * peak, max(1, total_steps - warmup_steps)
+    if name == "cosine":
+        after = optax.cosine_decay_schedule(peak, left, alpha=end)
+    elif name == "linear":
+        after = optax.linear_schedule(peak, floor, left)
+    elif name == "constant":
+        after = optax.constant_schedule(peak)
+    elif name == "rsqrt":
+        scale = max(1, warmup_steps)
+        after = lambda count: peak * jnp.sqrt(scale / (count + scale))  # noqa: E731
+    elif name == "wsd":
+        stable = max(0, left - cooldown_steps)
+        decay = optax.linear_schedule(peak, floor, max(1, cooldown_steps))
+        after = optax.join_schedules([optax.constant_schedule(peak), decay], [stable])
+    else:
+        raise ValueError(f"optim.schedule = {name!r}: must be one of {', '.join(SCHEDULES)}")
+    if not warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(floor, peak, warmup_steps), after], [warmup_steps])
+
+
+def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rate: Callable | None = None):
+    """rho as a constant (a float) or a function of the step.
+
+    warmup rises linearly from 0 over warmup_steps; cosine also falls to 0 at total_steps; learning_rate is
+    value * rate(step) / max(rate), as GSAM ties it.
+    """
+    if name == "constant" or value == 0:
+        return value
+    if name == "warmup":
+        return optax.linear_schedule(0.0, value, max(1, warmup_steps))
+    if name == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, value, warmup_steps, total_steps)
+    if name == "learning_rate":
+        peak = max(float(rate(step)) for step in {0, warmup_steps, total_steps})
+        return lambda step: value * rate(step) / peak
+    raise ValueError(f"optim.rho_schedule = {name!r}: must be one of {', '.join(RHO_SCHEDULES)}")
