@@ -1,0 +1,309 @@
+"""What a run shows and keeps: progress on the terminal, metrics.jsonl, and wandb where it is wanted.
+
+Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
+`evaluate` and `checkpoint`; each has the `step` it belongs to, the number of updates made. NaN and infinities are the
+strings "nan", "inf" and "-inf", since JSON has no others.
+"""
+
+import collections
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from ml_collections import ConfigDict
+
+METRICS = "metrics.jsonl"
+_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Tracker:
+    """Records one run in `workdir`, continuing after `start_step` updates.
+
+    tokens_per_step: predicted tokens of one step over all devices. flops_per_step: FLOPs of one step over all devices,
+    0 where unknown. peak_flops: FLOP/s of all devices together, 0 where unknown. wandb_id: the id a checkpoint brought,
+    "" for the one in the workdir or a new one. primary: False makes every method do nothing (all processes but the
+    first). clock: seconds that only grow. stream: where progress goes; live if it is a terminal.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: ConfigDict,
+        *,
+        total_steps: int,
+        tokens_per_step: int,
+        start_step: int = 0,
+        flops_per_step: float = 0.0,
+        peak_flops: float = 0.0,
+        wandb_id: str = "",
+        primary: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        stream: TextIO | None = None,
+    ):
+        self.wandb_id = wandb_id
+        self._primary = primary
+        if not primary:
+            return
+        self._workdir, self._config = Path(workdir), config
+        self._total, self._tokens_per_step = total_steps, tokens_per_step
+        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self._clock, self._stream = clock, stream or sys.stderr
+        self._begin = clock()
+        self._first: tuple[float, int] | None = None  # when the first step of this start was seen, for the ETA
+        self._marks = collections.deque(maxlen=32)  # (time, step) since the last pause, for the rate
+        self._rate = 0.0  # steps per second
+        self._held_out: float | None = None
+        self._bar = self._task = self._wandb = None
+
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        problems = rewind(self._workdir / METRICS, start_step)
+        self._file = open(self._workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        if self._stream.isatty():
+            self._start_bar(start_step)
+        for problem in problems:
+            self.note(problem)
+        if config.log.wandb != "disabled":
+            self._start_wandb()
+
+    def run(self, step: int, facts: dict[str, Any]) -> None:
+        """Records what this run is (parameters, tokens, FLOPs, versions, baselines ...), once per start."""
+        if self._primary:
+            self._write("run", step, facts)
+            self._send(lambda: self._wandb.config.update({"run": _plain(facts)}, allow_val_change=True))
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records the metrics of the step that made update number `step`; values are numbers or scalar arrays."""
+        if not self._primary:
+            return
+        now = self._clock()
+        self._first = self._first or (now, step)
+        self._marks.append((now, step))
+        then, before = self._marks[0]
+        if now > then:
+            self._rate = (step - before) / (now - then)
+        tokens = step * self._tokens_per_step
+        rate = self._rate * self._tokens_per_step
+        self._write(
+            "train", step, {"tokens": tokens, "seconds": now - self._begin, "tokens_per_second": rate, **metrics}
+        )
+        self._send(lambda: self._wandb.log({"step": step, **{f"train/{k}": _number(v) for k, v in metrics.items()}}))
+        line = self._line(now, step, metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, line=line)
+        elif step % self._config.log.every == 0 or step == self._total:
+            self._print(f"step {step}/{self._total}  {line}")
+
+    def evaluation(self, step: int, name: str, metrics: dict[str, Any]) -> None:
+        """Records an evaluation called `name`, such as held_out, of the parameters after `step` updates."""
+        if not self._primary:
+            return
+        self._pause(step)
+        if "loss" in metrics:
+            self._held_out = _number(metrics["loss"])
+        self._write("evaluate", step, {"name": name, **metrics})
+        self._send(lambda: self._wandb.log({"step": step, **{f"{name}/{k}": _number(v) for k, v in metrics.items()}}))
+        shown = "  ".join(f"{key} {_short(_number(value))}" for key, value in metrics.items())
+        self.note(f"step {step}  {name}  {shown}")
+
+    def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
+        """Records that a checkpoint of `step` was begun, with everything before it safely on disk."""
+        if self._primary:
+            self._pause(step)
+            self._write("checkpoint", step, facts or {})
+            os.fsync(self._file.fileno())
+
+    def note(self, text: str) -> None:
+        """Shows one line to the reader; it is kept nowhere."""
+        if self._primary:
+            self._print(text)
+
+    def close(self, status: str) -> None:
+        """Ends the record; `status` (finished, stopped, failed ...) is shown and goes to wandb. Safe to call twice."""
+        if not self._primary or self._file.closed:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._file.close()
+        self._send(lambda: self._wandb.finish(exit_code=0 if status in ("finished", "stopped") else 1))
+        self._print(status)
+
+    def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
+        parts = [f"tokens {_si(step * self._tokens_per_step)}"]
+        if "loss" in metrics:
+            parts.append(f"loss {_number(metrics['loss']):.4f}")
+        if self._held_out is not None:
+            parts.append(f"held-out {self._held_out:.4f}")
+        if self._rate:
+            parts.append(f"{_si(self._rate * self._tokens_per_step)} tokens/s")
+            flops = self._rate * self._flops_per_step
+            if flops and self._peak_flops:
+                parts.append(f"MFU {flops / self._peak_flops:.1%}")
+            elif flops:
+                parts.append(f"{_si(flops, ' ')}FLOP/s")
+        if step > self._first[1]:
+            parts.append(f"ETA {_clock_face((self._total - step) * (now - self._first[0]) / (step - self._first[1]))}")
+        return "  ".join(parts)
+
+    def _pause(self, step: int) -> None:
+        """Keeps time spent outside steps out of the rate (the ETA, which measures the whole, keeps it)."""
+        self._marks.clear()
+        self._marks.append((self._clock(), step))
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **_plain(values)}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _start_bar(self, start_step: int) -> None:
+        from rich import progress
+        from rich.console import Console
+        from rich.table import Column
+
+        self._bar = progress.Progress(
+            # where the terminal is narrow the text wraps; bar and count stay
+            progress.BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
+            progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            progress.TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=False)),
+            console=Console(file=self._stream),
+            get_time=self._clock,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task("", total=self._total, completed=start_step, line="compiling")
+        self._bar.start()
+
+    def _start_wandb(self) -> None:
+        id_file = self._workdir / "wandb_id"
+        if not self.wandb_id and id_file.exists():
+            self.wandb_id = id_file.read_text().strip()
+        self.wandb_id = self.wandb_id or uuid.uuid4().hex[:8]
+        id_file.write_text(self.wandb_id + "\n")
+        log = self._config.log
+
+        def start():
+            import wandb
+
+            self._wandb = wandb.init(
+                mode=log.wandb,
+                project=log.project,
+                group=log.group or None,
+                name=log.name or self._workdir.resolve().name,
+                id=self.wandb_id,
+                resume="allow",
+                dir=self._workdir,
+                config=self._config.to_dict(),
+                # its capture of the terminal would fight the live line, and no outage may hold up a run for long
+                settings=wandb.Settings(
+                    console="off", silent=True, init_timeout=30, login_timeout=30, finish_timeout=60
+                ),
+            )
+            # steps as a metric, not wandb's own counter, which drops what a resumed run writes again
+            self._wandb.define_metric("*", step_metric="step")
+
+        self._send(start, starting=True)
+
+    def _send(self, call: Callable[[], Any], starting: bool = False) -> None:
+        """Calls wandb where it is on; whatever goes wrong there is said once and costs the run nothing."""
+        if self._wandb is None and not starting:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._wandb = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.note(f"wandb failed and is left out from here on; metrics.jsonl has everything ({reason[:200]})")
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, in order, NaN and infinities as floats, without a torn last line."""
+    path = Path(workdir) / METRICS
+    return [_restore(json.loads(line)) for line in _whole_lines(path.read_bytes())[0]]
+
+
+def rewind(path: Path, step: int) -> list[str]:
+    """Cuts metrics.jsonl back to what was known after `step` updates (0: empties it); returns what a reader must know.
+
+    Written aside and moved into place, so that a kill leaves the old file or the new one.
+    """
+    if not path.exists():
+        return []
+    lines, torn = _whole_lines(path.read_bytes())
+    problems = [f"{path.name}: dropped a torn last line of {len(torn)} bytes"] if torn else []
+    kept = [line for line in lines if step > 0 and json.loads(line)["step"] <= step]
+    if torn or len(kept) < len(lines):
+        aside = path.with_suffix(".tmp")
+        aside.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(aside, path)
+    if step > 0:
+        recorded = {json.loads(line)["step"] for line in kept if json.loads(line)["kind"] == "train"}
+        missing = step - len(recorded)
+        if missing:
+            problems.append(f"{path.name}: {missing} of the {step} steps before this start are not in it")
+    return problems
+
+
+def _whole_lines(content: bytes) -> tuple[list[bytes], bytes]:
+    """(complete lines, what follows the last of them): a kill can cut a line short, or leave zeros where it was."""
+    *lines, torn = content.split(b"\n")
+    if lines and not torn:
+        try:
+            json.loads(lines[-1])
+        except ValueError:
+            torn = lines.pop()
+    return lines, torn
+
+
+def _number(value: Any) -> Any:
+    """A Python number (or text, truth, None) from it or from a scalar array."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    value = _number(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restore(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restore(item) for item in value]
+    return _NONFINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _si(number: float, gap: str = "") -> str:
+    """Three digits and a metric letter: 12.3k, 4.56M."""
+    for letter in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or letter == "P":
+            break
+        number /= 1000
+    digits = 0 if letter == "" and number == int(number) else max(0, 2 - len(str(int(number))) + 1)
+    return f"{number:.{digits}f}{gap}{letter}"
+
+
+def _clock_face(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
