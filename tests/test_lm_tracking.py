@@ -72,7 +72,8 @@ def test_every_step_is_one_strict_json_line_of_exact_values(tmp_path, config):
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"kind": "train", "st', b"\0\0\0\0", b'{"kind": "train", "step": 1\n'])
-def test_resume_leaves_neither_gap_nor_duplicate(tmp_path, config, torn):
+@pytest.mark.parametrize("start", [6, 9])
+def test_resume_leaves_neither_gap_nor_duplicate(tmp_path, config, torn, start):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     _steps(_track(whole, config), 1, 12)
 
@@ -84,8 +85,8 @@ def test_resume_leaves_neither_gap_nor_duplicate(tmp_path, config, torn):
         file.write(torn)
 
     stream = io.StringIO()
-    resumed = _track(cut, config, start_step=6, stream=stream)
-    _steps(resumed, 7, 12)
+    resumed = _track(cut, config, start_step=start, stream=stream)
+    _steps(resumed, start + 1, 12)
     train = [line for line in _lines(cut) if line["kind"] == "train"]
     assert [(line["step"], line["loss"]) for line in train] == [(l["step"], l["loss"]) for l in _lines(whole)]
     assert [line["step"] for line in _lines(cut) if line["kind"] == "evaluate"] == [6]
