@@ -1,8 +1,8 @@
 """Descent paths: which gradient is taken once the perturbation is known, and how it joins the gradient at theta.
 
-A path maps At to (perturbed loss, vectors). The loss is exact on the full path and a first-order estimate on the others,
-which never form perturbed logits (for a loss convex in the outputs: from below on the functional path, from above on
-the logit path).
+A path maps At to (perturbed loss, vectors). The loss is exact on the full path and a first-order estimate on the
+others, which never form perturbed logits (for a loss convex in the outputs: from below on the functional path, from
+above on the logit path).
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """The seam between a model and a gradient rule, and the plain rule.
 
 A rule is handed an objective, never a model. Splitting the model at its last hidden state keeps arrays of shape
-[batch, seq, vocabulary] out of memory and lets the functional path freeze the loss derivative without ever forming perturbed logits.
+[batch, seq, vocabulary] out of memory and lets the functional path freeze the loss derivative without ever forming
+perturbed logits.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 Tree = Any
-REPORT = ("loss", "perturbed_loss", "gradient_norm", "epsilon_norm", "cosine", "survival_norm", "survival_cosine")
+REPORT = (
+    *("loss", "perturbed_loss", "gradient_norm", "epsilon_norm", "cosine"),
+    *("survival_norm", "survival_cosine", "nonfinite"),
+)
 
 
 class Anchor(NamedTuple):
@@ -47,7 +51,9 @@ class Rule(NamedTuple):
 
     init(params) -> rule_state
     gradient(objective, params, batch, optimizer_state, rule_state, step) -> (gradient, rule_state, report)
-    report: dict of float32 scalars with the keys REPORT, NaN where the method does not compute one.
+    report: dict of float32 scalars with the keys REPORT, NaN where the method does not compute one. nonfinite is 0 when
+        every loss and gradient of the step was finite; otherwise the gradient must not be used. rule_state then holds
+        the old state, so a caller only has to keep the optimizer's.
     """
 
     init: Callable
@@ -125,9 +131,12 @@ def microbatched(objective: Objective, batch: Tree, microbatches: int) -> tuple[
     return (batch, None) if microbatches == 1 else split(objective, batch, microbatches)
 
 
-def report(loss, gradient_norm, **others) -> dict:
-    """A full report: every key of REPORT as a float32 scalar, NaN where not given."""
-    values = {"loss": loss, "gradient_norm": gradient_norm, **others}
+def report(loss: jax.Array, gradient_norm: jax.Array | None, returned: Tree, **others) -> dict:
+    """Every key of REPORT as a float32 scalar, NaN where not given; gradient_norm None if there is none."""
+    checked = [loss, norm(returned)] + ([] if gradient_norm is None else [gradient_norm])
+    values = {"loss": loss, "nonfinite": ~jnp.all(jnp.isfinite(jnp.stack(checked))), **others}
+    if gradient_norm is not None:
+        values["gradient_norm"] = gradient_norm
     return {key: jnp.asarray(values.get(key, jnp.nan), jnp.float32) for key in REPORT}
 
 

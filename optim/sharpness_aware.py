@@ -50,7 +50,7 @@ def plain(switches: Switches) -> Rule:
     def gradient(objective, params, batch, optimizer_state, rule_state, step):
         loss, clean = plain_gradient(objective, params, batch, switches.microbatches)
         clean, length = _clip(clean, switches.clip_norm)
-        return clean, rule_state, report(loss, length, epsilon_norm=0.0, cosine=1.0)
+        return clean, rule_state, report(loss, length, clean, epsilon_norm=0.0, cosine=1.0)
 
     return Rule(lambda params: (), gradient)
 
@@ -95,7 +95,7 @@ def sharpness_aware(
             returned = descent.combine(looked, vectors)
             memory = descent.remember(clean, returned) if descent.remember else ()
             facts = report(
-                perturbed_loss if looked.loss is None else looked.loss, length, perturbed_loss=perturbed_loss,
+                perturbed_loss if looked.loss is None else looked.loss, length, returned, perturbed_loss=perturbed_loss,
                 epsilon_norm=norm(epsilon), cosine=jnp.nan if clean is None else _cosine(clean, returned),
                 **survival(params, perturbed, epsilon, objective.compute_dtype),
             )  # fmt: skip
@@ -116,7 +116,11 @@ def sharpness_aware(
             return returned, state, facts
 
         active = is_active(switches, rho, step)
-        return perturbed_step(rule_state) if active is None else lax.cond(active, perturbed_step, base_step, rule_state)
+        returned, state, facts = (
+            perturbed_step(rule_state) if active is None else lax.cond(active, perturbed_step, base_step, rule_state)
+        )
+        keep_old = facts["nonfinite"] > 0
+        return returned, jax.tree.map(lambda new, old: jnp.where(keep_old, old, new), state, rule_state), facts
 
     return Rule(init, gradient)
 
@@ -184,7 +188,7 @@ def _cosine(a: Tree, b: Tree) -> jax.Array:
 
 def _clip(gradient: Tree, bound: float | None) -> tuple[Tree, jax.Array]:
     if gradient is None:
-        return gradient, jnp.nan
+        return None, None
     length = norm(gradient)
     if not bound:
         return gradient, length
