@@ -1,0 +1,66 @@
+"""The prepared directory of a run: the one its config names, or the cache's, prepared on first use."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+
+from data import manifest as manifests
+from data import sources
+from data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
+from data.prepare import exclusive, identity, recipe_of
+from data.shards import Recipe
+
+
+def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
+    """The prepared directory of config.data: `directory` if set, else the cache's, prepared on first use.
+
+    Two processes that ask at once prepare it once. Never imports tensorflow: the preparation is a process of its own.
+    """
+    if data_config["directory"]:
+        manifests.read(data_config["directory"])
+        return data_config["directory"]
+    recipe = recipe_of(data_config)
+    cache = data_config["cache"] or os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe")
+    cache = os.path.expanduser(cache)
+    name = "+".join(source.name for source in sources.parse(recipe.task))[:60]
+    directory = os.path.join(cache, f"{name}-{manifests.checksum(identity(recipe))[:16]}")
+    if os.path.exists(os.path.join(directory, manifests.NAME)):
+        return directory
+    try:
+        os.makedirs(cache, exist_ok=True)
+        with exclusive(directory + ".lock", wait=True):
+            if not os.path.exists(os.path.join(directory, manifests.NAME)):
+                log(f"preparing {recipe.task} in {directory}, once")
+                _prepare_apart(recipe, directory, log)
+    except OSError as error:
+        raise DataError(f"config.data.cache={cache!r}: {error.strerror or error}") from error
+    return directory
+
+
+def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -> None:
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "data.prepare", json.dumps(recipe._asdict()), directory]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        complaints: list[str] = []
+        reader = threading.Thread(target=lambda: complaints.extend(process.stderr), daemon=True)
+        reader.start()
+        try:
+            for line in process.stdout:
+                log(line.rstrip())
+        except BaseException:
+            process.kill()
+            raise
+        reader.join()
+    if process.returncode:
+        last = [line for line in complaints if line.strip()] or [f"status {process.returncode}"]
+        kind, _, message = last[-1].strip().partition(": ")
+        known = {c.__name__: c for c in (BadRecords, CorpusDamaged, CorpusMismatch, DataError)}
+        if kind in known:
+            raise known[kind](message)
+        raise DataError(f"preparing {directory} failed: {last[-1].strip()}")

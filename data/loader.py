@@ -1,0 +1,221 @@
+"""Batches of a prepared directory: pure functions of (seed, step, global row). Never imports tensorflow.
+
+Rows of a source are shuffled anew in every epoch by grain's index shuffle, sources are mixed by weight, and row r of
+step s is element s * batch_size + r of that endless sequence: no iterator state, no dependence on hosts, workers or
+restarts.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import grain
+import numpy as np
+
+from data import manifest as manifests
+from data.errors import CorpusDamaged, CorpusMismatch, DataError
+from data.packing import to_batch
+from data.vocabulary import Tokenizer, load_tokenizer
+
+HELD_OUT_SEED = 0  # the fixed order of held-out rows, so that a prefix of them is a fair sample
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source of training text or of one held-out set."""
+
+    name: str
+    weight: float  # share of training rows, relative to the other sources
+    rows: int
+    tokens: int  # targets with weight 1, over all rows
+    bytes: int  # of source text
+    documents: int
+    records: grain.sources.ArrayRecordDataSource
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """An open prepared directory. Hashable by identity; may be shared by threads."""
+
+    directory: str
+    manifest: dict
+    tokenizer: Tokenizer
+    sequence_length: int
+    packing: str
+    train: tuple[Rows, ...]
+    held_out: dict[str, Rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal on two machines exactly if they hold the same corpus."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Positions (rows x T) of one pass over every training row."""
+        return sum(part.rows for part in self.train) * self.sequence_length
+
+    def epochs(self, tokens: int) -> dict[str, float]:
+        """How many times a budget of `tokens` positions (steps x batch_size x T) reads every row of each source."""
+        total = sum(part.weight for part in self.train)
+        rows = tokens / self.sequence_length
+        return {part.name: rows * part.weight / total / part.rows for part in self.train}
+
+
+def open_corpus(
+    directory: str, vocabulary: str, sequence_length: int, packing: str | None = None, verify: str = "auto"
+) -> Corpus:
+    """Opens and verifies a prepared directory; `vocabulary`, `sequence_length` and `packing` are those the run expects.
+
+    CorpusMismatch names the key, its value and what the directory has; CorpusDamaged names the file.
+    """
+    if verify not in manifests.VERIFY:
+        raise DataError(f"config.data.verify={verify!r}: accepted are {', '.join(manifests.VERIFY)}")
+    manifest = manifests.read(directory)
+    tokenizer = load_tokenizer(vocabulary)
+    have = manifest["vocabulary"]
+    for key, value, found in (
+        ("vocabulary", f"{vocabulary} ({tokenizer.fingerprint})", f"{have['spec']} ({have['fingerprint']})"),
+        ("sequence_length", sequence_length, manifest["sequence_length"]),
+        ("packing", packing, manifest["packing"]),
+    ):
+        same = tokenizer.fingerprint == have["fingerprint"] if key == "vocabulary" else value in (found, None)
+        if not same:
+            raise CorpusMismatch(f"config.data.{key} is {value}, but {directory} was prepared with {found}")
+    manifests.verify(directory, manifest, verify)
+    return Corpus(
+        directory=directory,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        sequence_length=manifest["sequence_length"],
+        packing=manifest["packing"],
+        train=tuple(_open_rows(directory, entry) for entry in manifest["train"]),
+        held_out={entry["name"]: _open_rows(directory, entry) for entry in manifest["held_out"]},
+    )
+
+
+def _open_rows(directory: str, entry: dict) -> Rows:
+    paths = [os.path.join(directory, shard["file"]) for shard in entry["shards"] if shard["rows"]]
+    try:
+        records = grain.sources.ArrayRecordDataSource(paths)
+    except Exception as error:  # array_record raises bare RuntimeError and ValueError
+        raise CorpusDamaged(f"{directory}: {entry['name']} cannot be read: {_line(error)}") from error
+    if len(records) != entry["rows"]:
+        raise CorpusDamaged(f"{directory}: {entry['name']} has {len(records)} rows, the manifest says {entry['rows']}")
+    return Rows(
+        entry["name"], entry["weight"], entry["rows"], entry["tokens"], entry["bytes"], entry["documents"], records
+    )
+
+
+def training_rows(
+    corpus: Corpus, seed: int, step: int, batch_size: int, rows: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Rows `rows` (global indices in [0, batch_size), default all) of step `step`'s batch; see data.packing.to_batch."""
+    stream = _stream(corpus, seed)
+    picked = [stream[step * batch_size + r] for r in _checked(rows, batch_size)]
+    return _batch(corpus, [_read(corpus.train[part], index) for part, index in picked])
+
+
+@lru_cache(maxsize=8)
+def _stream(corpus: Corpus, seed: int) -> grain.MapDataset:
+    """Endless sequence of (source, row)."""
+
+    def shuffled(number: int, part: Rows) -> grain.MapDataset:
+        # Mixing in the number gives every source an order of its own, whatever else is in the mixture.
+        order = grain.MapDataset.range(part.rows).seed(_mix(seed, part.name)).shuffle().repeat(None)
+        return order.map(lambda row: (number, int(row)))
+
+    parts = [shuffled(number, part) for number, part in enumerate(corpus.train)]
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, weights=[part.weight for part in corpus.train])
+
+
+def _mix(seed: int, name: str) -> int:
+    return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
+
+
+def held_out_steps(corpus: Corpus, name: str, batch_size: int) -> int:
+    """Batches that cover held-out set `name` once."""
+    return -(-_held_out(corpus, name).rows // batch_size)
+
+
+def held_out_rows(
+    corpus: Corpus, name: str, index: int, batch_size: int, rows: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Rows of batch `index` of a held-out set, in one fixed order; the last batch is filled up with empty rows."""
+    part = _held_out(corpus, name)
+    order = _held_out_order(part.rows)
+    numbers = [index * batch_size + r for r in _checked(rows, batch_size)]
+    return _batch(corpus, [_read(part, int(order[n])) if n < part.rows else None for n in numbers])
+
+
+@lru_cache(maxsize=8)
+def _held_out_order(rows: int) -> grain.MapDataset:
+    return grain.MapDataset.range(rows).seed(HELD_OUT_SEED).shuffle()
+
+
+def _held_out(corpus: Corpus, name: str) -> Rows:
+    if name not in corpus.held_out:
+        raise DataError(f"held-out set {name!r}: {corpus.directory} has {', '.join(corpus.held_out) or 'none'}")
+    return corpus.held_out[name]
+
+
+def _checked(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
+    rows = range(batch_size) if rows is None else [int(r) for r in rows]
+    if any(not 0 <= r < batch_size for r in rows):
+        raise DataError(f"rows must lie in [0, {batch_size}), got {min(rows)} to {max(rows)}")
+    return rows
+
+
+def _read(part: Rows, index: int) -> bytes:
+    try:
+        return part.records[index]
+    except Exception as error:  # array_record raises bare RuntimeError and ValueError
+        raise CorpusDamaged(f"row {index} of {part.name} cannot be read: {_line(error)}") from error
+
+
+def _batch(corpus: Corpus, records: list[bytes | None]) -> dict[str, np.ndarray]:
+    return to_batch(records, corpus.manifest["dtype"], corpus.packing, corpus.sequence_length)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class prefetch:
+    """Iterates (step, read(step)) for first <= step < last, read ahead by background threads.
+
+    At most `depth` results wait; `workers` threads call `read`, results stay in order; workers=0 reads on demand.
+    `waited` is the total and `last_wait` the last time, in seconds, that the consumer stood still. An exception of
+    `read` is raised where its result would have been. Use it in a `with` block, or call close().
+    """
+
+    def __init__(self, read: Callable[[int], object], first: int, last: int, depth: int = 2, workers: int = 1):
+        steps = grain.MapDataset.range(first, last).map(lambda step: (step, read(step)))
+        options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(depth, workers) if workers else 0)
+        self._iterator = iter(steps.to_iter_dataset(options))
+        self.waited = self.last_wait = 0.0
+
+    def __enter__(self) -> "prefetch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        began = time.perf_counter()
+        try:
+            return next(self._iterator)
+        finally:
+            self.last_wait = time.perf_counter() - began
+            self.waited += self.last_wait
+
+    def close(self) -> None:
+        """Stops the threads; results read ahead are dropped."""
+        self._iterator.close()

@@ -1,0 +1,127 @@
+"""The manifest of a prepared directory: written last, checked first.
+
+A directory is finished exactly if it has manifest.json. The manifest holds the hash of every shard and of itself, so a
+damaged or foreign file is an error on opening, never another corpus.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import xxhash
+
+from data.errors import CorpusDamaged
+
+FORMAT = 1  # of the records, the packing and the manifest; a directory of another format is refused
+NAME = "manifest.json"
+VOCABULARY = "vocabulary.model"  # copy of the SentencePiece model
+VERIFY = ("auto", "full", "sizes")
+FULL_UP_TO = 8 << 30  # bytes that verify=auto reads on every opening
+
+
+def checksum(value: dict) -> str:
+    """Hash of a JSON value, key "checksum" left out."""
+    content = {key: item for key, item in value.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def file_hash(path: str) -> str:
+    """xxh3_128 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: str, value: dict) -> None:
+    """Writes `value` with its checksum, atomically and durably."""
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(partial, "w") as handle:
+            json.dump({**value, "checksum": checksum(value)}, handle, indent=1)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
+
+
+def read_json(path: str) -> dict:
+    """Reads what `write_json` wrote; an altered file is CorpusDamaged, a missing one FileNotFoundError."""
+    try:
+        with open(path, "rb") as handle:
+            value = json.loads(handle.read())
+    except ValueError as error:
+        raise CorpusDamaged(f"{path} is no JSON ({error}): the directory is damaged; prepare it again") from error
+    if not isinstance(value, dict) or value.get("checksum") != checksum(value):
+        raise CorpusDamaged(f"{path} does not match its own checksum: it was altered; prepare the directory again")
+    return value
+
+
+def read(directory: str) -> dict:
+    """The manifest of a finished directory."""
+    try:
+        manifest = read_json(os.path.join(directory, NAME))
+    except FileNotFoundError as error:
+        if os.path.exists(os.path.join(directory, "preparation.json")):
+            state = "holds an unfinished preparation; run scripts.prepare_data on it again to finish it"
+        elif os.path.isdir(directory):
+            state = f"has no {NAME}; it is no prepared directory"
+        else:
+            state = "does not exist"
+        raise CorpusDamaged(f"config.data.directory={directory!r} {state}") from error
+    except NotADirectoryError as error:
+        raise CorpusDamaged(f"config.data.directory={directory!r} is a file") from error
+    if manifest.get("format") != FORMAT:
+        have = manifest.get("format")
+        raise CorpusDamaged(
+            f"config.data.directory={directory!r} has format {have}; this version reads {FORMAT}: prepare again"
+        )
+    return manifest
+
+
+def shards(manifest: dict) -> Iterable[dict]:
+    """All shard entries: file, size, hash, rows."""
+    for part in ("train", "held_out"):
+        for component in manifest[part]:
+            yield from component["shards"]
+
+
+def verify(directory: str, manifest: dict, how: str = "auto") -> None:
+    """Compares every shard with the manifest: presence and size, and contents (`full`; `auto`: up to 8 GiB in total).
+
+    Records that `sizes` leaves unread still carry ArrayRecord's own chunk checksums, so a flipped byte is an error when
+    read.
+    """
+    entries = list(shards(manifest))
+    if manifest["vocabulary"]["file"]:
+        entries.append(manifest["vocabulary"]["file"])
+    for entry in entries:
+        path = os.path.join(directory, entry["file"])
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise CorpusDamaged(
+                f"{path} is missing ({error.strerror}); the directory is damaged, prepare it again"
+            ) from error
+        if size != entry["size"]:
+            raise CorpusDamaged(
+                f"{path} has {size} bytes, the manifest says {entry['size']}; prepare the directory again"
+            )
+    if how == "sizes" or (how == "auto" and sum(entry["size"] for entry in entries) > FULL_UP_TO):
+        return
+    with ThreadPoolExecutor(4) as pool:
+        for entry, found in zip(entries, pool.map(lambda e: _hash_or_error(directory, e), entries), strict=True):
+            if found != entry["hash"]:
+                raise CorpusDamaged(f"{os.path.join(directory, entry['file'])} was altered ({found}); prepare again")
+
+
+def _hash_or_error(directory: str, entry: dict) -> str:
+    try:
+        return file_hash(os.path.join(directory, entry["file"]))
+    except OSError as error:
+        return f"unreadable: {error.strerror}"

@@ -1,0 +1,142 @@
+"""From documents to rows, from rows to records, from records to the arrays of a batch.
+
+A row predicts at most T tokens. It is a list of segments; a segment is the tokens to predict (targets) and the token
+before them (first): 0 where a document or stream begins. `concat` rows have one segment; `bestfit` rows have whole
+documents. Record: int32 [bytes, S], S x int32 [length, first], then the targets in uint16 or uint32, all little-endian,
+no padding.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+PACKINGS = ("concat", "bestfit")
+WINDOW = 1 << 14  # segments that bestfit sorts and packs at a time: bounds memory, and is part of the format
+
+
+class Document(NamedTuple):
+    """One tokenised document: ids [n] up to the end-of-document id, and the source bytes [n] each id stands for."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+class Segment(NamedTuple):
+    """Targets [n] predicted in one context, the token before them, and the source bytes they stand for."""
+
+    targets: np.ndarray
+    first: int
+    bytes: int
+
+
+def rows(documents: Iterable[Document], packing: str, sequence_length: int) -> Iterator[list[Segment]]:
+    """Packs documents into rows; every token of every document is the target of exactly one position of one row."""
+    pack = _concat if packing == "concat" else _bestfit
+    return pack(documents, sequence_length)
+
+
+def _concat(documents: Iterable[Document], length: int) -> Iterator[list[Segment]]:
+    """One stream cut every `length` tokens; rows overlap by one, the first begins with 0, the last may be short."""
+    ids, sizes, first = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
+    for document in documents:
+        ids, sizes = np.concatenate([ids, document.ids]), np.concatenate([sizes, document.lengths])
+        for start in range(0, len(ids) - length + 1, length):
+            targets = ids[start : start + length]
+            yield [Segment(targets, first, int(sizes[start : start + length].sum()))]
+            first = int(targets[-1])
+        used = len(ids) // length * length
+        ids, sizes = ids[used:], sizes[used:]
+    if len(ids):
+        yield [Segment(ids, first, int(sizes.sum()))]
+
+
+def _bestfit(documents: Iterable[Document], length: int) -> Iterator[list[Segment]]:
+    """Best-fit decreasing over windows of segments: each goes to the fullest row that still has room for it.
+
+    A document longer than a row is cut; the rest continues in another row, whose first input is the token before it.
+    """
+    window: list[Segment] = []
+    for document in documents:
+        for start in range(0, len(document.ids), length):
+            targets, sizes = document.ids[start : start + length], document.lengths[start : start + length]
+            window.append(Segment(targets, int(document.ids[start - 1]) if start else 0, int(sizes.sum())))
+        if len(window) >= WINDOW:
+            yield from _pack_window(window, length)
+            window = []
+    yield from _pack_window(window, length)
+
+
+def _pack_window(window: list[Segment], length: int) -> Iterator[list[Segment]]:
+    packed: list[list[Segment]] = []
+    with_room: dict[int, list[int]] = {}  # free positions -> rows that have exactly so many
+    free: list[int] = []  # the keys of with_room, sorted
+    for segment in sorted(window, key=lambda segment: -len(segment.targets)):
+        size = len(segment.targets)
+        at = bisect.bisect_left(free, size)
+        if at == len(free):
+            row, room = len(packed), length
+            packed.append([])
+        else:
+            room = free[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], free[at]
+        packed[row].append(segment)
+        if room > size:
+            if room - size not in with_room:
+                bisect.insort(free, room - size)
+            with_room.setdefault(room - size, []).append(row)
+    yield from packed
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Name of the dtype in which ids are stored."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def to_record(row: list[Segment], dtype: str) -> bytes:
+    """Serialises one row."""
+    header = [sum(segment.bytes for segment in row), len(row)]
+    for segment in row:
+        header += [len(segment.targets), segment.first]
+    targets = np.concatenate([segment.targets for segment in row])
+    return np.asarray(header, "<i4").tobytes() + targets.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+
+
+def from_record(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """targets [n] int32, segment lengths [S], first inputs [S], bytes of one record."""
+    size, segments = np.frombuffer(record, "<i4", 2)
+    pairs = np.frombuffer(record, "<i4", 2 * int(segments), 8).reshape(-1, 2)
+    targets = np.frombuffer(record, np.dtype(dtype).newbyteorder("<"), -1, 8 + 8 * int(segments)).astype(np.int32)
+    return targets, pairs[:, 0], pairs[:, 1], int(size)
+
+
+def to_batch(records: list[bytes | None], dtype: str, packing: str, sequence_length: int) -> dict[str, np.ndarray]:
+    """The batch of R records, None being an empty row.
+
+    inputs, targets int32 [R, T]; weights float32 [R, T], 0 on padding; bytes int32 [R], the source bytes behind a row's
+    targets. With bestfit also segments int32 [R, T], 1, 2, ... and 0 on padding, and positions int32 [R, T] within the
+    segment.
+    """
+    shape = (len(records), sequence_length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("inputs", "targets")}
+    batch["weights"] = np.zeros(shape, np.float32)
+    batch["bytes"] = np.zeros(shape[:1], np.int32)
+    if packing == "bestfit":
+        batch |= {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
+    for r, record in enumerate(records):
+        if record is None:
+            continue
+        targets, lengths, firsts, batch["bytes"][r] = from_record(record, dtype)
+        n = len(targets)
+        starts = np.cumsum(lengths) - lengths
+        batch["targets"][r, :n] = targets
+        batch["inputs"][r, 1:n] = targets[:-1]
+        batch["inputs"][r, starts] = firsts
+        batch["weights"][r, :n] = 1
+        if packing == "bestfit":
+            batch["segments"][r, :n] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+            batch["positions"][r, :n] = np.arange(n) - np.repeat(starts, lengths)
+    return batch

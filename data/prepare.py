@@ -1,0 +1,361 @@
+"""Preparing a corpus once: plan, shards in parallel, manifest last.
+
+`prepare` may be interrupted at any point and run again; data/cache.py calls it for a run that names no directory.
+"""
+
+import fcntl
+import glob
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from importlib import metadata
+
+import xxhash
+
+from data import manifest as manifests
+from data import shards, sources
+from data.errors import BadRecords, CorpusMismatch, DataError
+from data.packing import PACKINGS, token_dtype
+from data.shards import Job, Recipe
+from data.vocabulary import load_tokenizer, read_model
+
+PLAN = "preparation.json"  # the plan of an unfinished preparation
+LOCK = ".lock"
+
+
+def recipe_of(data_config: Mapping, **overrides) -> Recipe:
+    """The recipe in config.data, checked."""
+    values = {field: data_config[field] for field in Recipe._fields} | overrides
+    recipe = Recipe(**{**values, "held_out": tuple(values["held_out"])})
+    for key, good, accepted in (
+        ("sequence_length", recipe.sequence_length > 0, "an integer > 0"),
+        ("packing", recipe.packing in PACKINGS, " or ".join(PACKINGS)),
+        ("shards", 0 < recipe.shards < 100_000, "an integer from 1 to 99999"),
+        ("held_out_fraction", 0 <= recipe.held_out_fraction < 1, "a fraction from 0 to below 1"),
+        ("bad_records", 0 <= recipe.bad_records <= 1, "a fraction from 0 to 1"),
+        ("text_field", bool(recipe.text_field), "the name of a field"),
+    ):
+        if not good:
+            raise DataError(f"config.data.{key}={getattr(recipe, key)!r}: accepted is {accepted}")
+    sources.parse(recipe.task)
+    sources.held_out_sources(recipe.task, recipe.held_out)
+    return recipe
+
+
+def identity(recipe: Recipe) -> dict:
+    """What must be equal for two preparations to be one: recipe, vocabulary, state of the sources, format."""
+    parts = (*sources.parse(recipe.task), *sources.held_out_sources(recipe.task, recipe.held_out))
+    place = {(source.kind, source.where) for source in parts}
+    return {
+        **recipe._replace(vocabulary=load_tokenizer(recipe.vocabulary).fingerprint)._asdict(),
+        "held_out": list(recipe.held_out),
+        "sources": {
+            f"{source.kind}:{source.where}": sources.fingerprint(source, recipe.tfds_dir)
+            for source in parts
+            if (source.kind, source.where) in place
+        },
+        "format": manifests.FORMAT,
+    }
+
+
+def prepare(
+    recipe: Recipe,
+    out: str,
+    workers: int = 1,
+    log: Callable[[str], None] = print,
+    report: Callable[[dict], None] = lambda state: None,
+) -> dict:
+    """Prepares `recipe` in directory `out` and returns the manifest; an interrupted preparation is continued.
+
+    Work is spread over `workers` processes, shard by shard; the result does not depend on their number. `report` is
+    called about twice a second with the counts {shards, of, documents, tokens, bytes}. A finished directory is never
+    written again: the same recipe verifies it, another is CorpusMismatch.
+    """
+    expected = identity(recipe)
+    if os.path.exists(os.path.join(out, manifests.NAME)):
+        return _already(out, expected, log)
+    if os.path.isdir(out) and not os.path.exists(os.path.join(out, PLAN)) and set(os.listdir(out)) - {LOCK}:
+        raise DataError(f"--out={out}: exists and is no preparation; choose an empty or new directory")
+    tokenizer = load_tokenizer(recipe.vocabulary)
+    try:
+        created = not os.path.exists(out)
+        os.makedirs(out, exist_ok=True)
+        with exclusive(os.path.join(out, LOCK), wait=False, busy=f"--out={out}: another process is preparing it"):
+            if os.path.exists(os.path.join(out, manifests.NAME)):
+                return _already(out, expected, log)
+            try:
+                _start(out, expected, log)
+                manifest = _run(recipe, out, tokenizer, expected, workers, log, report)
+            except BadRecords:
+                _clear(out, created)
+                raise
+            os.unlink(os.path.join(out, LOCK))
+            return manifest
+    except OSError as error:
+        raise DataError(
+            f"cannot write {out}: {error.strerror or error}; finished shards are kept, run again"
+        ) from error
+
+
+def _already(out: str, expected: dict, log: Callable[[str], None]) -> dict:
+    manifest = manifests.read(out)
+    _compare(f"{out} is finished and holds", manifest["identity"], expected)
+    manifests.verify(out, manifest, "full")
+    log(f"{out} is already prepared and intact")
+    return manifest
+
+
+def _compare(prefix: str, have: dict, expected: dict) -> None:
+    # Refusing more or fewer bad records does not change what was written.
+    for key in sorted(expected.keys() | have.keys()):
+        if have.get(key) != expected.get(key) and key not in ("bad_records", "checksum"):
+            change = f"{key} is {have.get(key)!r} there, {expected.get(key)!r} now"
+            raise CorpusMismatch(f"{prefix} another preparation: {change}; choose another directory")
+
+
+def _start(out: str, expected: dict, log: Callable[[str], None]) -> None:
+    plan = os.path.join(out, PLAN)
+    if os.path.exists(plan):
+        _compare(f"{out} holds an unfinished part of", manifests.read_json(plan), expected)
+        log(f"continuing the preparation in {out}")
+    else:
+        manifests.write_json(plan, expected)
+    for leftover in glob.glob(os.path.join(glob.escape(out), "**", "*.tmp"), recursive=True):
+        os.unlink(leftover)
+
+
+def _clear(out: str, created: bool) -> None:
+    for name in os.listdir(out):
+        path = os.path.join(out, name)
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    if created:
+        os.rmdir(out)
+
+
+def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log, report) -> dict:
+    began = time.time()
+    train = sources.parse(recipe.task)
+    held_out = sources.held_out_sources(recipe.task, recipe.held_out)
+    dtype = token_dtype(tokenizer.vocab_size)
+    # Held-out sets come first: training documents equal to one of theirs are left out.
+    parts = {}
+    for part, listed, count in (("held_out", held_out, 1), ("train", train, recipe.shards)):
+        jobs = [Job(part, source, shard, count) for source in listed for shard in range(count)]
+        done = _run_jobs(recipe, out, jobs, dtype, workers, report)
+        parts[part] = [_component(recipe, part, source, done[source.name], log) for source in listed]
+    manifest = {
+        "format": manifests.FORMAT,
+        "code_version": code_version(),
+        "python": sys.version.split()[0],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "task": recipe.task,
+        "sequence_length": recipe.sequence_length,
+        "packing": recipe.packing,
+        "dtype": dtype,
+        "vocabulary": {
+            "spec": recipe.vocabulary,
+            "fingerprint": tokenizer.fingerprint,
+            "size": tokenizer.vocab_size,
+            "file": _copy_vocabulary(recipe.vocabulary, out),
+        },
+        **parts,
+        "identity": expected,
+    }
+    manifest["fingerprint"] = _fingerprint(manifest)
+    _finish(out, manifest)
+    log(f"prepared {out} in {time.time() - began:.1f} s")
+    return manifests.read(out)
+
+
+def _component(recipe: Recipe, part: str, source: sources.Source, entries: list[dict], log) -> dict:
+    faults = sum((Counter(entry["faults"]) for entry in entries), Counter())
+    totals = {key: sum(entry[key] for entry in entries) for key in COUNTS}
+    bad = faults.total() / max(totals["records"], 1)
+    listed = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items())) or "none"
+    log(
+        f"{part} {source.name}: {totals['documents']:,} documents, {totals['bytes']:,} bytes, "
+        f"{totals['tokens']:,} tokens in {totals['rows']:,} rows ({totals['tokens'] / max(1, totals['rows'] * recipe.sequence_length):.1%} used); "
+        f"bad records: {listed}; left out as held-out text: {totals['overlap']:,}"
+    )
+    if bad > recipe.bad_records:
+        allowed = f"config.data.bad_records={recipe.bad_records:g}"
+        raise BadRecords(
+            f"{allowed}: {faults.total():,} of {totals['records']:,} records of {source.kind}:{source.where} are bad "
+            f"({bad:.2%}: {listed}); {shards.REMEDY}"
+        )
+    if not totals["documents"]:
+        raise BadRecords(
+            f"{part} set {source.name} ({source.kind}:{source.where}@{source.split}) has no documents{HINT[part]}"
+        )
+    return {
+        **source._asdict(),
+        **totals,
+        "faults": dict(sorted(faults.items())),
+        "documents_hash": xxhash.xxh3_128_hexdigest("".join(entry["documents_hash"] for entry in entries).encode()),
+        "shards": [{key: entry[key] for key in ("file", "size", "hash", "content", "rows")} for entry in entries],
+    }
+
+
+COUNTS = ("records", "documents", "tokens", "bytes", "rows", "overlap")
+HINT = {
+    "train": "",
+    "held_out": "; raise config.data.held_out_fraction or name sets in config.data.held_out, as val=lines:val.txt@all",
+}
+
+
+def _fingerprint(manifest: dict) -> str:
+    kept = {key: manifest[key] for key in ("format", "sequence_length", "packing", "dtype")}
+    kept["vocabulary"] = manifest["vocabulary"]["fingerprint"]
+    for part in ("train", "held_out"):
+        kept[part] = [[c["name"], c["weight"], *(shard["content"] for shard in c["shards"])] for c in manifest[part]]
+    return manifests.checksum(kept)
+
+
+def _copy_vocabulary(spec: str, out: str) -> dict | None:
+    if spec == "bytes":
+        return None
+    path = os.path.join(out, manifests.VOCABULARY)
+    model = read_model(spec)
+    with open(path, "wb") as handle:
+        handle.write(model)
+    return {"file": manifests.VOCABULARY, "size": len(model), "hash": manifests.file_hash(path)}
+
+
+def _finish(out: str, manifest: dict) -> None:
+    manifests.write_json(os.path.join(out, manifests.NAME), manifest)
+    keep = {entry["file"] for entry in manifests.shards(manifest)} | {manifests.NAME, manifests.VOCABULARY, LOCK}
+    for folder, _, names in os.walk(out):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.relpath(path, out) not in keep:
+                os.unlink(path)
+            elif name != LOCK:
+                os.chmod(path, 0o444)
+
+
+def code_version() -> str:
+    """Version of Steppe that prepares."""
+    try:
+        return metadata.version("steppe")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _run_jobs(recipe: Recipe, out: str, jobs: list[Job], dtype: str, workers: int, report) -> dict[str, list[dict]]:
+    entries = {job: shards.finished(out, job) for job in jobs}
+    waiting = [job for job in jobs if entries[job] is None]
+    counts = [0, 0, 0]
+
+    def tell() -> None:
+        done = sum(entry is not None for entry in entries.values())
+        report({"shards": done, "of": len(jobs), **dict(zip(("documents", "tokens", "bytes"), counts, strict=True))})
+
+    if min(workers, len(waiting)) <= 1:
+        told = time.monotonic()
+
+        def count(*more: int) -> None:
+            nonlocal told
+            counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
+            if time.monotonic() - told > 0.5:
+                told = time.monotonic()
+                tell()
+
+        for job in waiting:
+            entries[job] = shards.write(out, recipe, job, dtype, count)
+            tell()
+    else:
+        _run_parallel(recipe, out, waiting, entries, dtype, workers, counts, tell)
+    tell()
+    listed: dict[str, list[dict]] = {}
+    for job in jobs:
+        listed.setdefault(job.source.name, []).append(entries[job])
+    return listed
+
+
+def _run_parallel(recipe, out, waiting, entries, dtype, workers, counts, tell) -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")  # tensorflow does not survive a fork
+    shared = context.Array("q", 3)
+    pool = ProcessPoolExecutor(min(workers, len(waiting)), context, _start_worker, (shared, os.getpid()))
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            counts[:] = shared[:]
+            tell()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        futures = {pool.submit(_work, out, recipe, job, dtype): job for job in waiting}
+        for future in as_completed(futures):
+            entries[futures[future]] = future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a worker preparing {out} was killed (out of memory?); finished shards are kept, run again, "
+            "perhaps with fewer --workers"
+        ) from error
+    finally:
+        stop.set()
+        watcher.join()
+        pool.shutdown(wait=True, cancel_futures=True)
+        counts[:] = shared[:]
+
+
+_shared_counts = None  # set once in a worker process
+
+
+def _start_worker(shared, parent: int) -> None:
+    global _shared_counts
+    _shared_counts = shared
+
+    def follow_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # the preparation was killed; its successor must be alone
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _work(out: str, recipe: Recipe, job: Job, dtype: str) -> dict:
+    def count(*more: int) -> None:
+        with _shared_counts.getexclusive():
+            for i, value in enumerate(more):
+                _shared_counts[i] += value
+
+    return shards.write(out, recipe, job, dtype, count)
+
+
+@contextmanager
+def exclusive(path: str, wait: bool, busy: str = ""):
+    """An advisory lock that the kernel drops when its holder dies."""
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise DataError(busy) from error
+        yield
+
+
+def main(arguments: Iterable[str]) -> int:
+    """`python -m data.prepare RECIPE_JSON DIRECTORY`: what data/cache.py starts; people use scripts.prepare_data."""
+    recipe, directory = arguments
+    try:
+        prepare(Recipe(**json.loads(recipe)), directory, log=lambda line: print(line, flush=True))
+    except DataError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,173 @@
+"""The sources as seqio tasks and mixtures: reading, tokenising and counting source bytes in one tf.data pipeline.
+
+Imports tensorflow inside its functions; only preparation and the training of a vocabulary call them.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from data import sources
+from data.errors import DataError
+from data.packing import Document
+from data.sources import Source
+from data.vocabulary import seqio_vocabulary
+
+BATCH = 32  # documents that cross from tensorflow to Python at a time
+
+
+class Example(NamedTuple):
+    """One record after the pipeline: its text, the reason why it is bad ("" if it is not), and its tokens."""
+
+    text: bytes
+    fault: str
+    document: Document
+
+
+def import_tensorflow():
+    """Imports tensorflow, quiet and without accelerators: they belong to the training process."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+    return tf
+
+
+def task(source: Source, vocabulary: str, text_field: str, held_out_fraction: float, tfds_dir: str):
+    """The seqio.Task of one source. Its examples: targets int32 [n] without the end-of-document id, lengths int32 [n],
+    targets_pretokenized and fault strings. Not registered: a name may stand for different files in different runs.
+    """
+    import_tensorflow()
+    import seqio
+
+    if source.kind == "tfds":
+        provider, preprocessors = _tfds_source(source, text_field, tfds_dir)
+    else:
+        provider, preprocessors = _file_source(source, text_field, held_out_fraction), []
+    words = seqio_vocabulary(vocabulary)
+    return seqio.Task(
+        _task_name(source.name),
+        source=provider,
+        preprocessors=[*preprocessors, functools.partial(_tokenize, vocabulary=words)],
+        output_features={"targets": seqio.Feature(vocabulary=words, add_eos=False)},
+        shuffle_buffer_size=None,
+    )
+
+
+def mixture(components: tuple[Source, ...], vocabulary: str, text_field: str, held_out_fraction: float, tfds_dir: str):
+    """The seqio.Mixture of a whole task, with its weights as rates of documents."""
+    import seqio
+
+    pairs = [
+        (task(source, vocabulary, text_field, held_out_fraction, tfds_dir), source.weight) for source in components
+    ]
+    return seqio.Mixture("_".join(_task_name(source.name) for source in components), pairs)
+
+
+def examples(
+    source: Source,
+    vocabulary: str,
+    text_field: str,
+    held_out_fraction: float,
+    tfds_dir: str,
+    shard: int = 0,
+    shards: int = 1,
+    threads: int = 1,
+) -> Iterator[Example]:
+    """Runs the task of `source` once over shard `shard` of `shards`, in a fixed order."""
+    tf = import_tensorflow()
+    import seqio
+
+    built = task(source, vocabulary, text_field, held_out_fraction, tfds_dir)
+    eos_id = built.output_features["targets"].vocabulary.eos_id
+    dataset = built.get_dataset(
+        None,
+        split="train",
+        shuffle=False,
+        shard_info=seqio.ShardInfo(shard, shards) if shards > 1 else None,
+        num_epochs=1,
+        try_in_mem_cache=False,
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    dataset = dataset.map(lambda x: {**x, "lengths": tf.cast(x["lengths"], tf.int32)})
+    for batch in dataset.ragged_batch(BATCH).with_options(options):
+        ids, sizes = batch["targets"].values.numpy(), batch["lengths"].values.numpy()
+        splits = batch["targets"].row_splits.numpy()
+        texts, faults = batch["targets_pretokenized"].numpy(), batch["fault"].numpy()
+        for i in range(len(texts)):
+            cut = slice(splits[i], splits[i + 1])
+            document = Document(np.append(ids[cut], eos_id), np.append(sizes[cut], 0))
+            yield Example(texts[i], faults[i].decode() or _fault(texts[i]), document)
+
+
+def _fault(text: bytes) -> str:
+    try:
+        return "" if text.decode("utf-8").strip() else "empty"
+    except UnicodeDecodeError:
+        return "encoding"
+
+
+def _task_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _tokenize(dataset, vocabulary):
+    """Adds ids and the source bytes behind each id, which add up to the bytes of the text in every vocabulary."""
+    import seqio
+    import tensorflow as tf
+
+    tokenizer = (
+        getattr(vocabulary, "tf_tokenizer", None) if isinstance(vocabulary, seqio.SentencePieceVocabulary) else None
+    )
+
+    def tokenize(example):
+        text = example["targets"]
+        if tokenizer is None:
+            ids = vocabulary.encode_tf(text)
+            lengths = tf.ones_like(ids)
+        else:
+            ids, starts, _ = tokenizer.tokenize_with_offsets(text)
+            # Text that normalisation drops belongs to the token before it (to the first one, before that).
+            edges = tf.concat([[0], tf.cast(starts[1:], tf.int32), [tf.strings.length(text)]], 0)
+            lengths = tf.cond(tf.size(ids) > 0, lambda: edges[1:] - edges[:-1], lambda: tf.zeros([0], tf.int32))
+        return {"targets": ids, "lengths": lengths, "targets_pretokenized": text, "fault": example["fault"]}
+
+    return dataset.map(tokenize, num_parallel_calls=4, deterministic=True)
+
+
+def _file_source(source: Source, text_field: str, held_out_fraction: float):
+    """A seqio.DataSource over the readers of data/sources.py: sharded anywhere, also inside a file."""
+    import seqio
+    import tensorflow as tf
+
+    class Records(seqio.DataSource):
+        supports_arbitrary_sharding = True
+
+        def list_shards(self, split):
+            return [source.kind] if source.kind == "embedded" else sources.files(source)
+
+        def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
+            if shuffle:
+                raise ValueError("rows are shuffled when they are read: use shuffle=False")
+            part = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
+
+            def read():
+                for record in sources.records(source, text_field, held_out_fraction, *part):
+                    yield {"targets": record.text, "fault": record.fault}
+
+            signature = {name: tf.TensorSpec((), tf.string) for name in ("targets", "fault")}
+            return tf.data.Dataset.from_generator(read, output_signature=signature)
+
+    return Records(splits=("train",))
+
+
+def _tfds_source(source: Source, text_field: str, tfds_dir: str):
+    raise DataError(f"config.data.task: tfds:{source.where} is not available yet")
