@@ -22,13 +22,8 @@ _CHOICES = {
     "model.remat": ("none", "full", "dots", "offload"),
     "model.functional_readout": ("auto", "rebuild", "keep"),
     "data.packing": ("concat", "bestfit"),
-    "optim.rho_schedule": ("constant", "warmup", "cosine", "learning_rate"),
-    "optim.ascent_over": ("global", "microbatch", "subset"),
-    "optim.layerwise_rho": ("none", "norm", "width"),
-    "optim.precond_norm": ("l2", "ellipsoid"),
-    "optim.precond_moment": ("stale", "fresh"),
+    "data.verify": ("full", "sizes", "auto"),
     "optim.clip_order": ("after", "before"),
-    "optim.schedule": ("cosine", "linear", "constant", "rsqrt", "wsd"),
     "train.parameter_count": ("total", "non_embedding"),
     "train.on_nonfinite": ("stop", "skip"),
     "log.wandb": ("online", "offline", "disabled"),
@@ -44,7 +39,9 @@ _INTEGERS = {
     "model.mlp_width": (1, None),
     "model.readout_chunk": (1, None),
     "data.sequence_length": (1, None),
+    "data.shards": (1, None),
     "data.prefetch": (0, None),
+    "data.workers": (0, None),
     "optim.every": (1, None),
     "optim.k": (1, None),
     "train.batch_size": (1, None),
@@ -78,8 +75,9 @@ _NUMBERS = (
         lambda value: 0 <= value < 1,
         ("model.label_smoothing", "optim.b1", "optim.b2", "optim.decay"),
     ),
-    ("a number from 0 to 1", lambda value: 0 <= value <= 1, ("optim.end_learning_rate",)),
+    ("a number from 0 to 1", lambda value: 0 <= value <= 1, ("optim.end_learning_rate", "data.bad_records")),
     ("a number > 0 and <= 1", lambda value: 0 < value <= 1, ("optim.ascent_fraction",)),
+    ("a number > 0 and < 1", lambda value: 0 < value < 1, ("data.held_out_fraction",)),
 )
 
 # the keys of config.optim that belong to single methods and are None unless set
@@ -92,8 +90,12 @@ _REGEXES = ("optim.perturb", "optim.decay_mask")
 
 
 def check(config: ConfigDict, *, device_count: int, process_count: int = 1) -> None:
-    """Raises ConfigError for the first value of a resolved config that cannot run on these devices and processes."""
-    for key, names in _CHOICES.items():
+    """Refuses a resolved config that cannot run on these devices and processes, naming one value.
+
+    Raises ConfigError, or data's DataError for a text source or vocabulary; either is one line.
+    """
+    _check_data(config)
+    for key, names in {**_CHOICES, **_optim_choices()}.items():
         _need(_value(config, key) in (*names, None), config, key, _one_of(names))
     for key, (low, high) in _INTEGERS.items():
         value = _value(config, key)
@@ -170,25 +172,42 @@ def _check_model(config: ConfigDict) -> None:
         _need(model.width // model.heads % 2 == 0, config, "model.heads", accepted)
 
 
+def _check_data(config: ConfigDict) -> None:
+    from data import sources, vocabulary
+
+    sources.parse(config.data.task)
+    sources.held_out_sources(config.data.task, config.data.held_out)
+    vocabulary.load_tokenizer(config.data.vocabulary)
+
+
+def _optim_choices() -> dict[str, tuple[str, ...]]:
+    from optim import methods, schedules, sharpness_aware
+
+    return {
+        "optim.method": (*methods.METHODS, *methods.ALIASES),
+        "optim.schedule": schedules.SCHEDULES,
+        "optim.rho_schedule": schedules.RHO_SCHEDULES,
+        "optim.ascent_over": sharpness_aware.ASCENT_OVER,
+        "optim.layerwise_rho": sharpness_aware.LAYERWISE,
+        **{f"optim.{key}": names for key, names in methods.CHOICES.items()},
+    }
+
+
 def _check_method(config: ConfigDict) -> None:
-    from optim import base, methods
+    from optim import methods
 
     optim = config.optim
-    names = [*methods.METHODS, *methods.ALIASES]
-    _need(optim.method in names, config, "optim.method", _one_of(names))
-    _need(optim.base in base.BASES, config, "optim.base", _one_of(base.BASES))
-
-    name = methods.ALIASES.get(optim.method, optim.method)
-    taken = methods.METHODS[name].defaults
+    accepted = f"{_one_of(methods.accepted_bases(optim.method))} with optim.method = {optim.method}"
+    _need(optim.base in methods.accepted_bases(optim.method), config, "optim.base", accepted)
+    row = methods.METHODS[methods.canonical(optim.method)]
+    taken = [key for key in METHOD_OPTIONS if row and key in row.defaults]
     for key in METHOD_OPTIONS:
-        if optim[key] is not None and key not in taken:
-            takes = f"which takes {', '.join(taken)}" if taken else "which takes no options"
-            raise ConfigError(
-                f"optim.{key}", optim[key], f"left out (None) with optim.method = {optim.method}, {takes}"
-            )
-
+        accepted = f"None with optim.method = {optim.method}, which takes {', '.join(taken) or 'no option'}"
+        _need(optim[key] is None or key in taken, config, f"optim.{key}", accepted)
     accepted = f"1.0 unless optim.ascent_over is subset, and it is {optim.ascent_over}"
     _need(optim.ascent_fraction == 1.0 or optim.ascent_over == "subset", config, "optim.ascent_fraction", accepted)
+    accepted = "1 with optim.method = look_sam, whose period is optim.k"
+    _need(optim.every == 1 or optim.method != "look_sam", config, "optim.every", accepted)
 
 
 def _check_durations(config: ConfigDict) -> None:
@@ -196,38 +215,33 @@ def _check_durations(config: ConfigDict) -> None:
 
     tokens_per_step = config.train.batch_size * config.data.sequence_length
 
-    def steps(key: str, total_steps: int) -> int:
+    def steps(key: str, **known: int) -> int:
+        text = _value(config, key)
         try:
-            return duration_steps(_value(config, key), total_steps=total_steps, tokens_per_step=tokens_per_step)
+            return duration_steps(text, tokens_per_step=tokens_per_step, **known)
         except ValueError as error:
-            accepted = 'a duration such as "2000 steps", "3.2M tokens" or "5%" of the run'
-            raise ConfigError(key, _value(config, key), f"{accepted} ({error})") from None
+            reason = str(error)
+            for verb in (" is not ", " must be "):
+                if reason.startswith(f"{text!r}{verb}"):
+                    raise ConfigError(key, text, reason.removeprefix(f"{text!r}{verb}")) from None
+            raise ConfigError(key, text, f"a duration in steps, tokens or % of the run ({reason})") from None
 
+    # How long "chinchilla" and epochs are depends on the model and the corpus: what is written is checked all the same,
+    # against a run so long that only a false sentence fails.
     whole = config.train.duration
-    total = 10**9  # of a run whose length depends on the corpus or the parameters: enough to check what is written
-    known = False
-    if whole != "chinchilla" and not re.fullmatch(r"\d+(\.\d*)?\s+epochs?", whole):
-        accepted = 'a duration such as "2000 steps", "3.2M tokens", "3 epochs" or "chinchilla"'
-        _need("%" not in whole, config, "train.duration", accepted)
-        try:
-            total = duration_steps(whole, total_steps=total, tokens_per_step=tokens_per_step)
-        except ValueError as error:
-            raise ConfigError("train.duration", whole, f"{accepted} ({error})") from None
-        _need(total >= 1, config, "train.duration", f"at least one step of {tokens_per_step} tokens")
-        known = True
-    elif whole != "chinchilla":
-        _need(float(whole.split()[0]) > 0, config, "train.duration", "more than 0 epochs")
-
+    known = whole != "chinchilla" and "epoch" not in whole
+    total = 10**12 if whole == "chinchilla" else steps("train.duration", tokens_per_epoch=10**15)
+    _need(total >= 1, config, "train.duration", f"at least one step, which is {tokens_per_step} tokens")
     for key in ("evaluate.every", "checkpoint.every"):
-        _need(steps(key, total) >= 1 or not known, config, key, "at least one step")
-    start, stop = steps("optim.start", total), steps("optim.stop", total)
-    _need(start <= stop or not known, config, "optim.stop", f"no earlier than optim.start = {config.optim.start!r}")
-    warmup = steps("optim.warmup", total)
-    cooldown = steps("optim.cooldown", total)
+        _need(steps(key, total_steps=total) >= 1, config, key, "at least one step")
+    start, stop, warmup, cooldown = (
+        steps(f"optim.{key}", total_steps=total) for key in ("start", "stop", "warmup", "cooldown")
+    )
     if known:
-        _need(warmup <= total, config, "optim.warmup", f"no longer than the run of {total} steps")
+        _need(start <= stop, config, "optim.stop", f"no earlier than optim.start = {config.optim.start!r}")
+        _need(warmup <= total, config, "optim.warmup", f"no longer than the run, which has {total} steps")
         if config.optim.schedule == "wsd":
-            accepted = f"no longer than what warm-up ({warmup} steps) leaves of the run of {total} steps"
+            accepted = f"no longer than what the warm-up of {warmup} steps leaves of the run, {total - warmup} steps"
             _need(warmup + cooldown <= total, config, "optim.cooldown", accepted)
 
 
