@@ -1,9 +1,9 @@
 """Model scales by name, and `resolve`, which writes the shape a config names into it.
 
-N layers of width D with an MLP of width F = 4D hold 12 N D^2 weights in style nanodo, the count beside each size
-(norm scales and embeddings come on top; lm/budget.py counts everything exactly). 24m to 1.2b are the scales of the
-Functional-SAM paper (arXiv 2502.02407): it prints 23.9M, 42.5M, 117.9M and ~1.2B, and these (N, D) are our inference
-from those counts, not a quotation.
+N layers of width D with an MLP of width F = 4D hold 12 N D^2 weights in style nanodo, the count beside each size (norm
+scales and embeddings come on top; lm/budget.py counts everything exactly). 24m to 1.2b are the scales of the
+Functional-SAM paper (arXiv 2502.02407). It prints 23.9M, 42.5M, 117.9M and ~1.2B; these (N, D) are our inference from
+those counts, not a quotation, and give 23.89M, 42.47M, 117.96M and 1.208B.
 """
 
 from ml_collections import ConfigDict

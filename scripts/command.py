@@ -16,6 +16,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -71,6 +72,14 @@ def parse(
         sys.exit(fail(error))
 
 
+def writable_directory(text: str) -> Path:
+    """An argparse type: the path of a directory that can be written to, or made."""
+    place = next(folder for folder in (Path(text), *Path(text).absolute().parents) if folder.exists())
+    if not text or not place.is_dir() or not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a writable directory, or one that can be made")
+    return Path(text)
+
+
 def fail(message: object) -> int:
     """Prints one line on standard error and returns the exit status for bad input, 2."""
     print(" ".join(str(message).split()), file=sys.stderr, flush=True)
@@ -104,6 +113,7 @@ def read_config(path: str, overrides: Sequence[tuple[str, str | None]] = ()) -> 
 
 def _raise_usage(message: str):
     missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+    message = message.removeprefix("argument ")
     raise UsageError(f"{missing[1]} is missing; --help shows the usage" if missing else message)
 
 
