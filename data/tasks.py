@@ -47,7 +47,13 @@ def task(source: Source, vocabulary: str, text_field: str, held_out_fraction: fl
     if source.kind == "tfds":
         provider, preprocessors = _tfds_source(source, text_field, tfds_dir)
     else:
-        provider, preprocessors = _file_source(source, text_field, held_out_fraction), []
+
+        def read(shard: int, shards: int):
+            for record in sources.records(source, text_field, held_out_fraction, shard, shards):
+                yield {"targets": record.text, "fault": record.fault}
+
+        provider = _records_source(read, lambda: sources.files(source) if source.where else [source.kind])
+        preprocessors = []
     words = seqio_vocabulary(vocabulary)
     return seqio.Task(
         _task_name(source.name),
@@ -143,8 +149,8 @@ def _tokenize(dataset, vocabulary):
     return dataset.map(tokenize, num_parallel_calls=4, deterministic=True)
 
 
-def _file_source(source: Source, text_field: str, held_out_fraction: float):
-    """A seqio.DataSource over the readers of data/sources.py: sharded anywhere, also inside a file."""
+def _records_source(read, list_files):
+    """A seqio.DataSource of `read(shard, shards)`, which yields {targets, fault}: sharded anywhere, also inside a file."""
     import seqio
     import tensorflow as tf
 
@@ -152,22 +158,71 @@ def _file_source(source: Source, text_field: str, held_out_fraction: float):
         supports_arbitrary_sharding = True
 
         def list_shards(self, split):
-            return [source.kind] if source.kind == "embedded" else sources.files(source)
+            return list_files()
 
         def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
             if shuffle:
                 raise ValueError("rows are shuffled when they are read: use shuffle=False")
             part = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
-
-            def read():
-                for record in sources.records(source, text_field, held_out_fraction, *part):
-                    yield {"targets": record.text, "fault": record.fault}
-
             signature = {name: tf.TensorSpec((), tf.string) for name in ("targets", "fault")}
-            return tf.data.Dataset.from_generator(read, output_signature=signature)
+            return tf.data.Dataset.from_generator(lambda: read(*part), output_signature=signature)
 
     return Records(splits=("train",))
 
 
 def _tfds_source(source: Source, text_field: str, tfds_dir: str):
-    raise DataError(f"config.data.task: tfds:{source.where} is not available yet")
+    """(seqio source, preprocessors) of a TFDS data set, whether its files are TFRecord or ArrayRecord."""
+    import seqio
+    import tensorflow as tf
+
+    builder, split = tfds_builder(source, text_field, tfds_dir)
+
+    def rename(dataset):
+        return dataset.map(lambda example: {"targets": example[text_field], "fault": tf.constant("")})
+
+    if builder.info.file_format.value != "array_record":
+        provider = seqio.TfdsDataSource(
+            builder.get_reference().tfds_name(include_version=True),
+            tfds_data_dir=tfds_dir or None,
+            splits={"train": split},
+            read_only=True,
+        )
+        return provider, [rename]
+
+    # tf.data cannot read ArrayRecord: TFDS's own random access can.
+    records = builder.as_data_source(split)
+
+    def read(shard: int, shards: int):
+        for index in range(shard, len(records), shards):
+            yield {"targets": records[index][text_field], "fault": ""}
+
+    return _records_source(read, lambda: [split]), []
+
+
+def tfds_builder(source: Source, text_field: str, tfds_dir: str):
+    """(builder, split) of a TFDS source that is prepared on this machine and has the text field; nothing is downloaded."""
+    import tensorflow_datasets as tfds
+
+    name = source.where
+    try:
+        builder = tfds.builder(name, data_dir=tfds_dir or None, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"config.data: tfds:{name} in config.data.tfds_dir={tfds_dir!r}: {reason}") from error
+    splits = list(builder.info.splits)
+    if not splits:
+        place = os.path.dirname(os.path.dirname(str(builder.data_dir)))
+        remedy = f"run `tfds build {name} --data_dir=DIR` and set config.data.tfds_dir=DIR"
+        raise DataError(f"config.data.tfds_dir={tfds_dir!r}: tfds:{name} is not prepared below {place}; {remedy}")
+    split = source.split
+    if split == "held_out":
+        split = next((known for known in ("validation", "test") if known in splits), split)
+    if split.split("[")[0] not in (*splits, "all"):
+        remedy = "name sets in config.data.held_out, as val=tfds:NAME@SPLIT" if source.split == "held_out" else ""
+        raise DataError(f"tfds:{name} has no split {split!r}, only {', '.join(splits)}; {remedy}".rstrip("; "))
+    features = builder.info.features
+    if text_field not in features or features[text_field].shape != () or features[text_field].np_dtype != object:
+        raise DataError(
+            f"config.data.text_field={text_field!r}: no text in tfds:{name}, which has {', '.join(features)}"
+        )
+    return builder, split
