@@ -1,0 +1,107 @@
+"""The loss curve of a run as a picture, from its metrics.jsonl alone."""
+
+import math
+import os
+from pathlib import Path
+
+from lm import tracking
+
+# Okabe and Ito's colours, told apart by colour-blind readers and, by lightness and dash, in grey print
+_BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+
+
+def loss_curve(workdir: str | os.PathLike) -> Path | None:
+    """Draws loss.png in the workdir and returns its path; None where no step has been recorded.
+
+    Above: training loss (faint, and its running mean), held-out losses, and each baseline of the run's record
+    (`baselines`: {name: nats per token}) as a line. Below, where the method perturbs: perturbed minus clean loss, the
+    sharpness that the method sees. Losses are nats per token.
+    """
+    records = tracking.read(workdir)
+    train = [record for record in records if record["kind"] == "train"]
+    if not train:
+        return None
+    runs = [record for record in records if record["kind"] == "run"]
+    baselines = runs[-1]["baselines"] if runs and "baselines" in runs[-1] else {}
+    title = runs[-1]["title"] if runs and "title" in runs[-1] else Path(workdir).resolve().name
+
+    import matplotlib
+    from matplotlib.figure import Figure  # draws off screen; pyplot would choose a backend for the whole process
+
+    gap = [
+        (record["step"], record["perturbed_loss"] - record["loss"])
+        for record in train
+        if "perturbed_loss" in record and record["perturbed_loss"] != record["loss"]
+    ]
+    with matplotlib.rc_context(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6}
+    ):
+        figure = Figure(figsize=(7, 5.2 if gap else 4), layout="constrained")
+        ratios = [3, 1] if gap else [1]
+        axes = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
+        _losses(axes[0, 0], train, records, baselines)
+        axes[0, 0].set_title(title, fontsize=10, loc="left")
+        if gap:
+            _sharpness(axes[1, 0], gap)
+        axes[-1, 0].set_xlabel("step")
+        axes[-1, 0].set_xlim(0, train[-1]["step"] * 1.01)
+        path = Path(workdir) / "loss.png"
+        figure.savefig(path, dpi=160)
+    return path
+
+
+def running_mean(values: list[float], decay: float) -> list[float]:
+    """Exponential average with the bias of its start divided out; NaN and infinities are passed over."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight if weight else math.nan)
+    return means
+
+
+def _smoothing(count: int) -> float:
+    """Averages over about a fiftieth of what is drawn."""
+    return 1 - 1 / max(1.0, count / 50)
+
+
+def _losses(axes, train, records, baselines):
+    steps, losses = [record["step"] for record in train], [record["loss"] for record in train]
+    smooth = running_mean(losses, _smoothing(len(losses)))
+    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.7)
+    axes.plot(steps, smooth, color=_BLUE, label=f"training {smooth[-1]:.3f}")
+    names = dict.fromkeys(record["name"] for record in records if record["kind"] == "evaluate")
+    for name, marker in zip(names, "osD^vP*X" * len(names), strict=False):
+        points = [(r["step"], r["loss"]) for r in records if r["kind"] == "evaluate" and r["name"] == name]
+        label = f"{name.replace('_', ' ')} {points[-1][1]:.3f}"
+        axes.plot(
+            *zip(*points, strict=True), color=_VERMILION, marker=marker, markersize=4, linestyle="--", label=label
+        )
+    for (name, value), dash in zip(
+        baselines.items(), [":", "-.", (0, (6, 2)), (0, (1, 3))] * len(baselines), strict=False
+    ):
+        axes.axhline(value, color=_GREY, linewidth=1.1, linestyle=dash, label=f"{name} {value:.3f}")
+
+    # the first steps, at log(vocabulary), would flatten all the rest
+    settled = [value for value in smooth[len(smooth) // 20 :] if math.isfinite(value)]
+    held_out = [record["loss"] for record in records if record["kind"] == "evaluate" and math.isfinite(record["loss"])]
+    shown = [*settled, *held_out, *baselines.values()]
+    if shown:
+        low, high = min([*shown, smooth[-1]]), max(shown)
+        axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.08 * (high - low) + 1e-3)
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _sharpness(axes, gap):
+    steps, values = zip(*gap, strict=True)
+    axes.plot(steps, values, color=_GREEN, alpha=0.25, linewidth=0.7)
+    smooth = running_mean(list(values), _smoothing(len(values)))
+    axes.plot(steps, smooth, color=_GREEN)
+    settled = sorted(value for value in smooth[len(smooth) // 20 :] if math.isfinite(value))
+    if settled:
+        low, high = min(0.0, settled[0]), max(0.0, settled[-1])
+        axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+    axes.set_ylabel("perturbed\n$-$ clean")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
