@@ -65,26 +65,32 @@ class Corpus:
 
 
 def open_corpus(
-    directory: str, vocabulary: str, sequence_length: int, packing: str | None = None, verify: str = "auto"
+    directory: str,
+    vocabulary: str | None = None,
+    sequence_length: int | None = None,
+    packing: str | None = None,
+    verify: str = "auto",
 ) -> Corpus:
     """Opens and verifies a prepared directory; `vocabulary`, `sequence_length` and `packing` are those the run expects.
 
-    CorpusMismatch names the key, its value and what the directory has; CorpusDamaged names the file.
+    None accepts what the directory has, with the copy of the vocabulary that lies in it. CorpusMismatch names the key,
+    its value and what the directory has; CorpusDamaged names the file.
     """
     if verify not in manifests.VERIFY:
         raise DataError(f"config.data.verify={verify!r}: accepted are {', '.join(manifests.VERIFY)}")
     manifest = manifests.read(directory)
-    tokenizer = load_tokenizer(vocabulary)
     have = manifest["vocabulary"]
-    for key, value, found in (
-        ("vocabulary", f"{vocabulary} ({tokenizer.fingerprint})", f"{have['spec']} ({have['fingerprint']})"),
-        ("sequence_length", sequence_length, manifest["sequence_length"]),
-        ("packing", packing, manifest["packing"]),
-    ):
-        same = tokenizer.fingerprint == have["fingerprint"] if key == "vocabulary" else value in (found, None)
-        if not same:
-            raise CorpusMismatch(f"config.data.{key} is {value}, but {directory} was prepared with {found}")
+    tokenizer = load_tokenizer(vocabulary) if vocabulary else None
+    if tokenizer and tokenizer.fingerprint != have["fingerprint"]:
+        difference = f"{vocabulary} ({tokenizer.fingerprint}), but {directory} was prepared with {have['spec']}"
+        raise CorpusMismatch(f"config.data.vocabulary is {difference} ({have['fingerprint']})")
+    for key, value in (("sequence_length", sequence_length), ("packing", packing)):
+        if value not in (manifest[key], None):
+            raise CorpusMismatch(f"config.data.{key} is {value}, but {directory} was prepared with {manifest[key]}")
     manifests.verify(directory, manifest, verify)
+    if tokenizer is None:
+        copied = have["file"] and os.path.join(directory, have["file"]["file"])
+        tokenizer = load_tokenizer(copied or have["spec"])
     return Corpus(
         directory=directory,
         manifest=manifest,

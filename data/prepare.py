@@ -285,13 +285,13 @@ def _run_parallel(recipe, out, waiting, entries, dtype, workers, counts, tell) -
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")  # tensorflow does not survive a fork
-    shared = context.Array("q", 3)
+    shared = context.Array("q", 4)  # documents, tokens, bytes, and 1 when the workers must stop
     pool = ProcessPoolExecutor(min(workers, len(waiting)), context, _start_worker, (shared, os.getpid()))
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.5):
-            counts[:] = shared[:]
+            counts[:] = shared[:3]
             tell()
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -305,11 +305,14 @@ def _run_parallel(recipe, out, waiting, entries, dtype, workers, counts, tell) -
             f"a worker preparing {out} was killed (out of memory?); finished shards are kept, run again, "
             "perhaps with fewer --workers"
         ) from error
+    except BaseException:
+        shared[3] = 1
+        raise
     finally:
         stop.set()
         watcher.join()
         pool.shutdown(wait=True, cancel_futures=True)
-        counts[:] = shared[:]
+        counts[:] = shared[:3]
 
 
 _shared_counts = None  # set once in a worker process
@@ -329,9 +332,11 @@ def _start_worker(shared, parent: int) -> None:
 
 def _work(out: str, recipe: Recipe, job: Job, dtype: str) -> dict:
     def count(*more: int) -> None:
-        with _shared_counts.getexclusive():
+        with _shared_counts.get_lock():
             for i, value in enumerate(more):
                 _shared_counts[i] += value
+            if _shared_counts[3]:
+                raise DataError("stopped, because another worker met an error")
 
     return shards.write(out, recipe, job, dtype, count)
 

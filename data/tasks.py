@@ -28,10 +28,18 @@ class Example(NamedTuple):
 
 
 def import_tensorflow():
-    """Imports tensorflow, quiet and without accelerators: they belong to the training process."""
+    """Imports tensorflow and seqio, quiet and without accelerators: they belong to the training process."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
+    # What tensorflow's libraries print while they load ignores that level.
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        import seqio  # noqa: F401
+        import tensorflow as tf
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
     tf.config.set_visible_devices([], "GPU")
     tf.config.set_visible_devices([], "TPU")
     return tf
@@ -114,6 +122,25 @@ def examples(
             yield Example(texts[i], faults[i].decode() or _fault(texts[i]), document)
 
 
+def texts(components: tuple[Source, ...], text_field: str, held_out_fraction: float, tfds_dir: str) -> Iterator[str]:
+    """The good documents of a whole task, its sources interleaved by weight until the first of them ends."""
+    import_tensorflow()
+    mixed = mixture(components, "bytes", text_field, held_out_fraction, tfds_dir)
+    dataset = mixed.get_dataset(
+        None,
+        split="train",
+        shuffle=False,
+        num_epochs=1,
+        copy_pretokenized=True,
+        passthrough_features=["fault"],
+        try_in_mem_cache=False,
+    )
+    for example in dataset.as_numpy_iterator():
+        text = example["targets_pretokenized"]
+        if not example["fault"] and not _fault(text):
+            yield text.decode("utf-8")
+
+
 def _fault(text: bytes) -> str:
     try:
         return "" if text.decode("utf-8").strip() else "empty"
@@ -150,7 +177,7 @@ def _tokenize(dataset, vocabulary):
 
 
 def _records_source(read, list_files):
-    """A seqio.DataSource of `read(shard, shards)`, which yields {targets, fault}: sharded anywhere, also inside a file."""
+    """A seqio.DataSource of `read(shard, shards)`, which yields {targets, fault}: sharded also inside a file."""
     import seqio
     import tensorflow as tf
 
@@ -200,7 +227,7 @@ def _tfds_source(source: Source, text_field: str, tfds_dir: str):
 
 
 def tfds_builder(source: Source, text_field: str, tfds_dir: str):
-    """(builder, split) of a TFDS source that is prepared on this machine and has the text field; nothing is downloaded."""
+    """(builder, split) of a TFDS source, which must be prepared on this machine; nothing is downloaded."""
     import tensorflow_datasets as tfds
 
     name = source.where
@@ -221,8 +248,7 @@ def tfds_builder(source: Source, text_field: str, tfds_dir: str):
         remedy = "name sets in config.data.held_out, as val=tfds:NAME@SPLIT" if source.split == "held_out" else ""
         raise DataError(f"tfds:{name} has no split {split!r}, only {', '.join(splits)}; {remedy}".rstrip("; "))
     features = builder.info.features
-    if text_field not in features or features[text_field].shape != () or features[text_field].np_dtype != object:
-        raise DataError(
-            f"config.data.text_field={text_field!r}: no text in tfds:{name}, which has {', '.join(features)}"
-        )
+    if text_field not in features or not isinstance(features[text_field], tfds.features.Text):
+        listed = ", ".join(features)
+        raise DataError(f"config.data.text_field={text_field!r}: no text feature of tfds:{name}, which has {listed}")
     return builder, split

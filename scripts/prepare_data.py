@@ -1,0 +1,171 @@
+"""Prepare a corpus once, train a vocabulary, or look at a batch.
+
+    python -m scripts.prepare_data --config=FILE --out=DIR [--shards=N] [--workers=N]
+    python -m scripts.prepare_data vocabulary --config=FILE --out=FILE.model --size=N [--model_type=bpe]
+    python -m scripts.prepare_data show DIR --step=K [--batch_size=N] [--seed=N] [--held_out=NAME]
+
+The first writes the corpus of config.data to DIR; run it again after an interruption. The second trains a SentencePiece
+model on the task of config.data. The third prints the text of batch K as the model will see it.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+from scripts import command
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one of the three; returns the exit status, 2 for bad input."""
+    from data.errors import DataError
+
+    actions = {"vocabulary": _vocabulary, "show": _show}
+    try:
+        if argv and argv[0] in actions:
+            return actions[argv[0]](argv[1:])
+        return _prepare(argv)
+    except DataError as error:
+        return command.fail(error)
+    except KeyboardInterrupt:
+        return command.fail("interrupted; finished shards are kept, run the same command to continue")
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    parser = command.parser("prepare_data", __doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to prepare, new or interrupted")
+    parser.add_argument("--shards", type=int, metavar="N", help="files per training source (config.data.shards)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes, each working on one shard"
+    )
+    config, options = command.parse(argv, parser)
+    if options.workers < 1:
+        return command.fail(f"--workers={options.workers}: must be an integer > 0")
+    from data.prepare import prepare, recipe_of
+
+    shards = config.data.shards if options.shards is None else options.shards
+    recipe = recipe_of(config.data, shards=shards)
+    with _progress() as (log, report):
+        manifest = prepare(recipe, options.out, options.workers, log, report)
+    _summary(manifest, options.out)
+    return 0
+
+
+def _summary(manifest: dict, directory: str) -> None:
+    for part in ("train", "held_out"):
+        for entry in manifest[part]:
+            share = f", weight {entry['weight']:g}" if len(manifest[part]) > 1 and part == "train" else ""
+            print(f"{part:8} {entry['name']}: {entry['tokens']:,} tokens in {entry['rows']:,} rows{share}")
+    print(f"use it with --config.data.directory={directory}")
+
+
+@contextmanager
+def _progress():
+    """(log, report): a live bar on a terminal, a line every ten seconds elsewhere."""
+    began = time.monotonic()
+
+    def line(state: dict) -> str:
+        rate = state["tokens"] / max(time.monotonic() - began, 1e-9)
+        return f"{state['documents']:,} documents, {state['tokens'] / 1e6:,.1f}M tokens, {rate / 1e6:.2f}M tokens/s"
+
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, TextColumn("{task.description}")) as bar:
+            task = bar.add_task("starting", total=None)
+
+            def report(state: dict) -> None:
+                bar.update(task, total=state["of"], completed=state["shards"], description=line(state))
+
+            yield bar.console.print, report
+        return
+
+    told = began
+
+    def report_line(state: dict) -> None:
+        nonlocal told
+        if time.monotonic() - told >= 10:
+            told = time.monotonic()
+            print(f"{state['shards']}/{state['of']} shards, {line(state)}", flush=True)
+
+    yield print, report_line
+
+
+def _vocabulary(argv: Sequence[str]) -> int:
+    parser = command.parser("prepare_data vocabulary", "Train a SentencePiece model on the task of config.data.")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the model to write")
+    parser.add_argument("--size", type=int, required=True, metavar="N", help="pieces, the 256 bytes among them")
+    parser.add_argument("--model_type", default="bpe", help="bpe or unigram")
+    parser.add_argument("--characters", type=float, default=1e8, metavar="N", help="how much text to learn from")
+    config, options = command.parse(argv, parser)
+    if os.path.exists(options.out):
+        return command.fail(f"--out={options.out}: exists; choose a new file")
+    from data import sources, tasks
+    from data.prepare import recipe_of
+    from data.vocabulary import train_sentencepiece
+
+    recipe = recipe_of(config.data, vocabulary="bytes")
+    documents = tasks.texts(sources.parse(recipe.task), recipe.text_field, recipe.held_out_fraction, recipe.tfds_dir)
+    began = time.monotonic()
+    tokenizer = train_sentencepiece(documents, options.out, options.size, options.model_type, int(options.characters))
+    print(f"{options.out}: {tokenizer.vocab_size:,} pieces of {recipe.task} in {time.monotonic() - began:.1f} s")
+    print(f"use it with --config.data.vocabulary={options.out}")
+    return 0
+
+
+def _show(argv: Sequence[str]) -> int:
+    parser = command.parser("prepare_data show", "Print a batch of a prepared directory, decoded.")
+    parser.add_argument("directory", metavar="DIR", help="a prepared directory")
+    parser.add_argument("--step", type=int, default=0, metavar="K", help="which batch")
+    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="rows per batch, as in the run")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="config.seed of the run")
+    parser.add_argument("--held_out", metavar="NAME", help="show this held-out set instead of training text")
+    _, options = command.parse(argv, parser, needs_config=False)
+    for name, lowest in (("step", 0), ("batch_size", 1), ("seed", 0)):
+        if getattr(options, name) < lowest:
+            return command.fail(f"--{name}={getattr(options, name)}: must be an integer >= {lowest}")
+    from data.loader import held_out_rows, open_corpus, training_rows
+
+    corpus = open_corpus(options.directory)
+    if options.held_out:
+        batch = held_out_rows(corpus, options.held_out, options.step, options.batch_size)
+    else:
+        batch = training_rows(corpus, options.seed, options.step, options.batch_size)
+    used = batch["weights"].mean()
+    print(
+        f"{options.directory}: {corpus.manifest['task']}, {corpus.packing}, {corpus.sequence_length} tokens a row, "
+        f"vocabulary {corpus.manifest['vocabulary']['spec']}\n"
+        f"batch {options.step} of {options.held_out or f'training, seed {options.seed}'}: "
+        f"{options.batch_size} rows, {used:.1%} used, {batch['bytes'].sum():,} bytes of source"
+    )
+    for r in range(options.batch_size):
+        _print_row(
+            r, {name: value[r] for name, value in batch.items()}, corpus.tokenizer.decode, corpus.tokenizer.eos_id
+        )
+    return 0
+
+
+def _print_row(number: int, row: dict, tokenizer) -> None:
+    eos_id = tokenizer.eos_id
+    used = int(row["weights"].sum())
+    targets, inputs = row["targets"][:used], row["inputs"][:used]
+    print(f"\n=== row {number}: {used} of {len(row['targets'])} positions used, {row['bytes']} bytes")
+    begin = 0
+    while begin < used:
+        # A document ends with its end-of-document id, a segment where the packing says so.
+        if "segments" in row:
+            end = begin + int((row["segments"][begin:used] == row["segments"][begin]).sum())
+        else:
+            ends = (targets[begin:] == eos_id).nonzero()[0]
+            end = begin + int(ends[0]) + 1 if len(ends) else used
+        starts = "document" if inputs[begin] in (0, eos_id) else "rest of a document"
+        stops = "ends" if targets[end - 1] == eos_id else "continues elsewhere"
+        print(f"--- positions {begin} to {end - 1}: {starts}, {stops}")
+        print(tokenizer.decode(targets[begin:end].tolist()))
+        begin = end
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
