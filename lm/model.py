@@ -1,0 +1,199 @@
+"""The Transformer's trunk: tokens to the last hidden state. The readout stands in lm/readout.py.
+
+Dimensions, here and everywhere: B sequences, T tokens of a sequence, D width, L layers, H query heads, G key/value
+heads, K head width, F hidden width of the MLP, V vocabulary (padded).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.attention import attention
+
+STYLES = ("nanodo", "modern")
+REMAT = ("none", "full", "dots")
+
+
+class Shape(NamedTuple):
+    """Everything that determines the trunk's computation; built from a config by `shape`."""
+
+    style: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    vocabulary: int
+    sequence_length: int
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-6
+    dtype: str = "float32"
+    kernel: str = "einsum"
+    remat: str = "none"
+
+
+def padded_vocabulary(size: int, multiple: int) -> int:
+    """The embedding rows: the vocabulary rounded up, so that tensor parallelism and vector lanes divide it."""
+    return -(-size // multiple) * multiple
+
+
+def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Shape:
+    """The trunk's Shape from config.model, the tokenizer's size, the sequence length and the attention kernel."""
+    return Shape(
+        model.style, model.layers, model.width, model.heads, model.kv_heads or model.heads, model.mlp_width,
+        padded_vocabulary(vocabulary_size, model.vocabulary_multiple), sequence_length, model.qk_norm,
+        model.tie_embeddings, model.rope_base, model.norm_epsilon, model.compute_dtype, kernel, model.remat,
+    )  # fmt: skip
+
+
+def _fan_in(*axes: int, scale: float = 1.0) -> Callable:
+    def initialise(key, shape, dtype):
+        fan_in = 1
+        for axis in axes:
+            fan_in *= shape[axis]
+        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * (scale / fan_in) ** 0.5
+
+    return initialise
+
+
+class Norm(nn.Module):
+    """LayerNorm without bias (nanodo) or RMSNorm (modern) over the last axis, computed in float32 or better."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        if self.shape.style == "nanodo":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.shape.norm_epsilon)
+        return (wide * scale).astype(x.dtype)
+
+
+def rotate(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves paired; angles in float32 or better."""
+    half = x_BxTxHxK.shape[-1] // 2
+    wide = jnp.promote_types(jnp.float32, x_BxTxHxK.dtype)
+    angles = positions_BxT[..., None].astype(wide) * base ** (-jnp.arange(half, dtype=wide) / half)
+    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+    first, second = jnp.split(x_BxTxHxK.astype(wide), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxK.dtype)
+
+
+class Kernel(nn.Module):
+    """One weight array, cast to the compute dtype; its einsum stands where it is used."""
+
+    dims: tuple[int, ...]
+    fan_in: tuple[int, ...]
+    dtype: str
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self):
+        kernel = self.param("kernel", _fan_in(*self.fan_in, scale=self.scale), self.dims, jnp.float32)
+        return kernel.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query self-attention without biases."""
+
+    shape: Shape
+    constrain: Callable
+
+    @nn.compact
+    def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
+        s = self.shape
+        D, H, G, K = s.width, s.heads, s.kv_heads, s.width // s.heads
+        query = jnp.einsum("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), (0,), s.dtype, name="query")())
+        key = jnp.einsum("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="key")())
+        value = jnp.einsum("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="value")())
+        query, key, value = (self.constrain(a, "heads") for a in (query, key, value))
+        if s.qk_norm:
+            query, key = Norm(s, name="query_norm")(query), Norm(s, name="key_norm")(key)
+        if s.style == "modern":
+            query, key = rotate(query, positions_BxT, s.rope_base), rotate(key, positions_BxT, s.rope_base)
+        mixed = attention(query, key, value, segments_BxT, s.kernel)
+        out = Kernel((H, K, D), (0, 1), s.dtype, 1 / (2 * s.layers), name="out")()
+        return jnp.einsum("bthk,hkd->btd", mixed, out)
+
+
+class Mlp(nn.Module):
+    """GELU (nanodo) or SwiGLU (modern) without biases."""
+
+    shape: Shape
+    constrain: Callable
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        s = self.shape
+        D, F = s.width, s.mlp_width
+        hidden = jnp.einsum("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="up")())
+        if s.style == "modern":
+            gate = jnp.einsum("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="gate")())
+            hidden = jax.nn.silu(gate) * hidden
+        else:
+            hidden = jax.nn.gelu(hidden)
+        hidden = self.constrain(hidden, "mlp")
+        return jnp.einsum("btf,fd->btd", hidden, Kernel((F, D), (0,), s.dtype, 1 / (2 * s.layers), name="down")())
+
+
+class Block(nn.Module):
+    """A pre-norm residual block; returns (x, None), the carry and output of a scan over layers."""
+
+    shape: Shape
+    constrain: Callable
+
+    @nn.compact
+    def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
+        s = self.shape
+        mixed = Attention(s, self.constrain, name="attention")(
+            Norm(s, name="attention_norm")(x_BxTxD), positions_BxT, segments_BxT
+        )
+        x_BxTxD = self.constrain(x_BxTxD + mixed, "hidden")
+        hidden = Mlp(s, self.constrain, name="mlp")(Norm(s, name="mlp_norm")(x_BxTxD))
+        return self.constrain(x_BxTxD + hidden, "hidden"), None
+
+
+def _no_constraint(x: jax.Array, kind: str) -> jax.Array:
+    return x
+
+
+class Trunk(nn.Module):
+    """tokens [B, T] -> hidden [B, T, D] after the final norm, in the compute dtype.
+
+    constrain(array, kind) places activations on a mesh; kinds: hidden, heads, mlp. Parameter paths:
+    embed/embedding, position/embedding (nanodo), layers/... stacked over L, final_norm/scale, readout/kernel (untied).
+    """
+
+    shape: Shape
+    constrain: Callable = _no_constraint
+
+    @nn.compact
+    def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None):
+        s = self.shape
+        table = nn.Embed(s.vocabulary, s.width, embedding_init=_fan_in(1), dtype=s.dtype, name="embed")
+        x_BxTxD = table(tokens_BxT)
+        if positions_BxT is None:
+            positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+        if s.style == "nanodo":
+            places = nn.Embed(s.sequence_length, s.width, embedding_init=_fan_in(1), dtype=s.dtype, name="position")
+            x_BxTxD = x_BxTxD + places(positions_BxT)
+        if not s.tie_embeddings:
+            Kernel((s.vocabulary, s.width), (1,), "float32", name="readout")()
+        block = Block
+        if s.remat != "none":
+            policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[s.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        layers = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=s.layers
+        )
+        x_BxTxD, _ = layers(s, self.constrain, name="layers")(
+            self.constrain(x_BxTxD, "hidden"), positions_BxT, segments_BxT
+        )
+        return Norm(s, name="final_norm")(x_BxTxD)
