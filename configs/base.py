@@ -1,7 +1,7 @@
 """Every configuration key of Steppe, once, with its unit. Other configs start from `get_config()` and change values.
 
 A key left at None (a typed placeholder) means "the default of whatever reads it", and its comment says which.
-Durations are strings: "2000 steps", "3.2M tokens", "5%" of the run (and, for train.duration, "3 epochs" or "chinchilla").
+Durations are strings: "2000 steps", "3.2M tokens", "5%" of the run; train.duration also "3 epochs" or "chinchilla".
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # seeds initialisation and data order; runs that share it see the same tokens
 
     config.model = model = ConfigDict()
-    model.size = ""  # a name of configs/sizes.py, which then sets layers, width, heads and mlp_width; "" keeps those below
+    model.size = ""  # a name of configs/sizes.py, which sets layers, width, heads and mlp_width; "" keeps those below
     model.style = "nanodo"  # nanodo: LayerNorm, GELU, learned positions; modern: RMSNorm, SwiGLU, RoPE
     model.layers = 4  # Transformer blocks
     model.width = 128  # D, features of the residual stream
@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     model.tie_embeddings = True  # the readout shares the embedding table
     model.rope_base = 10000.0  # RoPE wavelength base, positions (style modern)
     model.norm_epsilon = 1e-6  # added to the variance in every norm
+    model.vocabulary_multiple = 32  # embedding rows are the vocabulary rounded up to a multiple of this
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, loss and optimizer stay float32
     model.attention = "auto"  # auto | einsum | blockwise | cudnn | splash; auto picks by backend and logs its choice
     model.remat = "none"  # none | full | dots | offload: what the backward pass recomputes
@@ -66,7 +67,9 @@ def get_config() -> ConfigDict:
     optim.precond_eps = placeholder(float)  # added to D; None: 1e-8
     optim.precond_norm = placeholder(str)  # l2 | ellipsoid: the norm in which rho is measured; None: l2
     optim.precond_moment = placeholder(str)  # stale | fresh: second moment before or after this gradient; None: stale
-    optim.alpha = placeholder(float)  # mixture of paths (1 functional, 0 logit) or gsam's weight; None: the method's default
+    optim.alpha = placeholder(
+        float
+    )  # mixture: share of the functional path; gsam, look_sam: weight; None: the method's
     optim.beta = placeholder(float)  # cr_sam's gradient-difference weight; None: the method's default
     optim.gamma = placeholder(float)  # cr_sam's curvature weight, focal_sam's focus; None: the method's default
     optim.lam = placeholder(float)  # focal_sam's lambda; None: the method's default

@@ -16,10 +16,7 @@ class ConfigError(ValueError):
 
 
 _CHOICES = {
-    "model.style": ("nanodo", "modern"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "einsum", "blockwise", "cudnn", "splash"),
-    "model.remat": ("none", "full", "dots", "offload"),
     "model.functional_readout": ("auto", "rebuild", "keep"),
     "data.packing": ("concat", "bestfit"),
     "data.verify": ("full", "sizes", "auto"),
@@ -37,6 +34,7 @@ _INTEGERS = {
     "model.heads": (1, None),
     "model.kv_heads": (0, None),
     "model.mlp_width": (1, None),
+    "model.vocabulary_multiple": (1, None),
     "model.readout_chunk": (1, None),
     "data.sequence_length": (1, None),
     "data.shards": (1, None),
@@ -89,13 +87,14 @@ METHOD_OPTIONS = (
 _REGEXES = ("optim.perturb", "optim.decay_mask")
 
 
-def check(config: ConfigDict, *, device_count: int, process_count: int = 1) -> None:
+def check(config: ConfigDict, *, device_count: int, process_count: int = 1, backend: str | None = None) -> None:
     """Refuses a resolved config that cannot run on these devices and processes, naming one value.
 
+    backend: cpu, gpu or tpu; None leaves out what depends on it.
     Raises ConfigError, or data's DataError for a text source or vocabulary; either is one line.
     """
     _check_data(config)
-    for key, names in {**_CHOICES, **_optim_choices()}.items():
+    for key, names in {**_CHOICES, **_choices_of_rooms()}.items():
         _need(_value(config, key) in (*names, None), config, key, _one_of(names))
     for key, (low, high) in _INTEGERS.items():
         value = _value(config, key)
@@ -107,7 +106,7 @@ def check(config: ConfigDict, *, device_count: int, process_count: int = 1) -> N
             _need(value is None or allowed(value), config, key, accepted)
     for key in _REGEXES:
         _check_regexes(config, key)
-    _check_model(config)
+    _check_model(config, backend)
     _check_method(config)
     _check_durations(config)
     _check_mesh(config, device_count, process_count)
@@ -158,8 +157,17 @@ def _check_regexes(config: ConfigDict, key: str) -> None:
             raise ConfigError(key, pattern, f"a regular expression over parameter paths ({error})") from None
 
 
-def _check_model(config: ConfigDict) -> None:
-    model = config.model
+def _check_model(config: ConfigDict, backend: str | None) -> None:
+    from lm import attention
+
+    model, data = config.model, config.data
+    if backend is not None:
+        segmented = data.packing == "bestfit"
+        try:
+            attention.choose(model.attention, backend, data.sequence_length, model.compute_dtype, segmented)
+        except ValueError as error:
+            accepted = f"a kernel that runs on {backend} ({str(error).partition(': ')[2]})"
+            raise ConfigError("model.attention", model.attention, accepted) from None
     accepted = f"a divisor of model.width = {model.width}"
     _need(model.width % model.heads == 0, config, "model.heads", accepted)
     if model.style == "nanodo":
@@ -180,10 +188,14 @@ def _check_data(config: ConfigDict) -> None:
     vocabulary.load_tokenizer(config.data.vocabulary)
 
 
-def _optim_choices() -> dict[str, tuple[str, ...]]:
+def _choices_of_rooms() -> dict[str, tuple[str, ...]]:
+    from lm import attention, model
     from optim import methods, schedules, sharpness_aware
 
     return {
+        "model.style": model.STYLES,
+        "model.attention": attention.KERNELS,
+        "model.remat": model.REMAT,
         "optim.method": (*methods.METHODS, *methods.ALIASES),
         "optim.schedule": schedules.SCHEDULES,
         "optim.rho_schedule": schedules.RHO_SCHEDULES,
@@ -252,6 +264,7 @@ def _check_mesh(config: ConfigDict, device_count: int, process_count: int) -> No
         ("heads", model.heads),
         ("kv_heads", model.kv_heads or model.heads),
         ("mlp_width", model.mlp_width),
+        ("vocabulary_multiple", model.vocabulary_multiple),
     ):
         accepted = f"a divisor of model.{key} = {size}"
         _need(size % tensor == 0, config, "mesh.tensor", accepted)

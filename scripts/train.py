@@ -38,11 +38,17 @@ def main(argv: Sequence[str]) -> int:
         jax.distributed.initialize()
 
     from data.errors import DataError
-    from lm import train
     from lm.check import ConfigError, check
 
     try:
-        check(config, device_count=jax.device_count(), process_count=jax.process_count())
+        check(
+            config,
+            device_count=jax.device_count(),
+            process_count=jax.process_count(),
+            backend=jax.default_backend(),
+        )
+        from lm import train
+
         return train.run(config, options.workdir)
     except (ConfigError, DataError) as error:
         return command.fail(error) if jax.process_index() == 0 else 2

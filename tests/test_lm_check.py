@@ -19,7 +19,7 @@ BAD = [
     ({"model.rope_base": 0.0}, "model.rope_base", "0.0", "a finite number > 0"),
     ({"model.compute_dtype": "float16"}, "model.compute_dtype", "'float16'", "one of float32, bfloat16"),
     ({"model.attention": "flash"}, "model.attention", "'flash'", "einsum"),
-    ({"model.remat": "all"}, "model.remat", "'all'", "one of none, full, dots, offload"),
+    ({"model.remat": "all"}, "model.remat", "'all'", "one of none, full, dots"),
     ({"model.functional_readout": "store"}, "model.functional_readout", "'store'", "rebuild"),
     ({"model.readout_chunk": 0}, "model.readout_chunk", "0", "an integer >= 1"),
     ({"model.z_loss": -1e-4}, "model.z_loss", "-0.0001", "a finite number >= 0"),
@@ -128,6 +128,15 @@ def test_a_batch_that_the_processes_cannot_share():
     check(config, device_count=4, process_count=1)
     with pytest.raises(ConfigError, match=r"config.train.batch_size = 3: must be a multiple of the 2 processes"):
         check(config, device_count=4, process_count=2)
+
+
+def test_a_kernel_that_the_backend_has_not():
+    config = _with(**{"model.attention": "cudnn"})
+    check(config, device_count=1)
+    with pytest.raises(
+        ConfigError, match=r"config.model.attention = 'cudnn': must be a kernel that runs on cpu \(needs"
+    ):
+        check(config, device_count=1, backend="cpu")
 
 
 @pytest.mark.parametrize(
