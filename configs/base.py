@@ -67,9 +67,7 @@ def get_config() -> ConfigDict:
     optim.precond_eps = placeholder(float)  # added to D; None: 1e-8
     optim.precond_norm = placeholder(str)  # l2 | ellipsoid: the norm in which rho is measured; None: l2
     optim.precond_moment = placeholder(str)  # stale | fresh: second moment before or after this gradient; None: stale
-    optim.alpha = placeholder(
-        float
-    )  # mixture: share of the functional path; gsam, look_sam: weight; None: the method's
+    optim.alpha = placeholder(float)  # functional share; gsam's, look_sam's weight; None: the method's default
     optim.beta = placeholder(float)  # cr_sam's gradient-difference weight; None: the method's default
     optim.gamma = placeholder(float)  # cr_sam's curvature weight, focal_sam's focus; None: the method's default
     optim.lam = placeholder(float)  # focal_sam's lambda; None: the method's default
