@@ -269,6 +269,8 @@ def _check_mesh(config: ConfigDict, device_count: int, process_count: int) -> No
         accepted = f"a divisor of model.{key} = {size}"
         _need(size % tensor == 0, config, "mesh.tensor", accepted)
 
+    accepted = f"a divisor of model.width = {model.width}"
+    _need(model.width % fsdp == 0, config, "mesh.fsdp", accepted)
     shards = data * fsdp
     unit = train.microbatches * shards
     accepted = f"a multiple of {unit} (microbatches {train.microbatches} x mesh.data {data} x mesh.fsdp {fsdp})"

@@ -178,7 +178,7 @@ class Tracker:
             progress.TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=False)),
             console=Console(file=self._stream),
             get_time=self._clock,
-            redirect_stdout=False,
+            redirect_stdout=sys.stdout.isatty(),  # what else is printed there goes above the live line
             redirect_stderr=False,
         )
         self._task = self._bar.add_task("", total=self._total, completed=start_step, line="compiling")

@@ -87,6 +87,7 @@ BAD = [
 BAD_ON_8 = [
     ({"mesh.fsdp": 3}, "mesh.fsdp", "3", "fsdp 3 x tensor 1 = 3 divides the 8 devices"),
     ({"mesh.data": 2, "mesh.fsdp": 2}, "mesh.data", "2", "data 2 x fsdp 2 x tensor 1 = 4 equals the 8 devices"),
+    ({"mesh.data": 1, "mesh.fsdp": 8, "model.width": 132}, "mesh.fsdp", "8", "a divisor of model.width = 132"),
     ({"mesh.tensor": 8}, "mesh.tensor", "8", "a divisor of model.heads = 4"),
     ({"mesh.tensor": 2, "model.style": "modern", "model.kv_heads": 1}, "mesh.tensor", "2", "model.kv_heads = 1"),
     ({"mesh.tensor": 4, "model.mlp_width": 510}, "mesh.tensor", "4", "a divisor of model.mlp_width = 510"),
