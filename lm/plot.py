@@ -73,7 +73,7 @@ def _losses(axes, train, records, baselines):
     names = dict.fromkeys(record["name"] for record in records if record["kind"] == "evaluate")
     for name, marker in zip(names, "osD^vP*X" * len(names), strict=False):
         points = [(r["step"], r["loss"]) for r in records if r["kind"] == "evaluate" and r["name"] == name]
-        label = f"{name.replace('_', ' ')} {points[-1][1]:.3f}"
+        label = f"held-out {name} {points[-1][1]:.3f}"
         axes.plot(
             *zip(*points, strict=True), color=_VERMILION, marker=marker, markersize=4, linestyle="--", label=label
         )
@@ -84,10 +84,11 @@ def _losses(axes, train, records, baselines):
 
     # the first steps, at log(vocabulary), would flatten all the rest
     settled = [value for value in smooth[len(smooth) // 20 :] if math.isfinite(value)]
-    held_out = [record["loss"] for record in records if record["kind"] == "evaluate" and math.isfinite(record["loss"])]
+    late = [record for record in records if record["kind"] == "evaluate" and record["step"] > steps[len(steps) // 20]]
+    held_out = [record["loss"] for record in late if math.isfinite(record["loss"])]
     shown = [*settled, *held_out, *baselines.values()]
     if shown:
-        low, high = min([*shown, smooth[-1]]), max(shown)
+        low, high = min(shown), max(shown)
         axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.08 * (high - low) + 1e-3)
     axes.set_ylabel("loss, nats per token")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)

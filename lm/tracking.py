@@ -58,7 +58,7 @@ class Tracker:
         self._first: tuple[float, int] | None = None  # when the first step of this start was seen, for the ETA
         self._marks = collections.deque(maxlen=32)  # (time, step) since the last pause, for the rate
         self._rate = 0.0  # steps per second
-        self._held_out: float | None = None
+        self._held_out: tuple[str, float] | None = None  # the first held-out set and its latest loss
         self._bar = self._task = self._wandb = None
 
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -100,16 +100,18 @@ class Tracker:
             self._print(f"step {step}/{self._total}  {line}")
 
     def evaluation(self, step: int, name: str, metrics: dict[str, Any]) -> None:
-        """Records an evaluation called `name`, such as held_out, of the parameters after `step` updates."""
+        """Records an evaluation on the held-out set `name` of the parameters after `step` updates."""
         if not self._primary:
             return
         self._pause(step)
-        if "loss" in metrics:
-            self._held_out = _number(metrics["loss"])
+        if "loss" in metrics and (self._held_out is None or self._held_out[0] == name):
+            self._held_out = name, _number(metrics["loss"])
         self._write("evaluate", step, {"name": name, **metrics})
-        self._send(lambda: self._wandb.log({"step": step, **{f"{name}/{k}": _number(v) for k, v in metrics.items()}}))
+        self._send(
+            lambda: self._wandb.log({"step": step, **{f"held_out/{name}/{k}": _number(v) for k, v in metrics.items()}})
+        )
         shown = "  ".join(f"{key} {_short(_number(value))}" for key, value in metrics.items())
-        self.note(f"step {step}  {name}  {shown}")
+        self.note(f"step {step}  held-out {name}  {shown}")
 
     def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
         """Records that a checkpoint of `step` was begun, with everything before it safely on disk."""
@@ -139,7 +141,7 @@ class Tracker:
         if "loss" in metrics:
             parts.append(f"loss {_number(metrics['loss']):.4f}")
         if self._held_out is not None:
-            parts.append(f"held-out {self._held_out:.4f}")
+            parts.append(f"held-out {self._held_out[1]:.4f}")
         if self._rate:
             parts.append(f"{_si(self._rate * self._tokens_per_step)} tokens/s")
             flops = self._rate * self._flops_per_step

@@ -54,7 +54,7 @@ def test_every_step_is_one_strict_json_line_of_exact_values(tmp_path, config):
     tracker = _track(tmp_path, config)
     tracker.run(0, {"parameters": 7, "mesh": (1, 2), "nested": {"flops": np.float64(2.5)}})
     tracker.step(1, {"loss": np.float32(0.1), "gradient_norm": float("nan"), "epsilon_norm": np.float32("inf"), "n": 3})
-    tracker.evaluation(1, "held_out", {"loss": -math.inf})
+    tracker.evaluation(1, "books", {"loss": -math.inf})
     tracker.checkpoint(1, {"path": "checkpoints/1"})
     lines = _lines(tmp_path)  # readable while the run is still open
     assert [(line["kind"], line["step"]) for line in lines] == [
@@ -65,7 +65,7 @@ def test_every_step_is_one_strict_json_line_of_exact_values(tmp_path, config):
     assert np.float32(lines[1]["loss"]) == np.float32(0.1)
     assert (lines[1]["gradient_norm"], lines[1]["epsilon_norm"], lines[1]["n"]) == ("nan", "inf", 3)
     assert lines[1]["tokens"] == 1000
-    assert (lines[2]["name"], lines[2]["loss"]) == ("held_out", "-inf")
+    assert (lines[2]["name"], lines[2]["loss"]) == ("books", "-inf")
     back = tracking.read(tmp_path)
     assert math.isnan(back[1]["gradient_norm"])
     assert back[2]["loss"] == -math.inf
@@ -79,7 +79,7 @@ def test_resume_leaves_neither_gap_nor_duplicate(tmp_path, config, torn, start):
 
     killed = _track(cut, config)
     _steps(killed, 1, 6)
-    killed.evaluation(6, "held_out", {"loss": 1.0})
+    killed.evaluation(6, "books", {"loss": 1.0})
     _steps(killed, 7, 9)
     with open(cut / METRICS, "ab") as file:
         file.write(torn)
@@ -109,13 +109,15 @@ def test_plain_lines_when_not_a_terminal(tmp_path, config):
         clock.now += 0.5
         tracker.step(step, {"loss": 2.0})
         if step == 5:
-            tracker.evaluation(5, "held_out", {"loss": 2.5, "bits_per_byte": 3.6067})
+            tracker.evaluation(5, "books", {"loss": 2.5, "bits_per_byte": 3.6067})
+            tracker.evaluation(5, "code", {"loss": 9.0})  # progress shows the first set
             clock.now += 1000.0  # time outside steps must not count as slow steps
             tracker.checkpoint(5)
     tracker.close("finished")
     assert stream.getvalue().splitlines() == [
         "step 5/12  tokens 5.00k  loss 2.0000  2.00k tokens/s  6.00 GFLOP/s  ETA 0:04",
-        "step 5  held_out  loss 2.5000  bits_per_byte 3.6067",
+        "step 5  held-out books  loss 2.5000  bits_per_byte 3.6067",
+        "step 5  held-out code  loss 9.0000",
         "step 10/12  tokens 10.0k  loss 2.0000  held-out 2.5000  2.00k tokens/s  6.00 GFLOP/s  ETA 3:43",
         "step 12/12  tokens 12.0k  loss 2.0000  held-out 2.5000  2.00k tokens/s  6.00 GFLOP/s  ETA 0:00",
         "finished",
@@ -152,7 +154,7 @@ def test_other_processes_write_nothing(tmp_path, config):
     tracker = _track(tmp_path / "run", config, primary=False, stream=stream)
     tracker.run(0, {})
     _steps(tracker, 1, 5)
-    tracker.evaluation(5, "held_out", {"loss": 1.0})
+    tracker.evaluation(5, "books", {"loss": 1.0})
     tracker.checkpoint(5)
     tracker.note("hello")
     tracker.close("finished")
