@@ -14,7 +14,7 @@ from data import sources
 from data.errors import DataError
 from data.packing import Document
 from data.sources import Source
-from data.vocabulary import seqio_vocabulary
+from data.vocabulary import load_tokenizer, seqio_vocabulary
 
 BATCH = 32  # documents that cross from tensorflow to Python at a time
 
@@ -36,12 +36,13 @@ def import_tensorflow():
     try:
         import seqio  # noqa: F401
         import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "TPU")
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.set_visible_devices([], "TPU")
     return tf
 
 
@@ -66,7 +67,7 @@ def task(source: Source, vocabulary: str, text_field: str, held_out_fraction: fl
     return seqio.Task(
         _task_name(source.name),
         source=provider,
-        preprocessors=[*preprocessors, functools.partial(_tokenize, vocabulary=words)],
+        preprocessors=[*preprocessors, functools.partial(_tokenize, spec=vocabulary)],
         output_features={"targets": seqio.Feature(vocabulary=words, add_eos=False)},
         shuffle_buffer_size=None,
     )
@@ -111,7 +112,6 @@ def examples(
     options.autotune.enabled = False
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
-    dataset = dataset.map(lambda x: {**x, "lengths": tf.cast(x["lengths"], tf.int32)})
     for batch in dataset.ragged_batch(BATCH).with_options(options):
         ids, sizes = batch["targets"].values.numpy(), batch["lengths"].values.numpy()
         splits = batch["targets"].row_splits.numpy()
@@ -152,28 +152,27 @@ def _task_name(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _tokenize(dataset, vocabulary):
+def _tokenize(dataset, spec: str):
     """Adds ids and the source bytes behind each id, which add up to the bytes of the text in every vocabulary."""
-    import seqio
     import tensorflow as tf
 
-    tokenizer = (
-        getattr(vocabulary, "tf_tokenizer", None) if isinstance(vocabulary, seqio.SentencePieceVocabulary) else None
-    )
+    measure = load_tokenizer(spec).measure
+
+    def tokenize_text(text: bytes):
+        try:
+            return measure(text)
+        except UnicodeDecodeError:  # a bad record, counted by whoever reads it
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
 
     def tokenize(example):
         text = example["targets"]
-        if tokenizer is None:
-            ids = vocabulary.encode_tf(text)
-            lengths = tf.ones_like(ids)
-        else:
-            ids, starts, _ = tokenizer.tokenize_with_offsets(text)
-            # Text that normalisation drops belongs to the token before it (to the first one, before that).
-            edges = tf.concat([[0], tf.cast(starts[1:], tf.int32), [tf.strings.length(text)]], 0)
-            lengths = tf.cond(tf.size(ids) > 0, lambda: edges[1:] - edges[:-1], lambda: tf.zeros([0], tf.int32))
+        # The SentencePiece inside tensorflow-text is another version and splits some words differently: the library of
+        # training and generation has to do it.
+        ids, lengths = tf.numpy_function(tokenize_text, [text], (tf.int32, tf.int32), stateful=False)
+        ids, lengths = tf.ensure_shape(ids, [None]), tf.ensure_shape(lengths, [None])
         return {"targets": ids, "lengths": lengths, "targets_pretokenized": text, "fault": example["fault"]}
 
-    return dataset.map(tokenize, num_parallel_calls=4, deterministic=True)
+    return dataset.map(tokenize)
 
 
 def _records_source(read, list_files):

@@ -1,7 +1,7 @@
 """Vocabularies: bytes, a SentencePiece file, and training one.
 
-Preparation tokenises with seqio's vocabularies inside tf.data; training, evaluation and generation use the `Tokenizer`
-here, which gives the same ids without importing tensorflow. Id 0 begins every stream and fills padding, `eos_id` ends a
+Preparation, training, evaluation and generation share one `Tokenizer`, which never imports tensorflow; it gives the ids
+of the seqio vocabulary that preparation's tasks declare. Id 0 begins every stream and fills padding, `eos_id` ends a
 document.
 """
 
@@ -9,6 +9,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from data.errors import DataError
 
@@ -26,14 +28,16 @@ class Tokenizer(NamedTuple):
     eos_id: int
     encode: Callable[[str], list[int]]
     decode: Callable[[Iterable[int]], str]
+    measure: Callable[[bytes], tuple[np.ndarray, np.ndarray]]  # UTF-8 -> ids [n], bytes behind each id [n], int32
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """Loads `spec`, "bytes" or the path of a SentencePiece model, without tensorflow."""
     if spec == "bytes":
-        return Tokenizer("bytes", "bytes", 256 + BYTE_OFFSET, PAD_ID, 1, _encode_bytes, _decode_bytes)
+        return Tokenizer("bytes", "bytes", 256 + BYTE_OFFSET, PAD_ID, 1, _encode_bytes, _decode_bytes, _measure_bytes)
     model = read_model(spec)
     import sentencepiece
+    from sentencepiece import sentencepiece_pb2
 
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -47,8 +51,18 @@ def load_tokenizer(spec: str) -> Tokenizer:
     def decode(ids: Iterable[int]) -> str:
         return processor.DecodeIds([int(i) for i in ids if i not in (PAD_ID, eos_id)])
 
+    def measure(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        parsed = sentencepiece_pb2.SentencePieceText.FromString(
+            processor.Encode(text.decode("utf-8"), out_type="serialized_proto")
+        )
+        pairs = np.array([(piece.id, piece.end) for piece in parsed.pieces], np.int32).reshape(-1, 2)
+        ids, ends = np.ascontiguousarray(pairs[:, 0]), pairs[:, 1]
+        if len(ends):  # text that normalisation drops at the end belongs to the last token
+            ends[-1] = len(text)
+        return ids, np.diff(ends, prepend=np.int32(0))
+
     digest = hashlib.sha256(model).hexdigest()[:32]
-    return Tokenizer(spec, f"sentencepiece-{digest}", size, PAD_ID, eos_id, processor.EncodeAsIds, decode)
+    return Tokenizer(spec, f"sentencepiece-{digest}", size, PAD_ID, eos_id, processor.EncodeAsIds, decode, measure)
 
 
 def _encode_bytes(text: str) -> list[int]:
@@ -58,6 +72,11 @@ def _encode_bytes(text: str) -> list[int]:
 def _decode_bytes(ids: Iterable[int]) -> str:
     kept = bytes(int(i) - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < 256 + BYTE_OFFSET)
     return kept.decode("utf-8", errors="ignore")  # as seqio: a character cut at a row's end is dropped
+
+
+def _measure_bytes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.frombuffer(text, np.uint8).astype(np.int32) + BYTE_OFFSET
+    return ids, np.ones_like(ids)
 
 
 def read_model(spec: str) -> bytes:

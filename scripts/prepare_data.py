@@ -141,9 +141,7 @@ def _show(argv: Sequence[str]) -> int:
         f"{options.batch_size} rows, {used:.1%} used, {batch['bytes'].sum():,} bytes of source"
     )
     for r in range(options.batch_size):
-        _print_row(
-            r, {name: value[r] for name, value in batch.items()}, corpus.tokenizer.decode, corpus.tokenizer.eos_id
-        )
+        _print_row(r, {name: value[r] for name, value in batch.items()}, corpus.tokenizer)
     return 0
 
 

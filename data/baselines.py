@@ -1,0 +1,39 @@
+"""What a model without context, and a compressor, make of a held-out set: numbers to read a loss against."""
+
+import gzip
+import math
+
+import numpy as np
+
+from data.loader import Corpus, _batch, _read
+
+SAMPLE_ROWS = 20_000  # training rows that the unigram counts come from, at most
+
+
+def token_counts(corpus: Corpus, vocabulary: int) -> np.ndarray:
+    """How often each token is a target in (the first SAMPLE_ROWS of each source of) the training text: [vocabulary]."""
+    counts = np.zeros(vocabulary, np.int64)
+    for part in corpus.train:
+        for start in range(0, min(part.rows, SAMPLE_ROWS), 1000):
+            batch = _batch(corpus, _read(part, list(range(start, min(part.rows, SAMPLE_ROWS, start + 1000)))))
+            counts += np.bincount(batch["targets"][batch["weights"] > 0], minlength=vocabulary)
+    return counts
+
+
+def baselines(corpus: Corpus, name: str, counts: np.ndarray, sample_bytes: int = 8 << 20) -> dict[str, float]:
+    """Bits per byte of held-out set `name` (its first sample_bytes) under two references.
+
+    unigram: the add-one-smoothed token frequencies `counts` of the training text. gzip: gzip -9 of the decoded text.
+    """
+    part = corpus.held_out[name]
+    rows = max(1, min(part.rows, part.rows * sample_bytes // max(1, part.bytes)))
+    batch = _batch(corpus, _read(part, list(range(rows))))
+    targets = batch["targets"][batch["weights"] > 0]
+    size = int(batch["bytes"].sum())
+    frequency = (counts + 1) / (counts + 1).sum()
+    text = corpus.tokenizer.decode([int(t) for t in targets if t != corpus.tokenizer.eos_id]).encode()
+    return {
+        "unigram": float(-np.log2(frequency[targets]).sum() / size),
+        "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
+        "nats_per_bit_per_byte": size * math.log(2) / len(targets),
+    }
