@@ -45,8 +45,10 @@ def preconditioned(power: float = 0.5, eps: float = 1e-8, norm: str = "l2", mome
     """
 
     def direction(seen):
-        second = seen.moments.second if moment == "stale" else seen.moments.fresh(seen.gradient)
-        unseen = (seen.moments.count == 0) & (moment == "stale")
+        if moment == "fresh":
+            second, unseen = seen.moments.fresh(seen.gradient), False
+        else:
+            second, unseen = seen.moments.second, seen.moments.count == 0
         vector = jax.tree.map(lambda g, v: g / jnp.where(unseen, 1.0, v**power + eps), seen.gradient, second)
         length = jnp.sqrt(inner(seen.gradient, vector)) if norm == "ellipsoid" else None
         return vector, length, seen.state

@@ -5,18 +5,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from optax.contrib import MuonState
 
-from optim.rule import Tree
+from optim.rule import Tree, ratio
 
-# What each base keeps that a direction can use. adafactor, lion, muon and sgd have no full second moment.
+# What each base keeps that a direction can use. adafactor's second moment is its factored estimate, row x column.
+# muon has a second moment only where it falls back to Adam, lion and sgd have none.
 BASES = {
     "adamw": ("first", "second"),
     "adam": ("first", "second"),
     "sgd": ("first",),
     "lion": ("first",),
-    "adafactor": (),
-    "muon": (),
+    "adafactor": ("second",),
+    "muon": ("first",),
 }
 
 
@@ -33,27 +36,42 @@ class Moments(NamedTuple):
 
 
 class Base(NamedTuple):
-    """An optax transform and a reader of its moments."""
+    """An optax transform and a reader of its moments: moments(state, params) -> Moments."""
 
     name: str
     transform: optax.GradientTransformation
-    moments: Callable[[Any], Moments]
+    moments: Callable[[Any, Tree], Moments]
 
 
-def moments(state: Any, b2: float = 0.999) -> Moments:
-    """Reads the moments out of any optax state with one Adam, Lion or momentum state; b2 as the base was given it."""
-    kinds = (optax.ScaleByAdamState, optax.ScaleByLionState, optax.TraceState)
-    found = [s for s in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(s, kinds)]
+_KINDS = (optax.ScaleByAdamState, optax.ScaleByLionState, optax.TraceState, optax.FactoredState, MuonState)
+
+
+def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
+    """Reads the moments out of any optax state with one Adam, Lion, momentum, Adafactor or Muon state.
+
+    b2: as the base was given it, to correct Adam's second moment. ValueError if there is not exactly one such state.
+    """
+    found = [s for s in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _KINDS)) if isinstance(s, _KINDS)]
+    if {type(s) for s in found} == {MuonState, optax.ScaleByAdamState} and len(found) == 2:
+        return Moments(first=_merge(found[0].mu, found[1].mu))
     if len(found) != 1:
         raise ValueError(
             f"the optimizer state holds {len(found)} moment estimates, exactly one is needed: use a base with one"
         )
     (inside,) = found
-    if isinstance(inside, optax.TraceState):
-        return Moments(first=inside.trace)
-    if isinstance(inside, optax.ScaleByLionState):
-        return Moments(first=inside.mu)
+    if isinstance(inside, optax.ScaleByAdamState):
+        return _adam(inside, b2)
+    if isinstance(inside, optax.FactoredState):
+        return _factored(inside, params)
+    return Moments(first=inside.trace if isinstance(inside, optax.TraceState) else inside.mu)
 
+
+def _merge(a: Tree, b: Tree) -> Tree:
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda x, y: y if masked(x) else x, a, b, is_leaf=masked)
+
+
+def _adam(inside: optax.ScaleByAdamState, b2: float) -> Moments:
     def corrected(second, count):
         # Before the first update both are zero; directions then use D = 1.
         return jax.tree.map(lambda v: v / jnp.where(count > 0, 1 - b2**count, 1.0).astype(v.dtype), second)
@@ -63,6 +81,28 @@ def moments(state: Any, b2: float = 0.999) -> Moments:
         return corrected(second, inside.count + 1)
 
     return Moments(inside.mu, corrected(inside.nu, inside.count), inside.count, fresh)
+
+
+def _factored(inside: optax.FactoredState, params: Tree) -> Moments:
+    """Adafactor needs no bias correction: its decay, 1 - t^-0.8, starts at zero."""
+
+    def second(state):
+        return jax.tree.map(_outer, params, state.v_row, state.v_col, state.v)
+
+    def fresh(gradient):
+        return second(optax.scale_by_factored_rms().update(gradient, inside, params)[1])
+
+    return Moments(second=second(inside), count=inside.count, fresh=fresh)
+
+
+def _outer(param: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array) -> jax.Array:
+    if whole.shape == param.shape:
+        return whole
+    # The axes optax factors: the two largest, the larger of them averaged out of `row`.
+    second, largest = (int(axis) for axis in np.argsort(param.shape)[-2:])
+    axis = second - 1 if second > largest else second
+    row = row * ratio(jnp.ones((), row.dtype), jnp.mean(row, axis=axis, keepdims=True), 0.0)
+    return jnp.expand_dims(row, largest) * jnp.expand_dims(column, second)
 
 
 def base(
@@ -107,4 +147,4 @@ def base(
     else:
         raise ValueError(f"optim.base = {name!r}: must be one of {', '.join(BASES)}")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    return Base(name, optax.chain(*clip, *parts), lambda state: moments(state, b2))
+    return Base(name, optax.chain(*clip, *parts), lambda state, params: moments(state, params, b2))

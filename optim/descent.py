@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optim.looks import Looked
-from optim.rule import Anchor, Objective, Tree, inner, norm
+from optim.rule import Anchor, Objective, Tree, backward, inner, norm, ratio
 
 
 class At(NamedTuple):
@@ -33,12 +33,13 @@ class Descent(NamedTuple):
     """path(At) -> (perturbed loss, vectors); combine(looks.Looked, vectors) -> gradient.
 
     anchored: the path needs the hidden state at theta.
+    combine None: the vectors are the gradient. Otherwise the clean gradient of the whole batch takes part.
     remember(clean gradient, gradient) -> memory and reuse(clean gradient, memory) -> gradient serve the steps between
     perturbed ones (LookSAM); None: those steps return the clean gradient.
     """
 
     path: Callable[[At], tuple[jax.Array, Tree]]
-    combine: Callable[[Looked, Tree], Tree] = lambda looked, vectors: vectors
+    combine: Callable[[Looked, Tree], Tree] | None = None
     anchored: bool = False
     remember: Callable[[Tree, Tree], Tree] | None = None
     reuse: Callable[[Tree, Tree], Tree] | None = None
@@ -51,26 +52,17 @@ def _full(at: At, params: Tree) -> tuple[jax.Array, Tree]:
     return jax.value_and_grad(loss)(params)
 
 
-def _functional(at: At) -> tuple[jax.Array, Tree]:
-    def change(p):
-        return at.objective.frozen_readout(p, at.objective.trunk(p, at.batch), at.anchor, at.batch)
-
-    difference, gradient = jax.value_and_grad(change)(at.perturbed)
+def _functional(at: At, hidden: Tree, pull: Callable) -> tuple[jax.Array, Tree]:
+    """hidden, pull: the trunk at theta + epsilon."""
+    difference, gradient = backward(at.objective.frozen_readout, pull, at.perturbed, hidden, at.anchor, at.batch)
     return at.loss + difference, gradient
 
 
-def _logit(at: At) -> tuple[jax.Array, Tree]:
-    anchor = Anchor(at.perturbed, at.objective.trunk(at.perturbed, at.batch))
-    if at.pull is None:
-
-        def change(p):
-            return at.objective.frozen_readout(p, at.objective.trunk(p, at.batch), anchor, at.batch)
-
-        difference, gradient = jax.value_and_grad(change)(at.params)
-    else:
-        frozen = jax.value_and_grad(at.objective.frozen_readout, argnums=(0, 1))
-        difference, (direct, cotangent) = frozen(at.params, at.anchor.hidden, anchor, at.batch)
-        gradient = jax.tree.map(jnp.add, at.pull(cotangent)[0], direct)
+def _logit(at: At, perturbed_hidden: Tree) -> tuple[jax.Array, Tree]:
+    frozen = Anchor(at.perturbed, perturbed_hidden)
+    # With several parts the pass at theta was not kept: its forward runs again.
+    pull = at.pull or jax.vjp(lambda p: at.objective.trunk(p, at.batch), at.params)[1]
+    difference, gradient = backward(at.objective.frozen_readout, pull, at.params, at.anchor.hidden, frozen, at.batch)
     return at.loss - difference, gradient
 
 
@@ -81,19 +73,24 @@ def full() -> Descent:
 
 def functional() -> Descent:
     """J(theta+eps)^T dl(F(theta)): perturbed Jacobian, loss derivative frozen at theta (Functional-SAM)."""
-    return Descent(_functional, anchored=True)
+
+    def path(at):
+        return _functional(at, *jax.vjp(lambda p: at.objective.trunk(p, at.batch), at.perturbed))
+
+    return Descent(path, anchored=True)
 
 
 def logit() -> Descent:
     """J(theta)^T dl(F(theta+eps)): perturbed loss derivative, Jacobian at theta; the complement of functional()."""
-    return Descent(_logit, anchored=True)
+    return Descent(lambda at: _logit(at, at.objective.trunk(at.perturbed, at.batch)), anchored=True)
 
 
 def mixture(alpha: float = 0.5) -> Descent:
     """alpha * functional + (1 - alpha) * logit."""
 
     def path(at):
-        (loss_f, functional_gradient), (loss_l, logit_gradient) = _functional(at), _logit(at)
+        hidden, pull = jax.vjp(lambda p: at.objective.trunk(p, at.batch), at.perturbed)
+        (loss_f, functional_gradient), (loss_l, logit_gradient) = _functional(at, hidden, pull), _logit(at, hidden)
         # l + alpha (f - l), not alpha f + (1 - alpha) l: exact where the two agree.
         mixed = jax.tree.map(lambda f, l: l + alpha * (f - l), functional_gradient, logit_gradient)
         return loss_l + alpha * (loss_f - loss_l), mixed
@@ -115,8 +112,7 @@ def penalty() -> Descent:
 
 
 def _orthogonal(vector: Tree, along: Tree) -> Tree:
-    square = inner(along, along)
-    share = jnp.where(square > 0, inner(vector, along) / jnp.where(square > 0, square, 1.0), 0.0)
+    share = ratio(inner(vector, along), inner(along, along), 0.0)
     return jax.tree.map(lambda v, a: v - share * a, vector, along)
 
 
@@ -133,8 +129,7 @@ def look(alpha: float = 0.7) -> Descent:
     """The full path, whose part orthogonal to g is reused on the steps between (LookSAM, Liu et al. 2022, alg. 1)."""
 
     def reuse(clean, memory):
-        length = norm(memory)
-        share = jnp.where(length > 0, alpha * norm(clean) / jnp.where(length > 0, length, 1.0), 0.0)
+        share = alpha * ratio(norm(clean), norm(memory), 0.0)
         return jax.tree.map(lambda g, v: g + share * v, clean, memory)
 
     return Descent(
@@ -147,11 +142,24 @@ def curvature_regularized(gamma: float = 0.1, beta: float = 0.01) -> Descent:
 
     def path(at):
         loss, up = _full(at, at.perturbed)
-        # The barrier orders the two passes, so that their activations never share memory.
-        opposite, loss = lax.optimization_barrier((jax.tree.map(jnp.subtract, at.params, at.epsilon), loss))
+        # The barrier orders the two passes, so that their activations are never held together.
+        opposite, up = lax.optimization_barrier((jax.tree.map(jnp.subtract, at.params, at.epsilon), up))
         return loss, (up, _full(at, opposite)[1])
 
     def combine(looked, vectors):
         return jax.tree.map(lambda g, u, d: u + gamma * (u + d - 2 * g) + beta * (u - d), looked.clean, *vectors)
+
+    return Descent(path, combine)
+
+
+def focused() -> Descent:
+    """g + (the focused gradient at theta+eps, less that at theta): Focal-SAM, on looks.focal (Li et al. 2025)."""
+
+    def path(at):
+        loss, gradient = _full(at, at.perturbed)
+        return at.loss + loss, gradient
+
+    def combine(looked, perturbed):
+        return jax.tree.map(lambda g, a, p: g + (p - a), looked.clean, looked.ascent, perturbed)
 
     return Descent(path, combine)

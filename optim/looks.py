@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optim.rule import Anchor, Objective, Tree, clean_pass
+from optim.rule import Anchor, Objective, Tree, backward, clean_pass
 
 # look(objective, params, batch) -> (Looked, Kept)
 Look = Callable[[Objective, Tree, Tree], tuple["Looked", "Kept"]]
@@ -56,8 +56,8 @@ def subset(fraction: float, anchored: bool) -> Look:
         rows = max(1, round(fraction * size))
         # Every (size // rows)-th row, so that each device's rows take part.
         clean = clean_pass(objective, params, jax.tree.map(lambda x: x[:: size // rows][:rows], batch))
-        _, kept = forward_only(anchored)(objective, params, batch)
-        return Looked(clean.loss, clean.gradient, clean.gradient), kept
+        seen, kept = forward_only(anchored)(objective, params, batch)
+        return Looked(seen.loss if anchored else clean.loss, clean.gradient, clean.gradient), kept
 
     return look
 
@@ -65,11 +65,16 @@ def subset(fraction: float, anchored: bool) -> Look:
 def hardest(k: int, shards: int = 1) -> Look:
     """The k sequences of highest loss in each of `shards` equal blocks of rows (K-SAM, Ni et al. 2022).
 
-    Needs aux["per_sequence_loss"] [B] from the readout.
+    Needs aux["per_sequence_loss"] [B] from the readout; the reported loss is that of the chosen ones.
     """
 
     def look(objective, params, batch):
         _, aux = objective.readout(params, objective.trunk(params, batch), batch)
+        if "per_sequence_loss" not in aux:
+            raise ValueError(f'k_sam needs aux["per_sequence_loss"] [B] from the loss, whose aux has {sorted(aux)}')
+        size = len(aux["per_sequence_loss"])
+        if size % shards or k > size // shards:
+            raise ValueError(f"optim.k = {k}: must be at most the sequences of a shard; there are {size} in {shards}")
         losses = aux["per_sequence_loss"].reshape(shards, -1)
         chosen = jax.lax.top_k(losses, k)[1]
 
@@ -95,11 +100,10 @@ def focal(frequency: jax.Array, lam: float = 0.5, gamma: float = 1.0) -> Look:
         share = lam * (1 - frequency) ** gamma
         focused = {**batch, "weights": batch["weights"] * share[batch["targets"]]}
         hidden, pull = jax.vjp(lambda p: objective.trunk(p, batch), params)
-        readout = jax.value_and_grad(objective.readout, argnums=(0, 1), has_aux=True)
-        (loss, _), clean = readout(params, hidden, batch)
-        (focused_loss, aux), ascent = readout(params, hidden, focused)
-        clean, ascent = (jax.tree.map(jnp.add, pull(hidden_bar)[0], direct) for direct, hidden_bar in (clean, ascent))
+        (loss, _), clean = backward(objective.readout, pull, params, hidden, batch, has_aux=True)
+        (focused_loss, aux), ascent = backward(objective.readout, pull, params, hidden, focused, has_aux=True)
         anchor = Anchor(params, hidden, aux.get("kept"))
-        return Looked(loss, clean, ascent), Kept(focused, anchor, focused_loss, pull)
+        # The second pass sees the focused loss only: what it lacks of the loss is kept, to report the whole.
+        return Looked(loss, clean, ascent), Kept(focused, anchor, loss - focused_loss, pull)
 
     return look

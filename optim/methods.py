@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from optim import ascent, descent, looks
 from optim.base import BASES, Base
 from optim.base import moments as read_moments
@@ -50,11 +48,6 @@ def _k_sam_cost(options, sequences):
     return 1 + 2 * share, 2 * share
 
 
-_FOCAL = descent.Descent(
-    descent.full().path,
-    lambda looked, vectors: jax.tree.map(lambda g, a, v: (g - a) + v, looked.clean, looked.ascent, vectors),
-)
-
 METHODS: dict[str, Method | None] = {
     "adamw": None,
     "sam": Method(
@@ -81,7 +74,7 @@ METHODS: dict[str, Method | None] = {
         ascent=_along_gradient,
         descent=lambda o: descent.logit(),
         cost=(2, 2),
-        memory="1 θ + h",
+        memory="1 θ + activations",
         defaults={"rho": 0.05},
     ),
     "precond_sam": Method(
@@ -108,7 +101,7 @@ METHODS: dict[str, Method | None] = {
         ascent=_along_gradient,
         descent=lambda o: descent.mixture(o["alpha"]),
         cost=(2, 3),
-        memory="2 θ + h",
+        memory="2 θ + activations",
         defaults={"rho": 0.05, "alpha": 0.5},
     ),
     "random_sam": Method(
@@ -176,10 +169,10 @@ METHODS: dict[str, Method | None] = {
         defaults={"rho": 0.1, "gamma": 0.1, "beta": 0.01},
     ),
     "focal_sam": Method(
-        equation="∇Σ(1-c)ℓ(θ) + ∇Σcℓ(θ+ε), ε ∝ ∇Σcℓ(θ), c_y = λ(1-π_y)^γ",
+        equation="∇Σ(1-c)ℓ(θ) + ∇Σcℓ(θ+ε), ε along ∇Σcℓ(θ), c_y = λ(1-π_y)^γ",
         source="Li et al. 2025",
         ascent=_along_gradient,
-        descent=lambda o: _FOCAL,
+        descent=lambda o: descent.focused(),
         cost=(2, 3),
         memory="2 θ",
         defaults={"rho": 0.2, "gamma": 1.0, "lam": 0.5, "frequency": None},
@@ -253,45 +246,76 @@ def method(
     name: str, *, rho: float | Callable | None = None, base: Base | None = None, b2: float = 0.999, every: int = 1,
     start: int = 0, stop: int | None = None, microbatches: int = 1, ascent_over: str = "global",
     ascent_fraction: float = 1.0, perturb: tuple[str, ...] = (".*",), layerwise_rho: str = "none",
-    clip_norm: float | None = None, **options,
+    matrix_axes: Callable | None = None, clip_norm: float | None = None, **options,
 ) -> Rule:  # fmt: skip
     """A gradient rule by name. rho = 0 is the base gradient itself; rho None is the method's published default.
 
     base: the optim.base.Base whose moments a direction may need; without one, moments are read from any optax state
-    that holds an Adam, Lion or momentum state, second moments corrected with b2. The other switches: see Switches.
-    ValueError for an unknown name, an option the method does not take, or a base without the moment it needs.
+    that holds a single one, Adam's second moment corrected with b2. The other switches: see Switches.
+    ValueError for an unknown name, an option the method does not take, a switch that would be ignored, or a base
+    without the moment it needs.
     """
     name, row = canonical(name), METHODS[canonical(name)]
     options = options_of(name, options)
     rho = options.get("rho", 0.0) if rho is None else rho
-    for key, value, accepted in (
-        ("ascent_over", ascent_over, ASCENT_OVER),
-        ("layerwise_rho", layerwise_rho, LAYERWISE),
+    one_of = lambda accepted: (f"one of {', '.join(accepted)}", lambda value: value in accepted)  # noqa: E731
+    for key, value, (accepted, allowed) in (
+        ("ascent_over", ascent_over, one_of(ASCENT_OVER)),
+        ("layerwise_rho", layerwise_rho, one_of(LAYERWISE)),
+        ("rho", rho, ("at least 0", lambda value: callable(value) or value >= 0)),
+        ("every", every, ("at least 1", lambda value: value >= 1)),
+        ("microbatches", microbatches, ("at least 1", lambda value: value >= 1)),
+        ("ascent_fraction", ascent_fraction, ("above 0 and at most 1", lambda value: 0 < value <= 1)),
+        (
+            "precond_eps",
+            options.get("precond_eps", 1.0),
+            ("above 0", lambda value: value > 0),
+        ),
     ):
-        if value not in accepted:
-            raise ValueError(f"optim.{key} = {value!r}: must be one of {', '.join(accepted)}")
-    if not callable(rho) and rho < 0:
-        raise ValueError(f"optim.rho = {rho!r}: must be at least 0")
+        if not allowed(value):
+            raise ValueError(f"optim.{key} = {value!r}: must be {accepted}")
     if base is not None and base.name not in accepted_bases(name):
         raise ValueError(f"optim.base = {base.name!r}: {name} needs one of {', '.join(accepted_bases(name))}")
     if name == "look_sam":
+        if every != 1:
+            raise ValueError(
+                f"optim.every = {every}: must be 1 with look_sam, whose period is optim.k = {options['k']}"
+            )
         every = options["k"]
     switches = Switches(
-        rho, start, stop, every, microbatches, ascent_over, ascent_fraction, tuple(perturb), layerwise_rho, clip_norm
-    )
+        rho, start, stop, every, microbatches, ascent_over, ascent_fraction, tuple(perturb), layerwise_rho, matrix_axes,
+        clip_norm,
+    )  # fmt: skip
     if row is None or (not callable(rho) and rho == 0):
         return plain(switches)
+    if "frequency" in options and options["frequency"] is None:
+        raise ValueError(
+            f"optim.frequency = None: must be the training frequency of each token [V], as {name} needs it"
+        )
+    read = base.moments if base else lambda state, params: read_moments(state, params, b2)
+    return sharpness_aware(row.ascent(options), row.descent(options), switches, read, _look(name, options, switches))
+
+
+def _look(name: str, options: dict[str, Any], switches: Switches) -> looks.Look:
+    row = METHODS[name]
     up, down = row.ascent(options), row.descent(options)
+    subset = switches.ascent_over == "subset"
+    why = ""
+    if subset and row.look:
+        why = "chooses its own tokens"
+    elif subset and "gradient" not in up.needs:
+        why = "climbs no gradient"
+    elif subset and (down.combine or down.remember):
+        why = "also descends along the gradient of the whole batch"
+    elif switches.ascent_fraction != 1 and not subset:
+        raise ValueError(f"optim.ascent_fraction = {switches.ascent_fraction}: must be 1 unless ascent_over is subset")
+    if why:
+        raise ValueError(f"optim.ascent_over = 'subset': must be global or microbatch with {name}, which {why}")
     if row.look:
-        look = row.look(options)
-    elif "gradient" not in up.needs:
-        look = looks.forward_only(down.anchored)
-    elif ascent_over == "subset":
-        look = looks.subset(ascent_fraction, down.anchored)
-    else:
-        look = looks.whole
-    read = base.moments if base else lambda state: read_moments(state, b2)
-    return sharpness_aware(up, down, switches, read, look)
+        return row.look(options)
+    if "gradient" not in up.needs:
+        return looks.forward_only(down.anchored)
+    return looks.subset(switches.ascent_fraction, down.anchored) if subset else looks.whole
 
 
 def cost(
@@ -308,3 +332,25 @@ def cost(
         forwards += ascent_fraction - 1 + (1 if row.descent(options).anchored else 0)
         backwards += ascent_fraction - 1
     return 1 + (forwards - 1) / every, 1 + (backwards - 1) / every
+
+
+def table() -> str:
+    """METHODS as a Markdown table."""
+
+    def row_of(name, row):
+        if row is None:
+            return f"`{name}`, or any base | ∇L(θ) | | 1, 1 | 1.00 | |"
+        if not callable(row.cost):
+            passes, times = "{}, {}".format(*row.cost), f"{(row.cost[0] + 2 * row.cost[1]) / 3:.2f}"
+        elif name == "k_sam":
+            passes, times = "1 + 2s, 2s", "(1 + 6s)/3, s = k/B"
+        else:
+            passes, times = "1 + 1/k, 1 + 1/k", "1 + 1/k"
+        defaults = ", ".join(f"{key} {value}" for key, value in row.defaults.items() if value is not None)
+        equation = row.equation.replace("|", "\\|")
+        return f"`{name}` | {equation} | {row.source} | {passes} | {times} | {row.memory} | {defaults}"
+
+    head = "name | gradient handed to the base | source | F, B | cost | memory | defaults"
+    lines = [head, "|".join(["---"] * 7), *(row_of(name, row) for name, row in METHODS.items())]
+    aliases = ", ".join(f"`{alias}` for `{name}`" for alias, name in ALIASES.items())
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\nAliases: {aliases}.\n"

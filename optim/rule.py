@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 Tree = Any
+# loss: at theta, but at theta + epsilon for methods that never look at theta. cosine: of clean and returned gradient.
+# survival: of epsilon under the compute dtype. Where each microbatch has its own epsilon, these are averages over them.
 REPORT = (
     *("loss", "perturbed_loss", "gradient_norm", "epsilon_norm", "cosine"),
     *("survival_norm", "survival_cosine", "nonfinite"),
@@ -49,7 +51,7 @@ class Objective(NamedTuple):
 class Rule(NamedTuple):
     """A gradient rule as a pair of pure functions.
 
-    init(params) -> rule_state
+    init(params) -> rule_state; raises ValueError for parameters the rule cannot take
     gradient(objective, params, batch, optimizer_state, rule_state, step) -> (gradient, rule_state, report)
     report: dict of float32 scalars with the keys REPORT, NaN where the method does not compute one. nonfinite is 0 when
         every loss and gradient of the step was finite; otherwise the gradient must not be used. rule_state then holds
@@ -78,6 +80,12 @@ def objective(forward: Callable, loss: Callable, *, has_aux: bool = False, weigh
     return Objective(forward, readout, frozen_readout, weight or (lambda batch: 1.0))
 
 
+def backward(readout: Callable, pull: Callable, params: Tree, hidden: Tree, *rest: Tree, has_aux: bool = False):
+    """(value, gradient in params) of readout(params, trunk(params), *rest); pull: the trunk's hidden -> params."""
+    value, (direct, cotangent) = jax.value_and_grad(readout, argnums=(0, 1), has_aux=has_aux)(params, hidden, *rest)
+    return value, jax.tree.map(jnp.add, pull(cotangent)[0], direct)
+
+
 class Clean(NamedTuple):
     """The pass at theta: loss, aux, gradient, the anchor, and the trunk's pullback hidden-cotangent -> parameters."""
 
@@ -91,9 +99,7 @@ class Clean(NamedTuple):
 def clean_pass(objective: Objective, params: Tree, batch: Tree) -> Clean:
     """One forward and one backward at theta, keeping what later passes can reuse."""
     hidden, pull = jax.vjp(lambda p: objective.trunk(p, batch), params)
-    readout_gradient = jax.value_and_grad(objective.readout, argnums=(0, 1), has_aux=True)
-    (loss, aux), (direct, cotangent) = readout_gradient(params, hidden, batch)
-    gradient = jax.tree.map(jnp.add, pull(cotangent)[0], direct)
+    (loss, aux), gradient = backward(objective.readout, pull, params, hidden, batch, has_aux=True)
     return Clean(loss, aux, gradient, Anchor(params, hidden, aux.get("kept")), pull)
 
 
@@ -111,6 +117,7 @@ def accumulate(function: Callable, state: Tree, parts: Tree, shares: jax.Array |
     """Runs function(state, part) -> (state, total, kept) over the parts in turn.
 
     Returns (last state, sum of share-weighted totals, kept stacked). With shares None, `parts` is the one whole batch.
+    Sums are held in float32 or better and come back in the totals' own dtype.
     """
     if shares is None:
         return function(state, parts)
@@ -118,12 +125,12 @@ def accumulate(function: Callable, state: Tree, parts: Tree, shares: jax.Array |
     def body(carry, part):
         state, sums = carry
         state, total, kept = function(state, part[0])
-        return (state, jax.tree.map(lambda s, t: s + part[1] * t, sums, total)), kept
+        return (state, jax.tree.map(lambda s, t: s + (part[1] * t).astype(s.dtype), sums, total)), kept
 
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, state, first)[1])
+    totals = jax.eval_shape(function, state, jax.tree.map(lambda x: x[0], parts))[1]
+    zeros = jax.tree.map(lambda t: jnp.zeros(t.shape, jnp.promote_types(t.dtype, jnp.float32)), totals)
     (state, sums), kept = lax.scan(body, (state, zeros), (parts, shares))
-    return state, sums, kept
+    return state, jax.tree.map(lambda s, t: s.astype(t.dtype), sums, totals), kept
 
 
 def microbatched(objective: Objective, batch: Tree, microbatches: int) -> tuple[Tree, jax.Array | None]:
@@ -133,11 +140,20 @@ def microbatched(objective: Objective, batch: Tree, microbatches: int) -> tuple[
 
 def report(loss: jax.Array, gradient_norm: jax.Array | None, returned: Tree, **others) -> dict:
     """Every key of REPORT as a float32 scalar, NaN where not given; gradient_norm None if there is none."""
-    checked = [loss, norm(returned)] + ([] if gradient_norm is None else [gradient_norm])
-    values = {"loss": loss, "nonfinite": ~jnp.all(jnp.isfinite(jnp.stack(checked))), **others}
+    values = {"loss": loss, **others}
     if gradient_norm is not None:
         values["gradient_norm"] = gradient_norm
+    checked = [norm(returned), *(values[key] for key in ("loss", "perturbed_loss", "gradient_norm") if key in values)]
+    values["nonfinite"] = ~jnp.all(jnp.stack([jnp.isfinite(value) for value in checked]))
     return {key: jnp.asarray(values.get(key, jnp.nan), jnp.float32) for key in REPORT}
+
+
+def check_floating(params: Tree) -> None:
+    """Raises ValueError naming the first parameter that is not of a real floating-point dtype."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"parameter {name} is {leaf.dtype}: keep only floating-point arrays among the parameters")
 
 
 def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches: int = 1) -> tuple[jax.Array, Tree]:
@@ -152,10 +168,25 @@ def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches
 
 
 def inner(a: Tree, b: Tree) -> jax.Array:
-    """Inner product over a whole tree; unlike vdot it does not flatten, so sharded leaves stay sharded."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)))
+    """Inner product over a whole tree in float32 or better; it does not flatten, so sharded leaves stay sharded."""
+
+    def product(x, y):
+        wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+        return jnp.sum(x.astype(wide) * y.astype(wide))
+
+    return sum(jax.tree.leaves(jax.tree.map(product, a, b)))
 
 
 def norm(tree: Tree) -> jax.Array:
     """Global l2 norm over a whole tree and all its shards."""
     return jnp.sqrt(inner(tree, tree))
+
+
+def ratio(a: jax.Array, b: jax.Array, at_zero: float = 1.0) -> jax.Array:
+    """a / b for b >= 0, at_zero where b is 0, NaN where b is."""
+    return jnp.where(b == 0, at_zero, a / jnp.where(b == 0, 1.0, b))
+
+
+def cosine(a: Tree, b: Tree) -> jax.Array:
+    """Cosine of two trees; 1 if either is zero."""
+    return ratio(inner(a, b), norm(a) * norm(b))

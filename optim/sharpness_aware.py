@@ -1,6 +1,6 @@
 """The two-pass rule: look at theta, perturb, take the descent path there. Every method is one call of it."""
 
-import re
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from optax.contrib import MuonDimensionNumbers
 
 from optim import looks
 from optim.ascent import Ascent, Seen
 from optim.base import Moments
 from optim.descent import At, Descent
-from optim.masks import path_names
-from optim.rule import Rule, Tree, accumulate, inner, microbatched, norm, plain_gradient, report
+from optim.masks import mask
+from optim.rule import Rule, Tree, accumulate, check_floating, cosine, microbatched, norm, plain_gradient, ratio, report
 
 LAYERWISE = ("none", "norm", "width")
 ASCENT_OVER = ("global", "microbatch", "subset")
@@ -29,7 +30,8 @@ class Switches(NamedTuple):
     microbatches: parts in which the batch is processed. ascent_over: "global" one epsilon from the whole batch,
     "microbatch" one per part (m-sharpness), "subset" one from ascent_fraction of the sequences.
     perturb: regexes over parameter paths, one must match. layerwise_rho: scales each parameter's share of epsilon.
-    clip_norm: bound on the clean gradient before it is climbed or combined; None leaves it.
+    matrix_axes: see layer_scale. clip_norm: bound on the gradient that is climbed; None leaves it. The returned
+    gradient is never clipped here: that is the base optimizer's part.
     """
 
     rho: float | Callable = 0.0
@@ -41,18 +43,22 @@ class Switches(NamedTuple):
     ascent_fraction: float = 1.0
     perturb: tuple[str, ...] = (".*",)
     layerwise_rho: str = "none"
+    matrix_axes: Callable | None = None
     clip_norm: float | None = None
 
 
 def plain(switches: Switches) -> Rule:
-    """The base optimizer's own gradient; of the switches only microbatches and clip_norm matter."""
+    """The base optimizer's own gradient; of the switches only microbatches matters."""
+
+    def init(params):
+        check_floating(params)
+        return ()
 
     def gradient(objective, params, batch, optimizer_state, rule_state, step):
         loss, clean = plain_gradient(objective, params, batch, switches.microbatches)
-        clean, length = _clip(clean, switches.clip_norm)
-        return clean, rule_state, report(loss, length, clean, epsilon_norm=0.0, cosine=1.0)
+        return clean, rule_state, report(loss, norm(clean), clean, epsilon_norm=0.0, cosine=1.0)
 
-    return Rule(lambda params: (), gradient)
+    return Rule(init, gradient)
 
 
 def sharpness_aware(
@@ -60,60 +66,68 @@ def sharpness_aware(
 ) -> Rule:
     """The rule climbing `ascent` and returning `descent`'s gradient there.
 
-    moments(optimizer_state) -> optim.base.Moments. Rule state: (ascent state, descent memory).
+    moments(optimizer_state, params) -> optim.base.Moments. Rule state: (ascent state, descent memory).
     """
     rho = switches.rho if callable(switches.rho) else lambda step: switches.rho
     base = plain(switches)
 
     def init(params):
+        base.init(params)
+        mask(params, switches.perturb)
         return ascent.init(params), jax.tree.map(jnp.zeros_like, params) if descent.remember else ()
 
     def gradient(objective, params, batch, optimizer_state, rule_state, step):
-        seen_moments = moments(optimizer_state) if {"first", "second"} & set(ascent.needs) else Moments()
+        needed = {"first", "second"} & set(ascent.needs)
+        seen_moments = moments(optimizer_state, params) if needed else Moments()
 
         def one_epsilon(state, batch, microbatches):
             parts, shares = microbatched(objective, batch, microbatches)
 
             def first(_, part):
                 looked, kept = look(objective, params, part)
-                # A pullback holds the activations of one part; the scan over several must not stack them.
-                return (), looked, kept if shares is None else kept._replace(pull=None)
+                # The scan over several parts stacks what it keeps: hidden states, but neither theta nor activations.
+                return (), looked, kept if shares is None else _slim(kept, descent.anchored)
 
             _, looked, kept = accumulate(first, (), parts, shares)
-            clean, length = _clip(looked.clean, switches.clip_norm)
-            looked = looked._replace(clean=clean, ascent=_clip(looked.ascent, switches.clip_norm)[0])
-            seen = Seen(looked.ascent, params, seen_moments, state[0], step)
+            seen = Seen(_clip(looked.ascent, switches.clip_norm), params, seen_moments, state, step)
             epsilon, climbed = perturbation(ascent, seen, rho(step), switches)
             # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
             perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
 
             def second(_, kept):
-                at = At(objective, params, epsilon, perturbed, kept.batch, kept.anchor, kept.loss, kept.pull)
-                return (), descent.path(at), ()
+                anchor = kept.anchor and kept.anchor._replace(params=params)
+                return (), descent.path(At(objective, params, epsilon, perturbed, kept.batch, anchor, *kept[2:])), ()
 
             _, (perturbed_loss, vectors), _ = accumulate(second, (), kept, shares)
-            returned = descent.combine(looked, vectors)
-            memory = descent.remember(clean, returned) if descent.remember else ()
+            returned = descent.combine(looked, vectors) if descent.combine else vectors
+            returned = jax.tree.map(lambda r, p: r.astype(p.dtype), returned, params)
+            clean = looked.clean
             facts = report(
-                perturbed_loss if looked.loss is None else looked.loss, length, returned, perturbed_loss=perturbed_loss,
-                epsilon_norm=norm(epsilon), cosine=jnp.nan if clean is None else _cosine(clean, returned),
+                perturbed_loss if looked.loss is None else looked.loss, None if clean is None else norm(clean),
+                returned, perturbed_loss=perturbed_loss, epsilon_norm=norm(epsilon),
+                cosine=jnp.nan if clean is None else cosine(clean, returned),
                 **survival(params, perturbed, epsilon, objective.compute_dtype),
             )  # fmt: skip
-            return (climbed, memory), (returned, facts), ()
+            return climbed, (returned, clean if descent.remember else (), facts), ()
 
         def perturbed_step(state):
             if switches.ascent_over != "microbatch":
-                state, (returned, facts), _ = one_epsilon(state, batch, switches.microbatches)
+                climbed, (returned, clean, facts), _ = one_epsilon(state[0], batch, switches.microbatches)
             else:
                 parts, shares = microbatched(objective, batch, switches.microbatches)
-                state, (returned, facts), _ = accumulate(lambda s, part: one_epsilon(s, part, 1), state, parts, shares)
-            return returned, state, facts
+                each = lambda state, part: one_epsilon(state, part, 1)  # noqa: E731
+                climbed, (returned, clean, facts), _ = accumulate(each, state[0], parts, shares)
+            return returned, (climbed, descent.remember(clean, returned) if descent.remember else ()), facts
 
         def base_step(state):
-            returned, _, facts = base.gradient(objective, params, batch, optimizer_state, (), step)
-            if descent.reuse:
-                returned = descent.reuse(returned, state[1])
-            return returned, state, facts
+            clean, _, facts = base.gradient(objective, params, batch, optimizer_state, (), step)
+            if not descent.reuse:
+                return clean, state, facts
+            # Outside start and stop, and at rho = 0, the method is its base.
+            within = is_active(switches._replace(every=1), rho, step)
+            reused = descent.reuse(clean, state[1])
+            returned = reused if within is None else jax.tree.map(lambda r, c: jnp.where(within, r, c), reused, clean)
+            return returned, state, {**facts, "cosine": cosine(clean, returned).astype(jnp.float32)}
 
         active = is_active(switches, rho, step)
         returned, state, facts = (
@@ -134,12 +148,12 @@ def is_active(switches: Switches, rho: Callable, step: jax.Array) -> jax.Array |
         tests.append(step < switches.stop)
     if switches.every > 1:
         tests.append((step - switches.start) % switches.every == 0)
-    return jnp.all(jnp.stack(tests)) if tests else None
+    return jnp.all(jnp.stack([jnp.asarray(test) for test in tests])) if tests else None
 
 
 def perturbation(ascent: Ascent, seen: Seen, rho: jax.Array, switches: Switches) -> tuple[Tree, Tree]:
     """(epsilon, ascent state): the direction, masked, scaled per parameter, of length rho; zero where the length is."""
-    chosen = jax.tree.map(lambda name: any(re.search(r, name) for r in switches.perturb), path_names(seen.params))
+    chosen = mask(seen.params, switches.perturb)
 
     def masked(tree):
         return tree if tree is None else jax.tree.map(lambda x, keep: x if keep else jnp.zeros_like(x), tree, chosen)
@@ -147,27 +161,40 @@ def perturbation(ascent: Ascent, seen: Seen, rho: jax.Array, switches: Switches)
     vector, length, state = ascent.direction(seen._replace(gradient=masked(seen.gradient)))
     vector = masked(vector)
     if switches.layerwise_rho != "none":
-        vector, length = jax.tree.map(layer_scale(switches.layerwise_rho), vector, seen.params), None
-    length = norm(vector) if length is None else length
-    scale = jnp.where(length > 0, rho / jnp.where(length > 0, length, 1.0), 0.0)
+        vector, length = layer_scale(switches.layerwise_rho, vector, seen.params, switches.matrix_axes), None
+    scale = ratio(rho, norm(vector) if length is None else length, 0.0)
     return jax.tree.map(lambda v, p: (scale * v).astype(p.dtype), vector, seen.params), state
 
 
-def layer_scale(kind: str) -> Callable:
-    """(vector, parameter) -> vector rescaled for one parameter; the whole is renormalised to rho afterwards.
+def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | None = None) -> Tree:
+    """The vector rescaled per weight matrix; the whole is renormalised to rho afterwards.
 
-    norm: in proportion to the parameter's own norm. width: by 1 / sqrt(fan-in), so that wide matrices are not
-    perturbed out of proportion (the concern of mu-P^2, Haas et al. 2024). Fan-in is the second last dimension.
+    norm: in proportion to the matrix's own norm. width: by 1 / sqrt(fan-in), so that wide matrices are not perturbed
+    out of proportion (the concern of mu-P^2, Haas et al. 2024).
+    matrix_axes(params) -> tree of optax.contrib.MuonDimensionNumbers or None, as optim.base takes it: axes that are
+    neither reduced nor output stack matrices. Default: all axes but the last are reduced. Vectors have fan-in 1.
     """
 
-    def by_norm(vector, parameter):
-        length = jnp.sqrt(jnp.sum(vector**2))
-        return vector * jnp.where(length > 0, jnp.sqrt(jnp.sum(parameter**2)) / jnp.where(length > 0, length, 1.0), 0.0)
+    def axes(p):
+        return MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim > 1 else None
 
-    def by_width(vector, parameter):
-        return vector / jnp.sqrt(parameter.shape[-2] if parameter.ndim > 1 else 1.0)
+    def by_norm(v, p, dims):
+        over = None if dims is None else dims_of(dims.reduction_axis) + dims_of(dims.output_axis)
+        length = lambda x: jnp.sqrt(jnp.sum(x**2, axis=over, keepdims=True))  # noqa: E731
+        return v * ratio(length(p), length(v), 0.0)
 
-    return {"norm": by_norm, "width": by_width}[kind]
+    def by_width(v, p, dims):
+        fan_in = 1 if dims is None else math.prod(p.shape[axis] for axis in dims_of(dims.reduction_axis))
+        return v / fan_in**0.5
+
+    def dims_of(axis):
+        return (axis,) if isinstance(axis, int) else tuple(axis)
+
+    leaves, structure = jax.tree.flatten(params)
+    found = matrix_axes(params) if matrix_axes else jax.tree.map(axes, params)
+    dims = jax.tree.leaves(found, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    scaled = map({"norm": by_norm, "width": by_width}[kind], jax.tree.leaves(vector), leaves, dims)
+    return jax.tree.unflatten(structure, scaled)
 
 
 def survival(params: Tree, perturbed: Tree, epsilon: Tree, dtype) -> dict:
@@ -179,17 +206,14 @@ def survival(params: Tree, perturbed: Tree, epsilon: Tree, dtype) -> dict:
         return lax.reduce_precision(x, info.nexp, info.nmant)
 
     moved = jax.tree.map(lambda q, p: cast(q) - cast(p), perturbed, params)
-    return {"survival_norm": norm(moved) / norm(epsilon), "survival_cosine": _cosine(moved, epsilon)}
+    return {"survival_norm": ratio(norm(moved), norm(epsilon)), "survival_cosine": cosine(moved, epsilon)}
 
 
-def _cosine(a: Tree, b: Tree) -> jax.Array:
-    return inner(a, b) / (norm(a) * norm(b))
+def _slim(kept: looks.Kept, anchored: bool) -> looks.Kept:
+    return kept._replace(pull=None, anchor=kept.anchor._replace(params=None) if anchored else None)
 
 
-def _clip(gradient: Tree, bound: float | None) -> tuple[Tree, jax.Array]:
-    if gradient is None:
-        return None, None
-    length = norm(gradient)
-    if not bound:
-        return gradient, length
-    return optax.tree.scale(jnp.minimum(1.0, bound / jnp.maximum(length, 1e-30)), gradient), length
+def _clip(gradient: Tree, bound: float | None) -> Tree:
+    if gradient is None or not bound:
+        return gradient
+    return optax.tree.scale(bound / jnp.maximum(norm(gradient), bound), gradient)

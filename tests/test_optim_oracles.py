@@ -1,0 +1,438 @@
+"""Float64: every method against products with dense matrices, against optax, or against its published equations.
+
+The transcriptions are straight-line NumPy on the flattened parameters and share no code with optim.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optim_problems as problems
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import optim
+from optim import curvature, methods
+from optim.base import moments
+from optim.rule import Anchor
+from optim.sharpness_aware import Switches, sharpness_aware
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+class Problem:
+    """One problem as functions of a flat vector, and its dense matrices at theta."""
+
+    def __init__(self):
+        self.params, self.batch = problems.parameters(jnp.float64), problems.batch()
+        self.objective = problems.language_model()
+        self.flat, self.tree = ravel_pytree(self.params)
+        self.theta = np.asarray(self.flat)
+        loss = lambda x, b: problems.loss_of(self.tree(x), b)  # noqa: E731
+        self._loss, self._gradient = jax.jit(loss), jax.jit(jax.grad(loss))
+
+    def loss(self, x, batch=None):
+        return float(self._loss(jnp.asarray(x), batch or self.batch))
+
+    def gradient(self, x, batch=None):
+        return np.asarray(self._gradient(jnp.asarray(x), batch or self.batch))
+
+    def matrices(self):
+        """Dense Hessian, GGN and NME at theta, the NME from second derivatives of the logits."""
+        logits = lambda x: self.objective.trunk(self.tree(x), self.batch)  # noqa: E731
+        loss = lambda out: problems.token_loss(out, self.batch)[0]  # noqa: E731
+        at = logits(self.flat)
+        slope = jax.grad(loss)(at)
+        jacobian = jax.jit(jax.jacrev(logits))(self.flat).reshape(at.size, -1)
+        outer = jax.jit(jax.hessian(loss))(at).reshape(at.size, at.size)
+        hessian = jax.jit(jax.hessian(lambda x: loss(logits(x))))(self.flat)
+        nme = jax.jit(jax.hessian(lambda x: jnp.sum(slope * logits(x))))(self.flat)
+        return np.asarray(hessian), np.asarray(jacobian.T @ outer @ jacobian), np.asarray(nme)
+
+    def run(self, name, steps=1, theta=None, transform=None, batches=None, objective=None, **options):
+        """Flat gradients of successive steps and the flat parameters after them; transform None leaves theta."""
+        rule = optim.method(name, **{**problems.options(name), **options})
+        transform = transform or optax.set_to_zero()
+        params = self.params if theta is None else self.tree(jnp.asarray(theta))
+        state, inner_state, gradients = rule.init(params), transform.init(params), []
+        gradient = jax.jit(rule.gradient, static_argnums=0)
+        for step in range(steps):
+            batch = batches[step] if batches else self.batch
+            g, state, self.report = gradient(objective or self.objective, params, batch, inner_state, state, step)
+            updates, inner_state = transform.update(g, inner_state, params)
+            params = optax.apply_updates(params, updates)
+            gradients.append(np.asarray(ravel_pytree(g)[0]))
+        return gradients, np.asarray(ravel_pytree(params)[0])
+
+
+@pytest.fixture(scope="module")
+def problem():
+    with jax.enable_x64(True):
+        return Problem()
+
+
+@pytest.fixture(scope="module")
+def matrices(problem):
+    with jax.enable_x64(True):
+        return problem.matrices()
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+def close(got, wanted, tolerance=1e-11):
+    assert np.linalg.norm(got - wanted) <= tolerance * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("name", ["sam", "functional_sam", "logit_sam", "mixture_sam"])
+def test_first_order_identity_with_a_residual_of_second_order(problem, matrices, name):
+    hessian, ggn, nme = matrices
+    assert np.allclose(hessian, ggn + nme, atol=1e-12)
+    assert min(np.linalg.norm(ggn), np.linalg.norm(nme)) > 0.1 * np.linalg.norm(hessian)
+    matrix = {"sam": hessian, "functional_sam": nme, "logit_sam": ggn, "mixture_sam": 0.3 * nme + 0.7 * ggn}[name]
+    options = {"alpha": 0.3} if name == "mixture_sam" else {}
+    g = problem.gradient(problem.theta)
+    row = methods.METHODS[name]
+
+    @jax.jit
+    def gradient(rho):
+        parts = row.ascent(options), row.descent(options), Switches(rho=rho), moments
+        return sharpness_aware(*parts).gradient(problem.objective, problem.params, problem.batch, None, ((), ()), 0)[0]
+
+    radii = [1e-3, 2e-3, 4e-3, 8e-3]
+    residuals = []
+    for rho in radii:
+        got = np.asarray(ravel_pytree(gradient(rho))[0])
+        residuals.append(np.linalg.norm(got - g - rho * matrix @ unit(g)))
+    slope = np.polyfit(np.log(radii), np.log(residuals), 1)[0]
+    assert 1.9 < slope < 2.1
+    assert residuals[0] < 0.05 * np.linalg.norm(radii[0] * matrix @ unit(g))
+
+
+def test_penalty_is_the_exact_hessian_vector_product(problem, matrices):
+    g = problem.gradient(problem.theta)
+    (got,), _ = problem.run("penalty_sam", rho=0.3)
+    close(got, g + 0.3 * matrices[0] @ unit(g), 1e-13)
+    taylor = problem.loss(problem.theta) + 0.3 * np.linalg.norm(g) + 0.5 * 0.09 * unit(g) @ matrices[0] @ unit(g)
+    assert abs(float(problem.report["perturbed_loss"]) - taylor) < 1e-6  # the report is float32
+
+
+@pytest.mark.parametrize("name", ["functional_sam", "logit_sam", "mixture_sam", "functional_msam"])
+def test_split_at_the_hidden_state_changes_nothing(problem, name):
+    options = {"transform": optax.sgd(0.1, momentum=0.9)} if name == "functional_msam" else {}
+    whole, _ = problem.run(name, steps=2, rho=0.2, **options)
+    split, _ = problem.run(name, steps=2, rho=0.2, objective=problems.split_language_model(), **options)
+    close(split[1], whole[1], 1e-13)
+    assert np.linalg.norm(whole[1] - problem.gradient(problem.theta)) > 1e-3
+
+
+def test_functional_path_of_a_linear_model_is_the_base_gradient():
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = {"x": jax.random.normal(keys[0], (6, 5)), "targets": jnp.arange(6) % 3, "weights": jnp.ones(6)}
+    params = {"w": jax.random.normal(keys[1], (5, 3)), "b": jax.random.normal(keys[2], (3,))}
+    linear = optim.objective(lambda p, b: b["x"] @ p["w"] + p["b"], lambda out, b: problems.token_loss(out[:, None], {
+        "targets": b["targets"][:, None], "weights": b["weights"][:, None]})[0])  # fmt: skip
+    for name, same in (("functional_sam", True), ("sam", False)):
+        gradients = [_gradient(which, linear, params, inputs) for which in (name, "adamw")]
+        assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, *gradients))) == same
+
+
+def _gradient(name, objective, params, batch):
+    rule = optim.method(name, rho=0.5)
+    return rule.gradient(objective, params, batch, None, rule.init(params), 0)[0]
+
+
+def test_sam_is_optax_contrib_sam(problem):
+    base, rho = optax.adamw(1e-2, weight_decay=0.1), 0.3
+    theirs = optax.contrib.sam(
+        base, optax.chain(optax.contrib.normalize(), optax.sgd(rho)), sync_period=2, opaque_mode=True
+    )
+    gradient = jax.grad(problems.loss_of)
+    params, state = problem.params, theirs.init(problem.params)
+    for _ in range(4):
+        updates, state = theirs.update(
+            gradient(params, problem.batch), state, params, grad_fn=lambda p, _: gradient(p, problem.batch)
+        )
+        params = optax.apply_updates(params, updates)
+    _, ours = problem.run("sam", steps=4, transform=base, rho=rho)
+    assert np.abs(ours - np.asarray(ravel_pytree(params)[0])).max() < 1e-6
+    assert np.abs(ours - problem.run("adamw", steps=4, transform=base)[1]).max() > 1e-4
+
+
+def test_sam_climbs_what_perturb_and_layerwise_rho_choose(problem):
+    g, theta = problem.gradient(problem.theta), problem.theta
+    only = np.zeros_like(g)
+    start = problems.V * problems.D  # leaves in the order of their names: embed, layers, norm, readout
+    only[start : start + 2 * problems.D**2] = 1
+    (got,), _ = problem.run("sam", rho=0.2, perturb=("^layers",))
+    close(got, problem.gradient(theta + 0.2 * unit(only * g)))
+
+    parts = np.split(np.arange(g.size), np.cumsum([problems.V * problems.D, problems.D**2, problems.D**2, problems.D]))
+    by_width = np.concatenate([g[i] / np.sqrt(f) for i, f in zip(parts, (problems.V, 8, 8, 1, 8), strict=True)])
+    (got,), _ = problem.run("sam", rho=0.2, layerwise_rho="width", matrix_axes=_stacked)
+    close(got, problem.gradient(theta + 0.2 * unit(by_width)))
+    by_norm = np.concatenate([unit(g[i]) * np.linalg.norm(theta[i]) for i in parts])
+    (got,), _ = problem.run("sam", rho=0.2, layerwise_rho="norm", matrix_axes=_stacked)
+    close(got, problem.gradient(theta + 0.2 * unit(by_norm)))
+    assert np.isclose(float(problem.report["epsilon_norm"]), 0.2)
+
+
+def _stacked(params):
+    matrix = optax.contrib.MuonDimensionNumbers
+    return {
+        "embed": matrix(0, 1),
+        "layers": {"kernel": matrix((1,), (2,))},
+        "norm": {"scale": None},
+        "readout": matrix(0, 1),
+    }
+
+
+# Published equations, in straight lines.
+
+
+def test_asam(problem):
+    theta, rho = problem.theta, 0.7
+    g, T = problem.gradient(theta), np.abs(theta) + 0.01
+    (got,), _ = problem.run("asam", rho=rho)
+    close(got, problem.gradient(theta + rho * T**2 * g / np.linalg.norm(T * g)))
+
+
+def test_msam_with_sgd_is_algorithm_1(problem):
+    rate, mu, rho = 0.1, 0.9, 0.3
+    w, v = problem.theta.copy(), np.zeros_like(problem.theta)
+    for step in range(4):
+        perturbed = w - rho * v / np.linalg.norm(v) if step else w
+        v = mu * v + problem.gradient(perturbed)
+        w = w - rate * v
+    _, got = problem.run("msam", steps=4, transform=optax.sgd(rate, momentum=mu), rho=rho)
+    close(got, w)
+
+
+def test_msam_with_adamw(problem):
+    rate, b1, b2, eps, decay, rho = 1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0
+    w, m, v = problem.theta.copy(), 0.0, 0.0
+    for step in range(1, 4):
+        g = problem.gradient(w - rho * m / np.linalg.norm(m) if step > 1 else w)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        update = (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + eps)
+        w = w - rate * (update + decay * w)
+    made = optim.base("adamw", rate, b1=b1, b2=b2, eps=eps, weight_decay=decay)
+    _, got = problem.run("msam", steps=3, transform=made.transform, base=made)
+    close(got, w)
+
+
+def test_cr_sam(problem):
+    theta, rho, gamma, beta = problem.theta, 0.2, 0.3, 0.05
+    original = problem.gradient(theta)
+    e_w = rho * original / np.linalg.norm(original)
+    worst, best = problem.gradient(theta + e_w), problem.gradient(theta - e_w)
+    wanted = worst + gamma * (worst + best - 2 * original) + beta * (worst - best)
+    (got,), _ = problem.run("cr_sam", rho=rho, gamma=gamma, beta=beta)
+    close(got, wanted)
+
+
+def test_gsam(problem):
+    theta, rho, alpha = problem.theta, 0.5, 0.4
+    old = problem.gradient(theta)
+    new = problem.gradient(theta + rho * unit(old))
+    cosine = old @ new / (np.linalg.norm(old) * np.linalg.norm(new))
+    vertical = old - cosine * np.linalg.norm(old) * new / np.linalg.norm(new)
+    (got,), _ = problem.run("gsam", rho=rho, alpha=alpha)
+    close(got, new - alpha * vertical)
+    assert abs(vertical @ new) < 1e-12
+
+
+def test_look_sam_over_two_periods(problem):
+    rate, rho, alpha, k = 0.2, 0.3, 0.7, 3
+    batches = [problems.batch(seed) for seed in range(5)]
+    w = problem.theta.copy()
+    for t, batch in enumerate(batches):
+        g = problem.gradient(w, batch)
+        if t % k == 0:
+            g_s = problem.gradient(w + rho * unit(g), batch)
+            cosine = unit(g) @ unit(g_s)
+            g_v = g_s - np.linalg.norm(g_s) * cosine * unit(g)
+        else:
+            g_s = g + alpha * np.linalg.norm(g) / np.linalg.norm(g_v) * g_v
+        w = w - rate * g_s
+    _, got = problem.run("look_sam", steps=5, transform=optax.sgd(rate), batches=batches, rho=rho, alpha=alpha, k=k)
+    close(got, w)
+
+
+def test_look_sam_is_the_base_outside_start_and_stop(problem):
+    gradients, _ = problem.run("look_sam", steps=5, rho=0.3, k=2, start=1, stop=4)
+    g = problem.gradient(problem.theta)
+    assert [np.linalg.norm(got - g) < 1e-12 for got in gradients] == [True, False, False, False, True]
+    assert not np.allclose(gradients[1], gradients[2])
+
+
+def test_friendly_sam(problem):
+    rate, rho, sigma, lam = 0.2, 0.3, 0.8, 0.9
+    batches = [problems.batch(seed) for seed in range(4)]
+    w, m = problem.theta.copy(), 0.0
+    for batch in batches:
+        g = problem.gradient(w, batch)
+        m = lam * m + (1 - lam) * g
+        w = w - rate * problem.gradient(w + rho * unit(g - sigma * m), batch)
+    _, got = problem.run(
+        "friendly_sam", steps=4, transform=optax.sgd(rate), batches=batches, rho=rho, sigma=sigma, decay=lam
+    )
+    close(got, w)
+
+
+def test_k_sam_in_each_of_two_shards(problem):
+    theta, rho, k, half = problem.theta, 0.3, 3, problems.B // 2
+    rows = lambda chosen: jax.tree.map(lambda x: x[np.asarray(chosen)], problem.batch)  # noqa: E731
+    tokens = [float((row["weights"] > 0).sum()) for row in map(rows, ([i] for i in range(problems.B)))]
+    summed = np.array([problem.loss(theta, rows([i])) * max(tokens[i], 1) for i in range(problems.B)])
+    chosen = [*np.argsort(-summed[:half])[:k], *half + np.argsort(-summed[half:])[:k]]
+    g = problem.gradient(theta, rows(chosen))
+    (got,), _ = problem.run("k_sam", rho=rho, k=k, shards=2)
+    close(got, problem.gradient(theta + rho * unit(g), rows(chosen)))
+
+
+def test_focal_sam(problem):
+    rho, gamma, lam = 0.3, 20.0, 0.5
+    counts = np.arange(1, problems.V + 1)
+    coefficient = lam * (1 - counts / counts.sum()) ** gamma
+    targets, weights = np.asarray(problem.batch["targets"]), np.asarray(problem.batch["weights"])
+
+    def weighted(x, c):
+        tree = problem.tree(x)
+        log_p = jax.nn.log_softmax(problems.trunk(tree, problem.batch) @ tree["readout"])
+        losses = -jnp.take_along_axis(log_p, problem.batch["targets"][..., None], -1)[..., 0]
+        return jnp.sum(losses * weights * c[targets]) / (weights > 0).sum()
+
+    gradient = jax.grad(weighted)
+    first = np.asarray(gradient(problem.flat, 1 - coefficient))
+    focal = np.asarray(gradient(problem.flat, coefficient))
+    second = np.asarray(gradient(jnp.asarray(problem.theta + rho * unit(focal)), coefficient))
+    (got,), _ = problem.run("focal_sam", rho=rho, gamma=gamma, lam=lam, frequency=jnp.asarray(counts / counts.sum()))
+    close(got, first + second)
+    assert np.linalg.norm(first + second - problem.gradient(problem.theta)) > 1e-3
+
+
+@pytest.mark.parametrize("moment", ["stale", "fresh"])
+@pytest.mark.parametrize("scaled", ["l2", "ellipsoid"])
+def test_preconditioned_ascent(problem, moment, scaled):
+    b2, eps, rho, power = 0.9, 1e-3, 0.2, 0.4
+    made = optim.base("adamw", 1e-2, b2=b2)
+    g1 = problem.gradient(problem.theta)
+    updates, _ = made.transform.update(
+        problem.tree(jnp.asarray(g1)), made.transform.init(problem.params), problem.params
+    )
+    theta = problem.theta + np.asarray(ravel_pytree(updates)[0])
+    g = problem.gradient(theta)
+    v = (1 - b2) * g1**2
+    v = v / (1 - b2) if moment == "stale" else (b2 * v + (1 - b2) * g**2) / (1 - b2**2)
+    direction = g / (v**power + eps)
+    length = np.linalg.norm(direction) if scaled == "l2" else np.sqrt(g @ direction)
+    options = {"precond_power": power, "precond_eps": eps, "precond_norm": scaled, "precond_moment": moment}
+    rule = optim.method("precond_sam", rho=rho, base=made, **options)
+    _, state = made.transform.update(problem.tree(jnp.asarray(g1)), made.transform.init(problem.params), problem.params)
+    got, _, report = rule.gradient(
+        problem.objective, problem.tree(jnp.asarray(theta)), problem.batch, state, ((), ()), 1
+    )
+    close(np.asarray(ravel_pytree(got)[0]), problem.gradient(theta + rho * direction / length), 1e-9)
+    assert np.isclose(float(report["epsilon_norm"]), rho * np.linalg.norm(direction) / length, rtol=1e-6)
+
+    if moment == "stale":  # before the first update v is zero and D = 1
+        first = rule.gradient(
+            problem.objective, problem.params, problem.batch, made.transform.init(problem.params), ((), ()), 0
+        )[0]
+        wanted = rho * (unit(g1) if scaled == "l2" else unit(g1))
+        close(np.asarray(ravel_pytree(first)[0]), problem.gradient(problem.theta + wanted))
+
+
+def test_adafactor_second_moment_is_the_one_adafactor_divides_by():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"matrix": (130, 140), "stack": (3, 128, 131), "flipped": (150, 2, 129), "vector": (7,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    draw = lambda key: jax.tree.map(
+        lambda p, k: jax.random.normal(k, p.shape), params, dict(zip(params, jax.random.split(key, 4)))
+    )  # noqa: E501, E731
+    transform = optax.scale_by_factored_rms()
+    state = transform.init(params)
+    for key in keys[:2]:
+        g = draw(key)
+        fresh = moments(state, params).fresh(g)
+        updates, state = transform.update(g, state, params)
+    for second in (fresh, moments(state, params).second):
+        for name in params:
+            np.testing.assert_allclose(g[name] / jnp.sqrt(second[name]), updates[name], rtol=1e-10)
+    before = moments(transform.init(params), params)
+    assert before.count == 0
+    assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(before.second))
+
+
+def test_every_method_has_an_oracle_here():
+    covered = {"adamw", "random_sam", "functional_msam", "precond_functional_sam"}  # the last two: parts tested above
+    covered |= {"sam", "functional_sam", "logit_sam", "mixture_sam", "penalty_sam", "precond_sam", "asam", "msam"}
+    covered |= {"k_sam", "cr_sam", "focal_sam", "look_sam", "friendly_sam", "gsam"}
+    assert covered == set(methods.METHODS)
+
+
+# Products of optim.curvature.
+
+
+def test_products_are_those_of_the_dense_matrices(problem, matrices):
+    vector = np.random.default_rng(0).normal(size=problem.theta.size)
+    split = problems.split_language_model()
+    for objective in (problem.objective, split):
+        for product, matrix in zip(
+            (curvature.hessian_product, curvature.ggn_product, curvature.nme_product), matrices, strict=True
+        ):
+            got = product(objective, problem.params, problem.batch, problem.tree(jnp.asarray(vector)))
+            close(np.asarray(ravel_pytree(got)[0]), matrix @ vector, 1e-12)
+
+
+def test_split_directions_by_group(problem, matrices):
+    _, ggn, nme = matrices
+    epsilon = np.random.default_rng(1).normal(size=problem.theta.size)
+    logit, func = ggn @ epsilon, nme @ epsilon
+    groups = {"trunk": "^layers", "second layer": "^layers/kernel/1$", "readout": "^readout"}
+    got = curvature.split_directions(
+        problem.objective, problem.params, problem.batch, problem.tree(jnp.asarray(epsilon)), groups, stacked="^layers"
+    )
+    edges = np.cumsum([problems.V * problems.D, problems.D**2, problems.D**2, problems.D])
+    chosen = {
+        "all": slice(None), "trunk": slice(edges[0], edges[2]), "second layer": slice(edges[1], edges[2]),
+        "readout": slice(edges[3], None),
+    }  # fmt: skip
+    for name, rows in chosen.items():
+        a, b = logit[rows], func[rows]
+        wanted = {
+            "logit_norm": np.linalg.norm(a), "functional_norm": np.linalg.norm(b),
+            "logit_share": (a @ a) / (logit @ logit), "functional_share": (b @ b) / (func @ func),
+            "cosine": unit(a) @ unit(b) if np.linalg.norm(b) > 1e-12 else 1.0,
+        }  # fmt: skip
+        assert set(got[name]) == set(wanted)
+        for key, value in wanted.items():
+            assert np.isclose(float(got[name][key]), value, rtol=1e-9), (name, key)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        curvature.split_directions(
+            problem.objective, problem.params, problem.batch, problem.params, {"none": "^nothing"}
+        )
+
+
+def test_products_average_over_microbatches(problem, matrices):
+    vector = np.random.default_rng(0).normal(size=problem.theta.size)
+    tree = problem.tree(jnp.asarray(vector))
+    got = curvature.nme_product(problem.objective, problem.params, problem.batch, tree, microbatches=4)
+    close(np.asarray(ravel_pytree(got)[0]), matrices[2] @ vector, 1e-12)
+
+
+def test_frozen_readout_is_the_first_order_change_of_the_loss(problem):
+    hidden = problem.objective.trunk(problem.params, problem.batch)
+    moved = jax.tree.map(lambda p: p + 1e-5, problem.params)
+    anchor = Anchor(problem.params, hidden)
+    change = problem.objective.frozen_readout(
+        moved, problem.objective.trunk(moved, problem.batch), anchor, problem.batch
+    )
+    exact = problems.loss_of(moved, problem.batch) - problems.loss_of(problem.params, problem.batch)
+    assert abs(float(change - exact)) < 1e-8 < 1e-5 < abs(float(exact))
