@@ -148,7 +148,8 @@ def cross_entropy(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weigh
     """(mean loss in nats, mean loss per sequence [B], Kept or None).
 
     The loss is sum(weights * token loss) / number of tokens with positive weight. Only it carries a gradient, to kernel
-    and hidden. The kernel is float32 (or float64 with a float64 hidden), products run in hidden's dtype and sum in float32 or better; T is a multiple of options.chunk.
+    and hidden. Products run in hidden's dtype and sum in float32 or better, the dtype the kernel should have. T is a
+    multiple of options.chunk.
     """
     return _clean_pass(options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients=options.keep)[0]
 
@@ -205,13 +206,7 @@ def _frozen_forward(options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weig
 
 
 def _frozen_backward(options, gradient, cotangent):
-    return (
-        (cotangent * to_kernel).astype(to_hidden.dtype),
-        (cotangent * to_hidden).astype(to_hidden.dtype),
-        None,
-        None,
-        None,
-    )
+    return *_scaled(cotangent, *gradient), None, None, None
 
 
 frozen_change.defvjp(_frozen_forward, _frozen_backward)

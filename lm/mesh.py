@@ -1,0 +1,109 @@
+"""The device mesh (axes data, fsdp, tensor), and where parameters, state, activations and batches live on it."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split the sequences of a batch
+
+# The first pattern found in a parameter's path places it. fsdp splits the width, tensor what is computed apart: heads,
+# the MLP's hidden features, the vocabulary. Layer stacks keep their first axis whole: the scan walks along it.
+RULES = (
+    (r"(embed/embedding|readout/kernel)$", P("tensor", "fsdp")),
+    (r"position/embedding$", P(None, "fsdp")),
+    (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"mlp/(up|gate)/kernel$", P(None, "fsdp", "tensor")),
+    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"norm/scale$", P()),
+)
+
+ACTIVATIONS = {
+    "hidden": P(BATCH, None, None),  # [B, T, D]
+    "heads": P(BATCH, None, "tensor", None),  # [B, T, H, K]
+    "mlp": P(BATCH, None, "tensor"),  # [B, T, F]
+    "readout": P("tensor", None),  # [V, D], gathered over fsdp once per pass
+}
+
+
+def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices, neighbours in the network along the inner axes.
+
+    On several TPU slices, data runs across them where its size allows.
+    """
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1 and shape[0] % slices == 0:
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def constrainer(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
+    """constrain(activation, kind of ACTIVATIONS) for lm.model: tells XLA where it lives."""
+    return lambda x, kind: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS[kind]))
+
+
+def parameter_spec(path: str) -> P:
+    """The place of a parameter by its path. ValueError if no rule names it."""
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            return spec
+    raise ValueError(f"no sharding rule matches parameter {path!r}: add one to lm/mesh.py RULES")
+
+
+def parameter_shardings(mesh: Mesh, params: Any) -> Any:
+    """NamedShardings of a parameter tree (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, parameter_spec(_name(path))), params)
+
+
+def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
+    """NamedShardings of an optimizer or rule state: a leaf with the path and shape of a parameter lives where it does.
+
+    Everything else (counts, factored moments) is replicated.
+    """
+    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path, leaf):
+        name = _name(path)
+        owner = next((p for p, s in shapes.items() if s == leaf.shape and (name == p or name.endswith("/" + p))), None)
+        return NamedSharding(mesh, parameter_spec(owner) if owner else P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch array [B, ...] lives: its sequences over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The global rows of a batch that this process's devices hold, in order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (part,) in places.values() for row in range(*part.indices(batch_size))})
+
+
+def place_batch(mesh: Mesh, batch_size: int, rows: Sequence[int], batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, ...] from this process's `rows` of them, as local_rows gives them."""
+    at = {row: index for index, row in enumerate(rows)}
+
+    def place(array):
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return array[at[start] : at[start] + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), batch_sharding(mesh), part)
+
+    return {name: place(array) for name, array in batch.items()}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

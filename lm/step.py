@@ -1,0 +1,42 @@
+"""One training step: gradient rule, optax transform, finiteness gate, metrics."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.state import State
+from optim import Objective, Rule
+from optim.base import Base
+from optim.rule import norm
+
+
+def make_step(objective: Objective, rule: Rule, base: Base, learning_rate: Callable, rho: Callable) -> Callable:
+    """step(state, batch) -> (state, metrics); jit it with the state donated.
+
+    A step whose loss or gradient is not finite, in either pass, changes nothing but state.step. metrics: the report,
+    sharpness_gap (perturbed minus clean loss), update and parameter norms, learning_rate, rho; float32 scalars.
+    """
+
+    def step(state: State, batch: dict) -> tuple[State, dict]:
+        gradient, rule_state, report = rule.gradient(
+            objective, state.params, batch, state.optimizer, state.rule, state.step
+        )
+        updates, optimizer = base.transform.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        good = report["nonfinite"] == 0
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, optimizer), (state.params, state.optimizer)
+        )
+        metrics = {
+            **report,
+            "sharpness_gap": report["perturbed_loss"] - report["loss"],
+            "update_norm": norm(updates),
+            "parameter_norm": norm(kept[0]),
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "rho": jnp.asarray(rho(state.step), jnp.float32),
+        }
+        return State(state.step + 1, *kept, rule_state), metrics
+
+    return step
