@@ -21,7 +21,7 @@ from importlib import metadata
 import xxhash
 
 from data import manifest as manifests
-from data import shards, sources
+from data import shards, sources, tasks
 from data.errors import BadRecords, CorpusMismatch, DataError
 from data.packing import PACKINGS, token_dtype
 from data.shards import Job, Recipe
@@ -85,6 +85,8 @@ def prepare(
     if os.path.isdir(out) and not os.path.exists(os.path.join(out, PLAN)) and set(os.listdir(out)) - {LOCK}:
         raise DataError(f"--out={out}: exists and is no preparation; choose an empty or new directory")
     tokenizer = load_tokenizer(recipe.vocabulary)
+    for source in (*sources.parse(recipe.task), *sources.held_out_sources(recipe.task, recipe.held_out)):
+        tasks.check(source, recipe.text_field, recipe.tfds_dir)
     try:
         created = not os.path.exists(out)
         os.makedirs(out, exist_ok=True)
@@ -94,8 +96,10 @@ def prepare(
             try:
                 _start(out, expected, log)
                 manifest = _run(recipe, out, tokenizer, expected, workers, log, report)
-            except BadRecords:
-                _clear(out, created)
+            except (DataError, OSError) as error:
+                # Bad input leaves nothing behind; what interrupts a good preparation leaves its finished shards.
+                if isinstance(error, BadRecords) or not _any_shard(out):
+                    _clear(out, created)
                 raise
             os.unlink(os.path.join(out, LOCK))
             return manifest
@@ -130,6 +134,10 @@ def _start(out: str, expected: dict, log: Callable[[str], None]) -> None:
         manifests.write_json(plan, expected)
     for leftover in glob.glob(os.path.join(glob.escape(out), "**", "*.tmp"), recursive=True):
         os.unlink(leftover)
+
+
+def _any_shard(out: str) -> bool:
+    return bool(glob.glob(os.path.join(glob.escape(out), "*", "*", "*.array_record.json")))
 
 
 def _clear(out: str, created: bool) -> None:

@@ -46,6 +46,15 @@ def import_tensorflow():
     return tf
 
 
+def check(source: Source, text_field: str, tfds_dir: str) -> None:
+    """Raises DataError if `source` cannot be read at all: found before anything is written."""
+    if source.kind == "tfds":
+        import_tensorflow()
+        tfds_builder(source, text_field, tfds_dir)
+    else:
+        next(sources.records(source._replace(split="all"), text_field, 0.0), None)
+
+
 def task(source: Source, vocabulary: str, text_field: str, held_out_fraction: float, tfds_dir: str):
     """The seqio.Task of one source. Its examples: targets int32 [n] without the end-of-document id, lengths int32 [n],
     targets_pretokenized and fault strings. Not registered: a name may stand for different files in different runs.

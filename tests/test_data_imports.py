@@ -1,0 +1,19 @@
+"""What may be imported: nothing of tensorflow outside preparation, and none of the rooms that build on this one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(path.stem for path in (ROOT / "data").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize(
+    "packages", [("tensorflow", "seqio", "tensorflow_datasets", "lm", "optim", "configs", "scripts")]
+)
+def test_importing_every_module_and_grain_imports_none_of(packages):
+    code = f"import sys, grain\nfrom data import {', '.join(MODULES)}\nprint(sorted({{m.split('.')[0] for m in sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "grain" in result.stdout
+    for package in packages:
+        assert f"'{package}'" not in result.stdout
