@@ -7,7 +7,7 @@ import optax
 import optim
 from optim.rule import Objective
 
-V, D, LAYERS, B, T = 11, 8, 2, 16, 4
+V, D, LAYERS, B, T = 7, 4, 2, 8, 3
 
 
 def parameters(dtype=jnp.float32, seed=0):
@@ -83,4 +83,4 @@ def options(name):
     """What a method needs beyond its defaults on this problem."""
     if name == "focal_sam":
         return {"frequency": jnp.arange(1, V + 1) / (V * (V + 1) / 2)}
-    return {"k": 3} if name in ("k_sam", "look_sam") else {}
+    return {"k": 2} if name in ("k_sam", "look_sam") else {}
