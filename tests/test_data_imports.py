@@ -8,12 +8,9 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "data").glob("*.py") if path.stem != "__init__")
 
 
-@pytest.mark.parametrize(
-    "packages", [("tensorflow", "seqio", "tensorflow_datasets", "lm", "optim", "configs", "scripts")]
-)
-def test_importing_every_module_and_grain_imports_none_of(packages):
-    code = f"import sys, grain\nfrom data import {', '.join(MODULES)}\nprint(sorted({{m.split('.')[0] for m in sys.modules}}))"
+def test_grain_and_every_module_leave_the_heavy_packages_and_the_other_rooms_alone():
+    code = f"import sys, grain\nfrom data import {', '.join(MODULES)}\nprint({{m.split('.')[0] for m in sys.modules}})"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "grain" in result.stdout
-    for package in packages:
+    assert "'grain'" in result.stdout
+    for package in ("tensorflow", "seqio", "tensorflow_datasets", "lm", "optim", "configs", "scripts"):
         assert f"'{package}'" not in result.stdout

@@ -18,7 +18,7 @@ from data import manifest as manifests
 from data import prepare as preparing
 from data import shards, sources
 from data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
-from data.loader import held_out_rows, held_out_steps, open_corpus
+from data.loader import held_out_rows, held_out_steps, open_corpus, training_rows
 from data.packing import from_record
 from data.prepare import prepare, recipe_of
 from data.vocabulary import load_tokenizer, train_sentencepiece
@@ -91,6 +91,22 @@ def test_round_trip_of_bytes_and_counts(tmp_path, documents, shard_count):
     batches = [held_out_rows(corpus, "jsonl", i, 8) for i in range(steps)]
     assert sum(batch["bytes"].sum() for batch in batches) == manifest["held_out"][0]["bytes"]
     assert sum(batch["weights"].sum() for batch in batches) == manifest["held_out"][0]["tokens"]
+
+
+def test_more_shards_than_documents(tmp_path):
+    task = write_jsonl(tmp_path / "a.jsonl", WORDS[:3])
+    val = write_jsonl(tmp_path / "b.jsonl", ["x"])
+    chosen = recipe(f"{task}@all", held_out=(f"val={val}@all",), shards=5, sequence_length=1 << 20)
+    manifest = prepare(chosen, str(tmp_path / "out"), log=quiet)
+    assert [shard["rows"] for shard in manifest["train"][0]["shards"]] == [1, 1, 1, 0, 0]
+    corpus = open_corpus(str(tmp_path / "out"))
+    assert texts_of(corpus, corpus.train[0]) == WORDS[:3]
+    assert held_out_rows(corpus, "val", 0, 1)["bytes"].tolist() == [1]
+    one = recipe(f"{task}@all", held_out=(f"val={val}@all",), sequence_length=1 << 24)
+    prepare(one, str(tmp_path / "one"), log=quiet)
+    single = open_corpus(str(tmp_path / "one"))
+    assert single.train[0].rows == 1
+    assert training_rows(single, 0, 5, 2)["weights"].sum() == 2 * single.train[0].tokens
 
 
 def test_bestfit_keeps_whole_documents(tmp_path, documents):
