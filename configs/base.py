@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     model.norm_epsilon = 1e-6  # added to the variance in every norm
     model.vocabulary_multiple = 32  # embedding rows are the vocabulary rounded up to a multiple of this
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, loss and optimizer stay float32
-    model.attention = "auto"  # auto | einsum | blockwise | cudnn | splash; auto picks by backend and logs its choice
-    model.remat = "none"  # none | full | dots | offload: what the backward pass recomputes
+    model.attention = "auto"  # auto | einsum | blockwise | cudnn; auto picks by backend, the log says what
+    model.remat = "none"  # none | full | dots: what the backward pass recomputes
     model.readout_chunk = 4096  # tokens per device whose logits exist at one time
     model.functional_readout = "auto"  # rebuild | keep | auto: recompute or store the frozen loss derivative
     model.z_loss = 0.0  # weight of log(Z)^2, nats
@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.every = "10%"  # duration between held-out evaluations; one always follows the last step
-    evaluate.batches = 0  # held-out batches per evaluation; 0: the whole held-out set
+    evaluate.batches = 0  # held-out batches per evaluation, 0: all; the evaluation after the last step takes all
     evaluate.batch_size = 0  # sequences; 0: train.batch_size
 
     config.checkpoint = checkpoint = ConfigDict()

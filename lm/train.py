@@ -88,12 +88,10 @@ def run(config: ConfigDict, directory: str) -> int:
         evaluation_step = jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options))
         log(f"compiled    in {time.monotonic() - began:.1f} s")
 
-        def held_out() -> float:
+        def held_out(batches: int) -> None:
             sequences = config.evaluate.batch_size or batch_size
             for name in corpus.held_out:
-                found = evaluate(
-                    evaluation_step, state.params, corpus, name, parts.mesh, sequences, config.evaluate.batches
-                )
+                found = evaluate(evaluation_step, state.params, corpus, name, parts.mesh, sequences, batches)
                 tracker.evaluation(done, name, found)
 
         def settle() -> bool:
@@ -129,7 +127,7 @@ def run(config: ConfigDict, directory: str) -> int:
             return place_batch(parts.mesh, batch_size, rows, batch)
 
         if done == 0:
-            held_out()
+            held_out(config.evaluate.batches)
         batches = loader.prefetch(read, done, total, config.data.prefetch, config.data.workers)
         with batches:
             for index, batch in batches:
@@ -144,7 +142,7 @@ def run(config: ConfigDict, directory: str) -> int:
                     ended = f"stopped: non-finite at step {skipped[-1]}; the last checkpoint is sound"
                     return NONFINITE
                 if done % evaluate_every == 0 or done == total:
-                    held_out()
+                    held_out(0 if done == total else config.evaluate.batches)
                 if done % checkpoint_every == 0 or done == total or stop:
                     checkpoint.save(manager, done, state, meta)
                     tracker.checkpoint(done)

@@ -1,0 +1,37 @@
+"""Small real runs for tests: a text, a config of a few thousand parameters, and what they recorded."""
+
+import json
+import pathlib
+
+from configs import base
+
+
+def config(text: str, cache: str, **overrides):
+    """The base config in small, on the file `text`; overrides as {"optim__rho": 0.1}."""
+    small = base.get_config()
+    small.data.update(task=f"text:{text}", cache=cache, sequence_length=16, held_out=(f"val=text:{text}@all",))
+    small.model.update(layers=2, width=16, heads=2, mlp_width=32)
+    small.train.update(batch_size=8, duration="20 steps")
+    small.optim.warmup = "4 steps"
+    small.evaluate.update(every="10 steps", batches=2, batch_size=8)
+    small.checkpoint.every = "10 steps"
+    small.log.every = 1000
+    small.sample.tokens = 4
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        if name:
+            small[section][name] = value
+        else:
+            small[section] = value
+    return small.lock()
+
+
+def records(workdir, kind: str) -> list[dict]:
+    """The records of one kind in a run's metrics.jsonl."""
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(workdir) -> list[float]:
+    """The training loss of every step, in order."""
+    return [record["loss"] for record in records(workdir, "train")]
