@@ -7,12 +7,13 @@ from configs import base
 
 
 def config(text: str, cache: str, **overrides):
-    """The base config in small, on the file `text`; overrides as {"optim__rho": 0.1}."""
+    """The base config in small, on the files train.txt and val.txt in `text`; overrides as {"optim__rho": 0.1}."""
     small = base.get_config()
-    small.data.update(task=f"text:{text}", cache=cache, sequence_length=16, held_out=(f"val=text:{text}@all",))
+    small.data.update(task=f"text:{text}/train.txt@all", held_out=(f"val=text:{text}/val.txt@all",))
+    small.data.update(cache=cache, sequence_length=16)
     small.model.update(layers=2, width=16, heads=2, mlp_width=32)
     small.train.update(batch_size=8, duration="20 steps")
-    small.optim.warmup = "4 steps"
+    small.optim.update(warmup="4 steps", peak_learning_rate=0.01)
     small.evaluate.update(every="10 steps", batches=2, batch_size=8)
     small.checkpoint.every = "10 steps"
     small.log.every = 1000

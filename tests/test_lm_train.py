@@ -1,0 +1,150 @@
+"""Whole runs in small: resume, refusal, non-finite steps, what is left in the workdir."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import lm_runs
+import numpy as np
+import pytest
+
+from lm import checkpoint, train
+from lm.check import ConfigError
+
+METHOD = {"optim__method": "precond_functional_sam", "optim__rho": 0.05}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(folder, cache) of a few hundred lines of real text."""
+    place = tmp_path_factory.mktemp("corpus")
+    source = pathlib.Path(os.__file__).read_text()
+    (place / "train.txt").write_text(source[:20_000])
+    (place / "val.txt").write_text(source[20_000:25_000])
+    return str(place), str(place / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """An undisturbed run of 20 steps."""
+    place = tmp_path_factory.mktemp("whole")
+    assert train.run(lm_runs.config(*corpus, **METHOD), str(place)) == train.FINISHED
+    return place
+
+
+def final_state(workdir):
+    """The arrays of the last checkpoint, as they were written."""
+    with checkpoint.open_checkpoints(str(workdir), 2, read_only=True) as manager:
+        assert manager.latest_step() == 20
+        return manager.restore(20, args=checkpoint.ocp.args.Composite(state=checkpoint.ocp.args.StandardRestore()))[
+            "state"
+        ]
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(corpus, whole, tmp_path, monkeypatch):
+    def after_seven(self, step):
+        return step == 7
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.StopSignals, "requested", after_seven)
+        assert train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path)) == train.STOPPED
+    assert [r["step"] for r in lm_runs.records(tmp_path, "train")] == list(range(1, 8))
+    assert train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path)) == train.FINISHED
+    assert lm_runs.losses(tmp_path) == lm_runs.losses(whole)
+    for a, b in zip(jax.tree.leaves(final_state(tmp_path)), jax.tree.leaves(final_state(whole)), strict=True):
+        assert np.array_equal(a, b)
+    ends = [lm_runs.records(place, "evaluate")[-1] for place in (tmp_path, whole)]
+    assert ends[0] == ends[1]
+
+
+def test_a_run_learns_and_leaves_its_evidence(whole):
+    losses = lm_runs.losses(whole)
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (run,) = lm_runs.records(whole, "run")
+    assert run["parameters"]["total"] > run["parameters"]["non_embedding"] > 0
+    assert 0 < run["baselines_bits_per_byte"]["val"]["gzip"] < 8
+    held_out = lm_runs.records(whole, "evaluate")
+    assert [record["step"] for record in held_out] == [0, 10, 20]
+    assert held_out[-1]["bytes"] == 5_000  # the last evaluation takes the whole set
+    step = lm_runs.records(whole, "train")[-1]
+    assert step["epsilon_norm"] == pytest.approx(0.05, rel=1e-5)
+    assert step["data_wait"] >= 0
+
+
+def test_a_finished_run_does_nothing_more(corpus, whole):
+    before = (whole / "metrics.jsonl").read_text().count('"kind": "train"')
+    assert train.run(lm_runs.config(*corpus, **METHOD), str(whole)) == train.FINISHED
+    assert (whole / "metrics.jsonl").read_text().count('"kind": "train"') == before
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference(corpus, whole):
+    other = lm_runs.config(*corpus, **{**METHOD, "optim__rho": 0.1, "seed": 3})
+    with pytest.raises(ConfigError, match=r"config.optim.rho = 0.1: must be 0.05 to continue .*also differing: seed"):
+        train.run(other, str(whole))
+
+
+def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch):
+    """8 x 1 x 1, stopped, continued on 2 x 2 x 2: the same losses up to the order of sums (1e-5)."""
+    with monkeypatch.context() as patched:
+        patched.setattr(train.StopSignals, "requested", lambda self, step: step == 10)
+        train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path))
+    train.run(lm_runs.config(*corpus, **METHOD, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), str(tmp_path))
+    np.testing.assert_allclose(lm_runs.losses(tmp_path), lm_runs.losses(whole), atol=1e-5)
+
+
+def test_non_finite_steps_change_nothing(corpus, tmp_path):
+    """A learning rate that breaks the run: stop names the step; skip goes on until max_skips, parameters unmoved."""
+    broken = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e30, "optim__warmup": "0%"}
+    assert train.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.NONFINITE
+    last = lm_runs.records(tmp_path / "stop", "train")[-1]
+    assert last["nonfinite"] == 1
+    skip = {**broken, "train__on_nonfinite": "skip", "train__max_skips": 3}
+    assert train.run(lm_runs.config(*corpus, **skip), str(tmp_path / "skip")) == train.NONFINITE
+    bad = [r for r in lm_runs.records(tmp_path / "skip", "train") if r["nonfinite"]]
+    assert len(bad) == 3
+    assert len({r["parameter_norm"] for r in bad}) == 1  # nothing moved
+
+
+def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, tmp_path):
+    """The real process: SIGTERM saves and exits 75; again, it finishes; tensorflow is never imported."""
+    text, cache = corpus
+    command = [
+        *(
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "scripts.train",
+            "--config=configs/base.py",
+            f"--workdir={tmp_path}",
+        ),
+        *(f"--config.data.task=text:{text}/train.txt@all", f"--config.data.held_out=('val=text:{text}/val.txt@all',)"),
+        *(f"--config.data.cache={cache}", "--config.data.sequence_length=16", "--config.model.layers=1"),
+        *("--config.model.width=16", "--config.model.heads=2", "--config.model.mlp_width=16"),
+        *("--config.train.batch_size=8", "--config.train.duration=20000 steps", "--config.evaluate.every=100%"),
+        *("--config.evaluate.batches=1", "--config.log.every=1", "--config.checkpoint.every=100%"),
+    ]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    seen = []
+    for line in run.stderr:
+        seen.append(line)
+        if line.startswith("step 3/"):
+            run.send_signal(signal.SIGTERM)
+            break
+    rest = run.stderr.read()
+    assert run.wait(timeout=60) == train.STOPPED, rest[-2000:]
+    assert "run the same command again to continue" in rest
+    imported = {
+        line.rsplit("|", 1)[1].strip() for line in [*seen, *rest.splitlines()] if line.startswith("import time")
+    }
+    assert "jax" in imported
+    assert not {name.split(".")[0] for name in imported} & {"tensorflow", "seqio", "wandb", "matplotlib"}
+    (saved,) = lm_runs.records(tmp_path, "checkpoint")
+    assert saved["step"] == lm_runs.records(tmp_path, "train")[-1]["step"]
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 16
