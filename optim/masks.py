@@ -1,8 +1,10 @@
-"""Parameter paths and regex masks over them."""
+"""Parameter paths, and what regexes over them decide."""
 
 import re
+from collections.abc import Callable
 
 import jax
+from optax.contrib import MuonDimensionNumbers
 
 from optim.rule import Tree
 
@@ -21,3 +23,18 @@ def mask(tree: Tree, patterns: tuple[str, ...]) -> Tree:
         if not any(re.search(pattern, name) for name in jax.tree.leaves(names)):
             raise ValueError(f"pattern {pattern!r} matches no parameter; there are {', '.join(jax.tree.leaves(names))}")
     return jax.tree.map(lambda name: any(re.search(pattern, name) for pattern in patterns), names)
+
+
+def matrix_axes(rules: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]) -> Callable[[Tree], Tree]:
+    """The function optim.base and layerwise rho take, from (regex, reduced axes, output axes); the first match decides.
+
+    Axes in neither stack matrices, as layers do. Parameters that no rule matches are no matrices (None).
+    """
+
+    def axes(params):
+        def one(name):
+            return next((MuonDimensionNumbers(*dims) for regex, *dims in rules if re.search(regex, name)), None)
+
+        return jax.tree.map(one, path_names(params))
+
+    return axes

@@ -90,6 +90,8 @@ def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rat
     if name == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, value, warmup_steps, total_steps)
     if name == "learning_rate":
+        if rate is None:
+            raise ValueError("optim.rho_schedule = 'learning_rate': needs the learning rate, as rate")
         peak = max(float(rate(step)) for step in {0, warmup_steps, total_steps})
         return lambda step: value * rate(step) / peak
     raise ValueError(f"optim.rho_schedule = {name!r}: must be one of {', '.join(RHO_SCHEDULES)}")

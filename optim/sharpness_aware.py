@@ -30,8 +30,8 @@ class Switches(NamedTuple):
     microbatches: parts in which the batch is processed. ascent_over: "global" one epsilon from the whole batch,
     "microbatch" one per part (m-sharpness), "subset" one from ascent_fraction of the sequences.
     perturb: regexes over parameter paths, one must match. layerwise_rho: scales each parameter's share of epsilon.
-    matrix_axes: see layer_scale. clip_norm: bound on the gradient that is climbed; None leaves it. The returned
-    gradient is never clipped here: that is the base optimizer's part.
+    matrix_axes: see layer_scale. clip_norm: bound on the gradient climbed and on the one returned, each by itself;
+    None leaves both, for a base that clips what it is given.
     """
 
     rho: float | Callable = 0.0
@@ -48,7 +48,7 @@ class Switches(NamedTuple):
 
 
 def plain(switches: Switches) -> Rule:
-    """The base optimizer's own gradient; of the switches only microbatches matters."""
+    """The base optimizer's own gradient; of the switches only microbatches and clip_norm matter."""
 
     def init(params):
         check_floating(params)
@@ -56,7 +56,8 @@ def plain(switches: Switches) -> Rule:
 
     def gradient(objective, params, batch, optimizer_state, rule_state, step):
         loss, clean = plain_gradient(objective, params, batch, switches.microbatches)
-        return clean, rule_state, report(loss, norm(clean), clean, epsilon_norm=0.0, cosine=1.0)
+        facts = report(loss, norm(clean), clean, epsilon_norm=0.0, cosine=1.0)
+        return _clip(clean, switches.clip_norm), rule_state, facts
 
     return Rule(init, gradient)
 
@@ -69,7 +70,7 @@ def sharpness_aware(
     moments(optimizer_state, params) -> optim.base.Moments. Rule state: (ascent state, descent memory).
     """
     rho = switches.rho if callable(switches.rho) else lambda step: switches.rho
-    base = plain(switches)
+    base = plain(switches._replace(clip_norm=None))
 
     def init(params):
         base.init(params)
@@ -100,8 +101,7 @@ def sharpness_aware(
 
             _, (perturbed_loss, vectors), _ = accumulate(second, (), kept, shares)
             returned = descent.combine(looked, vectors) if descent.combine else vectors
-            returned = jax.tree.map(lambda r, p: r.astype(p.dtype), returned, params)
-            clean = looked.clean
+            returned, clean = _as(returned, params), looked.clean
             facts = report(
                 perturbed_loss if looked.loss is None else looked.loss, None if clean is None else norm(clean),
                 returned, perturbed_loss=perturbed_loss, epsilon_norm=norm(epsilon),
@@ -117,7 +117,11 @@ def sharpness_aware(
                 parts, shares = microbatched(objective, batch, switches.microbatches)
                 each = lambda state, part: one_epsilon(state, part, 1)  # noqa: E731
                 climbed, (returned, clean, facts), _ = accumulate(each, state[0], parts, shares)
-            return returned, (climbed, descent.remember(clean, returned) if descent.remember else ()), facts
+            return (
+                returned,
+                (climbed, _as(descent.remember(clean, returned), params) if descent.remember else ()),
+                facts,
+            )
 
         def base_step(state):
             clean, _, facts = base.gradient(objective, params, batch, optimizer_state, (), step)
@@ -125,7 +129,7 @@ def sharpness_aware(
                 return clean, state, facts
             # Outside start and stop, and at rho = 0, the method is its base.
             within = is_active(switches._replace(every=1), rho, step)
-            reused = descent.reuse(clean, state[1])
+            reused = _as(descent.reuse(clean, state[1]), params)
             returned = reused if within is None else jax.tree.map(lambda r, c: jnp.where(within, r, c), reused, clean)
             return returned, state, {**facts, "cosine": cosine(clean, returned).astype(jnp.float32)}
 
@@ -134,6 +138,7 @@ def sharpness_aware(
             perturbed_step(rule_state) if active is None else lax.cond(active, perturbed_step, base_step, rule_state)
         )
         keep_old = facts["nonfinite"] > 0
+        returned = _clip(returned, switches.clip_norm)
         return returned, jax.tree.map(lambda new, old: jnp.where(keep_old, old, new), state, rule_state), facts
 
     return Rule(init, gradient)
@@ -211,6 +216,10 @@ def survival(params: Tree, perturbed: Tree, epsilon: Tree, dtype) -> dict:
 
 def _slim(kept: looks.Kept, anchored: bool) -> looks.Kept:
     return kept._replace(pull=None, anchor=kept.anchor._replace(params=None) if anchored else None)
+
+
+def _as(tree: Tree, params: Tree) -> Tree:
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), tree, params)
 
 
 def _clip(gradient: Tree, bound: float | None) -> Tree:
