@@ -9,12 +9,9 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import metadata
 
@@ -22,6 +19,7 @@ import xxhash
 
 from data import manifest as manifests
 from data import shards, sources, tasks
+from data import workers as workers_of
 from data.errors import BadRecords, CorpusMismatch, DataError
 from data.packing import PACKINGS, token_dtype
 from data.shards import Job, Recipe
@@ -96,7 +94,11 @@ def prepare(
             try:
                 _start(out, expected, log)
                 manifest = _run(recipe, out, tokenizer, expected, workers, log, report)
+            except KeyboardInterrupt:
+                _remove_leftovers(out)
+                raise
             except (DataError, OSError) as error:
+                _remove_leftovers(out)
                 # Bad input leaves nothing behind; what interrupts a good preparation leaves its finished shards.
                 if isinstance(error, BadRecords) or not _any_shard(out):
                     _clear(out, created)
@@ -132,6 +134,10 @@ def _start(out: str, expected: dict, log: Callable[[str], None]) -> None:
         log(f"continuing the preparation in {out}")
     else:
         manifests.write_json(plan, expected)
+    _remove_leftovers(out)
+
+
+def _remove_leftovers(out: str) -> None:
     for leftover in glob.glob(os.path.join(glob.escape(out), "**", "*.tmp"), recursive=True):
         os.unlink(leftover)
 
@@ -281,72 +287,18 @@ def _run_jobs(recipe: Recipe, out: str, jobs: list[Job], dtype: str, workers: in
             entries[job] = shards.write(out, recipe, job, dtype, count)
             tell()
     else:
-        _run_parallel(recipe, out, waiting, entries, dtype, workers, counts, tell)
+
+        def tell_counts(totals: list[int]) -> None:
+            counts[:] = totals
+            tell()
+
+        for job, entry in workers_of.run(out, recipe, waiting, dtype, workers, tell_counts):
+            entries[job] = entry
     tell()
     listed: dict[str, list[dict]] = {}
     for job in jobs:
         listed.setdefault(job.source.name, []).append(entries[job])
     return listed
-
-
-def _run_parallel(recipe, out, waiting, entries, dtype, workers, counts, tell) -> None:
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")  # tensorflow does not survive a fork
-    shared = context.Array("q", 4)  # documents, tokens, bytes, and 1 when the workers must stop
-    pool = ProcessPoolExecutor(min(workers, len(waiting)), context, _start_worker, (shared, os.getpid()))
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            counts[:] = shared[:3]
-            tell()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        futures = {pool.submit(_work, out, recipe, job, dtype): job for job in waiting}
-        for future in as_completed(futures):
-            entries[futures[future]] = future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a worker preparing {out} was killed (out of memory?); finished shards are kept, run again, "
-            "perhaps with fewer --workers"
-        ) from error
-    except BaseException:
-        shared[3] = 1
-        raise
-    finally:
-        stop.set()
-        watcher.join()
-        pool.shutdown(wait=True, cancel_futures=True)
-        counts[:] = shared[:3]
-
-
-_shared_counts = None  # set once in a worker process
-
-
-def _start_worker(shared, parent: int) -> None:
-    global _shared_counts
-    _shared_counts = shared
-
-    def follow_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)  # the preparation was killed; its successor must be alone
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def _work(out: str, recipe: Recipe, job: Job, dtype: str) -> dict:
-    def count(*more: int) -> None:
-        with _shared_counts.get_lock():
-            for i, value in enumerate(more):
-                _shared_counts[i] += value
-            if _shared_counts[3]:
-                raise DataError("stopped, because another worker met an error")
-
-    return shards.write(out, recipe, job, dtype, count)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ The first writes the corpus of config.data to DIR; run it again after an interru
 model on the task of config.data. The third prints the text of batch K as the model will see it.
 """
 
+import functools
 import os
 import sys
 import time
@@ -79,7 +80,7 @@ def _progress():
             def report(state: dict) -> None:
                 bar.update(task, total=state["of"], completed=state["shards"], description=line(state))
 
-            yield bar.console.print, report
+            yield functools.partial(bar.console.print, highlight=False, markup=False, soft_wrap=True), report
         return
 
     told = began

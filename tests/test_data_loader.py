@@ -275,6 +275,16 @@ def test_what_verification_by_size_leaves_unread_is_found_when_it_is_read(copy):
     assert found > 6
 
 
+def test_sizes_alone_find_a_truncated_or_missing_shard(copy):
+    path = shard_files(copy / "train")[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorpusDamaged, match=r"has \d+ bytes, the manifest says \d+"):
+        open_corpus(str(copy), verify="sizes")
+    path.unlink()
+    with pytest.raises(CorpusDamaged, match="is missing"):
+        open_corpus(str(copy), verify="sizes")
+
+
 def test_a_foreign_or_unfinished_directory_is_refused(copy, tmp_path):
     with pytest.raises(CorpusDamaged, match=r"^config\.data\.directory='[^']*absent' does not exist$"):
         open_corpus(str(tmp_path / "absent"))

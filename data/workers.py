@@ -1,0 +1,92 @@
+"""Shards written by several processes, which never outlive the one that started them."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+from data import shards
+from data.errors import DataError
+from data.shards import Job, Recipe
+
+
+def run(
+    directory: str, recipe: Recipe, jobs: list[Job], dtype: str, workers: int, tell: Callable[[list[int]], None]
+) -> Iterator[tuple[Job, dict]]:
+    """Yields (job, its entry) as shards are finished; `tell` gets [documents, tokens, bytes] so far, twice a second.
+
+    Whatever ends this early, an error, an interrupt or the death of this process, ends the workers within a second.
+    """
+    context = multiprocessing.get_context("spawn")  # tensorflow does not survive a fork
+    # Without locks: a worker that is killed while it holds one would stop the others.
+    counts, stopped = context.RawArray(ctypes.c_int64, 3 * len(jobs)), context.RawValue(ctypes.c_bool, False)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (counts, stopped, os.getpid()))
+    done = threading.Event()
+
+    def totals() -> list[int]:
+        return [sum(counts[kind::3]) for kind in range(3)]
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            tell(totals())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        with _interrupts_ignored():  # by the workers, which are started here: this process stops them
+            futures = {pool.submit(_work, directory, recipe, job, dtype, i): job for i, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+        tell(totals())
+    except BrokenProcessPool as error:
+        stopped.value = True
+        remedy = "finished shards are kept, run again, perhaps with fewer --workers"
+        raise DataError(f"a worker preparing {directory} was killed (out of memory?); {remedy}") from error
+    except BaseException:
+        stopped.value = True
+        raise
+    finally:
+        done.set()
+        watcher.join()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored():
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_counts = None  # set once in a worker process
+
+
+def _start(counts, stopped, parent: int) -> None:
+    global _counts
+    _counts = counts
+
+    def follow() -> None:
+        while os.getppid() == parent and not stopped.value:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(directory: str, recipe: Recipe, job: Job, dtype: str, index: int) -> dict:
+    def count(*more: int) -> None:
+        for kind, value in enumerate(more):
+            _counts[3 * index + kind] += value
+
+    return shards.write(directory, recipe, job, dtype, count)
