@@ -189,7 +189,7 @@ def test_a_wrong_field_is_refused_early(tmp_path):
 def test_workers_do_not_change_the_corpus_and_a_killed_preparation_resumes(tmp_path, documents):
     """Two real worker processes, killed with SIGKILL as soon as one shard is finished, then run again."""
     parquet = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": [text * 20 for text in documents]}), parquet)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text * 8 for text in documents]}), parquet)
     arguments = [f"--config.data.task=parquet:{parquet}", "--config.data.held_out_fraction=0.1", "--shards=4"]
     arguments += ["--config.data.sequence_length=32"]
     chosen = recipe(f"parquet:{parquet}", shards=4)

@@ -9,15 +9,28 @@ from pathlib import Path
 import pytest
 
 from data.sources import embedded_documents
+from scripts import prepare_data
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments, status=0):
+def run(*arguments):
+    """What the command prints, as a process of its own."""
     command = [sys.executable, "-m", "scripts.prepare_data", *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == status, result.stderr[-3000:]
-    return result
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def call(capsys, *arguments, status=0):
+    """What the command prints on standard output, or on standard error if it is to fail; in this process."""
+    try:
+        found = prepare_data.main([*map(str, arguments)])
+    except SystemExit as stop:
+        found = stop.code
+    output, error = capsys.readouterr()
+    assert found == status, error
+    return error if status else output
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +48,37 @@ def options(texts, **extra):
 
 def test_help_answers_within_3_seconds():
     began = time.monotonic()
-    output = run("--help").stdout
+    output = run("--help")
     assert time.monotonic() - began < 3
     assert "--workers" in output
     assert "show DIR" in output
 
 
-def test_vocabulary_then_prepare_then_show(texts, tmp_path):
+def test_vocabulary_then_prepare_then_show(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     model, out = tmp_path / "v.model", tmp_path / "out"
-    result = run("vocabulary", *options(texts), f"--out={model}", "--size=400")
-    assert "400 pieces" in result.stdout
-    assert f"--config.data.vocabulary={model}" in result.stdout
-    assert (
-        f"--out={model}: exists" in run("vocabulary", *options(texts), f"--out={model}", "--size=400", status=2).stderr
-    )
+    trained = call(capsys, "vocabulary", *options(texts), f"--out={model}", "--size=400")
+    assert "400 pieces" in trained
+    assert f"--config.data.vocabulary={model}" in trained
+    again = call(capsys, "vocabulary", *options(texts), f"--out={model}", "--size=400", status=2)
+    assert again.startswith(f"--out={model}: exists")
 
-    result = run(*options(texts, vocabulary=model, packing="bestfit"), f"--out={out}", "--shards=2", "--workers=1")
-    assert "bad records: none" in result.stdout
-    assert result.stderr == ""
+    prepared = run(*options(texts, vocabulary=model, packing="bestfit"), f"--out={out}", "--shards=2", "--workers=1")
+    assert "bad records: none" in prepared
     manifest = json.loads((out / "manifest.json").read_text())
-    assert f"{manifest['train'][0]['tokens']:,} tokens" in result.stdout
+    assert f"{manifest['train'][0]['tokens']:,} tokens" in prepared
     assert len(manifest["train"][0]["shards"]) == 2
 
-    shown = run("show", out, "--step=1", "--batch_size=3").stdout
-    assert shown == run("show", out, "--step=1", "--batch_size=3").stdout != run("show", out, "--step=2").stdout
+    shown = call(capsys, "show", out, "--step=1", "--batch_size=3")
+    assert shown == call(capsys, "show", out, "--step=1", "--batch_size=3")
+    assert shown != call(capsys, "show", out, "--step=2", "--batch_size=3")
     assert shown.count("=== row") == 3
     assert "% used" in shown
     assert "--- positions 0 to" in shown
     first = shown.split("--- positions")[1].split("\n", 1)[1].strip().splitlines()[0]
     assert any(first in json.loads(line)["text"] for line in (texts / "a.jsonl").read_text().splitlines())
-    assert "batch 0 of jsonl:" in run("show", out, "--held_out=jsonl").stdout
-    assert "held-out set 'x': " in run("show", out, "--held_out=x", status=2).stderr
+    assert "batch 0 of jsonl:" in call(capsys, "show", out, "--held_out=jsonl")
+    assert "held-out set 'x': " in call(capsys, "show", out, "--held_out=x", status=2)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +93,9 @@ def test_vocabulary_then_prepare_then_show(texts, tmp_path):
         (["show", "absent", "--step=-1"], "--step=-1: must be an integer >= 0"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message):
-    error = run(*arguments, status=2).stderr
+def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    error = call(capsys, *arguments, status=2)
     assert message in error
     assert error.count("\n") == 1
     assert not (ROOT / "x").exists()
