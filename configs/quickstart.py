@@ -2,7 +2,8 @@
 
     python -m scripts.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Cost, expected loss: see README.md.
+0.8 M parameters, 0.9 M bytes of text; about four minutes; held-out text in about 2.1 bits a byte, where a unigram model
+needs 4.7 and gzip -9 2.2. README.md has the transcript.
 """
 
 from ml_collections import ConfigDict
@@ -13,13 +14,19 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     model, train, optim = config.model, config.train, config.optim
-    model.layers, model.width, model.heads, model.mlp_width = 4, 128, 4, 512
+    model.style = "modern"
+    model.layers, model.width, model.heads, model.mlp_width = 4, 128, 4, 352
+    model.remat = "dots"  # less to write to memory, which is what costs time on a CPU
 
     config.data.sequence_length = 128
-    train.batch_size = 16
-    train.duration = "400 steps"
+    train.batch_size = 8
+    train.duration = "900 steps"
 
     optim.method = "precond_functional_sam"
+    optim.rho = 0.02
     optim.peak_learning_rate = 3e-3
+    config.log.every = 25
+    config.evaluate.every = "20%"
+    config.evaluate.batches = 30
     config.sample.tokens = 300
     return config

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from data.loader import Corpus, _batch, _read
+from data.loader import Corpus, rows_in_order
 
 SAMPLE_ROWS = 20_000  # training rows that the unigram counts come from, at most
 
@@ -15,7 +15,7 @@ def token_counts(corpus: Corpus, vocabulary: int) -> np.ndarray:
     counts = np.zeros(vocabulary, np.int64)
     for part in corpus.train:
         for start in range(0, min(part.rows, SAMPLE_ROWS), 1000):
-            batch = _batch(corpus, _read(part, list(range(start, min(part.rows, SAMPLE_ROWS, start + 1000)))))
+            batch = rows_in_order(corpus, part, start, min(part.rows, SAMPLE_ROWS, start + 1000))
             counts += np.bincount(batch["targets"][batch["weights"] > 0], minlength=vocabulary)
     return counts
 
@@ -27,7 +27,7 @@ def baselines(corpus: Corpus, name: str, counts: np.ndarray, sample_bytes: int =
     """
     part = corpus.held_out[name]
     rows = max(1, min(part.rows, part.rows * sample_bytes // max(1, part.bytes)))
-    batch = _batch(corpus, _read(part, list(range(rows))))
+    batch = rows_in_order(corpus, part, 0, rows)
     targets = batch["targets"][batch["weights"] > 0]
     size = int(batch["bytes"].sum())
     frequency = (counts + 1) / (counts + 1).sum()

@@ -148,6 +148,11 @@ def _mix(seed: int, name: str) -> int:
     return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
 
 
+def rows_in_order(corpus: Corpus, part: Rows, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Rows [start, stop) of a source as they were written, text after text: for statistics, not for training."""
+    return _batch(corpus, _read(part, list(range(start, stop))))
+
+
 def held_out_steps(corpus: Corpus, name: str, batch_size: int) -> int:
     """Batches that cover held-out set `name` once."""
     return -(-_held_out(corpus, name).rows // batch_size)

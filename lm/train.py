@@ -1,170 +1,291 @@
 """A training run from a config: data, step, evaluate, log, checkpoint, stop. Reads top to bottom."""
 
 import importlib.metadata
-import signal
-import threading
 import time
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from ml_collections import ConfigDict
 
 from data import baselines, cache, loader
-from lm import checkpoint, generate, plot, workdir
+from lm import anomaly, checkpoint, generate, plot, workdir
 from lm.assembly import Parts, assemble
 from lm.budget import describe
+from lm.check import ConfigError
 from lm.evaluate import evaluate, make_evaluation_step
 from lm.mesh import batch_sharding, local_rows, place_batch
-from lm.state import create
+from lm.state import State, create, create_from
 from lm.step import make_step
+from lm.stop import StopSignals
 from lm.tracking import Tracker
 from optim.schedules import duration_steps
 
-FINISHED, NONFINITE, STOPPED = 0, 3, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to continue
+# Exit statuses. 74 is EX_IOERR, 75 EX_TEMPFAIL: run the same command again to continue.
+FINISHED, ANOMALY, STORAGE, STOPPED = 0, 3, 74, 75
 
 
-def run(config: ConfigDict, directory: str) -> int:
+def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) -> int:
     """Runs or continues the run of `directory` to its end; returns the exit status.
 
-    Raises lm.check.ConfigError or data.errors.DataError, before anything is compiled, for what cannot run.
+    allow_change: config keys (or "corpus") that may differ from what the run had so far. Raises, before anything is
+    compiled, ConfigError, DataError, WorkdirError or Unusable for what cannot run, each one line; and OSError when the
+    workdir or the checkpoints cannot be written any more.
     """
     primary = jax.process_index() == 0
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
 
-    # ---------------------------------------------------------------------------------------------------- the corpus
-    corpus = loader.open_corpus(
-        cache.ensure(config.data, log), config.data.vocabulary, config.data.sequence_length, config.data.packing
-    )
-    vocabulary = corpus.tokenizer.vocab_size
-
-    # ----------------------------------------------------------------------------------------------------- the parts
-    counts = baselines.token_counts(corpus, vocabulary)
-    padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
-    frequency = np.pad(counts, (0, padded - vocabulary)) / counts.sum()
-    parts = assemble(config, vocabulary, corpus.epoch_tokens, jnp.asarray(frequency, jnp.float32))
-    workdir.claim(directory, config, primary)
+    # ----------------------------------------------------------------------------------------- the corpus, the parts
+    corpus, parts, counts = open_parts(config, log)
     budget, total = parts.budget, parts.budget.steps
-    log(describe(budget, config.optim.method))
-    for name, epochs in corpus.epochs(budget.tokens).items():
-        log(f"corpus      {name}: {epochs:.2f} epochs")
-    sizes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
-    readout = f"logits of {parts.options.chunk} positions at a time" + (", derivative kept" * parts.options.keep)
-    log(f"devices     {len(parts.mesh.devices.flat)} {jax.devices()[0].device_kind}: {sizes}")
-    log(f"kernels     attention {parts.shape.kernel}, readout {readout}, remat {parts.shape.remat}")
+    given = None
+    if config.init_from and workdir.is_new(directory):  # before the workdir is taken, in case it cannot be used
+        given = checkpoint.load_params(config.init_from, parts.abstract.params, log)
 
     with ExitStack() as stack:
+        run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
+        report_parts(config, parts, corpus, log)
+        stopping = stack.enter_context(StopSignals())
+
         # ------------------------------------------------------------------------------------- state, new or restored
-        manager = checkpoint.open_checkpoints(directory, config.checkpoint.keep)
-        stack.callback(manager.close)
-        if manager.latest_step() is None:
-            state, meta = create(parts.mesh, parts.initialise), {}
-        else:
-            state, meta = checkpoint.restore(manager, parts.abstract)
-            log(f"continuing  after step {int(state.step)} of {total}")
+        checkpoints = checkpoint.Checkpoints(
+            checkpoint_directory(config, directory), config.checkpoint.keep,
+            duration_steps(config.checkpoint.keep_every, tokens_per_step=budget.tokens_per_step, total_steps=total),
+            run_id, log=log,
+        )  # fmt: skip
+        stack.callback(checkpoints.close)
+
+        def fresh() -> State:
+            if not config.init_from:
+                return create(parts.mesh, parts.initialise)
+            params = checkpoint.load_params(config.init_from, parts.abstract.params, log) if given is None else given
+            return create_from(parts.abstract, parts.base, parts.rule, params)
+
+        def load() -> tuple[State, dict]:
+            """The state and meta of the newest sound checkpoint, or of the beginning."""
+            newest = checkpoints.newest()
+            return (fresh(), {}) if newest is None else checkpoints.restore(newest, parts.abstract)
+
+        state, meta = load()
+        given = None
         done = int(state.step)
+        now = {"config": config.to_dict(), "versions": versions(), "corpus": corpus.fingerprint}
+        changed = changes(meta, now, allow_change) if meta else {}
+        if done:
+            log(f"continuing  after step {done} of {total}")
+        watch = anomaly.Watch(config, meta["watch"] if meta else None)
         tracker = Tracker(
             directory, config, total_steps=total, tokens_per_step=budget.tokens_per_step, start_step=done,
             flops_per_step=budget.flops, wandb_id=meta["wandb_id"] if meta else "", primary=primary,
         )  # fmt: skip
         ended = "failed"
         stack.callback(lambda: tracker.close(ended))
-        meta = {
-            "config": config.to_dict(),
-            "wandb_id": tracker.wandb_id,
-            "versions": versions(),
-            "corpus": corpus.fingerprint,
-        }
         references = {name: baselines.baselines(corpus, name, counts) for name in corpus.held_out} if primary else {}
         tracker.run(done, run_record(config, parts, references))
+        for key, (before, after) in changed.items():
+            tracker.note(f"changed     {key}: {before!r} until step {done}, {after!r} from here on")
+            tracker.event("change", done, {"key": key, "before": before, "after": after})
 
         # --------------------------------------------------------------------------------------------- compiled steps
         began = time.monotonic()
-        step = make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho)
-        batch_size = config.train.batch_size
-        shapes = abstract_batch(parts, corpus, batch_size)
-        step = jax.jit(step, donate_argnums=0).lower(parts.abstract, shapes).compile()
+        step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size), donate=True)
         evaluation_step = jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options))
         log(f"compiled    in {time.monotonic() - began:.1f} s")
 
-        def held_out(batches: int) -> None:
-            sequences = config.evaluate.batch_size or batch_size
+        # ------------------------------------------------------------------------------ what the loop does beside steps
+        def held_out(batches: int) -> bool:
+            """Evaluates at theta, every set or none: False if a signal to stop came first."""
+            found, sequences = {}, config.evaluate.batch_size or config.train.batch_size
             for name in corpus.held_out:
-                found = evaluate(evaluation_step, state.params, corpus, name, parts.mesh, sequences, batches)
-                tracker.evaluation(done, name, found)
+                found[name] = evaluate(
+                    evaluation_step, state.params, corpus, name, parts.mesh, sequences, batches, stopping.asked
+                )
+                if found[name] is None:
+                    return False
+            for name, values in found.items():
+                tracker.evaluation(done, name, values)
+            return True
 
-        def settle() -> bool:
-            """Records the metrics of the step before, which the device has finished by now; True if they are sound."""
+        def settle() -> dict | None:
+            """Records the metrics of the step before, which the device has finished by now; what must end this attempt.
+
+            That is what Watch.judge says, with the step, of a bad step that is not simply skipped.
+            """
             if not pending:
-                return True
+                return None
             number, metrics, waited = pending.pop()
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             tracker.step(number, {**metrics, "data_wait": waited})
-            if not metrics["nonfinite"]:
-                skipped.clear()
-                return True
-            skipped.append(number)
-            tracker.note(
-                f"step {number}: loss or gradient not finite (loss {metrics['loss']}, gradient norm "
-                f"{metrics['gradient_norm']}, perturbed loss {metrics['perturbed_loss']}, epsilon norm "
-                f"{metrics['epsilon_norm']}); the step changed nothing"
-            )
-            return config.train.on_nonfinite == "skip" and len(skipped) < config.train.max_skips
+            found = watch.judge(number, metrics)
+            if found is None:
+                return None
+            tracker.note(anomaly.describe(number, found))
+            if primary:
+                index = watch.batch_index(number - 1)
+                batch = loader.training_rows(corpus, config.seed, index, config.train.batch_size)
+                found["batch"] = anomaly.save_batch(directory, number, batch)
+            tracker.event("anomaly", number, found)
+            return None if found["decision"] == "skip" else {"step": number, **found}
+
+        def save(owes: bool) -> None:
+            """Begins a checkpoint; one that cannot fit is left out where the run goes on, an error where it ends."""
+            tracker.sync()
+            problem = checkpoints.room(state)
+            if problem:
+                tracker.note(f"NO CHECKPOINT AT STEP {done}: {checkpoints.directory} has no room for it ({problem})")
+                if stop or done == total:
+                    raise checkpoint.StorageError(f"{checkpoints.directory}: {problem}; make room, then run again")
+                return
+            described = {**now, "wandb_id": tracker.wandb_id, "watch": watch.memory(), "owes_evaluation": owes}
+            stall = checkpoints.save(done, state, described)
+            tracker.checkpoint(done, {"stall": stall})
+            timer.restart()
 
         # ---------------------------------------------------------------------------------------------------- the loop
         def every(duration: str) -> int:
             return max(1, duration_steps(duration, tokens_per_step=budget.tokens_per_step, total_steps=total))
 
         evaluate_every, checkpoint_every = every(config.evaluate.every), every(config.checkpoint.every)
-        rows = local_rows(parts.mesh, batch_size)
-        pending, skipped = [], []
-        stopping = stack.enter_context(StopSignals())
+        timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
+        read = batch_reader(config, corpus, parts, watch.batch_index)
+        pending, bad = [], None
 
-        def read(index: int) -> dict:
-            batch = loader.training_rows(corpus, config.seed, index, batch_size, rows)
-            batch.pop("bytes")
-            return place_batch(parts.mesh, batch_size, rows, batch)
-
-        if done == 0:
-            held_out(config.evaluate.batches)
-        batches = loader.prefetch(read, done, total, config.data.prefetch, config.data.workers)
-        with batches:
-            for index, batch in batches:
-                state, metrics = step(state, batch)
-                sound = settle()
-                pending.append((index + 1, metrics, batches.last_wait))
-                done = index + 1
-                stop = stopping.requested(done)
-                if done % evaluate_every == 0 or done % checkpoint_every == 0 or done == total or stop:
-                    sound = settle() and sound
-                if not sound:
-                    ended = f"stopped: non-finite at step {skipped[-1]}; the last checkpoint is sound"
-                    return NONFINITE
-                if done % evaluate_every == 0 or done == total:
-                    held_out(0 if done == total else config.evaluate.batches)
-                if done % checkpoint_every == 0 or done == total or stop:
-                    checkpoint.save(manager, done, state, meta)
-                    tracker.checkpoint(done)
-                if stop and done < total:
-                    ended = f"stopped after step {done}; run the same command again to continue"
-                    return STOPPED
+        if (done == 0 or meta["owes_evaluation"]) and not held_out(0 if done == total else config.evaluate.batches):
+            ended = f"stopped after step {done}; run the same command again to continue"
+            return STOPPED
+        while done < total:  # once, and once more after every rollback
+            with loader.prefetch(read, done, total, config.data.prefetch, config.data.workers) as batches:
+                for index, batch in batches:
+                    state, metrics = step(state, batch, watch.limit(index + 1))
+                    bad = settle()
+                    pending.append((index + 1, metrics, batches.last_wait))
+                    done = index + 1
+                    stop, owes = stopping.requested(), False
+                    evaluating = done % evaluate_every == 0 or done == total
+                    saving = done % checkpoint_every == 0 or done == total or stop or timer.due(done)
+                    if evaluating or saving:
+                        bad = bad or settle()
+                    if bad:
+                        break
+                    if evaluating and not held_out(0 if done == total else config.evaluate.batches):
+                        stop = owes = True
+                    if saving or stop:
+                        save(owes)
+                    if stop and (done < total or owes):
+                        checkpoints.wait()
+                        ended = f"stopped after step {done}; run the same command again to continue"
+                        return STOPPED
+            if bad:
+                # ------------------------------------------------------- stop, or go back and leave out the data since
+                pending.clear()
+                if bad["decision"] == "rollback":
+                    state = None
+                    state, meta = load()
+                    done = int(state.step)
+                    again = anomaly.Watch(config, meta["watch"] if meta else None)
+                    again.windows = watch.windows
+                if bad["decision"] == "stop" or not again.roll_back(done, bad["step"]):
+                    ended = (
+                        f"stopped: {bad['what']} at step {bad['step']}; what is on disk is sound. "
+                        f"--replay_step={bad['step']} looks into it, "
+                        f"--allow_change=train.on_{bad['what']} may set another policy"
+                    )
+                    return ANOMALY
+                watch, bad = again, None
+                read = batch_reader(config, corpus, parts, watch.batch_index)
+                tracker.roll_back(done)
+                left_out = watch.windows[-1][1]
+                tracker.event("rollback", done + 1, {"to": done, "batches_left_out": left_out})
+                tracker.note(f"rolled back to step {done}; {left_out} batches are left out")
 
         # -------------------------------------------------------------------------------------------- what it learned
+        checkpoints.wait()
         if config.sample.tokens:
             next_token = jax.jit(
-                generate.make_next_token(parts.objective, parts.shape, vocabulary, config.model.logit_soft_cap)
+                generate.make_next_token(
+                    parts.objective, parts.shape, corpus.tokenizer.vocab_size, config.model.logit_soft_cap
+                )
             )
             text = generate.generate(
                 next_token, state.params, corpus.tokenizer, config.sample.prompt, config.sample.tokens,
                 config.sample.temperature, config.data.sequence_length, config.seed,
             )  # fmt: skip
             tracker.note(f"\nsample\n------\n{text}\n------")
-        manager.wait_until_finished()
         if primary:
             tracker.note(f"loss curve  {plot.loss_curve(directory)}")
         ended = "finished"
     return FINISHED
+
+
+def open_parts(config: ConfigDict, log: Callable[[str], None]) -> tuple[loader.Corpus, Parts, np.ndarray]:
+    """(corpus, the parts of the run, how often each token occurs in the training text [V])."""
+    corpus = loader.open_corpus(
+        cache.ensure(config.data, log), config.data.vocabulary, config.data.sequence_length, config.data.packing
+    )
+    vocabulary = corpus.tokenizer.vocab_size
+    counts = baselines.token_counts(corpus, vocabulary)
+    padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
+    frequency = np.pad(counts, (0, padded - vocabulary)) / counts.sum()
+    return corpus, assemble(config, vocabulary, corpus.epoch_tokens, jnp.asarray(frequency, jnp.float32)), counts
+
+
+def report_parts(config: ConfigDict, parts: Parts, corpus: loader.Corpus, log: Callable[[str], None]) -> None:
+    """Says what will run, on what."""
+    log(describe(parts.budget, config.optim.method))
+    for name, epochs in corpus.epochs(parts.budget.tokens).items():
+        log(f"corpus      {name}: {epochs:.2f} epochs")
+    sizes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    readout = f"logits of {parts.options.chunk} positions at a time" + (", derivative kept" * parts.options.keep)
+    log(f"devices     {len(parts.mesh.devices.flat)} {jax.devices()[0].device_kind}: {sizes}")
+    log(f"kernels     attention {parts.shape.kernel}, readout {readout}, remat {parts.shape.remat}")
+
+
+def checkpoint_directory(config: ConfigDict, directory: str) -> str:
+    """Where the checkpoints of a run lie."""
+    return config.checkpoint.directory or str(Path(directory) / "checkpoints")
+
+
+def batch_reader(config: ConfigDict, corpus: loader.Corpus, parts: Parts, batch_index: Callable) -> Callable:
+    """read(step) -> the batch of the step after `step` updates, on the mesh."""
+    batch_size = config.train.batch_size
+    rows = local_rows(parts.mesh, batch_size)
+
+    def read(step: int) -> dict:
+        batch = loader.training_rows(corpus, config.seed, batch_index(step), batch_size, rows)
+        batch.pop("bytes")
+        return place_batch(parts.mesh, batch_size, rows, batch)
+
+    return read
+
+
+def compile_step(parts: Parts, batch: dict, donate: bool) -> Callable:
+    """The compiled step(state, batch, limit)."""
+    step = make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho)
+    limit = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.jit(step, donate_argnums=(0,) if donate else ()).lower(parts.abstract, batch, limit).compile()
+
+
+def changes(meta: dict, now: dict, allowed: Collection[str]) -> dict[str, list]:
+    """{what: [before, now]}: config keys, versions and the corpus, where a restart differs from its checkpoint.
+
+    ConfigError if the corpus differs and "corpus" is not allowed: the run would go on with other text.
+    """
+    if meta["corpus"] != now["corpus"] and "corpus" not in allowed:
+        raise ConfigError(
+            "data.task", now["config"]["data"]["task"],
+            f"the corpus the run began with (fingerprint {meta['corpus']}, this one is {now['corpus']}), or "
+            "--allow_change=corpus",
+        )  # fmt: skip
+    found = workdir.changes(meta["config"], now["config"])
+    pairs = {
+        "corpus": [meta["corpus"], now["corpus"]],
+        **{f"version of {name}": [meta["versions"].get(name), new] for name, new in now["versions"].items()},
+    }
+    return {**found, **{key: pair for key, pair in pairs.items() if pair[0] != pair[1]}}
 
 
 def run_record(config: ConfigDict, parts: Parts, references: dict[str, dict]) -> dict:
@@ -193,8 +314,12 @@ def run_record(config: ConfigDict, parts: Parts, references: dict[str, dict]) ->
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    return {name: importlib.metadata.version(name) for name in ("steppe", "jax", "jaxlib", "flax", "optax")}
+    """Versions of what a result depends on; `code` is a hash of the sources of data, lm and optim."""
+    root, digest = Path(__file__).parents[1], xxhash.xxh3_64()
+    for path in sorted(path for room in ("data", "lm", "optim") for path in (root / room).glob("*.py")):
+        digest.update(path.read_bytes())
+    packages = ("steppe", "jax", "jaxlib", "flax", "optax")
+    return {**{name: importlib.metadata.version(name) for name in packages}, "code": digest.hexdigest()}
 
 
 def abstract_batch(parts: Parts, corpus: loader.Corpus, batch_size: int) -> dict:
@@ -206,33 +331,3 @@ def abstract_batch(parts: Parts, corpus: loader.Corpus, batch_size: int) -> dict
         name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=place)
         for name, array in example.items()
     }
-
-
-class StopSignals:
-    """Catches SIGTERM and SIGINT while a run is on: the first asks it to stop after its step, the second ends it."""
-
-    def __init__(self):
-        self._asked = False
-        self._before = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        self._asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; every process gives the same answer."""
-        if jax.process_count() == 1:
-            return self._asked
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self._asked))))
