@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optim
-from optim import masks, methods, rule, schedules
-from optim.base import BASES
+from optim import ascent, masks, methods, rule, schedules
+from optim.ascent import Seen
+from optim.base import BASES, Moments
+from optim.sharpness_aware import Switches, perturbation
 
-settings.register_profile("quick", max_examples=50, deadline=None)
+settings.register_profile("quick", max_examples=30, deadline=None)
 settings.load_profile("quick")
 
 names = st.text("abcxyz_", min_size=1, max_size=4)
@@ -132,7 +134,7 @@ def test_what_is_no_duration_is_refused(text):
         schedules.duration_steps(text, tokens_per_step=100, total_steps=None if text == "5%" else 1000)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.sampled_from(schedules.SCHEDULES), st.integers(20, 500), st.integers(0, 10), st.floats(0, 0.5))
 def test_learning_rates_start_low_peak_once_and_end_where_they_say(name, total, warmup, end):
     rate = schedules.learning_rate(name, 2.0, total, warmup_steps=warmup, end=end, cooldown_steps=5)
@@ -208,7 +210,7 @@ def test_subset_climbs_some_sequences_and_descends_all():
     got, _, report = gradient("sam", params, batch, **options)
     assert close(got, base_gradient(moved, batch))
     assert np.isclose(report["loss"], problems.loss_of(params, every_second))
-    got, _, report = gradient("functional_sam", params, batch, **options)
+    _, _, report = gradient("functional_sam", params, batch, **options)
     assert np.isclose(report["loss"], problems.loss_of(params, batch))
     one_row = lambda p: optim.method("sam", ascent_over="subset", ascent_fraction=0.01).gradient(  # noqa: E731
         problems.language_model(), p, batch, None, ((), ()), 0
@@ -239,6 +241,30 @@ def test_random_ascent_depends_on_seed_and_step_alone():
     assert close(at(0, 3), at(0, 3), 1e-9)
     assert not close(at(0, 3), at(0, 4), 1e-3)
     assert not close(at(0, 3), at(1, 3), 1e-3)
+
+
+def test_directions_that_climb_no_gradient_are_masked_too():
+    params = problems.parameters()
+    moved = Seen(None, params, Moments(first=jax.tree.map(jnp.ones_like, params)), (), 0)
+    switches = Switches(perturb=("^layers", "^norm"))
+    for direction in (ascent.random(), ascent.momentum()):
+        epsilon, _ = jax.jit(lambda r: perturbation(direction, moved, r, switches))(0.3)  # noqa: B023
+        still = {name: leaf for name, leaf in epsilon.items() if name in ("embed", "readout")}
+        assert rule.norm(still) == 0
+        assert np.isclose(rule.norm(epsilon), 0.3)
+    assert rule.inner(epsilon, moved.moments.first) < 0
+
+
+@pytest.mark.parametrize(
+    ("base", "factor"), [("adamw", 0.1), ("adam", 0.1), ("sgd", 1.0), ("lion", 0.02), ("muon", 0.1)]
+)
+def test_first_moment_of_each_base(base, factor):
+    params = problems.parameters()
+    made = optim.base(base, 1e-2, b1=0.9, b2=0.98)
+    state = jax.jit(made.transform.update)(params, made.transform.init(params), params)[1]
+    first = made.moments(state, params).first
+    assert jax.tree.structure(first) == jax.tree.structure(params)
+    assert close(first, jax.tree.map(lambda p: factor * p, params))
 
 
 def test_every_start_and_stop():
