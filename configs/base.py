@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     """The base configuration: a small byte-level model on the embedded corpus, trained with AdamW."""
     config = ConfigDict()
     config.seed = 0  # seeds initialisation and data order; runs that share it see the same tokens
+    config.init_from = ""  # checkpoint or workdir whose parameters a new run starts from; "": fresh ones
 
     config.model = model = ConfigDict()
     model.size = ""  # a name of configs/sizes.py, which sets layers, width, heads and mlp_width; "" keeps those below
@@ -94,8 +95,11 @@ def get_config() -> ConfigDict:
     train.parameter_count = "non_embedding"  # total | non_embedding: what chinchilla counts
     train.batch_size = 16  # sequences per step over all devices
     train.microbatches = 1  # parts in which a step's batch is processed, one after the other
-    train.on_nonfinite = "stop"  # stop | skip: a step with a non-finite loss or gradient never changes the state
-    train.max_skips = 10  # consecutive skipped steps before stopping
+    train.on_nonfinite = "stop"  # stop | skip | rollback, after a step with a non-finite number, which changes nothing
+    train.on_spike = "skip"  # stop | skip | rollback, after a step with a loss spike, which changes nothing
+    train.spike_score = 0.0  # a loss so many robust standard deviations above the median is a spike; 0: none is
+    train.spike_window = 64  # recent losses that median and deviation are taken of, steps
+    train.max_skips = 10  # consecutive skipped steps, or rollbacks to one checkpoint, before stopping
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.every = "10%"  # duration between held-out evaluations; one always follows the last step
@@ -104,7 +108,10 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = "20%"  # duration between checkpoints; one always follows the last step
+    checkpoint.minutes = 0.0  # also after so many minutes without one; 0: never
     checkpoint.keep = 2  # newest checkpoints kept
+    checkpoint.keep_every = "0%"  # duration whose multiples are kept for good; "0%": none
+    checkpoint.directory = ""  # where they lie, also gs:// or s3://; "": WORKDIR/checkpoints
 
     config.log = log = ConfigDict()
     log.every = 10  # steps between lines of progress (metrics.jsonl has every step)

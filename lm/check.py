@@ -6,6 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+POLICIES = ("stop", "skip", "rollback")  # what follows a bad step
+
 
 class ConfigError(ValueError):
     """An impossible config value. `key` without "config.", its `value`, and what is `accepted`; one line in all."""
@@ -22,7 +24,8 @@ _CHOICES = {
     "data.verify": ("full", "sizes", "auto"),
     "optim.clip_order": ("after", "before"),
     "train.parameter_count": ("total", "non_embedding"),
-    "train.on_nonfinite": ("stop", "skip"),
+    "train.on_nonfinite": POLICIES,
+    "train.on_spike": POLICIES,
     "log.wandb": ("online", "offline", "disabled"),
 }
 
@@ -45,6 +48,7 @@ _INTEGERS = {
     "train.batch_size": (1, None),
     "train.microbatches": (1, None),
     "train.max_skips": (1, None),
+    "train.spike_window": (2, None),
     "evaluate.batches": (0, None),
     "evaluate.batch_size": (0, None),
     "checkpoint.keep": (1, None),
@@ -65,6 +69,7 @@ _NUMBERS = (
             *("model.z_loss", "model.logit_soft_cap", "sample.temperature"),
             *("optim.rho", "optim.precond_power", "optim.precond_eps", "optim.lam"),
             *("optim.clip_norm", "optim.eps", "optim.weight_decay"),
+            *("train.spike_score", "checkpoint.minutes"),
         ),
     ),
     ("a finite number", math.isfinite, ("optim.alpha", "optim.beta", "optim.gamma", "optim.sigma")),
@@ -246,6 +251,7 @@ def _check_durations(config: ConfigDict) -> None:
     _need(total >= 1, config, "train.duration", f"at least one step, which is {tokens_per_step} tokens")
     for key in ("evaluate.every", "checkpoint.every"):
         _need(steps(key, total_steps=total) >= 1, config, key, "at least one step")
+    steps("checkpoint.keep_every", total_steps=total)
     start, stop, warmup, cooldown = (
         steps(f"optim.{key}", total_steps=total) for key in ("start", "stop", "warmup", "cooldown")
     )

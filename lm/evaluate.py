@@ -29,15 +29,21 @@ def make_evaluation_step(objective: Objective, shape: Shape, options: Options) -
     return step
 
 
-def evaluate(step: Callable, params, corpus: Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0) -> dict:
+def evaluate(
+    step: Callable, params, corpus: Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict | None:  # fmt: skip
     """Loss on held-out set `name`: {loss (nats per token), bits_per_byte, tokens, bytes}; batches = 0 takes all of it.
 
     step: a compiled make_evaluation_step. The rows come in one fixed order, so a limit always sees the same ones.
+    stop() is asked before every batch; once it says so, the result is None.
     """
     total = held_out_steps(corpus, name, batch_size)
     rows = local_rows(mesh, batch_size)
     results, size = [], 0
     for index in range(min(total, batches) if batches else total):
+        if stop():
+            return None
         batch = held_out_rows(corpus, name, index, batch_size)
         size += int(batch.pop("bytes").sum())  # of all rows, also those of other processes
         batch = {key: array[rows] for key, array in batch.items()}

@@ -54,3 +54,13 @@ def abstract(mesh: Mesh, initialise) -> State:
 def create(mesh: Mesh, initialise) -> State:
     """A fresh State, each shard computed on the device that keeps it."""
     return jax.jit(initialise, out_shardings=shardings(mesh, jax.eval_shape(initialise)))()
+
+
+def create_from(abstract_state: State, base: Base, rule: Rule, params: Any) -> State:
+    """A State at step 0 of given parameters, placed as `abstract_state` says."""
+
+    def initialise(params):
+        return State(jnp.zeros((), jnp.int32), params, base.transform.init(params), rule.init(params))
+
+    places = jax.tree.map(lambda s: s.sharding, abstract_state)
+    return jax.jit(initialise, out_shardings=places)(params)

@@ -1,11 +1,13 @@
 """What a run shows and keeps: progress on the terminal, metrics.jsonl, and wandb where it is wanted.
 
 Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
-`evaluate` and `checkpoint`; each has the `step` it belongs to, the number of updates made. NaN and infinities are the
+`evaluate`, `checkpoint`, `anomaly` (a bad step), `rollback`, and `change` (of a config key, by a restart after `step`);
+each has the `step` it belongs to, the number of updates made. NaN and infinities are the
 strings "nan", "inf" and "-inf", since JSON has no others.
 """
 
 import collections
+import errno
 import json
 import math
 import os
@@ -62,8 +64,10 @@ class Tracker:
         self._bar = self._task = self._wandb = None
 
         self._workdir.mkdir(parents=True, exist_ok=True)
-        problems = rewind(self._workdir / METRICS, start_step)
-        self._file = open(self._workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        # wandb cannot take back what it has: rows that a run makes again after a kill are the same, and sent once
+        self._sent = last_steps(self._workdir / METRICS)
+        problems = rewind(self._workdir / METRICS, start_step or -1)
+        self._open()
         if self._stream.isatty():
             self._start_bar(start_step)
         for problem in problems:
@@ -92,7 +96,7 @@ class Tracker:
         self._write(
             "train", step, {"tokens": tokens, "seconds": now - self._begin, "tokens_per_second": rate, **metrics}
         )
-        self._send(lambda: self._wandb.log({"step": step, **{f"train/{k}": _number(v) for k, v in metrics.items()}}))
+        self._send_row("train", "", step, {f"train/{k}": v for k, v in metrics.items()})
         line = self._line(now, step, metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line)
@@ -107,18 +111,34 @@ class Tracker:
         if "loss" in metrics and (self._held_out is None or self._held_out[0] == name):
             self._held_out = name, _number(metrics["loss"])
         self._write("evaluate", step, {"name": name, **metrics})
-        self._send(
-            lambda: self._wandb.log({"step": step, **{f"held_out/{name}/{k}": _number(v) for k, v in metrics.items()}})
-        )
+        self._send_row("evaluate", name, step, {f"held_out/{name}/{k}": v for k, v in metrics.items()})
         shown = "  ".join(f"{key} {_short(_number(value))}" for key, value in metrics.items())
         self.note(f"step {step}  held-out {name}  {shown}")
 
     def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
-        """Records that a checkpoint of `step` was begun, with everything before it safely on disk."""
+        """Records that a checkpoint of `step` was begun."""
         if self._primary:
             self._pause(step)
             self._write("checkpoint", step, facts or {})
+
+    def event(self, kind: str, step: int, facts: dict[str, Any]) -> None:
+        """Records something rare: an `anomaly`, a `rollback`, a `change`."""
+        if self._primary:
+            self._write(kind, step, facts)
+
+    def sync(self) -> None:
+        """Returns once everything recorded is safely on disk, as it must be before a checkpoint that follows it."""
+        if self._primary:
             os.fsync(self._file.fileno())
+
+    def roll_back(self, step: int) -> None:
+        """Forgets what was recorded after `step` updates: the run goes on from there."""
+        if self._primary:
+            self._file.close()
+            rewind(self._workdir / METRICS, step)
+            self._open()
+            self._first = None
+            self._pause(step)
 
     def note(self, text: str) -> None:
         """Shows one line to the reader; it is kept nowhere."""
@@ -132,8 +152,11 @@ class Tracker:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._file.close()
-        self._send(lambda: self._wandb.finish(exit_code=0 if status in ("finished", "stopped") else 1))
+        try:
+            self._file.close()
+        except OSError as error:  # a full disk: its last line was not written, and whoever wrote it has heard
+            status = f"{status} ({error})"
+        self._send(lambda: self._wandb.finish(exit_code=0 if status.startswith(("finished", "stopped")) else 1))
         self._print(status)
 
     def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
@@ -158,7 +181,14 @@ class Tracker:
         self._marks.clear()
         self._marks.append((self._clock(), step))
 
+    def _open(self) -> None:
+        self._file = open(self._workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._inode = os.fstat(self._file.fileno()).st_ino
+
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        path = self._workdir / METRICS
+        if not path.exists() or path.stat().st_ino != self._inode:  # else lines would go to a file that nobody sees
+            raise OSError(errno.ENOENT, "was removed or replaced while the run was on", str(path))
         self._file.write(json.dumps({"kind": kind, "step": step, **_plain(values)}, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -216,6 +246,11 @@ class Tracker:
 
         self._send(start, starting=True)
 
+    def _send_row(self, kind: str, name: str, step: int, row: dict[str, Any]) -> None:
+        if step > self._sent.get((kind, name), -1):
+            self._sent[kind, name] = step
+            self._send(lambda: self._wandb.log({"step": step, **{key: _number(value) for key, value in row.items()}}))
+
     def _send(self, call: Callable[[], Any], starting: bool = False) -> None:
         """Calls wandb where it is on; whatever goes wrong there is said once and costs the run nothing."""
         if self._wandb is None and not starting:
@@ -229,42 +264,65 @@ class Tracker:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, in order, NaN and infinities as floats, without a torn last line."""
-    path = Path(workdir) / METRICS
-    return [_restore(json.loads(line)) for line in _whole_lines(path.read_bytes())[0]]
+    """The records of a run's metrics.jsonl, in order, NaN and infinities as floats, without torn lines."""
+    return [_restore(record) for _, record in _records(Path(workdir) / METRICS)[0]]
+
+
+def last_steps(path: Path) -> dict[tuple[str, str], int]:
+    """{(kind, name): the last step recorded} of a metrics.jsonl; name is that of a held-out set, or ""."""
+    if not path.exists():
+        return {}
+    found = {}
+    for _, record in _records(path)[0]:
+        key = record["kind"], record.get("name", "")
+        found[key] = max(record["step"], found.get(key, -1))
+    return found
 
 
 def rewind(path: Path, step: int) -> list[str]:
-    """Cuts metrics.jsonl back to what was known after `step` updates (0: empties it); returns what a reader must know.
+    """Cuts metrics.jsonl back to what was known after `step` updates (-1: empties it); returns what a reader must know.
 
     Written aside and moved into place, so that a kill leaves the old file or the new one.
     """
     if not path.exists():
         return []
-    lines, torn = _whole_lines(path.read_bytes())
-    problems = [f"{path.name}: dropped a torn last line of {len(torn)} bytes"] if torn else []
-    kept = [line for line in lines if step > 0 and json.loads(line)["step"] <= step]
-    if torn or len(kept) < len(lines):
+    records, torn, broken = _records(path)
+    problems = [f"{path.name}: dropped a torn last line of {torn} bytes"] if torn else []
+    problems += [f"{path.name}: dropped {broken} damaged lines"] if broken else []
+    # a change belongs to the restart that made it: restarted from the same step, it is recorded anew
+    kept = [
+        (line, record)
+        for line, record in records
+        if record["step"] < step or (record["step"] == step and record["kind"] != "change")
+    ]
+    if torn or broken or len(kept) < len(records):
         aside = path.with_suffix(".tmp")
-        aside.write_bytes(b"".join(line + b"\n" for line in kept))
+        with open(aside, "wb") as file:
+            file.write(b"".join(line + b"\n" for line, _ in kept))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     if step > 0:
-        recorded = {json.loads(line)["step"] for line in kept if json.loads(line)["kind"] == "train"}
-        missing = step - len(recorded)
+        missing = step - len({record["step"] for _, record in kept if record["kind"] == "train"})
         if missing:
             problems.append(f"{path.name}: {missing} of the {step} steps before this start are not in it")
     return problems
 
 
-def _whole_lines(content: bytes) -> tuple[list[bytes], bytes]:
-    """(complete lines, what follows the last of them): a kill can cut a line short, or leave zeros where it was."""
-    *lines, torn = content.split(b"\n")
-    if lines and not torn:
+def _records(path: Path) -> tuple[list[tuple[bytes, dict]], int, int]:
+    """([(line, record)], bytes of a torn end, damaged lines before it): a kill cuts a line short or leaves zeros."""
+    *lines, end = path.read_bytes().split(b"\n")
+    found, damaged = [], 0
+    for number, line in enumerate(lines):
         try:
-            json.loads(lines[-1])
-        except ValueError:
-            torn = lines.pop()
-    return lines, torn
+            record = json.loads(line)
+            found.append((line, {**record, "kind": str(record["kind"]), "step": int(record["step"])}))
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) - 1 and not end:
+                end = line
+            else:
+                damaged += 1
+    return found, len(end), damaged
 
 
 def _number(value: Any) -> Any:

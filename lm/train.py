@@ -195,21 +195,18 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
                         f"--allow_change=train.on_{bad['what']} may set another policy"
                     )
                     return ANOMALY
-                watch, bad = again, None
+                watch, why, bad = again, bad, None
                 read = batch_reader(config, corpus, parts, watch.batch_index)
                 tracker.roll_back(done)
                 left_out = watch.windows[-1][1]
-                tracker.event("rollback", done + 1, {"to": done, "batches_left_out": left_out})
+                tracker.event("rollback", done + 1, {"to": done, "batches_left_out": left_out, "because": why})
                 tracker.note(f"rolled back to step {done}; {left_out} batches are left out")
 
         # -------------------------------------------------------------------------------------------- what it learned
         checkpoints.wait()
         if config.sample.tokens:
-            next_token = jax.jit(
-                generate.make_next_token(
-                    parts.objective, parts.shape, corpus.tokenizer.vocab_size, config.model.logit_soft_cap
-                )
-            )
+            vocabulary, cap = corpus.tokenizer.vocab_size, config.model.logit_soft_cap
+            next_token = jax.jit(generate.make_next_token(parts.objective, parts.shape, vocabulary, cap))
             text = generate.generate(
                 next_token, state.params, corpus.tokenizer, config.sample.prompt, config.sample.tokens,
                 config.sample.temperature, config.data.sequence_length, config.seed,

@@ -15,6 +15,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--workdir", required=True, type=command.writable_directory, help="where the run lives: metrics, checkpoints"
     )
+    parser.add_argument(
+        "--allow_change", default="", metavar="KEY,KEY", help="config keys that may differ from what the run had so far"
+    )
+    parser.add_argument(
+        "--replay_step", type=int, metavar="K", help="look into step K of the run in --workdir, writing nothing"
+    )
     hosts = parser.add_argument_group("several processes, one per host or GPU, each started with the same command")
     hosts.add_argument(
         "--distributed", action="store_true", help="join the processes that SLURM or the TPU pod started"
@@ -38,7 +44,10 @@ def main(argv: Sequence[str]) -> int:
         jax.distributed.initialize()
 
     from data.errors import DataError
+    from lm import replay, train
     from lm.check import ConfigError, check
+    from lm.checkpoint import Unusable
+    from lm.workdir import WorkdirError
 
     try:
         check(
@@ -47,11 +56,16 @@ def main(argv: Sequence[str]) -> int:
             process_count=jax.process_count(),
             backend=jax.default_backend(),
         )
-        from lm import train
-
-        return train.run(config, options.workdir)
-    except (ConfigError, DataError) as error:
+        if options.replay_step is not None:
+            replay.replay(config, options.workdir, options.replay_step)
+            return 0
+        allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
+        return train.run(config, options.workdir, allowed)
+    except (ConfigError, DataError, Unusable, WorkdirError) as error:
         return command.fail(error) if jax.process_index() == 0 else 2
+    except OSError as error:
+        command.fail(f"stopped: {error}; what is on disk is sound, run the same command again once this is mended")
+        return train.STORAGE
 
 
 if __name__ == "__main__":

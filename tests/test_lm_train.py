@@ -15,6 +15,12 @@ import pytest
 from lm import checkpoint, train
 from lm.check import ConfigError
 
+def stop_at(step):
+    """A StopSignals.requested that asks to stop after so many steps of this start."""
+    count = iter(range(1, 10**6))
+    return lambda self: next(count) == step
+
+
 METHOD = {"optim__method": "precond_functional_sam", "optim__rho": 0.05}
 
 
@@ -38,19 +44,14 @@ def whole(corpus, tmp_path_factory):
 
 def final_state(workdir):
     """The arrays of the last checkpoint, as they were written."""
-    with checkpoint.open_checkpoints(str(workdir), 2, read_only=True) as manager:
-        assert manager.latest_step() == 20
-        return manager.restore(20, args=checkpoint.ocp.args.Composite(state=checkpoint.ocp.args.StandardRestore()))[
-            "state"
-        ]
+    with checkpoint.Checkpoints(f"{workdir}/checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.newest() == 20
+    return checkpoint.ocp.StandardCheckpointer().restore(checkpoints.directory / "20" / "state")
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(corpus, whole, tmp_path, monkeypatch):
-    def after_seven(self, step):
-        return step == 7
-
     with monkeypatch.context() as patched:
-        patched.setattr(train.StopSignals, "requested", after_seven)
+        patched.setattr(train.StopSignals, "requested", stop_at(7))
         assert train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path)) == train.STOPPED
     assert [r["step"] for r in lm_runs.records(tmp_path, "train")] == list(range(1, 8))
     assert train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path)) == train.FINISHED
@@ -92,7 +93,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(corpus, whol
 def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch):
     """8 x 1 x 1, stopped, continued on 2 x 2 x 2: the same losses up to the order of sums (1e-5)."""
     with monkeypatch.context() as patched:
-        patched.setattr(train.StopSignals, "requested", lambda self, step: step == 10)
+        patched.setattr(train.StopSignals, "requested", stop_at(10))
         train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path))
     train.run(lm_runs.config(*corpus, **METHOD, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), str(tmp_path))
     np.testing.assert_allclose(lm_runs.losses(tmp_path), lm_runs.losses(whole), atol=1e-5)
@@ -101,11 +102,11 @@ def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch
 def test_non_finite_steps_change_nothing(corpus, tmp_path):
     """A learning rate that breaks the run: stop names the step; skip goes on until max_skips, parameters unmoved."""
     broken = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e30, "optim__warmup": "0%"}
-    assert train.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.NONFINITE
+    assert train.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.ANOMALY
     last = lm_runs.records(tmp_path / "stop", "train")[-1]
     assert last["nonfinite"] == 1
     skip = {**broken, "train__on_nonfinite": "skip", "train__max_skips": 3}
-    assert train.run(lm_runs.config(*corpus, **skip), str(tmp_path / "skip")) == train.NONFINITE
+    assert train.run(lm_runs.config(*corpus, **skip), str(tmp_path / "skip")) == train.ANOMALY
     bad = [r for r in lm_runs.records(tmp_path / "skip", "train") if r["nonfinite"]]
     assert len(bad) == 3
     assert len({r["parameter_norm"] for r in bad}) == 1  # nothing moved

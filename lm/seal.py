@@ -1,0 +1,144 @@
+"""The seal of a checkpoint: a manifest with a hash of every file, written after the last of them.
+
+A step directory without a whole seal is not a checkpoint, however complete it looks. The seal is plain text: one line
+with the hash of what follows, then JSON. Reading it runs nothing and trusts nothing.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import xxhash
+from etils import epath
+
+NAME = "SEAL"
+FORMAT = 1
+
+
+class Broken(ValueError):
+    """Why a directory is not the checkpoint it should be. sealed: False where it never was one."""
+
+    def __init__(self, why: str, sealed: bool = True):
+        self.sealed = sealed
+        super().__init__(why)
+
+
+def tree_of(state: Any) -> dict[str, list]:
+    """{path: [dtype, shape]} of a tree of arrays or ShapeDtypeStructs."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), list(leaf.shape)]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def write(directory: epath.Path, step: int, run: str, tree: dict[str, list]) -> None:
+    """Seals a finished step directory of run `run`. Durable once it returns; OSError if it cannot be written."""
+    names = list(_files(directory))
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(names, pool.map(lambda name: _look(directory / name), names), strict=True))
+    body = json.dumps({"format": FORMAT, "step": step, "run": run, "tree": tree, "files": found}).encode()
+    aside = directory / f"{NAME}.tmp"
+    with aside.open("wb") as handle:
+        handle.write(_digest(body).encode() + b"\n" + body)
+        handle.flush()
+    sync(aside)
+    aside.rename(directory / NAME)
+    sync(directory)
+
+
+def read(directory: epath.Path) -> dict:
+    """The seal of a step directory, itself verified: format, step, run, tree, files. Raises Broken."""
+    try:
+        content = (directory / NAME).read_bytes()
+    except FileNotFoundError:
+        raise Broken("it has no seal, so its save never finished", sealed=False) from None
+    except OSError as error:
+        raise Broken(f"its seal cannot be read ({error})") from None
+    digest, _, body = content.partition(b"\n")
+    if digest != _digest(body).encode():
+        raise Broken("its seal was altered")
+    try:
+        seal = json.loads(body)
+        whole = {key: type(seal[key]) for key in ("format", "step", "run", "tree", "files")}
+    except (ValueError, KeyError, TypeError):
+        whole = {}
+    if list(whole.values()) != [int, int, str, dict, dict] or seal["format"] != FORMAT:
+        raise Broken(f"its seal is not of the format that this version reads, {FORMAT}")
+    return seal
+
+
+def verify(directory: epath.Path, step: int, run: str = "", share: tuple[int, int] = (0, 1)) -> dict:
+    """The seal, after comparing the directory with it; raises Broken with the first difference.
+
+    run: the id it must have, "" for any. share (i, n): reads the contents of every n-th file from the i-th on.
+    """
+    seal = read(directory)
+    if seal["step"] != step:
+        raise Broken(f"it was saved as step {seal['step']} and renamed")
+    if run and seal["run"] != run:
+        raise Broken(f"it belongs to another run ({seal['run']}, this one is {run}); config.init_from starts from it")
+    files = set(_files(directory)) - {NAME}
+    for what, names in (("lacks", set(seal["files"]) - files), ("has a foreign file", files - set(seal["files"]))):
+        if names:
+            raise Broken(f"it {what} {min(names)}")
+    names = sorted(files)[share[0] :: share[1]]
+    with ThreadPoolExecutor(4) as pool:
+        for name, (size, digest) in zip(names, pool.map(lambda name: _look(directory / name), names), strict=True):
+            if [size, digest] != seal["files"][name]:
+                raise Broken(f"{name} was altered ({size} bytes, {seal['files'][name][0]} when saved)")
+    return seal
+
+
+def differences(saved: dict[str, list], wanted: dict[str, list]) -> list[str]:
+    """What differs between two trees_of, a line each."""
+    shown = lambda entry: f"{entry[0]}{entry[1]}" if entry else "absent"  # noqa: E731
+    return [
+        f"{path}: {shown(saved.get(path))} in the checkpoint, {shown(wanted.get(path))} here"
+        for path in sorted({*saved, *wanted})
+        if saved.get(path) != wanted.get(path)
+    ]
+
+
+def sync(path: epath.Path) -> None:
+    """fsync of a local file or directory; object stores are durable once written."""
+    if is_local(path):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether a path lies in a file system rather than in an object store."""
+    return "://" not in str(path)
+
+
+def _digest(content: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def _look(path: epath.Path) -> list:
+    """[size, hash] of a file's contents; a file that cannot be read differs from every other."""
+    digest, size = xxhash.xxh3_128(), 0
+    try:
+        with path.open("rb") as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        return [-1, f"unreadable: {error}"]
+    return [size, digest.hexdigest()]
+
+
+def _files(directory: epath.Path, below: str = "") -> Iterable[str]:
+    """Paths of all files under a directory, relative to it."""
+    for path in directory.iterdir():
+        name = f"{below}{path.name}"
+        if path.is_dir():
+            yield from _files(path, f"{name}/")
+        else:
+            yield name
