@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lm import attention, readout
 from lm.budget import Budget, budget
 from lm.check import METHOD_OPTIONS, mesh_shape
-from lm.mesh import constrainer, make_mesh
+from lm.mesh import Placement, make_mesh
 from lm.model import Shape, shape
 from lm.objective import objective
 from lm.state import State, abstract, initialiser
@@ -63,7 +63,7 @@ def assemble(
     keep = _keeps_derivative(config, model_shape, train.batch_size // shards, devices[0])
     options = readout.Options(
         vocabulary_size, readout.chunk_positions(config.data.sequence_length, rows, model.readout_chunk), model.z_loss,
-        model.logit_soft_cap, model.label_smoothing, keep,
+        model.logit_soft_cap, model.label_smoothing, keep, place=Placement(mesh),
     )  # fmt: skip
 
     given = {key: optim[key] for key in METHOD_OPTIONS if key != "rho"}
@@ -99,7 +99,7 @@ def assemble(
     )  # fmt: skip
     initialise = initialiser(model_shape, the_base, rule, config.seed)
     return Parts(
-        mesh, model_shape, options, objective(model_shape, options, constrainer(mesh)), the_base, rule, initialise,
+        mesh, model_shape, options, objective(model_shape, options, Placement(mesh)), the_base, rule, initialise,
         abstract(mesh, initialise), plan, rate, radius if callable(radius) else lambda step: radius,
     )  # fmt: skip
 

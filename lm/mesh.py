@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,11 +25,41 @@ RULES = (
 )
 
 ACTIVATIONS = {
+    "tokens": P(BATCH, None),  # [B, T]
     "hidden": P(BATCH, None, None),  # [B, T, D]
     "heads": P(BATCH, None, "tensor", None),  # [B, T, H, K]
-    "mlp": P(BATCH, None, "tensor"),  # [B, T, F]
-    "readout": P("tensor", None),  # [V, D], gathered over fsdp once per pass
+    "mlp": P(BATCH, None, "tensor"),  # [B, T, F], and [B, T, V]
+    "table": P("tensor", "fsdp"),  # [V, D], a table as it is stored
+    "positions": P(None, "fsdp"),  # [T, D], likewise
+    "rows": P(BATCH),  # [B]
+    "scalar": P(),
 }
+
+
+class Placement(NamedTuple):
+    """Where activations live. placement(x, kind) constrains one; without a mesh nothing is constrained or split."""
+
+    mesh: Mesh | None = None
+
+    def __call__(self, x: jax.Array, kind: str) -> jax.Array:
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, ACTIVATIONS[kind]))
+
+    def fitting(self, sequences: int) -> "Placement":
+        """This placement if it divides so many sequences, else one that leaves them to XLA (single prompts do)."""
+        shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return self if sequences % shards == 0 else Placement()
+
+    def split(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+        """The function run on each device's own parts of its arguments, of these kinds (trees of them).
+
+        Inside, collectives over AXES are explicit, so that a loop holds exactly those written into it.
+        """
+        if self.mesh is None:
+            return function
+        specs = (jax.tree.map(ACTIVATIONS.get, kinds) for kinds in (inputs, outputs))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=next(specs), out_specs=next(specs), check_vma=False)
 
 
 def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> Mesh:
@@ -45,11 +75,6 @@ def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> M
         grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def constrainer(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """constrain(activation, kind of ACTIVATIONS) for lm.model: tells XLA where it lives."""
-    return lambda x, kind: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS[kind]))
 
 
 def parameter_spec(path: str) -> P:

@@ -5,16 +5,20 @@ heads, K head width, F hidden width of the MLP, V vocabulary (padded).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.attention import attention
+from jax import lax
+
+from lm.attention import MIXED, attention
+from lm.mesh import Placement
 
 STYLES = ("nanodo", "modern")
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "offload")
 
 
 class Shape(NamedTuple):
@@ -34,7 +38,7 @@ class Shape(NamedTuple):
     norm_epsilon: float = 1e-6
     dtype: str = "float32"
     kernel: str = "einsum"
-    remat: str = "none"
+    remat: str = "dots"
 
 
 def padded_vocabulary(size: int, multiple: int) -> int:
@@ -100,6 +104,68 @@ class Kernel(nn.Module):
         return kernel.astype(self.dtype)
 
 
+class Table(nn.Module):
+    """A table [rows, D] of float32 vectors, as it is stored; `lookup` reads it."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self):
+        return self.param("embedding", _fan_in(1), (self.rows, self.width), jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+    """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
+
+    Written out for the parts of each device: left to itself XLA gathers all sequences on every device. The gradient is
+    summed in float32 or better, whatever the dtype.
+    """
+
+    def local(table, ids):
+        if place.mesh is not None:
+            table = lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
+        index, mine = _local_index(place, kind, ids, table.shape[0])
+        found = jnp.where(mine[..., None], table.astype(dtype)[index], 0) if mine is not None else table[index]
+        return found.astype(dtype) if mine is None else lax.psum(found, "tensor")
+
+    return place.split(local, (kind, "tokens"), "hidden")(table_RxD, ids_BxT)
+
+
+def _local_index(place: Placement, kind: str, ids, rows: int):
+    """(index among a device's rows, whether it holds them): None where every device holds all."""
+    if place.mesh is None or kind != "table" or place.mesh.shape["tensor"] == 1:
+        return ids, None
+    index = ids - lax.axis_index("tensor") * rows
+    mine = (index >= 0) & (index < rows)
+    return jnp.where(mine, index, 0), mine
+
+
+def _lookup_forward(place, kind, dtype, table_RxD, ids_BxT):
+    return lookup(place, kind, dtype, table_RxD, ids_BxT), (table_RxD, ids_BxT)
+
+
+def _lookup_backward(place, kind, dtype, kept, cotangent_BxTxD):
+    table_RxD, ids_BxT = kept
+    parts = place.mesh.shape["tensor"] if place.mesh is not None and kind == "table" else 1
+
+    def local(ids, cotangent):
+        rows = table_RxD.shape[0] // parts
+        index, mine = _local_index(place, kind, ids, rows)
+        wide = cotangent.astype(table_RxD.dtype)
+        wide = wide if mine is None else jnp.where(mine[..., None], wide, 0)
+        total = jnp.zeros((rows, table_RxD.shape[1]), wide.dtype).at[index].add(wide)
+        if place.mesh is None:
+            return total
+        return lax.psum(lax.psum_scatter(total, "fsdp", scatter_dimension=1, tiled=True), "data")
+
+    return place.split(local, ("tokens", "hidden"), kind)(ids_BxT, cotangent_BxTxD), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 class Attention(nn.Module):
     """Multi-head or grouped-query self-attention without biases."""
 
@@ -118,7 +184,7 @@ class Attention(nn.Module):
             query, key = Norm(s, name="query_norm")(query), Norm(s, name="key_norm")(key)
         if s.style == "modern":
             query, key = rotate(query, positions_BxT, s.rope_base), rotate(key, positions_BxT, s.rope_base)
-        mixed = attention(query, key, value, segments_BxT, s.kernel)
+        mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain)
         out = Kernel((H, K, D), (0, 1), s.dtype, 1 / (2 * s.layers), name="out")()
         return jnp.einsum("bthk,hkd->btd", mixed, out)
 
@@ -160,40 +226,48 @@ class Block(nn.Module):
         return self.constrain(x_BxTxD + hidden, "hidden"), None
 
 
-def _no_constraint(x: jax.Array, kind: str) -> jax.Array:
-    return x
+def _remat_policy(name: str):
+    """What the backward pass finds instead of recomputing: nothing (full), or the products with weights and the mixed
+    values of attention, on the device (dots) or in the host's memory (offload)."""
+    policies = jax.checkpoint_policies
+    if name == "full":
+        return None
+    if name == "dots":
+        return policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MIXED)
+        )
+    return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
 
 
 class Trunk(nn.Module):
     """tokens [B, T] -> hidden [B, T, D] after the final norm, in the compute dtype.
 
-    constrain(array, kind) places activations on a mesh; kinds: hidden, heads, mlp. Parameter paths:
-    embed/embedding, position/embedding (nanodo), layers/... stacked over L, final_norm/scale, readout/kernel (untied).
+    constrain: where activations live on a mesh. Parameter paths: embed/embedding, position/embedding (nanodo),
+    layers/... stacked over L, final_norm/scale, readout/kernel (untied).
     """
 
     shape: Shape
-    constrain: Callable = _no_constraint
+    constrain: Placement = Placement()
 
     @nn.compact
     def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None):
-        s = self.shape
-        table = nn.Embed(s.vocabulary, s.width, embedding_init=_fan_in(1), dtype=s.dtype, name="embed")
-        x_BxTxD = table(tokens_BxT)
+        s, place = self.shape, self.constrain.fitting(tokens_BxT.shape[0])
+        x_BxTxD = lookup(place, "table", s.dtype, Table(s.vocabulary, s.width, name="embed")(), tokens_BxT)
+        if s.style == "nanodo":
+            places = Table(s.sequence_length, s.width, name="position")()
+            if positions_BxT is None:
+                x_BxTxD = x_BxTxD + places[: tokens_BxT.shape[1]].astype(s.dtype)
+            else:
+                x_BxTxD = x_BxTxD + lookup(place, "positions", s.dtype, places, positions_BxT)
         if positions_BxT is None:
             positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-        if s.style == "nanodo":
-            places = nn.Embed(s.sequence_length, s.width, embedding_init=_fan_in(1), dtype=s.dtype, name="position")
-            x_BxTxD = x_BxTxD + places(positions_BxT)
         if not s.tie_embeddings:
             Kernel((s.vocabulary, s.width), (1,), "float32", name="readout")()
         block = Block
         if s.remat != "none":
-            policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[s.remat]
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+            block = nn.remat(Block, policy=_remat_policy(s.remat), prevent_cse=False)
         layers = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=s.layers
         )
-        x_BxTxD, _ = layers(s, self.constrain, name="layers")(
-            self.constrain(x_BxTxD, "hidden"), positions_BxT, segments_BxT
-        )
+        x_BxTxD, _ = layers(s, place, name="layers")(place(x_BxTxD, "hidden"), positions_BxT, segments_BxT)
         return Norm(s, name="final_norm")(x_BxTxD)

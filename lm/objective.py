@@ -1,9 +1,8 @@
 """The language model as an optim.Objective: trunk, chunked readout, frozen readout."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 
+from lm.mesh import Placement
 from lm.model import Shape, Trunk
 from lm.readout import Options, cross_entropy, frozen_change
 from optim import Objective
@@ -14,29 +13,28 @@ def readout_kernel(params, shape: Shape):
     return params["embed"]["embedding"] if shape.tie_embeddings else params["readout"]["kernel"]
 
 
-def objective(shape: Shape, options: Options, constrain: Callable) -> Objective:
+def objective(shape: Shape, options: Options, constrain: Placement) -> Objective:
     """Mean token cross-entropy of next-token prediction as an Objective.
 
     batch: inputs, targets [B, T] int32, weights [B, T] float32 (0: not counted), and for packed documents segments and
-    positions [B, T] int32. constrain(array, kind): see lm.mesh.
+    positions [B, T] int32. constrain: where activations live; options.place says it for the readout.
     """
     trunk = Trunk(shape, constrain)
 
     def hidden(params, batch):
         return trunk.apply({"params": params}, batch["inputs"], batch.get("positions"), batch.get("segments"))
 
-    def kernel_of(params):
-        return constrain(readout_kernel(params, shape), "readout")
-
     def readout(params, hidden_BxTxD, batch):
         loss, per_sequence, kept = cross_entropy(
-            options, kernel_of(params), hidden_BxTxD, batch["targets"], batch["weights"]
+            options, readout_kernel(params, shape), hidden_BxTxD, batch["targets"], batch["weights"]
         )
         return loss, {"per_sequence_loss": per_sequence, "kept": kept}
 
     def frozen_readout(params, hidden_BxTxD, anchor, batch):
-        fixed = (kernel_of(anchor.params), anchor.hidden, anchor.kept)
-        return frozen_change(options, kernel_of(params), hidden_BxTxD, fixed, batch["targets"], batch["weights"])
+        fixed = (readout_kernel(anchor.params, shape), anchor.hidden, anchor.kept)
+        return frozen_change(
+            options, readout_kernel(params, shape), hidden_BxTxD, fixed, batch["targets"], batch["weights"]
+        )
 
     def weight(batch):
         return jnp.sum(batch["weights"] > 0).astype(jnp.float32)

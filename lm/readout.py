@@ -3,10 +3,15 @@
 Logits exist for one chunk of tokens at a time. Each pass forms its gradients while it has the chunk's logits, so it
 costs three products with the readout weights and the backward pass recomputes none.
 
+On a mesh each device runs the loop over its own sequences and its own part of the vocabulary: the weights are gathered
+over fsdp before it, their gradient is summed over devices after it, and inside it only the softmax's two sums per token
+cross devices, and only under tensor parallelism.
+
 The outputs F that the functional path differentiates are the raw logits h W^T. Soft-cap, z-loss and label smoothing
 belong to the loss: their derivative is frozen at theta with the rest, and the perturbed logits are never formed.
 """
 
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -14,11 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lm.mesh import AXES, BATCH, Placement
+
 
 class Options(NamedTuple):
     """Static choices. vocabulary: its real size; padded rows never win. chunk: positions of each sequence at a time.
 
     keep: the pass at theta stores the loss derivative (in `kept_dtype`) for the functional path to come.
+    reduce_dtype: in which the gradient of the weights is summed over devices in cross_entropy.
     """
 
     vocabulary: int
@@ -28,6 +36,8 @@ class Options(NamedTuple):
     smoothing: float = 0.0
     keep: bool = False
     kept_dtype: str = "bfloat16"
+    reduce_dtype: str = "float32"
+    place: Placement = Placement()
 
 
 class Kept(NamedTuple):
@@ -44,29 +54,34 @@ def chunk_positions(sequence_length: int, sequences: int, tokens: int) -> int:
 
 
 def _token_loss(options: Options, raw_BxcxV, targets_Bxc):
-    """(loss per token, its derivative in the raw logits), both unweighted."""
+    """(loss per token, its derivative in the raw logits), both unweighted. V: this device's part of the vocabulary."""
     V = raw_BxcxV.shape[-1]
-    index = lax.broadcasted_iota(jnp.int32, (1, 1, V), 2)
+    split = options.place.mesh is not None and options.place.mesh.shape["tensor"] > 1
+    first = lax.axis_index("tensor") * V if split else 0
+    index = first + lax.broadcasted_iota(jnp.int32, (1, 1, V), 2)
     real = index < options.vocabulary
     capped = options.soft_cap * jnp.tanh(raw_BxcxV / options.soft_cap) if options.soft_cap else raw_BxcxV
     logits = jnp.where(real, capped, -1e30)
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    peak = lax.stop_gradient(lax.pmax(peak, "tensor")) if split else peak
     powers = jnp.exp(logits - peak)
-    total = jnp.sum(powers, axis=-1, keepdims=True)
-    log_z = (peak + jnp.log(total))[..., 0]
     # A comparison instead of a gather: it fuses, and stays local when the vocabulary is split over devices.
     hit = index == targets_Bxc[..., None]
+    sums = [jnp.sum(powers, axis=-1), jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)]
+    if options.smoothing:
+        sums.append(jnp.sum(jnp.where(real, capped, 0.0), axis=-1))
+    total, correct, *uniform = lax.psum(sums, "tensor") if split else sums
+    log_z = peak[..., 0] + jnp.log(total)
     target = hit.astype(raw_BxcxV.dtype)
-    correct = jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)
     loss = log_z - (1 - options.smoothing) * correct
     if options.smoothing:
         target = (1 - options.smoothing) * target + options.smoothing / options.vocabulary * real
-        loss = loss - options.smoothing * jnp.sum(jnp.where(real, capped, 0.0), axis=-1) / options.vocabulary
+        loss = loss - options.smoothing * uniform[0] / options.vocabulary
     slope = 1.0
     if options.z_loss:
         loss = loss + options.z_loss * log_z**2
         slope = (1 + 2 * options.z_loss * log_z)[..., None]
-    derivative = slope * (powers / total) - target
+    derivative = slope * (powers / total[..., None]) - target
     if options.soft_cap:
         derivative = derivative * (1 - (capped / options.soft_cap) ** 2)
     return loss, derivative
@@ -112,35 +127,78 @@ def _share(weights_BxT, dtype):
     return weights_BxT.astype(dtype) / jnp.maximum(jnp.sum(weights_BxT > 0), 1).astype(dtype)
 
 
+def _fitted(options: Options, sequences: int) -> Options:
+    """The options without their mesh where it does not divide the sequences, which is said aloud."""
+    place = options.place.fitting(sequences)
+    if place.mesh is not options.place.mesh:
+        shards = "data x fsdp = {data} x {fsdp}".format(**options.place.mesh.shape)
+        warnings.warn(f"readout: {sequences} sequences do not divide over {shards}: it will be slow", stacklevel=2)
+    return options._replace(place=place)
+
+
+def _summed(options: Options, x, axes):
+    return x if options.place.mesh is None else lax.psum(x, axes)
+
+
+def _gathered(options: Options, kernel_VxD, dtype):
+    """The weights in the compute dtype, whole along D: cast first, so that half the bytes travel."""
+    kernel_VxD = kernel_VxD.astype(dtype)
+    return kernel_VxD if options.place.mesh is None else lax.all_gather(kernel_VxD, "fsdp", axis=1, tiled=True)
+
+
+def _reduced(options: Options, gradient, dtype):
+    """(d/d hidden, d/d kernel) summed over devices, once; the latter left split as the weights are stored."""
+    if options.place.mesh is None:
+        return gradient
+    to_hidden, to_kernel = gradient
+    low = to_kernel.astype(dtype)
+    low = lax.psum(lax.psum_scatter(low, "fsdp", scatter_dimension=1, tiled=True), "data")
+    return lax.psum(to_hidden, "tensor"), low.astype(to_kernel.dtype)
+
+
+_INPUTS = ("table", "hidden", "tokens", "tokens")
+_GRADIENT = ("hidden", "table")
+
+
 def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients: bool):
-    B, T, _ = hidden_BxTxD.shape
-    # Cast inside, so that the gradient to the kernel keeps the precision it was summed in.
-    kernel_VxD = kernel_VxD.astype(hidden_BxTxD.dtype)
+    options = _fitted(options, len(hidden_BxTxD))
     wide = jnp.promote_types(jnp.float32, hidden_BxTxD.dtype)
+    keep = options.keep and gradients
+
+    def local(kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT):
+        B, T, _ = hidden_BxTxD.shape
+        # Cast inside, so that the gradient to the kernel keeps the precision it was summed in.
+        kernel_VxD = _gathered(options, kernel_VxD, hidden_BxTxD.dtype)
+
+        def body(carry, take, put):
+            losses, gradient, kept = carry
+            raw = _logits(take(hidden_BxTxD), kernel_VxD)
+            loss, derivative = _token_loss(options, raw, take(targets_BxT))
+            share = take(share_BxT)
+            losses = losses + jnp.sum(share * loss, axis=1)
+            if gradients:
+                derivative = share[..., None] * derivative
+                gradient, _ = _add_products(derivative, kernel_VxD, hidden_BxTxD, gradient, take, put)
+            if keep:
+                low = derivative.astype(options.kept_dtype)
+                kept = Kept(put(kept.derivative_BxTxV, low), kept.inner + jnp.sum(low.astype(wide) * raw))
+            return losses, gradient, kept
+
+        gradient = _zeros_like_gradient(kernel_VxD, hidden_BxTxD) if gradients else ()
+        kept = Kept(jnp.zeros((B, T, len(kernel_VxD)), options.kept_dtype), jnp.zeros((), wide)) if keep else ()
+        losses, gradient, kept = _over_chunks(options, T, body, (jnp.zeros(B, wide), gradient, kept))
+        loss = _summed(options, jnp.sum(losses), BATCH)
+        kept = Kept(kept.derivative_BxTxV, _summed(options, kept.inner, AXES)) if keep else ()
+        return loss, losses, kept, _reduced(options, gradient, options.reduce_dtype) if gradients else ()
+
+    outputs = ("scalar", "rows", Kept("mlp", "scalar") if keep else (), _GRADIENT if gradients else ())
     share_BxT = _share(weights_BxT, wide)
-    kept = None
-    if options.keep and gradients:
-        kept = Kept(jnp.zeros((B, T, kernel_VxD.shape[0]), options.kept_dtype), jnp.zeros((), wide))
-
-    def body(carry, take, put):
-        losses, gradient, kept = carry
-        raw = _logits(take(hidden_BxTxD), kernel_VxD)
-        loss, derivative = _token_loss(options, raw, take(targets_BxT))
-        share = take(share_BxT)
-        losses = losses + jnp.sum(share * loss, axis=1)
-        if gradients:
-            derivative = share[..., None] * derivative
-            gradient, _ = _add_products(derivative, kernel_VxD, hidden_BxTxD, gradient, take, put)
-        if kept is not None:
-            low = derivative.astype(options.kept_dtype)
-            kept = Kept(put(kept.derivative_BxTxV, low), kept.inner + jnp.sum(low.astype(wide) * raw))
-        return losses, gradient, kept
-
-    gradient = _zeros_like_gradient(kernel_VxD, hidden_BxTxD) if gradients else None
-    losses, gradient, kept = _over_chunks(options, T, body, (jnp.zeros(B, wide), gradient, kept))
-    own = jnp.sum(_share(weights_BxT, wide) > 0, axis=1) / jnp.maximum(jnp.sum(weights_BxT > 0), 1)
+    loss, losses, kept, gradient = options.place.split(local, _INPUTS, outputs)(
+        kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT
+    )
+    own = jnp.sum(share_BxT > 0, axis=1) / jnp.maximum(jnp.sum(weights_BxT > 0), 1)
     per_sequence = losses / jnp.maximum(own, jnp.finfo(wide).tiny).astype(wide)
-    return (jnp.sum(losses), per_sequence, kept), gradient
+    return (loss, per_sequence, kept or None), gradient or None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,25 +228,35 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weights_BxT):
-    anchor_kernel_VxD, anchor_hidden_BxTxD, kept = anchor
-    kernel_VxD, anchor_kernel_VxD = (k.astype(hidden_BxTxD.dtype) for k in (kernel_VxD, anchor_kernel_VxD))
+    options = _fitted(options, len(hidden_BxTxD))
     wide = jnp.promote_types(jnp.float32, hidden_BxTxD.dtype)
-    share_BxT = _share(weights_BxT, wide)
+    *rebuilt_from, kept = anchor
 
-    def body(carry, take, put):
-        value, gradient = carry
+    def local(kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT, fixed):
+        kernel_VxD = _gathered(options, kernel_VxD, hidden_BxTxD.dtype)
         if kept is None:
-            raw = _logits(take(anchor_hidden_BxTxD), anchor_kernel_VxD)
-            derivative = take(share_BxT)[..., None] * _token_loss(options, raw, take(targets_BxT))[1]
-            value = value - jnp.sum(derivative * raw)
-        else:
-            derivative = take(kept.derivative_BxTxV).astype(kernel_VxD.dtype)
-        gradient, to_hidden = _add_products(derivative, kernel_VxD, hidden_BxTxD, gradient, take, put)
-        return value + jnp.sum(to_hidden * take(hidden_BxTxD).astype(wide)), gradient
+            anchor_kernel_VxD = _gathered(options, fixed[0], hidden_BxTxD.dtype)
 
-    start = jnp.zeros((), wide) if kept is None else -kept.inner
-    zeros = _zeros_like_gradient(kernel_VxD, hidden_BxTxD)
-    return _over_chunks(options, hidden_BxTxD.shape[1], body, (start, zeros))
+        def body(carry, take, put):
+            value, gradient = carry
+            if kept is None:
+                raw = _logits(take(fixed[1]), anchor_kernel_VxD)
+                derivative = take(share_BxT)[..., None] * _token_loss(options, raw, take(targets_BxT))[1]
+                value = value - jnp.sum(derivative * raw)
+            else:
+                derivative = take(fixed.derivative_BxTxV).astype(kernel_VxD.dtype)
+            gradient, to_hidden = _add_products(derivative, kernel_VxD, hidden_BxTxD, gradient, take, put)
+            return value + jnp.sum(to_hidden * take(hidden_BxTxD).astype(wide)), gradient
+
+        carry = jnp.zeros((), wide), _zeros_like_gradient(kernel_VxD, hidden_BxTxD)
+        value, gradient = _over_chunks(options, hidden_BxTxD.shape[1], body, carry)
+        return _summed(options, value, AXES), _reduced(options, gradient, wide)
+
+    fixed, kinds = (rebuilt_from, ["table", "hidden"]) if kept is None else (kept, Kept("mlp", "scalar"))
+    value, gradient = options.place.split(local, (*_INPUTS, kinds), ("scalar", _GRADIENT))(
+        kernel_VxD, hidden_BxTxD, targets_BxT, _share(weights_BxT, wide), fixed
+    )
+    return value if kept is None else value - kept.inner, gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

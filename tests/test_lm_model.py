@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lm import attention
-from lm.model import Shape, Trunk
+from lm.mesh import Placement, make_mesh
+from lm.model import Shape, Trunk, lookup
 from optim.masks import path_names
 
 T = 12
@@ -78,7 +79,7 @@ def test_initial_scale():
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_blockwise_attention_equals_einsum(segmented, monkeypatch):
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 8)
+    monkeypatch.setattr(attention, "query_block", lambda length: 8)
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (2, 20, 4, 8))
     key, value = (jax.random.normal(k, (2, 20, 2, 8)) for k in keys[1:])
@@ -116,9 +117,25 @@ def test_remat_changes_memory_not_numbers(remat):
 
 
 def test_choice_of_kernel():
-    assert attention.choose("auto", "cpu", 512, "float32", False) == "einsum"
-    assert attention.choose("auto", "cpu", 8192, "float32", False) == "blockwise"
+    assert attention.choose("auto", "cpu", 256, "float32", False) == "einsum"
+    assert attention.choose("auto", "cpu", 512, "float32", False) == "blockwise"
     assert attention.choose("auto", "gpu", 512, "bfloat16", False) == "cudnn"
-    assert attention.choose("auto", "gpu", 512, "bfloat16", True) == "einsum"
+    assert attention.choose("auto", "gpu", 512, "bfloat16", True) == "blockwise"
+    assert attention.choose("auto", "tpu", 512, "bfloat16", True) == "splash"
+    assert attention.choose("auto", "tpu", 500, "bfloat16", False) == "blockwise"
+    assert attention.choose("auto", "tpu", 512, "bfloat16", False, second_order=True) == "blockwise"
     with pytest.raises(ValueError, match=r"model.attention = 'cudnn'.*use auto"):
         attention.choose("cudnn", "cpu", 512, "bfloat16", False)
+
+
+def test_table_lookup_is_the_plain_gather_and_its_gradient():
+    """On a mesh whose tensor axis splits the rows: the forward bit for bit, the gradient up to the order of sums."""
+    place = Placement(make_mesh((2, 2, 2)))
+    table = jax.random.normal(jax.random.key(0), (16, 8))
+    ids = jax.random.randint(jax.random.key(1), (4, 6), 0, 16)
+    direction = jax.random.normal(jax.random.key(2), (4, 6, 8))
+    for kind, positions in (("table", ids), ("positions", ids)):
+        got, pull = jax.vjp(jax.jit(lambda t, k=kind, p=positions: lookup(place, k, "float32", t, p)), table)
+        want, plain_pull = jax.vjp(lambda t, p=positions: t[p], table)
+        assert np.array_equal(got, want)
+        np.testing.assert_allclose(pull(direction)[0], plain_pull(direction)[0], rtol=1e-6, atol=1e-6)

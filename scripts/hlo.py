@@ -1,0 +1,132 @@
+"""What an optimized XLA program exchanges between devices and which arrays it holds, read from its text."""
+
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "f64": 8,
+    "s64": 8,
+}
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+# The three spellings of who takes part: [groups,size]<=..., {{0,1},...}, and named axes of a mesh of its own.
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
+
+
+class Collective(NamedTuple):
+    """One collective instruction. shape: of its result, as text; times: how often a run of the program executes it.
+
+    bytes: sent by one device over all executions, in a ring over its group of `size` devices.
+    """
+
+    kind: str
+    shape: str
+    size: int
+    times: int
+    bytes: float
+    source: str
+
+
+class Instruction(NamedTuple):
+    """One instruction of one computation: its name, result type, operation, and the rest of its line."""
+
+    name: str
+    type: str
+    operation: str
+    rest: str
+
+
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """({computation: instructions}, the name of the entry) of an HLO module's text."""
+    found, entry, current = {}, "", None
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current.append(Instruction(*match.groups()))
+    return found, entry
+
+
+def array_shapes(text: str) -> set[tuple[int, ...]]:
+    """The shape of every array that any instruction of the program produces, per device."""
+    shapes = set()
+    for instructions in computations(text)[0].values():
+        for instruction in instructions:
+            for _, dims in _ARRAY.findall(instruction.type):
+                shapes.add(tuple(int(d) for d in dims.split(",") if d))
+    return shapes
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective an execution reaches, loops multiplied by their trip counts; of branches the dearest."""
+    found, entry = computations(text)
+
+    def within(name: str, times: int) -> list[Collective]:
+        result = []
+        for instruction in found.get(name, []):
+            kind = instruction.operation.removesuffix("-start")
+            if kind in _KINDS:
+                result.append(_collective(kind, instruction, times))
+                continue
+            inner = times
+            if instruction.operation == "while":
+                trips = _TRIPS.search(instruction.rest)
+                inner = times * (int(trips[1]) if trips else 1)
+            for called in _CALLED.findall(instruction.rest):
+                result += within(called, inner)
+            if branches := _BRANCHES.search(instruction.rest):
+                names = [part.strip().lstrip("%") for group in branches.groups() if group for part in group.split(",")]
+                result += max((within(n, times) for n in names), key=lambda cs: sum(c.bytes for c in cs))
+        return result
+
+    return within(entry, 1)
+
+
+def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
+    size = _group_size(instruction.rest)
+    arrays = [
+        math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, 4)
+        for dtype, dims in _ARRAY.findall(instruction.type)
+    ]
+    # A start holds operand and result, of which the result is the larger, or the smaller when it scatters.
+    if instruction.operation.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":
+        arrays = [(min if kind == "reduce-scatter" else max)(arrays[:2])]
+    whole = sum(arrays)
+    share = (size - 1) / size
+    sent = {
+        "all-gather": whole * share,
+        "all-reduce": 2 * whole * share,
+        "reduce-scatter": whole * (size - 1),
+        "collective-permute": whole,
+    }.get(kind, whole * share)
+    source = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return Collective(kind, instruction.type, size, times, sent * times, source[1] if source else "")
+
+
+def _group_size(rest: str) -> int:
+    groups = _GROUPS.search(rest)
+    if not groups:
+        return 2  # a permutation names pairs
+    if groups[1]:
+        return int(groups[1])
+    if groups[2]:
+        return groups[2].count(",") + 1
+    sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", groups[3])}
+    named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[4])
+    return math.prod(int(part) if part else sizes[name] for name, part in named)
