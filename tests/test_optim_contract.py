@@ -78,7 +78,7 @@ def step_of(name, base_name="adamw", microbatches=1):
     base = base_of(base_name)
 
     def step(rho, params, base_state, rule_state, batch, i):
-        rule = optim.method(name, rho=lambda _: rho, base=base, **problems.options(name), microbatches=microbatches)
+        rule = optim.method(name, rho=lambda _: rho, base=base, **problems.needs(name), microbatches=microbatches)
         g, rule_state, report = rule.gradient(OBJECTIVE, params, batch, base_state, rule_state, i)
         updates, new_state = base.transform.update(g, base_state, params)
         keep = lambda new, old: jnp.where(report["nonfinite"] > 0, old, new)  # noqa: E731
@@ -90,7 +90,7 @@ def step_of(name, base_name="adamw", microbatches=1):
 
 def start(name, base):
     params = problems.parameters()
-    return params, base.transform.init(params), optim.method(name, **problems.options(name)).init(params)
+    return params, base.transform.init(params), optim.method(name, **problems.needs(name)).init(params)
 
 
 def same(a, b):
@@ -179,7 +179,7 @@ def close(a, b, tolerance):
 
 @pytest.mark.parametrize("name", MOMENTLESS)
 def test_momentless_methods_never_read_the_base(name):
-    params, rule = problems.parameters(), optim.method(name, rho=0.1, **problems.options(name))
+    params, rule = problems.parameters(), optim.method(name, rho=0.1, **problems.needs(name))
 
     def program(base_state):
         batch = trap(problems.batch())
@@ -199,9 +199,9 @@ def test_static_zero_rho_is_the_same_program_as_the_base(name):
         return str(jax.make_jaxpr(lambda p: rule.gradient(OBJECTIVE, p, batch, None, rule.init(p), 0))(params))
 
     base = program(optim.method("adamw", microbatches=2))
-    assert program(optim.method(name, rho=0.0, microbatches=2, **problems.options(name))) == base
+    assert program(optim.method(name, rho=0.0, microbatches=2, **problems.needs(name))) == base
     if name != "adamw" and name in MOMENTLESS:
-        assert program(optim.method(name, rho=0.1, microbatches=2, **problems.options(name))) != base
+        assert program(optim.method(name, rho=0.1, microbatches=2, **problems.needs(name))) != base
 
 
 SPECS = {
@@ -251,7 +251,7 @@ def test_dtypes_in_bfloat16(name):
     for dtype, compute in ((jnp.bfloat16, None), (jnp.float32, jnp.bfloat16)):
         objective, params = problems.language_model(compute), problems.parameters(dtype)
         base = base_of("adamw")
-        rule = optim.method(name, rho=lambda step: 0.1 * step, microbatches=2, base=base, **problems.options(name))
+        rule = optim.method(name, rho=lambda step: 0.1 * step, microbatches=2, base=base, **problems.needs(name))
         state = rule.init(params)
         run = lambda p: rule.gradient(objective, p, problems.batch(), base.transform.init(p), state, jnp.int32(3))  # noqa: B023, E731
         g, new_state, report = jax.eval_shape(run, params)

@@ -10,11 +10,11 @@ import optax
 import optim_problems as problems
 import pytest
 from jax.flatten_util import ravel_pytree
+from optim_problems import close, unit
 
 import optim
-from optim import curvature, methods
+from optim import methods
 from optim.base import moments
-from optim.rule import Anchor
 from optim.sharpness_aware import Switches, sharpness_aware
 
 
@@ -26,70 +26,14 @@ def float64():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-class Problem:
-    """One problem as functions of a flat vector, and its dense matrices at theta."""
-
-    def __init__(self):
-        self.params, self.batch = problems.parameters(jnp.float64), problems.batch()
-        self.objective = problems.language_model()
-        self.flat, self.tree = ravel_pytree(self.params)
-        self.theta = np.asarray(self.flat)
-        loss = lambda x, b: problems.loss_of(self.tree(x), b)  # noqa: E731
-        self._loss, self._gradient = jax.jit(loss), jax.jit(jax.grad(loss))
-
-    def loss(self, x, batch=None):
-        return float(self._loss(jnp.asarray(x), batch or self.batch))
-
-    def gradient(self, x, batch=None):
-        return np.asarray(self._gradient(jnp.asarray(x), batch or self.batch))
-
-    def matrices(self):
-        """Dense Hessian, GGN and NME at theta, the NME from second derivatives of the logits."""
-        logits = lambda x: self.objective.trunk(self.tree(x), self.batch)  # noqa: E731
-        loss = lambda out: problems.token_loss(out, self.batch)[0]  # noqa: E731
-
-        def dense(x):
-            at = logits(x)
-            slope = jax.grad(loss)(at)
-            jacobian = jax.jacfwd(logits)(x).reshape(at.size, -1)
-            outer = jax.hessian(loss)(at).reshape(at.size, at.size)
-            nme = jax.hessian(lambda y: jnp.sum(slope * logits(y)))(x)
-            return jax.hessian(lambda y: loss(logits(y)))(x), jacobian.T @ outer @ jacobian, nme
-
-        return tuple(map(np.asarray, jax.jit(dense)(self.flat)))
-
-    def run(self, name, steps=1, theta=None, transform=None, batches=None, objective=None, **options):
-        """Flat gradients of successive steps and the flat parameters after them; transform None leaves theta."""
-        rule = optim.method(name, **{**problems.options(name), **options})
-        transform = transform or optax.set_to_zero()
-        params = self.params if theta is None else self.tree(jnp.asarray(theta))
-        state, inner_state, gradients = rule.init(params), transform.init(params), []
-        gradient = jax.jit(rule.gradient, static_argnums=0)
-        for step in range(steps):
-            batch = batches[step] if batches else self.batch
-            g, state, self.report = gradient(objective or self.objective, params, batch, inner_state, state, step)
-            updates, inner_state = transform.update(g, inner_state, params)
-            params = optax.apply_updates(params, updates)
-            gradients.append(np.asarray(ravel_pytree(g)[0]))
-        return gradients, np.asarray(ravel_pytree(params)[0])
-
-
 @pytest.fixture(scope="module")
 def problem(float64):
-    return Problem()
+    return problems.Problem()
 
 
 @pytest.fixture(scope="module")
 def matrices(problem):
     return problem.matrices()
-
-
-def unit(x):
-    return x / np.linalg.norm(x)
-
-
-def close(got, wanted, tolerance=1e-11):
-    assert np.linalg.norm(got - wanted) <= tolerance * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("name", ["sam", "functional_sam", "logit_sam", "mixture_sam"])
@@ -370,69 +314,3 @@ def test_every_method_has_an_oracle_here():
     covered |= {"sam", "functional_sam", "logit_sam", "mixture_sam", "penalty_sam", "precond_sam", "asam", "msam"}
     covered |= {"k_sam", "cr_sam", "focal_sam", "look_sam", "friendly_sam", "gsam"}
     assert covered == set(methods.METHODS)
-
-
-# Products of optim.curvature.
-
-
-def test_products_are_those_of_the_dense_matrices(problem, matrices):
-    vector = np.random.default_rng(0).normal(size=problem.theta.size)
-    split = problems.split_language_model()
-    for objective in (problem.objective, split):
-        for product, matrix in zip(
-            (curvature.hessian_product, curvature.ggn_product, curvature.nme_product), matrices, strict=True
-        ):
-            got = jax.jit(product, static_argnums=0)(
-                objective, problem.params, problem.batch, problem.tree(jnp.asarray(vector))
-            )
-            close(np.asarray(ravel_pytree(got)[0]), matrix @ vector, 1e-12)
-
-
-def test_split_directions_by_group(problem, matrices):
-    _, ggn, nme = matrices
-    epsilon = np.random.default_rng(1).normal(size=problem.theta.size)
-    logit, func = ggn @ epsilon, nme @ epsilon
-    groups = {"trunk": "^layers", "second layer": "^layers/kernel/1$", "readout": "^readout"}
-    got = jax.jit(
-        lambda e: curvature.split_directions(
-            problem.objective, problem.params, problem.batch, e, groups, stacked="^layers"
-        )
-    )(problem.tree(jnp.asarray(epsilon)))
-    edges = np.cumsum([problems.V * problems.D, problems.D**2, problems.D**2, problems.D])
-    chosen = {
-        "all": slice(None), "trunk": slice(edges[0], edges[2]), "second layer": slice(edges[1], edges[2]),
-        "readout": slice(edges[3], None),
-    }  # fmt: skip
-    for name, rows in chosen.items():
-        a, b = logit[rows], func[rows]
-        wanted = {
-            "logit_norm": np.linalg.norm(a), "functional_norm": np.linalg.norm(b),
-            "logit_share": (a @ a) / (logit @ logit), "functional_share": (b @ b) / (func @ func),
-            "cosine": unit(a) @ unit(b) if np.linalg.norm(b) > 1e-12 else 1.0,
-        }  # fmt: skip
-        assert set(got[name]) == set(wanted)
-        for key, value in wanted.items():
-            assert np.isclose(float(got[name][key]), value, rtol=1e-9), (name, key)
-    with pytest.raises(ValueError, match="matches no parameter"):
-        curvature.split_directions(
-            problem.objective, problem.params, problem.batch, problem.params, {"none": "^nothing"}
-        )
-
-
-def test_products_average_over_microbatches(problem, matrices):
-    vector = np.random.default_rng(0).normal(size=problem.theta.size)
-    tree = problem.tree(jnp.asarray(vector))
-    product = jax.jit(curvature.nme_product, static_argnums=(0, 4))
-    got = product(problem.objective, problem.params, problem.batch, tree, 4)
-    close(np.asarray(ravel_pytree(got)[0]), matrices[2] @ vector, 1e-12)
-
-
-def test_frozen_readout_is_the_first_order_change_of_the_loss(problem):
-    hidden = problem.objective.trunk(problem.params, problem.batch)
-    moved = jax.tree.map(lambda p: p + 1e-5, problem.params)
-    anchor = Anchor(problem.params, hidden)
-    change = problem.objective.frozen_readout(
-        moved, problem.objective.trunk(moved, problem.batch), anchor, problem.batch
-    )
-    exact = problems.loss_of(moved, problem.batch) - problems.loss_of(problem.params, problem.batch)
-    assert abs(float(change - exact)) < 1e-8 < 1e-5 < abs(float(exact))

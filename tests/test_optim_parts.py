@@ -181,7 +181,7 @@ def test_rows_are_dealt_out_in_turn_and_weighted_by_tokens():
 
 
 def gradient(name, params, batch, **options):
-    made = optim.method(name, **{"rho": 0.2, **problems.options(name), **options})
+    made = optim.method(name, **{"rho": 0.2, **problems.needs(name), **options})
     return jax.jit(lambda p, b: made.gradient(problems.language_model(), p, b, None, made.init(p), 0))(params, batch)
 
 
@@ -306,7 +306,7 @@ def test_bases_without_the_moment_are_refused_and_the_others_named(name):
     accepted = methods.accepted_bases(name)
     assert {"adamw", "adam"} <= set(accepted)
     for base in BASES:
-        make = lambda: optim.method(name, base=optim.base(base, 0.1), **problems.options(name))  # noqa: B023, E731
+        make = lambda: optim.method(name, base=optim.base(base, 0.1), **problems.needs(name))  # noqa: B023, E731
         if base in accepted:
             make()
         else:
