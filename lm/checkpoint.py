@@ -4,6 +4,7 @@ DIRECTORY/STEP/ holds what orbax wrote (state, meta) and our seal over every fil
 writes aside and renames, the seal is written, older checkpoints go. A kill at any moment leaves the one before whole.
 """
 
+import logging
 import shutil
 import threading
 import time
@@ -47,6 +48,7 @@ class Checkpoints:
         self.directory = place(directory)
         self._keep, self._keep_every, self._run, self._read_only, self._log = keep, keep_every, run, read_only, log
         self._primary = jax.process_index() == 0
+        logging.getLogger("absl").addFilter(_not_orbax)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         )
@@ -285,6 +287,11 @@ def _agreed(flag: bool) -> bool:
 def _meet(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out the tracebacks that orbax's threads print of errors which are raised here as well."""
+    return "orbax" not in record.pathname
 
 
 def _storage_error(path: epath.Path, error: BaseException) -> StorageError:

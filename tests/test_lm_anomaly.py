@@ -28,7 +28,7 @@ def test_the_limit_is_robust():
 
 
 def test_the_limit_depends_on_steps_and_not_on_when_they_were_read():
-    early, late = watch(), watch()
+    early, late, before = watch(), watch(), None
     for step in range(1, 30):
         early_limit = early.limit(step)  # metrics of all steps before have been read
         late_limit = late.limit(step)  # one step behind, as in the loop
@@ -36,7 +36,7 @@ def test_the_limit_depends_on_steps_and_not_on_when_they_were_read():
         assert (early_limit == np.inf) == (step < 10)
         loss = {**SOUND, "loss": 3 / step + (step % 3) / 10}
         early.judge(step, loss)
-        if step > 1:
+        if before:
             late.judge(step - 1, before)
         before = loss
 

@@ -174,7 +174,7 @@ def test_reading_changes_nothing(two):
 @pytest.mark.parametrize(
     ("other", "why"),
     [
-        (state(0, dtype=jnp.bfloat16), r"params/embed/embedding: float32\[3, 4\] in the checkpoint, bfloat16\[3, 4\] here"),
+        (state(0, dtype=jnp.bfloat16), r"embed/embedding: float32\[3, 4\] in the checkpoint, bfloat16\[3, 4\] here"),
         (state(0, width=8), r"float32\[3, 4\] in the checkpoint, float32\[3, 8\] here"),
         (state(0)._replace(rule=(jnp.int32(0),)), r"rule/0: absent in the checkpoint, int32\[\] here"),
     ],
@@ -203,9 +203,13 @@ def test_a_save_that_fails_is_one_line_and_reported_once(two):
     checkpoints = Checkpoints(str(two), run="mine", log=said.append)
     shutil.rmtree(two)
     two.write_text("a file where the directory was")
-    with pytest.raises(StorageError, match="not written"):
+
+    def save():
         checkpoints.save(30, state(30), {})
         checkpoints.wait()
+
+    with pytest.raises(StorageError, match="not written"):
+        save()
     checkpoints.close()
     assert said == []
 

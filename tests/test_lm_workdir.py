@@ -40,12 +40,10 @@ def test_another_config_is_refused_unless_allowed(tmp_path, config):
     take(tmp_path, config)
     config.optim.peak_learning_rate, config.seed = 0.5, 4
     before = (tmp_path / "config.json").read_text()
-    match = (
-        r"peak_learning_rate = 0.5: must be 0.001 .*also differing: seed.*--allow_change=optim.peak_learning_rate,seed"
-    )
+    match = r"peak_learning_rate = 0.5: must be 0.001 .*also differing: seed.*--allow_change=optim.peak_.*,seed"
     with pytest.raises(ConfigError, match=match):
         take(tmp_path, config)
-    with pytest.raises(ConfigError, match="config.seed = 4"):
+    with pytest.raises(ConfigError, match=r"config.seed = 4"):
         take(tmp_path, config, allow=["optim.peak_learning_rate"])
     assert (tmp_path / "config.json").read_text() == before
     take(tmp_path, config, allow=["optim.peak_learning_rate", "seed"])
