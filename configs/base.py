@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     model.norm_epsilon = 1e-6  # added to the variance in every norm
     model.vocabulary_multiple = 32  # embedding rows are the vocabulary rounded up to a multiple of this
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, loss and optimizer stay float32
-    model.attention = "auto"  # auto | einsum | blockwise | cudnn; auto picks by backend, the log says what
-    model.remat = "none"  # none | full | dots: what the backward pass recomputes
+    model.attention = "auto"  # auto | einsum | blockwise | cudnn | splash; auto picks by backend, the log says
+    model.remat = "dots"  # recomputed in the backward pass: none | full | dots (all but products) | offload (to the host)
     model.readout_chunk = 4096  # tokens per device whose logits exist at one time
     model.functional_readout = "auto"  # rebuild | keep | auto: recompute or store the frozen loss derivative
     model.z_loss = 0.0  # weight of log(Z)^2, nats
@@ -124,6 +124,7 @@ def get_config() -> ConfigDict:
     mesh.data = -1  # devices along which the batch is split, parameters replicated; -1: all that remain
     mesh.fsdp = 1  # devices along which batch, parameters and optimizer state are split
     mesh.tensor = 1  # devices along which heads, MLP and vocabulary are split
+    mesh.ascent_reduction = "float32"  # float32 | bfloat16: sums over devices of the readout's gradient at theta
 
     config.sample = sample = ConfigDict()
     sample.prompt = "def "  # continued at the end of the run

@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lm import attention, readout
-from lm.budget import Budget, budget
+from lm.budget import Budget, budget, count_parameters, estimate_memory
 from lm.check import METHOD_OPTIONS, mesh_shape
+from lm.chips import chip_of
 from lm.mesh import Placement, make_mesh
 from lm.model import Shape, shape
 from lm.objective import objective
@@ -56,14 +57,17 @@ def assemble(
     shards = sizes[0] * sizes[1]
     kernel = attention.choose(
         model.attention, devices[0].platform, config.data.sequence_length, model.compute_dtype,
-        segmented=config.data.packing != "concat",
+        segmented=config.data.packing != "concat", second_order=canonical(optim.method) == "penalty_sam",
     )  # fmt: skip
     model_shape = shape(model, vocabulary_size, config.data.sequence_length, kernel)
+    params = jax.eval_shape(initialiser(model_shape, base("sgd", 0.0), method("adamw"), 0)).params
     rows = train.batch_size // train.microbatches // shards
-    keep = _keeps_derivative(config, model_shape, train.batch_size // shards, devices[0])
+    chunk = readout.chunk_positions(config.data.sequence_length, rows, model.readout_chunk)
+    count = count_parameters(params).total
+    keep = _keeps_derivative(config, model_shape, count, rows, chunk, sizes, devices[0])
     options = readout.Options(
-        vocabulary_size, readout.chunk_positions(config.data.sequence_length, rows, model.readout_chunk), model.z_loss,
-        model.logit_soft_cap, model.label_smoothing, keep, place=Placement(mesh),
+        vocabulary_size, chunk, model.z_loss, model.logit_soft_cap, model.label_smoothing, keep,
+        reduce_dtype=config.mesh.ascent_reduction if is_anchored(optim.method) else "float32", place=Placement(mesh),
     )  # fmt: skip
 
     given = {key: optim[key] for key in METHOD_OPTIONS if key != "rho"}
@@ -74,7 +78,6 @@ def assemble(
         given["frequency"] = frequency
     settings = options_of(name, {**given, "rho": optim.rho})
 
-    params = jax.eval_shape(initialiser(model_shape, base("sgd", 0.0), method("adamw"), 0)).params
     plan = budget(config, model_shape, params, epoch_tokens, settings, keep)
 
     def steps(duration: str) -> int:
@@ -104,17 +107,18 @@ def assemble(
     )  # fmt: skip
 
 
-def _keeps_derivative(config: ConfigDict, shape: Shape, sequences: int, device) -> bool:
-    """Whether the pass at theta stores its loss derivative for the functional path.
+def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: int, sizes: tuple, device) -> bool:
+    """Whether the pass at theta stores its loss derivative for the functional path; rows: sequences of a microbatch.
 
-    auto: only in bfloat16, where storing it rounds nothing that was not rounded before, and where it takes at most a
-    tenth of the device's memory.
+    auto: where the estimate of the step's memory leaves room for it, with a tenth to spare, in one microbatch (several
+    would each keep theirs), and only in bfloat16, where storing it rounds nothing that was not rounded before.
     """
     choice = config.model.functional_readout
     if not is_anchored(config.optim.method) or choice == "rebuild":
         return False
     if choice == "keep":
         return True
-    memory = (device.memory_stats() or {}).get("bytes_limit", 0) if hasattr(device, "memory_stats") else 0
-    size = sequences * shape.sequence_length * shape.vocabulary * 2
-    return shape.dtype == "bfloat16" and size * 10 <= memory
+    if shape.dtype != "bfloat16" or config.train.microbatches > 1:
+        return False
+    estimate = estimate_memory(shape, parameters, rows, rows * chunk, sizes, anchored=True)
+    return sum(estimate) < 0.9 * chip_of(device, sizes[0] * sizes[1] * sizes[2]).memory

@@ -31,8 +31,8 @@ def choose(
     }
     if not can.get(name, True):
         raise ValueError(
-            f"model.attention = {name!r}: needs {needs[name]}, and a method that differentiates once (not penalty_sam); "
-            "use auto, einsum or blockwise"
+            f"model.attention = {name!r}: needs {needs[name]}, and a method that differentiates once (not "
+            "penalty_sam); use auto, einsum or blockwise"
         )
     if name != "auto":
         return name
@@ -52,7 +52,6 @@ def attention(
 
     Softmax in float32 or better, result [B, T, H, K] in the inputs' dtype. Scaled by 1/sqrt(K).
     """
-    B, T, H, K = query_BxTxHxK.shape
     if kernel == "cudnn":
         mixed = jax.nn.dot_product_attention(
             query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, is_causal=True, implementation="cudnn"

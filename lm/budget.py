@@ -1,4 +1,4 @@
-"""What a run is made of before it starts: parameters, tokens, steps, FLOPs."""
+"""What a run is made of before it starts: parameters, tokens, steps, FLOPs, and a first estimate of its memory."""
 
 import math
 import re
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm.model import Shape
+from lm.chips import Chip
+from lm.model import Shape, shape
 from optim import methods
 from optim.schedules import duration_steps
 
@@ -64,6 +65,77 @@ def step_flops(shape: Shape, tokens: int, forwards: float, backwards: float, pro
     """
     trunk, readout = forward_flops(shape)
     return tokens * ((trunk + readout) * (forwards + 2 * backwards) - readout * products_saved)
+
+
+class Memory(NamedTuple):
+    """Estimated bytes of one device. activations: what the backward pass finds; kept: the stored loss derivative."""
+
+    state: float
+    gradients: float
+    activations: float
+    readout: float
+    kept: float
+
+
+def estimate_memory(shape: Shape, parameters: int, sequences: int, chunk_tokens: int, mesh: tuple, anchored: bool):
+    """The Memory of a step with `sequences` per microbatch and device, on a (data, fsdp, tensor) mesh.
+
+    A first estimate for choices made before compiling; scripts.plan has the compiler's own figures. state: float32
+    parameters and two moments. gradients: one, theta + epsilon, and an anchored method's hidden states.
+    """
+    _, fsdp, tensor = mesh
+    tokens, small = sequences * shape.sequence_length, 2 if shape.dtype == "bfloat16" else 4
+    D, F = shape.width, shape.mlp_width
+    own = 4.0 * parameters / (fsdp * tensor)
+    wide = 2 * D + (D + F * (2 if shape.style == "modern" else 1)) / tensor
+    features = {"full": 0, "offload": 0, "dots": 2 * D / tensor + wide}.get(shape.remat, 3 * (2 * D / tensor + wide))
+    layer = (2 * D / tensor + wide) * 3 * tokens * small  # one layer's, while it is recomputed
+    return Memory(
+        3 * own,
+        2 * own + (tokens * D * small if anchored else 0),
+        shape.layers * tokens * (D + features) * small + layer,
+        (chunk_tokens * 3 + D) * 4.0 * shape.vocabulary / tensor,
+        tokens * shape.vocabulary * 2.0 / tensor,
+    )
+
+
+def roofline(
+    flops: float, weights: float, activations: float, sent: float, chip: Chip, passes: float
+) -> tuple[float, float]:
+    """Seconds of a step on one device: (the slowest of products, memory and network; their sum).
+
+    flops, bytes of its weights (float32), of what the backward pass finds, and sent to others, all of one device.
+    passes: forward and backward pairs. Memory traffic is a lower bound: state read and written once (7 copies),
+    weights and activations read and written once a pass.
+    """
+    traffic = 7 * weights + passes * (2 * weights + 2 * activations)
+    parts = flops / chip.flops, traffic / chip.bandwidth, sent / chip.link
+    return max(parts), sum(parts)
+
+
+def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple[float, float]:
+    """(seconds, bytes of memory) of a step on one device by estimate, to rank meshes and remat policies."""
+    shape_ = shape(config.model, vocabulary_size, config.data.sequence_length, "")
+    data, fsdp, tensor = mesh
+    rows = config.train.batch_size // (data * fsdp)
+    tokens = rows * shape_.sequence_length
+    per_layer = 12 * shape_.width**2
+    parameters = shape_.layers * per_layer + shape_.vocabulary * shape_.width
+    chunk = min(config.model.readout_chunk, tokens)
+    anchored = methods.is_anchored(config.optim.method)
+    each = rows // config.train.microbatches
+    memory = estimate_memory(shape_, parameters, each, chunk, mesh, anchored)
+    forwards, backwards = methods.cost(config.optim.method)
+    again = {"none": 0.0, "dots": 0.1, "offload": 0.3, "full": 1.0}[shape_.remat]
+    flops = step_flops(shape_, tokens, forwards + again * backwards, backwards) / tensor
+    small = 2 if shape_.dtype == "bfloat16" else 4
+    # Weights are gathered for each forward and backward and their gradient scattered; with tensor, two sums a layer.
+    gathered = small * parameters / tensor * (forwards + backwards * 2) * (fsdp - 1) / fsdp
+    gathered += 8.0 * parameters / (fsdp * tensor) * backwards * (data - 1) / data
+    summed = 2 * shape_.layers * tokens * shape_.width * small * 2 * (forwards + backwards) * (tensor - 1) / tensor
+    state, _, activations, *_ = memory
+    seconds = roofline(flops, state / 3, activations, gathered + summed, chip, backwards)
+    return sum(seconds), sum(memory[:4])
 
 
 def total_steps(train, parameters: Parameters, sequence_length: int, epoch_tokens: int) -> int:

@@ -20,6 +20,7 @@ class ConfigError(ValueError):
 _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.functional_readout": ("auto", "rebuild", "keep"),
+    "mesh.ascent_reduction": ("float32", "bfloat16"),
     "data.packing": ("concat", "bestfit"),
     "data.verify": ("full", "sizes", "auto"),
     "optim.clip_order": ("after", "before"),
@@ -167,12 +168,14 @@ def _check_model(config: ConfigDict, backend: str | None) -> None:
 
     model, data = config.model, config.data
     if backend is not None:
-        segmented = data.packing == "bestfit"
+        segmented, twice = data.packing == "bestfit", config.optim.method == "penalty_sam"
         try:
-            attention.choose(model.attention, backend, data.sequence_length, model.compute_dtype, segmented)
+            attention.choose(model.attention, backend, data.sequence_length, model.compute_dtype, segmented, twice)
         except ValueError as error:
             accepted = f"a kernel that runs on {backend} ({str(error).partition(': ')[2]})"
             raise ConfigError("model.attention", model.attention, accepted) from None
+        accepted = "none, full or dots on a CPU, whose memory is the host's already"
+        _need(model.remat != "offload" or backend != "cpu", config, "model.remat", accepted)
     accepted = f"a divisor of model.width = {model.width}"
     _need(model.width % model.heads == 0, config, "model.heads", accepted)
     if model.style == "nanodo":
@@ -214,6 +217,9 @@ def _check_method(config: ConfigDict) -> None:
     from optim import methods
 
     optim = config.optim
+    accepted = f"float32 with optim.method = {optim.method}, which has no frozen readout to be exact where this is not"
+    low = config.mesh.ascent_reduction != "float32"
+    _need(not low or methods.is_anchored(optim.method), config, "mesh.ascent_reduction", accepted)
     accepted = f"{_one_of(methods.accepted_bases(optim.method))} with optim.method = {optim.method}"
     _need(optim.base in methods.accepted_bases(optim.method), config, "optim.base", accepted)
     row = methods.METHODS[methods.canonical(optim.method)]

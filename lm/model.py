@@ -11,7 +11,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
 from jax import lax
 
 from lm.attention import MIXED, attention

@@ -86,8 +86,7 @@ def collectives(text: str) -> list[Collective]:
                 continue
             inner = times
             if instruction.operation == "while":
-                trips = _TRIPS.search(instruction.rest)
-                inner = times * (int(trips[1]) if trips else 1)
+                inner = times * _trips(instruction, found)
             for called in _CALLED.findall(instruction.rest):
                 result += within(called, inner)
             if branches := _BRANCHES.search(instruction.rest):
@@ -96,6 +95,19 @@ def collectives(text: str) -> list[Collective]:
         return result
 
     return within(entry, 1)
+
+
+def _trips(loop: Instruction, found: dict) -> int:
+    """How often a loop runs: as XLA notes it, else the bound its condition compares the counter with."""
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
+    bounds = [
+        int(number[1])
+        for instruction in found.get(condition, [])
+        if instruction.operation == "constant" and (number := re.match(r"(\d+)\)", instruction.rest))
+    ]
+    return max(bounds, default=1)
 
 
 def _collective(kind: str, instruction: Instruction, times: int) -> Collective:

@@ -1,0 +1,233 @@
+"""What a run will cost and whether it fits, from its real step compiled for devices that need not be here.
+
+    python -m scripts.plan --config=FILE --topology=cpu:8|v5e:16x16|v5p:8x8x4|... [--search]
+
+TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU. cpu:N simulates N devices. --search tries
+remat policies and meshes by estimate and compiles the cheapest that should fit, until one does.
+"""
+
+import itertools
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scripts import command
+
+
+class Plan(NamedTuple):
+    """Bytes are of one device. temporary: of the compiled step, without the anchor; seconds: (best, worst) a step."""
+
+    parameters: int
+    optimizer: int
+    anchor: int
+    temporary: int
+    batch: int
+    collectives: list
+    seconds: tuple[float, float]
+    mfu: tuple[float, float]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the plan; returns 0 if it fits, 1 if not, 2 for bad input."""
+    parser = command.parser("plan", __doc__)
+    parser.add_argument("--topology", required=True, metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4")
+    parser.add_argument("--vocabulary_size", type=int, metavar="N", help="instead of reading config.data.vocabulary")
+    parser.add_argument("--epoch_tokens", type=int, default=0, metavar="N", help="of the corpus, for runs in epochs")
+    parser.add_argument("--search", action="store_true", help="also choose config.model.remat and config.mesh")
+    config, options = command.parse(argv, parser)
+    if not re.fullmatch(r"cpu:[1-9]\d*|v\w+:\d+(x\d+)+", options.topology):
+        return command.fail(f"--topology={options.topology}: must be like cpu:8, v5e:16x16 or v5p:8x8x4")
+    if "epoch" in config.train.duration and not options.epoch_tokens:
+        return command.fail(f"config.train.duration = {config.train.duration!r}: needs --epoch_tokens=N here")
+    try:
+        devices = described(options.topology)
+    except (ValueError, RuntimeError) as error:
+        return command.fail(error)
+    from data.errors import DataError
+    from data.vocabulary import load_tokenizer
+    from lm.check import ConfigError, check
+
+    try:
+        config.unlock()
+        if options.vocabulary_size:
+            config.data.vocabulary = "bytes"  # only its size matters here
+        processes = len({device.process_index for device in devices})
+        check(config, device_count=len(devices), process_count=processes, backend=devices[0].platform)
+        size = options.vocabulary_size or load_tokenizer(config.data.vocabulary).vocab_size
+        if not options.search:
+            return 0 if show(config, size, options.epoch_tokens, devices) else 1
+        return search(config, size, options.epoch_tokens, devices)
+    except (ConfigError, DataError) as error:
+        return command.fail(error)
+
+
+def described(topology: str) -> list:
+    """Devices of a topology that is described, not present. ValueError or RuntimeError if it cannot be."""
+    kind, _, size = topology.partition(":")
+    if kind == "cpu":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={size}".strip()
+    else:
+        os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    if kind == "cpu":
+        if len(jax.devices()) < int(size):
+            raise ValueError(f"--topology={topology}: this process has only {len(jax.devices())} devices")
+        return jax.devices()[: int(size)]
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--topology={topology}: {reason} (TPU topologies need `pip install steppe[plan]`)") from None
+
+
+def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list):
+    """(lm.assembly.Parts, the compiled training step) for these devices."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm.assembly import assemble
+    from lm.mesh import batch_sharding
+    from lm.step import make_step
+
+    frequency = jnp.full(vocabulary_size, 1 / vocabulary_size) if config.optim.method == "focal_sam" else None
+    parts = assemble(config, vocabulary_size, epoch_tokens, frequency, devices)
+    size = (config.train.batch_size, config.data.sequence_length)
+    names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if config.data.packing == "bestfit":
+        names |= {"segments": jnp.int32, "positions": jnp.int32}
+    place = batch_sharding(parts.mesh)
+    batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=place) for name, dtype in names.items()}
+    step = make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho)
+    return parts, jax.jit(step, donate_argnums=0).lower(parts.abstract, batch).compile()
+
+
+def plan(config, parts, program, devices: list) -> Plan:
+    """The Plan of a compiled step."""
+    import jax
+
+    from lm.budget import roofline
+    from lm.chips import chip_of
+    from optim.methods import is_anchored
+    from scripts import hlo
+
+    def local(tree):
+        leaves = jax.tree.leaves(tree)
+        return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+
+    shape, anchor = parts.shape, 0
+    shards = parts.mesh.shape["data"] * parts.mesh.shape["fsdp"]
+    rows = config.train.batch_size // shards
+    small = 2 if shape.dtype == "bfloat16" else 4
+    hidden = rows * shape.sequence_length * shape.width * small
+    if is_anchored(config.optim.method):
+        anchor = hidden
+        if parts.options.keep:
+            anchor = rows * shape.sequence_length * shape.vocabulary * 2 // parts.mesh.shape["tensor"]
+    memory = program.memory_analysis()
+    parameters, optimizer = local(parts.abstract.params), local((parts.abstract.optimizer, parts.abstract.rule))
+    found = hlo.collectives(program.as_text())
+    chip = chip_of(devices[0], len(devices))
+    activations = shape.layers * hidden * 8
+    estimate = roofline(
+        parts.budget.flops / len(devices), parameters, activations, sum(c.bytes for c in found), chip,
+        passes=parts.budget.flops / parts.budget.adamw_flops,
+    )  # fmt: skip
+    useful = parts.budget.flops / len(devices) / chip.flops
+    return Plan(
+        parameters, optimizer, anchor, max(0, memory.temp_size_in_bytes - anchor),
+        max(0, memory.argument_size_in_bytes - parameters - optimizer), found, estimate,
+        (useful / estimate[0], useful / estimate[1]),
+    )  # fmt: skip
+
+
+def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool:
+    """Compiles, prints the plan, and returns whether it fits."""
+    from lm.budget import describe
+    from lm.chips import chip_of
+
+    chip = chip_of(devices[0], len(devices))
+    mesh = ", ".join(f"{name} {config.mesh[name]}" for name in ("data", "fsdp", "tensor"))
+    print(f"devices     {len(devices)} x {chip.name}, mesh {mesh}, remat {config.model.remat}", flush=True)
+    try:
+        parts, program = compiled_step(config, vocabulary_size, epoch_tokens, devices)
+    except Exception as error:
+        needed = re.search(r"[Uu]sed ([\d.]+\w+) of ([\d.]+\w+) hbm", str(error))
+        if not needed:
+            raise
+        print(f"memory      does not fit: the step needs {needed[1]} of {needed[2]} on each device")
+        return False
+    found = plan(config, parts, program, devices)
+    print(describe(parts.budget, config.optim.method))
+    print(f"kernels     attention {parts.shape.kernel}, derivative {'kept' if parts.options.keep else 'rebuilt'}, "
+          f"logits of {parts.options.chunk} positions at a time")  # fmt: skip
+    total = found.parameters + found.optimizer + found.anchor + found.temporary + found.batch
+    fits = total <= chip.memory
+    print(f"memory      {_gib(total)} of {_gib(chip.memory)} on each device: {'fits' if fits else 'does not fit'}")
+    for name in ("parameters", "optimizer", "anchor", "temporary", "batch"):
+        print(f"  {name:<12}{_gib(getattr(found, name))}")
+    print("collectives sent by each device in a step")
+    for kind in sorted({c.kind for c in found.collectives}):
+        of_kind = [c for c in found.collectives if c.kind == kind]
+        print(f"  {kind:<20}{sum(c.times for c in of_kind):6} times {sum(c.bytes for c in of_kind) / 2**30:10.3f} GiB")
+    best, worst = found.seconds
+    print(f"step        {best:.3g} s ({found.mfu[0]:.0%} MFU) if traffic hides behind products, {worst:.3g} s "
+          f"({found.mfu[1]:.0%}) if nothing overlaps")  # fmt: skip
+    print(f"run         {best * parts.budget.steps / 86400:.3g} to {worst * parts.budget.steps / 86400:.3g} days")
+    print(f"assumes     {chip.flops / 1e12:.3g} TFLOP/s (bfloat16 peak), {chip.bandwidth / 1e9:.0f} GB/s of memory, "
+          f"{chip.link / 1e9:.0f} GB/s a ring; no input, evaluation or checkpoint time")  # fmt: skip
+    return fits
+
+
+def candidates(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> list[tuple[float, str, tuple]]:
+    """[(seconds by estimate, remat, mesh)] of everything that should fit, cheapest first."""
+    from lm.budget import step_traffic
+    from lm.check import ConfigError, check
+    from lm.chips import chip_of
+
+    chip, count, found = chip_of(devices[0], len(devices)), len(devices), []
+    processes = len({device.process_index for device in devices})
+    remats = ("none", "dots", "full") if chip.name == "cpu" else ("none", "dots", "offload", "full")
+    sizes = [size for size in (2**n for n in range(count.bit_length())) if count % size == 0]
+    for remat, fsdp, tensor in itertools.product(remats, sizes, sizes):
+        if count % (fsdp * tensor) or tensor > 16:
+            continue
+        config.model.remat, mesh = remat, (count // fsdp // tensor, fsdp, tensor)
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+        try:
+            check(config, device_count=count, process_count=processes, backend=devices[0].platform)
+        except ConfigError:
+            continue
+        seconds, memory = step_traffic(config, vocabulary_size, mesh, chip)
+        if memory < chip.memory:
+            found.append((seconds, remat, mesh))
+    return sorted(found)
+
+
+def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, tries: int = 4) -> int:
+    """Compiles the cheapest candidates in turn until one fits; returns the exit status."""
+    found = candidates(config, vocabulary_size, epoch_tokens, devices)
+    print(f"search      {len(found)} combinations of remat and mesh should fit")
+    for _, remat, mesh in found[:tries]:
+        config.model.remat = remat
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+        if show(config, vocabulary_size, epoch_tokens, devices):
+            return 0
+    print("search      nothing fits: use more devices, a smaller train.batch_size or more train.microbatches")
+    return 1
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:8.2f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
