@@ -1,7 +1,7 @@
 """From a checked config to the parts of a run: every command that touches a model starts here."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lm import attention, readout
 from lm.budget import Budget, budget, count_parameters, estimate_memory
-from lm.check import METHOD_OPTIONS, mesh_shape
+from lm.check import METHOD_OPTIONS, ConfigError, mesh_shape
 from lm.chips import chip_of
 from lm.mesh import Placement, make_mesh
 from lm.model import Shape, shape
@@ -17,9 +17,18 @@ from lm.objective import objective
 from lm.state import State, abstract, initialiser
 from optim import Objective, Rule
 from optim.base import Base, base
-from optim.masks import mask
+from optim.masks import mask, matrix_axes
 from optim.methods import canonical, is_anchored, method, options_of
 from optim.schedules import duration_steps, learning_rate, rho
+
+# Which axes of the stacked weights a matrix reads and writes, for muon and layerwise rho; tables are no matrices.
+MATRIX_AXES = matrix_axes(
+    (
+        (r"attention/(query|key|value)/kernel$", (1,), (2, 3)),
+        (r"attention/out/kernel$", (1, 2), (3,)),
+        (r"mlp/(up|gate|down)/kernel$", (1,), (2,)),
+    )
+)
 
 
 class Parts(NamedTuple):
@@ -90,21 +99,31 @@ def assemble(
     radius = rho(optim.rho_schedule, settings.get("rho", 0.0), plan.steps, warmup_steps=steps(optim.warmup), rate=rate)
     the_base = base(
         optim.base, rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,
-        decay_mask=mask(params, optim.decay_mask), clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
+        decay_mask=_matching(config, "optim.decay_mask", params), matrix_axes=MATRIX_AXES,
+        clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
     )  # fmt: skip
-    mask(params, optim.perturb)  # refuses a pattern that matches nothing
+    _matching(config, "optim.perturb", params)
     stop = steps(optim.stop)
     rule = method(
         name, rho=radius, base=the_base, every=optim.every, start=steps(optim.start),
         stop=None if stop >= plan.steps else stop, microbatches=train.microbatches, ascent_over=optim.ascent_over,
         ascent_fraction=optim.ascent_fraction, perturb=tuple(optim.perturb), layerwise_rho=optim.layerwise_rho,
-        clip_norm=optim.clip_norm if optim.clip_order == "before" else None, **given,
+        matrix_axes=MATRIX_AXES, clip_norm=optim.clip_norm if optim.clip_order == "before" else None, **given,
     )  # fmt: skip
     initialise = initialiser(model_shape, the_base, rule, config.seed)
     return Parts(
         mesh, model_shape, options, objective(model_shape, options, Placement(mesh)), the_base, rule, initialise,
         abstract(mesh, initialise), plan, rate, radius if callable(radius) else lambda step: radius,
     )  # fmt: skip
+
+
+def _matching(config: ConfigDict, key: str, params) -> Any:
+    """The mask of a key's patterns; ConfigError where one matches no parameter, before a run is trained without it."""
+    section, name = key.split(".")
+    try:
+        return mask(params, tuple(config[section][name]))
+    except ValueError as error:
+        raise ConfigError(key, tuple(config[section][name]), f"patterns of parameter paths: {error}") from None
 
 
 def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: int, sizes: tuple, device) -> bool:

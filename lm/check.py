@@ -231,6 +231,20 @@ def _check_method(config: ConfigDict) -> None:
     _need(optim.ascent_fraction == 1.0 or optim.ascent_over == "subset", config, "optim.ascent_fraction", accepted)
     accepted = "1 with optim.method = look_sam, whose period is optim.k"
     _need(optim.every == 1 or optim.method != "look_sam", config, "optim.every", accepted)
+    given = {key: optim[key] for key in METHOD_OPTIONS if optim[key] is not None}
+    if "frequency" in (row.defaults if row else {}):
+        given["frequency"] = ()  # counted from the corpus, later
+    try:
+        methods.method(
+            optim.method,
+            every=optim.every,
+            ascent_over=optim.ascent_over,
+            ascent_fraction=optim.ascent_fraction,
+            **given,
+        )
+    except ValueError as error:  # "optim.KEY = VALUE: must be ACCEPTED"
+        key, _, said = str(error).partition(" = ")
+        raise ConfigError(key, _value(config, key), said.split(": must be ", 1)[1]) from None
 
 
 def _check_durations(config: ConfigDict) -> None:

@@ -49,6 +49,8 @@ BAD = [
     ({"optim.ascent_fraction": 0.5}, "optim.ascent_fraction", "0.5", "1.0 unless optim.ascent_over is subset"),
     ({"optim.ascent_over": "subset", "optim.ascent_fraction": 0.0}, "optim.ascent_fraction", "0.0", "> 0 and <= 1"),
     ({"optim.layerwise_rho": "yes"}, "optim.layerwise_rho", "'yes'", "one of none, norm, width"),
+    ({"optim.method": "gsam", "optim.ascent_over": "subset"}, "optim.ascent_over", "'subset'", "global or microbatch"),
+    ({"optim.method": "precond_sam", "optim.precond_eps": 0.0}, "optim.precond_eps", "0.0", "above 0"),
     ({"optim.perturb": ("(",)}, "optim.perturb", "'('", "a regular expression"),
     ({"optim.decay_mask": ("ok", "*")}, "optim.decay_mask", "'*'", "a regular expression"),
     ({"optim.clip_norm": -1.0}, "optim.clip_norm", "-1.0", "a finite number >= 0"),

@@ -1,0 +1,46 @@
+"""A model out of a run's checkpoint, for commands that look at what was trained."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from data import cache, loader
+from lm.assembly import Parts, assemble
+from lm.check import METHOD_OPTIONS
+from lm.checkpoint import load_params
+from lm.train import checkpoint_directory
+from lm.workdir import config_of
+
+
+class Saved(NamedTuple):
+    """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters."""
+
+    config: ConfigDict
+    corpus: loader.Corpus
+    parts: Parts
+    params: Any
+
+
+def load(directory: str, step: int | None = None, log: Callable[[str], None] = print) -> Saved:
+    """The run of `directory` after `step` steps, by default at its newest sound checkpoint.
+
+    Whatever mesh it was trained on, it is spread over all devices here (fsdp) if they divide its batch and width, else
+    it goes to the first. WorkdirError, Unusable or DataError, each one line, where that cannot be.
+    """
+    config = ConfigDict(config_of(directory))
+    devices = jax.devices()
+    if config.train.batch_size % len(devices) or config.model.width % len(devices):
+        devices = devices[:1]
+    config.mesh.update(data=1, fsdp=len(devices), tensor=1)
+    config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
+    config.optim.update(method="adamw", **dict.fromkeys(METHOD_OPTIONS))
+    data = config.data
+    corpus = loader.open_corpus(
+        cache.ensure(data, log), data.vocabulary, data.sequence_length, data.packing, data.verify
+    )
+    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
+    place = checkpoint_directory(config, directory)
+    params = load_params(place if step is None else f"{place}/{step}", parts.abstract.params, log)
+    return Saved(config, corpus, parts, params)

@@ -1,0 +1,49 @@
+"""Held-out loss of a finished or running run, beside its baselines.
+
+python -m scripts.evaluate --workdir=DIR [--step=K] [--batches=N]
+"""
+
+import sys
+from collections.abc import Sequence
+
+from scripts import command
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
+    parser = command.parser("evaluate", __doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_argument("--step", type=int, metavar="K", help="its checkpoint after K steps; default: the newest")
+    parser.add_argument("--batches", type=int, default=0, metavar="N", help="only N batches of each set; 0: all")
+    _, options = command.parse(argv, parser, needs_config=False)
+
+    import jax
+
+    from data import baselines
+    from data.errors import DataError
+    from lm import saved
+    from lm.checkpoint import Unusable
+    from lm.evaluate import evaluate, make_evaluation_step
+    from lm.workdir import WorkdirError
+
+    try:
+        run = saved.load(options.workdir, options.step)
+    except (DataError, Unusable, WorkdirError) as error:
+        return command.fail(error)
+    step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
+    counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
+    print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
+    for name in run.corpus.held_out:
+        found = evaluate(
+            step, run.params, run.corpus, name, run.parts.mesh, run.config.train.batch_size, options.batches
+        )
+        reference = baselines.baselines(run.corpus, name, counts)
+        print(
+            f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "
+            f"{reference['gzip']:>8.4f} {found['tokens']:>12,}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""Text sampled from a run's model, as a continuation of a prompt.
+
+python -m scripts.generate --workdir=DIR [--prompt=TEXT] [--tokens=N] [--temperature=X] [--seed=N] [--step=K]
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+
+from scripts import command
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the sample; returns the exit status, 2 for bad input."""
+    parser = command.parser("generate", __doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_argument("--step", type=int, metavar="K", help="its checkpoint after K steps; default: the newest")
+    parser.add_argument("--prompt", help="default: config.sample.prompt of the run")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: greedy (default 0.8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another sample")
+    _, options = command.parse(argv, parser, needs_config=False)
+    if options.tokens < 1:
+        return command.fail(f"--tokens={options.tokens}: must be an integer > 0")
+    if not 0 <= options.temperature < math.inf:
+        return command.fail(f"--temperature={options.temperature}: must be a finite number >= 0")
+
+    import jax
+
+    from data.errors import DataError
+    from lm import generate, saved
+    from lm.checkpoint import Unusable
+    from lm.workdir import WorkdirError
+
+    try:
+        run = saved.load(options.workdir, options.step, log=lambda line: None)
+    except (DataError, Unusable, WorkdirError) as error:
+        return command.fail(error)
+    tokenizer, cap = run.corpus.tokenizer, run.config.model.logit_soft_cap
+    next_token = jax.jit(generate.make_next_token(run.parts.objective, run.parts.shape, tokenizer.vocab_size, cap))
+    prompt = run.config.sample.prompt if options.prompt is None else options.prompt
+    length = run.config.data.sequence_length
+    print(
+        generate.generate(
+            next_token, run.params, tokenizer, prompt, options.tokens, options.temperature, length, options.seed
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
