@@ -37,18 +37,21 @@ class Checkpoints:
     """The checkpoints of one run. Close it, or use it in a `with` block, to finish writing.
 
     directory: a path, or gs:// or s3:// where etils can reach them. keep: newest ones kept. keep_every: steps whose
-    multiples are kept forever, 0 for none. run: the run's id ("" in processes that do not know it). read_only: never
-    writes, moves or deletes. log(line): what a reader must know.
+    multiples are kept forever, 0 for none. period: the newest multiple of it is kept too, to roll back to. run: the
+    run's id ("" in processes that do not know it). read_only: never writes, moves or deletes. log(line): what a reader
+    must know.
     """
 
     def __init__(
-        self, directory: str, keep: int = 1, keep_every: int = 0, run: str = "", read_only: bool = False,
-        log: Callable[[str], None] = print,
+        self, directory: str, keep: int = 1, keep_every: int = 0, period: int = 1, run: str = "",
+        read_only: bool = False, log: Callable[[str], None] = print,
     ):  # fmt: skip
         self.directory = place(directory)
+        self._period = period
         self._keep, self._keep_every, self._run, self._read_only, self._log = keep, keep_every, run, read_only, log
         self._primary = jax.process_index() == 0
-        logging.getLogger("absl").addFilter(_not_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_orbax)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         )
@@ -96,6 +99,15 @@ class Checkpoints:
             self._log("falling back to " + (f"the checkpoint of step {step}" if step is not None else "the beginning"))
             _meet("steppe checkpoints moved")
         return step
+
+    def forget(self, after: int) -> None:
+        """Deletes the checkpoints after a step: the run goes another way from there. All processes must call it."""
+        self.wait()
+        if self._primary:
+            for step in self._steps():
+                if step > after:
+                    self._delete(step)
+        _meet("steppe checkpoints forgotten")
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """(State placed as `abstract` says, meta) of a step that `newest` gave.
@@ -171,12 +183,16 @@ class Checkpoints:
     def _retire(self) -> None:
         """Deletes sealed checkpoints that retention does not keep; others are nobody's business here."""
         sealed = sorted(step for step in self._steps() if (self.directory / str(step) / seal.NAME).exists())
+        regular = [step for step in sealed if step % self._period == 0]
         for step in sealed[: -self._keep]:
-            if not (self._keep_every and step % self._keep_every == 0):
-                path = self.directory / str(step)
-                if seal.is_local(path):  # a kill in mid-deletion must not leave half a checkpoint under its name
-                    path = path.rename(self.directory / f"{step}{ASIDE}-deleted")
-                path.rmtree()
+            if step not in regular[-1:] and not (self._keep_every and step % self._keep_every == 0):
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        path = self.directory / str(step)
+        if seal.is_local(path):  # a kill in mid-deletion must not leave half a checkpoint under its name
+            path = path.rename(self.directory / f"{step}{ASIDE}-deleted")
+        path.rmtree()
 
     def _steps(self) -> list[int]:
         if not self.directory.exists():
@@ -291,7 +307,7 @@ def _meet(name: str) -> None:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Leaves out the tracebacks that orbax's threads print of errors which are raised here as well."""
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
 
 
 def _storage_error(path: epath.Path, error: BaseException) -> StorageError:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -38,7 +39,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
 
     watch = anomaly.Watch(config, meta["watch"] if meta else None)
     read = train.batch_reader(config, corpus, parts, watch.batch_index)
-    step = train.compile_step(parts, train.abstract_batch(parts, corpus, config.train.batch_size), donate=False)
+    step = train.compile_step(parts, train.abstract_batch(parts, corpus, config.train.batch_size))
     while int(state.step) < number - 1:
         done = int(state.step)
         state, metrics = step(state, read(done), watch.limit(done + 1))
@@ -47,7 +48,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
             raise Unusable(f"step {done + 1} ended this attempt before step {number}: replay step {done + 1}")
 
     batch = read(number - 1)
-    after, metrics = step(state, batch, watch.limit(number))
+    after, metrics = step(jax.tree.map(jnp.copy, state), batch, watch.limit(number))
     metrics = _floats(metrics)
     found = watch.judge(number, metrics)
     log(anomaly.describe(number, found) if found else f"step {number}: sound")

@@ -52,10 +52,13 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
         stopping = stack.enter_context(StopSignals())
 
         # ------------------------------------------------------------------------------------- state, new or restored
+        def steps(duration: str) -> int:
+            return duration_steps(duration, tokens_per_step=budget.tokens_per_step, total_steps=total)
+
+        evaluate_every, checkpoint_every = max(1, steps(config.evaluate.every)), max(1, steps(config.checkpoint.every))
         checkpoints = checkpoint.Checkpoints(
-            checkpoint_directory(config, directory), config.checkpoint.keep,
-            duration_steps(config.checkpoint.keep_every, tokens_per_step=budget.tokens_per_step, total_steps=total),
-            run_id, log=log,
+            checkpoint_directory(config, directory), config.checkpoint.keep, steps(config.checkpoint.keep_every),
+            checkpoint_every, run_id, log=log,
         )  # fmt: skip
         stack.callback(checkpoints.close)
 
@@ -65,9 +68,9 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
             params = checkpoint.load_params(config.init_from, parts.abstract.params, log) if given is None else given
             return create_from(parts.abstract, parts.base, parts.rule, params)
 
-        def load() -> tuple[State, dict]:
-            """The state and meta of the newest sound checkpoint, or of the beginning."""
-            newest = checkpoints.newest()
+        def load(before: int | None = None) -> tuple[State, dict]:
+            """The state and meta of the newest sound checkpoint (before a step), or of the beginning."""
+            newest = checkpoints.newest(before)
             return (fresh(), {}) if newest is None else checkpoints.restore(newest, parts.abstract)
 
         state, meta = load()
@@ -92,7 +95,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
 
         # --------------------------------------------------------------------------------------------- compiled steps
         began = time.monotonic()
-        step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size), donate=True)
+        step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
         evaluation_step = jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options))
         log(f"compiled    in {time.monotonic() - began:.1f} s")
 
@@ -146,10 +149,6 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
             timer.restart()
 
         # ---------------------------------------------------------------------------------------------------- the loop
-        def every(duration: str) -> int:
-            return max(1, duration_steps(duration, tokens_per_step=budget.tokens_per_step, total_steps=total))
-
-        evaluate_every, checkpoint_every = every(config.evaluate.every), every(config.checkpoint.every)
         timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
         read = batch_reader(config, corpus, parts, watch.batch_index)
         pending, bad = [], None
@@ -184,7 +183,8 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
                 pending.clear()
                 if bad["decision"] == "rollback":
                     state = None
-                    state, meta = load()
+                    # to a multiple of the period, so that saves for other reasons change nothing of what the run does
+                    state, meta = load((bad["step"] - 1) // checkpoint_every * checkpoint_every + 1)
                     done = int(state.step)
                     again = anomaly.Watch(config, meta["watch"] if meta else None)
                     again.windows = watch.windows
@@ -197,10 +197,10 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
                     return ANOMALY
                 watch, why, bad = again, bad, None
                 read = batch_reader(config, corpus, parts, watch.batch_index)
+                checkpoints.forget(done)
                 tracker.roll_back(done)
-                left_out = watch.windows[-1][1]
-                tracker.event("rollback", done + 1, {"to": done, "batches_left_out": left_out, "because": why})
-                tracker.note(f"rolled back to step {done}; {left_out} batches are left out")
+                tracker.event("rollback", done + 1, {"to": done, "because": why, "windows": watch.windows})
+                tracker.note(f"rolled back to step {done}; {watch.windows[-1][1]} batches are left out")
 
         # -------------------------------------------------------------------------------------------- what it learned
         checkpoints.wait()
@@ -259,11 +259,11 @@ def batch_reader(config: ConfigDict, corpus: loader.Corpus, parts: Parts, batch_
     return read
 
 
-def compile_step(parts: Parts, batch: dict, donate: bool) -> Callable:
-    """The compiled step(state, batch, limit)."""
+def compile_step(parts: Parts, batch: dict) -> Callable:
+    """The compiled step(state, batch, limit), which takes the state's memory."""
     step = make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho)
     limit = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(step, donate_argnums=(0,) if donate else ()).lower(parts.abstract, batch, limit).compile()
+    return jax.jit(step, donate_argnums=0).lower(parts.abstract, batch, limit).compile()
 
 
 def changes(meta: dict, now: dict, allowed: Collection[str]) -> dict[str, list]:

@@ -191,6 +191,16 @@ def test_the_newest_and_every_nth_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["20", "40", "60", "70"]
 
 
+def test_the_newest_regular_one_is_kept_and_others_forgotten(tmp_path):
+    with Checkpoints(str(tmp_path), keep=1, period=10, run="mine") as checkpoints:
+        for step in (10, 20, 23, 27):
+            checkpoints.save(step, state(step), {})
+        checkpoints.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["20", "27"]
+        checkpoints.forget(after=20)
+        assert checkpoints.newest() == 20
+
+
 def test_room_is_asked_for_before_a_save(two):
     huge = state(0)._replace(params=np.broadcast_to(np.float32(0), (1 << 50,)))
     with Checkpoints(str(two), run="mine") as checkpoints:

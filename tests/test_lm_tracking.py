@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -213,3 +214,74 @@ def test_tracking_imports_nothing_heavy():
     code = "import sys, lm.tracking; print([m for m in ('jax', 'wandb', 'rich', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_damaged_line_is_dropped_and_said(tmp_path, config):
+    _steps(_track(tmp_path, config), 1, 6)
+    lines = (tmp_path / METRICS).read_bytes().split(b"\n")
+    lines[2] = lines[2][:20] + b"\0" + lines[2][21:]
+    (tmp_path / METRICS).write_bytes(b"\n".join(lines))
+    stream = io.StringIO()
+    _steps(_track(tmp_path, config, start_step=5, stream=stream), 6, 7)
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4, 5, 6, 7]
+    assert "dropped 1 damaged lines" in stream.getvalue()
+    assert "1 of the 5 steps before this start are not in it" in stream.getvalue()
+
+
+@pytest.mark.parametrize("harm", ["removed", "replaced"])
+def test_a_workdir_that_vanishes_is_an_error_and_not_silence(tmp_path, config, harm):
+    tracker = _track(tmp_path / "run", config)
+    _steps(tracker, 1, 2)
+    shutil.rmtree(tmp_path / "run")
+    if harm == "replaced":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / METRICS).write_text("")
+    with pytest.raises(OSError, match="was removed or replaced while the run was on"):
+        tracker.step(3, {"loss": 1.0})
+    tracker.close("failed")
+
+
+def test_a_rollback_forgets_and_goes_on(tmp_path, config):
+    tracker = _track(tmp_path, config)
+    tracker.run(0, {})
+    _steps(tracker, 1, 8)
+    tracker.roll_back(5)
+    tracker.event("rollback", 6, {"to": 5})
+    _steps(tracker, 6, 7)
+    assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [
+        ("run", 0), *(("train", step) for step in range(1, 6)), ("rollback", 6), ("train", 6), ("train", 7),
+    ]  # fmt: skip
+    tracker.roll_back(0)
+    assert [line["kind"] for line in _lines(tmp_path)] == ["run"]
+
+
+def test_a_change_belongs_to_its_restart(tmp_path, config):
+    _steps(_track(tmp_path, config), 1, 5)
+    for _ in range(2):  # the same restart twice, as after a kill before its first checkpoint
+        tracker = _track(tmp_path, config, start_step=5)
+        tracker.event("change", 5, {"key": "seed"})
+        _steps(tracker, 6, 9)
+    _track(tmp_path, config, start_step=8)
+    kinds = [(line["kind"], line["step"]) for line in _lines(tmp_path) if line["kind"] == "change"]
+    assert kinds == [("change", 5)]
+
+
+def test_wandb_gets_no_row_twice_after_a_kill(tmp_path, config):
+    wandb = importlib.import_module("wandb")
+    config.log.wandb = "offline"
+    sent = []
+
+    def track(start):
+        tracker = _track(tmp_path, config, start_step=start)
+        log = wandb.run.log
+        wandb.run.log = lambda row, **more: (sent.append(row["step"]), log(row, **more))
+        return tracker
+
+    killed = track(0)
+    _steps(killed, 1, 7)
+    killed.close("stopped")
+    again = track(4)  # the checkpoint was of step 4: 5 to 7 are made again
+    _steps(again, 5, 9)
+    again.close("finished")
+    assert sent == list(range(1, 10))
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 10))

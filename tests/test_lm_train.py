@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import lm_runs
 import numpy as np
 import pytest
 
-from lm import checkpoint, train
+from lm import anomaly, checkpoint, replay, train
 from lm.check import ConfigError
+from lm.checkpoint import Unusable
+
 
 def stop_at(step):
     """A StopSignals.requested that asks to stop after so many steps of this start."""
@@ -105,11 +108,99 @@ def test_non_finite_steps_change_nothing(corpus, tmp_path):
     assert train.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.ANOMALY
     last = lm_runs.records(tmp_path / "stop", "train")[-1]
     assert last["nonfinite"] == 1
+    (found,) = lm_runs.records(tmp_path / "stop", "anomaly")
+    assert (found["step"], found["what"], found["decision"]) == (last["step"], "nonfinite", "stop")
+    assert found["where"] in ("the loss", "the gradient at theta")
+    with np.load(found["batch"], allow_pickle=False) as batch:
+        assert batch["inputs"].shape == (8, 16)
+    said = []
+    metrics = replay.replay(lm_runs.config(*corpus, **broken), str(tmp_path / "stop"), found["step"], said.append)
+    assert metrics["nonfinite"] == 1
+    assert any(line.startswith(f"step {found['step']}: nonfinite, {found['where']}") for line in said)
+    assert "invalid value" in said[-1]
     skip = {**broken, "train__on_nonfinite": "skip", "train__max_skips": 3}
     assert train.run(lm_runs.config(*corpus, **skip), str(tmp_path / "skip")) == train.ANOMALY
     bad = [r for r in lm_runs.records(tmp_path / "skip", "train") if r["nonfinite"]]
     assert len(bad) == 3
     assert len({r["parameter_norm"] for r in bad}) == 1  # nothing moved
+
+
+SPIKE = {
+    **METHOD, "train__spike_score": 0.5, "train__spike_window": 2, "train__max_skips": 30, "checkpoint__every": "5 steps",
+}  # fmt: skip
+
+
+def test_a_spike_rolls_back_past_its_data_also_when_interrupted(corpus, tmp_path, monkeypatch):
+    """A limit so low that steps of this text exceed it: back to the multiple of 5 before, other batches from there."""
+    rolling = lm_runs.config(*corpus, **SPIKE, train__on_spike="rollback")
+    assert train.run(rolling, str(tmp_path / "one")) == train.FINISHED
+    back = lm_runs.records(tmp_path / "one", "rollback")[0]
+    to, bad = back["to"], back["because"]
+    assert (back["step"], to) == (to + 1, (bad["step"] - 1) // 5 * 5)
+    assert back["windows"][-1] == [to, bad["step"] - to]
+    assert bad["loss"] > float(bad["where"].split()[-1]) - 1e-3  # the limit it exceeded
+    assert [r["step"] for r in lm_runs.records(tmp_path / "one", "train")] == list(range(1, 21))
+    with np.load(tmp_path / "one" / anomaly.FOLDER / f"step-{bad['step']}.npz", allow_pickle=False) as batch:
+        assert batch["targets"].shape == (8, 16)
+
+    # stopped twice, before and after rollbacks, which leaves checkpoints in between; then continued
+    for calls in (to + 2, 4):
+        with monkeypatch.context() as patched:
+            patched.setattr(train.StopSignals, "requested", stop_at(calls))
+            assert train.run(rolling, str(tmp_path / "two")) == train.STOPPED
+    assert train.run(rolling, str(tmp_path / "two")) == train.FINISHED
+    assert lm_runs.losses(tmp_path / "two") == lm_runs.losses(tmp_path / "one")
+    assert lm_runs.records(tmp_path / "two", "rollback") == [
+        {**r, "because": {**r["because"], "batch": r["because"]["batch"].replace("/one/", "/two/")}}
+        for r in lm_runs.records(tmp_path / "one", "rollback")
+    ]
+
+    skipping = lm_runs.config(*corpus, **SPIKE, train__on_spike="skip")
+    assert train.run(skipping, str(tmp_path / "skip")) == train.FINISHED
+    norms = {r["step"]: (r["spike"], r["parameter_norm"]) for r in lm_runs.records(tmp_path / "skip", "train")}
+    refused = [step for step, (spike, _) in norms.items() if spike]
+    assert refused
+    assert all(norms[step][1] == norms[step - 1][1] for step in refused)
+
+
+def test_a_step_is_replayed_exactly_and_nothing_is_written(corpus, whole):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    said = []
+    metrics = replay.replay(lm_runs.config(*corpus, **METHOD), str(whole), 13, said.append)
+    recorded = lm_runs.records(whole, "train")[12]
+    assert {name: metrics[name] for name in ("loss", "gradient_norm", "update_norm", "perturbed_loss")} == {
+        name: recorded[name] for name in ("loss", "gradient_norm", "update_norm", "perturbed_loss")
+    }
+    assert any("from the state after step 10" in line for line in said)
+    assert "layers/mlp/down/kernel                 1" in "\n".join(said)
+    assert said[-1].endswith("every number of both gradients is finite")
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    with pytest.raises(Unusable, match="--replay_step=21: must be a step of the run, from 1 to 20"):
+        replay.replay(lm_runs.config(*corpus, **METHOD), str(whole), 21, said.append)
+
+
+def test_a_new_run_starts_from_old_weights(corpus, whole, tmp_path):
+    new = {**METHOD, "init_from": str(whole), "evaluate__batches": 0, "seed": 5}
+    assert train.run(lm_runs.config(*corpus, **new), str(tmp_path / "new")) == train.FINISHED
+    first, last = lm_runs.records(tmp_path / "new", "evaluate")[0], lm_runs.records(whole, "evaluate")[-1]
+    assert (first["step"], first["loss"]) == (0, last["loss"])
+    wider = lm_runs.config(*corpus, **{**new, "model__mlp_width": 64})
+    with pytest.raises(Unusable, match=r"does not fit this config: params/layers/mlp/"):
+        train.run(wider, str(tmp_path / "wider"))
+    assert not (tmp_path / "wider").exists()
+
+
+def test_an_allowed_change_is_recorded_and_kept_through_a_fall_back(corpus, whole, tmp_path, capsys):
+    """From a damaged step 20 back to step 10, with another order of the data from there on."""
+    place = shutil.copytree(whole, tmp_path / "run")
+    (place / "checkpoints" / "20" / "state" / "_METADATA").write_text("{}")
+    other = lm_runs.config(*corpus, **METHOD, seed=3)
+    assert train.run(other, str(place), ["seed"]) == train.FINISHED
+    assert "CHECKPOINT 20 IS NOT USED: state/_METADATA was altered" in capsys.readouterr().out
+    (change,) = (r for r in lm_runs.records(place, "change") if "version" not in r["key"])
+    assert change == {"kind": "change", "step": 10, "key": "seed", "before": 0, "after": 3}
+    assert lm_runs.losses(place)[:10] == lm_runs.losses(whole)[:10]
+    assert not set(lm_runs.losses(place)[10:]) & set(lm_runs.losses(whole)[10:])
 
 
 def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, tmp_path):
