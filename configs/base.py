@@ -29,7 +29,9 @@ def get_config() -> ConfigDict:
     model.vocabulary_multiple = 32  # embedding rows are the vocabulary rounded up to a multiple of this
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, loss and optimizer stay float32
     model.attention = "auto"  # auto | einsum | blockwise | cudnn | splash; auto picks by backend, the log says
-    model.remat = "dots"  # recomputed in the backward pass: none | full | dots (all but products) | offload (to the host)
+    model.remat = (
+        "dots"  # recomputed in the backward pass: none | full | dots (all but products) | offload (to the host)
+    )
     model.readout_chunk = 4096  # tokens per device whose logits exist at one time
     model.functional_readout = "auto"  # rebuild | keep | auto: recompute or store the frozen loss derivative
     model.z_loss = 0.0  # weight of log(Z)^2, nats
@@ -105,6 +107,15 @@ def get_config() -> ConfigDict:
     evaluate.every = "10%"  # duration between held-out evaluations; one always follows the last step
     evaluate.batches = 0  # held-out batches per evaluation, 0: all; the evaluation after the last step takes all
     evaluate.batch_size = 0  # sequences; 0: train.batch_size
+
+    config.curvature = curvature = ConfigDict()
+    curvature.every = 0  # steps between measurements of delta_logit and delta_func on a held-out batch; 0: never
+    curvature.groups = (  # name=regex over parameter paths, layers as "layers/mlp/up/kernel/0"; "all" is always there
+        "attention=attention/(query|key|value|out)/",
+        "mlp=mlp/(up|gate|down)/",
+        "norms=norm/",
+        "tables=^(embed|position|readout)/",
+    )
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = "20%"  # duration between checkpoints; one always follows the last step

@@ -53,6 +53,7 @@ _INTEGERS = {
     "evaluate.batches": (0, None),
     "evaluate.batch_size": (0, None),
     "checkpoint.keep": (1, None),
+    "curvature.every": (0, None),
     "log.every": (1, None),
     "sample.tokens": (0, None),
 }
@@ -90,7 +91,7 @@ METHOD_OPTIONS = (
     *("alpha", "beta", "gamma", "lam", "sigma", "decay", "k"),
 )
 
-_REGEXES = ("optim.perturb", "optim.decay_mask")
+_REGEXES = ("optim.perturb", "optim.decay_mask", "curvature.groups")
 
 
 def check(config: ConfigDict, *, device_count: int, process_count: int = 1, backend: str | None = None) -> None:
@@ -112,6 +113,8 @@ def check(config: ConfigDict, *, device_count: int, process_count: int = 1, back
             _need(value is None or allowed(value), config, key, accepted)
     for key in _REGEXES:
         _check_regexes(config, key)
+    for group in config.curvature.groups:
+        _need(re.fullmatch(r"\w+=.+", group) is not None, config, "curvature.groups", "groups as name=regex")
     _check_model(config, backend)
     _check_method(config)
     _check_durations(config)

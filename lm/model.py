@@ -114,14 +114,7 @@ class Table(nn.Module):
         return self.param("embedding", _fan_in(1), (self.rows, self.width), jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
-    """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
-
-    Written out for the parts of each device: left to itself XLA gathers all sequences on every device. The gradient is
-    summed in float32 or better, whatever the dtype.
-    """
-
+def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
     def local(table, ids):
         if place.mesh is not None:
             table = lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
@@ -130,6 +123,17 @@ def lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_Bx
         return found.astype(dtype) if mine is None else lax.psum(found, "tensor")
 
     return place.split(local, (kind, "tokens"), "hidden")(table_RxD, ids_BxT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+    """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
+
+    Written out for the parts of each device: left to itself XLA gathers all sequences on every device. The gradient is
+    summed in float32 or better, whatever the dtype.
+    """
+
+    return _looked_up(place, kind, dtype, table_RxD, ids_BxT)
 
 
 def _local_index(place: Placement, kind: str, ids, rows: int):
@@ -142,7 +146,8 @@ def _local_index(place: Placement, kind: str, ids, rows: int):
 
 
 def _lookup_forward(place, kind, dtype, table_RxD, ids_BxT):
-    return lookup(place, kind, dtype, table_RxD, ids_BxT), (table_RxD, ids_BxT)
+    # Not lookup itself: a second derivative goes through this rule, and finds no other.
+    return _looked_up(place, kind, dtype, table_RxD, ids_BxT), (table_RxD, ids_BxT)
 
 
 def _lookup_backward(place, kind, dtype, kept, cotangent_BxTxD):

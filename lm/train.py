@@ -17,6 +17,7 @@ from lm import anomaly, checkpoint, generate, plot, workdir
 from lm.assembly import Parts, assemble
 from lm.budget import describe
 from lm.check import ConfigError
+from lm.curvature import make_measurement
 from lm.evaluate import evaluate, make_evaluation_step
 from lm.mesh import batch_sharding, local_rows, place_batch
 from lm.state import State, create, create_from
@@ -25,6 +26,7 @@ from lm.stop import StopSignals
 from lm.tracking import Tracker
 from optim.schedules import duration_steps
 
+BASELINES = {"unigram": "unigram", "gzip": "gzip -9"}
 # Exit statuses. 74 is EX_IOERR, 75 EX_TEMPFAIL: run the same command again to continue.
 FINISHED, ANOMALY, STORAGE, STOPPED = 0, 3, 74, 75
 
@@ -111,7 +113,13 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
                     return False
             for name, values in found.items():
                 tracker.evaluation(done, name, values)
+            latest.update(found)
             return True
+
+        def measure() -> None:
+            """Records how the loss bends at theta on one held-out batch, the same all through the run."""
+            batch = place_batch(parts.mesh, config.train.batch_size, rows, held_out_batch)
+            tracker.event("curvature", done, jax.tree.map(float, jax.device_get(bend(state.params, batch))))
 
         def settle() -> dict | None:
             """Records the metrics of the step before, which the device has finished by now; what must end this attempt.
@@ -151,7 +159,12 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
         # ---------------------------------------------------------------------------------------------------- the loop
         timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
         read = batch_reader(config, corpus, parts, watch.batch_index)
-        pending, bad = [], None
+        pending, bad, latest = [], None, {}
+        if config.curvature.every:
+            rows, first = local_rows(parts.mesh, config.train.batch_size), next(iter(corpus.held_out))
+            held_out_batch = loader.held_out_rows(corpus, first, 0, config.train.batch_size, rows)
+            held_out_batch.pop("bytes")
+            bend = make_measurement(parts.objective, config.curvature.groups, config.train.microbatches)
 
         if (done == 0 or meta["owes_evaluation"]) and not held_out(0 if done == total else config.evaluate.batches):
             ended = f"stopped after step {done}; run the same command again to continue"
@@ -166,10 +179,13 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
                     stop, owes = stopping.requested(), False
                     evaluating = done % evaluate_every == 0 or done == total
                     saving = done % checkpoint_every == 0 or done == total or stop or timer.due(done)
-                    if evaluating or saving:
+                    measuring = config.curvature.every and done % config.curvature.every == 0
+                    if evaluating or saving or measuring:
                         bad = bad or settle()
                     if bad:
                         break
+                    if measuring:
+                        measure()
                     if evaluating and not held_out(0 if done == total else config.evaluate.batches):
                         stop = owes = True
                     if saving or stop:
@@ -204,6 +220,11 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
 
         # -------------------------------------------------------------------------------------------- what it learned
         checkpoints.wait()
+        for name, values in latest.items():
+            beside = (
+                ", ".join(f"{kind} {references[name][key]:.3f}" for key, kind in BASELINES.items()) if primary else ""
+            )
+            tracker.note(f"result      {name}: {values['bits_per_byte']:.3f} bits per byte ({beside})")
         if config.sample.tokens:
             vocabulary, cap = corpus.tokenizer.vocab_size, config.model.logit_soft_cap
             next_token = jax.jit(generate.make_next_token(parts.objective, parts.shape, vocabulary, cap))
@@ -221,7 +242,11 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
 def open_parts(config: ConfigDict, log: Callable[[str], None]) -> tuple[loader.Corpus, Parts, np.ndarray]:
     """(corpus, the parts of the run, how often each token occurs in the training text [V])."""
     corpus = loader.open_corpus(
-        cache.ensure(config.data, log), config.data.vocabulary, config.data.sequence_length, config.data.packing
+        cache.ensure(config.data, log),
+        config.data.vocabulary,
+        config.data.sequence_length,
+        config.data.packing,
+        config.data.verify,
     )
     vocabulary = corpus.tokenizer.vocab_size
     counts = baselines.token_counts(corpus, vocabulary)
@@ -290,8 +315,8 @@ def run_record(config: ConfigDict, parts: Parts, references: dict[str, dict]) ->
     budget = parts.budget
     shown = {}
     for name, found in references.items():
-        for kind in ("unigram", "gzip"):
-            label = {"unigram": "unigram", "gzip": "gzip -9"}[kind] + (f" {name}" if len(references) > 1 else "")
+        for kind, label in BASELINES.items():
+            label += f" {name}" if len(references) > 1 else ""
             shown[label] = found[kind] * found["nats_per_bit_per_byte"]
     return {
         "title": f"{config.optim.method}, {budget.parameters.non_embedding:,} non-embedding parameters, "
@@ -303,9 +328,7 @@ def run_record(config: ConfigDict, parts: Parts, references: dict[str, dict]) ->
         "adamw_flops_per_step": budget.adamw_flops,
         "mesh": dict(parts.mesh.shape),
         "baselines": shown,
-        "baselines_bits_per_byte": {
-            name: {k: found[k] for k in ("unigram", "gzip")} for name, found in references.items()
-        },
+        "baselines_bits_per_byte": {name: {k: found[k] for k in BASELINES} for name, found in references.items()},
         "versions": versions(),
     }
 

@@ -17,7 +17,7 @@ from lm.check import ConfigError
 CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
 # Keys that do not change what a run computes, beyond the order of sums.
 FREE = (
-    *("mesh.", "log.", "sample.", "model.attention", "model.remat", "model.readout_chunk"),
+    *("mesh.", "curvature.", "log.", "sample.", "model.attention", "model.remat", "model.readout_chunk"),
     *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep", "checkpoint.keep_every"),
     *("data.directory", "data.cache", "data.verify", "data.prefetch", "data.workers", "data.tfds_dir"),
 )

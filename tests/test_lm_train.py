@@ -16,6 +16,7 @@ import pytest
 from lm import anomaly, checkpoint, replay, train
 from lm.check import ConfigError
 from lm.checkpoint import Unusable
+from scripts import evaluate, generate
 
 
 def stop_at(step):
@@ -39,9 +40,9 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """An undisturbed run of 20 steps."""
+    """An undisturbed run of 20 steps, which also measures curvature."""
     place = tmp_path_factory.mktemp("whole")
-    assert train.run(lm_runs.config(*corpus, **METHOD), str(place)) == train.FINISHED
+    assert train.run(lm_runs.config(*corpus, **METHOD, curvature__every=10), str(place)) == train.FINISHED
     return place
 
 
@@ -79,6 +80,28 @@ def test_a_run_learns_and_leaves_its_evidence(whole):
     step = lm_runs.records(whole, "train")[-1]
     assert step["epsilon_norm"] == pytest.approx(0.05, rel=1e-5)
     assert step["data_wait"] >= 0
+    bends = lm_runs.records(whole, "curvature")
+    assert [record["step"] for record in bends] == [10, 20]
+    groups = [bends[-1][name] for name in ("attention", "mlp", "norms", "tables")]
+    for part in ("logit_share", "functional_share"):
+        assert sum(group[part] for group in groups) == pytest.approx(1, rel=1e-4)  # the groups are all there is
+    assert bends[-1]["all"]["logit_norm"] > 0
+    assert -1 <= bends[-1]["all"]["cosine"] <= 1
+
+
+def test_what_was_trained_can_be_evaluated_and_sampled(whole, capsys):
+    assert evaluate.main([f"--workdir={whole}"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    at_the_end = lm_runs.records(whole, "evaluate")[-1]
+    assert line[0] == "val"
+    assert float(line[1]) == pytest.approx(at_the_end["loss"], abs=1e-4)  # as printed
+    assert generate.main([f"--workdir={whole}", "--prompt=import", "--tokens=5"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("import")
+    generate.main([f"--workdir={whole}", "--prompt=import", "--tokens=5"])
+    assert capsys.readouterr().out == first
+    assert evaluate.main([f"--workdir={whole}", "--step=3"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_finished_run_does_nothing_more(corpus, whole):
@@ -126,7 +149,8 @@ def test_non_finite_steps_change_nothing(corpus, tmp_path):
 
 
 SPIKE = {
-    **METHOD, "train__spike_score": 0.5, "train__spike_window": 2, "train__max_skips": 30, "checkpoint__every": "5 steps",
+    **METHOD, "train__spike_score": 0.5, "train__spike_window": 2, "train__max_skips": 30,
+    "checkpoint__every": "5 steps",
 }  # fmt: skip
 
 
