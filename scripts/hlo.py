@@ -82,7 +82,9 @@ def collectives(text: str) -> list[Collective]:
         for instruction in found.get(name, []):
             kind = instruction.operation.removesuffix("-start")
             if kind in _KINDS:
-                result.append(_collective(kind, instruction, times))
+                # TPU's fusion of an all-reduce with the slice each device keeps of it is a reduce-scatter on the wire.
+                scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
+                result.append(_collective(kind, instruction, times, scatters))
                 continue
             inner = times
             if instruction.operation == "while":
@@ -110,7 +112,7 @@ def _trips(loop: Instruction, found: dict) -> int:
     return max(bounds, default=1)
 
 
-def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
+def _collective(kind: str, instruction: Instruction, times: int, scatters: bool) -> Collective:
     size = _group_size(instruction.rest)
     arrays = [
         math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, 4)
@@ -127,6 +129,8 @@ def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
         "reduce-scatter": whole * (size - 1),
         "collective-permute": whole,
     }.get(kind, whole * share)
+    if scatters:
+        kind, sent = "reduce-scatter", whole * share
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(kind, instruction.type, size, times, sent * times, source[1] if source else "")
 

@@ -28,6 +28,9 @@ def main(argv: Sequence[str]) -> int:
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="join the processes that meet at process 0, there")
     hosts.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator: how many there are")
     hosts.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
+    hosts.add_argument(
+        "--heartbeat", type=int, default=60, metavar="S", help="seconds of silence after which a process is lost"
+    )
     config, options = command.parse(argv, parser)
 
     placed = (options.coordinator, options.num_processes, options.process_id)
@@ -38,10 +41,14 @@ def main(argv: Sequence[str]) -> int:
         )
     import jax
 
-    if options.coordinator:
-        jax.distributed.initialize(*placed)
-    elif options.distributed:
-        jax.distributed.initialize()
+    if options.coordinator or options.distributed:
+        try:
+            # A process that falls silent is lost: JAX ends the others and says so, and the run continues when started
+            # again, from its last checkpoint.
+            jax.distributed.initialize(*placed, heartbeat_timeout_seconds=options.heartbeat)
+        except (ValueError, RuntimeError) as error:
+            flag = f"--coordinator={options.coordinator}" if options.coordinator else "--distributed"
+            return command.fail(f"{flag}: the processes did not find each other: {error}")
 
     from data.errors import DataError
     from lm import replay, train
