@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from data import baselines, cache, loader
+from data.errors import DataError
 from lm import anomaly, checkpoint, generate, plot, workdir
 from lm.assembly import Parts, assemble
 from lm.budget import describe
@@ -248,6 +250,12 @@ def open_parts(config: ConfigDict, log: Callable[[str], None]) -> tuple[loader.C
         config.data.packing,
         config.data.verify,
     )
+    same = int(xxhash.xxh32_hexdigest(corpus.fingerprint), 16)
+    if len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1:
+        raise DataError(
+            f"config.data.task = {config.data.task!r}: the processes hold different text (here {corpus.fingerprint}); "
+            "prepare it once and give all of them that config.data.directory"
+        )
     vocabulary = corpus.tokenizer.vocab_size
     counts = baselines.token_counts(corpus, vocabulary)
     padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
