@@ -93,3 +93,24 @@ def test_bfloat16_compute_keeps_float32_state_and_reports_what_survives():
     assert metrics["nonfinite"] == 0
     # Most entries of epsilon are below bfloat16's resolution of the weights: rounding distorts what is left.
     assert 0.1 < float(metrics["survival_cosine"]) < 0.99
+
+
+def test_a_refused_step_changes_nothing_but_the_count():
+    """A loss above the limit: parameters, moments and the rule's memory (friendly_sam's average) stay, bit for bit."""
+    config = lm_runs.config("unused", "unused", optim__method="friendly_sam", optim__rho=0.05)
+    parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
+    step = jax.jit(make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho))
+    tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 17), 0, VOCABULARY))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}
+    before, metrics = step(create(parts.mesh, parts.initialise), batch, jnp.float32(jnp.inf))
+    assert metrics["spike"] == 0
+    after, metrics = step(before, batch, jnp.float32(metrics["loss"] - 1))
+    assert metrics["spike"] == 1
+    assert int(after.step) == int(before.step) + 1 == 2
+    assert len(jax.tree.leaves(before.rule)) > 0
+    for a, b in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(before[1:]), strict=True):
+        assert np.array_equal(a, b)
+    moved, _ = step(before, batch, jnp.float32(jnp.inf))
+    assert not all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(moved.rule), jax.tree.leaves(before.rule), strict=True)
+    )
