@@ -43,7 +43,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str, keep: int = 1, keep_every: int = 0, period: int = 1, run: str = "",
+        self, directory: str | epath.Path, keep: int = 1, keep_every: int = 0, period: int = 1, run: str = "",
         read_only: bool = False, log: Callable[[str], None] = print,
     ):  # fmt: skip
         self.directory = place(directory)
@@ -273,7 +273,7 @@ class Timer:
         return _agreed(jax.process_index() == 0 and self._clock() - self._last >= self._seconds)
 
 
-def place(path: str) -> epath.Path:
+def place(path: str | epath.Path) -> epath.Path:
     """An absolute path, or the address of an object store. Unusable where that cannot be reached."""
     if "://" not in str(path):
         return epath.Path(path).absolute()

@@ -46,8 +46,9 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
     # ----------------------------------------------------------------------------------------- the corpus, the parts
     corpus, parts, counts = open_parts(config, log)
     budget, total = parts.budget, parts.budget.steps
-    given = None
-    if config.init_from and workdir.is_new(directory):  # before the workdir is taken, in case it cannot be used
+    # before the workdir is taken, in case one of them cannot be used
+    place, given = checkpoint.place(checkpoint_directory(config, directory)), None
+    if config.init_from and workdir.is_new(directory):
         given = checkpoint.load_params(config.init_from, parts.abstract.params, log)
 
     with ExitStack() as stack:
@@ -61,7 +62,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
 
         evaluate_every, checkpoint_every = max(1, steps(config.evaluate.every)), max(1, steps(config.checkpoint.every))
         checkpoints = checkpoint.Checkpoints(
-            checkpoint_directory(config, directory), config.checkpoint.keep, steps(config.checkpoint.keep_every),
+            place, config.checkpoint.keep, steps(config.checkpoint.keep_every),
             checkpoint_every, run_id, log=log,
         )  # fmt: skip
         stack.callback(checkpoints.close)
@@ -250,7 +251,7 @@ def open_parts(config: ConfigDict, log: Callable[[str], None]) -> tuple[loader.C
         config.data.packing,
         config.data.verify,
     )
-    same = int(xxhash.xxh32_hexdigest(corpus.fingerprint), 16)
+    same = int(xxhash.xxh32_hexdigest(corpus.fingerprint.encode()), 16)
     if len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1:
         raise DataError(
             f"config.data.task = {config.data.task!r}: the processes hold different text (here {corpus.fingerprint}); "
