@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     model.remat = (
         "dots"  # recomputed in the backward pass: none | full | dots (all but products) | offload (to the host)
     )
-    model.readout_chunk = 4096  # tokens per device whose logits exist at one time
+    model.readout_chunk = 0  # tokens per device whose logits exist at one time; 0: by backend and vocabulary
     model.functional_readout = "auto"  # rebuild | keep | auto: recompute or store the frozen loss derivative
     model.z_loss = 0.0  # weight of log(Z)^2, nats
     model.logit_soft_cap = 0.0  # c * tanh(logits / c); 0: off

@@ -71,7 +71,8 @@ def assemble(
     model_shape = shape(model, vocabulary_size, config.data.sequence_length, kernel)
     params = jax.eval_shape(initialiser(model_shape, base("sgd", 0.0), method("adamw"), 0)).params
     rows = train.batch_size // train.microbatches // shards
-    chunk = readout.chunk_positions(config.data.sequence_length, rows, model.readout_chunk)
+    tokens = model.readout_chunk or readout.chunk_tokens(devices[0].platform, model_shape.vocabulary)
+    chunk = readout.chunk_positions(config.data.sequence_length, rows, tokens)
     count = count_parameters(params).total
     keep = _keeps_derivative(config, model_shape, count, rows, chunk, sizes, devices[0])
     options = readout.Options(

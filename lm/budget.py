@@ -121,7 +121,7 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple
     tokens = rows * shape_.sequence_length
     per_layer = 12 * shape_.width**2
     parameters = shape_.layers * per_layer + shape_.vocabulary * shape_.width
-    chunk = min(config.model.readout_chunk, tokens)
+    chunk = min(config.model.readout_chunk or 4096, tokens)
     anchored = methods.is_anchored(config.optim.method)
     each = rows // config.train.microbatches
     memory = estimate_memory(shape_, parameters, each, chunk, mesh, anchored)

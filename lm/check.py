@@ -39,7 +39,7 @@ _INTEGERS = {
     "model.kv_heads": (0, None),
     "model.mlp_width": (1, None),
     "model.vocabulary_multiple": (1, None),
-    "model.readout_chunk": (1, None),
+    "model.readout_chunk": (0, None),
     "data.sequence_length": (1, None),
     "data.shards": (1, None),
     "data.prefetch": (0, None),

@@ -47,6 +47,11 @@ class Kept(NamedTuple):
     inner: jax.Array
 
 
+def chunk_tokens(backend: str, vocabulary: int) -> int:
+    """Tokens per chunk unless configured: logits of 32 MiB on a CPU, whose caches they stay near, else of 512 MiB."""
+    return max(1, (2**23 if backend == "cpu" else 2**27) // vocabulary)
+
+
 def chunk_positions(sequence_length: int, sequences: int, tokens: int) -> int:
     """Positions per chunk: the largest divisor of the length at which `sequences` rows make at most `tokens` tokens."""
     fitting = [n for n in range(1, sequence_length + 1) if sequence_length % n == 0 and n * sequences <= tokens]

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--vocabulary_size", type=int, default=32100, help="tokens of the vocabulary")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of products")
     parser.add_argument("--remat", default="dots", help="as config.model.remat")
-    parser.add_argument("--chunk", type=int, default=4096, help="as config.model.readout_chunk")
+    parser.add_argument("--chunk", type=int, default=0, help="as config.model.readout_chunk")
     parser.add_argument("--runs", type=int, default=7, help="turns of each variant, after one to warm up; 0: none")
     parser.add_argument("--against", action="store_true", help="also measure the straightforward reference")
     _, options = command.parse(argv, parser, needs_config=False)

@@ -21,7 +21,7 @@ BAD = [
     ({"model.attention": "flash"}, "model.attention", "'flash'", "einsum"),
     ({"model.remat": "all"}, "model.remat", "'all'", "one of none, full, dots"),
     ({"model.functional_readout": "store"}, "model.functional_readout", "'store'", "rebuild"),
-    ({"model.readout_chunk": 0}, "model.readout_chunk", "0", "an integer >= 1"),
+    ({"model.readout_chunk": -1}, "model.readout_chunk", "-1", "an integer >= 0"),
     ({"model.z_loss": -1e-4}, "model.z_loss", "-0.0001", "a finite number >= 0"),
     ({"model.label_smoothing": 1.0}, "model.label_smoothing", "1.0", ">= 0 and < 1"),
     ({"data.sequence_length": 0}, "data.sequence_length", "0", "an integer >= 1"),
