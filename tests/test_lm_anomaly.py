@@ -8,6 +8,7 @@ import pytest
 
 from configs import base
 from lm.anomaly import Watch, limit
+from lm.check import ConfigError, check
 
 SOUND = {"loss": 2.0, "perturbed_loss": 2.1, "gradient_norm": 1.0, "epsilon_norm": 0.1, "nonfinite": 0.0, "spike": 0.0}
 NAN = math.nan
@@ -85,3 +86,22 @@ def test_a_rollback_leaves_out_the_batches_since():
     assert one.roll_back(20, 22)
     assert one.batch_index(20) == 26
     assert not one.roll_back(20, 21)  # three times from the same place
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("train.on_spike", "pray", "one of stop, skip, rollback"),
+        ("train.on_nonfinite", "", "one of stop, skip, rollback"),
+        ("train.spike_score", -1.0, "a finite number >= 0"),
+        ("train.spike_window", 1, "an integer >= 2"),
+        ("checkpoint.minutes", math.inf, "a finite number >= 0"),
+        ("checkpoint.keep_every", "often", "a duration such as"),
+    ],
+)
+def test_settings_out_of_range_are_refused(key, value, accepted):
+    config = base.get_config()
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(ConfigError, match=f"config.{key} = .*must be {accepted}"):
+        check(config, device_count=1)
