@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 STEPS, EVERY = 40, 8  # steps of a run; steps between checkpoints, and between evaluations
-FINISHED, STORAGE, STOPPED = 0, 74, 75  # exit statuses of a run
+FINISHED, REFUSED, STORAGE, STOPPED = 0, 2, 74, 75  # exit statuses of a run
 
 
 class Bench(NamedTuple):
@@ -136,6 +136,12 @@ def saving(workdir: Path) -> bool:
     return False
 
 
+def sealed(workdir: Path) -> list[int]:
+    """The steps that are checkpoints now."""
+    place = workdir / "checkpoints"
+    return sorted(int(path.parent.name) for path in place.glob("*/SEAL") if path.parent.name.isdecimal())
+
+
 def evaluating(workdir: Path) -> bool:
     """Whether the last record is that of a step after which an evaluation is due."""
     found = records(workdir)
@@ -236,11 +242,10 @@ def damage(harm: Callable) -> Callable:
     """Kills a run that has two checkpoints, harms the newest, and continues: it must fall back, loudly."""
 
     def scenario(made: Bench, workdir: Path, chance: random.Random):
-        run = start(made, workdir)
-        wait_until(run, seen(workdir, "train", chance.randint(2 * EVERY + 4, STEPS - 2)))
+        run, step = start(made, workdir), chance.randint(2 * EVERY + 4, STEPS - 2)
+        wait_until(run, lambda: seen(workdir, "train", step)() and len(sealed(workdir)) > 1)
         run.kill()
-        statuses = [run.wait()]
-        steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if (p / "SEAL").exists())
+        statuses, steps = [run.wait()], sealed(workdir)
         expected = harm(workdir / "checkpoints", steps, chance)
         finish(made, workdir, statuses)
         said = Path(f"{workdir}.log").read_text(errors="replace")
@@ -249,6 +254,23 @@ def damage(harm: Callable) -> Callable:
         return statuses, True
 
     return scenario
+
+
+def harm_the_only_one(made: Bench, workdir: Path, chance: random.Random):
+    """The only checkpoint there is, harmed: refused, nothing touched, until the user removes it and starts over."""
+    run = start(made, workdir)
+    wait_until(run, lambda: len(sealed(workdir)) > 0)
+    run.kill()
+    statuses = [run.wait()]
+    if len(sealed(workdir)) > 1:
+        raise RuntimeError("the second checkpoint came too soon")
+    truncate(workdir / "checkpoints", sealed(workdir), chance)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    statuses.append(start(made, workdir).wait(timeout=300))
+    if statuses[-1] != REFUSED or (workdir / "metrics.jsonl").read_bytes() != before:
+        raise RuntimeError(f"a harmed only checkpoint: status {statuses[-1]}: {log_of(workdir)}")
+    shutil.rmtree(workdir / "checkpoints")
+    return finish(made, workdir, statuses), True
 
 
 def flip_bit(checkpoints: Path, steps: list[int], chance: random.Random) -> int:
@@ -317,5 +339,6 @@ SCENARIOS = {
     "checkpoint: an empty step": damage(empty_step),
     "checkpoint: a renamed step": damage(renamed_step),
     "checkpoint: of another run": damage(foreign_step),
+    "checkpoint: the only one harmed": harm_the_only_one,
     "metrics.jsonl: last line torn": tear_metrics,
 }
