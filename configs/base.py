@@ -29,9 +29,7 @@ def get_config() -> ConfigDict:
     model.vocabulary_multiple = 32  # embedding rows are the vocabulary rounded up to a multiple of this
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, loss and optimizer stay float32
     model.attention = "auto"  # auto | einsum | blockwise | cudnn | splash; auto picks by backend, the log says
-    model.remat = (
-        "dots"  # recomputed in the backward pass: none | full | dots (all but products) | offload (to the host)
-    )
+    model.remat = "dots"  # none | full | dots (all but products) | offload (to the host): what backward recomputes
     model.readout_chunk = 0  # tokens per device whose logits exist at one time; 0: by backend and vocabulary
     model.functional_readout = "auto"  # rebuild | keep | auto: recompute or store the frozen loss derivative
     model.z_loss = 0.0  # weight of log(Z)^2, nats
