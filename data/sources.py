@@ -3,6 +3,7 @@
 A task is `SOURCE` or `WEIGHT SOURCE + WEIGHT SOURCE ...`, a source `[NAME=]KIND[:WHERE][@SPLIT]`:
 
     embedded                        this Python's standard library, always at hand
+    topics                          its help topics, English prose, of which embedded holds a part too
     text:GLOB                       every file is a document
     lines:GLOB                      every line is a document
     jsonl:GLOB                      every line is a JSON object, its document under config.data.text_field
@@ -26,7 +27,8 @@ import xxhash
 
 from data.errors import DataError
 
-KINDS = ("embedded", "text", "lines", "jsonl", "parquet", "tfds")
+BUILT_IN = ("embedded", "topics")  # kinds without a place
+KINDS = (*BUILT_IN, "text", "lines", "jsonl", "parquet", "tfds")
 SPLITS = ("train", "held_out", "all")
 _SOURCE = re.compile(
     r"(?:(?P<weight>[0-9.eE-]+)\s+)?(?:(?P<name>\w[\w.-]*)=)?(?P<kind>[a-z]+)(?::(?P<where>.+?))?(?:@(?P<split>[^@/]+))?"
@@ -38,7 +40,7 @@ class Source(NamedTuple):
 
     name: str
     kind: str
-    where: str  # glob or TFDS name; "" for embedded
+    where: str  # glob or TFDS name; "" for BUILT_IN
     split: str
     weight: float  # share of rows in a mixture, relative to the others
 
@@ -69,10 +71,8 @@ def _parse_source(part: str, key: str, split: str, weighted: bool) -> Source:
     if not match or match["kind"] not in KINDS:
         raise DataError(f"{key}={part!r}: {accepted}")
     kind, where = match["kind"], match["where"] or ""
-    if (kind == "embedded") == bool(where):
-        raise DataError(
-            f"{key}={part!r}: {'embedded takes no place' if where else kind + ' needs a place'}; {accepted}"
-        )
+    if (kind in BUILT_IN) == bool(where):
+        raise DataError(f"{key}={part!r}: {kind} {'takes no' if where else 'needs a'} place; {accepted}")
     try:
         weight = float(match["weight"]) if match["weight"] else 1.0
     except ValueError:
@@ -102,7 +102,7 @@ def records(
     """Reads every `shards`-th record of a source that is not TFDS, in a fixed order, beginning at `shard`.
 
     Whole files are dealt out when there are at least `shards` of them, single records otherwise. Every record is in
-    exactly one shard. A train or held_out split is drawn by a hash of the text (embedded: of the module's name).
+    exactly one shard. A train or held_out split is drawn by a hash of the text (BUILT_IN: of its name).
     """
     threshold = round(held_out_fraction * 2**32)
 
@@ -111,8 +111,8 @@ def records(
             return True
         return (xxhash.xxh3_64_intdigest(text) % 2**32 < threshold) == (source.split == "held_out")
 
-    if source.kind == "embedded":
-        listed = [(name, text) for name, text in embedded_documents() if chosen(name.encode())]
+    if source.kind in BUILT_IN:
+        listed = [(name, text) for name, text in built_in_documents(source.kind) if chosen(name.encode())]
         yield from (Record(text) for _, text in listed[shard::shards])
         return
     paths = files(source)
@@ -141,10 +141,10 @@ def files(source: Source) -> list[str]:
 
 
 def fingerprint(source: Source, tfds_dir: str = "") -> str:
-    """Changes when the source's text may have changed: contents of the embedded corpus, sizes and times of files."""
+    """Changes when the source's text may have changed: contents of what is built in, sizes and times of files."""
     digest = xxhash.xxh3_128()
-    if source.kind == "embedded":
-        for name, text in embedded_documents():
+    if source.kind in BUILT_IN:
+        for name, text in built_in_documents(source.kind):
             digest.update(f"{name}\0{len(text)}\0".encode() + text)
     elif source.kind == "tfds":
         digest.update(f"{source.where}\0{tfds_dir}".encode())
@@ -244,10 +244,23 @@ def _read_parquet(path: str, text_field: str, skip) -> Iterator[Record]:
                 number += 1
 
 
+def built_in_documents(kind: str) -> list[tuple[str, bytes]]:
+    """(name, UTF-8 text) of the documents of a BUILT_IN kind, sorted by name."""
+    return embedded_documents() if kind == "embedded" else topic_documents()
+
+
+def topic_documents() -> list[tuple[str, bytes]]:
+    """(name, UTF-8 text) of the help topics of pydoc, sorted by name; names as in the embedded corpus."""
+    from pydoc_data import topics
+
+    found = [(f"pydoc_data/topics/{name}", text.encode()) for name, text in topics.topics.items() if text.strip()]
+    return sorted(found)
+
+
 def embedded_documents() -> list[tuple[str, bytes]]:
     """(name, UTF-8 text) of this Python's standard library, its tests left out, sorted by name; no network.
 
-    The prose of pydoc_data's topics is split by topic. Text differs between Python versions: the manifest records a
+    pydoc_data's topics are documents of their own. Text differs between Python versions: the manifest records a
     hash of it.
     """
     root = os.path.dirname(os.__file__)
@@ -271,7 +284,4 @@ def embedded_documents() -> list[tuple[str, bytes]]:
             continue
         if text.strip():
             documents.append((relative, text))
-    from pydoc_data import topics
-
-    documents += [(f"pydoc_data/topics/{name}", text.encode()) for name, text in topics.topics.items() if text.strip()]
-    return sorted(documents)
+    return sorted([*documents, *topic_documents()])

@@ -135,6 +135,19 @@ def test_embedded_corpus_is_real_text_of_this_python():
     assert len(held_out) > 20
 
 
+def test_topics_are_the_prose_of_the_embedded_corpus_split_as_there():
+    documents = dict(sources.topic_documents())
+    embedded = dict(sources.embedded_documents())
+    assert documents == {name: text for name, text in embedded.items() if name.startswith("pydoc_data/topics/")}
+    assert b"statement" in documents["pydoc_data/topics/for"]
+    assert 300_000 < sum(map(len, documents.values())) < 1_500_000
+    held_out = set(texts("topics@held_out"))
+    assert 0 < len(held_out) < len(documents)
+    assert held_out == set(texts("embedded@held_out")) & {text.decode() for text in documents.values()}
+    prose, code = (sources.fingerprint(*parse(task)) for task in ("topics", "embedded"))
+    assert prose != code
+
+
 def test_fingerprint_follows_the_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
@@ -164,6 +177,7 @@ def test_grammar():
             "",
             "embeded",
             "embedded:x",
+            "topics:x",
             "jsonl",
             "jsonl:",
             "0 embedded + 1 text:x",
