@@ -8,6 +8,7 @@ names the key, the value and what is accepted; only a bug shows a traceback. Not
 """
 
 import argparse
+import copy
 import difflib
 import importlib.util
 import inspect
@@ -15,8 +16,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -55,6 +57,21 @@ def parse(
     The config is locked, holds exactly the keys of configs/base.py and its `model.size` is resolved. Without
     `--config` it is None where `needs_config` is false, and an error otherwise.
     """
+    path, overrides, options = parse_unread(argv, parser)
+    try:
+        if path is None:
+            if overrides or needs_config:
+                raise UsageError("--config is missing: name a config file, such as --config=configs/quickstart.py")
+            return None, options
+        return read_config(path, overrides), options
+    except UsageError as error:
+        sys.exit(fail(error))
+
+
+def parse_unread(
+    argv: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[str | None, list[tuple[str, str | None]], argparse.Namespace]:
+    """(--config or None, its overrides as read_config takes them, options); exits with status 2 on bad options."""
     try:
         plain, path, overrides = _split(argv)
         options, unknown = parser.parse_known_args(plain)
@@ -63,11 +80,7 @@ def parse(
         if unknown:
             known = [string for action in parser._actions for string in action.option_strings]
             raise UsageError(f"{unknown[0].split('=')[0]}: no such option{_closest(unknown[0], [*known, '--config'])}")
-        if path is None:
-            if overrides or needs_config:
-                raise UsageError("--config is missing: name a config file, such as --config=configs/quickstart.py")
-            return None, options
-        return read_config(path, overrides), options
+        return path, overrides, options
     except UsageError as error:
         sys.exit(fail(error))
 
@@ -91,24 +104,40 @@ def read_config(path: str, overrides: Sequence[tuple[str, str | None]] = ()) -> 
 
     Raises UsageError.
     """
+    return reader(path)(overrides)
+
+
+def reader(path: str) -> Callable[[Sequence[tuple[str, str | None]]], ConfigDict]:
+    """read(overrides) -> config, as read_config, for many readings of one FILE[:ARGUMENT]: it is run once."""
     known = base.get_config()
-    config = _with_types_of_base(_load(path), path)
-    for key, _ in overrides:
-        _check_key(key, known)
-    for key in dict.fromkeys(key for key, _ in overrides):
-        _override(config, known, key, [text for name, text in overrides if name == key])
-    size = config.model.size
-    if size in sizes.SIZES:
-        for field, value in sizes.SIZES[size].items():
-            if f"model.{field}" in dict(overrides) and config.model[field] != value:
-                raise UsageError(
-                    f"config.model.{field} = {config.model[field]}: must be left out with config.model.size = {size}, "
-                    f"which makes it {value}; or set config.model.size to nothing"
-                )
-    try:
-        return sizes.resolve(config)
-    except ValueError as error:
-        raise UsageError(error) from None
+    template = _with_types_of_base(_load(path), path)
+    parsed = {}  # (key, texts): value; reading a text takes milliseconds, and the runs of a sweep share most of them
+
+    def read(overrides: Sequence[tuple[str, str | None]]) -> ConfigDict:
+        for key, _ in overrides:
+            _check_key(key, known)
+        config = copy.deepcopy(template)
+        for key in dict.fromkeys(key for key, _ in overrides):
+            texts = tuple(text for name, text in overrides if name == key)
+            section, name = _place(config, key)
+            if (key, texts) not in parsed:
+                _override(config, known, key, list(texts))
+                parsed[key, texts] = section[name]
+            section[name] = parsed[key, texts]
+        size = config.model.size
+        if size in sizes.SIZES:
+            for field, value in sizes.SIZES[size].items():
+                if f"model.{field}" in dict(overrides) and config.model[field] != value:
+                    raise UsageError(
+                        f"config.model.{field} = {config.model[field]}: must be left out with config.model.size = "
+                        f"{size}, which makes it {value}; or set config.model.size to nothing"
+                    )
+        try:
+            return sizes.resolve(config)
+        except ValueError as error:
+            raise UsageError(error) from None
+
+    return read
 
 
 def _raise_usage(message: str):
@@ -140,32 +169,39 @@ def _split(argv: Sequence[str]):
     return plain, path, overrides
 
 
-def _load(path: str) -> ConfigDict:
+def call_in_file(flag: str, path: str, function: str, example: str) -> Any:
+    """What `function` of a Python file returns; path is FILE or FILE:ARGUMENT. UsageError for whatever fails in it."""
     file, _, argument = path.partition(":")
     if not os.path.isfile(file):
-        raise UsageError(f"--config = {file or 'nothing'}: must be a Python file, such as configs/quickstart.py")
+        raise UsageError(f"{flag} = {file or 'nothing'}: must be a Python file, such as {example}")
     spec = importlib.util.spec_from_loader("steppe_config", importlib.machinery.SourceFileLoader("steppe_config", file))
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not callable(getattr(module, "get_config", None)):
-            raise UsageError(f"--config = {file}: must define get_config(), which returns a ConfigDict")
+        called = getattr(module, function, None)
+        if not callable(called):
+            raise UsageError(f"{flag} = {file}: must define {function}(); see {example}")
         try:
-            inspect.signature(module.get_config).bind(*([argument] if ":" in path else []))
+            inspect.signature(called).bind(*([argument] if ":" in path else []))
         except TypeError:
-            accepted = "FILE:ARGUMENT" if ":" not in path else "FILE alone, because its get_config takes no argument"
-            raise UsageError(f"--config = {path}: must be {accepted}; see the head of {file}") from None
-        config = module.get_config(*([argument] if ":" in path else []))
+            accepted = "FILE:ARGUMENT" if ":" not in path else f"FILE alone, because its {function} takes no argument"
+            raise UsageError(f"{flag} = {path}: must be {accepted}; see the head of {file}") from None
+        return called(*([argument] if ":" in path else []))
     except UsageError:
         raise
     except SyntaxError as error:
-        raise UsageError(f"--config = {file}: line {error.lineno}: {error.msg}") from None
+        raise UsageError(f"{flag} = {file}: line {error.lineno}: {error.msg}") from None
     except Exception as error:  # whatever a user's file raises is about that file, so say where in it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f"line {lines[-1]}: " if lines else ""
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise UsageError(f"--config = {path}: {where}{kind}{str(error).strip(chr(34))}") from None
+        raise UsageError(f"{flag} = {path}: {where}{kind}{str(error).strip(chr(34))}") from None
+
+
+def _load(path: str) -> ConfigDict:
+    config = call_in_file("--config", path, "get_config", "configs/quickstart.py")
     if not isinstance(config, ConfigDict):
+        file = path.partition(":")[0]
         raise UsageError(f"--config = {file}: get_config must return a ConfigDict, not {type(config).__name__}")
     return config
 
