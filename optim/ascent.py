@@ -36,6 +36,11 @@ def gradient() -> Ascent:
     return Ascent(lambda seen: (seen.gradient, None, seen.state))
 
 
+def preconditioner(second: Tree, unseen: jax.Array | bool, power: float = 0.5, eps: float = 1e-8) -> Tree:
+    """D = v^power + eps of a bias-corrected second moment, 1 where none has been seen yet."""
+    return jax.tree.map(lambda v: jnp.where(unseen, 1.0, v**power + eps), second)
+
+
 def preconditioned(power: float = 0.5, eps: float = 1e-8, norm: str = "l2", moment: str = "stale") -> Ascent:
     """D^-1 g with D = v^power + eps, v the base's bias-corrected second moment; D = 1 before its first update.
 
@@ -49,7 +54,7 @@ def preconditioned(power: float = 0.5, eps: float = 1e-8, norm: str = "l2", mome
             second, unseen = seen.moments.fresh(seen.gradient), False
         else:
             second, unseen = seen.moments.second, seen.moments.count == 0
-        vector = jax.tree.map(lambda g, v: g / jnp.where(unseen, 1.0, v**power + eps), seen.gradient, second)
+        vector = jax.tree.map(jnp.divide, seen.gradient, preconditioner(second, unseen, power, eps))
         length = jnp.sqrt(inner(seen.gradient, vector)) if norm == "ellipsoid" else None
         return vector, length, seen.state
 

@@ -9,25 +9,11 @@ from jax.flatten_util import ravel_pytree
 from optim_problems import close, unit
 
 from optim import curvature
+from optim.ascent import preconditioner
+from optim.masks import mask
 from optim.rule import Anchor
 
-
-@pytest.fixture(autouse=True, scope="module")
-def float64():
-    jax.config.update("jax_disable_most_optimizations", True)  # halves the time to compile
-    with jax.enable_x64(True):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def problem(float64):
-    return problems.Problem()
-
-
-@pytest.fixture(scope="module")
-def matrices(problem):
-    return problem.matrices()
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def test_products_are_those_of_the_dense_matrices(problem, matrices):
@@ -41,6 +27,39 @@ def test_products_are_those_of_the_dense_matrices(problem, matrices):
                 objective, problem.params, problem.batch, problem.tree(jnp.asarray(vector))
             )
             close(np.asarray(ravel_pytree(got)[0]), matrix @ vector, 1e-12)
+
+
+def test_the_output_product_is_the_logit_hessian(problem):
+    logits = problem.objective.trunk(problem.params, problem.batch)
+    vector = jnp.asarray(np.random.default_rng(2).normal(size=logits.shape))
+    shares = problem.batch["weights"].astype(jnp.float64) / jnp.sum(problem.batch["weights"] > 0)
+    p = jax.nn.softmax(logits)
+    wanted = shares[..., None] * (p * vector - p * jnp.sum(p * vector, -1, keepdims=True))
+    got = jax.jit(curvature.output_product, static_argnums=0)(problem.objective, problem.params, problem.batch, vector)
+    close(np.asarray(got), np.asarray(wanted), 1e-13)
+    # split before the readout, it is that seen from the hidden state: W^T l'' W
+    split, readout = problems.split_language_model(), problem.params["readout"]
+    hidden = jnp.asarray(np.random.default_rng(3).normal(size=(*logits.shape[:2], problems.D)))
+    moved = hidden @ readout
+    wanted = (shares[..., None] * (p * moved - p * jnp.sum(p * moved, -1, keepdims=True))) @ readout.T
+    got = jax.jit(curvature.output_product, static_argnums=0)(split, problem.params, problem.batch, hidden)
+    close(np.asarray(got), np.asarray(wanted), 1e-13)
+
+
+def test_restricted_and_preconditioned_products(problem, matrices):
+    rng = np.random.default_rng(4)
+    vector, moment = rng.normal(size=problem.theta.size), rng.uniform(size=problem.theta.size)
+    product = lambda v: curvature.nme_product(problem.objective, problem.params, problem.batch, v)  # noqa: E731
+    keep = mask(problem.params, ("^layers", "norm"))
+    chosen = np.asarray(ravel_pytree(jax.tree.map(lambda p, k: jnp.full(p.shape, k), problem.params, keep))[0])
+    got = jax.jit(curvature.restricted(product, keep))(problem.tree(jnp.asarray(vector)))
+    close(np.asarray(ravel_pytree(got)[0]), chosen * (matrices[2] @ (chosen * vector)), 1e-12)
+    scale = preconditioner(problem.tree(jnp.asarray(moment)), False, 0.5, 1e-3)
+    got = jax.jit(curvature.preconditioned(product, scale))(problem.tree(jnp.asarray(vector)))
+    half = (np.sqrt(moment) + 1e-3) ** -0.5
+    close(np.asarray(ravel_pytree(got)[0]), half * (matrices[2] @ (half * vector)), 1e-12)
+    ones = preconditioner(problem.tree(jnp.asarray(moment)), True)
+    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(ones))
 
 
 def test_split_directions_by_group(problem, matrices):

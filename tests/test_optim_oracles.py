@@ -17,23 +17,7 @@ from optim import methods
 from optim.base import moments
 from optim.sharpness_aware import Switches, sharpness_aware
 
-
-@pytest.fixture(autouse=True, scope="module")
-def float64():
-    jax.config.update("jax_disable_most_optimizations", True)  # halves the time to compile
-    with jax.enable_x64(True):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def problem(float64):
-    return problems.Problem()
-
-
-@pytest.fixture(scope="module")
-def matrices(problem):
-    return problem.matrices()
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("name", ["sam", "functional_sam", "logit_sam", "mixture_sam"])

@@ -1,0 +1,159 @@
+"""Eigenvalues, trace and spectral density of a symmetric operator on parameter trees, through matfree.
+
+The operator is a function tree -> tree; see optim.curvature. matfree walks on flat vectors, so `flat` makes them, split
+over devices where `place` says so. What costs products is pure and may be jitted; what follows from its small results
+runs on the host, in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optim.rule import Tree
+
+
+class Flat(NamedTuple):
+    """Trees as vectors of `count` entries, padded with zeros: flatten(tree) -> [n], unflatten([n]) -> tree."""
+
+    flatten: Callable[[Tree], jax.Array]
+    unflatten: Callable[[jax.Array], Tree]
+    count: int
+    pad: int
+    dtype: jnp.dtype
+
+
+class Krylov(NamedTuple):
+    """Lanczos from one vector: T's diagonal [k] and offdiagonal [k] (the last is the residual's), basis [k, n].
+
+    square: the start vector's squared norm.
+    """
+
+    diagonal: jax.Array
+    offdiagonal: jax.Array
+    basis: jax.Array
+    square: jax.Array
+
+
+class Ritz(NamedTuple):
+    """Eigenpairs of T on the host, in ascending order: values [m], weights [m] (of the density), coefficients [m, m].
+
+    bounds [m]: |A v - value v| of each pair's vector v, as Lanczos knows it without another product.
+    """
+
+    values: np.ndarray
+    weights: np.ndarray
+    coefficients: np.ndarray
+    bounds: np.ndarray
+
+
+class Estimate(NamedTuple):
+    """A mean over probes and its standard error, NaN of one probe."""
+
+    mean: float
+    error: float
+
+
+def flat(like: Tree, parts: int = 1, place: Callable[[jax.Array], jax.Array] = lambda vector: vector) -> Flat:
+    """The vectors of trees like `like` (arrays or shapes), their length padded to a multiple of `parts`.
+
+    place(vector): constrains where a vector lives, inside jit.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    edges = np.cumsum([0, *(leaf.size for leaf in leaves)])
+    pad, dtype = -int(edges[-1]) % parts, jnp.result_type(*leaves)
+
+    def flatten(tree):
+        pieces = [leaf.astype(dtype).ravel() for leaf in jax.tree.leaves(tree)]
+        return place(jnp.concatenate([*pieces, jnp.zeros(pad, dtype)]))
+
+    def unflatten(vector):
+        pieces = [vector[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        shaped = [piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in zip(pieces, leaves, strict=True)]
+        return jax.tree.unflatten(structure, shaped)
+
+    return Flat(flatten, unflatten, int(edges[-1]), pad, dtype)
+
+
+def signs(view: Flat, key: jax.Array, keep: Tree | None = None) -> jax.Array:
+    """A vector of random signs, 0 in the padding and where `keep` is false; the same on any number of devices."""
+    from matfree.stochtrace import sampler_signs
+
+    drawn = sampler_signs(jnp.zeros(view.count, view.dtype), num=1)(key)[0]
+    tree = view.unflatten(jnp.pad(drawn, (0, view.pad)))
+    if keep is not None:
+        tree = jax.tree.map(lambda leaf, chosen: leaf if chosen else jnp.zeros_like(leaf), tree, keep)
+    return view.flatten(tree)
+
+
+def lanczos(product: Callable[[Tree], Tree], view: Flat, start: jax.Array, steps: int) -> Krylov:
+    """`steps` products of Lanczos with full reorthogonalisation from `start` [n].
+
+    Memory beside the product's: the basis, steps x n, twice while matfree transposes it.
+    """
+    from matfree.decomp import hessenberg
+
+    def matvec(vector):
+        return view.flatten(product(view.unflatten(vector)))
+
+    found = hessenberg(steps, reortho="full", custom_vjp=False)(matvec, start)
+    # T from below: where the rank runs out, the entries above are noise that matfree's tridiag_sym would average in.
+    below = jnp.append(jnp.diagonal(found.J_small, -1), jnp.linalg.norm(found.residual))
+    return Krylov(jnp.diagonal(found.J_small), below, found.Q_tall, jnp.sum(start * start))
+
+
+def ritz(krylov: Krylov) -> Ritz:
+    """The eigenpairs of T; beyond an offdiagonal that is 0 to rounding, where the operator's rank ran out, T is noise."""
+    precision = 10 * float(jnp.finfo(krylov.diagonal.dtype).eps)
+    diagonal, offdiagonal = (np.asarray(jax.device_get(x), np.float64) for x in krylov[:2])
+    scale = 0.0
+    for m, (a, b) in enumerate(zip(np.abs(diagonal), np.abs(offdiagonal), strict=True), 1):
+        if not np.isfinite(a + b):
+            raise FloatingPointError(f"the operator's product {m} of Lanczos is not finite")
+        scale = max(scale, a)
+        if b <= precision * scale:
+            break
+        scale = max(scale, b)
+    matrix = np.diag(diagonal[:m]) + np.diag(offdiagonal[: m - 1], 1) + np.diag(offdiagonal[: m - 1], -1)
+    values, vectors = np.linalg.eigh(matrix)
+    return Ritz(values, vectors[0] ** 2, vectors, np.abs(offdiagonal[m - 1] * vectors[-1]))
+
+
+def ritz_vector(krylov: Krylov, found: Ritz, index: int) -> jax.Array:
+    """The unit vector [n] of one eigenpair."""
+    coefficients = np.zeros(len(krylov.diagonal))
+    coefficients[: len(found.values)] = found.coefficients[:, index]
+    # the part of the basis beyond a breakdown may be NaN, which 0 times would keep
+    basis = jnp.where(coefficients[:, None] == 0, 0, krylov.basis)
+    vector = jnp.asarray(coefficients, krylov.basis.dtype) @ basis
+    return vector / jnp.linalg.norm(vector)
+
+
+def residual(vector: jax.Array, image: jax.Array) -> tuple[float, float]:
+    """(Rayleigh quotient, |A v - quotient v|) of a unit vector v and its image A v: an eigenvalue lies that near."""
+    quotient = jnp.vdot(vector, image)
+    return float(quotient), float(jnp.linalg.norm(image - quotient * vector))
+
+
+def estimate(samples: Sequence[float]) -> Estimate:
+    """Mean and standard error of independent samples: of v^T A v over sign vectors v, the trace (Hutchinson)."""
+    values = np.asarray(samples, np.float64)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return Estimate(float(values.mean()), float(error))
+
+
+def density(probes: Sequence[Ritz], points: int = 801, width: float = 0.005) -> tuple[np.ndarray, np.ndarray]:
+    """Spectral density by stochastic Lanczos quadrature: (grid, density of an eigenvalue, which integrates to 1).
+
+    Each probe's Ritz values, weighted, under Gaussians of `width` times the range of all; mean over the probes.
+    """
+    low, high = min(p.values[0] for p in probes), max(p.values[-1] for p in probes)
+    sigma = width * max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-30)
+    grid = np.linspace(low - 6 * sigma, high + 6 * sigma, points)
+    total = np.zeros(points)
+    for probe in probes:
+        bells = np.exp(-0.5 * ((grid[:, None] - probe.values) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+        total += bells @ probe.weights / len(probes)
+    return grid, total
