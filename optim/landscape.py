@@ -1,4 +1,4 @@
-"""How the loss rises around theta: at its worst in a ball, on average, along lines; and through which part of the model.
+"""How the loss rises around theta: at worst in a ball, on average, along lines; and through which part of the model.
 
 Pure functions of one evaluation each, to be jitted; the loops over them are the caller's.
 """
@@ -44,8 +44,8 @@ def rise(
     """What the loss rises by from params to params + epsilon, and the three parts that add up to it.
 
     first_order: <gradient, epsilon>, gradient being that of the loss at params. functional: the frozen readout's rise
-    beyond first_order, eps^T NME eps / 2 to second order: the model bends under a loss derivative that stays. logit: the
-    rest, the Bregman divergence of the loss between the outputs here and there, eps^T GGN eps / 2 to second order.
+    beyond first_order, eps^T NME eps / 2 to second order: the model bends under a loss derivative that stays. logit:
+    the rest, the Bregman divergence of the loss between outputs here and there, eps^T GGN eps / 2 to second order.
     """
     moved = jax.tree.map(jnp.add, params, epsilon)
 

@@ -6,6 +6,7 @@ runs on the host, in float64.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -70,7 +71,7 @@ def flat(like: Tree, parts: int = 1, place: Callable[[jax.Array], jax.Array] = l
         return place(jnp.concatenate([*pieces, jnp.zeros(pad, dtype)]))
 
     def unflatten(vector):
-        pieces = [vector[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        pieces = [vector[a:b] for a, b in pairwise(edges)]
         shaped = [piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in zip(pieces, leaves, strict=True)]
         return jax.tree.unflatten(structure, shaped)
 
@@ -105,7 +106,7 @@ def lanczos(product: Callable[[Tree], Tree], view: Flat, start: jax.Array, steps
 
 
 def ritz(krylov: Krylov) -> Ritz:
-    """The eigenpairs of T; beyond an offdiagonal that is 0 to rounding, where the operator's rank ran out, T is noise."""
+    """The eigenpairs of T, up to an offdiagonal that is 0 to rounding: there the operator's rank ran out."""
     precision = 10 * float(jnp.finfo(krylov.diagonal.dtype).eps)
     diagonal, offdiagonal = (np.asarray(jax.device_get(x), np.float64) for x in krylov[:2])
     scale = 0.0

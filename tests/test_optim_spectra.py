@@ -1,4 +1,4 @@
-"""Float64: eigenvalues, traces, densities and losses around theta against the dense matrices, on one device and eight."""
+"""Float64: eigenvalues, traces, densities and losses around theta against the dense matrices, on one and eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def test_eight_devices_give_the_numbers_of_one(problem, matrices):
 
 
 def test_the_rise_and_its_parts(problem, matrices):
-    hessian, ggn, nme = matrices
+    _, ggn, nme = matrices
     g = problem.gradient(problem.theta)
     step = jax.jit(landscape.rise, static_argnums=0)
     for objective in (problem.objective, problems.split_language_model()):
