@@ -1,0 +1,341 @@
+"""The statistics of a report: plain functions of numbers, each saying what its interval means.
+
+Intervals are confidence intervals at level 0.95 unless told otherwise: over many repetitions of the whole experiment
+they cover the truth that often, if the stated assumptions hold. A bound that the data do not give is NaN.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+LEVEL = 0.95
+_HUBER = 1e-3  # in log loss, as Hoffmann et al. (arXiv 2203.15556) take it; wider where the noise is
+
+
+class Interval(NamedTuple):
+    """An estimate and its bounds; n: what it rests on (pairs, points), df: degrees of freedom of its noise."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    df: float = math.nan
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """The mean of independent values and its Student interval; one value has no bounds."""
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return Interval(float(values.mean()) if n else math.nan, math.nan, math.nan, n)
+    half = _t(level, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n, n - 1)
+
+
+class Additive(NamedTuple):
+    """loss = treatment + seed + noise, by least squares; sigma: sd of that noise (NaN at df 0)."""
+
+    effects: dict[Hashable, float]
+    covariance: np.ndarray  # of the effects, in units of sigma^2
+    sigma: float
+    df: int
+    seeds: dict[Hashable, set]
+
+
+def additive(losses: Mapping[tuple[Hashable, Hashable], float]) -> Additive:
+    """Fits the additive model to {(treatment, seed): loss}, which need not be complete.
+
+    Treatments that share no seed with the others, directly or through a chain, are fitted all the same; `contrast`
+    between two such groups is refused there.
+    """
+    treatments, seeds = (list(dict.fromkeys(key[axis] for key in losses)) for axis in (0, 1))
+    count, y = len(treatments), np.array(list(losses.values()), float)
+    design = np.zeros((len(y), count + len(seeds)))
+    for row, (treatment, seed) in enumerate(losses):
+        design[row, treatments.index(treatment)] = design[row, count + seeds.index(seed)] = 1
+    inverse = np.linalg.pinv(design.T @ design)
+    coefficients = inverse @ design.T @ y
+    df = len(y) - int(np.linalg.matrix_rank(design))
+    rest = y - design @ coefficients
+    sigma = math.sqrt(float(rest @ rest) / df) if df else math.nan
+    used = {t: {seed for treatment, seed in losses if treatment == t} for t in treatments}
+    return Additive(
+        dict(zip(treatments, map(float, coefficients), strict=False)), inverse[:count, :count], sigma, df, used
+    )
+
+
+def contrast(fit: Additive, a: Hashable, b: Hashable, level: float = LEVEL) -> Interval:
+    """treatment a minus b with the noise pooled over all treatments: exact if it is normal and the same for all."""
+    names = list(fit.effects)
+    unit = np.zeros(len(names))
+    unit[names.index(a)], unit[names.index(b)] = 1, -1
+    value, n = fit.effects[a] - fit.effects[b], len(fit.seeds[a] & fit.seeds[b])
+    if not n:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    half = _t(level, fit.df) * fit.sigma * math.sqrt(unit @ fit.covariance @ unit) if fit.df else math.nan
+    return Interval(value, value - half, value + half, n, fit.df)
+
+
+class Choice(NamedTuple):
+    """The best rho: seeds that took part in choosing it; means {rho: mean loss over them}, infinite if one diverged."""
+
+    rho: float
+    seeds: frozenset
+    means: dict[float, float]
+
+
+def choose(losses: Mapping[float, Mapping[Hashable, float]]) -> Choice | None:
+    """The rho of the lowest mean loss in {rho: {seed: loss}}; a diverged run's loss is infinite, its rho not eligible.
+
+    The mean is over the seeds that all rho share: a rho that got more seeds because it looked best would otherwise be
+    held against others judged by one lucky seed. Where there is none, over the seeds each has.
+    """
+    if not losses:
+        return None
+    shared = frozenset.intersection(*(frozenset(by_seed) for by_seed in losses.values()))
+    means = {}
+    for rho in sorted(losses):
+        used = [loss for seed, loss in losses[rho].items() if not shared or seed in shared]
+        bad = any(not math.isfinite(loss) for loss in losses[rho].values())
+        means[rho] = math.inf if bad else float(np.mean(used))
+    best = min(means, key=means.get)
+    if not math.isfinite(means[best]):
+        return None
+    return Choice(best, shared or frozenset(seed for by_seed in losses.values() for seed in by_seed), means)
+
+
+def selection_gain(candidates: int, sigma: float, seeds: int = 1) -> float:
+    """How far below its true value the best of so many equally good candidates is expected to look, in sigma's unit.
+
+    sigma: sd of one measurement; seeds: measurements averaged per candidate. An upper bound when they are not equal.
+    """
+    if candidates < 2:
+        return 0.0
+    grid = np.linspace(-8, 8, 4001)
+    density = candidates * stats.norm.pdf(grid) * stats.norm.cdf(grid) ** (candidates - 1)
+    return float(np.trapezoid(grid * density, grid)) * sigma / math.sqrt(seeds)
+
+
+class Optimum(NamedTuple):
+    """Where a parabola in log rho has its minimum. status: inside, edge (best at an end of the grid), or flat.
+
+    rho: the vertex where inside, else the best of the grid. low, high: NaN where unbounded or unknown. error: standard
+    error of log rho. points: (rho, loss) that were fitted.
+    """
+
+    status: str
+    rho: float
+    low: float
+    high: float
+    error: float
+    points: tuple[tuple[float, float], ...]
+    coefficients: tuple[float, float, float] = (math.nan, math.nan, math.nan)  # of log(rho / best of the grid)
+
+
+def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 1, level: float = LEVEL) -> Optimum:
+    """The minimum of {rho: mean loss} by a parabola in log rho through the best value and its surroundings.
+
+    The surroundings are both neighbours and whatever lies within a factor of 4, no further, since losses are no
+    parabola over the whole grid (they meet AdamW's at rho 0). sigma, df: sd of one loss beside its seed's own level,
+    and its degrees of freedom (inf: known). The interval is Fieller's; its bounds are NaN where it is unbounded.
+    """
+    finite = sorted(rho for rho, loss in means.items() if math.isfinite(loss) and rho > 0)
+    best = min(finite, key=lambda rho: means[rho], default=math.nan)
+    at = finite.index(best) if finite else -1
+    if at in (-1, 0, len(finite) - 1):
+        points = ((best, means[best]),) if finite else ()
+        return Optimum("edge", best, math.nan, math.nan, math.nan, points)
+    near = [
+        rho for i, rho in enumerate(finite) if abs(i - at) <= 1 or abs(math.log(rho / best)) <= math.log(4) * (1 + 1e-6)
+    ]
+    u, y = np.log(np.array(near) / best), np.array([means[rho] for rho in near])
+    design = np.stack([np.ones_like(u), u, u * u], 1)
+    inverse = np.linalg.inv(design.T @ design)
+    c0, c1, c2 = (float(c) for c in inverse @ design.T @ y)
+    points = tuple((rho, means[rho]) for rho in near)
+    if not (c2 > 0 and u[0] <= -c1 / (2 * c2) <= u[-1]):
+        return Optimum("flat", best, math.nan, math.nan, math.nan, points, (c0, c1, c2))
+    vertex, v = -c1 / (2 * c2), inverse * sigma**2 / seeds
+    error = math.sqrt(v[1, 1] + 4 * vertex * v[1, 2] + 4 * vertex**2 * v[2, 2]) / (2 * c2)
+    low = high = math.nan
+    if df > 0 and math.isfinite(sigma):
+        t2 = _t(level, df) ** 2  # the vertices x with (c1 + 2 c2 x)^2 <= t^2 var(c1 + 2 c2 x)
+        a, b, c = 4 * (c2**2 - t2 * v[2, 2]), 4 * (c1 * c2 - t2 * v[1, 2]), c1**2 - t2 * v[1, 1]
+        if a > 0:
+            root = math.sqrt(max(0.0, b * b - 4 * a * c))
+            low, high = best * math.exp((-b - root) / (2 * a)), best * math.exp((-b + root) / (2 * a))
+    return Optimum("inside", best * math.exp(vertex), low, high, error, points, (c0, c1, c2))
+
+
+class PowerLaw(NamedTuple):
+    """y = factor * x^exponent, through `centre` = (x, y); how: what the interval of the exponent rests on."""
+
+    factor: float
+    exponent: Interval
+    centre: tuple[float, float]
+    centre_error: float
+    exponent_error: float
+    how: str
+
+
+def power_law(
+    x: Sequence[float], y: Sequence[float], errors: Sequence[float], df: float, level: float = LEVEL
+) -> PowerLaw | None:
+    """Fits log y = log factor + exponent log x; errors: standard errors of log y, all NaN where unknown.
+
+    With errors: weighted, and widened by the misfit where that is larger than they explain. Without: the scatter about
+    the line, which takes three points. None for fewer than two different x.
+    """
+    log_x, log_y, errors = np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), np.asarray(errors, float)
+    n = len(log_x)
+    if n < 2 or np.ptp(log_x) == 0:
+        return None
+    known = bool(np.isfinite(errors).all() and (errors > 0).all())
+    w = 1 / errors**2 if known else np.ones(n)
+    middle = float((w * log_x).sum() / w.sum())
+    spread = float((w * (log_x - middle) ** 2).sum())
+    level_y = float((w * log_y).sum() / w.sum())
+    slope = float((w * (log_x - middle) * log_y).sum() / spread)
+    misfit = float((w * (log_y - level_y - slope * (log_x - middle)) ** 2).sum())
+    if known:
+        scale, freedom = max(1.0, misfit / (n - 2) if n > 2 else 1.0), df
+        how = "noise between seeds" + (", widened by the scatter about the line" if scale > 1 else "")
+    else:
+        scale, freedom = (misfit / (n - 2), n - 2) if n > 2 else (math.nan, math.nan)
+        how = f"scatter of {n} points about the line" if n > 2 else "none: two points without known noise"
+    error = math.sqrt(scale / spread)
+    half = _t(level, freedom) * error if freedom > 0 else math.nan
+    return PowerLaw(
+        math.exp(level_y - slope * middle), Interval(slope, slope - half, slope + half, n, freedom),
+        (math.exp(middle), math.exp(level_y)), math.sqrt(scale / w.sum()), error, how,
+    )  # fmt: skip
+
+
+def power_law_band(law: PowerLaw, x: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(line, lower, upper) of a power law at x, pointwise; NaN bounds where it has none."""
+    u = np.log(x / law.centre[0])
+    line = np.log(law.centre[1]) + law.exponent.value * u
+    freedom = law.exponent.df
+    half = (_t(level, freedom) if freedom > 0 else math.nan) * np.hypot(law.centre_error, u * law.exponent_error)
+    return np.exp(line), np.exp(line - half), np.exp(line + half)
+
+
+class ScalingLaw(NamedTuple):
+    """loss = E + A / N^a + B / D^b; intervals of E, A, B, a, b by the bootstrap; rms of the residuals of log loss."""
+
+    intervals: dict[str, Interval]
+    rms: float
+    resamples: int
+
+
+def scaling_law_refusal(parameters: Sequence[float], tokens: Sequence[float]) -> str:
+    """Why L(N, D) cannot be fitted to these runs; "" if it can."""
+    n, d = len(set(parameters)), len(set(tokens))
+    pairs = len(set(zip(parameters, tokens, strict=True)))
+    if n < 3 or d < 3:
+        return f"it takes at least 3 model sizes and 3 token counts; there are {n} and {d}"
+    if pairs < 7:
+        return f"5 unknowns take at least 7 different (size, tokens) pairs; there are {pairs}"
+    return ""
+
+
+def scaling_law(
+    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float],
+    resamples: int = 200, seed: int = 0, level: float = LEVEL,
+) -> ScalingLaw:  # fmt: skip
+    """Fits L(N, D) = E + A/N^a + B/D^b by Huber loss on log loss from several starts (as arXiv 2203.15556).
+
+    Huber's loss turns linear at 1e-3, or at 1.345 robust standard deviations of the residuals where that is more.
+    Bootstrap: residuals of the fit, freed of its degrees of freedom, are drawn anew and the fit repeated; the intervals
+    are Student's with the spread of the repeats (of log A and log B). Assumes runs independent and the form true.
+    """
+    n, d, y = (np.log(np.asarray(values, float)) for values in (parameters, tokens, losses))
+    centre = n.mean(), d.mean()
+    u, v = n - centre[0], d - centre[1]  # exponents and factors are nearly independent there
+    low = float(np.exp(y.min()))
+    starts = [
+        (math.log(low * share), math.log(low * (1 - share) / 2), math.log(low * (1 - share) / 2), a, b)
+        for share in (0.3, 0.7, 0.95) for a in (0.2, 0.6) for b in (0.2, 0.6)
+    ]  # fmt: skip
+    free = len(y) - 5
+    best = min((_fit_law(u, v, y, start, _HUBER) for start in starts), key=lambda found: found.cost)
+    noise = 1.4826 * float(np.median(np.abs(y - _law(best.x, u, v)[0]))) * math.sqrt(len(y) / free)
+    delta = max(_HUBER, 1.345 * noise)  # much narrower than the noise it would be the median's poor efficiency
+    best = _fit_law(u, v, y, best.x, delta)
+    fitted = _law(best.x, u, v)[0]
+    rest = y - fitted
+    draws, random = [], np.random.default_rng(seed)
+    centred = (rest - rest.mean()) * math.sqrt(len(y) / free)
+    for _ in range(resamples):
+        draws.append(_fit_law(u, v, fitted + random.choice(centred, len(y)), best.x, delta).x)
+    point, many = _natural(best.x, centre), np.array([_natural(draw, centre) for draw in draws])
+    intervals = {}
+    for i, name in enumerate(("E", "A", "B", "a", "b")):
+        to, back = (np.log, np.exp) if name in "AB" else (np.asarray, np.asarray)  # A and B spread by factors
+        half = _t(level, free) * float(to(many[:, i]).std(ddof=1))
+        low, high = float(back(to(point[i]) - half)), float(back(to(point[i]) + half))
+        intervals[name] = Interval(point[i], max(0.0, low), high, len(y), free)
+    return ScalingLaw(intervals, float(np.sqrt(np.mean(rest**2))), resamples)
+
+
+def predict(law: ScalingLaw, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The fitted loss at so many parameters and tokens, nats per token."""
+    E, A, B, a, b = (law.intervals[name].value for name in ("E", "A", "B", "a", "b"))
+    return E + A * np.asarray(parameters, float) ** -a + B * np.asarray(tokens, float) ** -b
+
+
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], resamples: int = 2000, seed: int = 0, level: float = LEVEL
+) -> Interval:
+    """Spearman's correlation of paired values, percentile bootstrap over pairs; no bounds below 5 pairs.
+
+    Pairs with a non-finite member are left out. The bootstrap takes pairs as independent draws.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    n = len(x)
+    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Interval(math.nan, math.nan, math.nan, n)
+    rows = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    value = _row_correlation(stats.rankdata(x)[None], stats.rankdata(y)[None])[0]
+    if n < 5:
+        return Interval(float(value), math.nan, math.nan, n)
+    many = _row_correlation(stats.rankdata(x[rows], axis=1), stats.rankdata(y[rows], axis=1))
+    low, high = np.nanquantile(many, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high), n)
+
+
+def _t(level: float, df: float) -> float:
+    return float(stats.t.ppf((1 + level) / 2, df)) if math.isfinite(df) else float(stats.norm.ppf((1 + level) / 2))
+
+
+def _row_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a resample of one pair alone has no correlation
+        return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+
+
+def _law(p: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(log loss, its derivatives [n, 5]) of p = (log E, log A', log B', a, b), A' and B' at the centre of the data."""
+    terms = np.exp(np.stack([np.full_like(u, p[0]), p[1] - p[3] * u, p[2] - p[4] * v], 1))
+    total = terms.sum(1)
+    share = terms / total[:, None]
+    return np.log(total), np.concatenate([share, (-share[:, 1] * u)[:, None], (-share[:, 2] * v)[:, None]], 1)
+
+
+def _fit_law(u: np.ndarray, v: np.ndarray, y: np.ndarray, start, delta: float) -> optimize.OptimizeResult:
+    # bounds keep a term that the data do not need from running off
+    return optimize.least_squares(
+        lambda p: _law(p, u, v)[0] - y, start, jac=lambda p: _law(p, u, v)[1], loss="huber", f_scale=delta,
+        bounds=([-12, -12, -12, 0, 0], [12, 12, 12, 3, 3]), x_scale=(1, 1, 1, 0.3, 0.3), max_nfev=200,
+    )  # fmt: skip
+
+
+def _natural(p: np.ndarray, centre: tuple[float, float]) -> tuple[float, ...]:
+    return (
+        math.exp(p[0]), math.exp(p[1] + p[3] * centre[0]), math.exp(p[2] + p[4] * centre[1]), float(p[3]), float(p[4]),
+    )  # fmt: skip
