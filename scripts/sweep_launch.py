@@ -1,0 +1,272 @@
+"""Starting the runs of a sweep on this machine, so many at a time, and recording how each ended.
+
+Every run is a process `python -m scripts.train`, which resumes by itself whatever its workdir holds. `outcome.json`
+appears once a run has ended for good; `attempts.json` counts the time of all attempts until then.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scripts import results
+from scripts.command import UsageError
+from scripts.sweep_plan import Run
+
+LOG, ATTEMPTS, LOCK = "train.log", "attempts.json", "lock"
+FINISHED, DIVERGED, STORAGE, STOPPED = 0, 3, 74, 75  # exit statuses of scripts.train
+POLL = 0.2  # seconds between looks at the processes
+
+
+class Job(NamedTuple):
+    """A run under way: its process, the slot (a list of cores) it holds, and when it began."""
+
+    run: Run
+    process: subprocess.Popen
+    slot: list[int]
+    began: float
+
+
+def command_line(run: Run, config: str) -> list[str]:
+    """The command of a run, complete: any scheduler may start it, and start it again to continue."""
+    overrides = [f"--config.{key}={text}" for key, text in run.overrides]
+    return [sys.executable, "-m", "scripts.train", f"--config={config}", *overrides, f"--workdir={run.directory}"]
+
+
+def shell_line(run: Run, config: str) -> str:
+    """The same, quoted for a shell, from the present directory."""
+    return shlex.join(command_line(run, config))
+
+
+def environment(compiled: Path | None) -> dict[str, str]:
+    """Of a run's process. compiled: where runs share compiled programs, unless the user has a place of their own."""
+    found = {**os.environ}
+    root = str(Path(__file__).resolve().parents[1])
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [root, found.get("PYTHONPATH", "")]))
+    if compiled is not None and "JAX_COMPILATION_CACHE_DIR" not in found:
+        # a program is only sure to run on the kind of machine that compiled it
+        found["JAX_COMPILATION_CACHE_DIR"] = str(compiled / socket.gethostname())
+        found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        found.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    return found
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a sweep's directory: one sweep command at a time. UsageError if another has it."""
+    number = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(number, 200, 0).decode(errors="replace").strip()
+            raise UsageError(
+                f"--out = {directory}: is in use by {holder or 'another sweep'}; wait, or stop it"
+            ) from None
+        os.ftruncate(number, 0)
+        os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(number)
+
+
+def held(directory: Path) -> bool:
+    """Whether a process has this workdir: a run left behind by a sweep that was killed, or started by hand."""
+    try:
+        number = os.open(directory / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(number)
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------- what is recorded
+def begin_attempt(run: Run, command: Sequence[str]) -> None:
+    """Notes that an attempt begins, in attempts.json and the log."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    attempts = _attempts(run.directory)
+    write_json(run.directory / ATTEMPTS, {"attempts": [*attempts, {"began": time.time(), "ended": None, "cpu": 0.0}]})
+    with open(run.directory / LOG, "a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+
+
+def end_attempt(run: Run, status: int, cpu_seconds: float = 0.0) -> dict[str, Any]:
+    """Records the end of an attempt with this exit status; returns the outcome, {} if the run is to be continued."""
+    attempts = _attempts(run.directory)
+    if attempts:
+        attempts[-1].update(ended=time.time(), cpu=cpu_seconds)
+        write_json(run.directory / ATTEMPTS, {"attempts": attempts})
+    if status in (STOPPED, STORAGE) or status < 0:
+        return {}
+    last = _last_lines(run.directory / LOG)
+    if status == 2 and last and "is in use by" in last[-1]:
+        return {}
+    return _record(run, status, last)
+
+
+def settle(run: Run) -> dict[str, Any]:
+    """The outcome of a run that may have ended without anyone to record it: recorded if so, {} if it is to go on.
+
+    So it is after a sweep was killed, and with runs that another scheduler started.
+    """
+    outcome = results.read_json(run.directory / results.OUTCOME)
+    if outcome or not (run.directory / "metrics.jsonl").exists() or held(run.directory):
+        return outcome
+    (result,) = results.read([run.directory])
+    last = run.directory / "checkpoints" / str(result.steps)
+    if result.curve and result.curve[-1].step == result.steps and last.is_dir():
+        return _record(run, FINISHED, [])
+    return _record(run, DIVERGED, []) if result.status == "diverged" and result.curve[-1].step < result.steps else {}
+
+
+def _record(run: Run, status: int, last: list[str]) -> dict[str, Any]:
+    try:
+        (result,) = results.read([run.directory])
+    except results.ResultsError:
+        result = None
+    if status == FINISHED and result and result.status in ("finished", "diverged"):
+        named, why = result.status, result.why
+    elif status == DIVERGED:
+        named, why = "diverged", result.why if result and result.status == "diverged" else " ".join(last[-1:])
+    else:
+        named, why = "failed", " ".join(last[-1:]) or f"exit status {status}"
+    attempts = _attempts(run.directory)
+    outcome = {
+        "status": named,
+        "exit": status,
+        "why": why,
+        "seconds": sum(attempt["ended"] - attempt["began"] for attempt in attempts),
+        "cpu_seconds": sum(attempt["cpu"] for attempt in attempts),
+        "train_seconds": result.seconds if result else 0.0,
+        "flops": result.flops if result else 0.0,
+        "loss": result.loss if result and result.loss == result.loss else None,
+    }
+    write_json(run.directory / results.OUTCOME, outcome)
+    return outcome
+
+
+def _attempts(directory: Path) -> list[dict]:
+    """The attempts so far; one whose end nobody saw ended when its log was last written."""
+    found = results.read_json(directory / ATTEMPTS).get("attempts", [])
+    for attempt in found[:-1]:
+        attempt["ended"] = attempt["ended"] or attempt["began"]
+    if found and found[-1]["ended"] is None:
+        marks = [directory / name for name in (LOG, "metrics.jsonl") if (directory / name).exists()]
+        found[-1]["ended"] = max([found[-1]["began"], *(mark.stat().st_mtime for mark in marks)])
+    return found
+
+
+def _last_lines(path: Path, size: int = 4000) -> list[str]:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        lines = file.read().decode(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return []
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file so that a kill leaves the old one or the new one."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+# --------------------------------------------------------------------------------------------------------- the launcher
+def run_local(
+    runs: Sequence[Run], config: str, slots: Sequence[list[int]], environment: dict[str, str], view, *, until=None
+) -> bool:
+    """Runs them in order, one on each slot of cores at a time; True if all were tried, False if a signal stopped it.
+
+    A signal (SIGINT, SIGTERM, SIGHUP) goes on to the runs as SIGTERM, which makes them save and stop; a second one ends
+    them at once. view is told of every start, end and moment between: started(job), ended(run, outcome, status),
+    tick(jobs, waiting). until: {name: step} at which a run stops.
+    """
+    waiting, jobs, free, signals = list(runs), [], list(slots), []
+
+    def stop(number, frame) -> None:
+        signals.append(number)
+        for job in jobs:
+            job.process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        while jobs or (waiting and not signals):
+            while waiting and free and not signals:
+                ready = next((run for run in waiting if not held(run.directory)), None)
+                if ready is None:
+                    break
+                waiting.remove(ready)
+                outcome = settle(ready)
+                if outcome:
+                    view.ended(ready, outcome, outcome["exit"])
+                    continue
+                job = _start(ready, config, free.pop(0), environment, (until or {}).get(ready.name))
+                jobs.append(job)
+                view.started(job)
+                if signals:  # one that came while it was being started
+                    job.process.send_signal(signal.SIGTERM)
+            for job in list(jobs):
+                status, cpu_seconds = _poll(job.process)
+                if status is not None:
+                    jobs.remove(job)
+                    free.append(job.slot)
+                    view.ended(job.run, end_attempt(job.run, status, cpu_seconds), status)
+            view.tick(jobs, waiting)
+            time.sleep(POLL)
+    finally:
+        for job in jobs:  # only after an error here
+            job.process.terminate()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return not signals
+
+
+def _start(run: Run, config: str, slot: list[int], environment: dict[str, str], until: int | None) -> Job:
+    command = command_line(run, config) + ([f"--until={until}"] if until else [])
+    begin_attempt(run, command)
+    # the child inherits the mask of this thread, and XLA makes as many threads as the mask has cores
+    mask = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    try:
+        if mask:
+            os.sched_setaffinity(0, slot)
+        with open(run.directory / LOG, "ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+    finally:
+        if mask:
+            os.sched_setaffinity(0, mask)
+    return Job(run, process, slot, time.time())
+
+
+def _poll(process: subprocess.Popen) -> tuple[int | None, float]:
+    """(exit status or None, CPU seconds) of a child."""
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if pid == 0:
+        return None, 0.0
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
+def slots_of(jobs: int, cores: int, usable: Sequence[int]) -> list[list[int]]:
+    """For each job its cores, of those usable; jobs share where there are too few."""
+    count = len(usable)
+    return [sorted({usable[(job * cores + core) % count] for core in range(cores)}) for job in range(jobs)]
