@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,14 +24,17 @@ class State(NamedTuple):
 
 
 def initialiser(shape: Shape, base: Base, rule: Rule, seed: int):
-    """A pure function () -> State at step 0; the same numbers on every mesh."""
+    """A pure function () -> State at step 0; the same numbers on every mesh.
 
-    def initialise() -> State:
+    The seed is its operand, not a constant of its program, which runs of other seeds then share.
+    """
+
+    def initialise(seed: jax.Array) -> State:
         tokens = jnp.zeros((1, shape.sequence_length), jnp.int32)
         params = Trunk(shape).init(jax.random.key(seed), tokens)["params"]
         return State(jnp.zeros((), jnp.int32), params, base.transform.init(params), rule.init(params))
 
-    return initialise
+    return jax.tree_util.Partial(initialise, np.uint32(seed))
 
 
 def shardings(mesh: Mesh, state: State) -> State:
@@ -53,7 +57,8 @@ def abstract(mesh: Mesh, initialise) -> State:
 
 def create(mesh: Mesh, initialise) -> State:
     """A fresh State, each shard computed on the device that keeps it."""
-    return jax.jit(initialise, out_shardings=shardings(mesh, jax.eval_shape(initialise)))()
+    places = shardings(mesh, jax.eval_shape(initialise))
+    return jax.jit(initialise.func, out_shardings=places)(*initialise.args)
 
 
 def create_from(abstract_state: State, base: Base, rule: Rule, params: Any) -> State:
