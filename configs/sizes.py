@@ -9,7 +9,11 @@ those counts, not a quotation, and give 23.89M, 42.47M, 117.96M and 1.208B.
 from ml_collections import ConfigDict
 
 SIZES = {
-    # for studies on a CPU: four blocks, width doubled from one to the next
+    # for studies of minutes on a CPU: four blocks, head width 8
+    "0.01m": dict(layers=4, width=16, heads=2, mlp_width=64),  # 12,288
+    "0.03m": dict(layers=4, width=24, heads=3, mlp_width=96),  # 27,648
+    "0.05m": dict(layers=4, width=32, heads=4, mlp_width=128),  # 49,152
+    # for studies of hours on a CPU: four blocks, width doubled from one to the next
     "0.1m": dict(layers=4, width=48, heads=3, mlp_width=192),  # 110,592; head width 16
     "0.4m": dict(layers=4, width=96, heads=6, mlp_width=384),  # 442,368; head width 16
     "1.8m": dict(layers=4, width=192, heads=6, mlp_width=768),  # 1,769,472; head width 32
