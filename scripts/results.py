@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm import tracking
+from lm.workdir import FREE
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
 STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
@@ -101,16 +102,24 @@ def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
-    """The keys in which flat configs differ, in their own order; log.* left out, and a shape that model.size names."""
-    keys = list(dict.fromkeys(key for config in configs for key in config))
+    """The keys in which flat configs differ, in their own order.
+
+    Left out: log.*; a shape that model.size names; and keys that do not change what a run computes, unless nothing else
+    tells some runs apart.
+    """
+    keys = list(dict.fromkeys(key for config in configs for key in config if not key.startswith("log.")))
     named = all(config.get("model.size") for config in configs)
-    return [
+    found = [
         key
         for key in keys
-        if not key.startswith("log.")
-        and not (named and key in OF_SIZE)
-        and len({json.dumps(config.get(key)) for config in configs}) > 1
+        if not (named and key in OF_SIZE) and len({json.dumps(config.get(key)) for config in configs}) > 1
     ]
+    telling = [key for key in found if not key.startswith(FREE)]
+
+    def different(keys: list[str]) -> int:
+        return len({json.dumps([config.get(key) for key in keys]) for config in configs})
+
+    return telling if different(telling) == different(found) else found
 
 
 def _of_directory(directory: Path) -> list[Result]:

@@ -110,6 +110,9 @@ def test_keys_that_vary():
     assert results.varying_keys([small, large]) == ["model.size"]
     assert results.varying_keys([{**small, "model.size": ""}, large]) == ["model.size", "model.width"]
     assert results.varying_keys([{"log.name": "a", "x": [1]}, {"log.name": "b", "x": [1]}]) == []
+    free = [{"seed": 0, "checkpoint.every": "1%"}, {"seed": 1, "checkpoint.every": "2%"}]
+    assert results.varying_keys(free) == ["seed"]
+    assert results.varying_keys([*free, {"seed": 1, "checkpoint.every": "3%"}]) == ["seed", "checkpoint.every"]
 
 
 def test_several_workdirs_and_places_without_runs(tmp_path):
