@@ -46,7 +46,7 @@ class Result(NamedTuple):
     parameters: non-embedding. steps, tokens, flops, adamw_flops: of the whole run as planned, the last two in FLOPs of
     the method and of plain AdamW. seconds: of training so far, without compiling, evaluating and saving.
     loss, bits_per_byte: after the last step, on the whole first held-out set (nats a token; bits). curve: held-out
-    losses of that set on the way; train_curve: those of every training step.
+    losses of that set on the way; train_curve: those of every training step. code: a hash of the sources that ran.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Result(NamedTuple):
     bits_per_byte: float
     curve: list[Point]
     train_curve: list[Point]
+    code: str = ""
 
 
 def read(place: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Result]:
@@ -173,6 +174,7 @@ def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         bits_per_byte=float(last.get("bits_per_byte", math.nan)),
         curve=[point(record) for record in evaluations],
         train_curve=[point(record) for record in records if record["kind"] == "train"],
+        code=about.get("versions", {}).get("code", ""),
     )
 
 

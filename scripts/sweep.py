@@ -32,6 +32,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--launcher", default="local", choices=LAUNCHERS)
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: cores / --cores)")
     parser.add_argument("--cores", type=int, default=1, metavar="N", help="cores of a run, its own (default 1)")
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="of submitit: partition, time (minutes)...",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="of a run, with slurm and print (default 1)"
+    )
     parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="which runs come first")
     path, overrides, options = command.parse_unread(argv, parser)
     try:
@@ -43,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
 def _sweep(path: str | None, overrides: list, options: Any) -> int:
     if path is None:
         raise command.UsageError("--config is missing: name a config file, such as --config=configs/quickstart.py")
-    for flag in ("jobs", "cores"):
-        low = 0 if flag == "jobs" else 1
+    for flag, low in (("jobs", 0), ("cores", 1), ("devices", 1)):
         if getattr(options, flag) < low:
             raise command.UsageError(f"--{flag}={getattr(options, flag)}: must be an integer >= 1")
     assignments = _assignments(options)
@@ -53,14 +62,14 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
         raise command.UsageError(f"--config = {path}: must be {record['config']}, with which {options.out} began")
 
     from data.errors import DataError
-    from scripts import sweep_launch, sweep_plan
+    from scripts import sweep_launch, sweep_plan, sweep_slurm
     from scripts.sweep_view import View
 
-    device_count, backend = sweep_plan.devices()
+    local = options.launcher == "local"
+    device_count, backend = sweep_plan.devices() if local else (options.devices, None)
     usable = sweep_plan.usable_cores()
-    if backend == "cpu":
-        device_count = 1 if "host_platform_device_count" not in _xla_flags() else device_count
-    jobs = options.jobs or (max(1, len(usable) // options.cores) if backend == "cpu" else 1)
+    jobs = options.jobs or (max(1, len(usable) // options.cores) if backend != "gpu" else 1)
+    slurm = sweep_slurm.parameters_of(options.slurm)
     try:
         runs, record = _runs(path, overrides, assignments, options.out, record, device_count, backend)
         wanted = sweep_spec.filters(options.only)
@@ -69,22 +78,25 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     except DataError as error:
         raise command.UsageError(error) from None
 
-    outcomes = {run.name: sweep_launch.settle(run) for run in runs}
+    outcomes = {run.name: sweep_launch.settle(run.directory) for run in runs}
     if options.retry:
         outcomes = {name: {} if outcome.get("status") == "failed" else outcome for name, outcome in outcomes.items()}
     statuses = {name: outcome.get("status", "unfinished") for name, outcome in outcomes.items()}
-    speed = sweep_plan.speed(runs, outcomes, options.cores)
+    speed = sweep_plan.speed(runs, outcomes, options.cores, backend)
     quiet = options.launcher == "print"
     print(sweep_plan.table(runs, statuses, speed, jobs), file=sys.stderr if quiet else sys.stdout, flush=True)
+    _warn_of_other_code(outcomes)
     left = [run for run in runs if statuses[run.name] == "unfinished"]
     if options.order == "cheapest":
-        left.sort(key=speed.seconds)
+        left.sort(key=lambda run: run.flops)
     if options.plan:
         return 0
 
     options.out.mkdir(parents=True, exist_ok=True)
     with sweep_launch.locked(options.out):
         sweep_launch.write_json(options.out / results.SWEEP, _grown(options.out, record, runs))
+        for run in left:
+            (run.directory / results.OUTCOME).unlink(missing_ok=True)
         if quiet:
             for run in left:
                 print(sweep_launch.shell_line(run, path))
@@ -93,8 +105,10 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
             _prepare(left)
         except DataError as error:
             raise command.UsageError(error) from None
-        for run in left:
-            (run.directory / results.OUTCOME).unlink(missing_ok=True)
+        if options.launcher == "slurm":
+            for line in sweep_slurm.submit(left, path, options.out, options.jobs, options.cores, slurm):
+                print(line, flush=True)
+            return 0
         environment = sweep_launch.environment(options.out / ".compiled")
         slots = sweep_launch.slots_of(jobs, options.cores, usable)
         with View(runs, {name: outcome for name, outcome in outcomes.items() if outcome}, speed, jobs) as view:
@@ -200,6 +214,18 @@ def _prepare(runs: list) -> None:
         cache.ensure(data, lambda text: print(text, flush=True))
 
 
+def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
+    """Says where results were made by other sources of data, lm and optim than those that would run now."""
+    made = [outcome["code"] for outcome in outcomes.values() if outcome.get("code")]
+    if not made:
+        return
+    from lm.train import versions
+
+    other = sum(code != versions()["code"] for code in made)
+    if other:
+        print(f"code    {other} of {len(made)} results were made by other code than this", file=sys.stderr, flush=True)
+
+
 def _summary(runs: list, complete: bool) -> int:
     from scripts.sweep_launch import STOPPED
 
@@ -214,12 +240,6 @@ def _summary(runs: list, complete: bool) -> int:
         print("run the same command again to continue", flush=True)
         return STOPPED
     return 1 if "failed" in named else 0
-
-
-def _xla_flags() -> str:
-    import os
-
-    return os.environ.get("XLA_FLAGS", "")
 
 
 if __name__ == "__main__":

@@ -95,47 +95,48 @@ def held(directory: Path) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- what is recorded
-def begin_attempt(run: Run, command: Sequence[str]) -> None:
+def begin_attempt(directory: Path, command: Sequence[str]) -> None:
     """Notes that an attempt begins, in attempts.json and the log."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    attempts = _attempts(run.directory)
-    write_json(run.directory / ATTEMPTS, {"attempts": [*attempts, {"began": time.time(), "ended": None, "cpu": 0.0}]})
-    with open(run.directory / LOG, "a", encoding="utf-8") as log:
+    directory.mkdir(parents=True, exist_ok=True)
+    attempts = _attempts(directory)
+    write_json(directory / ATTEMPTS, {"attempts": [*attempts, {"began": time.time(), "ended": None, "cpu": 0.0}]})
+    with open(directory / LOG, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
 
 
-def end_attempt(run: Run, status: int, cpu_seconds: float = 0.0) -> dict[str, Any]:
+def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[str, Any]:
     """Records the end of an attempt with this exit status; returns the outcome, {} if the run is to be continued."""
-    attempts = _attempts(run.directory)
+    attempts = _attempts(directory)
     if attempts:
         attempts[-1].update(ended=time.time(), cpu=cpu_seconds)
-        write_json(run.directory / ATTEMPTS, {"attempts": attempts})
+        write_json(directory / ATTEMPTS, {"attempts": attempts})
     if status in (STOPPED, STORAGE) or status < 0:
         return {}
-    last = _last_lines(run.directory / LOG)
+    last = _last_lines(directory / LOG)
     if status == 2 and last and "is in use by" in last[-1]:
         return {}
-    return _record(run, status, last)
+    return _record(directory, status, last)
 
 
-def settle(run: Run) -> dict[str, Any]:
+def settle(directory: Path) -> dict[str, Any]:
     """The outcome of a run that may have ended without anyone to record it: recorded if so, {} if it is to go on.
 
     So it is after a sweep was killed, and with runs that another scheduler started.
     """
-    outcome = results.read_json(run.directory / results.OUTCOME)
-    if outcome or not (run.directory / "metrics.jsonl").exists() or held(run.directory):
+    outcome = results.read_json(directory / results.OUTCOME)
+    if outcome or not (directory / "metrics.jsonl").exists() or held(directory):
         return outcome
-    (result,) = results.read([run.directory])
-    last = run.directory / "checkpoints" / str(result.steps)
+    (result,) = results.read([directory])
+    last = directory / "checkpoints" / str(result.steps)
     if result.curve and result.curve[-1].step == result.steps and last.is_dir():
-        return _record(run, FINISHED, [])
-    return _record(run, DIVERGED, []) if result.status == "diverged" and result.curve[-1].step < result.steps else {}
+        return _record(directory, FINISHED, [])
+    stopped = result.status == "diverged" and result.curve[-1].step < result.steps
+    return _record(directory, DIVERGED, []) if stopped else {}
 
 
-def _record(run: Run, status: int, last: list[str]) -> dict[str, Any]:
+def _record(directory: Path, status: int, last: list[str]) -> dict[str, Any]:
     try:
-        (result,) = results.read([run.directory])
+        (result,) = results.read([directory])
     except results.ResultsError:
         result = None
     if status == FINISHED and result and result.status in ("finished", "diverged"):
@@ -144,7 +145,7 @@ def _record(run: Run, status: int, last: list[str]) -> dict[str, Any]:
         named, why = "diverged", result.why if result and result.status == "diverged" else " ".join(last[-1:])
     else:
         named, why = "failed", " ".join(last[-1:]) or f"exit status {status}"
-    attempts = _attempts(run.directory)
+    attempts = _attempts(directory)
     outcome = {
         "status": named,
         "exit": status,
@@ -153,9 +154,10 @@ def _record(run: Run, status: int, last: list[str]) -> dict[str, Any]:
         "cpu_seconds": sum(attempt["cpu"] for attempt in attempts),
         "train_seconds": result.seconds if result else 0.0,
         "flops": result.flops if result else 0.0,
+        "code": result.code if result else "",
         "loss": result.loss if result and result.loss == result.loss else None,
     }
-    write_json(run.directory / results.OUTCOME, outcome)
+    write_json(directory / results.OUTCOME, outcome)
     return outcome
 
 
@@ -214,7 +216,7 @@ def run_local(
                 if ready is None:
                     break
                 waiting.remove(ready)
-                outcome = settle(ready)
+                outcome = settle(ready.directory)
                 if outcome:
                     view.ended(ready, outcome, outcome["exit"])
                     continue
@@ -224,11 +226,11 @@ def run_local(
                 if signals:  # one that came while it was being started
                     job.process.send_signal(signal.SIGTERM)
             for job in list(jobs):
-                status, cpu_seconds = _poll(job.process)
+                status, cpu_seconds = poll(job.process)
                 if status is not None:
                     jobs.remove(job)
                     free.append(job.slot)
-                    view.ended(job.run, end_attempt(job.run, status, cpu_seconds), status)
+                    view.ended(job.run, end_attempt(job.run.directory, status, cpu_seconds), status)
             view.tick(jobs, waiting)
             time.sleep(POLL)
     finally:
@@ -241,7 +243,7 @@ def run_local(
 
 def _start(run: Run, config: str, slot: list[int], environment: dict[str, str], until: int | None) -> Job:
     command = command_line(run, config) + ([f"--until={until}"] if until else [])
-    begin_attempt(run, command)
+    begin_attempt(run.directory, command)
     # the child inherits the mask of this thread, and XLA makes as many threads as the mask has cores
     mask = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
     try:
@@ -257,7 +259,7 @@ def _start(run: Run, config: str, slot: list[int], environment: dict[str, str], 
     return Job(run, process, slot, time.time())
 
 
-def _poll(process: subprocess.Popen) -> tuple[int | None, float]:
+def poll(process: subprocess.Popen) -> tuple[int | None, float]:
     """(exit status or None, CPU seconds) of a child."""
     pid, status, usage = os.wait4(process.pid, os.WNOHANG)
     if pid == 0:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -117,10 +118,10 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     return found
 
 
-def speed(runs: Sequence[Run], outcomes: dict[str, dict], cores: int) -> Speed:
+def speed(runs: Sequence[Run], outcomes: dict[str, dict], cores: int, backend: str | None) -> Speed:
     """From the finished runs of the sweep; where there are none, from products of each model's size, timed now.
 
-    outcomes: {name: outcome.json}. cores: of one run.
+    outcomes: {name: outcome.json}. cores: of one run. backend: where runs go; only cpu is timed, else it is unknown.
     """
     measured = {}
     for run in runs:
@@ -140,6 +141,8 @@ def speed(runs: Sequence[Run], outcomes: dict[str, dict], cores: int) -> Speed:
         return Speed(
             rate, max(0.0, startup), f"{number} finished runs here ({shown} GFLOP/s, {startup:.0f} s to start)"
         )
+    if backend != "cpu":
+        return Speed(lambda run: math.nan, math.nan, "unknown until a run of this sweep has finished")
     timed = {run.flat["model.width"]: run for run in runs}
     rates = {width: ASSUMED_SHARE * _product_rate(run, cores) for width, run in timed.items()}
     shown = ", ".join(f"{rates[width] / 1e9:.2g}" for width in sorted(rates))
@@ -229,7 +232,9 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """1:02:03 or 2:03; ? where unknown."""
+    if math.isnan(seconds):
+        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
