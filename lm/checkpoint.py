@@ -223,7 +223,12 @@ class Checkpoints:
 
 
 def load_params(path: str, abstract_params: Any, log: Callable[[str], None] = print) -> Any:
-    """The parameters of a checkpoint, placed as `abstract_params` says, to start something new from.
+    """The parameters of a checkpoint, as load_parts says, to start something new from."""
+    return load_parts(path, {"params": abstract_params}, log)["params"]
+
+
+def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Parts of a checkpoint's State by name ("params", "optimizer"), placed as `abstract_parts` says.
 
     path: a step directory, a directory of them, or a run's workdir; of several the newest sound one. Every byte of it
     is verified. Unusable if there is none, or if paths, dtypes or shapes differ.
@@ -241,15 +246,17 @@ def load_params(path: str, abstract_params: Any, log: Callable[[str], None] = pr
         if newest is None:
             raise Unusable(f"{start}: holds no checkpoint")
         start = found / str(newest)
-    saved = {name: entry for name, entry in seal.read(start)["tree"].items() if name.startswith("params/")}
-    item = {"params": abstract_params}
-    _compare(start, saved, seal.tree_of(item))
+    named = tuple(f"{name}/" for name in abstract_parts)
+    saved = {name: entry for name, entry in seal.read(start)["tree"].items() if name.startswith(named)}
+    _compare(start, saved, seal.tree_of(abstract_parts))
     log(f"parameters  of {start}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+            item=abstract_parts,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_parts),
+            partial_restore=True,
         )
-        return reader.restore(start / "state", args=args)["params"]
+        return reader.restore(start / "state", args=args)
 
 
 class Timer:

@@ -58,7 +58,7 @@ def chunk_positions(sequence_length: int, sequences: int, tokens: int) -> int:
     return max(fitting, default=1)
 
 
-def _token_loss(options: Options, raw_BxcxV, targets_Bxc):
+def token_loss(options: Options, raw_BxcxV, targets_Bxc):
     """(loss per token, its derivative in the raw logits), both unweighted. V: this device's part of the vocabulary."""
     V = raw_BxcxV.shape[-1]
     split = options.place.mesh is not None and options.place.mesh.shape["tensor"] > 1
@@ -178,7 +178,7 @@ def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights
         def body(carry, take, put):
             losses, gradient, kept = carry
             raw = _logits(take(hidden_BxTxD), kernel_VxD)
-            loss, derivative = _token_loss(options, raw, take(targets_BxT))
+            loss, derivative = token_loss(options, raw, take(targets_BxT))
             share = take(share_BxT)
             losses = losses + jnp.sum(share * loss, axis=1)
             if gradients:
@@ -246,7 +246,7 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
             value, gradient = carry
             if kept is None:
                 raw = _logits(take(fixed[1]), anchor_kernel_VxD)
-                derivative = take(share_BxT)[..., None] * _token_loss(options, raw, take(targets_BxT))[1]
+                derivative = take(share_BxT)[..., None] * token_loss(options, raw, take(targets_BxT))[1]
                 value = value - jnp.sum(derivative * raw)
             else:
                 derivative = take(fixed.derivative_BxTxV).astype(kernel_VxD.dtype)

@@ -7,23 +7,28 @@ import jax
 from ml_collections import ConfigDict
 
 from data import cache, loader
+from lm import seal
 from lm.assembly import Parts, assemble
 from lm.check import METHOD_OPTIONS
-from lm.checkpoint import load_params
+from lm.checkpoint import load_parts, place
 from lm.train import checkpoint_directory
 from lm.workdir import config_of
 
 
 class Saved(NamedTuple):
-    """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters."""
+    """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
+
+    optimizer: the state of the base optimizer, where it was asked for.
+    """
 
     config: ConfigDict
     corpus: loader.Corpus
     parts: Parts
     params: Any
+    optimizer: Any = None
 
 
-def load(directory: str, step: int | None = None, log: Callable[[str], None] = print) -> Saved:
+def load(directory: str, step: int | None = None, log: Callable[[str], None] = print, optimizer: bool = False) -> Saved:
     """The run of `directory` after `step` steps, by default at its newest sound checkpoint.
 
     Whatever mesh it was trained on, it is spread over all devices here (fsdp) if they divide its batch and width, else
@@ -41,6 +46,13 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
         cache.ensure(data, log), data.vocabulary, data.sequence_length, data.packing, data.verify
     )
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
-    place = checkpoint_directory(config, directory)
-    params = load_params(place if step is None else f"{place}/{step}", parts.abstract.params, log)
-    return Saved(config, corpus, parts, params)
+    found = checkpoint_directory(config, directory)
+    wanted = {"params": parts.abstract.params, **({"optimizer": parts.abstract.optimizer} if optimizer else {})}
+    return Saved(config, corpus, parts, **load_parts(found if step is None else f"{found}/{step}", wanted, log))
+
+
+def steps(directory: str) -> list[int]:
+    """The steps that the run of `directory` has sealed checkpoints of, in order. WorkdirError if it is no run."""
+    found = place(checkpoint_directory(ConfigDict(config_of(directory)), directory))
+    names = [path.name for path in found.iterdir()] if found.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal() and (found / name / seal.NAME).exists())

@@ -1,9 +1,9 @@
 """What a run shows and keeps: progress on the terminal, metrics.jsonl, and wandb where it is wanted.
 
 Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
-`evaluate`, `checkpoint`, `anomaly` (a bad step), `rollback`, and `change` (of a config key, by a restart after `step`);
-each has the `step` it belongs to, the number of updates made. NaN and infinities are the
-strings "nan", "inf" and "-inf", since JSON has no others.
+`evaluate`, `curvature`, `checkpoint`, `anomaly` (a bad step), `rollback`, and `change` (of a config key, by a restart
+after `step`); each has the `step` it belongs to, the number of updates made. NaN and infinities are the strings "nan",
+"inf" and "-inf", since JSON has no others.
 """
 
 import collections
@@ -124,6 +124,12 @@ class Tracker:
     def event(self, kind: str, step: int, facts: dict[str, Any]) -> None:
         """Records something rare: an `anomaly`, a `rollback`, a `change`."""
         if self._primary:
+            self._write(kind, step, facts)
+
+    def measurement(self, kind: str, step: int, facts: dict[str, Any]) -> None:
+        """Records what was measured between steps; the time it took stays out of the rate of steps."""
+        if self._primary:
+            self._pause(step)
             self._write(kind, step, facts)
 
     def sync(self) -> None:

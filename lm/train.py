@@ -19,7 +19,7 @@ from lm import anomaly, checkpoint, generate, plot, workdir
 from lm.assembly import Parts, assemble
 from lm.budget import describe
 from lm.check import ConfigError
-from lm.curvature import make_measurement
+from lm.curvature import make_measurement, twice_differentiable
 from lm.evaluate import evaluate, make_evaluation_step
 from lm.mesh import batch_sharding, local_rows, place_batch
 from lm.state import State, create, create_from
@@ -102,6 +102,10 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
         began = time.monotonic()
         step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
         evaluation_step = jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options))
+        if config.curvature.every:
+            bend = make_measurement(twice_differentiable(parts), config.curvature.groups, config.train.microbatches)
+            batch = abstract_batch(parts, corpus, config.train.batch_size)
+            bend = bend.lower(parts.abstract.params, batch).compile()
         log(f"compiled    in {time.monotonic() - began:.1f} s")
 
         # ------------------------------------------------------------------------------ what the loop does beside steps
@@ -121,8 +125,12 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
 
         def measure() -> None:
             """Records how the loss bends at theta on one held-out batch, the same all through the run."""
+            jax.block_until_ready(state)  # steps still under way are not the measurement's
+            since = time.monotonic()
             batch = place_batch(parts.mesh, config.train.batch_size, rows, held_out_batch)
-            tracker.event("curvature", done, jax.tree.map(float, jax.device_get(bend(state.params, batch))))
+            found = jax.tree.map(float, jax.device_get(bend(state.params, batch)))
+            measured.append(time.monotonic() - since)
+            tracker.measurement("curvature", done, {**found, "seconds": measured[-1]})
 
         def settle() -> dict | None:
             """Records the metrics of the step before, which the device has finished by now; what must end this attempt.
@@ -162,12 +170,11 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
         # ---------------------------------------------------------------------------------------------------- the loop
         timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
         read = batch_reader(config, corpus, parts, watch.batch_index)
-        pending, bad, latest = [], None, {}
+        pending, bad, latest, measured, began = [], None, {}, [], time.monotonic()
         if config.curvature.every:
             rows, first = local_rows(parts.mesh, config.train.batch_size), next(iter(corpus.held_out))
             held_out_batch = loader.held_out_rows(corpus, first, 0, config.train.batch_size, rows)
             held_out_batch.pop("bytes")
-            bend = make_measurement(parts.objective, config.curvature.groups, config.train.microbatches)
 
         if (done == 0 or meta["owes_evaluation"]) and not held_out(0 if done == total else config.evaluate.batches):
             ended = f"stopped after step {done}; run the same command again to continue"
@@ -223,6 +230,9 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
 
         # -------------------------------------------------------------------------------------------- what it learned
         checkpoints.wait()
+        if measured:
+            share = sum(measured) / (time.monotonic() - began)
+            tracker.note(f"curvature   {len(measured)} times, {sum(measured):.1f} s, {share:.1%} of this start's time")
         for name, values in latest.items():
             beside = (
                 ", ".join(f"{kind} {references[name][key]:.3f}" for key, kind in BASELINES.items()) if primary else ""

@@ -103,6 +103,20 @@ def test_a_fresh_start_empties_the_file_and_a_gap_is_reported(tmp_path, config):
     assert "3 of the 5 steps before this start are not in it" in stream.getvalue()
 
 
+def test_a_measurement_between_steps_slows_no_step(tmp_path, config):
+    clock = Clock()
+    tracker = _track(tmp_path, config, clock=clock, total_steps=12)
+    for step in range(1, 7):
+        clock.now += 0.5
+        tracker.step(step, {"loss": 2.0})
+        if step == 4:
+            clock.now += 100.0
+            tracker.measurement("curvature", 4, {"all": {"logit_norm": 1.0}, "seconds": 100.0})
+    lines = _lines(tmp_path)
+    assert [line["all"] for line in lines if line["kind"] == "curvature"] == [{"logit_norm": 1.0}]
+    assert [line["tokens_per_second"] for line in lines if line["kind"] == "train"][1:] == [2000.0] * 5
+
+
 def test_plain_lines_when_not_a_terminal(tmp_path, config):
     stream, clock = io.StringIO(), Clock()
     tracker = _track(tmp_path, config, stream=stream, clock=clock, total_steps=12, flops_per_step=3e9)

@@ -82,6 +82,7 @@ def test_a_run_learns_and_leaves_its_evidence(whole):
     assert step["data_wait"] >= 0
     bends = lm_runs.records(whole, "curvature")
     assert [record["step"] for record in bends] == [10, 20]
+    assert all(0 < record["seconds"] < 60 for record in bends)
     groups = [bends[-1][name] for name in ("attention", "mlp", "norms", "tables")]
     for part in ("logit_share", "functional_share"):
         assert sum(group[part] for group in groups) == pytest.approx(1, rel=1e-4)  # the groups are all there is

@@ -1,4 +1,4 @@
-"""Float64: eigenvalues, traces, densities and losses around theta against the dense matrices, on one and eight devices."""
+"""Float64: eigenvalues, traces, densities losses around theta against dense matrices, on one and eight devices."""
 
 import jax
 import jax.numpy as jnp
