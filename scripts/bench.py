@@ -1,6 +1,6 @@
-"""Measurements on this machine: of a training step, of the data, of what each method costs.
+"""Measurements on this machine: of a training step, of the data, of what methods and curvature products cost.
 
-python -m scripts.bench step|data|methods [--help] ...
+python -m scripts.bench step|data|methods|curvature [--help] ...
 """
 
 import importlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from scripts import command
 
-KINDS = ("step", "data", "methods")
+KINDS = ("step", "data", "methods", "curvature")
 
 
 def main(argv: Sequence[str]) -> int:
