@@ -52,24 +52,25 @@ def found(run):
 
 @pytest.fixture(scope="module")
 def dense(run):
-    """(loss, gradient, second moment) at the checkpoint as functions and vectors, written without Steppe's products."""
+    """(loss, theta, gradient, D, log probabilities) at the checkpoint, written without Steppe's products."""
     model = saved.load(str(run), 4, log=lambda line: None, optimizer=True)
     batch = loader.held_out_rows(model.corpus, "val", 0, 8)
     batch.pop("bytes")
     params = jax.device_get(model.params)
     theta, tree = ravel_pytree(params)
 
-    def loss(x):
+    def log_p(x):
         p = tree(x)
         hidden = model.parts.objective.trunk(p, batch)
-        logits = (hidden @ p["embed"]["embedding"].T)[..., : model.parts.options.vocabulary]
-        log_p = jax.nn.log_softmax(logits)
-        hit = jnp.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
+        return jax.nn.log_softmax((hidden @ p["embed"]["embedding"].T)[..., : model.parts.options.vocabulary])
+
+    def loss(x):
+        hit = jnp.take_along_axis(log_p(x), batch["targets"][..., None], -1)[..., 0]
         return -jnp.sum(hit * batch["weights"]) / jnp.sum(batch["weights"])
 
     second = moments(jax.device_get(model.optimizer), params, model.config.optim.b2)
     scale = ravel_pytree(preconditioner(second.second, second.count == 0))[0]
-    return jax.jit(loss), theta, jax.jit(jax.grad(loss))(theta), scale
+    return jax.jit(loss), theta, jax.jit(jax.grad(loss))(theta), scale, jax.jit(log_p)(theta)
 
 
 def test_every_number_is_there(run, found):
@@ -100,7 +101,7 @@ def test_parts_add_up(found):
 
 
 def test_against_the_loss_written_out(found, dense):
-    loss, theta, gradient, scale = dense
+    loss, theta, gradient, scale, _ = dense
     summary, length = found["summary"], jnp.linalg.norm(gradient)
     assert summary["loss"] == pytest.approx(float(loss(theta)), rel=1e-5)
     assert summary["gradient_norm"] == pytest.approx(float(length), rel=1e-4)
@@ -122,6 +123,16 @@ def test_against_the_loss_written_out(found, dense):
     wanted = [float(loss(theta + x * gradient / length)) for x in line["at"]]
     assert line["loss"] == pytest.approx(wanted, rel=1e-4)
     assert found["slices"]["plane"]["loss"][1][1] == pytest.approx(summary["loss"], rel=1e-5)
+
+
+def test_the_logit_hessian_against_its_matrices(found, dense):
+    p = np.exp(np.asarray(dense[-1], np.float64)).reshape(found["tokens"], -1)
+    blocks = np.eye(p.shape[1]) * p[:, None, :] - p[:, :, None] * p[:, None, :]
+    tops = np.linalg.eigvalsh(blocks)[:, -1]
+    summary = found["summary"]
+    assert summary["logit_trace"] == pytest.approx(np.mean(1 - np.sum(p**2, 1)), abs=0.01)  # of one vector per token
+    assert summary["logit_lambda_max"] == pytest.approx(tops.mean(), rel=0.05)  # of 20 power iterations, from below
+    assert summary["logit_lambda_max_worst"] == pytest.approx(tops.max(), rel=0.05)
 
 
 def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, capsys):
