@@ -63,7 +63,7 @@ def programs(parts: Parts) -> Programs:
         ),
         jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
         jax.jit(start, out_shardings=places),
-        jax.jit(step, donate_argnums=0),
+        jax.jit(step, donate_argnums=0, out_shardings=(places, None)),  # as they came in: else a second compile
     )
 
 
@@ -112,7 +112,7 @@ def quantise(params: Any, bits: int, group: int = 0, tables: bool = False) -> An
 
 
 def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int = 0) -> jax.Array:
-    """w rounded to the nearest of the 2^bits - 1 values scale * {-m, ..., m}, m = 2^(bits - 1) - 1, scale = max|w| / m.
+    """w rounded to the nearest of the 2^bits - 1 values scale * {-m, ..., m}: m = 2^(bits - 1) - 1, scale = max|w| / m.
 
     One scale for each output channel (the axes not in `reduced`) and, with group > 0, for every `group` inputs of it in
     a row (the axes `reduced`, flattened; the last group may be smaller). Ties go to the even integer.
@@ -125,7 +125,7 @@ def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int =
     padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -inputs % size)])
     grouped = padded.reshape(*flat.shape[:-1], -1, size)
     most = 2 ** (bits - 1) - 1
-    scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) / most
+    scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) * (1 / most)  # what XLA makes of a division by m
     scale = jnp.where(scale > 0, scale, 1)
     rounded = (jnp.clip(jnp.round(grouped / scale), -most, most) * scale).reshape(padded.shape)
     return jnp.moveaxis(rounded[..., :inputs].reshape(moved.shape), tuple(range(-len(reduced), 0)), reduced)

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--noise", type=_numbers(0), default=(0.02, 0.05, 0.1, 0.2), metavar="S,S,...",
         help="Gaussian noise of S times the rms of each tensor (default 0.02,0.05,0.1,0.2)",
     )  # fmt: skip
-    add("--samples", type=_integer(1), default=3, metavar="N", help="draws of noise at each scale (default 3)")
+    add("--samples", type=_integer(1), default=3, metavar="N", help="pairs of opposite draws at each scale (default 3)")
     add("--bits", type=_numbers(2, 8, whole=True), default=(8, 4), metavar="B,B", help="integer widths (default 8,4)")
     add("--group", type=_integer(1), default=64, metavar="N", help="inputs that share a scale (default 64)")
     add("--embedding", action="store_true", help="also round embedding, positions and readout with the matrices")
@@ -241,7 +241,11 @@ def measure(place: Place, settings: dict, programs: dict, first: tuple | None, l
 
     summary, details = {}, {}
     for sigma in settings["noise"]:
-        found = [increase(tools.noise(run.params, seed, sigma)) for seed in range(settings["samples"])]
+        # Noise and its opposite: what is of first order in it, much of the spread at small scales, cancels.
+        found = [
+            statistics.fmean(increase(tools.noise(run.params, seed, sign * sigma)) for sign in (1, -1))
+            for seed in range(settings["samples"])
+        ]
         error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
         summary[f"noise_{sigma:g}"] = statistics.fmean(found)
         details[f"noise_{sigma:g}"] = {"samples": found, "standard_error": error}

@@ -37,13 +37,15 @@ def table(found: dict[str, dict], configs: dict[str, dict]) -> Table:
     ]
     means = []
     for label, names in groups.items():
-        if len(names) > 1:
+        if len(found) > len(groups):
             columns = [[found[name]["loss"] for name in names]]
             columns += [[found[name]["summary"].get(key) for name in names] for key in keys]
-            means.append([f"{label} (mean of {len(names)})", "", *map(mean_and_error, columns)])
+            means.append([f"{label} ({len(names)})", "", *map(mean_and_error, columns)])
     tokens = next(iter(found.values()))["held_out"]["tokens"]
     marks = [record["details"]["equal"] for record in found.values() if "equal" in record["details"]]
-    text = f"\nincrease of held-out loss, nats a token, over {tokens:,} tokens\n" + _text(header, [*rows, *means])
+    text = f"\nincrease of held-out loss, nats a token, over {tokens:,} tokens\n\n" + _text(header, rows)
+    if means:
+        text += "\nmeans and standard errors over runs that differ in their seed alone\n\n" + _text(header, means)
     if marks:
         text += (
             f"\nequal gain: {marks[0]['gain']:.4f} nats gained on the second text; "
@@ -77,15 +79,13 @@ def _text(header: list[str], rows: list[list]) -> str:
 
     def cell(value) -> str:
         if isinstance(value, tuple):
-            return f"{value[0]:.4f}" + (f" ±{value[1]:.4f}" if math.isfinite(value[1]) else "")
-        return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+            return f"{value[0]:.5f}" + (f" ±{value[1]:.5f}" if math.isfinite(value[1]) else "")
+        return "-" if value is None else f"{value:.5f}" if isinstance(value, float) else str(value)
 
     lines = [[short(key) for key in header], *([cell(value) for value in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    padded = [[text.rjust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *cells[1:]]) for line, cells in zip(lines, padded, strict=True)
-    )
+    aligned = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join("  ".join(line) for line in aligned) + "\n"
 
 
 def save(out: Path, found: dict[str, dict], made: Table) -> list[Path]:
@@ -147,8 +147,8 @@ def _noise(axes, found, groups, looks):
         axes.set_xscale("log")
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.minorticks_off()
-    if any(value > 0 for record in found.values() for key in keys for value in [record["summary"].get(key, 0.0)]):
-        axes.set_yscale("symlog", linthresh=1e-3)
+    if all(record["summary"].get(key, 0.0) > 0 for record in found.values() for key in keys):
+        axes.set_yscale("log")
     axes.set_xlabel("weight noise, in units of each tensor's rms")
     axes.set_ylabel("increase of held-out loss, nats a token")
     return lines
@@ -162,7 +162,6 @@ def _bars(axes, found, groups, looks):
         places = [place + (index - (len(groups) - 1) / 2) * width for place in range(len(keys))]
         axes.bar(places, means, width * 0.92, yerr=errors, color=looks[label]["color"], linewidth=0)
     axes.set_xticks(range(len(keys)), [key.replace("_", "\n") for key in keys], fontsize=9)
-    axes.set_yscale("symlog", linthresh=1e-3)
     axes.set_xlabel("weights rounded to")
 
 
@@ -176,11 +175,9 @@ def _frontier(axes, found, groups, looks):
                 pair = [mean_and_error([point[key] for point in each]) for key in ("gained", "lost")]
                 if all(pair):
                     points.append((pair[0][0], pair[1][0]))
-            axes.plot(
-                *zip(*points, strict=True),
-                marker="o",
-                markersize=3,
-                **{**looks[label], "linewidth": 0.8 + 0.7 * number},
-            )
+            look = {**looks[label], "linewidth": 0.8 + 0.7 * number}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
+            if label == next(iter(groups)):
+                axes.annotate(f" {same[0]['rate']:g}", points[-1], fontsize=8, va="center")
     axes.set_xlabel("gained on the second text, nats a token")
     axes.set_ylabel("lost on the first")
