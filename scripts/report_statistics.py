@@ -120,10 +120,12 @@ def selection_gain(candidates: int, sigma: float, seeds: int = 1) -> float:
 
 
 class Optimum(NamedTuple):
-    """Where a parabola in log rho has its minimum. status: inside, edge (best at an end of the grid), or flat.
+    """Where a parabola in log rho has its minimum.
 
-    rho: the vertex where inside, else the best of the grid. low, high: NaN where unbounded or unknown. error: standard
-    error of log rho. points: (rho, loss) that were fitted.
+    status: inside; edge (best at an end of the grid); diverged, pruned (the rho beside it did, so its loss is not
+    known); flat (no parabola with a minimum there).
+    rho: the vertex where inside, else the best of the grid. low, high: NaN where unknown; 0 and infinity where they lie
+    outside the grid, of which the data say nothing. error: standard error of log rho. points: (rho, loss) fitted.
     """
 
     status: str
@@ -140,14 +142,21 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
 
     The surroundings are both neighbours and whatever lies within a factor of 4, no further, since losses are no
     parabola over the whole grid (they meet AdamW's at rho 0). sigma, df: sd of one loss beside its seed's own level,
-    and its degrees of freedom (inf: known). The interval is Fieller's; its bounds are NaN where it is unbounded.
+    and its degrees of freedom (inf: known). The interval is Fieller's.
+    A loss is infinite where the run diverged, NaN where it was pruned.
     """
-    finite = sorted(rho for rho, loss in means.items() if math.isfinite(loss) and rho > 0)
-    best = min(finite, key=lambda rho: means[rho], default=math.nan)
-    at = finite.index(best) if finite else -1
-    if at in (-1, 0, len(finite) - 1):
-        points = ((best, means[best]),) if finite else ()
-        return Optimum("edge", best, math.nan, math.nan, math.nan, points)
+    finite = sorted(rho for rho, loss in means.items() if math.isfinite(loss))
+    if not finite:
+        return Optimum("edge", math.nan, math.nan, math.nan, math.nan, ())
+    best = min(finite, key=lambda rho: means[rho])
+    grid = sorted(means)
+    around = [means[rho] for rho in grid[max(0, grid.index(best) - 1) : grid.index(best) + 2] if rho > 0]
+    status = "" if len(around) == 3 else "edge"
+    status = "pruned" if any(map(math.isnan, around)) else "diverged" if math.inf in around else status
+    if status:
+        return Optimum(status, best, math.nan, math.nan, math.nan, ((best, means[best]),))
+    finite = [rho for rho in finite if rho > 0]
+    at = finite.index(best)
     near = [
         rho for i, rho in enumerate(finite) if abs(i - at) <= 1 or abs(math.log(rho / best)) <= math.log(4) * (1 + 1e-6)
     ]
@@ -164,9 +173,9 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
     if df > 0 and math.isfinite(sigma):
         t2 = _t(level, df) ** 2  # the vertices x with (c1 + 2 c2 x)^2 <= t^2 var(c1 + 2 c2 x)
         a, b, c = 4 * (c2**2 - t2 * v[2, 2]), 4 * (c1 * c2 - t2 * v[1, 2]), c1**2 - t2 * v[1, 1]
-        if a > 0:
-            root = math.sqrt(max(0.0, b * b - 4 * a * c))
-            low, high = best * math.exp((-b - root) / (2 * a)), best * math.exp((-b + root) / (2 * a))
+        root = math.sqrt(max(0.0, b * b - 4 * a * c)) if a > 0 else math.inf
+        low, high = (best * math.exp(min(500.0, (-b + sign * root) / (2 * abs(a) or 1))) for sign in (-1, 1))
+        low, high = low if low >= finite[0] else 0.0, high if high <= finite[-1] else math.inf
     return Optimum("inside", best * math.exp(vertex), low, high, error, points, (c0, c1, c2))
 
 
@@ -244,7 +253,7 @@ def scaling_law_refusal(parameters: Sequence[float], tokens: Sequence[float]) ->
 
 def scaling_law(
     parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float],
-    resamples: int = 200, seed: int = 0, level: float = LEVEL,
+    resamples: int = 100, seed: int = 0, level: float = LEVEL,
 ) -> ScalingLaw:  # fmt: skip
     """Fits L(N, D) = E + A/N^a + B/D^b by Huber loss on log loss from several starts (as arXiv 2203.15556).
 
