@@ -17,8 +17,7 @@ p, figcaption, .caption { max-width: 60rem; }
 .caption, figcaption, nav { color: #333; font-size: 0.9rem; }
 nav a { margin-right: 1rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; margin: 1.6rem 0 0.3rem; }
-caption { font-size: 1.05rem; font-weight: bold; text-align: left; white-space: nowrap; padding-bottom: 0.3rem; }
+table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { padding: 0.22rem 0.6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 thead th { border-bottom: 2px solid #000; vertical-align: bottom; }
 th.group { padding-top: 0.9rem; background: #f3f3f3; }
@@ -35,7 +34,7 @@ a:focus-visible, summary:focus-visible { outline: 3px solid #E69F00; }
   @page { size: A4 landscape; margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, .data { display: none; }
-  h2, h3, caption { break-after: avoid; }
+  h2, h3 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
   .wide { overflow: visible; }
   table { font-size: 7.5pt; }
@@ -65,8 +64,9 @@ class Section:
     def table(self, table: Table) -> "Section":
         if table.rows:
             self.parts.append(
-                f'<div class="wide">{_table(table)}</div>\n<p class="caption" id="about-{table.name}">'
-                f'{escape(table.caption)}</p>\n<p class="data">{_download(table.name, table.rows)}</p>'
+                f'<h3 id="title-{table.name}">{escape(table.title)}</h3>\n'
+                f'<p class="caption" id="about-{table.name}">{escape(table.caption)}</p>\n'
+                f'<div class="wide">{_table(table)}</div>\n<p class="data">{_download(table.name, table.rows)}</p>'
             )
         return self
 
@@ -113,7 +113,7 @@ def _table(table: Table) -> str:
             cells.append(f"<{kind}{_class(column.number)}>{shown}</{kind.split()[0]}>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<table aria-describedby="about-{table.name}">\n<caption>{escape(table.title)}</caption>\n'
+        f'<table aria-labelledby="title-{table.name}" aria-describedby="about-{table.name}">\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
     )
 
