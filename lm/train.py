@@ -33,12 +33,13 @@ BASELINES = {"unigram": "unigram", "gzip": "gzip -9"}
 FINISHED, ANOMALY, STORAGE, STOPPED = 0, 3, 74, 75
 
 
-def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) -> int:
+def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), until: int | None = None) -> int:
     """Runs or continues the run of `directory` to its end; returns the exit status.
 
-    allow_change: config keys (or "corpus") that may differ from what the run had so far. Raises, before anything is
-    compiled, ConfigError, DataError, WorkdirError or Unusable for what cannot run, each one line; and OSError when the
-    workdir or the checkpoints cannot be written any more.
+    allow_change: config keys (or "corpus") that may differ from what the run had so far. until: stops after this step,
+    as if asked to; schedules stay those of the whole run. Raises, before anything is compiled, ConfigError, DataError,
+    WorkdirError or Unusable for what cannot run, each one line; and OSError when the workdir or the checkpoints cannot
+    be written any more.
     """
     primary = jax.process_index() == 0
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
@@ -85,6 +86,9 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
         changed = changes(meta, now, allow_change) if meta else {}
         if done:
             log(f"continuing  after step {done} of {total}")
+        if until is not None and until <= done < total:
+            log(f"stopped     after step {done} already, and it was to be {until}")
+            return STOPPED
         watch = anomaly.Watch(config, meta["watch"] if meta else None)
         tracker = Tracker(
             directory, config, total_steps=total, tokens_per_step=budget.tokens_per_step, start_step=done,
@@ -186,7 +190,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = ()) 
                     bad = settle()
                     pending.append((index + 1, metrics, batches.last_wait))
                     done = index + 1
-                    stop, owes = stopping.requested(), False
+                    stop, owes = stopping.requested() or done == until, False
                     evaluating = done % evaluate_every == 0 or done == total
                     saving = done % checkpoint_every == 0 or done == total or stop or timer.due(done)
                     measuring = config.curvature.every and done % config.curvature.every == 0

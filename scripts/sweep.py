@@ -10,11 +10,11 @@ is missing. Exit status: 0, 1 if a run failed, 2 for bad input, 75 if stopped be
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts import command, results, sweep_spec
+from scripts import command, results, sweep_halving, sweep_spec
 
 LAUNCHERS = ("local", "slurm", "print")
 
@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="now just the runs that match")
     parser.add_argument("--plan", action="store_true", help="show what would run and what it costs, no more")
     parser.add_argument("--retry", action="store_true", help="also repeat runs that failed")
+    parser.add_argument(
+        "--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs whose rho loses early (2:0.25,0.5)"
+    )
     parser.add_argument("--launcher", default="local", choices=LAUNCHERS)
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: cores / --cores)")
     parser.add_argument("--cores", type=int, default=1, metavar="N", help="cores of a run, its own (default 1)")
@@ -56,7 +59,9 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     for flag, low in (("jobs", 0), ("cores", 1), ("devices", 1)):
         if getattr(options, flag) < low:
             raise command.UsageError(f"--{flag}={getattr(options, flag)}: must be an integer >= 1")
-    assignments = _assignments(options)
+    assignments, halving = _assignments(options)
+    if halving is not None and options.launcher != "local":
+        raise command.UsageError(f"--launcher={options.launcher}: must be local with --halving, which compares runs")
     record = results.read_json(options.out / results.SWEEP)
     if record and record["config"] != path:
         raise command.UsageError(f"--config = {path}: must be {record['config']}, with which {options.out} began")
@@ -111,9 +116,15 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
             return 0
         environment = sweep_launch.environment(options.out / ".compiled")
         slots = sweep_launch.slots_of(jobs, options.cores, usable)
-        with View(runs, {name: outcome for name, outcome in outcomes.items() if outcome}, speed, jobs) as view:
-            complete = sweep_launch.run_local(left, path, slots, environment, view)
-    return _summary(runs, complete)
+
+        def launch(some: list, until: dict[str, int]) -> bool:
+            ended = {run.name: outcome for run in runs if (outcome := _outcome(run))}
+            with View(runs, ended, speed, jobs, until) as view:
+                return sweep_launch.run_local(some, path, slots, environment, view, until=until)
+
+        complete = halving is None or _halve(runs, left, halving, launch)
+        complete = complete and launch([run for run in left if not _outcome(run)], {})
+    return _summary(runs, complete, halving)
 
 
 def _once(overrides: list[tuple[str, str | None]]) -> list[tuple[str, str]]:
@@ -124,15 +135,18 @@ def _once(overrides: list[tuple[str, str | None]]) -> list[tuple[str, str]]:
     return [(key, found[0] if len(found) == 1 else repr(tuple(found))) for key, found in texts.items()]
 
 
-def _assignments(options: Any) -> list[dict[str, str]]:
+def _assignments(options: Any) -> tuple[list[dict[str, str]], sweep_halving.Halving | None]:
     if not (options.sweep or options.grid or options.zip):
         raise command.UsageError("--sweep is missing: name a spec, or give --grid and --zip")
     found = sweep_spec.expand([sweep_spec.from_flags(options.grid, options.zip)])
+    halving = None if options.halving is None else sweep_halving.parse(options.halving)
     if options.sweep:
-        found = sweep_spec.combine(sweep_spec.expand(sweep_spec.load(options.sweep).blocks), found)
+        spec = sweep_spec.load(options.sweep)
+        found = sweep_spec.combine(sweep_spec.expand(spec.blocks), found)
+        halving = halving or (sweep_halving.settings(spec.halving) if spec.halving else None)
     if not found:
         raise command.UsageError(f"--sweep = {options.sweep}: no run is left after its filters")
-    return found
+    return found, halving
 
 
 def _runs(
@@ -214,6 +228,28 @@ def _prepare(runs: list) -> None:
         cache.ensure(data, lambda text: print(text, flush=True))
 
 
+def _outcome(run: Any) -> dict:
+    return results.read_json(run.directory / results.OUTCOME)
+
+
+def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Callable[[list, dict], bool]) -> bool:
+    """Takes groups through the rungs and ends their worse runs; False if a signal stopped it."""
+    groups, order = sweep_halving.groups(runs), [run.name for run in left]
+    for number, fraction in enumerate(halving.rungs, 1):
+        outcomes = {run.name: _outcome(run) for run in runs}
+        steps = {run.name: sweep_halving.rung_step(run, fraction) for group in groups for run in group}
+        some = [run for group in groups for run in sweep_halving.to_run(group, steps[group[0].name], outcomes)]
+        some = sorted((run for run in some if steps[run.name]), key=lambda run: order.index(run.name))
+        if some and not launch(some, {run.name: steps[run.name] for run in some}):
+            return False
+        outcomes = {run.name: _outcome(run) for run in runs}
+        for group in groups:
+            if steps[group[0].name]:
+                for run in sweep_halving.prune(group, steps[group[0].name], halving.eta**-number, outcomes):
+                    print(f"pruned    {run.name}  {_outcome(run)['why']}", flush=True)
+    return True
+
+
 def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
     """Says where results were made by other sources of data, lm and optim than those that would run now."""
     made = [outcome["code"] for outcome in outcomes.values() if outcome.get("code")]
@@ -226,10 +262,12 @@ def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
         print(f"code    {other} of {len(made)} results were made by other code than this", file=sys.stderr, flush=True)
 
 
-def _summary(runs: list, complete: bool) -> int:
+def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) -> int:
     from scripts.sweep_launch import STOPPED
 
-    outcomes = {run.name: results.read_json(run.directory / results.OUTCOME) for run in runs}
+    outcomes = {run.name: _outcome(run) for run in runs}
+    if halving is not None:
+        print(sweep_halving.saved(runs), flush=True)
     named = [outcome.get("status", "unfinished") for outcome in outcomes.values()]
     counts = {status: named.count(status) for status in results.STATUSES if status in named}
     print(", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)

@@ -145,6 +145,11 @@ def _record(directory: Path, status: int, last: list[str]) -> dict[str, Any]:
         named, why = "diverged", result.why if result and result.status == "diverged" else " ".join(last[-1:])
     else:
         named, why = "failed", " ".join(last[-1:]) or f"exit status {status}"
+    return record(directory, named, status, why, result)
+
+
+def record(directory: Path, named: str, status: int, why: str, result: results.Result | None = None) -> dict[str, Any]:
+    """Writes outcome.json: the run has ended for good, as `named`, with its last exit status; returns it."""
     attempts = _attempts(directory)
     outcome = {
         "status": named,
@@ -230,7 +235,8 @@ def run_local(
                 if status is not None:
                     jobs.remove(job)
                     free.append(job.slot)
-                    view.ended(job.run, end_attempt(job.run.directory, status, cpu_seconds), status)
+                    outcome = end_attempt(job.run.directory, status, cpu_seconds)
+                    view.ended(job.run, outcome, status)
             view.tick(jobs, waiting)
             time.sleep(POLL)
     finally:

@@ -4,16 +4,20 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from scripts.sweep_launch import Job
+from scripts.sweep_launch import STOPPED, Job
 from scripts.sweep_plan import Run, Speed, clock, makespan
 
 
 class View:
-    """Shows the runs of a sweep. outcomes: {name: outcome.json} of those that had ended before; jobs: at a time."""
+    """Shows the runs of a sweep.
+
+    outcomes: {name: outcome.json} of those that had ended before. jobs: at a time. until: {name: step} at which runs
+    stop for now.
+    """
 
     def __init__(
         self,
@@ -21,13 +25,15 @@ class View:
         outcomes: dict[str, dict],
         speed: Speed,
         jobs: int,
+        until: Mapping[str, int] | None = None,
         *,
         stream: TextIO | None = None,
         now: Callable[[], float] = time.time,
     ):
         self._total, self._speed, self._slots, self._now = len(runs), speed, jobs, now
         self._stream = stream or sys.stderr
-        self._counts = Counter(outcome["status"] for outcome in outcomes.values())
+        self._until = until or {}
+        self._statuses = {name: outcome["status"] for name, outcome in outcomes.items()}
         self._began: dict[str, float] = {}
         self._spent = self._expected = 0.0  # seconds, of the runs that ended here
         self._running: list[Job] = []
@@ -57,15 +63,17 @@ class View:
         """Counts and shows the end of a run; outcome {} if it is to be continued, with the exit status that said so."""
         self._running = [job for job in self._running if job.run.name != run.name]
         named = outcome.get("status", "unfinished")
-        self._counts[named] += 1
+        why = outcome.get("why", f"exit status {status}")
+        if not outcome and run.name in self._until and status == STOPPED:
+            named, why = "waiting", f"at step {self._until[run.name]}, to be compared"
+        self._statuses[run.name] = named
         seconds = self._now() - self._began.get(run.name, self._now())
         if named == "finished" and run.name in self._began:
             self._spent += seconds
-            self._expected += self._speed.seconds(run)
+            self._expected += self._seconds(run)
         loss = f"  loss {outcome['loss']:.4f}" if outcome.get("loss") is not None else ""
-        why = outcome.get("why", f"exit status {status}")
         self._print(
-            f"[{self._counts.total()}/{self._total}] {named:<10} {run.name}{loss}  {clock(seconds)}"
+            f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock(seconds)}"
             + (f"  {why}" if why else "")
             + f"  (left {clock(self._left())})"
         )
@@ -77,14 +85,16 @@ class View:
             self._shown = self._now()
             self._live.update(self._table(), refresh=True)
 
+    def _seconds(self, run: Run) -> float:
+        return self._speed.seconds(run, self._until.get(run.name, run.steps) / run.steps)
+
     def _left(self) -> float:
         """Estimated seconds until the last run ends, corrected by how the estimates fared so far."""
         pace = self._spent / self._expected if self._expected else 1.0
         rest = [
-            max(0.0, self._speed.seconds(job.run) * pace - (self._now() - self._began[job.run.name]))
-            for job in self._running
+            max(0.0, self._seconds(job.run) * pace - (self._now() - self._began[job.run.name])) for job in self._running
         ]
-        return makespan(rest + [self._speed.seconds(run) * pace for run in self._waiting], self._slots)
+        return makespan(rest + [self._seconds(run) * pace for run in self._waiting], self._slots)
 
     def _table(self):
         from rich.table import Table
@@ -95,9 +105,9 @@ class View:
         for job in self._running:
             step, loss = progress(job.run.directory)
             elapsed = self._now() - job.began
-            left = max(0.0, self._speed.seconds(job.run) - elapsed)
+            left = max(0.0, self._seconds(job.run) - elapsed)
             table.add_row(job.run.name, f"{step}/{job.run.steps}", f"{loss:.4f}" if step else "", clock(left))
-        counts = ", ".join(f"{count} {status}" for status, count in sorted(self._counts.items()))
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(self._statuses.values()).items()))
         table.caption = (
             f"{len(self._running)} running, {len(self._waiting)} to come{', ' + counts if counts else ''} "
             f"of {self._total}; left {clock(self._left())}"

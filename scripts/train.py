@@ -21,6 +21,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--replay_step", type=int, metavar="K", help="look into step K of the run in --workdir, writing nothing"
     )
+    parser.add_argument(
+        "--until", type=int, metavar="K", help="stop with a checkpoint after step K; run again without it to go on"
+    )
     hosts = parser.add_argument_group("several processes, one per host or GPU, each started with the same command")
     hosts.add_argument(
         "--distributed", action="store_true", help="join the processes that SLURM or the TPU pod started"
@@ -39,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
             f"--coordinator={options.coordinator} --num_processes={options.num_processes} "
             f"--process_id={options.process_id}: must be given together, with 0 <= process_id < num_processes"
         )
+    if options.until is not None and options.until < 1:
+        return command.fail(f"--until={options.until}: must be an integer >= 1")
     import jax
 
     if options.coordinator or options.distributed:
@@ -67,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
             replay.replay(config, options.workdir, options.replay_step)
             return 0
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
-        return train.run(config, options.workdir, allowed)
+        return train.run(config, options.workdir, allowed, options.until)
     except (ConfigError, DataError, Unusable, WorkdirError) as error:
         return command.fail(error) if jax.process_index() == 0 else 2
     except OSError as error:

@@ -66,6 +66,16 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(corpus, who
     assert ends[0] == ends[1]
 
 
+def test_a_run_stops_where_it_is_told_to_and_goes_on_to_the_same_end(corpus, whole, tmp_path):
+    config = lm_runs.config(*corpus, **METHOD)
+    for until in (7, 5):  # it is past 5 by then: nothing to do
+        assert train.run(config, str(tmp_path), until=until) == train.STOPPED
+        assert [r["step"] for r in lm_runs.records(tmp_path, "train")] == list(range(1, 8))
+        assert checkpoint.Checkpoints(f"{tmp_path}/checkpoints", read_only=True).newest() == 7
+    assert train.run(config, str(tmp_path), until=50) == train.FINISHED
+    assert lm_runs.losses(tmp_path) == lm_runs.losses(whole)
+
+
 def test_a_run_learns_and_leaves_its_evidence(whole):
     losses = lm_runs.losses(whole)
     assert len(losses) == 20

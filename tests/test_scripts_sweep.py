@@ -10,7 +10,7 @@ import lm_runs
 import pytest
 import sweep_runs
 
-from scripts import results, sweep, sweep_plan, sweep_spec
+from scripts import results, sweep, sweep_halving, sweep_plan, sweep_spec
 from scripts.command import UsageError
 
 BASE = "--config=configs/base.py"
@@ -282,3 +282,50 @@ def test_a_signal_stops_runs_with_a_checkpoint_and_a_second_sweep_is_refused(con
     assert not (place / "outcome.json").exists()
     (result,) = results.read(out)
     assert result.status == "unfinished"
+
+
+# ------------------------------------------------------------------------------------------------------------- halving
+def test_halving_is_read_and_refused():
+    assert sweep_halving.parse("") == sweep_halving.Halving(2.0, (0.25, 0.5))
+    assert sweep_halving.parse("3") == sweep_halving.Halving(3.0, (0.25, 0.5))
+    assert sweep_halving.parse("4:0.1,0.3") == sweep_halving.Halving(4.0, (0.1, 0.3))
+    assert sweep_halving.settings({"rungs": [0.5]}) == sweep_halving.Halving(2.0, (0.5,))
+    for text in ("1", "x", "2:0.5,0.25", "2:0", "2:1", "2:a"):
+        with pytest.raises(UsageError, match="halving"):
+            sweep_halving.parse(text)
+    with pytest.raises(UsageError, match="rung: must be eta or rungs"):
+        sweep_halving.settings({"rung": 3})
+
+
+def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(config, whole, tmp_path):
+    """Of three rho, two too large, one ends at each rung; the best is unharmed, and adamw beside it untouched."""
+    out = tmp_path / "out"
+    spec = tmp_path / "spec.py"
+    spec.write_text(
+        "def get_spec():\n"
+        "    rho = {'optim.method': ['sam'], 'optim.rho': [0.001, 100.0, 1.0], 'seed': [0]}\n"
+        "    plain = {'set': {'optim.method': 'adamw', 'seed': 0}}\n"
+        "    return {'blocks': [{'grid': rho}, plain], 'halving': {'eta': 2, 'rungs': [0.3, 0.7]}}\n"
+    )
+    status, printed = sweep_runs.run(config, out, f"--sweep={spec}", "--jobs=2")
+    assert status == 0, printed
+    found = {result.name: result for result in results.read(out)}
+    names = ["method=sam,rho=0.001", "method=sam,rho=100.0", "method=sam,rho=1.0", "method=adamw"]
+    assert list(found) == names
+    assert [found[name].status for name in names] == ["finished", "pruned", "pruned", "finished"]
+    assert [found[name].train_curve[-1].step for name in names] == [150, 50, 100, 150]
+    assert "place 3 of 3" in found[names[1]].why
+    assert "stopped 2 of 4 runs early" in printed
+    # 100 and 50 of 150 steps of runs that cost twice what adamw's does
+    assert f"{(100 + 50) / 150 * 2 / 7:.0%} of the whole" in printed
+    assert found["method=adamw"].loss == results.read(whole)[0].loss
+    alone = tmp_path / "alone"
+    flags = ("--grid", "optim.method=sam", "--grid", "optim.rho=0.001", "--grid", "seed=0")
+    assert sweep_runs.run(config, alone, *flags)[0] == 0
+    (undisturbed,) = results.read(alone)
+    assert [point.loss for point in undisturbed.train_curve] == [point.loss for point in found[names[0]].train_curve]
+    assert undisturbed.loss == found[names[0]].loss
+    # done is done: neither a pruned run nor a finished one begins again
+    before = {name: attempts(found[name].directory) for name in names}
+    assert sweep_runs.run(config, out, f"--sweep={spec}")[0] == 0
+    assert {name: attempts(found[name].directory) for name in names} == before
