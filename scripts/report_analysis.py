@@ -90,6 +90,12 @@ def optima(study: Study) -> dict[tuple[str, str], list[tuple[Cell, st.Optimum]]]
     return found
 
 
+def seconds(variant: Variant) -> float:
+    """Seconds of training of a run of a variant: the median, since at times something else keeps the machine busy."""
+    found = [run.result.seconds for run in variant.runs if run.result.status == "finished"]
+    return statistics.median(found) if found else math.nan
+
+
 def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
     """{(budget, variant): best rho against parameters}, through the optima that lie inside their grids."""
     every, found = optima(study), {}

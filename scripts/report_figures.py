@@ -138,13 +138,14 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
                 fitted = [cell.parameters for cell, optimum in pairs if optimum.status == "inside"]
                 x = np.geomspace(min(fitted) / 1.3, max(fitted) * 1.3, 50)
                 line, low, high = st.power_law_band(law, x)
-                axes.plot(x, line, color=colour, linestyle=dash, marker="none")
-                if np.isfinite(low).all():
+                if np.isfinite(low).all():  # a line through two points without known noise says nothing
+                    axes.plot(x, line, color=colour, linestyle=dash, marker="none")
                     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             if pairs:
                 axes.plot([], [], color=colour, marker=marker, linestyle=dash, label=budget)
         axes.set(xscale="log", yscale="log", xlabel="non-embedding parameters", title=name)
         axes.set_ylim(min(tried) / 1.6, max(tried) * 1.6)
+        axes.set_xlim(min(row["parameters"] for row in rows) / 1.4, max(row["parameters"] for row in rows) * 1.4)
         dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "best rho")
     inside = sum(row["status"] == "inside" for row in rows)
@@ -168,6 +169,7 @@ def frontier(study: gr.Study) -> dr.Drawing | None:
             runs = [run for run in variant.best().values() if math.isfinite(run.loss)]
             if runs:
                 mean = {key: float(np.mean([getattr(run.result, key) for run in runs])) for key in _AXES}
+                mean["seconds"] = an.seconds(variant)
                 losses = [an.level(cell, variant, run) for run in runs]
                 rows.append(
                     {"scale": cell.scale, "budget": cell.budget, "variant": name, "rho": runs[0].rho, **mean,
@@ -188,6 +190,8 @@ def frontier(study: gr.Study) -> dr.Drawing | None:
                 axes.vlines(x, low, high, color=colour, linewidth=1)
                 axes.plot(x, y, color=colour, marker=marker, linestyle=joined, label=name)
         axes.set(xscale="log", xlabel=_AXES[axis], title=scale)
+        shown = [row[axis] for row in rows if row["scale"] == scale]
+        axes.set_xlim(min(shown) / 1.1, max(shown) * 1.1)
         dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "held-out loss, nats per token")
     return dr.Drawing(
@@ -195,7 +199,7 @@ def frontier(study: gr.Study) -> dr.Drawing | None:
         "One mark a method and budget, at its best rho: mean over seeds, line from the lowest seed to the highest, "
         "each freed of its seed's own level where AdamW has that seed. "
         "AdamW's budgets are joined: a method below that line at the same FLOPs is worth its cost, one above is not. "
-        "Seconds are those of training as measured, whatever else the machine did.",
+        "Seconds are those of training as measured, median over all runs of a method and budget.",
         f"Final held-out loss against tokens, FLOPs and seconds of training for {len(scales)} scales, AdamW's budgets "
         "joined by a line.",
         figure, rows,
@@ -207,7 +211,7 @@ def curves(study: gr.Study) -> dr.Drawing | None:
     look, rows = dr.styles(study), []
     cells = [cell for cell in study.cells if any(v.method != gr.BASE for v in cell.variants.values())] or study.cells
     for cell in cells:
-        rows += [row for variant in cell.variants.values() for row in _curve(cell, variant)]
+        rows += [row for variant in cell.variants.values() for row in _curve(cell, variant, cell)]
         longer = {}
         for variant in cell.variants.values():  # AdamW at the compute of the two-pass methods
             found = an.equal_compute(study, cell, variant) if variant.method != gr.BASE and variant.choice else None
@@ -237,24 +241,28 @@ def curves(study: gr.Study) -> dr.Drawing | None:
     dr.finish(figure, panels, "held-out loss, nats per token")
     return dr.Drawing(
         "curves", "Held-out loss during training",
-        "At the best rho, mean over its seeds; hollow: AdamW trained longer, for the FLOPs of the two-pass methods. "
-        "The learning rate falls to its end only at each run's last step, so only last points of different lengths may "
-        "be compared. The frame shows what lies after four tenths of training.",
+        "At the best rho, mean over the seeds that all methods of a panel have; hollow: AdamW trained longer, for the "
+        "FLOPs of the two-pass methods. The learning rate falls to its end only at each run's last step, so only last "
+        "points of different lengths may be compared. The frame shows what lies after four tenths of training.",
         f"Held-out loss during training against {', '.join(used)} in {len(cells)} panels of scale and budget.",
         figure, rows,
     )  # fmt: skip
 
 
-def _curve(cell: gr.Cell, variant: gr.Variant, panel: gr.Cell | None = None) -> list[dict]:
-    """Mean held-out loss over the seeds at the best rho, a row an evaluation; panel: the cell it is drawn with."""
+def _curve(cell: gr.Cell, variant: gr.Variant, panel: gr.Cell) -> list[dict]:
+    """Mean held-out loss at the best rho over the seeds that all methods of the panel have, a row an evaluation."""
+    every = [set(other.best_losses()) for other in panel.variants.values() if other.best_losses()]
+    shared = set.intersection(*every) if every else set()
     runs = [run for run in variant.best().values() if math.isfinite(run.loss)]
-    rows = []
+    runs = [run for run in runs if run.seed in shared] or runs
+    pace, rows = an.seconds(variant), []
     for points in zip(*(run.result.curve for run in runs), strict=False) if runs else ():
         mean = {key: float(np.mean([getattr(point, key) for point in points])) for key in (*_AXES, "loss")}
+        share = points[0].step / runs[0].result.steps
         if points[0].step and math.isfinite(mean["loss"]):
             rows.append(
-                {"panel": (panel or cell).label, "scale": cell.scale, "budget": cell.budget, "variant": variant.name,
-                 "step": points[0].step, "share": points[0].step / runs[0].result.steps, **mean, "seeds": len(points)}
+                {"panel": panel.label, "scale": cell.scale, "budget": cell.budget, "variant": variant.name,
+                 "step": points[0].step, "share": share, **mean, "seconds": share * pace, "seeds": len(points)}
             )  # fmt: skip
     return rows
 

@@ -125,10 +125,11 @@ def comparison(study: gr.Study) -> Table:
     return Table(
         "comparison", "Method by scale and budget",
         "Loss: held-out, nats per token, mean over the seeds at the best rho. Differences: loss minus AdamW's of the "
-        "same seed, negative is better. All seeds: paired, with those that chose rho. Fresh seeds: paired, only seeds "
-        "that took no part in choosing rho; the honest one. Pooled: noise shared by all methods of the group, which "
-        "assumes that it is alike; over fresh seeds where there are two, else over all. Brackets: 95 % Student "
-        "intervals; one pair has none. Flattery: upper bound of what choosing rho on its seeds lowers that loss by.",
+        "same seed, negative is better; where a method has fewer seeds than AdamW, compare them, not the losses. All "
+        "seeds: paired, with those that chose rho. Fresh seeds: paired, only seeds that took no part in choosing rho; "
+        "the honest one. Pooled: noise shared by all methods of the group, which assumes that it is alike; over fresh "
+        "seeds where there are two, else over all. Brackets: 95 % Student intervals; one pair has none. Flattery: "
+        "upper bound of what choosing rho on its seeds lowers that loss by.",
         [
             Column("variant", "method", number=False), Column("chosen", "best rho", _chosen), Column("seeds", "seeds"),
             Column("loss", "loss, nats per token", decimals(4)),

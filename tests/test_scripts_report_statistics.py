@@ -109,6 +109,20 @@ def test_a_minimum_that_is_not_bracketed_is_said_to_be_so(means, status, rho):
     assert math.isnan(found.low)
 
 
+def test_bounds_are_where_the_slope_leaves_its_noise():
+    """At Fieller's bounds the slope of the parabola is t standard errors from zero; here on a lopsided grid."""
+    means = {0.01: 2.04, 0.02: 2.0, 0.06: 2.03, 0.3: 2.2}
+    found = st.optimum(means, 0.004, 6, seeds=2)
+    u, y = np.log([0.01, 0.02, 0.06]) - math.log(0.02), [2.04, 2.0, 2.03]
+    design = np.stack([np.ones(3), u, u * u], 1)
+    coefficients, inverse = np.linalg.solve(design, y), np.linalg.inv(design.T @ design)
+    for bound in (found.low, found.high):
+        slope = np.array([0, 1, 2 * math.log(bound / 0.02)])
+        error = 0.004 / math.sqrt(2) * math.sqrt(slope @ inverse @ slope)
+        assert abs(slope @ coefficients) == pytest.approx(stats.t.ppf(0.975, 6) * error)
+    assert found.low < found.rho < found.high
+
+
 def test_bounds_outside_the_grid_are_open():
     found = st.optimum({0.01: 2.0005, 0.03: 2.0, 0.1: 2.0004}, 0.01, 4)  # no curvature beside this noise
     assert (found.status, found.low, found.high) == ("inside", 0.0, math.inf)
