@@ -40,17 +40,24 @@ def over_training(workdir: str | Path) -> Path | None:
     figure = _figure(7.5, 5.2)
     shares, norms, eigenvalues, sharpness = _panels(figure, 2, 2, sharex=True)
 
-    split = [(r["step"], r["all"]["logit_norm"], r["all"]["functional_norm"]) for r in recorded]
-    split += [(f["step"], f["summary"]["delta_logit_norm"], f["summary"]["delta_func_norm"]) for f in found]
-    split.sort()
-    steps = [step for step, _, _ in split]
-    shares.plot(steps, [b**2 / max(a**2 + b**2, 1e-300) for _, a, b in split], color=_GREEN, marker=".")
-    shares.set_ylim(0, 1)
+    # two batches, so two lines: what the run recorded, and what was measured of its checkpoints
+    series = {
+        ("-", "while training"): [(r["step"], r["all"]["logit_norm"], r["all"]["functional_norm"]) for r in recorded],
+        ("--", "checkpoints"): [
+            (f["step"], f["summary"]["delta_logit_norm"], f["summary"]["delta_func_norm"]) for f in found
+        ],
+    }
+    for (dash, label), rows in series.items():
+        if rows:
+            steps, logit, functional = zip(*rows, strict=True)
+            share = [b**2 / max(a**2 + b**2, 1e-300) for _, a, b in rows]
+            shares.semilogy(steps, share, dash, color=_GREEN, marker=".", label=label)
+            norms.semilogy(steps, logit, dash, color=_VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
+            norms.semilogy(steps, functional, dash, color=_GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
     shares.set_title("share of δ_func in ‖δ_logit‖² + ‖δ_func‖²", loc="left", fontsize=9)
-    norms.semilogy(steps, [a for _, a, _ in split], color=_VERMILION, marker=".", label="δ_logit = GGN ε̂")
-    norms.semilogy(steps, [b for _, _, b in split], color=_GREEN, marker=".", label="δ_func = NME ε̂")
-    norms.legend(frameon=False, fontsize=8)
     norms.set_title("norms", loc="left", fontsize=9)
+    for axes in (shares, norms):
+        axes.legend(frameon=False, fontsize=7)
 
     at = [f["step"] for f in found]
     for key, label, colour in (("", "H", _BLUE), ("ggn_", "GGN", _VERMILION), ("nme_", "NME", _GREEN)):
