@@ -51,6 +51,27 @@ class Placement(NamedTuple):
         shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return self if sequences % shards == 0 else Placement()
 
+    def size(self, axis: str) -> int:
+        """Devices along an axis; 1 without a mesh."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    # Inside split; left out where there is one device, because XLA copies even then.
+
+    def summed(self, x: Any, *axes: str) -> Any:
+        """The sum of a tree over these axes."""
+        axes = tuple(axis for axis in axes if self.size(axis) > 1)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def whole_width(self, table_RxD: jax.Array) -> jax.Array:
+        """A table whose width is split over fsdp, gathered."""
+        return jax.lax.all_gather(table_RxD, "fsdp", axis=1, tiled=True) if self.size("fsdp") > 1 else table_RxD
+
+    def reduced(self, gradient_RxD: jax.Array) -> jax.Array:
+        """A table's gradient summed over the devices of a batch, its width split over fsdp as the table's is."""
+        if self.size("fsdp") > 1:
+            gradient_RxD = jax.lax.psum_scatter(gradient_RxD, "fsdp", scatter_dimension=1, tiled=True)
+        return self.summed(gradient_RxD, "data")
+
     def split(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         """The function run on each device's own parts of its arguments, of these kinds (trees of them).
 

@@ -116,11 +116,11 @@ class Table(nn.Module):
 
 def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
     def local(table, ids):
-        if place.mesh is not None:
-            table = lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
+        if place.size("fsdp") > 1:
+            table = place.whole_width(table.astype(dtype))
         index, mine = _local_index(place, kind, ids, table.shape[0])
         found = jnp.where(mine[..., None], table.astype(dtype)[index], 0) if mine is not None else table[index]
-        return found.astype(dtype) if mine is None else lax.psum(found, "tensor")
+        return found.astype(dtype) if mine is None else place.summed(found, "tensor")
 
     return place.split(local, (kind, "tokens"), "hidden")(table_RxD, ids_BxT)
 
@@ -138,7 +138,7 @@ def lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_Bx
 
 def _local_index(place: Placement, kind: str, ids, rows: int):
     """(index among a device's rows, whether it holds them): None where every device holds all."""
-    if place.mesh is None or kind != "table" or place.mesh.shape["tensor"] == 1:
+    if kind != "table" or place.size("tensor") == 1:
         return ids, None
     index = ids - lax.axis_index("tensor") * rows
     mine = (index >= 0) & (index < rows)
@@ -152,22 +152,44 @@ def _lookup_forward(place, kind, dtype, table_RxD, ids_BxT):
 
 def _lookup_backward(place, kind, dtype, kept, cotangent_BxTxD):
     table_RxD, ids_BxT = kept
-    parts = place.mesh.shape["tensor"] if place.mesh is not None and kind == "table" else 1
+    parts = place.size("tensor") if kind == "table" else 1
 
     def local(ids, cotangent):
         rows = table_RxD.shape[0] // parts
         index, mine = _local_index(place, kind, ids, rows)
         wide = cotangent.astype(table_RxD.dtype)
         wide = wide if mine is None else jnp.where(mine[..., None], wide, 0)
-        total = jnp.zeros((rows, table_RxD.shape[1]), wide.dtype).at[index].add(wide)
-        if place.mesh is None:
-            return total
-        return lax.psum(lax.psum_scatter(total, "fsdp", scatter_dimension=1, tiled=True), "data")
+        return place.reduced(jnp.zeros((rows, table_RxD.shape[1]), wide.dtype).at[index].add(wide))
 
     return place.split(local, ("tokens", "hidden"), kind)(ids_BxT, cotangent_BxTxD), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The einsum of activations and a kernel into as many or more features.
+
+    Its gradient to the kernel has x as first operand: of such a product XLA on CPU transposes the first, and JAX's own
+    rule puts the wider result there.
+    """
+    return jnp.einsum(equation, x, kernel)
+
+
+def _project_forward(equation, x, kernel):
+    return jnp.einsum(equation, x, kernel), (x, kernel)
+
+
+def _project_backward(equation, kept, cotangent):
+    x, kernel = kept
+    operands, result = equation.split("->")
+    first, second = operands.split(",")
+    to_x = jnp.einsum(f"{result},{second}->{first}", cotangent, kernel)
+    return to_x, jnp.einsum(f"{first},{result}->{second}", x, cotangent)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 class Attention(nn.Module):
@@ -180,9 +202,9 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
         s = self.shape
         D, H, G, K = s.width, s.heads, s.kv_heads, s.width // s.heads
-        query = jnp.einsum("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), (0,), s.dtype, name="query")())
-        key = jnp.einsum("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="key")())
-        value = jnp.einsum("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="value")())
+        query = project("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), (0,), s.dtype, name="query")())
+        key = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="key")())
+        value = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="value")())
         query, key, value = (self.constrain(a, "heads") for a in (query, key, value))
         if s.qk_norm:
             query, key = Norm(s, name="query_norm")(query), Norm(s, name="key_norm")(key)
@@ -203,12 +225,13 @@ class Mlp(nn.Module):
     def __call__(self, x_BxTxD):
         s = self.shape
         D, F = s.width, s.mlp_width
-        hidden = jnp.einsum("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="up")())
+        hidden = project("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="up")())
+        # Checkpointed even where remat is none: the backward pass would read five arrays of [B, T, F] instead of one.
         if s.style == "modern":
-            gate = jnp.einsum("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="gate")())
-            hidden = jax.nn.silu(gate) * hidden
+            gate = project("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="gate")())
+            hidden = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up, prevent_cse=False)(gate, hidden)
         else:
-            hidden = jax.nn.gelu(hidden)
+            hidden = jax.checkpoint(jax.nn.gelu, prevent_cse=False)(hidden)
         hidden = self.constrain(hidden, "mlp")
         return jnp.einsum("btf,fd->btd", hidden, Kernel((F, D), (0,), s.dtype, 1 / (2 * s.layers), name="down")())
 

@@ -61,7 +61,7 @@ def chunk_positions(sequence_length: int, sequences: int, tokens: int) -> int:
 def token_loss(options: Options, raw_BxcxV, targets_Bxc):
     """(loss per token, its derivative in the raw logits), both unweighted. V: this device's part of the vocabulary."""
     V = raw_BxcxV.shape[-1]
-    split = options.place.mesh is not None and options.place.mesh.shape["tensor"] > 1
+    split = options.place.size("tensor") > 1
     first = lax.axis_index("tensor") * V if split else 0
     index = first + lax.broadcasted_iota(jnp.int32, (1, 1, V), 2)
     real = index < options.vocabulary
@@ -75,7 +75,7 @@ def token_loss(options: Options, raw_BxcxV, targets_Bxc):
     sums = [jnp.sum(powers, axis=-1), jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)]
     if options.smoothing:
         sums.append(jnp.sum(jnp.where(real, capped, 0.0), axis=-1))
-    total, correct, *uniform = lax.psum(sums, "tensor") if split else sums
+    total, correct, *uniform = options.place.summed(sums, "tensor")
     log_z = peak[..., 0] + jnp.log(total)
     target = hit.astype(raw_BxcxV.dtype)
     loss = log_z - (1 - options.smoothing) * correct
@@ -141,24 +141,17 @@ def _fitted(options: Options, sequences: int) -> Options:
     return options._replace(place=place)
 
 
-def _summed(options: Options, x, axes):
-    return x if options.place.mesh is None else lax.psum(x, axes)
-
-
 def _gathered(options: Options, kernel_VxD, dtype):
     """The weights in the compute dtype, whole along D: cast first, so that half the bytes travel."""
-    kernel_VxD = kernel_VxD.astype(dtype)
-    return kernel_VxD if options.place.mesh is None else lax.all_gather(kernel_VxD, "fsdp", axis=1, tiled=True)
+    return options.place.whole_width(kernel_VxD.astype(dtype))
 
 
 def _reduced(options: Options, gradient, dtype):
     """(d/d hidden, d/d kernel) summed over devices, once; the latter left split as the weights are stored."""
-    if options.place.mesh is None:
-        return gradient
     to_hidden, to_kernel = gradient
-    low = to_kernel.astype(dtype)
-    low = lax.psum(lax.psum_scatter(low, "fsdp", scatter_dimension=1, tiled=True), "data")
-    return lax.psum(to_hidden, "tensor"), low.astype(to_kernel.dtype)
+    if options.place.size("data") * options.place.size("fsdp") > 1:
+        to_kernel = options.place.reduced(to_kernel.astype(dtype)).astype(to_kernel.dtype)
+    return options.place.summed(to_hidden, "tensor"), to_kernel
 
 
 _INPUTS = ("table", "hidden", "tokens", "tokens")
@@ -192,8 +185,8 @@ def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights
         gradient = _zeros_like_gradient(kernel_VxD, hidden_BxTxD) if gradients else ()
         kept = Kept(jnp.zeros((B, T, len(kernel_VxD)), options.kept_dtype), jnp.zeros((), wide)) if keep else ()
         losses, gradient, kept = _over_chunks(options, T, body, (jnp.zeros(B, wide), gradient, kept))
-        loss = _summed(options, jnp.sum(losses), BATCH)
-        kept = Kept(kept.derivative_BxTxV, _summed(options, kept.inner, AXES)) if keep else ()
+        loss = options.place.summed(jnp.sum(losses), *BATCH)
+        kept = Kept(kept.derivative_BxTxV, options.place.summed(kept.inner, *AXES)) if keep else ()
         return loss, losses, kept, _reduced(options, gradient, options.reduce_dtype) if gradients else ()
 
     outputs = ("scalar", "rows", Kept("mlp", "scalar") if keep else (), _GRADIENT if gradients else ())
@@ -255,7 +248,7 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
 
         carry = jnp.zeros((), wide), _zeros_like_gradient(kernel_VxD, hidden_BxTxD)
         value, gradient = _over_chunks(options, hidden_BxTxD.shape[1], body, carry)
-        return _summed(options, value, AXES), _reduced(options, gradient, wide)
+        return options.place.summed(value, *AXES), _reduced(options, gradient, wide)
 
     fixed, kinds = (rebuilt_from, ["table", "hidden"]) if kept is None else (kept, Kept("mlp", "scalar"))
     value, gradient = options.place.split(local, (*_INPUTS, kinds), ("scalar", _GRADIENT))(

@@ -97,7 +97,8 @@ def sharpness_aware(
 
             def second(_, kept):
                 anchor = kept.anchor and kept.anchor._replace(params=params)
-                return (), descent.path(At(objective, params, epsilon, perturbed, kept.batch, anchor, *kept[2:])), ()
+                late = objective._replace(trunk=_late(objective.trunk))
+                return (), descent.path(At(late, params, epsilon, perturbed, kept.batch, anchor, *kept[2:])), ()
 
             _, (perturbed_loss, vectors), _ = accumulate(second, (), kept, shares)
             returned = descent.combine(looked, vectors) if descent.combine else vectors
@@ -212,6 +213,24 @@ def survival(params: Tree, perturbed: Tree, epsilon: Tree, dtype) -> dict:
 
     moved = jax.tree.map(lambda q, p: cast(q) - cast(p), perturbed, params)
     return {"survival_norm": ratio(norm(moved), norm(epsilon)), "survival_cosine": cosine(moved, epsilon)}
+
+
+def _late(trunk: Callable) -> Callable:
+    """The trunk of a second pass, whose buffers are not to be there during the first.
+
+    A scan's stacked outputs start as constants, and XLA on CPU makes those of all passes when the step begins, which
+    doubles the activations held. Inside the branch of a condition it cannot see through, they are made when the pass
+    begins. XLA on TPU needs no such help, and a branch keeps it from sharing memory.
+    """
+
+    def run(params, batch):
+        def behind_a_branch(params):
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(trunk, params, batch))
+            return lax.cond(lax.optimization_barrier(True), lambda p: trunk(p, batch), lambda _: nothing, params)
+
+        return lax.platform_dependent(params, cpu=behind_a_branch, default=lambda p: trunk(p, batch))
+
+    return run
 
 
 def _slim(kept: looks.Kept, anchored: bool) -> looks.Kept:

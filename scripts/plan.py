@@ -1,9 +1,11 @@
 """What a run will cost and whether it fits, from its real step compiled for devices that need not be here.
 
     python -m scripts.plan --config=FILE --topology=cpu:8|v5e:16x16|v5p:8x8x4|... [--search]
+    python -m scripts.plan --table [--sizes 24m 1.2b] [--methods adamw sam]
 
 TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU. cpu:N simulates N devices. --search tries
-remat policies and meshes by estimate and compiles the cheapest that should fit, until one does.
+remat policies and meshes by estimate and compiles the cheapest that should fit, until one does. --table plans the
+sizes of configs/sizes.py, each on the machine TABLE gives it.
 """
 
 import itertools
@@ -15,6 +17,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from scripts import command
+
+# size -> (topology, batch size, sequence length, vocabulary size, fsdp, compute dtype) of the table
+_BYTES, _C4 = (8, 128, 256, 1, "float32"), (512, 32100)
+TABLE = {
+    **dict.fromkeys(("0.01m", "0.03m", "0.05m", "0.1m", "0.4m", "1.8m"), ("cpu:1", *_BYTES)),
+    **dict.fromkeys(("24m", "42m", "118m"), ("v5e:2x4", 256, *_C4, 8, "bfloat16")),
+    "1.2b": ("v5e:16x16", 2048, *_C4, 256, "bfloat16"),
+    "8b": ("v5e:16x16", 1024, *_C4, 256, "bfloat16"),
+}
+METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam")
 
 
 class Plan(NamedTuple):
@@ -33,11 +45,18 @@ class Plan(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Prints the plan; returns 0 if it fits, 1 if not, 2 for bad input."""
     parser = command.parser("plan", __doc__)
-    parser.add_argument("--topology", required=True, metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4")
+    parser.add_argument("--topology", metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4")
     parser.add_argument("--vocabulary_size", type=int, metavar="N", help="instead of reading config.data.vocabulary")
     parser.add_argument("--epoch_tokens", type=int, default=0, metavar="N", help="of the corpus, for runs in epochs")
     parser.add_argument("--search", action="store_true", help="also choose config.model.remat and config.mesh")
-    config, options = command.parse(argv, parser)
+    parser.add_argument("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
+    parser.add_argument("--sizes", nargs="+", default=list(TABLE), choices=list(TABLE), help="of --table")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of --table")
+    config, options = command.parse(argv, parser, needs_config="--table" not in argv)
+    if options.table:
+        return table(options.sizes, options.methods)
+    if not options.topology:
+        return command.fail("--topology is missing: cpu:8, v5e:16x16, v5p:8x8x4, ...")
     if not re.fullmatch(r"cpu:[1-9]\d*|v\w+:\d+(x\d+)+", options.topology):
         return command.fail(f"--topology={options.topology}: must be like cpu:8, v5e:16x16 or v5p:8x8x4")
     if "epoch" in config.train.duration and not options.epoch_tokens:
@@ -186,6 +205,43 @@ def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool
     print(f"assumes     {chip.flops / 1e12:.3g} TFLOP/s (bfloat16 peak), {chip.bandwidth / 1e9:.0f} GB/s of memory, "
           f"{chip.link / 1e9:.0f} GB/s a ring; no input, evaluation or checkpoint time")  # fmt: skip
     return fits
+
+
+def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
+    """Prints one line per size and method, Chinchilla budgets; returns the exit status."""
+    from configs import base
+    from configs.sizes import resolve
+    from lm.chips import chip_of
+
+    print("| size | method | machine | tokens a step | GiB a device | parameters + optimizer | anchor | temporary "
+          "| FLOPs / adamw | sent, GiB | step s | MFU | days |")  # fmt: skip
+    print("|" + "---|" * 13)
+    for size in sizes:
+        topology, batch, length, vocabulary, fsdp, dtype = TABLE[size]
+        try:
+            devices = described(topology)
+        except (ValueError, RuntimeError) as error:
+            return command.fail(error)
+        for method in methods:
+            config = base.get_config()
+            config.model.size, config.model.compute_dtype, config.optim.method = size, dtype, method
+            resolve(config)
+            config.data.sequence_length, config.train.batch_size = length, batch
+            config.train.duration, config.mesh.data, config.mesh.fsdp = "chinchilla", 1, fsdp
+            parts, program = compiled_step(config, vocabulary, 10**9, devices)
+            p, gib = plan(config, parts, program, devices), 2**30
+            total = p.parameters + p.optimizer + p.anchor + p.temporary + p.batch
+            fits = "" if total <= chip_of(devices[0], len(devices)).memory else " (does not fit)"
+            days = [seconds * parts.budget.steps / 86400 for seconds in p.seconds]
+            cells = [
+                size, method, topology, f"{batch * length:,}", f"{total / gib:.2f}{fits}",
+                f"{(p.parameters + p.optimizer) / gib:.3f}", f"{p.anchor / gib:.3f}", f"{p.temporary / gib:.3f}",
+                f"{parts.budget.flops / parts.budget.adamw_flops:.2f}",
+                f"{sum(c.bytes for c in p.collectives) / gib:.2f}", f"{p.seconds[0]:.3g} to {p.seconds[1]:.3g}",
+                f"{p.mfu[0]:.0%} to {p.mfu[1]:.0%}", f"{days[0]:.2g} to {days[1]:.2g}",
+            ]  # fmt: skip
+            print(f"| {' | '.join(cells)} |", flush=True)
+    return 0
 
 
 def candidates(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> list[tuple[float, str, tuple]]:

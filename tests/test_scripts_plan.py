@@ -85,6 +85,18 @@ def test_tables_cross_devices_once_a_pass_and_no_activation_is_gathered(wide):
         assert not (collective.kind == "all-gather" and ",96,2048]" in collective.shape), collective
 
 
+def test_the_two_passes_of_functional_sam_share_the_memory_of_their_activations():
+    """118m, 32 x 512, 32k vocabulary on one CPU: AdamW's temporary memory, a copy of the parameters, h, and a tenth."""
+    temporary = {}
+    for method in ("adamw", "functional_sam"):
+        made = config("118m", 32, 512, method, functional_readout="rebuild")
+        parts, program = plan.compiled_step(made, 32100, 0, jax.devices()[:1])
+        temporary[method] = program.memory_analysis().temp_size_in_bytes
+    copy, hidden = 4 * parts.budget.parameters.total, 4 * 32 * 512 * parts.shape.width
+    assert temporary["functional_sam"] <= 1.1 * (temporary["adamw"] + copy + hidden)
+    assert parts.budget.flops <= 2.0 * parts.budget.adamw_flops
+
+
 def test_analytic_flops_are_the_compilers_of_an_unrolled_model():
     """XLA also counts norms, softmax and the optimizer: a few per cent on top at this width."""
     options = argparse.Namespace(layers=2, width=256, vocabulary=4096, batch_size=4, sequence_length=64, chunks=1)
