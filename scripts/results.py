@@ -77,8 +77,10 @@ def read(place: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Result]
         found = [_of_workdir(str(directory), Path(directory), {}) for directory in place]
     if not found:
         raise ResultsError(f"{place}: must be the directory of a sweep, or workdirs of runs; there is no run in it")
-    varying = varying_keys([result.config for result in found])
-    return [result._replace(varied={key: result.config.get(key) for key in varying}) for result in found]
+    flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
+    varying = varying_keys(flats)
+    varied = [{key: flat.get(key) for key in varying} for flat in flats]
+    return [result._replace(varied=some) for result, some in zip(found, varied, strict=True)]
 
 
 def read_json(path: Path) -> dict:
@@ -109,16 +111,16 @@ def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
     tells some runs apart.
     """
     keys = list(dict.fromkeys(key for config in configs for key in config if not key.startswith("log.")))
-    named = all(config.get("model.size") for config in configs)
+    named = all(flat.get("model.size") for flat in configs)
     found = [
         key
         for key in keys
-        if not (named and key in OF_SIZE) and len({json.dumps(config.get(key)) for config in configs}) > 1
+        if not (named and key in OF_SIZE) and len({json.dumps(flat.get(key)) for flat in configs}) > 1
     ]
     telling = [key for key in found if not key.startswith(FREE)]
 
     def different(keys: list[str]) -> int:
-        return len({json.dumps([config.get(key) for key in keys]) for config in configs})
+        return len({json.dumps([flat.get(key) for key in keys]) for flat in configs})
 
     return telling if different(telling) == different(found) else found
 
