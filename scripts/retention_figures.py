@@ -58,8 +58,8 @@ def groups_of(configs: dict[str, dict]) -> dict[str, list[str]]:
     """{label: names}: runs whose flat configs differ in the seed alone, labelled by what differs between groups."""
     keys = [key for key in results.varying_keys(list(configs.values())) if key != "seed"]
     groups = {}
-    for name, config in configs.items():
-        shown = [f"{key.split('.')[-1]} {config.get(key)}" for key in keys if config.get(key) is not None]
+    for name, flat in configs.items():
+        shown = [f"{key.split('.')[-1]} {flat.get(key)}" for key in keys if flat.get(key) is not None]
         shown = ", ".join(part.removeprefix("method ") for part in shown)
         groups.setdefault(shown or (name if len(configs) == 1 else "all"), []).append(name)
     return groups
