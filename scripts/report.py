@@ -110,6 +110,8 @@ def _introduction(study) -> str:
 
 def summary(study, compared) -> list[str]:
     """What the numbers allow to say, as sentences."""
+    from scripts import report_analysis
+
     counts = collections.Counter(run.result.status for run in study.runs)
     names = {"unfinished": "missing or unfinished"}
     said = [
@@ -151,6 +153,12 @@ def summary(study, compared) -> list[str]:
                 if known
                 else "by an amount unknown with one seed."
             )
+        )
+    unsteady = report_analysis.unsteadiness(study)
+    if unsteady > 1.5:
+        said.append(
+            f"Seconds a token of runs that do the same work differ by up to a factor of {unsteady:.2g}: the machine "
+            "did other things meanwhile, so measured times and their ratios say little; FLOPs are exact."
         )
     return said + study.notes
 

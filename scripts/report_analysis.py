@@ -96,6 +96,15 @@ def seconds(variant: Variant) -> float:
     return statistics.median(found) if found else math.nan
 
 
+def unsteadiness(study: Study) -> float:
+    """Largest ratio of seconds a token between finished runs of one model and variant, which all do the same work."""
+    paces = {}
+    for run in study.runs:
+        if run.result.status == "finished" and run.result.seconds:
+            paces.setdefault((run.scale, run.variant), []).append(run.result.seconds / run.result.tokens)
+    return max((max(found) / min(found) for found in paces.values()), default=1.0)
+
+
 def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
     """{(budget, variant): best rho against parameters}, through the optima that lie inside their grids."""
     every, found = optima(study), {}

@@ -12,7 +12,7 @@ import pytest
 from report_runs import PARAMETERS, plan, write_run, write_sweep
 
 from configs import base
-from scripts import report, report_analysis, report_compare, report_groups, results
+from scripts import report, report_analysis, report_compare, report_groups, report_tables, results
 from scripts.results import flatten
 
 GRID = (0.003, 0.01, 0.03, 0.1)
@@ -221,6 +221,16 @@ def test_part_of_a_study_makes_a_report_too(tmp_path, chosen, said):
     write_sweep(tmp_path, runs)
     assert report.main([str(tmp_path), f"--out={tmp_path / 'out'}"]) == 0
     assert said in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_busy_machine_is_told(tmp_path):
+    runs = {name: (overrides, 2.0) for name, overrides in (plan("adamw", seed=seed) for seed in SEEDS)}
+    write_sweep(tmp_path, runs)
+    study = report_groups.analyse(results.read(tmp_path))
+    assert report_analysis.unsteadiness(study) == pytest.approx(1.0)
+    slow = study.runs[0].result._replace(seconds=3 * study.runs[0].result.seconds)
+    study = study._replace(runs=[study.runs[0]._replace(result=slow), *study.runs[1:]])
+    assert "factor of 3" in report.summary(study, report_tables.comparison(study))[-1]
 
 
 def test_runs_of_one_ratio_of_tokens_to_parameters_are_one_budget(tmp_path):
