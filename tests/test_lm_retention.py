@@ -95,7 +95,7 @@ def test_every_matrix_is_rounded_and_nothing_else(one, tables):
     _, run, params, _ = one
     before, after = named(params), named(run.quantise(params, 4, 4, tables))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    matrices = {name for name in before if re.search(r"(query|key|value|out|up|gate|down)/kernel$", name)}
+    matrices = {name for name in before if re.search(r"/(query|key|value|out|up|gate|down)/kernel$", name)}
     expected = matrices | ({"embed/embedding", "position/embedding", "readout/kernel"} if tables else set())
     assert changed == expected
     assert len(matrices) >= 6
