@@ -88,9 +88,9 @@ def write(found: list, out: Path, name: str) -> Path:
             ),
         ]  # fmt: skip
         for source, by_measure in measured.items():
+            drawn = an.shown(by_measure)
             parts = [
-                figures.sharpness(study, source, by_measure, part)
-                for part in range(math.ceil(len(by_measure) / figures.PART))
+                figures.sharpness(study, source, drawn, part) for part in range(math.ceil(len(drawn) / figures.PART))
             ]
             sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))

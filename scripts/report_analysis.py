@@ -8,6 +8,11 @@ from scripts.report_groups import Cell, Run, Study, Variant
 from scripts.results import read_json
 
 EQUAL_FLOPS = 0.1  # runs within this share of each other's FLOPs count as equal compute
+# measures that are drawn and shown at once where there are many; tables of data and correlations have all
+_FIRST = (
+    *("lambda_max", "trace", "ggn_lambda_max", "nme_lambda_max"),
+    *("sam_sharpness", "functional_sharpness", "average_sharpness", "delta_func_share"),
+)
 Interval = st.Interval
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -145,7 +150,10 @@ def scaling_points(study: Study, name: str) -> list[tuple[int, int, float]]:
 
 
 def measures(study: Study) -> dict[str, dict[str, dict[str, float]]]:
-    """{"curvature" | "retention": {measure: {run name: value}}} of what other commands measured of finished runs."""
+    """{"curvature" | "retention": {measure: {run name: value}}} of what other commands measured of finished runs.
+
+    The loss they measure beside it, standard errors and residuals are left out: they measure nothing of a minimum.
+    """
     found = {"curvature": {}, "retention": {}}
     for run in study.runs:
         steps = [path for path in (run.result.directory / "curvature").glob("*.json") if path.stem.isdigit()]
@@ -153,9 +161,19 @@ def measures(study: Study) -> dict[str, dict[str, dict[str, float]]]:
         files = {"curvature": newest, "retention": run.result.directory / "retention.json"}
         for source, path in files.items():
             for measure, value in (read_json(path).get("summary", {}) if path else {}).items():
+                if measure == "loss" or measure.endswith(("_error", "_residual")):
+                    continue
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                     found[source].setdefault(measure, {})[run.result.name] = float(value)
     return found
+
+
+def shown(by_measure: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The measures to draw: all where they are few, else the best known of them, eight at most."""
+    if len(by_measure) <= len(_FIRST):
+        return by_measure
+    known = [measure for measure in _FIRST if measure in by_measure]
+    return {measure: by_measure[measure] for measure in known or list(by_measure)[: len(_FIRST)]}
 
 
 def correlation(cell: Cell, values: dict[str, float]) -> Interval:

@@ -284,13 +284,14 @@ def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]]) 
                     {"cell": cell.label, "variant": name, "rho": best[0].rho, "seeds": len(best),
                      "loss": _mean([run.loss for run in best if math.isfinite(run.loss)]), **means}
                 )  # fmt: skip
+    more = f" {len(found)} measures in all, in the CSV." if len(an.shown(found)) < len(found) else ""
     unit = " Every measure is an increase of the loss, nats per token: smaller is better." * (source == "retention")
     return Table(
-        source, f"{source.capitalize()} at the best rho", f"Mean over the seeds that were measured.{unit}",
+        source, f"{source.capitalize()} at the best rho", f"Mean over the seeds that were measured.{unit}{more}",
         [
             Column("variant", "method", number=False), Column("rho", "rho", rho), Column("seeds", "seeds"),
             Column("loss", "held-out loss, nats per token", decimals(4)),
-            *(Column(measure, measure, significant) for measure in found),
+            *(Column(measure, measure, significant) for measure in an.shown(found)),
         ],
         rows, "cell",
     )  # fmt: skip

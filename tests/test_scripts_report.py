@@ -71,7 +71,18 @@ def made(tmp_path_factory):
             workdir = directory / "runs" / name
             (workdir / "curvature").mkdir()
             for step, value in ((500, 9.0), (1000, -loss)):  # the newest counts: it falls as the loss rises
-                text = json.dumps({"step": step, "summary": {"lambda_max": value, "of": "text", "nan": math.nan}})
+                text = json.dumps(
+                    {
+                        "step": step,
+                        "summary": {
+                            "lambda_max": value,
+                            "of": "text",
+                            "nan": math.nan,
+                            "trace_error": 1.0,
+                            "loss": loss,
+                        },
+                    }
+                )
                 (workdir / "curvature" / f"{step}.json").write_text(text)
             (workdir / "retention.json").write_text(json.dumps({"summary": {"int4": loss**2}}))
     assert report.main([str(directory)]) == 0
@@ -190,7 +201,7 @@ def test_other_measures_and_their_rank_correlation(made):
     row = only(tables["retention_table"], cell="1.8m, 1000 steps", variant="adamw")
     assert float(row["int4"]) == pytest.approx(sum(adamw_loss("1.8m", 1000, seed) ** 2 for seed in SEEDS) / 3)
     assert 'id="curvature"' in page
-    assert not any(row["measure"] in ("nan", "of") for row in tables["rank_correlation_table"])
+    assert not any(row["measure"] in ("nan", "of", "trace_error", "loss") for row in tables["rank_correlation_table"])
 
 
 def test_a_scaling_law_where_there_is_enough(tmp_path):
@@ -221,6 +232,12 @@ def test_part_of_a_study_makes_a_report_too(tmp_path, chosen, said):
     write_sweep(tmp_path, runs)
     assert report.main([str(tmp_path), f"--out={tmp_path / 'out'}"]) == 0
     assert said in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_of_many_measures_the_best_known_are_drawn():
+    many = {f"m{i}": {} for i in range(20)}
+    assert list(report_analysis.shown(many)) == [f"m{i}" for i in range(8)]
+    assert list(report_analysis.shown({**many, "trace": {}, "lambda_max": {}})) == ["lambda_max", "trace"]
 
 
 def test_a_busy_machine_is_told(tmp_path):
