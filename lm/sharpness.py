@@ -126,7 +126,7 @@ def measure(
     tick("gradient")
     zero = jax.tree.map(jnp.zeros_like, params)
     loss, gradient, step = made.ascend(params, batch, zero, settings.rho)
-    summary |= {"loss": float(loss), "gradient_norm": float(norm(gradient)), "parameter_norm": float(norm(params))}
+    summary |= {"loss": float(loss), "gradient_norm": float(_norm(gradient)), "parameter_norm": float(_norm(params))}
     logits = made.logits(params, batch, jax.random.fold_in(key, 2))
     summary |= {f"logit_{name}": float(value) for name, value in logits.items()}
 
@@ -168,7 +168,7 @@ def measure(
 
     if settings.slices:
         tick("slices")
-        unit = optax.tree.scale(ratio(1.0, norm(gradient), 0.0), gradient)
+        unit = jax.block_until_ready(_unit(gradient))
         random = made.gaussian(jax.random.fold_in(key, 3))
         details["slices"] = _slices(made, params, batch, unit, random, made.view.unflatten(tops["nme"]), settings)
     return summary, details
@@ -240,7 +240,7 @@ def _spectra(made, params, batch, settings, scale, key, tick):
 
 
 def _split(made, params, batch, direction, groups) -> dict[str, dict[str, float]]:
-    unit = made.view.flatten(optax.tree.scale(ratio(1.0, norm(direction), 0.0), direction))
+    unit = made.view.flatten(_unit(direction))
     logit, functional = (made.view.unflatten(made.action[name](params, batch, unit)) for name in ("ggn", "nme"))
     return jax.tree.map(float, jax.device_get(_compare(logit, functional, tuple(groups.items()))))
 
@@ -276,6 +276,22 @@ def _average_case(made, params, batch, loss, settings, key) -> spectra.Estimate:
     return spectra.estimate(rises)
 
 
+# Compiled, and waited for: sums over devices started one ahead of the other can block the threads of a CPU mesh.
+_norm = jax.jit(norm)
+
+
+@jax.jit
+def _unit(vector):
+    return optax.tree.scale(ratio(1.0, norm(vector), 0.0), vector)
+
+
+@jax.jit
+def _across(vector, unit):
+    """(the unit vector of what is orthogonal to `unit` in a vector, their inner product)."""
+    overlap = optax.tree.vdot(unit, vector)
+    return _unit(jax.tree.map(lambda v, u: v - overlap * u, vector, unit)), overlap
+
+
 def _slices(made, params, batch, gradient, random, nme, settings) -> dict[str, Any]:
     """Losses along the gradient and a random direction, and over the plane of the gradient and the NME's top vector.
 
@@ -284,9 +300,7 @@ def _slices(made, params, batch, gradient, random, nme, settings) -> dict[str, A
     """
     along = np.linspace(-1, 1, settings.slices)
     reach = 4 * settings.rho
-    overlap = float(optax.tree.vdot(gradient, nme))
-    across = jax.tree.map(lambda n, g: n - overlap * g, nme, gradient)
-    across = optax.tree.scale(ratio(1.0, norm(across), 0.0), across)
+    across, overlap = jax.block_until_ready(_across(nme, gradient))
     plane = [[_loss(made, params, batch, gradient, across, x, y) for x in reach * along] for y in reach * along]
 
     def line(direction, radius):
@@ -297,5 +311,5 @@ def _slices(made, params, batch, gradient, random, nme, settings) -> dict[str, A
         "nme": {"at": (reach * along).tolist(), "loss": line(nme, reach)},
         "random": {"at": (settings.noise * along).tolist(), "loss": line(random, settings.noise)},
         "plane": {"gradient": (reach * along).tolist(), "nme": (reach * along).tolist(), "loss": plane},
-        "nme_overlap": overlap,
+        "nme_overlap": float(overlap),
     }
