@@ -81,7 +81,7 @@ def wide(method, microbatches):
 
 
 @pytest.mark.parametrize(
-    "mesh, method, microbatches", [*SOME, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ALL)]
+    ("mesh", "method", "microbatches"), [*SOME, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ALL)]
 )
 def test_every_mesh_gives_the_single_device_losses(mesh, method, microbatches, single):
     """20 steps within 1e-5: float32, other order of sums."""
