@@ -255,7 +255,7 @@ def test_failed_and_diverged_runs_are_results_and_the_sweep_goes_on(config, tmp_
     found = results.read(out)
     assert [result.status for result in found] == ["diverged", "failed", "finished"], printed
     assert "nonfinite at step" in found[0].why
-    assert "init_from" in found[1].why
+    assert "holds no checkpoint" in found[1].why
     outcome = json.loads((found[1].directory / "outcome.json").read_text())
     assert outcome["exit"] == 2
     # nothing is tried again unless asked to, and then only the failed one
