@@ -43,13 +43,14 @@ def differences(cell: Cell, variant: Variant) -> dict[str, Interval]:
 def equal_compute(study: Study, cell: Cell, variant: Variant) -> tuple[Cell, dict[str, Interval]] | None:
     """AdamW's cell of the same scale with the FLOPs of this variant's runs, and the differences to it; None without."""
     own = variant.best_losses()
-    flops = statistics.median([run.result.flops for run in variant.best().values()]) if own else math.nan
+    known = [run.result.flops for run in variant.best().values() if run.result.flops]  # a run not yet begun has none
+    flops = statistics.median(known) if own and known else math.nan
     for other in study.cells:
         reference = other.variants.get(variant.reference)
         if other is cell or other.scale != cell.scale or reference is None or reference.choice is None:
             continue
         base = reference.best_losses()
-        its = statistics.median(run.result.flops for run in reference.best().values())
+        its = statistics.median([run.result.flops for run in reference.best().values() if run.result.flops] or [0.0])
         if abs(its / flops - 1) <= EQUAL_FLOPS:
             shared = [seed for seed in sorted(own) if seed in base]
             fresh = [seed for seed in shared if seed in variant.fresh()]
