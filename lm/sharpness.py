@@ -46,12 +46,13 @@ class Settings(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted functions of (params, batch, ...) for one shape. view: its flat vectors.
+    """Compiled functions of (params, batch, ...) for one shape, and between its parameters and flat vectors.
 
     lanczos and start keep to the parameters of `within`, action does not.
     """
 
-    view: spectra.Flat
+    flatten: Callable
+    unflatten: Callable
     lanczos: dict[str, Callable]
     action: dict[str, Callable]
     ascend: Callable
@@ -97,18 +98,26 @@ def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
 
     places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract.params)
     landscape_ = {
-        name: jax.jit(partial(getattr(landscape, name), target, microbatches=microbatches))
+        name: _waited(partial(getattr(landscape, name), target, microbatches=microbatches))
         for name in ("ascend", "rise", "loss_at")
     }
     return Programs(
-        view,
-        {name: jax.jit(partial(lanczos, name)) for name in OPERATORS},
-        {name: jax.jit(partial(action, name)) for name in ("ggn", "nme")},
+        _waited(view.flatten),
+        _waited(view.unflatten, out_shardings=places),
+        {name: _waited(partial(lanczos, name)) for name in OPERATORS},
+        {name: _waited(partial(action, name)) for name in ("ggn", "nme")},
         **landscape_,
-        logits=jax.jit(lambda params, batch, key: logit_hessian(parts, params, batch, key, microbatches)),
-        start=jax.jit(lambda key: spectra.signs(view, key, keep)),
-        gaussian=jax.jit(gaussian, out_shardings=places),
+        logits=_waited(lambda params, batch, key: logit_hessian(parts, params, batch, key, microbatches)),
+        start=_waited(lambda key: spectra.signs(view, key, keep)),
+        gaussian=_waited(gaussian, out_shardings=places),
     )
+
+
+def _waited(function: Callable, **options) -> Callable:
+    """The function compiled, and done when it returns: on a CPU mesh, programs with sums over devices that are started
+    ahead of each other can block each other's threads for good."""
+    compiled = jax.jit(function, **options)
+    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
 def measure(
@@ -170,7 +179,7 @@ def measure(
         tick("slices")
         unit = jax.block_until_ready(_unit(gradient))
         random = made.gaussian(jax.random.fold_in(key, 3))
-        details["slices"] = _slices(made, params, batch, unit, random, made.view.unflatten(tops["nme"]), settings)
+        details["slices"] = _slices(made, params, batch, unit, random, made.unflatten(tops["nme"]), settings)
     return summary, details
 
 
@@ -196,7 +205,7 @@ def _spectra(made, params, batch, settings, scale, key, tick):
             return chosen * made.action[name](params, batch, vector)
         if name == "hessian":
             return act("ggn", vector) + act("nme", vector)
-        half = jnp.where(chosen > 0, 1 / jnp.sqrt(made.view.flatten(scale)), 0)
+        half = jnp.where(chosen > 0, 1 / jnp.sqrt(made.flatten(scale)), 0)
         return half * act("hessian", half * vector)
 
     found, tops = {}, {}
@@ -240,8 +249,8 @@ def _spectra(made, params, batch, settings, scale, key, tick):
 
 
 def _split(made, params, batch, direction, groups) -> dict[str, dict[str, float]]:
-    unit = made.view.flatten(_unit(direction))
-    logit, functional = (made.view.unflatten(made.action[name](params, batch, unit)) for name in ("ggn", "nme"))
+    unit = made.flatten(_unit(direction))
+    logit, functional = (made.unflatten(made.action[name](params, batch, unit)) for name in ("ggn", "nme"))
     return jax.tree.map(float, jax.device_get(_compare(logit, functional, tuple(groups.items()))))
 
 

@@ -12,7 +12,16 @@ RHO = {
     "functional_sam": [0.003, 0.01, 0.03, 0.1],
     "precond_sam": [0.003, 0.01, 0.03, 0.1],
     "precond_functional_sam": [0.003, 0.01, 0.03, 0.1],
-    "msam": [0.01, 0.03, 0.1, 0.3],
+    "msam": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],  # the last two added when 0.3, then the largest, was the best
+}
+# The best rho of seed 0 at each size (fixed budget, Chinchilla budget), read off the report; two more seeds of each.
+BEST = {
+    "msam": {"0.01m": (0.3, 0.1), "0.03m": (0.3, None), "0.05m": (0.3, 0.3)},
+    "sam": {"0.01m": (0.03, 0.001), "0.03m": (0.003, None), "0.05m": (0.01, 0.003)},
+    "logit_sam": {"0.01m": (0.03, 0.03), "0.03m": (0.001, None), "0.05m": (0.03, 0.003)},
+    "functional_sam": {"0.01m": (0.01, 0.01), "0.03m": (0.01, None), "0.05m": (0.01, 0.003)},
+    "precond_sam": {"0.01m": (0.003, 0.003), "0.03m": (0.01, None), "0.05m": (0.003, 0.003)},
+    "precond_functional_sam": {"0.01m": (0.003, 0.03), "0.03m": (0.01, None), "0.05m": (0.01, 0.01)},
 }
 CHINCHILLA = {"train.duration": "chinchilla", "train.tokens_per_parameter": 20.0}
 
@@ -29,8 +38,20 @@ def grid(sizes, changes):
     ]
 
 
+def seeds(size, budget, changes):
+    """Seeds 1 and 2 of every method's best rho; budget 0: fixed, 1: Chinchilla."""
+    return [
+        {
+            "grid": {"seed": [1, 2]},
+            "set": {"model.size": size, "optim.method": m, "optim.rho": b[size][budget], **changes},
+        }
+        for m, b in BEST.items()
+    ]
+
+
 def get_spec():
     fixed = [adamw(SIZES, [0, 1, 2], {}), *grid(SIZES, {}), adamw(SIZES, [0, 1, 2], {"train.duration": "2898 steps"})]
+    fixed += [block for size in SIZES for block in seeds(size, 0, {})] + seeds("0.01m", 1, CHINCHILLA)
     chinchilla = [
         block
         for size in ("0.01m", "0.05m")
