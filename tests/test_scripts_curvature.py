@@ -53,7 +53,10 @@ def found(run):
 @pytest.fixture(scope="module")
 def dense(run):
     """(loss, theta, gradient, D, log probabilities) at the checkpoint, written without Steppe's products."""
-    model = saved.load(str(run), 4, log=lambda line: None, optimizer=True)
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved.jax, "devices", lambda: first)
+        model = saved.load(str(run), 4, log=lambda line: None, optimizer=True)
     batch = loader.held_out_rows(model.corpus, "val", 0, 8)
     batch.pop("bytes")
     params = jax.device_get(model.params)
