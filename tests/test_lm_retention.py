@@ -90,6 +90,11 @@ def test_rounding_is_that_of_a_loop_bit_for_bit(bits, group, shape, reduced):
     assert {levels.min(), levels.max()} == {1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1}  # the largest is itself
 
 
+def test_ties_go_to_the_even_integer():
+    found = retention.quantise_array(jnp.array([[1.0, 0.5, -0.5, 0.75]]), 2, (1,))
+    np.testing.assert_array_equal(found, [[1.0, 0.0, 0.0, 1.0]])
+
+
 @pytest.mark.parametrize("tables", [False, True])
 def test_every_matrix_is_rounded_and_nothing_else(one, tables):
     _, run, params, _ = one
