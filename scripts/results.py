@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm import tracking
-from lm.workdir import FREE
+from lm.workdir import FREE, flatten
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
 STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
@@ -91,17 +91,6 @@ def read_json(path: Path) -> dict:
         return {}
     except ValueError as error:
         raise ResultsError(f"{path}: is damaged ({error})") from None
-
-
-def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
-    """{"optim.rho": 0.1, ...} of a nested dict; tuples as lists, as JSON has them."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def varying_keys(configs: list[dict[str, Any]]) -> list[str]:

@@ -149,7 +149,7 @@ def slurm(tmp_path_factory):
             states = [daemon.poll() for daemon in daemons]
             if any(state is not None for state in states) or time.monotonic() > end:
                 logs = "\n".join(path.read_text(errors="replace")[-800:] for path in place.glob("*.out"))
-                pytest.skip(f"SLURM does not start here: {states} {logs}")
+                pytest.fail(f"SLURM is installed but does not start: {states} {logs}")
             time.sleep(0.3)
         yield place
     finally:
