@@ -39,7 +39,7 @@ def run(
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        with _interrupts_ignored():  # by the workers, which are started here: this process stops them
+        with _interrupts_held():  # which the workers, started here, inherit: this process stops them
             futures = {pool.submit(_work, directory, recipe, job, dtype, i): job for i, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -58,15 +58,13 @@ def run(
 
 
 @contextmanager
-def _interrupts_ignored():
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held():
+    """An interrupt that arrives meanwhile is delivered afterwards; to processes started meanwhile, never."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _counts = None  # set once in a worker process

@@ -19,7 +19,8 @@ from optim import Objective, Rule
 from optim.base import Base, base
 from optim.masks import mask, matrix_axes
 from optim.methods import canonical, is_anchored, method, options_of
-from optim.schedules import duration_steps, learning_rate, rho
+from optim.schedules import duration_steps, learning_rate
+from optim.schedules import rho as rho_schedule
 
 # Which axes of the stacked weights a matrix reads and writes, for muon and layerwise rho; tables are no matrices.
 MATRIX_AXES = matrix_axes(
@@ -32,7 +33,11 @@ MATRIX_AXES = matrix_axes(
 
 
 class Parts(NamedTuple):
-    """The parts of a run. abstract: the State's shapes and places; initialise() -> State; schedules take the step."""
+    """The parts of a run. abstract: the State's shapes and places; initialise() -> State; schedules take the step.
+
+    scalars: what the step takes as operands, so that runs that differ in nothing else share a compiled program.
+    at(**scalars) -> (base, rule, learning_rate, rho) at other values of them, which may be traced.
+    """
 
     mesh: Mesh
     shape: Shape
@@ -45,6 +50,8 @@ class Parts(NamedTuple):
     budget: Budget
     learning_rate: Callable
     rho: Callable
+    scalars: dict[str, float]
+    at: Callable
 
 
 def assemble(
@@ -93,28 +100,38 @@ def assemble(
     def steps(duration: str) -> int:
         return duration_steps(duration, tokens_per_step=plan.tokens_per_step, total_steps=plan.steps)
 
-    rate = learning_rate(
-        optim.schedule, optim.peak_learning_rate, plan.steps, warmup_steps=steps(optim.warmup),
-        end=optim.end_learning_rate, cooldown_steps=steps(optim.cooldown),
-    )  # fmt: skip
-    radius = rho(optim.rho_schedule, settings.get("rho", 0.0), plan.steps, warmup_steps=steps(optim.warmup), rate=rate)
-    the_base = base(
-        optim.base, rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,
-        decay_mask=_matching(config, "optim.decay_mask", params), matrix_axes=MATRIX_AXES,
-        clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
-    )  # fmt: skip
+    def rate_of(peak):
+        return learning_rate(
+            optim.schedule, peak, plan.steps, warmup_steps=steps(optim.warmup), end=optim.end_learning_rate,
+            cooldown_steps=steps(optim.cooldown),
+        )  # fmt: skip
+
+    def at(peak_learning_rate, rho=0.0):
+        rate, warmup = rate_of(peak_learning_rate), steps(optim.warmup)
+        radius = rho_schedule(optim.rho_schedule, rho, plan.steps, warmup_steps=warmup, rate=rate_of(1.0))
+        the_base = base(
+            optim.base, rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,
+            decay_mask=decay_mask, matrix_axes=MATRIX_AXES,
+            clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
+        )  # fmt: skip
+        rule = method(
+            name, rho=radius, base=the_base, every=optim.every, start=steps(optim.start),
+            stop=None if stop >= plan.steps else stop, microbatches=train.microbatches, ascent_over=optim.ascent_over,
+            ascent_fraction=optim.ascent_fraction, perturb=tuple(optim.perturb), layerwise_rho=optim.layerwise_rho,
+            matrix_axes=MATRIX_AXES, clip_norm=optim.clip_norm if optim.clip_order == "before" else None, **given,
+        )  # fmt: skip
+        return the_base, rule, rate, radius if callable(radius) else lambda step: radius
+
+    decay_mask, stop = _matching(config, "optim.decay_mask", params), steps(optim.stop)
     _matching(config, "optim.perturb", params)
-    stop = steps(optim.stop)
-    rule = method(
-        name, rho=radius, base=the_base, every=optim.every, start=steps(optim.start),
-        stop=None if stop >= plan.steps else stop, microbatches=train.microbatches, ascent_over=optim.ascent_over,
-        ascent_fraction=optim.ascent_fraction, perturb=tuple(optim.perturb), layerwise_rho=optim.layerwise_rho,
-        matrix_axes=MATRIX_AXES, clip_norm=optim.clip_norm if optim.clip_order == "before" else None, **given,
-    )  # fmt: skip
+    scalars = {"peak_learning_rate": optim.peak_learning_rate}
+    if settings.get("rho"):  # without one the method is its base, which is another program
+        scalars["rho"] = settings["rho"]
+    the_base, rule, rate, radius = at(**scalars)
     initialise = initialiser(model_shape, the_base, rule, config.seed)
     return Parts(
         mesh, model_shape, options, objective(model_shape, options, Placement(mesh)), the_base, rule, initialise,
-        abstract(mesh, initialise), plan, rate, radius if callable(radius) else lambda step: radius,
+        abstract(mesh, initialise), plan, rate, radius, scalars, at,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def programs(parts: Parts) -> Programs:
     def step(state, batch, rate):
         base = at_rate(parts.base, rate)
         schedule = lambda count: rate * parts.learning_rate(count)  # noqa: E731
-        return make_step(parts.objective, parts.rule, base, schedule, parts.rho)(state, batch)
+        return make_step(parts.objective, base, parts.rule, schedule, parts.rho)(state, batch)
 
     return Programs(
         jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),

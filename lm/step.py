@@ -12,7 +12,7 @@ from optim.base import Base
 from optim.rule import norm
 
 
-def make_step(objective: Objective, rule: Rule, base: Base, learning_rate: Callable, rho: Callable) -> Callable:
+def make_step(objective: Objective, base: Base, rule: Rule, learning_rate: Callable, rho: Callable) -> Callable:
     """step(state, batch, limit=inf) -> (state, metrics); jit it with the state donated.
 
     A step whose loss or gradient is not finite, in either pass, or whose loss exceeds `limit`, changes nothing but

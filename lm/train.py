@@ -309,9 +309,22 @@ def batch_reader(config: ConfigDict, corpus: loader.Corpus, parts: Parts, batch_
 
 def compile_step(parts: Parts, batch: dict) -> Callable:
     """The compiled step(state, batch, limit), which takes the state's memory."""
-    step = make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho)
+    compiled, scalars = lower_step(parts, batch).compile(), _scalars(parts)
+    return lambda state, batch, limit: compiled(state, batch, limit, scalars)
+
+
+def lower_step(parts: Parts, batch: dict) -> jax.stages.Lowered:
+    """The program of step(state, batch, limit, scalars): one for all runs that differ in Parts.scalars alone."""
+
+    def step(state, batch, limit, scalars):
+        return make_step(parts.objective, *parts.at(**scalars))(state, batch, limit)
+
     limit = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(step, donate_argnums=0).lower(parts.abstract, batch, limit).compile()
+    return jax.jit(step, donate_argnums=0).lower(parts.abstract, batch, limit, _scalars(parts))
+
+
+def _scalars(parts: Parts) -> dict:
+    return {name: np.float32(value) for name, value in parts.scalars.items()}
 
 
 def changes(meta: dict, now: dict, allowed: Collection[str]) -> dict[str, list]:

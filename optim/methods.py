@@ -1,5 +1,6 @@
 """Every named method as look x ascent x descent: the table that code, documentation and help are made from."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -249,6 +250,7 @@ def method(
     matrix_axes: Callable | None = None, clip_norm: float | None = None, **options,
 ) -> Rule:  # fmt: skip
     """A gradient rule by name. rho = 0 is the base gradient itself; rho None is the method's published default.
+    It may be traced, and is then taken to be above 0, so that one compiled step serves every radius.
 
     base: the optim.base.Base whose moments a direction may need; without one, moments are read from any optax state
     that holds a single one, Adam's second moment corrected with b2. The other switches: see Switches.
@@ -262,7 +264,7 @@ def method(
     for key, value, (accepted, allowed) in (
         ("ascent_over", ascent_over, one_of(ASCENT_OVER)),
         ("layerwise_rho", layerwise_rho, one_of(LAYERWISE)),
-        ("rho", rho, ("at least 0", lambda value: callable(value) or value >= 0)),
+        ("rho", rho, ("at least 0", lambda value: not isinstance(value, numbers.Real) or value >= 0)),
         ("every", every, ("at least 1", lambda value: value >= 1)),
         ("microbatches", microbatches, ("at least 1", lambda value: value >= 1)),
         ("ascent_fraction", ascent_fraction, ("above 0 and at most 1", lambda value: 0 < value <= 1)),
@@ -286,7 +288,7 @@ def method(
         rho, start, stop, every, microbatches, ascent_over, ascent_fraction, tuple(perturb), layerwise_rho, matrix_axes,
         clip_norm,
     )  # fmt: skip
-    if row is None or (not callable(rho) and rho == 0):
+    if row is None or (isinstance(rho, numbers.Real) and rho == 0):
         return plain(switches)
     if "frequency" in options and options["frequency"] is None:
         raise ValueError(

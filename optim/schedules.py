@@ -1,9 +1,11 @@
 """Durations in any unit, and the learning-rate and rho schedules."""
 
 import math
+import numbers
 import re
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -78,20 +80,23 @@ def learning_rate(
 
 
 def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rate: Callable | None = None):
-    """rho as a constant (a float) or a function of the step.
+    """rho as a constant (the value itself, which may be traced) or a function of the step.
 
     warmup rises linearly from 0 over warmup_steps; cosine also falls to 0 at total_steps; learning_rate is
     value * rate(step) / max(rate), as GSAM ties it.
     """
-    if name == "constant" or value == 0:
+    if name == "constant" or (isinstance(value, numbers.Real) and value == 0):
         return value
     if name == "warmup":
-        return optax.linear_schedule(0.0, value, max(1, warmup_steps))
-    if name == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, value, warmup_steps, total_steps)
-    if name == "learning_rate":
+        unit = optax.linear_schedule(0.0, 1.0, max(1, warmup_steps))
+    elif name == "cosine":
+        unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, total_steps)
+    elif name == "learning_rate":
         if rate is None:
             raise ValueError("optim.rho_schedule = 'learning_rate': needs the learning rate, as rate")
-        peak = max(float(rate(step)) for step in {0, warmup_steps, total_steps})
-        return lambda step: value * rate(step) / peak
-    raise ValueError(f"optim.rho_schedule = {name!r}: must be one of {', '.join(RHO_SCHEDULES)}")
+        with jax.ensure_compile_time_eval():
+            peak = max(float(rate(step)) for step in {0, warmup_steps, total_steps})
+        unit = lambda step: rate(step) / peak  # noqa: E731
+    else:
+        raise ValueError(f"optim.rho_schedule = {name!r}: must be one of {', '.join(RHO_SCHEDULES)}")
+    return lambda step: value * unit(step)

@@ -126,7 +126,7 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
         names |= {"segments": jnp.int32, "positions": jnp.int32}
     place = batch_sharding(parts.mesh)
     batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=place) for name, dtype in names.items()}
-    step = make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho)
+    step = make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho)
     return parts, jax.jit(step, donate_argnums=0).lower(parts.abstract, batch).compile()
 
 

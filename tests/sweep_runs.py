@@ -50,3 +50,8 @@ def run(config: pathlib.Path, out: pathlib.Path, *arguments: str) -> tuple[int, 
     process = start(config, out, *arguments)
     printed, _ = process.communicate(timeout=300)
     return process.returncode, printed
+
+
+def saved(directory: pathlib.Path) -> int:
+    """The step of a run's newest checkpoint, 0 where there is none; older ones are deleted, so none is waited for."""
+    return max((int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()), default=0)

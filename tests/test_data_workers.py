@@ -49,7 +49,7 @@ def test_an_interrupt_or_a_killed_worker_ends_everything_with_one_line(tmp_path,
     )
     began = time.monotonic()
     _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 2, complaint
     assert message in complaint
     assert complaint.count("\n") == 1, complaint
     assert time.monotonic() - began < 15

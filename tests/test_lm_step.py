@@ -8,6 +8,7 @@ import lm_runs
 import numpy as np
 import pytest
 
+from lm import train
 from lm.assembly import assemble
 from lm.mesh import local_rows, place_batch
 from lm.state import create
@@ -21,7 +22,7 @@ def trajectory(steps, devices=1, **overrides):
     """(losses, final parameters) of `steps` steps on random tokens."""
     config = lm_runs.config("unused", "unused", **overrides)
     parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:devices])
-    step = jax.jit(make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho), donate_argnums=0)
+    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho), donate_argnums=0)
     state, losses = create(parts.mesh, parts.initialise), []
     rows = local_rows(parts.mesh, config.train.batch_size)
     for index in range(steps):
@@ -52,6 +53,36 @@ def test_rho_zero_is_adamw_bit_for_bit(method, rho, adamw):
             np.testing.assert_allclose(a, b, atol=2e-5)
         else:
             assert np.array_equal(a, b)
+
+
+def test_one_program_serves_every_rho_and_learning_rate():
+    """At rho = 0 the program is AdamW's own; the radius and the rate given to it act as those compiled in do."""
+    batch = {
+        name: jax.ShapeDtypeStruct((8, 16), jnp.float32 if name == "weights" else jnp.int32)
+        for name in ("inputs", "targets", "weights")
+    }
+
+    def program(**overrides):
+        config = lm_runs.config("unused", "unused", **overrides)
+        parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
+        return train.lower_step(parts, batch).as_text(), parts
+
+    for options in ({"optim__rho_schedule": "learning_rate"}, {}):
+        options = {"optim__method": "functional_sam", **options}
+        text, parts = program(optim__rho=0.1, **options)
+        assert program(optim__rho=0.3, optim__peak_learning_rate=0.02, **options)[0] == text
+        adamw = program(optim__rho=0.0, **options)[0]
+        assert adamw != text
+        assert adamw == program()[0]
+    state = create(parts.mesh, parts.initialise)
+    tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 17), 0, VOCABULARY))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}
+    _, expected = jax.jit(make_step(parts.objective, *parts.at(0.02, 0.3)))(state, batch)
+    assert expected["rho"] == np.float32(0.3)
+    parts = parts._replace(scalars={"peak_learning_rate": 0.02, "rho": 0.3})
+    _, given = train.compile_step(parts, batch)(state, batch, np.float32(np.inf))
+    for name, value in expected.items():
+        np.testing.assert_allclose(given[name], value, rtol=1e-5, err_msg=name)
 
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
@@ -102,7 +133,7 @@ def test_bfloat16_compute_keeps_float32_state_and_reports_what_survives():
     state = create(parts.mesh, parts.initialise)
     tokens = jnp.zeros((8, 16), jnp.int32)
     batch = {"inputs": tokens, "targets": tokens + 1, "weights": jnp.ones((8, 16))}
-    state, metrics = jax.jit(make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho))(
+    state, metrics = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho))(
         state, batch
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -115,7 +146,7 @@ def test_a_refused_step_changes_nothing_but_the_count():
     """A loss above the limit: parameters, moments and the rule's memory (friendly_sam's average) stay, bit for bit."""
     config = lm_runs.config("unused", "unused", optim__method="friendly_sam", optim__rho=0.05)
     parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
-    step = jax.jit(make_step(parts.objective, parts.rule, parts.base, parts.learning_rate, parts.rho))
+    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho))
     tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 17), 0, VOCABULARY))
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}
     before, metrics = step(create(parts.mesh, parts.initialise), batch, jnp.float32(jnp.inf))
