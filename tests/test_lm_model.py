@@ -1,5 +1,7 @@
 """The trunk: what it may see, its two styles, its kernels, its parameter paths."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from lm import attention
 from lm.mesh import Placement, make_mesh
 from lm.model import Shape, Trunk, lookup
 from optim.masks import path_names
+from scripts import hlo
 
 T = 12
 STYLES = {
@@ -93,6 +96,19 @@ def test_blockwise_attention_equals_einsum(segmented, monkeypatch):
 
     for a, b in zip(jax.tree.leaves(both("blockwise")), jax.tree.leaves(both("einsum")), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # order of sums
+
+
+def test_blockwise_attention_at_8k_tokens_never_holds_a_square_of_them():
+    T = 8192
+    shape = jax.ShapeDtypeStruct((1, T, 1, 8), jnp.float32)
+
+    def most(kernel):
+        """Elements of the largest array of the forward and backward pass."""
+        both = jax.grad(lambda *qkv: jnp.sum(attention.attention(*qkv, None, kernel) ** 2), argnums=(0, 1, 2))
+        return max(map(math.prod, hlo.array_shapes(jax.jit(both).lower(shape, shape, shape).compile().as_text())))
+
+    assert most("einsum") >= T * T  # so the test sees what it looks for
+    assert most("blockwise") <= attention.query_block(T) * T
 
 
 def test_grouped_queries_share_keys_as_repeated_ones_would():
