@@ -1,11 +1,12 @@
 """What a run will cost and whether it fits, from its real step compiled for devices that need not be here.
 
-    python -m scripts.plan --config=FILE --topology=cpu:8|v5e:16x16|v5p:8x8x4|... [--search]
+    python -m scripts.plan --config=FILE --topology=cpu:8|v5e:16x16|v5p:8x8x4|h100:8|a100:4x8|... [--search]
     python -m scripts.plan --table [--sizes 24m 1.2b] [--methods adamw sam]
 
-TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU. cpu:N simulates N devices. --search tries
-remat policies and meshes by estimate and compiles the cheapest that should fit, until one does. --table plans the
-sizes of configs/sizes.py, each on the machine TABLE gives it.
+TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU; GPUs, as hosts x devices, need what GPUs do
+(pip install steppe[gpu]), but none of them. cpu:N simulates N devices. --search tries remat
+policies and meshes by estimate and compiles the cheapest that should fit, until one does. --table plans the sizes of
+configs/sizes.py, each on the machine TABLE gives it.
 """
 
 import itertools
@@ -26,6 +27,27 @@ TABLE = {
     "1.2b": ("v5e:16x16", 2048, *_C4, 256, "bfloat16"),
     "8b": ("v5e:16x16", 1024, *_C4, 256, "bfloat16"),
 }
+# What XLA's compiler asks about a GPU, from its maker's data sheets: the text of a GpuTargetConfigProto.
+_GPU = (
+    "gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 "
+    "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536 "
+    "registers_per_block_limit: 65536 shared_memory_per_block: 49152 {} }} "
+    'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{}"'
+)
+GPUS = {
+    "h100": _GPU.format(
+        "cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 "
+        "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 l2_cache_size: 52428800 "
+        "memory_bandwidth: 3350000000000 device_memory_size: 85000000000",
+        "NVIDIA H100 80GB HBM3",
+    ),
+    "a100": _GPU.format(
+        "cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 "
+        "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040 "
+        "memory_bandwidth: 2039000000000 device_memory_size: 85000000000",
+        "NVIDIA A100-SXM4-80GB",
+    ),
+}
 METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam")
 
 
@@ -45,7 +67,9 @@ class Plan(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Prints the plan; returns 0 if it fits, 1 if not, 2 for bad input."""
     parser = command.parser("plan", __doc__)
-    parser.add_argument("--topology", metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4")
+    parser.add_argument(
+        "--topology", metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4, h100:8, a100:4x8"
+    )
     parser.add_argument("--vocabulary_size", type=int, metavar="N", help="instead of reading config.data.vocabulary")
     parser.add_argument("--epoch_tokens", type=int, default=0, metavar="N", help="of the corpus, for runs in epochs")
     parser.add_argument("--search", action="store_true", help="also choose config.model.remat and config.mesh")
@@ -57,8 +81,10 @@ def main(argv: Sequence[str]) -> int:
         return table(options.sizes, options.methods)
     if not options.topology:
         return command.fail("--topology is missing: cpu:8, v5e:16x16, v5p:8x8x4, ...")
-    if not re.fullmatch(r"cpu:[1-9]\d*|v\w+:\d+(x\d+)+", options.topology):
-        return command.fail(f"--topology={options.topology}: must be like cpu:8, v5e:16x16 or v5p:8x8x4")
+    if not re.fullmatch(rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(GPUS)}|v\w+):\d+(x\d+)+", options.topology):
+        return command.fail(
+            f"--topology={options.topology}: must be like cpu:8, v5e:16x16, v5p:8x8x4, h100:8 or a100:4x8"
+        )
     if "epoch" in config.train.duration and not options.epoch_tokens:
         return command.fail(f"config.train.duration = {config.train.duration!r}: needs --epoch_tokens=N here")
     try:
@@ -86,9 +112,12 @@ def main(argv: Sequence[str]) -> int:
 def described(topology: str) -> list:
     """Devices of a topology that is described, not present. ValueError or RuntimeError if it cannot be."""
     kind, _, size = topology.partition(":")
+    flags = os.environ.get("XLA_FLAGS", "")
     if kind == "cpu":
-        flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={size}".strip()
+    elif kind in GPUS:
+        # Kernels cannot be timed on a device that is not here.
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
     else:
         # Without these the library asks the cloud which host it is on.
         os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
@@ -102,11 +131,17 @@ def described(topology: str) -> list:
         return jax.devices()[: int(size)]
     from jax.experimental import topologies
 
+    if kind in GPUS:
+        hosts, _, each = size.rpartition("x")
+        asked = {"platform": "cuda", "topology": f"1x{hosts or 1}x{each}", "target_config": GPUS[kind]}
+    else:
+        asked = {"platform": "tpu", "topology_name": topology}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(**asked).devices)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--topology={topology}: {reason} (TPU topologies need `pip install steppe[plan]`)") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        needs = "GPU topologies need steppe[gpu]" if kind in GPUS else "TPU topologies need steppe[plan]"
+        raise ValueError(f"--topology={topology}: {reason} ({needs}: pip install it)") from None
 
 
 def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list):
@@ -116,7 +151,7 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
 
     from lm.assembly import assemble
     from lm.mesh import batch_sharding
-    from lm.step import make_step
+    from lm.train import lower_step
 
     frequency = jnp.full(vocabulary_size, 1 / vocabulary_size) if config.optim.method == "focal_sam" else None
     parts = assemble(config, vocabulary_size, epoch_tokens, frequency, devices)
@@ -126,8 +161,7 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
         names |= {"segments": jnp.int32, "positions": jnp.int32}
     place = batch_sharding(parts.mesh)
     batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=place) for name, dtype in names.items()}
-    step = make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho)
-    return parts, jax.jit(step, donate_argnums=0).lower(parts.abstract, batch).compile()
+    return parts, lower_step(parts, batch).compile()
 
 
 def plan(config, parts, program, devices: list) -> Plan:
@@ -172,10 +206,12 @@ def plan(config, parts, program, devices: list) -> Plan:
 def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool:
     """Compiles, prints the plan, and returns whether it fits."""
     from lm.budget import describe
+    from lm.check import mesh_shape
     from lm.chips import chip_of
+    from lm.mesh import AXES
 
     chip = chip_of(devices[0], len(devices))
-    mesh = ", ".join(f"{name} {config.mesh[name]}" for name in ("data", "fsdp", "tensor"))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh_shape(config, len(devices)), strict=True))
     print(f"devices     {len(devices)} x {chip.name}, mesh {mesh}, remat {config.model.remat}", flush=True)
     try:
         parts, program = compiled_step(config, vocabulary_size, epoch_tokens, devices)

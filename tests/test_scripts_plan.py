@@ -1,6 +1,8 @@
 """What a step holds and exchanges, read from its compiled program: the promises about memory, traffic and FLOPs."""
 
 import argparse
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -127,11 +129,37 @@ def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"), [("--topology=v5e", "v5e:16x16"), ("--topology=cpu:0", "cpu:8"), ("--topology=", "cpu:8")]
-)
+    ("argument", "said"),
+    [
+        ("--topology=v5e", "v5e:16x16"), ("--topology=cpu:0", "cpu:8"), ("--topology=", "cpu:8"),
+        ("--topology=h100:", "h100:8"), ("--topology=h200:8", "a100:4x8"),
+    ],
+)  # fmt: skip
 def test_a_topology_that_is_none_is_one_line(argument, said, capsys, request, monkeypatch):
     monkeypatch.chdir(request.config.rootpath)
     assert plan.main(["--config=configs/quickstart.py", argument]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert said in printed
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("h100:2x8", "steppe[gpu]"), ("v5e:2x4", "steppe[plan]")])
+def test_a_machine_that_is_not_here_is_planned_for_or_what_that_needs_is_said(kind, needs, request):
+    """In a process of its own: the compilers of accelerators, where there are any, start with settings of their own."""
+    arguments = [
+        "--config=configs/quickstart.py",
+        f"--topology={kind}",
+        "--config.mesh.fsdp=8",
+        "--config.mesh.data=-1",
+    ]
+    arguments += ["--config.model.compute_dtype=bfloat16", "--vocabulary_size=256", "--config.train.batch_size=16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plan", *arguments], capture_output=True, text=True, cwd=request.config.rootpath
+    )
+    if done.returncode == 2:
+        assert done.stderr.count("\n") == 1
+        assert needs in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        for part in ("fsdp 8", "temporary", "reduce", "fits"):
+            assert part in done.stdout
