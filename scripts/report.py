@@ -92,6 +92,8 @@ def write(found: list, out: Path, name: str) -> Path:
             parts = [
                 figures.sharpness(study, source, drawn, part) for part in range(math.ceil(len(drawn) / figures.PART))
             ]
+            if source == "curvature":
+                parts.append(figures.curvature_over_training(study))
             sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))

@@ -13,6 +13,7 @@ _FIRST = (
     *("lambda_max", "trace", "ggn_lambda_max", "nme_lambda_max"),
     *("sam_sharpness", "functional_sharpness", "average_sharpness", "delta_func_share"),
 )
+_FOLLOWED = ("delta_func_share", "lambda_max", "nme_lambda_max", "trace", "functional_sharpness")
 Interval = st.Interval
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -167,6 +168,23 @@ def measures(study: Study) -> dict[str, dict[str, dict[str, float]]]:
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                     found[source].setdefault(measure, {})[run.result.name] = float(value)
     return found
+
+
+def over_training(study: Study) -> list[dict]:
+    """One row for each measure and checkpoint of the runs of which curvature was measured more than once."""
+    rows = []
+    for cell in study.cells:
+        for run in cell.runs:
+            found = [read_json(path) for path in (run.result.directory / "curvature").glob("*.json")]
+            found = sorted((f for f in found if "step" in f and "summary" in f), key=lambda f: f["step"])
+            if len(found) < 2 or not run.result.steps:
+                continue
+            rows += [
+                {"cell": cell.label, "variant": run.variant, "run": run.result.name, "measure": measure,
+                 "tokens": f["step"] / run.result.steps * run.result.tokens, "value": f["summary"][measure]}
+                for f in found for measure in _FOLLOWED if isinstance(f["summary"].get(measure), (int, float))
+            ]  # fmt: skip
+    return rows
 
 
 def shown(by_measure: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

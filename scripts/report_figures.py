@@ -343,3 +343,28 @@ def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]], 
         ),
         f"Held-out loss against {', '.join(chosen)}, a row of panels for each scale and budget.", figure, rows,
     )  # fmt: skip
+
+
+def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
+    """Curvature of checkpoints against tokens, a row a cell, a column a measure, a line a run."""
+    rows, look = an.over_training(study), dr.styles(study)
+    if not rows:
+        return None
+    labels, measures = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cell", "measure"))
+    figure, panels = dr.grid([(label, measure) for label in labels for measure in measures], 2.6, 2.2)
+    for (label, measure), axes in panels.items():
+        own = [row for row in rows if (row["cell"], row["measure"]) == (label, measure)]
+        for name, run in dict.fromkeys((row["variant"], row["run"]) for row in own):
+            colour, marker, dash = look[name]
+            line = [(row["tokens"], row["value"]) for row in own if row["run"] == run]
+            axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=name, alpha=0.85)
+        axes.set(xlabel="tokens", title=f"{measure}\n{label}")
+        axes.margins(x=0.08)
+        dr.si_ticks(axes.xaxis)
+    dr.finish(figure, panels, "of the held-out loss")
+    return dr.Drawing(
+        "curvature_over_training", "Curvature over training",
+        "One line a run, of runs of which several checkpoints were measured. delta_func_share is the share of "
+        "|NME ε|² in |GGN ε|² + |NME ε|², ε along the gradient.",
+        f"{', '.join(measures)} against tokens, a row of panels for each scale and budget.", figure, rows,
+    )  # fmt: skip

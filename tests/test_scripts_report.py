@@ -201,6 +201,10 @@ def test_other_measures_and_their_rank_correlation(made):
     row = only(tables["retention_table"], cell="1.8m, 1000 steps", variant="adamw")
     assert float(row["int4"]) == pytest.approx(sum(adamw_loss("1.8m", 1000, seed) ** 2 for seed in SEEDS) / 3)
     assert 'id="curvature"' in page
+    run = [row for row in tables["curvature_over_training"] if row["run"] == name_of("adamw", None, size="1.8m")]
+    assert [(float(row["tokens"]), float(row["value"])) for row in run] == [
+        (1024 * 500, 9.0), (1024 * 1000, -adamw_loss("1.8m", 1000, 0)),
+    ]  # fmt: skip
     assert not any(row["measure"] in ("nan", "of", "trace_error", "loss") for row in tables["rank_correlation_table"])
 
 
