@@ -2,7 +2,7 @@
 
     python -m scripts.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-0.8 M parameters, 1.1 M bytes of text; about four minutes; held-out text in about 2.05 bits a byte, where a unigram
+0.8 M parameters, 1.1 M bytes of text; about three minutes; held-out text in about 2.05 bits a byte, where a unigram
 model needs 4.7 and gzip -9 2.2. README.md has the transcript.
 """
 
