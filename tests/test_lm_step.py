@@ -85,7 +85,7 @@ def test_one_program_serves_every_rho_and_learning_rate():
         np.testing.assert_allclose(given[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_an_ascent_summed_in_bfloat16_changes_the_run_a_little():
+def test_an_ascent_summed_in_bfloat16_changes_the_run_a_little(single):
     """Only epsilon is rounded, to 8 bits in the readout's share; the gradient applied is summed in float32 as ever."""
     options = {**wide("functional_sam", 1), "mesh__fsdp": 4, "mesh__ascent_reduction": "bfloat16"}
     losses, _ = trajectory(20, devices=8, **options)
