@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.mesh import Placement, make_mesh
 from lm.readout import Options, chunk_positions, cross_entropy, frozen_change
 
 B, T, D, V, REAL = 3, 12, 8, 24, 21
@@ -151,3 +152,20 @@ def test_chunks_divide_the_sequence_and_fit():
     assert chunk_positions(512, 16, 4096) == 256
     assert chunk_positions(12, 3, 20) == 6
     assert chunk_positions(7, 100, 10) == 1
+
+
+def test_the_sum_of_the_weights_gradient_over_devices_may_be_rounded():
+    """To bfloat16, of 8 bits: parts of four devices and their sums. The gradient of hidden states is as it was."""
+    kernel, _, *four_times = problem("float32")
+    hidden, _, targets, weights = (jnp.concatenate([x] * 4) for x in four_times)
+    place = Placement(make_mesh((2, 2, 1), jax.devices()[:4]))
+
+    def gradient(dtype):
+        options = OPTIONS["plain"]._replace(reduce_dtype=dtype, place=place)
+        loss = lambda kernel, hidden: cross_entropy(options, kernel, hidden, targets, weights)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(kernel, hidden)
+
+    exact, rounded = gradient("float32"), gradient("bfloat16")
+    assert np.array_equal(exact[1], rounded[1])
+    error = np.max(np.abs(rounded[0] - exact[0])) / np.max(np.abs(exact[0]))
+    assert 1e-5 < error < 2**-7
