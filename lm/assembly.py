@@ -100,6 +100,9 @@ def assemble(
     def steps(duration: str) -> int:
         return duration_steps(duration, tokens_per_step=plan.tokens_per_step, total_steps=plan.steps)
 
+    decay_mask, stop = _matching(config, "optim.decay_mask", params), steps(optim.stop)
+    _matching(config, "optim.perturb", params)
+
     def rate_of(peak):
         return learning_rate(
             optim.schedule, peak, plan.steps, warmup_steps=steps(optim.warmup), end=optim.end_learning_rate,
@@ -122,8 +125,6 @@ def assemble(
         )  # fmt: skip
         return the_base, rule, rate, radius if callable(radius) else lambda step: radius
 
-    decay_mask, stop = _matching(config, "optim.decay_mask", params), steps(optim.stop)
-    _matching(config, "optim.perturb", params)
     scalars = {"peak_learning_rate": optim.peak_learning_rate}
     if settings.get("rho"):  # without one the method is its base, which is another program
         scalars["rho"] = settings["rho"]

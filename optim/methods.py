@@ -1,6 +1,5 @@
 """Every named method as look x ascent x descent: the table that code, documentation and help are made from."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ from optim import ascent, descent, looks
 from optim.base import BASES, Base
 from optim.base import moments as read_moments
 from optim.rule import Rule
+from optim.schedules import is_number
 from optim.sharpness_aware import ASCENT_OVER, LAYERWISE, Switches, plain, sharpness_aware
 
 CHOICES = {"precond_norm": ("l2", "ellipsoid"), "precond_moment": ("stale", "fresh")}
@@ -264,7 +264,7 @@ def method(
     for key, value, (accepted, allowed) in (
         ("ascent_over", ascent_over, one_of(ASCENT_OVER)),
         ("layerwise_rho", layerwise_rho, one_of(LAYERWISE)),
-        ("rho", rho, ("at least 0", lambda value: not isinstance(value, numbers.Real) or value >= 0)),
+        ("rho", rho, ("at least 0", lambda value: not is_number(value) or value >= 0)),
         ("every", every, ("at least 1", lambda value: value >= 1)),
         ("microbatches", microbatches, ("at least 1", lambda value: value >= 1)),
         ("ascent_fraction", ascent_fraction, ("above 0 and at most 1", lambda value: 0 < value <= 1)),
@@ -288,7 +288,7 @@ def method(
         rho, start, stop, every, microbatches, ascent_over, ascent_fraction, tuple(perturb), layerwise_rho, matrix_axes,
         clip_norm,
     )  # fmt: skip
-    if row is None or (isinstance(rho, numbers.Real) and rho == 0):
+    if row is None or (is_number(rho) and rho == 0):
         return plain(switches)
     if "frequency" in options and options["frequency"] is None:
         raise ValueError(

@@ -1,7 +1,6 @@
 """Durations in any unit, and the learning-rate and rho schedules."""
 
 import math
-import numbers
 import re
 from collections.abc import Callable
 
@@ -14,6 +13,11 @@ RHO_SCHEDULES = ("constant", "warmup", "cosine", "learning_rate")
 _UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _DURATION = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([kKMBGT]?)\s*(%|steps?|tokens?|epochs?|)\s*")
 ACCEPTED_DURATION = 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"'
+
+
+def is_number(value) -> bool:
+    """Whether a constant's value is known: neither a schedule, which takes the step, nor an operand of a trace."""
+    return not callable(value) and not isinstance(value, jax.core.Tracer)
 
 
 def duration_steps(
@@ -85,7 +89,7 @@ def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rat
     warmup rises linearly from 0 over warmup_steps; cosine also falls to 0 at total_steps; learning_rate is
     value * rate(step) / max(rate), as GSAM ties it.
     """
-    if name == "constant" or (isinstance(value, numbers.Real) and value == 0):
+    if name == "constant" or (is_number(value) and value == 0):
         return value
     if name == "warmup":
         unit = optax.linear_schedule(0.0, 1.0, max(1, warmup_steps))

@@ -4,9 +4,9 @@
     python -m scripts.plan --table [--sizes 24m 1.2b] [--methods adamw sam]
 
 TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU; GPUs, as hosts x devices, need what GPUs do
-(pip install steppe[gpu]), but none of them. cpu:N simulates N devices. --search tries remat
-policies and meshes by estimate and compiles the cheapest that should fit, until one does. --table plans the sizes of
-configs/sizes.py, each on the machine TABLE gives it.
+(pip install steppe[gpu]), but none of them. cpu:N simulates N devices. --search tries remat policies and meshes by
+estimate and compiles the cheapest that should fit, until one does. --table plans the sizes of configs/sizes.py, each on
+the machine TABLE gives it.
 """
 
 import itertools
