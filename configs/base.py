@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     data.tfds_dir = ""  # where TFDS finds its prepared data sets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
     data.bad_records = 0.01  # fraction of records that may be unreadable or empty before the corpus is refused
     data.shards = 1  # files per training source; part of the corpus, as rows do not cross files
-    data.directory = ""  # a prepared directory (scripts.prepare_data); "": prepare once into the cache
+    data.directory = ""  # a prepared directory (steppe prepare_data); "": prepare once into the cache
     data.cache = ""  # where corpora prepare themselves; "": $STEPPE_CACHE, else ~/.cache/steppe
     data.verify = "auto"  # full | sizes | auto (full up to 8 GiB): how a prepared directory is checked on opening
     data.prefetch = 2  # batches read ahead of the step

@@ -1,6 +1,6 @@
 """The setting of the Functional-SAM paper (arXiv 2502.02407), as far as it is known.
 
-    python -m scripts.train --config=configs/paper.py:24m,precond_functional_sam,fixed --workdir=runs/24m
+    steppe train --config=configs/paper.py:24m,precond_functional_sam,fixed --workdir=runs/24m
 
 The argument is SIZE,METHOD,LENGTH: a name of configs/sizes.py, a name of optim/methods.py, and `fixed` (100,000 steps
 of 131,072 tokens, NanoDO's default) or `chinchilla` (20 tokens per non-embedding parameter).
@@ -12,12 +12,12 @@ warm-up at 1.6e-4, Steppe at zero. rho is left at the method's default: sweep it
 
 Needs C4 prepared by tensorflow-datasets and the 32,000-piece C4 vocabulary of the T5 release
 (cc_all.32000.100extra/sentencepiece.model) as `c4.model`; say where they are with --config.data.vocabulary=FILE, or
-prepare them once with scripts.prepare_data and pass --config.data.directory=DIR.
+prepare them once with steppe prepare_data and pass --config.data.directory=DIR.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base, sizes
+from steppe.configs import base, sizes
 
 _LENGTHS = {"fixed": "100000 steps", "chinchilla": "chinchilla"}
 

@@ -1,6 +1,6 @@
 """A few minutes on two CPU cores: a byte-level model of Python's own sources, with Preconditioned Functional-SAM.
 
-    python -m scripts.train --config=configs/quickstart.py --workdir=runs/quickstart
+    steppe train --config=configs/quickstart.py --workdir=runs/quickstart
 
 0.8 M parameters, 1.1 M bytes of text; about three minutes; held-out text in about 2.05 bits a byte, where a unigram
 model needs 4.7 and gzip -9 2.2. README.md has the transcript.
@@ -8,7 +8,7 @@ model needs 4.7 and gzip -9 2.2. README.md has the transcript.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from steppe.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -1,6 +1,6 @@
 """What the runs of optim/study share: byte-level models of Python's own sources, small enough for hundreds of runs.
 
-    python -m scripts.sweep --config=configs/study.py --sweep=optim/study/spec.py --out=runs/study
+    steppe sweep --config=configs/study.py --sweep=optim/study/spec.py --out=runs/study
 
 512 tokens a step. The peak learning rate is the better of 4e-3, 8e-3 and 1.6e-2 for AdamW at size 0.03m, near enough:
 style nanodo lost 2.235, 2.125 and 2.106 nats a byte with them, style modern 1.878 with 8e-3.
@@ -8,7 +8,7 @@ style nanodo lost 2.235, 2.125 and 2.106 nats a byte with them, style modern 1.8
 
 from ml_collections import ConfigDict
 
-from configs import base
+from steppe.configs import base
 
 
 def get_config() -> ConfigDict:

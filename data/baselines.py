@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from data.loader import Corpus, rows_in_order
+from steppe.data.loader import Corpus, rows_in_order
 
 SAMPLE_ROWS = 20_000  # training rows that the unigram counts come from, at most
 

@@ -7,11 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
-from data import manifest as manifests
-from data import sources
-from data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
-from data.prepare import exclusive, identity, recipe_of
-from data.shards import Recipe
+from steppe.data import manifest as manifests
+from steppe.data import sources
+from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
+from steppe.data.prepare import exclusive, identity, recipe_of
+from steppe.data.shards import Recipe
 
 
 def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
@@ -42,9 +42,7 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
 
 def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -> None:
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-m", "data.prepare", json.dumps(recipe._asdict()), directory]
+    command = [sys.executable, "-P", "-m", "steppe.data.prepare", json.dumps(recipe._asdict()), directory]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         complaints: list[str] = []

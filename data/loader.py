@@ -14,10 +14,10 @@ from functools import lru_cache
 import grain
 import numpy as np
 
-from data import manifest as manifests
-from data.errors import CorpusDamaged, CorpusMismatch, DataError
-from data.packing import to_batch
-from data.vocabulary import Tokenizer, load_tokenizer
+from steppe.data import manifest as manifests
+from steppe.data.errors import CorpusDamaged, CorpusMismatch, DataError
+from steppe.data.packing import to_batch
+from steppe.data.vocabulary import Tokenizer, load_tokenizer
 
 HELD_OUT_SEED = 0  # the fixed order of held-out rows, so that a prefix of them is a fair sample
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
-from data.errors import CorpusDamaged
+from steppe.data.errors import CorpusDamaged
 
 FORMAT = 1  # of the records, the packing and the manifest; a directory of another format is refused
 NAME = "manifest.json"
@@ -68,7 +68,7 @@ def read(directory: str) -> dict:
         manifest = read_json(os.path.join(directory, NAME))
     except FileNotFoundError as error:
         if os.path.exists(os.path.join(directory, "preparation.json")):
-            state = "holds an unfinished preparation; run scripts.prepare_data on it again to finish it"
+            state = "holds an unfinished preparation; run steppe prepare_data on it again to finish it"
         elif os.path.isdir(directory):
             state = f"has no {NAME}; it is no prepared directory"
         else:

@@ -17,13 +17,14 @@ from importlib import metadata
 
 import xxhash
 
-from data import manifest as manifests
-from data import shards, sources, tasks
-from data import workers as workers_of
-from data.errors import BadRecords, CorpusMismatch, DataError
-from data.packing import PACKINGS, token_dtype
-from data.shards import Job, Recipe
-from data.vocabulary import load_tokenizer, read_model
+from steppe.data import manifest as manifests
+from steppe.data import shards, sources
+from steppe.data import workers as workers_of
+from steppe.data.errors import BadRecords, CorpusMismatch, DataError
+from steppe.data.packing import PACKINGS, token_dtype
+from steppe.data.readers import tasks
+from steppe.data.shards import Job, Recipe
+from steppe.data.vocabulary import load_tokenizer, read_model
 
 PLAN = "preparation.json"  # the plan of an unfinished preparation
 LOCK = ".lock"
@@ -313,7 +314,7 @@ def exclusive(path: str, wait: bool, busy: str = ""):
 
 
 def main(arguments: Iterable[str]) -> int:
-    """`python -m data.prepare RECIPE_JSON DIRECTORY`: what data/cache.py starts; people use scripts.prepare_data."""
+    """`python -m data.prepare RECIPE_JSON DIRECTORY`: what data/cache.py starts; people use steppe prepare_data."""
     recipe, directory = arguments
     try:
         prepare(Recipe(**json.loads(recipe)), directory, log=lambda line: print(line, flush=True))

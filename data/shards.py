@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import xxhash
 
-from data import manifest as manifests
-from data import packing, tasks
-from data.errors import BadRecords, CorpusDamaged, DataError
-from data.sources import Source
+from steppe.data import manifest as manifests
+from steppe.data import packing
+from steppe.data.errors import BadRecords, CorpusDamaged, DataError
+from steppe.data.readers import tasks
+from steppe.data.sources import Source
 
 OPTIONS = "group_size:1,zstd:3"  # one record per group: random access reads nothing else
 GIVE_UP = 1000  # a shard whose first records are all bad is not read to its end

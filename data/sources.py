@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from data.errors import DataError
+from steppe.data.errors import DataError
 
 BUILT_IN = ("embedded", "topics")  # kinds without a place
 KINDS = (*BUILT_IN, "text", "lines", "jsonl", "parquet", "tfds")

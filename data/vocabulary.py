@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.errors import DataError
+from steppe.data.errors import DataError
 
 PAD_ID = 0
 BYTE_OFFSET = 3  # seqio.ByteVocabulary: 0 padding, 1 end of document, 2 unknown, then the 256 bytes

@@ -11,9 +11,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from data import shards
-from data.errors import DataError
-from data.shards import Job, Recipe
+from steppe.data import shards
+from steppe.data.errors import DataError
+from steppe.data.shards import Job, Recipe
 
 
 def run(

@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-from lm import tracking
+from steppe.lm.run import tracking
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by lightness and dash, in grey print
 _BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optim.rule import Tree, inner, norm
+from steppe.optim.rule import Tree, inner, norm
 
 
 class Seen(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonState
 
-from optim.rule import Tree, ratio
+from steppe.optim.rule import Tree, ratio
 
 # What each base keeps that a direction can use. adafactor's second moment is its factored estimate, row x column.
 # muon has a second moment only where it falls back to Adam, lion and sgd have none.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from optim.masks import mask, path_names
-from optim.rule import Anchor, Objective, Tree, accumulate, cosine, microbatched, norm, ratio
+from steppe.optim.masks import mask, path_names
+from steppe.optim.rule import Anchor, Objective, Tree, accumulate, cosine, microbatched, norm, ratio
 
 Product = Callable[[Tree], Tree]
 

@@ -6,7 +6,7 @@ Pure functions of one evaluation each, to be jitted; the loops over them are the
 import jax
 import jax.numpy as jnp
 
-from optim.rule import Anchor, Objective, Tree, accumulate, inner, microbatched, norm, plain_gradient, ratio
+from steppe.optim.rule import Anchor, Objective, Tree, accumulate, inner, microbatched, norm, plain_gradient, ratio
 
 
 def loss_at(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from optax.contrib import MuonDimensionNumbers
 
-from optim.rule import Tree
+from steppe.optim.rule import Tree
 
 
 def path_names(tree: Tree) -> Tree:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from optim import ascent, descent, looks
-from optim.base import BASES, Base
-from optim.base import moments as read_moments
-from optim.rule import Rule
-from optim.schedules import is_number
-from optim.sharpness_aware import ASCENT_OVER, LAYERWISE, Switches, plain, sharpness_aware
+from steppe.optim import ascent
+from steppe.optim import first_pass as looks
+from steppe.optim import second_pass as descent
+from steppe.optim.base import BASES, Base
+from steppe.optim.base import moments as read_moments
+from steppe.optim.rule import Rule
+from steppe.optim.schedules import is_number
+from steppe.optim.two_pass import ASCENT_OVER, LAYERWISE, Switches, plain, sharpness_aware
 
 CHOICES = {"precond_norm": ("l2", "ellipsoid"), "precond_moment": ("stale", "fresh")}
 _PRECOND = {"precond_power": 0.5, "precond_eps": 1e-8, "precond_norm": "l2", "precond_moment": "stale"}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optim.rule import Tree
+from steppe.optim.rule import Tree
 
 
 class Flat(NamedTuple):

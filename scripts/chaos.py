@@ -1,6 +1,6 @@
 """Disturb small runs in every way at hand, continue them, and compare each with an undisturbed one.
 
-python -m scripts.chaos --runs=60 --minutes=40 [--seed=0] [--only=NAME]
+steppe chaos --runs=60 --minutes=40 [--seed=0] [--only=NAME]
 
 Takes 10 s a run on two cores; prints a table in markdown. Filling a disk needs root (a small tmpfs is mounted).
 """
@@ -17,8 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import command
-from scripts.disturbances import (
+from steppe.scripts import command
+from steppe.scripts.disturbances import (  # fmt: skip
     FINISHED,
     SCENARIOS,
     STEPS,
@@ -31,7 +31,7 @@ from scripts.disturbances import (
     seen,
     start,
     wait_until,
-)  # fmt: skip
+)
 
 CLOCKS = ("seconds", "tokens_per_second", "data_wait", "stall")  # of a record, what two equal runs need not share
 
@@ -119,7 +119,7 @@ def flips(checkpoint: Path, count: int, chance: random.Random) -> tuple[int, int
     """(detected, tried) flips of one bit each, spread over all files of a checkpoint, each undone again."""
     from etils import epath
 
-    from lm import seal
+    from steppe.lm.keep import seal
 
     seal.verify(epath.Path(checkpoint), STEPS)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.stat().st_size]

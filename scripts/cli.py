@@ -1,45 +1,53 @@
-"""The console entry: `steppe COMMAND ...` is `python -m scripts.COMMAND ...`."""
+"""The console entry: `steppe COMMAND ...` is `python -m steppe.scripts.COMMAND ...`."""
 
 import ast
 import difflib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import command
+from steppe.scripts import command
+
+# name: (module, an example of its use), in the order of a user's day
+COMMANDS = {
+    "prepare_data": ("steppe.scripts.prepare_data", "--config=quickstart --out=corpora/mine"),
+    "plan": ("steppe.scripts.plan", "--config=paper:1.2b,sam,chinchilla --topology=v5e:16x16 --vocabulary_size=32100"),
+    "train": ("steppe.scripts.train", "--config=quickstart --workdir=runs/quickstart"),
+    "evaluate": ("steppe.scripts.evaluate", "--workdir=runs/quickstart"),
+    "generate": ("steppe.scripts.generate", "--workdir=runs/quickstart --prompt='def '"),
+    "sweep": ("steppe.scripts.sweep.__main__", "--config=quickstart --sweep=rho_by_scale:0.1m --out=sweeps/rho"),
+    "report": ("steppe.scripts.report.__main__", "sweeps/rho"),
+    "curvature": ("steppe.scripts.measure.curvature", "--workdir=runs/quickstart --step=all"),
+    "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
+    "bench": ("steppe.scripts.bench.__main__", "step --against"),
+    "chaos": ("steppe.scripts.chaos", "--runs=15"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatches to scripts.COMMAND.main(argv), importing nothing else; returns its exit status."""
+    """Dispatches to the main(argv) of a command's module, importing nothing else; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    known = commands()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
+        if arguments[:1] == ["help"] and len(arguments) > 1:
+            return main([*arguments[1:], "--help"])
         print("usage: steppe COMMAND [--help] ...\n")
-        width = max(map(len, known))
-        for name, summary in known.items():
-            print(f"  {name:<{width}}  {summary}")
+        for name, (_, example) in COMMANDS.items():
+            print(f"  {name:<13} {summary(name)}\n{'':16}steppe {name} {example}")
         return 0 if arguments else 2
     name, *rest = arguments
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return command.fail(f"steppe {name}: no such command, must be one of {', '.join(known)}{hint}")
-    return importlib.import_module(f"scripts.{name}").main(rest)
+        return command.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
 
 
-def commands() -> dict[str, str]:
-    """{name: the first line of its docstring} of every module here that has main(argv), read without importing it.
-
-    bench_* are reached through bench.
-    """
-    found = {}
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        has_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
-        if has_main and file.stem != Path(__file__).stem and not file.stem.startswith("bench_"):
-            found[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+def summary(name: str) -> str:
+    """The first line of a command's docstring, read without importing it."""
+    source = Path(importlib.util.find_spec(COMMANDS[name][0]).origin).read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
 if __name__ == "__main__":

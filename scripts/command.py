@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import base, sizes
+from steppe.configs import base, sizes
 
 _HELP = """
 config:

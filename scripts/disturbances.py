@@ -1,4 +1,4 @@
-"""The disturbances of scripts.chaos: small runs started, killed, starved of disk, harmed on disk, and continued."""
+"""The disturbances of steppe chaos: small runs started, killed, starved of disk, harmed on disk, and continued."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def bench() -> Iterator[tuple[Bench, Path]]:
             "train.batch_size": 8, "train.duration": f"{STEPS} steps", "evaluate.every": f"{EVERY} steps",
             "evaluate.batches": 8, "checkpoint.every": f"{EVERY} steps", "sample.tokens": 4, "train.microbatches": 1,
         }  # fmt: skip
-        words = (sys.executable, "-m", "scripts.train", f"--config={root / 'configs' / 'quickstart.py'}")
+        words = (sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={root / 'configs' / 'quickstart.py'}")
         made = Bench(
             place,
             (*words, *(f"--config.{key}={value}" for key, value in small.items())),

@@ -1,12 +1,12 @@
 """Held-out loss of a finished or running run, beside its baselines.
 
-python -m scripts.evaluate --workdir=DIR [--step=K] [--batches=N]
+steppe evaluate --workdir=DIR [--step=K] [--batches=N]
 """
 
 import sys
 from collections.abc import Sequence
 
-from scripts import command
+from steppe.scripts import command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,12 +19,12 @@ def main(argv: Sequence[str]) -> int:
 
     import jax
 
-    from data import baselines
-    from data.errors import DataError
-    from lm import saved
-    from lm.checkpoint import Unusable
-    from lm.evaluate import evaluate, make_evaluation_step
-    from lm.workdir import WorkdirError
+    from steppe.data import baselines
+    from steppe.data.errors import DataError
+    from steppe.lm.keep import saved
+    from steppe.lm.keep.checkpoint import Unusable
+    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 
     try:
         run = saved.load(options.workdir, options.step)

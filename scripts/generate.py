@@ -1,13 +1,13 @@
 """Text sampled from a run's model, as a continuation of a prompt.
 
-python -m scripts.generate --workdir=DIR [--prompt=TEXT] [--tokens=N] [--temperature=X] [--seed=N] [--step=K]
+steppe generate --workdir=DIR [--prompt=TEXT] [--tokens=N] [--temperature=X] [--seed=N] [--step=K]
 """
 
 import math
 import sys
 from collections.abc import Sequence
 
-from scripts import command
+from steppe.scripts import command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,10 +27,11 @@ def main(argv: Sequence[str]) -> int:
 
     import jax
 
-    from data.errors import DataError
-    from lm import generate, saved
-    from lm.checkpoint import Unusable
-    from lm.workdir import WorkdirError
+    from steppe.data.errors import DataError
+    from steppe.lm.keep import saved
+    from steppe.lm.keep.checkpoint import Unusable
+    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.run import generate
 
     try:
         run = saved.load(options.workdir, options.step, log=lambda line: None)

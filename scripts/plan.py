@@ -1,7 +1,7 @@
 """What a run will cost and whether it fits, from its real step compiled for devices that need not be here.
 
-    python -m scripts.plan --config=FILE --topology=cpu:8|v5e:16x16|v5p:8x8x4|h100:8|a100:4x8|... [--search]
-    python -m scripts.plan --table [--sizes 24m 1.2b] [--methods adamw sam]
+    steppe plan --config=FILE --topology=cpu:8|v5e:16x16|v5p:8x8x4|h100:8|a100:4x8|... [--search]
+    steppe plan --table [--sizes 24m 1.2b] [--methods adamw sam]
 
 TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU; GPUs, as hosts x devices, need what GPUs do
 (pip install steppe[gpu]), but none of them. cpu:N simulates N devices. --search tries remat policies and meshes by
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scripts import command
+from steppe.scripts import command
 
 # size -> (topology, batch size, sequence length, vocabulary size, fsdp, compute dtype) of the table
 _BYTES, _C4 = (8, 128, 256, 1, "float32"), (512, 32100)
@@ -91,9 +91,9 @@ def main(argv: Sequence[str]) -> int:
         devices = described(options.topology)
     except (ValueError, RuntimeError) as error:
         return command.fail(error)
-    from data.errors import DataError
-    from data.vocabulary import load_tokenizer
-    from lm.check import ConfigError, check
+    from steppe.data.errors import DataError
+    from steppe.data.vocabulary import load_tokenizer
+    from steppe.lm.run.check import ConfigError, check
 
     try:
         config.unlock()
@@ -149,9 +149,9 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
     import jax
     import jax.numpy as jnp
 
-    from lm.assembly import assemble
-    from lm.mesh import batch_sharding
-    from lm.train import lower_step
+    from steppe.lm.model.mesh import batch_sharding
+    from steppe.lm.run.assembly import assemble
+    from steppe.lm.run.train import lower_step
 
     frequency = jnp.full(vocabulary_size, 1 / vocabulary_size) if config.optim.method == "focal_sam" else None
     parts = assemble(config, vocabulary_size, epoch_tokens, frequency, devices)
@@ -168,10 +168,10 @@ def plan(config, parts, program, devices: list) -> Plan:
     """The Plan of a compiled step."""
     import jax
 
-    from lm.budget import roofline
-    from lm.chips import chip_of
-    from optim.methods import is_anchored
-    from scripts import hlo
+    from steppe.lm.run.budget import roofline
+    from steppe.lm.run.chips import chip_of
+    from steppe.optim.methods import is_anchored
+    from steppe.scripts import hlo
 
     def local(tree):
         leaves = jax.tree.leaves(tree)
@@ -205,10 +205,10 @@ def plan(config, parts, program, devices: list) -> Plan:
 
 def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool:
     """Compiles, prints the plan, and returns whether it fits."""
-    from lm.budget import describe
-    from lm.check import mesh_shape
-    from lm.chips import chip_of
-    from lm.mesh import AXES
+    from steppe.lm.model.mesh import AXES
+    from steppe.lm.run.budget import describe
+    from steppe.lm.run.check import mesh_shape
+    from steppe.lm.run.chips import chip_of
 
     chip = chip_of(devices[0], len(devices))
     mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh_shape(config, len(devices)), strict=True))
@@ -245,9 +245,9 @@ def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool
 
 def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
     """Prints one line per size and method, Chinchilla budgets; returns the exit status."""
-    from configs import base
-    from configs.sizes import resolve
-    from lm.chips import chip_of
+    from steppe.configs import base
+    from steppe.configs.sizes import resolve
+    from steppe.lm.run.chips import chip_of
 
     print("| size | method | machine | tokens a step | GiB a device | parameters + optimizer | anchor | temporary "
           "| FLOPs / adamw | sent, GiB | step s | MFU | days |")  # fmt: skip
@@ -282,9 +282,9 @@ def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
 
 def candidates(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> list[tuple[float, str, tuple]]:
     """[(seconds by estimate, remat, mesh)] of everything that should fit, cheapest first."""
-    from lm.budget import step_traffic
-    from lm.check import ConfigError, check
-    from lm.chips import chip_of
+    from steppe.lm.run.budget import step_traffic
+    from steppe.lm.run.check import ConfigError, check
+    from steppe.lm.run.chips import chip_of
 
     chip, count, found = chip_of(devices[0], len(devices)), len(devices), []
     processes = len({device.process_index for device in devices})

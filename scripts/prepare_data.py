@@ -1,8 +1,8 @@
 """Prepare a corpus once, train a vocabulary, or look at a batch.
 
-    python -m scripts.prepare_data --config=FILE --out=DIR [--shards=N] [--workers=N]
-    python -m scripts.prepare_data vocabulary --config=FILE --out=FILE.model --size=N [--model_type=bpe]
-    python -m scripts.prepare_data show DIR --step=K [--batch_size=N] [--seed=N] [--held_out=NAME]
+    steppe prepare_data --config=FILE --out=DIR [--shards=N] [--workers=N]
+    steppe prepare_data vocabulary --config=FILE --out=FILE.model --size=N [--model_type=bpe]
+    steppe prepare_data show DIR --step=K [--batch_size=N] [--seed=N] [--held_out=NAME]
 
 The first writes the corpus of config.data to DIR; run it again after an interruption. The second trains a SentencePiece
 model on the task of config.data. The third prints the text of batch K as the model will see it.
@@ -15,12 +15,12 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 
-from scripts import command
+from steppe.scripts import command
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one of the three; returns the exit status, 2 for bad input."""
-    from data.errors import DataError
+    from steppe.data.errors import DataError
 
     actions = {"vocabulary": _vocabulary, "show": _show}
     try:
@@ -43,7 +43,7 @@ def _prepare(argv: Sequence[str]) -> int:
     config, options = command.parse(argv, parser)
     if options.workers < 1:
         return command.fail(f"--workers={options.workers}: must be an integer > 0")
-    from data.prepare import prepare, recipe_of
+    from steppe.data.prepare import prepare, recipe_of
 
     shards = config.data.shards if options.shards is None else options.shards
     recipe = recipe_of(config.data, shards=shards)
@@ -103,9 +103,10 @@ def _vocabulary(argv: Sequence[str]) -> int:
     config, options = command.parse(argv, parser)
     if os.path.exists(options.out):
         return command.fail(f"--out={options.out}: exists; choose a new file")
-    from data import sources, tasks
-    from data.prepare import recipe_of
-    from data.vocabulary import train_sentencepiece
+    from steppe.data import sources
+    from steppe.data.prepare import recipe_of
+    from steppe.data.readers import tasks
+    from steppe.data.vocabulary import train_sentencepiece
 
     recipe = recipe_of(config.data, vocabulary="bytes")
     documents = tasks.texts(sources.parse(recipe.task), recipe.text_field, recipe.held_out_fraction, recipe.tfds_dir)
@@ -127,7 +128,7 @@ def _show(argv: Sequence[str]) -> int:
     for name, lowest in (("step", 0), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < lowest:
             return command.fail(f"--{name}={getattr(options, name)}: must be an integer >= {lowest}")
-    from data.loader import held_out_rows, open_corpus, training_rows
+    from steppe.data.loader import held_out_rows, open_corpus, training_rows
 
     corpus = open_corpus(options.directory)
     if options.held_out:

@@ -3,7 +3,7 @@
     for result in results.read("sweeps/rho"): print(result.name, result.status, result.loss)
 
 A sweep's directory holds `sweep.json` (what its runs are: scripts/sweep.py writes it), `runs/NAME/`, each the ordinary
-workdir of scripts.train, and in each `outcome.json` once the run has ended for good.
+workdir of steppe train, and in each `outcome.json` once the run has ended for good.
 """
 
 import json
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm import tracking
-from lm.workdir import FREE, flatten
+from steppe.lm.keep.workdir import FREE, flatten
+from steppe.lm.run import tracking
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
 STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")

@@ -1,12 +1,12 @@
 """Pretrain a language model; run again on the same workdir to continue.
 
-python -m scripts.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.rho=0.1 ...]
+steppe train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.rho=0.1 ...]
 """
 
 import sys
 from collections.abc import Sequence
 
-from scripts import command
+from steppe.scripts import command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,11 +55,12 @@ def main(argv: Sequence[str]) -> int:
             flag = f"--coordinator={options.coordinator}" if options.coordinator else "--distributed"
             return command.fail(f"{flag}: the processes did not find each other: {error}")
 
-    from data.errors import DataError
-    from lm import replay, train
-    from lm.check import ConfigError, check
-    from lm.checkpoint import Unusable
-    from lm.workdir import WorkdirError
+    from steppe.data.errors import DataError
+    from steppe.lm.keep.checkpoint import Unusable
+    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.measure import replay
+    from steppe.lm.run import train
+    from steppe.lm.run.check import ConfigError, check
 
     try:
         check(

@@ -32,7 +32,7 @@ def float64():
 
 @pytest.fixture(scope="module")
 def problem(float64):
-    import optim_problems
+    from helpers import optim_problems
 
     return optim_problems.Problem()
 

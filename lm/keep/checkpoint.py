@@ -1,0 +1,322 @@
+"""Checkpoints through orbax: asynchronous, sealed, restored onto any mesh; a damaged one is never restored.
+
+DIRECTORY/STEP/ holds what orbax wrote (state, meta) and our seal over every file of it. The order of a save is: orbax
+writes aside and renames, the seal is written, older checkpoints go. A kill at any moment leaves the one before whole.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from steppe.lm.keep import seal
+from steppe.lm.keep.seal import Broken
+from steppe.lm.run.state import State
+
+ASIDE = ".orbax-checkpoint-tmp"  # in the names of directories that orbax, or we, have not finished with
+SPARE = 8 << 20  # bytes a save must leave free, for metrics.jsonl and the like
+
+
+class StorageError(OSError):
+    """A checkpoint could not be written; one line."""
+
+
+class Unusable(ValueError):
+    """A checkpoint that may not, or cannot, be restored here; one line."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Close it, or use it in a `with` block, to finish writing.
+
+    directory: a path, or gs:// or s3:// where etils can reach them. keep: newest ones kept. keep_every: steps whose
+    multiples are kept forever, 0 for none. period: the newest multiple of it is kept too, to roll back to. run: the
+    run's id ("" in processes that do not know it). read_only: never writes, moves or deletes. log(line): what a reader
+    must know.
+    """
+
+    def __init__(
+        self, directory: str | epath.Path, keep: int = 1, keep_every: int = 0, period: int = 1, run: str = "",
+        read_only: bool = False, log: Callable[[str], None] = print,
+    ):  # fmt: skip
+        self.directory = place(directory)
+        self._period = period
+        self._keep, self._keep_every, self._run, self._read_only, self._log = keep, keep_every, run, read_only, log
+        self._primary = jax.process_index() == 0
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_orbax)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+        )
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        if self._primary and not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.iterdir():
+                if ASIDE in path.name:
+                    path.rmtree()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def newest(self, before: int | None = None) -> int | None:
+        """The newest sound step (below `before`), every byte of it verified; None if there is no checkpoint.
+
+        Damaged, half-written, renamed and foreign ones above it are named to the log and moved to DIRECTORY/damaged.
+        Unusable if there were finished ones and none is sound: those stay where they are. All processes must call it.
+        """
+        self.wait()
+        _meet("steppe checkpoints")
+        problems = {}
+        for step in sorted((s for s in self._steps() if before is None or s < before), reverse=True):
+            problem = self._examine(step)
+            if problem is None:
+                break
+            problems[step] = problem
+        else:
+            step = None
+        for number, problem in problems.items():
+            self._log(f"CHECKPOINT {number} IS NOT USED: {problem}")
+        finished = [number for number, problem in problems.items() if problem.sealed]
+        if step is None and finished:
+            raise Unusable(
+                f"{self.directory}: no checkpoint can be used; the newest, {finished[0]}: {problems[finished[0]]}. "
+                "Restore one, or remove them all to start from the beginning"
+            )
+        if problems and self._primary and not self._read_only:
+            self._set_aside(list(problems))
+        if problems:
+            self._log("falling back to " + (f"the checkpoint of step {step}" if step is not None else "the beginning"))
+            _meet("steppe checkpoints moved")
+        return step
+
+    def forget(self, after: int) -> None:
+        """Deletes the checkpoints after a step: the run goes another way from there. All processes must call it."""
+        self.wait()
+        if self._primary:
+            for step in self._steps():
+                if step > after:
+                    self._delete(step)
+        _meet("steppe checkpoints forgotten")
+
+    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        """(State placed as `abstract` says, meta) of a step that `newest` gave.
+
+        Unusable, before anything is read, if paths, dtypes or shapes differ: orbax would cast silently.
+        """
+        path = self.directory / str(step)
+        _compare(path, seal.read(path)["tree"], seal.tree_of(abstract))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        restored = self._orbax.restore(path, args=args)
+        return restored["state"], restored["meta"]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The meta of a step that `newest` gave."""
+        return self._orbax.restore(self.directory / str(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+            "meta"
+        ]
+
+    def room(self, state: State) -> str:
+        """Why the next save would not fit, "" if it does; bytes before compression, local directories only."""
+        problem = False
+        if self._primary and seal.is_local(self.directory):
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE
+            free = shutil.disk_usage(self.directory).free
+            problem = free < needed
+        if not _agreed(problem):
+            return ""
+        return f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed" if self._primary else "no room"
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> float:
+        """Starts writing the state after `step` steps with meta (JSON); returns the seconds the caller stood still.
+
+        Waits for the save before. StorageError if that one, or the start of this one, failed.
+        """
+        began = time.monotonic()
+        self.wait()
+        path, tree = self.directory / str(step), seal.tree_of(state)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        try:
+            self._orbax.save(path, args=args)
+        except Exception as error:  # tensorstore and jax raise errors of many kinds for a full disk
+            raise _storage_error(path, error) from error
+        self._thread = threading.Thread(target=self._finish, args=(path, step, tree), name="seal")
+        self._thread.start()
+        return time.monotonic() - began
+
+    def wait(self) -> None:
+        """Returns once the last save is finished and sealed. StorageError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            raise error
+
+    def close(self) -> None:
+        """Finishes writing; a failure that nobody has heard of yet goes to the log."""
+        try:
+            self.wait()
+        except StorageError as error:
+            self._log(str(error))
+        self._orbax.close()
+
+    def _finish(self, path: epath.Path, step: int, tree: dict) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if self._primary:
+                seal.write(path, step, self._run, tree)
+                self._retire()
+        except Exception as error:
+            self._failure = _storage_error(path, error)
+
+    def _retire(self) -> None:
+        """Deletes sealed checkpoints that retention does not keep; others are nobody's business here."""
+        sealed = sorted(step for step in self._steps() if (self.directory / str(step) / seal.NAME).exists())
+        regular = [step for step in sealed if step % self._period == 0]
+        for step in sealed[: -self._keep]:
+            if step not in regular[-1:] and not (self._keep_every and step % self._keep_every == 0):
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        path = self.directory / str(step)
+        if seal.is_local(path):  # a kill in mid-deletion must not leave half a checkpoint under its name
+            path = path.rename(self.directory / f"{step}{ASIDE}-deleted")
+        path.rmtree()
+
+    def _steps(self) -> list[int]:
+        if not self.directory.exists():
+            return []
+        names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+        return [int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name))]
+
+    def _examine(self, step: int) -> Broken | None:
+        """What is wrong with a step; the processes, each of which reads a share of it, agree whether anything is."""
+        problem = None
+        try:
+            share = (jax.process_index(), jax.process_count())
+            seal.verify(self.directory / str(step), step, self._run, share)
+        except Broken as broken:
+            problem = broken
+        except OSError as error:
+            problem = Broken(f"it cannot be read ({error})")
+        if not _agreed(problem is not None):
+            return None
+        return problem or Broken("another process found it damaged")
+
+    def _set_aside(self, steps: list[int]) -> None:
+        aside = self.directory / "damaged"
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            name = next(n for k in range(10**6) if not (aside / (n := f"{step}.{k}" if k else str(step))).exists())
+            (self.directory / str(step)).rename(aside / name)
+
+
+def load_params(path: str, abstract_params: Any, log: Callable[[str], None] = print) -> Any:
+    """The parameters of a checkpoint, as load_parts says, to start something new from."""
+    return load_parts(path, {"params": abstract_params}, log)["params"]
+
+
+def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Parts of a checkpoint's State by name ("params", "optimizer"), placed as `abstract_parts` says.
+
+    path: a step directory, a directory of them, or a run's workdir; of several the newest sound one. Every byte of it
+    is verified. Unusable if there is none, or if paths, dtypes or shapes differ.
+    """
+    start = place(path)
+    if start.name.isdecimal() and (start / seal.NAME).exists():
+        try:
+            seal.verify(start, int(start.name))
+        except Broken as broken:
+            raise Unusable(f"{start}: {broken}") from None
+    else:
+        found = start / "checkpoints" if (start / "checkpoints").exists() else start
+        with Checkpoints(str(found), read_only=True, log=log) as checkpoints:
+            newest = checkpoints.newest()
+        if newest is None:
+            raise Unusable(f"{start}: holds no checkpoint")
+        start = found / str(newest)
+    named = tuple(f"{name}/" for name in abstract_parts)
+    saved = {name: entry for name, entry in seal.read(start)["tree"].items() if name.startswith(named)}
+    _compare(start, saved, seal.tree_of(abstract_parts))
+    log(f"parameters  of {start}")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(
+            item=abstract_parts,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_parts),
+            partial_restore=True,
+        )
+        return reader.restore(start / "state", args=args)
+
+
+class Timer:
+    """Says when minutes of wall time since the last save have passed; 0 minutes: never. clock: seconds that only grow.
+
+    Several processes follow the clock of process 0, which they hear every `every` steps.
+    """
+
+    def __init__(self, minutes: float, every: int, clock: Callable[[], float] = time.monotonic):
+        self._seconds, self._every, self._clock = minutes * 60, every, clock
+        self.restart()
+
+    def restart(self) -> None:
+        """A save was begun."""
+        self._last = self._clock()
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step; every process gives the same answer."""
+        if not self._seconds or (jax.process_count() > 1 and step % self._every):
+            return False
+        return _agreed(jax.process_index() == 0 and self._clock() - self._last >= self._seconds)
+
+
+def place(path: str | epath.Path) -> epath.Path:
+    """An absolute path, or the address of an object store. Unusable where that cannot be reached."""
+    if "://" not in str(path):
+        return epath.Path(path).absolute()
+    try:
+        found = epath.Path(path)
+        found.exists()
+        return found
+    except Exception as error:  # a missing package, a missing permission: every store has errors of its own
+        reason = " ".join(str(error).split())
+        raise Unusable(f"{path}: cannot be reached ({type(error).__name__}: {reason[:300]})") from None
+
+
+def _compare(path: epath.Path, saved: dict, wanted: dict) -> None:
+    found = seal.differences(saved, wanted)
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise Unusable(f"{path} does not fit this config: {'; '.join(found[:3])}{more}")
+
+
+def _agreed(flag: bool) -> bool:
+    """Whether any process says so."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _meet(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out the tracebacks that orbax's threads print of errors which are raised here as well."""
+    return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
+
+
+def _storage_error(path: epath.Path, error: BaseException) -> StorageError:
+    reason = " ".join(str(error).split())
+    return StorageError(f"checkpoint {path}: not written ({type(error).__name__}: {reason[:300]})")

@@ -1,0 +1,58 @@
+"""A model out of a run's checkpoint, for commands that look at what was trained."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from steppe.data import cache, loader
+from steppe.lm.keep import seal
+from steppe.lm.keep.checkpoint import load_parts, place
+from steppe.lm.keep.workdir import config_of
+from steppe.lm.run.assembly import Parts, assemble
+from steppe.lm.run.check import METHOD_OPTIONS
+from steppe.lm.run.train import checkpoint_directory
+
+
+class Saved(NamedTuple):
+    """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
+
+    optimizer: the state of the base optimizer, where it was asked for.
+    """
+
+    config: ConfigDict
+    corpus: loader.Corpus
+    parts: Parts
+    params: Any
+    optimizer: Any = None
+
+
+def load(directory: str, step: int | None = None, log: Callable[[str], None] = print, optimizer: bool = False) -> Saved:
+    """The run of `directory` after `step` steps, by default at its newest sound checkpoint.
+
+    Whatever mesh it was trained on, it is spread over all devices here (fsdp) if they divide its batch and width, else
+    it goes to the first. WorkdirError, Unusable or DataError, each one line, where that cannot be.
+    """
+    config = ConfigDict(config_of(directory))
+    devices = jax.devices()
+    if config.train.batch_size % len(devices) or config.model.width % len(devices):
+        devices = devices[:1]
+    config.mesh.update(data=1, fsdp=len(devices), tensor=1)
+    config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
+    config.optim.update(method="adamw", **dict.fromkeys(METHOD_OPTIONS))
+    data = config.data
+    corpus = loader.open_corpus(
+        cache.ensure(data, log), data.vocabulary, data.sequence_length, data.packing, data.verify
+    )
+    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
+    found = checkpoint_directory(config, directory)
+    wanted = {"params": parts.abstract.params, **({"optimizer": parts.abstract.optimizer} if optimizer else {})}
+    return Saved(config, corpus, parts, **load_parts(found if step is None else f"{found}/{step}", wanted, log))
+
+
+def steps(directory: str) -> list[int]:
+    """The steps that the run of `directory` has sealed checkpoints of, in order. WorkdirError if it is no run."""
+    found = place(checkpoint_directory(ConfigDict(config_of(directory)), directory))
+    names = [path.name for path in found.iterdir()] if found.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal() and (found / name / seal.NAME).exists())

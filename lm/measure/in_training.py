@@ -1,0 +1,92 @@
+"""How a language model bends: its logit Hessian, and the light measurement a run takes while it trains."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from steppe.lm.model.mesh import Placement
+from steppe.lm.model.objective import objective, readout_kernel
+from steppe.lm.model.readout import token_loss
+from steppe.lm.run.assembly import Parts
+from steppe.optim import Objective
+from steppe.optim.curvature import split_directions
+from steppe.optim.rule import accumulate, microbatched, norm, plain_gradient, ratio
+
+LAYERS = r"^layers/"  # stacked parameters: each layer is one, "layers/mlp/up/kernel/0", so that a group can name layers
+
+
+def twice_differentiable(parts: Parts) -> Objective:
+    """The objective of a run, its attention by a kernel that has a second derivative (cuDNN and splash have none)."""
+    if parts.shape.kernel not in ("cudnn", "splash"):
+        return parts.objective
+    kernel = "einsum" if parts.shape.sequence_length <= 256 else "blockwise"
+    return objective(parts.shape._replace(kernel=kernel), parts.options, Placement(parts.mesh))
+
+
+def make_measurement(objective: Objective, groups: Sequence[str], microbatches: int = 1) -> Callable:
+    """measure(params, batch) -> {group: {logit_norm, functional_norm, logit_share, functional_share, cosine}}.
+
+    delta_logit = GGN u and delta_func = NME u for u = g / |g|, the unit ascent direction of SAM on this batch; groups
+    are "name=regex", "all" is always there. Costs about five gradients.
+    """
+    named = named_groups(groups)
+
+    def measure(params, batch):
+        _, gradient = plain_gradient(objective, params, batch, microbatches)
+        direction = optax.tree.scale(ratio(1.0, norm(gradient), 0.0), gradient)
+        return split_directions(objective, params, batch, direction, named, stacked=LAYERS, microbatches=microbatches)
+
+    return jax.jit(measure)
+
+
+def named_groups(groups: Sequence[str]) -> dict[str, str]:
+    """{name: regex} of config.curvature.groups."""
+    return dict(group.split("=", 1) for group in groups)
+
+
+def logit_hessian(
+    parts: Parts, params, batch: dict, key: jax.Array, microbatches: int = 1, iterations: int = 20
+) -> dict[str, jax.Array]:
+    """The Hessian of a token's loss in its logits [V], which the seam hides: trace and largest eigenvalue.
+
+    trace, lambda_max: means over tokens; lambda_max_worst: of the worst token. The whole logit Hessian is block
+    diagonal in the tokens, each block divided by their number. The trace is taken of sign vectors, one per token (with
+    plain cross-entropy its mean is 1 - |p|^2), the eigenvalue by that many power iterations.
+    """
+    options = parts.options._replace(place=Placement())
+
+    def one(state, part):
+        hidden_BxTxD = parts.objective.trunk(params, part)
+        kernel_VxD = readout_kernel(params, parts.shape).astype(hidden_BxTxD.dtype)
+
+        def chunk(start):
+            take = lambda x: lax.dynamic_slice_in_dim(x, start, options.chunk, axis=1)  # noqa: E731
+            wide = jnp.promote_types(jnp.float32, hidden_BxTxD.dtype)
+            raw = jnp.einsum("bcd,vd->bcv", take(hidden_BxTxD), kernel_VxD, preferred_element_type=wide)
+
+            def product(vector):
+                slope = lambda logits: token_loss(options, logits, take(part["targets"]))[1]  # noqa: E731
+                return jax.jvp(slope, (raw,), (vector,))[1]
+
+            def again(_, vector):
+                further = product(vector)
+                length = jnp.linalg.norm(further, axis=-1, keepdims=True)
+                return further / jnp.where(length > 0, length, 1)
+
+            drawn = jax.random.rademacher(jax.random.fold_in(key, start), raw.shape, raw.dtype)
+            trace = jnp.sum(drawn * product(drawn), axis=-1)
+            top = lax.fori_loop(0, iterations, again, drawn)
+            return trace, jnp.sum(top * product(top), axis=-1)
+
+        starts = jnp.arange(0, hidden_BxTxD.shape[1], options.chunk)
+        trace, top = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in lax.map(chunk, starts))  # [B, T]
+        counted = part["weights"] > 0
+        tokens = jnp.maximum(jnp.sum(counted), 1)
+        means = [jnp.sum(jnp.where(counted, x, 0)) / tokens for x in (trace, top)]
+        return state, means, jnp.max(jnp.where(counted, top, -jnp.inf))
+
+    _, (trace, top), worst = accumulate(one, (), *microbatched(parts.objective, batch, microbatches))
+    return {"trace": trace, "lambda_max": top, "lambda_max_worst": jnp.max(worst)}

@@ -1,0 +1,101 @@
+"""One step of a run again, looked at closely: norms per layer, and where the first NaN comes from."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from steppe.lm.keep import workdir
+from steppe.lm.keep.checkpoint import Checkpoints, Unusable, load_params
+from steppe.lm.run import anomaly, train
+from steppe.lm.run.state import State, create, create_from
+
+
+def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str], None] = print) -> dict[str, float]:
+    """Repeats step `number` of the run in `directory` from the newest checkpoint before it; returns its metrics.
+
+    The steps between are run again too, so the state is bit for bit that of the run on the same mesh. Prints a table of
+    norms per parameter and layer, then runs the gradient under jax's NaN checks. Writes nothing. ConfigError,
+    WorkdirError or Unusable where that cannot be done.
+    """
+    differing = workdir.changes(workdir.config_of(directory), config.to_dict())
+    if differing:
+        key, (before, after) = next(iter(differing.items()))
+        raise workdir.WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
+    corpus, parts, _ = train.open_parts(config, log)
+    if not 1 <= number <= parts.budget.steps:
+        raise Unusable(f"--replay_step={number}: must be a step of the run, from 1 to {parts.budget.steps}")
+    with Checkpoints(train.checkpoint_directory(config, directory), read_only=True, log=log) as checkpoints:
+        newest = checkpoints.newest(before=number)
+        if newest is not None:
+            state, meta = checkpoints.restore(newest, parts.abstract)
+        elif config.init_from:
+            params = load_params(config.init_from, parts.abstract.params, log)
+            state, meta = create_from(parts.abstract, parts.base, parts.rule, params), {}
+        else:
+            state, meta = create(parts.mesh, parts.initialise), {}
+    log(f"replaying   step {number}, from the state after step {int(state.step)}")
+
+    watch = anomaly.Watch(config, meta["watch"] if meta else None)
+    read = train.batch_reader(config, corpus, parts, watch.batch_index)
+    step = train.compile_step(parts, train.abstract_batch(parts, corpus, config.train.batch_size))
+    while int(state.step) < number - 1:
+        done = int(state.step)
+        state, metrics = step(state, read(done), watch.limit(done + 1))
+        found = watch.judge(done + 1, _floats(metrics))
+        if found and found["decision"] != "skip":
+            raise Unusable(f"step {done + 1} ended this attempt before step {number}: replay step {done + 1}")
+
+    batch = read(number - 1)
+    after, metrics = step(jax.tree.map(jnp.copy, state), batch, watch.limit(number))
+    metrics = _floats(metrics)
+    found = watch.judge(number, metrics)
+    log(anomaly.describe(number, found) if found else f"step {number}: sound")
+    for name, value in metrics.items():
+        log(f"  {name:<20} {value:.6g}")
+
+    # the same gradient as the step's, by itself: the report's NaNs, which mean "not computed", stay out of it
+    def gradient(state, batch):
+        clean = jax.grad(lambda p: parts.objective.readout(p, parts.objective.trunk(p, batch), batch)[0])(state.params)
+        returned, _, _ = parts.rule.gradient(
+            parts.objective, state.params, batch, state.optimizer, state.rule, state.step
+        )
+        return clean, returned
+
+    gradient = jax.jit(gradient)
+    clean, returned = jax.device_get(gradient(state, batch))
+    log(table(jax.device_get(state.params), clean, returned, jax.device_get(after.params)))
+    log(first_nan(gradient, state, batch))
+    return metrics
+
+
+def table(params, clean, returned, after) -> str:
+    """Norms per parameter and, where layers are stacked, per layer: theta, clean and returned gradient, update."""
+    lines = [f"{'parameter':<34}{'layer':>6}{'theta':>11}{'gradient':>11}{'returned':>11}{'update':>11}  not finite"]
+    trees = (params, clean, returned, jax.tree.map(np.subtract, after, params))
+    columns = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+    for (path, _), leaves in zip(jax.tree_util.tree_leaves_with_path(params), columns, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        stacked = name.startswith("layers/")
+        for layer in range(leaves[0].shape[0]) if stacked else [None]:
+            parts = [leaf if layer is None else leaf[layer] for leaf in leaves]
+            norms = "".join(f"{float(np.linalg.norm(np.asarray(part, np.float64))):>11.4g}" for part in parts)
+            bad = sum(int(np.sum(~np.isfinite(part))) for part in parts[:3])
+            lines.append(f"{name:<34}{'' if layer is None else layer:>6}{norms}  {bad or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def first_nan(gradient: Callable, state: State, batch: dict) -> str:
+    """What jax's NaN checks find in gradient(state, batch): the operation that made the first NaN."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        try:
+            jax.block_until_ready(gradient(state, batch))
+        except FloatingPointError as error:
+            return "NaN checks  " + " ".join(str(error).split())
+    return "NaN checks  every number of both gradients is finite"
+
+
+def _floats(metrics: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}

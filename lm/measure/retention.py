@@ -1,0 +1,189 @@
+"""What a trained model keeps: its held-out loss under weight noise, rounding of weights, and further training.
+
+Functions of parameter trees, and the few compiled programs that measure them; the command is scripts/retention.py.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from steppe.data import loader
+from steppe.lm.model.mesh import local_rows, place_batch
+from steppe.lm.run.assembly import MATRIX_AXES, Parts
+from steppe.lm.run.evaluate import make_evaluation_step
+from steppe.lm.run.state import State
+from steppe.lm.run.step import make_step
+from steppe.optim.base import Base
+from steppe.optim.masks import path_names
+
+TABLES = r"^(embed|position|readout)/"  # [rows, D]: a row is a channel
+STACKED = r"^layers/"  # [L, ...]: every layer is a tensor of its own
+
+
+class Programs(NamedTuple):
+    """Compiled once for a shape of model, a mesh and a batch; nothing here depends on a run.
+
+    evaluate(params, batch) -> (nats, tokens). noise(params, seed, sigma) -> params.
+    quantise(params, bits, group, tables) -> params. start(params) -> State with copies of them.
+    step(state, batch, rate) -> (state, metrics), which takes the state's memory.
+    """
+
+    evaluate: Callable
+    noise: Callable
+    quantise: Callable
+    start: Callable
+    step: Callable
+
+
+def programs(parts: Parts) -> Programs:
+    """The programs of a run's parts; parts.learning_rate must be a schedule of peak 1, which `rate` multiplies."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
+
+    def start(params) -> State:
+        # Copies: the first step gives its state's memory away, and the parameters are needed again.
+        params = jax.tree.map(jnp.copy, params)
+        return State(jnp.zeros((), jnp.int32), params, parts.base.transform.init(params), parts.rule.init(params))
+
+    def step(state, batch, rate):
+        base = at_rate(parts.base, rate)
+        schedule = lambda count: rate * parts.learning_rate(count)  # noqa: E731
+        return make_step(parts.objective, base, parts.rule, schedule, parts.rho)(state, batch)
+
+    return Programs(
+        jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),
+        jax.jit(
+            lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma), out_shardings=places.params
+        ),
+        jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
+        jax.jit(start, out_shardings=places),
+        jax.jit(step, donate_argnums=0, out_shardings=(places, None)),  # as they came in: else a second compile
+    )
+
+
+def at_rate(base: Base, rate: float | jax.Array) -> Base:
+    """The base optimizer with its updates times `rate`, which may be traced: one compile serves every rate."""
+
+    def update(gradient, state, params=None):
+        updates, state = base.transform.update(gradient, state, params)
+        return jax.tree.map(lambda u: rate * u, updates), state
+
+    return base._replace(transform=optax.GradientTransformation(base.transform.init, update))
+
+
+# -------------------------------------------------------------------------------------------------------- weight noise
+def add_noise(params: Any, key: jax.Array, sigma: float | jax.Array) -> Any:
+    """params + sigma * rms(w) * z, z standard normal: noise of sigma times each tensor's own root mean square.
+
+    Every parameter takes part, norm scales and tables too; of a stack of layers each is a tensor. z depends on the key
+    and the shapes alone: equal for every sigma, every model of a shape, and every mesh.
+    """
+    names = path_names(params)
+    leaves, structure = jax.tree.flatten(params)
+
+    def noisy(index, name, w):
+        axes = tuple(range(1 if re.search(STACKED, name) else 0, w.ndim))
+        rms = jnp.sqrt(jnp.mean(w**2, axis=axes, keepdims=True))
+        return w + sigma * rms * jax.random.normal(jax.random.fold_in(key, index), w.shape, w.dtype)
+
+    return structure.unflatten(map(noisy, range(len(leaves)), jax.tree.leaves(names), leaves))
+
+
+# -------------------------------------------------------------------------------------------------------- quantisation
+def quantise(params: Any, bits: int, group: int = 0, tables: bool = False) -> Any:
+    """The parameters with every matrix rounded to `bits`-bit integers times scales, see quantise_array.
+
+    Matrices are those of lm.assembly.MATRIX_AXES: attention and MLP weights, scaled per output channel. tables: also
+    embedding, positions and readout, scaled per row. Norms stay as they are.
+    """
+
+    def one(name, w, axes):
+        if axes is not None:
+            return quantise_array(w, bits, axes.reduction_axis, group)
+        return quantise_array(w, bits, (1,), group) if tables and re.search(TABLES, name) else w
+
+    return jax.tree.map(one, path_names(params), params, MATRIX_AXES(params))
+
+
+def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int = 0) -> jax.Array:
+    """w rounded to the nearest of the 2^bits - 1 values scale * {-m, ..., m}: m = 2^(bits - 1) - 1, scale = max|w| / m.
+
+    One scale for each output channel (the axes not in `reduced`) and, with group > 0, for every `group` inputs of it in
+    a row (the axes `reduced`, flattened; the last group may be smaller). Ties go to the even integer.
+    """
+    reduced = tuple(reduced)
+    moved = jnp.moveaxis(w, reduced, tuple(range(-len(reduced), 0)))
+    flat = moved.reshape(*moved.shape[: -len(reduced)], -1)
+    inputs = flat.shape[-1]
+    size = min(group, inputs) or inputs
+    padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -inputs % size)])
+    grouped = padded.reshape(*flat.shape[:-1], -1, size)
+    most = 2 ** (bits - 1) - 1
+    scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) * (1 / most)  # what XLA makes of a division by m
+    scale = jnp.where(scale > 0, scale, 1)
+    rounded = (jnp.clip(jnp.round(grouped / scale), -most, most) * scale).reshape(padded.shape)
+    return jnp.moveaxis(rounded[..., :inputs].reshape(moved.shape), tuple(range(-len(reduced), 0)), reduced)
+
+
+# --------------------------------------------------------------------------------------------------------- measurements
+def held_out(corpus: loader.Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0) -> list[dict]:
+    """The first `batches` batches of a held-out set (0: all of it) on the mesh, to be measured on again and again."""
+    total, rows = loader.held_out_steps(corpus, name, batch_size), local_rows(mesh, batch_size)
+    found = []
+    for index in range(min(total, batches) if batches else total):
+        batch = loader.held_out_rows(corpus, name, index, batch_size, rows)
+        batch.pop("bytes")
+        found.append(place_batch(mesh, batch_size, rows, batch))
+    return found
+
+
+def loss(evaluate: Callable, params: Any, batches: list[dict]) -> tuple[float, int]:
+    """(mean loss in nats per token, tokens) over batches that held_out gave."""
+    results = jax.device_get([evaluate(params, batch) for batch in batches])
+    nats, tokens = (sum(np.float64(x) for x in column) for column in zip(*results, strict=True))
+    return float(nats / tokens), int(tokens)
+
+
+def fine_tune(
+    run: Programs, params: Any, read: Callable[[int], dict], rate: float, points: Sequence[int],
+    measure: Callable[[Any], dict],
+) -> list[dict]:  # fmt: skip
+    """Trains on from `params` at peak learning rate `rate`; {"step", **measure(params)} after each count of `points`.
+
+    read(step) -> batch on the mesh, read ahead. The parameters given stay as they are.
+    """
+    state, found = run.start(params), []
+    with loader.prefetch(read, 0, max(points)) as batches:
+        for step, batch in batches:
+            state, _ = run.step(state, batch, rate)
+            if step + 1 in points:
+                found.append({"step": step + 1, **measure(state.params)})
+    return found
+
+
+def lost_at(paths: Sequence[Sequence[tuple[float, float]]], gain: float) -> float:
+    """The least loss given up on the first text for a gain on the second: the forgetting frontier at `gain`.
+
+    paths: for each learning rate the (gained, lost) points on the way, in nats; each starts at (0, 0) and is taken as
+    straight between points, up to where it first reaches `gain`. 0 for no gain at all, NaN where no path reaches it.
+    """
+    if gain <= 0:
+        return 0.0
+    reached = []
+    for path in paths:
+        before = (0.0, 0.0)
+        for point in path:
+            if not all(map(math.isfinite, point)):
+                break
+            if point[0] >= gain:
+                share = (gain - before[0]) / (point[0] - before[0])
+                reached.append(before[1] + share * (point[1] - before[1]))
+                break
+            before = point
+    return min(reached, default=math.nan)

@@ -1,0 +1,324 @@
+"""Everything steppe curvature measures of one checkpoint on one batch: compiled programs, and the numbers they give.
+
+Programs depend on shapes alone, so checkpoints and runs of equal shapes share them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from steppe.lm.measure.in_training import LAYERS, logit_hessian, twice_differentiable
+from steppe.lm.model.mesh import AXES
+from steppe.lm.run.assembly import Parts
+from steppe.optim import curvature, landscape, spectra
+from steppe.optim.masks import mask
+from steppe.optim.rule import Tree, norm, ratio
+
+OPERATORS = ("hessian", "ggn", "nme")  # and "preconditioned", the Hessian's
+
+
+class Settings(NamedTuple):
+    """How much is measured.
+
+    probes: sign vectors, for traces; the first `densities` of them go `lanczos` steps, for eigenvalues and densities.
+    rho: radius of the worst case, `ascent` steps of which climb after SAM's own. noise: l2 norm of the average case's
+    Gaussian, of which `draws` are taken, each with its mirror image. slices: points of a line, 0 for none. within:
+    regexes over parameter paths; the spectra are those of the parameters they match, none: all.
+    """
+
+    probes: int = 4
+    densities: int = 2
+    lanczos: int = 20
+    rho: float = 0.05
+    ascent: int = 5
+    noise: float = 1.0
+    draws: int = 6
+    slices: int = 7
+    seed: int = 0
+    within: tuple[str, ...] = ()
+
+
+class Programs(NamedTuple):
+    """Compiled functions of (params, batch, ...) for one shape, and between its parameters and flat vectors.
+
+    lanczos and start keep to the parameters of `within`, action does not.
+    """
+
+    flatten: Callable
+    unflatten: Callable
+    lanczos: dict[str, Callable]
+    action: dict[str, Callable]
+    ascend: Callable
+    rise: Callable
+    loss_at: Callable
+    logits: Callable
+    start: Callable
+    gaussian: Callable
+
+
+def compile_key(parts: Parts, microbatches: int, settings: Settings) -> tuple:
+    """Runs with equal keys share programs."""
+    return parts.shape, parts.options, parts.mesh, microbatches, settings.lanczos, settings.within
+
+
+def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
+    """The programs of a run. ValueError for a regex of `within` that matches nothing."""
+    target = twice_differentiable(parts)
+    split = NamedSharding(parts.mesh, P(AXES))
+    view = spectra.flat(
+        parts.abstract.params, parts.mesh.size, lambda vector: jax.lax.with_sharding_constraint(vector, split)
+    )
+    keep = mask(parts.abstract.params, settings.within) if settings.within else None
+
+    def operator(name, params, batch, scale=None):
+        product = partial(curvature.PRODUCTS[name], target, params, batch, microbatches=microbatches)
+        product = product if scale is None else curvature.preconditioned(product, scale)
+        return product if keep is None else curvature.restricted(product, keep)
+
+    def lanczos(name, params, batch, start, scale=None):
+        return spectra.lanczos(operator(name, params, batch, scale), view, start, settings.lanczos)
+
+    def action(name, params, batch, vector):
+        product = curvature.PRODUCTS[name]
+        return view.flatten(product(target, params, batch, view.unflatten(vector), microbatches))
+
+    def gaussian(key):
+        leaves, structure = jax.tree.flatten(parts.abstract.params)
+        keys = jax.random.split(key, len(leaves))
+        drawn = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        drawn = jax.tree.unflatten(structure, drawn)
+        return optax.tree.scale(1 / norm(drawn), drawn)
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract.params)
+    landscape_ = {
+        name: _waited(partial(getattr(landscape, name), target, microbatches=microbatches))
+        for name in ("ascend", "rise", "loss_at")
+    }
+    return Programs(
+        _waited(view.flatten),
+        _waited(view.unflatten, out_shardings=places),
+        {name: _waited(partial(lanczos, name)) for name in OPERATORS},
+        {name: _waited(partial(action, name)) for name in ("ggn", "nme")},
+        **landscape_,
+        logits=_waited(lambda params, batch, key: logit_hessian(parts, params, batch, key, microbatches)),
+        start=_waited(lambda key: spectra.signs(view, key, keep)),
+        gaussian=_waited(gaussian, out_shardings=places),
+    )
+
+
+def _waited(function: Callable, **options) -> Callable:
+    """The function compiled, and done when it returns: on a CPU mesh, programs with sums over devices that are started
+    ahead of each other can block each other's threads for good."""
+    compiled = jax.jit(function, **options)
+    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+
+
+def measure(
+    made: Programs, params: Tree, batch: dict, groups: dict[str, str], settings: Settings, scale: Tree | None = None,
+    tick: Callable[[str], None] = lambda stage: None,
+) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
+    """(summary: {name: number}, details) of one checkpoint on one batch; every number is a Python float.
+
+    scale: D of the base's second moment, for what is preconditioned; None leaves that out. tick(stage): called before
+    each stage, len(stages(settings)) times if there is a scale.
+    """
+    key = jax.random.key(settings.seed)
+    summary, details = {}, {}
+
+    tick("gradient")
+    zero = jax.tree.map(jnp.zeros_like, params)
+    loss, gradient, step = made.ascend(params, batch, zero, settings.rho)
+    summary |= {"loss": float(loss), "gradient_norm": float(_norm(gradient)), "parameter_norm": float(_norm(params))}
+    logits = made.logits(params, batch, jax.random.fold_in(key, 2))
+    summary |= {f"logit_{name}": float(value) for name, value in logits.items()}
+
+    found, tops = _spectra(made, params, batch, settings, scale, jax.random.fold_in(key, 0), tick)
+    details["spectra"] = found
+    for name, prefix in {"hessian": "", "ggn": "ggn_", "nme": "nme_", "preconditioned": "precond_"}.items():
+        if name in found:
+            wanted = ("lambda_max", "lambda_max_residual", "lambda_min", "lambda_min_residual", "trace", "trace_error")
+            summary |= {prefix + kind: found[name][kind] for kind in wanted}
+
+    tick("delta split")
+    directions = {"": gradient}
+    if scale is not None:
+        directions["precond_"] = jax.tree.map(jnp.divide, gradient, scale)
+    for prefix, direction in directions.items():
+        split = _split(made, params, batch, direction, groups)
+        details[f"{prefix}delta"] = split
+        logit, functional = split["all"]["logit_norm"], split["all"]["functional_norm"]
+        summary |= {
+            f"{prefix}delta_logit_norm": logit,
+            f"{prefix}delta_func_norm": functional,
+            f"{prefix}delta_func_share": functional**2 / max(logit**2 + functional**2, 1e-300),
+            f"{prefix}delta_cosine": split["all"]["cosine"],
+        }
+
+    tick("sharpness")
+    worst, losses = _worst_case(made, params, batch, step, float(loss), settings)
+    parts = {name: float(value) for name, value in made.rise(params, batch, gradient, worst).items()}
+    average = _average_case(made, params, batch, float(loss), settings, jax.random.fold_in(key, 1))
+    summary |= {
+        "sam_sharpness": parts["rise"],
+        "first_order_sharpness": parts["first_order"],
+        "functional_sharpness": parts["functional"],
+        "logit_sharpness": parts["logit"],
+        "average_sharpness": average.mean,
+        "average_sharpness_error": average.error,
+    }
+    details["ascent_losses"] = losses
+
+    if settings.slices:
+        tick("slices")
+        unit = jax.block_until_ready(_unit(gradient))
+        random = made.gaussian(jax.random.fold_in(key, 3))
+        details["slices"] = _slices(made, params, batch, unit, random, made.unflatten(tops["nme"]), settings)
+    return summary, details
+
+
+def stages(settings: Settings) -> list[str]:
+    """The stages of `measure`, in order."""
+    runs = [f"{name} {i + 1}" for name in (*OPERATORS, "preconditioned") for i in range(_runs(name, settings))]
+    return ["gradient", *runs, "traces", "delta split", "sharpness", *(["slices"] if settings.slices else [])]
+
+
+def _runs(name: str, settings: Settings) -> int:
+    return 1 if name == "preconditioned" else settings.densities
+
+
+def _spectra(made, params, batch, settings, scale, key, tick):
+    """({operator: eigenvalues, trace, density ...}, {operator: its top eigenvector, flat})."""
+    starts = [made.start(jax.random.fold_in(key, i)) for i in range(settings.probes)]
+    chosen = jnp.abs(starts[0])  # 1 for a parameter of `within`, 0 for another and in the padding
+    # What is left to Hutchinson alone needs no Hessian product: v^T H v is the sum of its parts.
+    forms = {"ggn": [], "nme": []}
+
+    def act(name, vector):
+        if name in made.action:
+            return chosen * made.action[name](params, batch, vector)
+        if name == "hessian":
+            return act("ggn", vector) + act("nme", vector)
+        half = jnp.where(chosen > 0, 1 / jnp.sqrt(made.flatten(scale)), 0)
+        return half * act("hessian", half * vector)
+
+    found, tops = {}, {}
+    for name in (*OPERATORS, *(["preconditioned"] if scale is not None else [])):
+        probes, samples, best = [], [], {}
+        for i, start in enumerate(starts[: _runs(name, settings)]):
+            tick(f"{name} {i + 1}")
+            program = made.lanczos["hessian" if name == "preconditioned" else name]
+            krylov = program(params, batch, start, *([scale] if name == "preconditioned" else []))
+            ritz = spectra.ritz(krylov)
+            probes.append(ritz)
+            samples.append(float(krylov.diagonal[0] * krylov.square))
+            for side, index in (("min", 0), ("max", -1)):
+                value = ritz.values[index] if side == "max" else -ritz.values[index]
+                if side not in best or value > best[side][0]:
+                    best[side] = value, spectra.ritz_vector(krylov, ritz, index)
+            del krylov
+        values = {}
+        for side, (_, vector) in best.items():
+            values[f"lambda_{side}"], values[f"lambda_{side}_residual"] = spectra.residual(vector, act(name, vector))
+        grid, height = spectra.density(probes, points=401)
+        found[name] = {
+            **values,
+            "samples": samples,
+            "dimension": int(jnp.sum(chosen)),
+            "ritz_values": [probe.values.tolist() for probe in probes],
+            "ritz_weights": [probe.weights.tolist() for probe in probes],
+            "grid": grid.tolist(),
+            "density": height.tolist(),
+        }
+        tops[name] = best["max"][1]
+    tick("traces")
+    for start in starts[settings.densities :]:
+        for name in forms:
+            forms[name].append(float(jnp.vdot(start, act(name, start))))
+    forms["hessian"] = [a + b for a, b in zip(forms["ggn"], forms["nme"], strict=True)]
+    for name, values in found.items():
+        values["samples"] = values["samples"] + forms.get(name, [])
+        values["trace"], values["trace_error"] = spectra.estimate(values["samples"])
+    return found, tops
+
+
+def _split(made, params, batch, direction, groups) -> dict[str, dict[str, float]]:
+    unit = made.flatten(_unit(direction))
+    logit, functional = (made.unflatten(made.action[name](params, batch, unit)) for name in ("ggn", "nme"))
+    return jax.tree.map(float, jax.device_get(_compare(logit, functional, tuple(groups.items()))))
+
+
+@partial(jax.jit, static_argnums=2)
+def _compare(logit, functional, groups):
+    return curvature.compare(logit, functional, dict(groups), stacked=LAYERS)
+
+
+def _worst_case(made, params, batch, step, loss, settings) -> tuple[Tree, list[float]]:
+    """(the epsilon of the highest loss met, the losses on the way from theta)."""
+    best, losses, epsilon = step, [loss], step
+    for _ in range(settings.ascent + 1):
+        here, _, further = made.ascend(params, batch, epsilon, settings.rho)
+        if float(here) > max(losses[1:], default=-np.inf):
+            best = epsilon
+        losses.append(float(here))
+        epsilon = further
+    return best, losses
+
+
+def _loss(made, params, batch, first, second, x, y) -> float:
+    return float(made.loss_at(params, batch, (first, second), jnp.asarray([x, y], jnp.float32)))
+
+
+def _average_case(made, params, batch, loss, settings, key) -> spectra.Estimate:
+    """The mean rise of the loss under a Gaussian direction of norm `noise`; a mirrored pair has no first order."""
+    rises = []
+    for i in range(settings.draws):
+        direction = made.gaussian(jax.random.fold_in(key, i))
+        pair = [_loss(made, params, batch, direction, direction, x, 0.0) for x in (settings.noise, -settings.noise)]
+        rises.append(sum(pair) / 2 - loss)
+    return spectra.estimate(rises)
+
+
+# Compiled, and waited for: sums over devices started one ahead of the other can block the threads of a CPU mesh.
+_norm = jax.jit(norm)
+
+
+@jax.jit
+def _unit(vector):
+    return optax.tree.scale(ratio(1.0, norm(vector), 0.0), vector)
+
+
+@jax.jit
+def _across(vector, unit):
+    """(the unit vector of what is orthogonal to `unit` in a vector, their inner product)."""
+    overlap = optax.tree.vdot(unit, vector)
+    return _unit(jax.tree.map(lambda v, u: v - overlap * u, vector, unit)), overlap
+
+
+def _slices(made, params, batch, gradient, random, nme, settings) -> dict[str, Any]:
+    """Losses along the gradient and a random direction, and over the plane of the gradient and the NME's top vector.
+
+    Radii: four rho along the gradient and the NME's vector, `noise` along the random one. The plane's second axis is
+    made orthogonal to the first.
+    """
+    along = np.linspace(-1, 1, settings.slices)
+    reach = 4 * settings.rho
+    across, overlap = jax.block_until_ready(_across(nme, gradient))
+    plane = [[_loss(made, params, batch, gradient, across, x, y) for x in reach * along] for y in reach * along]
+
+    def line(direction, radius):
+        return [_loss(made, params, batch, direction, across, x, 0.0) for x in radius * along]
+
+    return {
+        "gradient": {"at": (reach * along).tolist(), "loss": line(gradient, reach)},
+        "nme": {"at": (reach * along).tolist(), "loss": line(nme, reach)},
+        "random": {"at": (settings.noise * along).tolist(), "loss": line(random, settings.noise)},
+        "plane": {"gradient": (reach * along).tolist(), "nme": (reach * along).tolist(), "loss": plane},
+        "nme_overlap": float(overlap),
+    }

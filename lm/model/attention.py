@@ -1,0 +1,126 @@
+"""Causal attention as one function; the kernel is chosen by name or by backend, never silently slow."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from steppe.lm.model.mesh import Placement
+
+KERNELS = ("auto", "einsum", "blockwise", "cudnn", "splash")
+MIXED = "attention_mixed"  # the name remat policies know the result by
+_LANES = 128  # splash walks the sequence in multiples of this
+
+
+def choose(
+    name: str, backend: str, sequence_length: int, dtype: str, segmented: bool, second_order: bool = False
+) -> str:
+    """The kernel for "auto", or the named one; ValueError where it cannot run.
+
+    cuDNN on GPU in bfloat16 without segments, splash on TPU; neither can be differentiated twice (second_order). Else
+    one einsum while [T, T] is small, and blocks of queries beyond.
+    """
+    can = {
+        "cudnn": backend == "gpu" and dtype == "bfloat16" and not segmented and not second_order,
+        "splash": backend == "tpu" and sequence_length % _LANES == 0 and not second_order,
+    }
+    needs = {
+        "cudnn": "a GPU, model.compute_dtype = bfloat16 and data.packing = concat",
+        "splash": f"a TPU and data.sequence_length divisible by {_LANES}",
+    }
+    if not can.get(name, True):
+        raise ValueError(
+            f"model.attention = {name!r}: needs {needs[name]}, and a method that differentiates once (not "
+            "penalty_sam); use auto, einsum or blockwise"
+        )
+    if name != "auto":
+        return name
+    fast = next((kernel for kernel, able in can.items() if able), None)
+    return fast or ("einsum" if sequence_length <= 256 else "blockwise")
+
+
+def attention(
+    query_BxTxHxK: jax.Array,
+    key_BxTxGxK: jax.Array,
+    value_BxTxGxK: jax.Array,
+    segments_BxT: jax.Array | None = None,
+    kernel: str = "einsum",
+    place: Placement = Placement(),  # noqa: B008
+) -> jax.Array:
+    """Causal softmax attention with H a multiple of G (grouped queries); tokens attend within their own segment.
+
+    Softmax in float32 or better, result [B, T, H, K] in the inputs' dtype. Scaled by 1/sqrt(K).
+    """
+    if kernel == "cudnn":
+        mixed = jax.nn.dot_product_attention(
+            query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, is_causal=True, implementation="cudnn"
+        )
+    elif kernel == "splash":
+        mixed = _splash(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, place)
+    else:
+        mixed = _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel)
+    return checkpoint_name(mixed, MIXED)
+
+
+def query_block(sequence_length: int) -> int:
+    """Queries of a block in the blockwise kernel: a quarter of the sequence, from 64 to 512."""
+    return min(512, max(64, -(-sequence_length // 4)))
+
+
+def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel):
+    B, T, H, K = query_BxTxHxK.shape
+    G = key_BxTxGxK.shape[2]
+    grouped = query_BxTxHxK.reshape(B, T, G, H // G, K)
+
+    def rows(start: int, size: int, keys: int) -> jax.Array:
+        """Attention of the queries [start, start + size) over the first `keys` positions, all they can see."""
+        scores = jnp.einsum(
+            "bqgrk,btgk->bgrqt",
+            grouped[:, start : start + size],
+            key_BxTxGxK[:, :keys],
+            preferred_element_type=jnp.promote_types(jnp.float32, grouped.dtype),
+        ) * (K**-0.5)
+        seen = (start + jnp.arange(size))[:, None] >= jnp.arange(keys)
+        if segments_BxT is not None:
+            same = segments_BxT[:, start : start + size, None] == segments_BxT[:, None, :keys]
+            seen = seen & same[:, None, None]
+        # A finite floor: a padded row that sees nothing but itself must not become NaN.
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(value_BxTxGxK.dtype)
+        return jnp.einsum("bgrqt,btgk->bqgrk", weights, value_BxTxGxK[:, :keys])
+
+    if kernel == "einsum":
+        return rows(0, T, T).reshape(B, T, H, K)
+    # Each block recomputes its scores in the backward pass, so only [block, T] of them ever exist; keys after the block
+    # are skipped altogether, which halves the work of the causal square.
+    block = query_block(T)
+    blocks = [
+        jax.checkpoint(rows, static_argnums=(0, 1, 2))(start, min(block, T - start), min(start + block, T))
+        for start in range(0, T, block)
+    ]
+    return jnp.concatenate(blocks, axis=1).reshape(B, T, H, K)
+
+
+def _splash(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, place: Placement):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, K = query_BxTxHxK.shape[1], query_BxTxHxK.shape[3]
+    block = next(b for b in (512, 256, _LANES) if T % b == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+
+    # The custom call is opaque to the partitioner, so each device runs it on its own sequences and heads.
+    def local(query, key, value, segments):
+        mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * query.shape[2])
+        kernel = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, residual_checkpoint_name=MIXED)
+        heads_first = (x.swapaxes(1, 2) for x in (query * K**-0.5, key, value))
+        ids = None if segments is None else splash.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(*heads_first, segment_ids=ids).swapaxes(1, 2)
+
+    kinds = ("heads", "heads", "heads")
+    if segments_BxT is None:
+        split = place.split(functools.partial(local, segments=None), kinds, "heads")
+        return split(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK)
+    split = place.split(local, (*kinds, "tokens"), "heads")
+    return split(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT)

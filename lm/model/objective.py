@@ -1,0 +1,42 @@
+"""The language model as an optim.Objective: trunk, chunked readout, frozen readout."""
+
+import jax.numpy as jnp
+
+from steppe.lm.model.mesh import Placement
+from steppe.lm.model.readout import Options, cross_entropy, frozen_change
+from steppe.lm.model.transformer import Shape, Trunk
+from steppe.optim import Objective
+
+
+def readout_kernel(params, shape: Shape):
+    """The readout weights [V, D] as they are stored: the embedding table when tied."""
+    return params["embed"]["embedding"] if shape.tie_embeddings else params["readout"]["kernel"]
+
+
+def objective(shape: Shape, options: Options, constrain: Placement) -> Objective:
+    """Mean token cross-entropy of next-token prediction as an Objective.
+
+    batch: inputs, targets [B, T] int32, weights [B, T] float32 (0: not counted), and for packed documents segments and
+    positions [B, T] int32. constrain: where activations live; options.place says it for the readout.
+    """
+    trunk = Trunk(shape, constrain)
+
+    def hidden(params, batch):
+        return trunk.apply({"params": params}, batch["inputs"], batch.get("positions"), batch.get("segments"))
+
+    def readout(params, hidden_BxTxD, batch):
+        loss, per_sequence, kept = cross_entropy(
+            options, readout_kernel(params, shape), hidden_BxTxD, batch["targets"], batch["weights"]
+        )
+        return loss, {"per_sequence_loss": per_sequence, "kept": kept}
+
+    def frozen_readout(params, hidden_BxTxD, anchor, batch):
+        fixed = (readout_kernel(anchor.params, shape), anchor.hidden, anchor.kept)
+        return frozen_change(
+            options, readout_kernel(params, shape), hidden_BxTxD, fixed, batch["targets"], batch["weights"]
+        )
+
+    def weight(batch):
+        return jnp.sum(batch["weights"] > 0).astype(jnp.float32)
+
+    return Objective(hidden, readout, frozen_readout, weight, shape.dtype)

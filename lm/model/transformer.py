@@ -1,0 +1,300 @@
+"""The Transformer's trunk: tokens to the last hidden state. The readout stands in lm/readout.py.
+
+Dimensions, here and everywhere: B sequences, T tokens of a sequence, D width, L layers, H query heads, G key/value
+heads, K head width, F hidden width of the MLP, V vocabulary (padded).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from steppe.lm.model.attention import MIXED, attention
+from steppe.lm.model.mesh import Placement
+
+STYLES = ("nanodo", "modern")
+REMAT = ("none", "full", "dots", "offload")
+
+
+class Shape(NamedTuple):
+    """Everything that determines the trunk's computation; built from a config by `shape`."""
+
+    style: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    vocabulary: int
+    sequence_length: int
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-6
+    dtype: str = "float32"
+    kernel: str = "einsum"
+    remat: str = "dots"
+
+
+def padded_vocabulary(size: int, multiple: int) -> int:
+    """The embedding rows: the vocabulary rounded up, so that tensor parallelism and vector lanes divide it."""
+    return -(-size // multiple) * multiple
+
+
+def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Shape:
+    """The trunk's Shape from config.model, the tokenizer's size, the sequence length and the attention kernel."""
+    return Shape(
+        model.style, model.layers, model.width, model.heads, model.kv_heads or model.heads, model.mlp_width,
+        padded_vocabulary(vocabulary_size, model.vocabulary_multiple), sequence_length, model.qk_norm,
+        model.tie_embeddings, model.rope_base, model.norm_epsilon, model.compute_dtype, kernel, model.remat,
+    )  # fmt: skip
+
+
+def _fan_in(*axes: int, scale: float = 1.0) -> Callable:
+    def initialise(key, shape, dtype):
+        fan_in = 1
+        for axis in axes:
+            fan_in *= shape[axis]
+        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * (scale / fan_in) ** 0.5
+
+    return initialise
+
+
+class Norm(nn.Module):
+    """LayerNorm without bias (nanodo) or RMSNorm (modern) over the last axis, computed in float32 or better."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        if self.shape.style == "nanodo":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.shape.norm_epsilon)
+        return (wide * scale).astype(x.dtype)
+
+
+def rotate(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves paired; angles in float32 or better."""
+    half = x_BxTxHxK.shape[-1] // 2
+    wide = jnp.promote_types(jnp.float32, x_BxTxHxK.dtype)
+    angles = positions_BxT[..., None].astype(wide) * base ** (-jnp.arange(half, dtype=wide) / half)
+    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+    first, second = jnp.split(x_BxTxHxK.astype(wide), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxK.dtype)
+
+
+class Kernel(nn.Module):
+    """One weight array, cast to the compute dtype; its einsum stands where it is used."""
+
+    dims: tuple[int, ...]
+    fan_in: tuple[int, ...]
+    dtype: str
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self):
+        kernel = self.param("kernel", _fan_in(*self.fan_in, scale=self.scale), self.dims, jnp.float32)
+        return kernel.astype(self.dtype)
+
+
+class Table(nn.Module):
+    """A table [rows, D] of float32 vectors, as it is stored; `lookup` reads it."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self):
+        return self.param("embedding", _fan_in(1), (self.rows, self.width), jnp.float32)
+
+
+def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+    def local(table, ids):
+        if place.size("fsdp") > 1:
+            table = place.whole_width(table.astype(dtype))
+        index, mine = _local_index(place, kind, ids, table.shape[0])
+        found = jnp.where(mine[..., None], table.astype(dtype)[index], 0) if mine is not None else table[index]
+        return found.astype(dtype) if mine is None else place.summed(found, "tensor")
+
+    return place.split(local, (kind, "tokens"), "hidden")(table_RxD, ids_BxT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+    """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
+
+    Written out for the parts of each device: left to itself XLA gathers all sequences on every device. The gradient is
+    summed in float32 or better, whatever the dtype.
+    """
+
+    return _looked_up(place, kind, dtype, table_RxD, ids_BxT)
+
+
+def _local_index(place: Placement, kind: str, ids, rows: int):
+    """(index among a device's rows, whether it holds them): None where every device holds all."""
+    if kind != "table" or place.size("tensor") == 1:
+        return ids, None
+    index = ids - lax.axis_index("tensor") * rows
+    mine = (index >= 0) & (index < rows)
+    return jnp.where(mine, index, 0), mine
+
+
+def _lookup_forward(place, kind, dtype, table_RxD, ids_BxT):
+    # Not lookup itself: a second derivative goes through this rule, and finds no other.
+    return _looked_up(place, kind, dtype, table_RxD, ids_BxT), (table_RxD, ids_BxT)
+
+
+def _lookup_backward(place, kind, dtype, kept, cotangent_BxTxD):
+    table_RxD, ids_BxT = kept
+    parts = place.size("tensor") if kind == "table" else 1
+
+    def local(ids, cotangent):
+        rows = table_RxD.shape[0] // parts
+        index, mine = _local_index(place, kind, ids, rows)
+        wide = cotangent.astype(table_RxD.dtype)
+        wide = wide if mine is None else jnp.where(mine[..., None], wide, 0)
+        return place.reduced(jnp.zeros((rows, table_RxD.shape[1]), wide.dtype).at[index].add(wide))
+
+    return place.split(local, ("tokens", "hidden"), kind)(ids_BxT, cotangent_BxTxD), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The einsum of activations and a kernel into as many or more features.
+
+    Its gradient to the kernel has x as first operand: of such a product XLA on CPU transposes the first, and JAX's own
+    rule puts the wider result there.
+    """
+    return jnp.einsum(equation, x, kernel)
+
+
+def _project_forward(equation, x, kernel):
+    return jnp.einsum(equation, x, kernel), (x, kernel)
+
+
+def _project_backward(equation, kept, cotangent):
+    x, kernel = kept
+    operands, result = equation.split("->")
+    first, second = operands.split(",")
+    to_x = jnp.einsum(f"{result},{second}->{first}", cotangent, kernel)
+    return to_x, jnp.einsum(f"{first},{result}->{second}", x, cotangent)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query self-attention without biases."""
+
+    shape: Shape
+    constrain: Callable
+
+    @nn.compact
+    def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
+        s = self.shape
+        D, H, G, K = s.width, s.heads, s.kv_heads, s.width // s.heads
+        query = project("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), (0,), s.dtype, name="query")())
+        key = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="key")())
+        value = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="value")())
+        query, key, value = (self.constrain(a, "heads") for a in (query, key, value))
+        if s.qk_norm:
+            query, key = Norm(s, name="query_norm")(query), Norm(s, name="key_norm")(key)
+        if s.style == "modern":
+            query, key = rotate(query, positions_BxT, s.rope_base), rotate(key, positions_BxT, s.rope_base)
+        mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain)
+        out = Kernel((H, K, D), (0, 1), s.dtype, 1 / (2 * s.layers), name="out")()
+        return jnp.einsum("bthk,hkd->btd", mixed, out)
+
+
+class Mlp(nn.Module):
+    """GELU (nanodo) or SwiGLU (modern) without biases."""
+
+    shape: Shape
+    constrain: Callable
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        s = self.shape
+        D, F = s.width, s.mlp_width
+        hidden = project("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="up")())
+        # Checkpointed even where remat is none: the backward pass would read five arrays of [B, T, F] instead of one.
+        if s.style == "modern":
+            gate = project("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="gate")())
+            hidden = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up, prevent_cse=False)(gate, hidden)
+        else:
+            hidden = jax.checkpoint(jax.nn.gelu, prevent_cse=False)(hidden)
+        hidden = self.constrain(hidden, "mlp")
+        return jnp.einsum("btf,fd->btd", hidden, Kernel((F, D), (0,), s.dtype, 1 / (2 * s.layers), name="down")())
+
+
+class Block(nn.Module):
+    """A pre-norm residual block; returns (x, None), the carry and output of a scan over layers."""
+
+    shape: Shape
+    constrain: Callable
+
+    @nn.compact
+    def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
+        s = self.shape
+        mixed = Attention(s, self.constrain, name="attention")(
+            Norm(s, name="attention_norm")(x_BxTxD), positions_BxT, segments_BxT
+        )
+        x_BxTxD = self.constrain(x_BxTxD + mixed, "hidden")
+        hidden = Mlp(s, self.constrain, name="mlp")(Norm(s, name="mlp_norm")(x_BxTxD))
+        return self.constrain(x_BxTxD + hidden, "hidden"), None
+
+
+def _remat_policy(name: str):
+    """What the backward pass finds instead of recomputing: nothing (full), or the products with weights and the mixed
+    values of attention, on the device (dots) or in the host's memory (offload)."""
+    policies = jax.checkpoint_policies
+    if name == "full":
+        return None
+    if name == "dots":
+        return policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MIXED)
+        )
+    return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+
+
+class Trunk(nn.Module):
+    """tokens [B, T] -> hidden [B, T, D] after the final norm, in the compute dtype.
+
+    constrain: where activations live on a mesh. Parameter paths: embed/embedding, position/embedding (nanodo),
+    layers/... stacked over L, final_norm/scale, readout/kernel (untied).
+    """
+
+    shape: Shape
+    constrain: Placement = Placement()
+
+    @nn.compact
+    def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None):
+        s, place = self.shape, self.constrain.fitting(tokens_BxT.shape[0])
+        x_BxTxD = lookup(place, "table", s.dtype, Table(s.vocabulary, s.width, name="embed")(), tokens_BxT)
+        if s.style == "nanodo":
+            places = Table(s.sequence_length, s.width, name="position")()
+            if positions_BxT is None:
+                x_BxTxD = x_BxTxD + places[: tokens_BxT.shape[1]].astype(s.dtype)
+            else:
+                x_BxTxD = x_BxTxD + lookup(place, "positions", s.dtype, places, positions_BxT)
+        if positions_BxT is None:
+            positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+        if not s.tie_embeddings:
+            Kernel((s.vocabulary, s.width), (1,), "float32", name="readout")()
+        block = Block
+        if s.remat != "none":
+            block = nn.remat(Block, policy=_remat_policy(s.remat), prevent_cse=False)
+        layers = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=s.layers
+        )
+        x_BxTxD, _ = layers(s, place, name="layers")(place(x_BxTxD, "hidden"), positions_BxT, segments_BxT)
+        return Norm(s, name="final_norm")(x_BxTxD)

@@ -1,0 +1,180 @@
+"""What a run is made of before it starts: parameters, tokens, steps, FLOPs, and a first estimate of its memory."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from steppe.lm.model.transformer import Shape, shape
+from steppe.lm.run.chips import Chip
+from steppe.optim import methods
+from steppe.optim.schedules import duration_steps
+
+
+class Parameters(NamedTuple):
+    """Counts of a model: all, and those outside the tables of tokens, positions and readout."""
+
+    total: int
+    non_embedding: int
+
+
+class Flops(NamedTuple):
+    """FLOPs of one token's forward pass: the trunk (with the whole attention square) and one readout product."""
+
+    trunk: float
+    readout: float
+
+
+class Budget(NamedTuple):
+    """A run in numbers. flops and adamw_flops: one step over all devices, of the method and of plain AdamW."""
+
+    parameters: Parameters
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    flops: float
+    adamw_flops: float
+
+
+def count_parameters(params: Any) -> Parameters:
+    """Counts the leaves (arrays or shapes) of a parameter tree; tables are embed/, position/ and readout/."""
+    sizes = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    tables = sum(size for name, size in sizes if re.match(r"(embed|position|readout)/", name))
+    total = sum(size for _, size in sizes)
+    return Parameters(total, total - tables)
+
+
+def forward_flops(shape: Shape) -> Flops:
+    """Multiply-adds count two. Norms, softmax and activations are left out (a few per cent at width 128)."""
+    D, F, H, G = shape.width, shape.mlp_width, shape.heads, shape.kv_heads
+    K = D // H
+    projections = 2 * D * K * (2 * H + 2 * G)
+    mlp = 2 * D * F * (3 if shape.style == "modern" else 2)
+    square = 2 * 2 * shape.sequence_length * H * K  # scores, then their product with the values
+    return Flops(shape.layers * (projections + mlp + square), 2.0 * shape.vocabulary * D)
+
+
+def step_flops(shape: Shape, tokens: int, forwards: float, backwards: float, products_saved: int = 0) -> float:
+    """FLOPs of a step that takes so many forwards and backwards (a backward is two forwards).
+
+    products_saved: readout products a keeping functional pass leaves out, one.
+    """
+    trunk, readout = forward_flops(shape)
+    return tokens * ((trunk + readout) * (forwards + 2 * backwards) - readout * products_saved)
+
+
+class Memory(NamedTuple):
+    """Estimated bytes of one device. activations: what the backward pass finds; kept: the stored loss derivative."""
+
+    state: float
+    gradients: float
+    activations: float
+    readout: float
+    kept: float
+
+
+def estimate_memory(shape: Shape, parameters: int, sequences: int, chunk_tokens: int, mesh: tuple, anchored: bool):
+    """The Memory of a step with `sequences` per microbatch and device, on a (data, fsdp, tensor) mesh.
+
+    A first estimate for choices made before compiling; steppe plan has the compiler's own figures. state: float32
+    parameters and two moments. gradients: one, theta + epsilon, and an anchored method's hidden states.
+    """
+    _, fsdp, tensor = mesh
+    tokens, small = sequences * shape.sequence_length, 2 if shape.dtype == "bfloat16" else 4
+    D, F = shape.width, shape.mlp_width
+    own = 4.0 * parameters / (fsdp * tensor)
+    wide = 2 * D + (D + F * (2 if shape.style == "modern" else 1)) / tensor
+    features = {"full": 0, "offload": 0, "dots": 2 * D / tensor + wide}.get(shape.remat, 3 * (2 * D / tensor + wide))
+    layer = (2 * D / tensor + wide) * 3 * tokens * small  # one layer's, while it is recomputed
+    return Memory(
+        3 * own,
+        2 * own + (tokens * D * small if anchored else 0),
+        shape.layers * tokens * (D + features) * small + layer,
+        (chunk_tokens * 3 + D) * 4.0 * shape.vocabulary / tensor,
+        tokens * shape.vocabulary * 2.0 / tensor,
+    )
+
+
+def roofline(
+    flops: float, weights: float, activations: float, sent: float, chip: Chip, passes: float
+) -> tuple[float, float]:
+    """Seconds of a step on one device: (the slowest of products, memory and network; their sum).
+
+    flops, bytes of its weights (float32), of what the backward pass finds, and sent to others, all of one device.
+    passes: forward and backward pairs. Memory traffic is a lower bound: state read and written once (7 copies),
+    weights and activations read and written once a pass.
+    """
+    traffic = 7 * weights + passes * (2 * weights + 2 * activations)
+    parts = flops / chip.flops, traffic / chip.bandwidth, sent / chip.link
+    return max(parts), sum(parts)
+
+
+def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple[float, float]:
+    """(seconds, bytes of memory) of a step on one device by estimate, to rank meshes and remat policies."""
+    shape_ = shape(config.model, vocabulary_size, config.data.sequence_length, "")
+    data, fsdp, tensor = mesh
+    rows = config.train.batch_size // (data * fsdp)
+    tokens = rows * shape_.sequence_length
+    per_layer = 12 * shape_.width**2
+    parameters = shape_.layers * per_layer + shape_.vocabulary * shape_.width
+    chunk = min(config.model.readout_chunk or 4096, tokens)
+    anchored = methods.is_anchored(config.optim.method)
+    each = rows // config.train.microbatches
+    memory = estimate_memory(shape_, parameters, each, chunk, mesh, anchored)
+    forwards, backwards = methods.cost(config.optim.method)
+    again = {"none": 0.0, "dots": 0.1, "offload": 0.3, "full": 1.0}[shape_.remat]
+    flops = step_flops(shape_, tokens, forwards + again * backwards, backwards) / tensor
+    small = 2 if shape_.dtype == "bfloat16" else 4
+    # Weights are gathered for each forward and backward and their gradient scattered; with tensor, two sums a layer.
+    gathered = small * parameters / tensor * (forwards + backwards * 2) * (fsdp - 1) / fsdp
+    gathered += 8.0 * parameters / (fsdp * tensor) * backwards * (data - 1) / data
+    summed = 2 * shape_.layers * tokens * shape_.width * small * 2 * (forwards + backwards) * (tensor - 1) / tensor
+    state, _, activations, *_ = memory
+    seconds = roofline(flops, state / 3, activations, gathered + summed, chip, backwards)
+    return sum(seconds), sum(memory[:4])
+
+
+def total_steps(train, parameters: Parameters, sequence_length: int, epoch_tokens: int) -> int:
+    """Steps of config.train.duration; "chinchilla" is tokens_per_parameter x the chosen count of parameters."""
+    tokens_per_step = train.batch_size * sequence_length
+    if train.duration == "chinchilla":
+        counted = parameters.total if train.parameter_count == "total" else parameters.non_embedding
+        return max(1, math.ceil(train.tokens_per_parameter * counted / tokens_per_step))
+    return duration_steps(train.duration, tokens_per_step=tokens_per_step, tokens_per_epoch=epoch_tokens)
+
+
+def budget(config, shape: Shape, params: Any, epoch_tokens: int, options: dict, keep: bool) -> Budget:
+    """The Budget of a run; options are the method's, keep whether its frozen derivative is stored."""
+    parameters = count_parameters(params)
+    train, optim = config.train, config.optim
+    tokens = train.batch_size * config.data.sequence_length
+    steps = total_steps(train, parameters, config.data.sequence_length, epoch_tokens)
+    forwards, backwards = methods.cost(
+        optim.method, sequences=train.batch_size, every=optim.every, ascent_fraction=optim.ascent_fraction, **options
+    )
+    return Budget(
+        parameters,
+        tokens,
+        steps,
+        steps * tokens,
+        step_flops(shape, tokens, forwards, backwards, products_saved=1 if keep else 0),
+        step_flops(shape, tokens, 1, 1),
+    )
+
+
+def describe(budget: Budget, method: str) -> str:
+    """The budget in a few lines for a reader."""
+    total, non_embedding = budget.parameters
+    whole, plain = budget.flops * budget.steps, budget.adamw_flops * budget.steps
+    return "\n".join(
+        [
+            f"parameters  {total:,} ({non_embedding:,} non-embedding)",
+            f"tokens      {budget.tokens:,} in {budget.steps:,} steps of {budget.tokens_per_step:,}"
+            f" ({budget.tokens / max(1, non_embedding):.1f} per non-embedding parameter)",
+            f"FLOPs       {whole:.3g} with {method}, {plain:.3g} with adamw ({whole / plain:.2f} x)",
+        ]
+    )

@@ -1,0 +1,71 @@
+"""The state of a run, created where it will live."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from steppe.lm.model.mesh import parameter_shardings, state_shardings
+from steppe.lm.model.transformer import Shape, Trunk
+from steppe.optim import Rule
+from steppe.optim.base import Base
+
+
+class State(NamedTuple):
+    """Everything a step changes: step int32 (batches seen), params float32, the optimizer's and the rule's state."""
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    rule: Any
+
+
+def initialiser(shape: Shape, base: Base, rule: Rule, seed: int):
+    """A pure function () -> State at step 0; the same numbers on every mesh.
+
+    The seed is its operand, not a constant of its program, which runs of other seeds then share.
+    """
+
+    def initialise(seed: jax.Array) -> State:
+        tokens = jnp.zeros((1, shape.sequence_length), jnp.int32)
+        params = Trunk(shape).init(jax.random.key(seed), tokens)["params"]
+        return State(jnp.zeros((), jnp.int32), params, base.transform.init(params), rule.init(params))
+
+    return jax.tree_util.Partial(initialise, np.uint32(seed))
+
+
+def shardings(mesh: Mesh, state: State) -> State:
+    """NamedShardings of a State given as arrays or shapes."""
+    return State(
+        NamedSharding(mesh, P()),
+        parameter_shardings(mesh, state.params),
+        state_shardings(mesh, state.optimizer, state.params),
+        state_shardings(mesh, state.rule, state.params),
+    )
+
+
+def abstract(mesh: Mesh, initialise) -> State:
+    """The State as ShapeDtypeStructs with their shardings: what to restore into, or to compile against."""
+    shapes = jax.eval_shape(initialise)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings(mesh, shapes)
+    )
+
+
+def create(mesh: Mesh, initialise) -> State:
+    """A fresh State, each shard computed on the device that keeps it."""
+    places = shardings(mesh, jax.eval_shape(initialise))
+    return jax.jit(initialise.func, out_shardings=places)(*initialise.args)
+
+
+def create_from(abstract_state: State, base: Base, rule: Rule, params: Any) -> State:
+    """A State at step 0 of given parameters, placed as `abstract_state` says."""
+
+    def initialise(params):
+        return State(jnp.zeros((), jnp.int32), params, base.transform.init(params), rule.init(params))
+
+    places = jax.tree.map(lambda s: s.sharding, abstract_state)
+    return jax.jit(initialise, out_shardings=places)(params)

@@ -1,0 +1,45 @@
+"""One training step: gradient rule, optax transform, finiteness gate, metrics."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from steppe.lm.run.state import State
+from steppe.optim import Objective, Rule
+from steppe.optim.base import Base
+from steppe.optim.rule import norm
+
+
+def make_step(objective: Objective, base: Base, rule: Rule, learning_rate: Callable, rho: Callable) -> Callable:
+    """step(state, batch, limit=inf) -> (state, metrics); jit it with the state donated.
+
+    A step whose loss or gradient is not finite, in either pass, or whose loss exceeds `limit`, changes nothing but
+    state.step. metrics: the report, spike (1 where the limit refused it), sharpness_gap (perturbed minus clean loss),
+    update and parameter norms, learning_rate, rho; float32 scalars.
+    """
+
+    def step(state: State, batch: dict, limit: jax.Array = jnp.inf) -> tuple[State, dict]:
+        gradient, rule_state, report = rule.gradient(
+            objective, state.params, batch, state.optimizer, state.rule, state.step
+        )
+        updates, optimizer = base.transform.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        spike = report["loss"] > limit
+        good = (report["nonfinite"] == 0) & ~spike
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, optimizer, rule_state), tuple(state[1:])
+        )
+        metrics = {
+            **report,
+            "spike": spike.astype(jnp.float32),
+            "sharpness_gap": report["perturbed_loss"] - report["loss"],
+            "update_norm": norm(updates),
+            "parameter_norm": norm(kept[0]),
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "rho": jnp.asarray(rho(state.step), jnp.float32),
+        }
+        return State(state.step + 1, *kept), metrics
+
+    return step

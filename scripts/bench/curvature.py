@@ -1,0 +1,117 @@
+"""What a product with H, GGN or NME costs, in units of a gradient, and the memory it takes, on this machine.
+
+    steppe bench curvature [--sizes 24m ...] [--batch_size=4] [--sequence_length=512] [--runs=5]
+
+Programs take turns, and ratios are medians over the turns: by the clock, and in CPU seconds of this process, which
+other load on the machine disturbs less. Memory is XLA's own count of what the program needs beside its arguments.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+from steppe.scripts import command
+
+NAMES = ("gradient", "hessian", "ggn", "nme", "preconditioned hessian")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints one table per size; returns the exit status."""
+    parser = command.parser("bench curvature", __doc__)
+    parser.add_argument("--sizes", nargs="+", default=["24m"], help="names of configs/sizes.py")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences")
+    parser.add_argument("--sequence_length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--vocabulary_size", type=int, default=32100, help="tokens of the vocabulary")
+    parser.add_argument("--remat", default="dots", help="as config.model.remat")
+    parser.add_argument("--runs", type=int, default=5, help="turns of each program, after one to warm up; 0: none")
+    _, options = command.parse(argv, parser, needs_config=False)
+    from steppe.configs.sizes import SIZES
+
+    for size in options.sizes:
+        if size not in SIZES:
+            return command.fail(f"--sizes {size}: must be one of {', '.join(SIZES)}")
+    for size in options.sizes:
+        for line in table(size, options):
+            print(line, flush=True)
+    return 0
+
+
+def table(size: str, options):
+    """Yields the lines of one size's table, as Markdown."""
+    import jax
+
+    count, programs, arguments = programs_of(size, options)
+    wall, cpu = ({name: [] for name in programs} for _ in range(2))
+    for turn in range(options.runs + 1 if options.runs else 0):
+        for name, program in programs.items():
+            since = time.perf_counter(), time.process_time()
+            jax.block_until_ready(program(*arguments[name]))
+            if turn:
+                wall[name].append(time.perf_counter() - since[0])
+                cpu[name].append(time.process_time() - since[1])
+    yield (
+        f"\n{size}, {count:,} parameters: {options.batch_size} x {options.sequence_length} tokens, vocabulary "
+        f"{options.vocabulary_size}, float32, remat {options.remat}; medians of {options.runs} alternating turns. One "
+        f"copy of the parameters is {count / 2**18:.0f} MiB, of which a Lanczos run keeps one for each step.\n"
+    )
+    yield "| program | wall / gradient | CPU s | CPU / gradient | temporary MiB |"
+    yield "|---|---|---|---|---|"
+    for name, program in programs.items():
+        cells = ["", "", ""]
+        if options.runs:
+            ratios = [
+                statistics.median(a / b for a, b in zip(times[name], times["gradient"], strict=True))
+                for times in (wall, cpu)
+            ]
+            cells = [f"{ratios[0]:.2f}", f"{statistics.median(cpu[name]):.2f}", f"{ratios[1]:.2f}"]
+        memory = program.memory_analysis().temp_size_in_bytes / 2**20
+        yield f"| {name} | {' | '.join(cells)} | {memory:.0f} |"
+
+
+def programs_of(size: str, options):
+    """(number of parameters, {name: compiled program}, {name: its arguments, if any turn is taken}), on one device."""
+    import jax
+    import jax.numpy as jnp
+
+    from steppe.configs import base, sizes
+    from steppe.lm.run.assembly import assemble
+    from steppe.lm.run.state import create
+    from steppe.optim import curvature
+    from steppe.optim.rule import plain_gradient
+
+    config = base.get_config()
+    config.model.size = size
+    sizes.resolve(config)
+    config.model.remat = options.remat
+    config.train.batch_size, config.data.sequence_length = options.batch_size, options.sequence_length
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    config.optim.base = "sgd"  # whose state is small; no step is taken
+    parts = assemble(config, options.vocabulary_size, 10**9, devices=jax.devices()[:1])
+    shape = (options.batch_size, options.sequence_length + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, options.vocabulary_size)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones(tokens[:, 1:].shape, jnp.float32)}
+
+    def preconditioned(params, batch, vector, scale):
+        product = lambda v: curvature.hessian_product(parts.objective, params, batch, v)  # noqa: E731
+        return curvature.preconditioned(product, scale)(vector)
+
+    functions = {"gradient": lambda params, batch: plain_gradient(parts.objective, params, batch)}
+    for name, product in curvature.PRODUCTS.items():
+        functions[name] = lambda params, batch, vector, product=product: product(parts.objective, params, batch, vector)
+    functions["preconditioned hessian"] = preconditioned
+    like = parts.abstract.params
+    abstract = {name: (like, batch) if name == "gradient" else (like, batch, like) for name in NAMES}
+    abstract["preconditioned hessian"] = (like, batch, like, like)
+    programs = {name: jax.jit(functions[name]).lower(*abstract[name]).compile() for name in NAMES}
+    count = sum(leaf.size for leaf in jax.tree.leaves(like))
+    if not options.runs:
+        return count, programs, {}
+    params = create(parts.mesh, parts.initialise).params
+    ones = jax.tree.map(jnp.ones_like, params)
+    given = {name: (params, batch, *[ones] * (len(abstract[name]) - 2)) for name in NAMES}
+    return count, programs, given
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""Throughput of preparing and loading data, beside what training steps consume on this machine.
+
+    steppe bench data [--vocabulary=FILE] [--steps=N]
+
+Preparation is measured on the embedded corpus in CPU seconds, so its tokens/s are those of one core even while others
+are busy. Steps are real ones, of AdamW, the fastest method. The loop reads through the prefetch of the training loop.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+from steppe.scripts import command
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the tables; returns the exit status."""
+    parser = command.parser("bench data", __doc__)
+    parser.add_argument("--vocabulary", metavar="FILE", help="a SentencePiece model to prepare with, beside bytes")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps measured")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="seconds per measurement of loading")
+    _, options = command.parse(argv, parser, needs_config=False)
+    if options.steps < 1:
+        return command.fail(f"--steps={options.steps}: must be an integer > 0")
+    from steppe.data.errors import DataError
+
+    folder = tempfile.mkdtemp(prefix="steppe-bench-")
+    try:
+        _bench_preparation(folder, ["bytes", *filter(None, [options.vocabulary])])
+        _bench_loading(folder, options.seconds, options.steps)
+    except DataError as error:
+        return command.fail(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _recipe(**options):
+    from steppe.configs.base import get_config
+    from steppe.data.prepare import recipe_of
+
+    return recipe_of(get_config().data, **options)
+
+
+def _bench_preparation(folder: str, vocabularies: list[str]) -> None:
+    from steppe.data import shards, sources
+    from steppe.data.packing import token_dtype
+    from steppe.data.readers import tasks
+    from steppe.data.vocabulary import load_tokenizer
+
+    tasks.import_tensorflow()
+    print("preparation, embedded corpus     tokens/s/core      MB/s/core  tokens/byte")
+    for number, vocabulary in enumerate(vocabularies):
+        for packing in ("concat", "bestfit"):
+            recipe = _recipe(vocabulary=vocabulary, packing=packing, sequence_length=512)
+            job = shards.Job("train", sources.parse(recipe.task)[0], 0, 1)
+            dtype = token_dtype(load_tokenizer(vocabulary).vocab_size)
+            began = time.process_time()
+            entry = shards.write(f"{folder}/{number}-{packing}", recipe, job, dtype)
+            spent = time.process_time() - began
+            name = "bytes" if vocabulary == "bytes" else "sentencepiece"
+            print(
+                f"{name + ', ' + packing:32} {entry['tokens'] / spent:13,.0f} {entry['bytes'] / spent / 1e6:14.2f} "
+                f"{entry['tokens'] / entry['bytes']:12.2f}",
+                flush=True,
+            )
+
+
+def _bench_loading(folder: str, seconds: float, steps: int) -> None:
+    from steppe.configs import base, quickstart, sizes
+    from steppe.data.loader import open_corpus, training_rows
+    from steppe.data.prepare import prepare
+
+    small = quickstart.get_config()
+    small.optim.method = "adamw"
+    large = base.get_config()
+    large.model.size, large.data.sequence_length, large.train.batch_size = "24m", 512, 8
+    print("\nloading, one thread              batch x T     tokens/s | steps use tokens/s  ratio  wait for data")
+    for name, config, count in (("quickstart", small, steps), ("24m, bytes", large, max(2, steps // 5))):
+        recipe = _recipe(sequence_length=config.data.sequence_length)
+        directory = f"{folder}/{recipe.sequence_length}"
+        prepare(recipe, directory, log=lambda line: None)
+        corpus = open_corpus(directory)
+        batch_size, length = config.train.batch_size, corpus.sequence_length
+        training_rows(corpus, 0, 0, batch_size)
+        began, read = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            training_rows(corpus, 0, read, batch_size)
+            read += 1
+        loaded = read * batch_size * length / (time.perf_counter() - began)
+        used, waited = _step_rate(sizes.resolve(config), corpus, count)
+        rates = f"{loaded:12,.0f} | {used:18,.0f} {loaded / used:6.0f} {waited:14.3%}"
+        print(f"{name:32} {batch_size:4} x {length:4} {rates}", flush=True)
+
+
+def _step_rate(config, corpus, steps: int) -> tuple[float, float]:
+    """(tokens/s, fraction of the time spent waiting for data) of real training steps."""
+    import jax
+
+    from steppe.data.loader import prefetch, training_rows
+    from steppe.lm.model.mesh import local_rows, place_batch
+    from steppe.lm.run.assembly import assemble
+    from steppe.lm.run.state import create
+    from steppe.lm.run.step import make_step
+
+    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens)
+    state = create(parts.mesh, parts.initialise)
+    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho), donate_argnums=0)
+    batch_size = config.train.batch_size
+    rows = local_rows(parts.mesh, batch_size)
+
+    def read(index: int) -> dict:
+        batch = training_rows(corpus, config.seed, index, batch_size, rows)
+        batch.pop("bytes")
+        return place_batch(parts.mesh, batch_size, rows, batch)
+
+    def run(first: int, last: int) -> Iterator[float]:
+        nonlocal state
+        with prefetch(read, first, last, config.data.prefetch, config.data.workers) as batches:
+            for _, batch in batches:
+                state, metrics = step(state, batch)
+                jax.block_until_ready(metrics["loss"])
+                yield batches.last_wait
+
+    list(run(0, 1))  # compiles
+    began = time.perf_counter()
+    waited = sum(list(run(1, 1 + steps))[1:])  # nothing can be ready for the first
+    spent = time.perf_counter() - began
+    return steps * batch_size * corpus.sequence_length / spent, waited / spent
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

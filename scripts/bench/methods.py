@@ -1,0 +1,134 @@
+"""What each method costs: FLOPs and temporary memory of one step over the base's, as XLA counts them.
+
+    steppe bench methods
+
+XLA counts the body of a loop once, so to count FLOPs layers are unrolled and the readout takes all tokens in one piece;
+memory is that of a second program, its readout in chunks as in training. Nothing is run.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+COLUMNS = "method | FLOPs | predicted | temporary MiB | over AdamW | FLOPs, derivative kept"
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    """Prints the table as Markdown. argv: see --help."""
+    parser = argparse.ArgumentParser(prog="steppe bench methods", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4, help="Transformer blocks")
+    parser.add_argument("--width", type=int, default=240, help="width; the MLP is four times as wide")
+    parser.add_argument("--vocabulary", type=int, default=32128, help="vocabulary, tied to the readout")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--chunks", type=int, default=8, help="pieces of the readout, when memory is measured")
+    parser.add_argument("methods", nargs="*", help="names of optim/methods.py; none: all")
+    options = parser.parse_args(argv)
+    for line in table(options):
+        print(line, flush=True)
+
+
+def table(options: argparse.Namespace):
+    """Yields the lines of the table: FLOPs over AdamW's, measured and predicted, and temporary memory."""
+    from steppe.optim.methods import METHODS, canonical, cost, is_anchored
+
+    names = [canonical(name) for name in options.methods] or list(METHODS)
+    flops, memory, parameters = measure("adamw", options)
+    yield (
+        f"{parameters / 1e6:.2f}M parameters ({options.layers} layers of width {options.width}, vocabulary "
+        f"{options.vocabulary}, tied), {options.batch_size} x {options.sequence_length} tokens, float32, base adamw. "
+        f"AdamW alone: {flops / 1e9:.1f} GFLOP and {memory / 2**20:.0f} MiB of temporary memory a step; one copy of "
+        f"the parameters is {parameters / 2**18:.0f} MiB, all logits are "
+        f"{options.batch_size * options.sequence_length * options.vocabulary / 2**18:.0f} MiB."
+    )
+    yield ""
+    yield f"| {COLUMNS} |"
+    yield "|---" * 6 + "|"
+    for name in names:
+        forwards, backwards = cost(name, sequences=options.batch_size, **settings(name, options))
+        measured, temporary, _ = measure(name, options)
+        kept = f"{measure(name, options, keep=True)[0] / flops:.2f}" if is_anchored(name) else ""
+        yield (
+            f"| `{name}` | {measured / flops:.2f} | {(forwards + 2 * backwards) / 3:.2f} | {temporary / 2**20:.0f} | "
+            f"{(temporary - memory) / 2**20:+.0f} | {kept} |"
+        )
+
+
+def settings(name: str, options: argparse.Namespace) -> dict:
+    """The method's options here; look_sam's on-step and off-step are averaged by `measure`."""
+    import jax.numpy as jnp
+
+    if name == "focal_sam":
+        return {"frequency": jnp.full(options.vocabulary, 1 / options.vocabulary)}
+    return {"k": options.batch_size // 4} if name == "k_sam" else {}
+
+
+def measure(name: str, options: argparse.Namespace, keep: bool = False) -> tuple[float, int, int]:
+    """(FLOPs of an average step, bytes of temporary memory of its largest program, number of parameters)."""
+    import jax
+    import optax
+
+    from steppe.optim import base, method
+    from steppe.optim.methods import METHODS
+
+    adamw = base("adamw", 1e-3, weight_decay=0.1)
+
+    def compiled(rule, chunks):
+        objective, params, batch = language_model(options, chunks, keep)
+
+        def step(params, state, rule_state, batch):
+            gradient, rule_state, report = rule.gradient(objective, params, batch, state, rule_state, 0)
+            updates, state = adamw.transform.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state, rule_state, report
+
+        states = jax.eval_shape(adamw.transform.init, params), jax.eval_shape(rule.init, params)
+        return jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, *states, batch).compile(), params
+
+    # look_sam as its two kinds of step: XLA counts both branches of the conditional between them.
+    every = METHODS[name].defaults["k"] if name == "look_sam" else 1
+    rule = method(name, base=adamw, **{**settings(name, options), **({"k": 1} if every > 1 else {})})
+    program, params = compiled(rule, 1)
+    flops = program.cost_analysis()["flops"]
+    if every > 1:
+        flops = (flops + (every - 1) * compiled(method("adamw"), 1)[0].cost_analysis()["flops"]) / every
+    memory = 0 if keep else compiled(rule, options.chunks)[0].memory_analysis().temp_size_in_bytes
+    return flops, memory, sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def language_model(options: argparse.Namespace, chunks: int, keep: bool):
+    """(objective, abstract params, abstract batch): lm's model with its layers unrolled, its readout in chunks."""
+    import jax
+    import jax.numpy as jnp
+
+    from steppe.lm.model.objective import objective
+    from steppe.lm.model.readout import Options
+    from steppe.lm.model.transformer import Block, Norm, Shape, Trunk
+
+    length, width = options.sequence_length, options.width
+    shape = Shape("nanodo", options.layers, width, 4, 4, 4 * width, options.vocabulary, length)
+    free = lambda x, kind: x  # noqa: E731
+    scanned = objective(shape, Options(options.vocabulary, length // chunks, keep=keep), free)
+
+    def trunk(params, batch):
+        tokens = batch["inputs"]
+        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+        x_BxTxD = params["embed"]["embedding"][tokens] + params["position"]["embedding"][positions]
+        for layer in range(options.layers):
+            weights = jax.tree.map(lambda w, layer=layer: w[layer], params["layers"])
+            x_BxTxD, _ = Block(shape, free).apply({"params": weights}, x_BxTxD, positions, None)
+        return Norm(shape).apply({"params": params["final_norm"]}, x_BxTxD)
+
+    def frozen_readout(params, hidden, anchor, batch):
+        # In one piece XLA would take the rebuilt logits from the pass at theta, which no chunked readout can: times 1.
+        one = jnp.max(batch["weights"])
+        return scanned.frozen_readout(params, hidden, anchor._replace(hidden=anchor.hidden * one), batch)
+
+    tokens = jax.ShapeDtypeStruct((options.batch_size, length), jnp.int32)
+    params = jax.eval_shape(Trunk(shape).init, jax.random.key(0), tokens)["params"]
+    batch = {"inputs": tokens, "targets": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)}
+    return scanned._replace(trunk=trunk, frozen_readout=frozen_readout), params, batch
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

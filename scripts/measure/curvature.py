@@ -1,0 +1,244 @@
+"""How trained models bend: spectra of H, GGN and NME, delta split, sharpness, slices.
+
+steppe curvature --workdir=DIR [--workdir='SWEEP/runs/*'] [--step=K|all] [--batches=N] [--probes=N] ...
+
+Writes DIR/curvature/STEP.json and its plots beside it. Runs of equal shapes share one compilation. Every number is of
+the first held-out set's first batches, at theta, in the run's own loss.
+"""
+
+import glob
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from steppe.scripts import command
+
+SHOWN = {
+    "loss": "loss", "lambda_max": "λmax", "ggn_lambda_max": "GGN λmax", "nme_lambda_max": "NME λmax", "trace": "trace",
+    "nme_trace": "NME trace", "delta_func_share": "δ_func share", "sam_sharpness": "worst case",
+    "functional_sharpness": "functional", "average_sharpness": "average",
+}  # fmt: skip
+COUNTS = {"batches": 1, "probes": 1, "densities": 1, "lanczos": 2, "ascent": 0, "draws": 1, "slices": 0, "seed": 0}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
+    parser = command.parser("curvature", __doc__.splitlines()[0])
+    parser.add_argument(
+        "--workdir", required=True, action="append", help="a run, or a pattern of runs; may be repeated"
+    )
+    parser.add_argument("--step", default="last", metavar="K|all", help="checkpoints to measure; default: the newest")
+    parser.add_argument("--batches", type=int, default=2, metavar="N", help="held-out batches of the run's size")
+    parser.add_argument("--probes", type=int, default=4, metavar="N", help="random vectors that traces are taken of")
+    parser.add_argument("--densities", type=int, default=2, metavar="N", help="of which so many run Lanczos")
+    parser.add_argument("--lanczos", type=int, default=20, metavar="N", help="products of one Lanczos run")
+    parser.add_argument("--rho", type=float, default=0.05, metavar="X", help="radius of the worst case, l2")
+    parser.add_argument("--ascent", type=int, default=5, metavar="N", help="ascent steps after SAM's own")
+    parser.add_argument("--noise", type=float, default=1.0, metavar="X", help="norm of the average case's noise, l2")
+    parser.add_argument("--draws", type=int, default=6, metavar="N", help="mirrored pairs of noise")
+    parser.add_argument("--slices", type=int, default=7, metavar="N", help="points of a line of the slices; 0: none")
+    parser.add_argument(
+        "--within", action="append", default=[], metavar="REGEX", help="spectra of these parameters only"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random vector")
+    parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
+    _, options = command.parse(argv, parser, needs_config=False)
+    for name, least in COUNTS.items():
+        if getattr(options, name) < least:
+            return command.fail(f"--{name}={getattr(options, name)}: must be an integer >= {least}")
+    for name in ("rho", "noise"):
+        if not 0 < getattr(options, name) < math.inf:
+            return command.fail(f"--{name}={getattr(options, name)}: must be a finite number > 0")
+    if options.densities > options.probes:
+        return command.fail(f"--densities={options.densities}: must be at most --probes={options.probes}")
+    if options.step not in ("last", "all") and not options.step.isdecimal():
+        return command.fail(f"--step={options.step}: must be a number of steps, or all")
+
+    from steppe.data.errors import DataError
+    from steppe.lm.keep.checkpoint import Unusable
+    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.scripts.measure import curvature_plots
+
+    try:
+        todo, rows, passed_over, made = checkpoints(options), [], 0, {}
+        with Progress(len(todo)) as progress:
+            for directory, step in todo:
+                try:
+                    rows.append((directory, step, examine(directory, step, options, made, progress)))
+                except (Unusable, FloatingPointError) as error:
+                    if len(todo) == 1:
+                        raise
+                    progress.end(f"{directory} step {step} IS PASSED OVER: {error}")
+                    passed_over = 1
+        for directory in dict.fromkeys(directory for directory, _, _ in rows):
+            curvature_plots.over_training(directory)
+    except (DataError, Unusable, WorkdirError, FloatingPointError) as error:
+        return command.fail(error)
+    print(table(rows))
+    return passed_over
+
+
+def checkpoints(options) -> list[tuple[str, int]]:
+    """The (workdir, step) pairs asked for. WorkdirError where there are none."""
+    from steppe.lm.keep import saved
+    from steppe.lm.keep.workdir import WorkdirError
+
+    found = []
+    for pattern in options.workdir:
+        places = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        places = [p for p in places if (Path(p) / "config.json").exists()] if glob.has_magic(pattern) else places
+        if not places:
+            raise WorkdirError(f"--workdir={pattern}: must match the workdirs of runs")
+        for place in places:
+            steps = saved.steps(place)
+            if options.step.isdecimal():
+                wanted = [step for step in steps if step == int(options.step)]
+            else:
+                wanted = steps if options.step == "all" else steps[-1:]
+            if not wanted:
+                have = ", ".join(map(str, steps)) or "none"
+                raise WorkdirError(f"{place}: --step={options.step}: must be one of its checkpoints, which are {have}")
+            found += [(place, step) for step in wanted]
+    if options.skip_done:
+        found = [(place, step) for place, step in found if not path_of(place, step).exists()]
+    return found
+
+
+def path_of(directory: str, step: int) -> Path:
+    """Where the results of a checkpoint stand."""
+    return Path(directory) / "curvature" / f"{step}.json"
+
+
+def examine(directory: str, step: int, options, made: dict, progress: "Progress") -> dict[str, float]:
+    """Measures one checkpoint, writes its file and plots, and returns the summary. made: programs by their key."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from steppe.data import loader
+    from steppe.lm.keep import saved
+    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.measure import sharpness
+    from steppe.lm.measure.in_training import named_groups
+    from steppe.lm.model.mesh import local_rows, place_batch
+    from steppe.optim.ascent import preconditioner
+    from steppe.optim.base import BASES
+    from steppe.scripts.measure import curvature_plots
+
+    began = time.perf_counter()
+    settings = sharpness.Settings(
+        **{name: getattr(options, name) for name in sharpness.Settings._fields if name != "within"},
+        within=tuple(options.within),
+    )
+    progress.begin(f"{directory} step {step}", len(sharpness.stages(settings)))
+    run = saved.load(directory, step, log=lambda line: None, optimizer=True)
+    if jax.tree.reduce(lambda bad, leaf: bad or not bool(jnp.all(jnp.isfinite(leaf))), run.params, False):
+        raise FloatingPointError(f"{directory}: the checkpoint of step {step} holds parameters that are not finite")
+    name, size = next(iter(run.corpus.held_out)), run.config.train.batch_size
+    batches = min(options.batches, loader.held_out_steps(run.corpus, name, size))
+    rows = loader.held_out_rows(run.corpus, name, 0, batches * size)
+    rows.pop("bytes")
+    batch = place_batch(run.parts.mesh, batches * size, local_rows(run.parts.mesh, batches * size), rows)
+
+    scale = None
+    if "second" in BASES[run.parts.base.name]:
+        moments = run.parts.base.moments(run.optimizer, run.params)
+        scale = preconditioner(moments.second, moments.count == 0)
+    key = sharpness.compile_key(run.parts, batches, settings)
+    if key not in made:
+        try:
+            made[key] = sharpness.programs(run.parts, batches, settings)
+        except ValueError as error:
+            raise WorkdirError(f"--within={','.join(options.within)}: {error}") from None
+    groups = named_groups(run.config.curvature.groups)
+    summary, details = sharpness.measure(made[key], run.params, batch, groups, settings, scale, progress.tick)
+    found = {
+        "summary": summary,
+        "step": step,
+        "held_out": name,
+        "tokens": int(np.sum(rows["weights"] > 0)),
+        "settings": {**settings._asdict(), "batches": batches, "devices": run.parts.mesh.size},
+        "seconds": time.perf_counter() - began,
+        **details,
+    }
+    path = path_of(directory, step)
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(plain(found), allow_nan=False))
+    aside.replace(path)
+    curvature_plots.of_checkpoint(path)
+    progress.end(f"{path}  {found['seconds']:.1f} s")
+    return summary
+
+
+def plain(value: Any) -> Any:
+    """Ready for JSON: six digits, None for what is not finite, lists for tuples."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def table(rows: list[tuple[str, int, dict[str, float]]]) -> str:
+    """One line per checkpoint."""
+    names = [f"{Path(directory).resolve().name}:{step}" for directory, step, _ in rows]
+    width = max([10, *map(len, names)])
+    wide = {key: max(8, len(title)) + 2 for key, title in SHOWN.items()}
+    lines = [f"{'run:step':<{width}}" + "".join(f"{title:>{wide[key]}}" for key, title in SHOWN.items())]
+    for name, (_, _, summary) in zip(names, rows, strict=True):
+        lines.append(f"{name:<{width}}" + "".join(f"{summary[key]:>{wide[key]}.4g}" for key in SHOWN))
+    return "\n".join(lines)
+
+
+class Progress:
+    """Stages on a terminal as a live bar, elsewhere one line per checkpoint, both on standard error."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._bar, self._task = total, 0, None, None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.BarColumn(bar_width=16), progress.MofNCompleteColumn(), progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.description}"), console=Console(stderr=True),
+            )  # fmt: skip
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, name: str, stages: int) -> None:
+        """A checkpoint of so many stages is next."""
+        self._name = f"[{self._done + 1}/{self._total}] {name}"
+        if self._bar is not None:
+            self._task = self._bar.add_task(f"{self._name}  loading", total=stages)
+
+    def tick(self, stage: str) -> None:
+        """A stage begins."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, description=f"{self._name}  {stage}")
+
+    def end(self, text: str) -> None:
+        """The checkpoint is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.remove_task(self._task)
+            self._bar.console.print(f"[{self._done}/{self._total}] {text}", markup=False, highlight=False)
+        else:
+            print(f"[{self._done}/{self._total}] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

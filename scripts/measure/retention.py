@@ -1,0 +1,378 @@
+"""What trained models keep under weight noise, quantisation and fine-tuning on another text, side by side.
+
+steppe retention --workdir=RUN_OR_SWEEP [--workdir=...] [--out=DIR] [--fine_tune=TASK]
+
+Every number is an increase of the loss on the first held-out set, nats a token, over the same tokens for all runs.
+WORKDIR/retention.json takes a run's numbers as soon as it is measured; a run that has them, of the same checkpoint with
+the same settings, is not measured again. `forgetting_at_equal_gain` compares runs, so it is that of the last command.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from steppe.scripts import command
+
+NAME = "retention.json"
+POINTS = (0.125, 0.25, 0.5, 1.0)  # shares of the fine-tuning after which both losses are measured
+HELD_OUT = 0.1  # share of the second corpus's documents held out
+NO_TEXT = "none"
+SHARE = 0.8  # of what every run gains: runs are compared there, not where the weakest of them just arrives
+
+
+class Place(NamedTuple):
+    """A run to measure: its name in tables, its workdir, its flat config, the step of its checkpoint."""
+
+    name: str
+    directory: Path
+    config: dict
+    step: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, writes WORKDIR/retention.json, prints a table; returns the exit status, 2 for bad input."""
+    _, options = command.parse(argv, _parser(), needs_config=False)
+
+    from steppe.data.errors import DataError
+    from steppe.lm.keep.checkpoint import Unusable
+    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.scripts.measure import retention_figures
+    from steppe.scripts.results import ResultsError
+
+    began = time.monotonic()
+
+    def log(text: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
+
+    try:
+        places = find(options.workdir, options.step, log)
+        settings = settings_of(options)
+        found, programs, first = {}, {}, None
+        for number, place in enumerate(places, 1):
+            record = None if options.again else stored(place, settings)
+            log(f"{number} of {len(places)}  {place.name}" + (": already measured" if record else ""))
+            if record is None:
+                record = measure(place, settings, programs, first, lambda text: log(f"        {text}"))
+                write(place.directory / NAME, record)
+            first = _same_text(place, first, record["held_out"]["corpus"], record["fine_tune"])
+            found[place.name] = record
+        compare(found)
+        for place in places:
+            write(place.directory / NAME, found[place.name])
+        rows = retention_figures.table(found, {place.name: place.config for place in places})
+        print(rows.text)
+        out = options.out or (places[0].directory if len(places) == 1 else None)
+        if out is None:
+            print("--out=DIR writes this table and its plots")
+        else:
+            for path in retention_figures.save(out, found, rows):
+                print(f"wrote {path}")
+    except (DataError, ResultsError, Unusable, WorkdirError, command.UsageError) as error:
+        return command.fail(error)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser("retention", __doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--workdir", action="append", required=True, help="a run, or a sweep, of which all that finished; repeatable")
+    add("--step", type=int, metavar="K", help="the checkpoints after K steps; default: the newest")
+    add(
+        "--noise", type=_numbers(0), default=(0.02, 0.05, 0.1, 0.2), metavar="S,S,...",
+        help="Gaussian noise of S times the rms of each tensor (default 0.02,0.05,0.1,0.2)",
+    )  # fmt: skip
+    add("--samples", type=_integer(1), default=3, metavar="N", help="pairs of opposite draws at each scale (default 3)")
+    add("--bits", type=_numbers(2, 8, whole=True), default=(8, 4), metavar="B,B", help="integer widths (default 8,4)")
+    add("--group", type=_integer(1), default=64, metavar="N", help="inputs that share a scale (default 64)")
+    add("--embedding", action="store_true", help="also round embedding, positions and readout with the matrices")
+    add(
+        "--fine_tune", default="topics", metavar="TASK",
+        help="the second text, as config.data.task (default topics); none: no fine-tuning",
+    )  # fmt: skip
+    add("--fine_tune_steps", type=_integer(1), default=120, metavar="N", help="steps of fine-tuning (default 120)")
+    add(
+        "--fine_tune_rates", type=_numbers(0), default=(3e-4, 1e-3, 3e-3), metavar="R,R,...",
+        help="peak learning rates of AdamW (default 3e-4,1e-3,3e-3)",
+    )  # fmt: skip
+    add("--batch_size", type=_integer(1), default=8, metavar="N", help="sequences of every batch (default 8)")
+    add("--batches", type=_integer(0), default=32, metavar="N", help="batches of a held-out set (default 32; 0: all)")
+    add("--again", action="store_true", help="measure also what has been measured")
+    add("--out", type=command.writable_directory, metavar="DIR", help="where table and plots of the comparison go")
+    return parser
+
+
+def _numbers(low: float, high: float = math.inf, whole: bool = False) -> Callable[[str], tuple]:
+    kind = f"{'integers' if whole else 'numbers'} from {low:g}" + (f" to {high:g}" if high < math.inf else "")
+
+    def read(text: str) -> tuple:
+        try:
+            values = tuple(int(part) if whole else float(part) for part in text.split(","))
+        except ValueError:
+            values = (math.nan,)
+        if not all(low <= value <= high and math.isfinite(value) for value in values):
+            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be {kind}, with commas between them")
+        return tuple(dict.fromkeys(values))
+
+    return read
+
+
+def _integer(low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be an integer >= {low}")
+        return int(text)
+
+    return read
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) -> list[Place]:
+    """The runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
+    from ml_collections import ConfigDict
+
+    from steppe.lm.keep.checkpoint import Checkpoints, Unusable
+    from steppe.lm.run.train import checkpoint_directory
+    from steppe.scripts import results
+
+    listed = []
+    for workdir in workdirs:
+        for result in results.read(workdir):
+            if result.directory != Path(workdir) and result.status != "finished":
+                log(f"left out  {result.name}: {result.status} {result.why}".rstrip())
+            elif result.directory.resolve() not in [known.directory.resolve() for known in listed]:
+                listed.append(result)
+    if not listed:
+        raise command.UsageError(f"--workdir = {', '.join(workdirs)}: must hold a finished run")
+    names = [result.name for result in listed]
+    places = []
+    for result in listed:
+        at = step
+        if at is None:
+            config = ConfigDict(json.loads((result.directory / "config.json").read_text()))
+            checkpoints = checkpoint_directory(config, str(result.directory))
+            with Checkpoints(checkpoints, read_only=True, log=log) as kept:
+                at = kept.newest()
+            if at is None:
+                raise Unusable(f"{checkpoints}: holds no checkpoint")
+        name = result.name if names.count(result.name) == 1 else str(result.directory)
+        places.append(Place(name, result.directory, result.config, at))
+    return places
+
+
+def settings_of(options: argparse.Namespace) -> dict:
+    """What a run's numbers depend on beside the run, as it is written into its file."""
+    names = ("noise", "samples", "bits", "group", "embedding", "fine_tune", "fine_tune_steps", "fine_tune_rates")
+    chosen = {name: getattr(options, name) for name in (*names, "batch_size", "batches")}
+    return json.loads(json.dumps(chosen))
+
+
+def stored(place: Place, settings: dict) -> dict | None:
+    """What has been measured of this checkpoint with these settings, if it has."""
+    try:
+        record = json.loads((place.directory / NAME).read_text())
+        return record if (record["settings"], record["step"]) == (settings, place.step) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write(path: Path, record: dict) -> None:
+    """Replaces a JSON file at once; numbers that are not finite become null."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _same_text(place: Place, first: tuple | None, corpus: str, second: dict | None) -> tuple:
+    """(corpus, second corpus) by their fingerprints, which must be those of the first run if there was one."""
+    texts = (corpus, second and second["corpus"])
+    if first not in (None, texts):
+        raise command.UsageError(
+            f"--workdir = {place.directory}: must be of the same text, vocabulary and sequence length as the first "
+            f"(corpora {', '.join(map(str, texts))} here, {', '.join(map(str, first))} there)"
+        )
+    return texts
+
+
+# -------------------------------------------------------------------------------------------------------- measuring one
+def measure(place: Place, settings: dict, programs: dict, first: tuple | None, log: Callable[[str], None]) -> dict:
+    """The record of a run: its summary of loss increases, and how they came about.
+
+    programs: the compiled ones of runs before, by what they depend on; takes those of this run. first: the corpora of
+    the first run, which must be this one's.
+    """
+    from steppe.lm.keep import saved
+    from steppe.lm.measure import retention
+    from steppe.lm.run.assembly import assemble
+
+    run = saved.load(str(place.directory), place.step, log=lambda text: None)
+    devices, batch_size = list(run.parts.mesh.devices.flat), settings["batch_size"]
+    if batch_size % len(devices):
+        raise command.UsageError(f"--batch_size = {batch_size}: must be a multiple of the {len(devices)} devices here")
+    config = second_config(run.config, settings)
+    second = open_second(config, log) if settings["fine_tune"] != NO_TEXT else None
+    _same_text(place, first, run.corpus.fingerprint, second and {"corpus": second.fingerprint})
+    epoch_tokens = (second or run.corpus).epoch_tokens
+    parts = assemble(config, run.corpus.tokenizer.vocab_size, epoch_tokens, devices=devices)
+    tools = programs.get((parts.shape, parts.options)) or retention.programs(parts)
+    programs[parts.shape, parts.options] = tools
+
+    began = time.monotonic()
+    name = next(iter(run.corpus.held_out))
+    batches = retention.held_out(run.corpus, name, parts.mesh, batch_size, settings["batches"])
+    base, tokens = retention.loss(tools.evaluate, run.params, batches)
+    log(f"loss {base:.4f} over {tokens:,} held-out tokens of {name}")
+
+    def increase(params) -> float:
+        return retention.loss(tools.evaluate, params, batches)[0] - base
+
+    summary, details = {}, {}
+    for sigma in settings["noise"]:
+        # Noise and its opposite: what is of first order in it, much of the spread at small scales, cancels.
+        found = [
+            statistics.fmean(increase(tools.noise(run.params, seed, sign * sigma)) for sign in (1, -1))
+            for seed in range(settings["samples"])
+        ]
+        error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+        summary[f"noise_{sigma:g}"] = statistics.fmean(found)
+        details[f"noise_{sigma:g}"] = {"samples": found, "standard_error": error}
+    log("noise         " + _line(summary, "noise_"))
+    for bits in settings["bits"]:
+        for tables in (False, True)[: 1 + settings["embedding"]]:
+            for group, kind in ((0, "channel"), (settings["group"], f"group{settings['group']}")):
+                key = f"int{bits}_{kind}" + "_embedding" * tables
+                summary[key] = increase(tools.quantise(run.params, bits, group, tables))
+    log("quantisation  " + _line(summary, "int"))
+    record = {
+        "step": place.step,
+        "loss": base,
+        "held_out": {"name": name, "corpus": run.corpus.fingerprint, "tokens": tokens},
+        "fine_tune": None,
+        "settings": settings,
+        "summary": summary,
+        "details": details,
+    }
+    if second is not None:
+        record["fine_tune"], details["fine_tune"] = forgetting(
+            run.params, increase, tools, parts, config, second, settings, log
+        )
+        for path in details["fine_tune"]["paths"]:
+            summary[f"fine_tune_lr={path['rate']:g}: lost"] = path["points"][-1]["lost"]
+    details["seconds"] = round(time.monotonic() - began, 1)
+    # the report takes every entry as a number
+    record["summary"] = {key: value for key, value in summary.items() if math.isfinite(value)}
+    return record
+
+
+def _line(summary: dict, prefix: str) -> str:
+    chosen = {key: value for key, value in summary.items() if key.startswith(prefix)}
+    return "  ".join(f"{key.removeprefix('noise_')} {value:+.4f}" for key, value in chosen.items())
+
+
+def second_config(config, settings: dict):
+    """The run's config for fine-tuning: the same model, plain AdamW of configs/base.py at peak 1, plain cross-entropy.
+
+    Whatever the run was trained with, this is the same for all; the learning rate comes with each step.
+    """
+    from ml_collections import ConfigDict
+
+    from steppe.configs import base
+
+    plain = config.to_dict()
+    fixed = base.get_config().to_dict()
+    plain["seed"], plain["optim"], plain["train"] = 0, fixed["optim"], fixed["train"]
+    plain["optim"] |= {"peak_learning_rate": 1.0, "schedule": "constant", "warmup": "10%"}
+    plain["train"] |= {"duration": f"{settings['fine_tune_steps']} steps", "batch_size": settings["batch_size"]}
+    plain["model"] |= {"z_loss": 0.0, "label_smoothing": 0.0}
+    if settings["fine_tune"] != NO_TEXT:
+        plain["data"] |= {"task": settings["fine_tune"], "held_out": (), "held_out_fraction": HELD_OUT, "directory": ""}
+    return ConfigDict(plain)
+
+
+def open_second(config, log: Callable[[str], None]):
+    """The second corpus, prepared on first use."""
+    from steppe.data import cache, loader
+
+    data = config.data
+    return loader.open_corpus(cache.ensure(data, log), data.vocabulary, data.sequence_length, data.packing, data.verify)
+
+
+def forgetting(params, increase, tools, parts, config, second, settings: dict, log) -> tuple[dict, dict]:
+    """(what it was measured on, {"loss" there before, "paths": one for each rate of {step, gained, lost}})."""
+    from steppe.lm.measure import retention
+    from steppe.lm.run.train import batch_reader
+
+    name = next(iter(second.held_out))
+    batches = retention.held_out(second, name, parts.mesh, config.train.batch_size, settings["batches"])
+    before, tokens = retention.loss(tools.evaluate, params, batches)
+    read = batch_reader(config, second, parts, lambda step: step)
+    points = sorted({max(1, round(share * settings["fine_tune_steps"])) for share in POINTS})
+
+    def both(params) -> dict:
+        return {
+            "gained": before - retention.loss(tools.evaluate, params, batches)[0],
+            "lost": increase(params),
+        }
+
+    paths = []
+    for rate in settings["fine_tune_rates"]:
+        path = retention.fine_tune(tools, params, read, rate, points, both)
+        paths.append({"rate": rate, "points": path})
+        log(f"fine-tuning   rate {rate:g}: gained {path[-1]['gained']:+.4f}, lost {path[-1]['lost']:+.4f}")
+    on = {"task": settings["fine_tune"], "name": name, "corpus": second.fingerprint, "tokens": tokens}
+    return on, {"loss": before, "paths": paths}
+
+
+# ------------------------------------------------------------------------------------------------------- comparing runs
+def compare(found: dict[str, dict]) -> None:
+    """Adds to each summary what is lost at a gain, and at a loss, on the second text that every run reaches.
+
+    These are SHARE of the smallest best gain, and the highest loss that a run has after SHARE of its best gain. A run
+    that gains nothing, or whose losses are not finite, sets no mark and gets no number.
+    """
+    from steppe.lm.measure.retention import lost_at
+
+    best = {}
+    for name, record in found.items():
+        for key in ("forgetting_at_equal_gain", "forgetting_at_equal_loss"):
+            record["summary"].pop(key, None)
+        if record["fine_tune"]:
+            gains = [gain for path in _paths(record) for gain, lost in path if math.isfinite(gain + lost)]
+            best[name] = max(gains, default=0.0)
+    best = {name: gain for name, gain in best.items() if gain > 0}
+    if not best:
+        return
+    gain = SHARE * min(best.values())
+    loss = max(found[name]["details"]["fine_tune"]["loss"] - SHARE * best[name] for name in best)
+    for name in best:
+        there = found[name]["details"]["fine_tune"]
+        found[name]["details"]["equal"] = {"gain": gain, "loss": loss, "runs": len(best)}
+        marks = {"forgetting_at_equal_gain": gain, "forgetting_at_equal_loss": there["loss"] - loss}
+        at = {key: lost_at(_paths(found[name]), mark) for key, mark in marks.items()}
+        found[name]["summary"] |= {key: value for key, value in at.items() if math.isfinite(value)}
+
+
+def _paths(record: dict) -> list[list[tuple[float, float]]]:
+    number = lambda value: math.nan if value is None else value  # noqa: E731
+    return [
+        [(number(point["gained"]), number(point["lost"])) for point in path["points"]]
+        for path in record["details"]["fine_tune"]["paths"]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

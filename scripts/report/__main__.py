@@ -1,0 +1,180 @@
+"""A sweep as one page: best rho, loss beside AdamW's, cost, fits, and what else was measured; or two runs compared.
+
+    steppe report DIR [RUN ...] [--out=DIR/report]
+    steppe report compare RUN_A RUN_B [--out=FILE.html]
+
+DIR is the directory of a sweep, finished or not; several workdirs of runs may stand there instead. OUT takes
+index.html, which needs nothing beside it, and each figure as PNG with the numbers behind figures and tables as CSV.
+"""
+
+import collections
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from steppe.scripts import command
+
+PAGE = "index.html"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes a report, or compares two runs; returns the exit status, 2 for bad input."""
+    if argv and argv[0] == "compare":
+        from steppe.scripts.report import compare as report_compare
+
+        return report_compare.compare(argv[1:])
+    parser = command.parser("report", __doc__)
+    parser.add_argument("place", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
+    parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")
+    _, options = command.parse(argv, parser, needs_config=False)
+
+    from steppe.scripts import results
+
+    places = options.place
+    if options.out is None and len(places) > 1:
+        return command.fail("--out is missing: of several runs, it must say where the report goes")
+    try:
+        found = results.read(places[0] if len(places) == 1 else places)
+        out = options.out or Path(places[0]) / "report"
+        name = Path(places[0]).resolve().name if len(places) == 1 else f"{len(places)} runs"
+        path = write(found, out, name)
+    except results.ResultsError as error:
+        return command.fail(error)
+    print(f"wrote {path}")
+    return 0
+
+
+def write(found: list, out: Path, name: str) -> Path:
+    """Writes the report of results.read(...) into a directory; returns the path of its page."""
+    from steppe.scripts.report import analysis as an
+    from steppe.scripts.report import drawing as report_drawing
+    from steppe.scripts.report import figures as report_figures
+    from steppe.scripts.report import groups as report_groups
+    from steppe.scripts.report import page as report_page
+    from steppe.scripts.report import tables as report_tables
+
+    study = report_groups.analyse(found)
+    laws = an.power_laws(study)
+    scaling, refused = an.scaling_laws(study)
+    measured = {source: by_measure for source, by_measure in an.measures(study).items() if by_measure}
+
+    out.mkdir(parents=True, exist_ok=True)
+    Section, tables, figures = report_page.Section, report_tables, report_figures
+
+    def add(section, *parts):
+        """Tables and figures of a section, each also written beside the page."""
+        for part in parts:
+            if part is None or not part.rows:
+                continue
+            stem = f"{part.name}_table" if isinstance(part, tables.Table) else part.name
+            _put(out / f"{stem}.csv", tables.to_csv(part.rows))
+            if isinstance(part, tables.Table):
+                section.table(part)
+            else:
+                section.figure(part, report_drawing.save(part, out))
+        return section
+
+    with report_drawing.styled():
+        compared = tables.comparison(study)
+        sections = [
+            Section("Summary").points(summary(study, compared)),
+            add(Section("Methods"), compared, tables.equal_compute(study), tables.costs(study)),
+            add(Section("Loss against rho"), figures.loss_against_rho(study)),
+            add(
+                Section("Best rho against size"), figures.best_rho(study, laws), tables.power_laws(study, laws),
+                tables.optima(study),
+            ),
+            add(Section("Tokens, compute, time"), figures.frontier(study), figures.curves(study)),
+            add(Section("Scaling law"), figures.scaling(study, scaling), tables.scaling_laws(scaling)).points(
+                [f"{name}: no scaling law; {reason}." for name, reason in refused.items()]
+            ),
+        ]  # fmt: skip
+        for source, by_measure in measured.items():
+            drawn = an.shown(by_measure)
+            parts = [
+                figures.sharpness(study, source, drawn, part) for part in range(math.ceil(len(drawn) / figures.PART))
+            ]
+            if source == "curvature":
+                parts.append(figures.curvature_over_training(study))
+            sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
+        sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
+        sections.append(add(Section("Runs"), tables.runs(study)))
+    return _put(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))
+
+
+def _introduction(study) -> str:
+    cells = len(study.cells)
+    return (
+        f"{len(study.runs)} runs in {cells} {'cell' if cells == 1 else 'cells'} of scale and budget. Losses are "
+        "held-out, in nats per token, after the last step. Runs of one seed share initialisation and data order, so "
+        "differences are taken seed by seed. An interval is a 95 % confidence interval unless it says otherwise: it "
+        "concerns the mean over seeds of this very setting (text, model, schedule), not other settings."
+    )
+
+
+def summary(study, compared) -> list[str]:
+    """What the numbers allow to say, as sentences."""
+    from steppe.scripts.report import analysis as report_analysis
+
+    counts = collections.Counter(run.result.status for run in study.runs)
+    names = {"unfinished": "missing or unfinished"}
+    said = [
+        f"{len(study.runs)} runs: "
+        + ", ".join(
+            f"{counts[status]} {names.get(status, status)}"
+            for status in ("finished", "diverged", "failed", "pruned", "unfinished")
+            if counts[status]
+        )
+        + "."
+    ]
+    if counts["unfinished"]:
+        said.append("The sweep is not complete: everything below is of the runs that have ended.")
+    rows = [row for row in compared.rows if row["difference_all"].n]
+    if not any(run.variant.split(",")[0] == "adamw" for run in study.runs):
+        said.append("There is no AdamW run: losses are shown, no differences to it.")
+    elif not rows:
+        said.append("No method shares a seed with a finished AdamW run yet: there are no differences.")
+    if rows and max(row["difference_all"].n for row in rows) < 2:
+        said.append("One seed a method: no difference has an interval, and none can be told from seed noise.")
+    for key, which in (("fresh", "over fresh seeds"), ("all", "over all seeds"), ("pooled", "with pooled noise")):
+        found = [row[f"difference_{key}"] for row in rows]
+        found = [interval for interval in found if math.isfinite(interval.high)]
+        if found:
+            below, above = sum(i.high < 0 for i in found), sum(i.low > 0 for i in found)
+            said.append(
+                f"Differences to AdamW at equal tokens {which}: of {len(found)} intervals {below} lie wholly below "
+                f"zero (better than AdamW) and {above} wholly above; about {0.05 * len(found):.1f} would exclude zero "
+                "by chance alone if no method differed."
+            )
+    chosen = [row for row in compared.rows if row["selection"] or math.isnan(row["selection"])]
+    if chosen:
+        known = [row["selection"] for row in chosen if math.isfinite(row["selection"])]
+        said.append(
+            "Best rho is the best of a grid on the mean over the seeds that every rho has, judged by the same held-out "
+            "text as the final loss, which flatters the methods over AdamW on those seeds, "
+            + (
+                f"by up to {min(known):.4f} to {max(known):.4f} nats if all rho were equally good."
+                if known
+                else "by an amount unknown with one seed."
+            )
+        )
+    unsteady = report_analysis.unsteadiness(study)
+    if unsteady > 1.5:
+        said.append(
+            f"Seconds a token of runs that do the same work differ by up to a factor of {unsteady:.2g}: the machine "
+            "did other things meanwhile, so measured times and their ratios say little; FLOPs are exact."
+        )
+    return said + study.notes
+
+
+def _put(path: Path, text: str) -> Path:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,227 @@
+"""What a report says of grouped runs: differences to AdamW, costs, fits, and measures of other commands."""
+
+import math
+import statistics
+
+from steppe.scripts.report import statistics as st
+from steppe.scripts.report.groups import Cell, Run, Study, Variant
+from steppe.scripts.results import read_json
+
+EQUAL_FLOPS = 0.1  # runs within this share of each other's FLOPs count as equal compute
+# measures that are drawn and shown at once where there are many; tables of data and correlations have all
+_FIRST = (
+    *("lambda_max", "trace", "ggn_lambda_max", "nme_lambda_max"),
+    *("sam_sharpness", "functional_sharpness", "average_sharpness", "delta_func_share"),
+)
+_FOLLOWED = ("delta_func_share", "lambda_max", "nme_lambda_max", "trace", "functional_sharpness")
+Interval = st.Interval
+NOTHING = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def differences(cell: Cell, variant: Variant) -> dict[str, Interval]:
+    """Loss at the best rho minus AdamW's of the same seed: over all seeds, over fresh ones, and with pooled noise.
+
+    pooled: noise taken from all variants of the cell together, over fresh seeds where there are two, else over all.
+    """
+    reference = cell.variants.get(variant.reference)
+    if variant.choice is None or reference is None or reference.choice is None:
+        return {"all": NOTHING, "fresh": NOTHING, "pooled": NOTHING}
+    own, base = variant.best_losses(), reference.best_losses()
+    shared = [seed for seed in sorted(own) if seed in base]
+    fresh = [seed for seed in shared if seed in variant.fresh()]
+    only = fresh if len(fresh) >= 2 else shared
+    table = {
+        (v.name, seed): loss for v in cell.variants.values() for seed, loss in v.best_losses().items() if seed in only
+    }
+    pooled = st.contrast(st.additive(table), variant.name, reference.name) if only else NOTHING
+    return {
+        "all": st.t_interval([own[seed] - base[seed] for seed in shared]),
+        "fresh": st.t_interval([own[seed] - base[seed] for seed in fresh]),
+        "pooled": pooled if len(only) >= 2 else NOTHING,
+    }
+
+
+def equal_compute(study: Study, cell: Cell, variant: Variant) -> tuple[Cell, dict[str, Interval]] | None:
+    """AdamW's cell of the same scale with the FLOPs of this variant's runs, and the differences to it; None without."""
+    own = variant.best_losses()
+    known = [run.result.flops for run in variant.best().values() if run.result.flops]  # a run not yet begun has none
+    flops = statistics.median(known) if own and known else math.nan
+    for other in study.cells:
+        reference = other.variants.get(variant.reference)
+        if other is cell or other.scale != cell.scale or reference is None or reference.choice is None:
+            continue
+        base = reference.best_losses()
+        its = statistics.median([run.result.flops for run in reference.best().values() if run.result.flops] or [0.0])
+        if abs(its / flops - 1) <= EQUAL_FLOPS:
+            shared = [seed for seed in sorted(own) if seed in base]
+            fresh = [seed for seed in shared if seed in variant.fresh()]
+            pairs = {"all": shared, "fresh": fresh}
+            return other, {
+                name: st.t_interval([own[seed] - base[seed] for seed in seeds]) for name, seeds in pairs.items()
+            }
+    return None
+
+
+def costs(cell: Cell, variant: Variant) -> tuple[float, float]:
+    """(FLOPs, seconds of training) per token of a variant over those of AdamW in the cell; NaN where not measured."""
+    ran = [run.result for run in variant.runs if run.result.adamw_flops]
+    flops = statistics.median(result.flops / result.adamw_flops for result in ran) if ran else math.nan
+    reference = cell.variants.get(variant.reference)
+
+    def pace(runs: list[Run]) -> float:
+        found = [run.result.seconds / run.result.tokens for run in runs if run.result.status == "finished"]
+        return statistics.median(found) if found else math.nan
+
+    return flops, pace(variant.runs) / (pace(reference.runs) or math.nan) if reference else math.nan
+
+
+def optima(study: Study) -> dict[tuple[str, str], list[tuple[Cell, st.Optimum]]]:
+    """{(budget, variant): [(cell, optimum), ...]}, an entry a scale.
+
+    A budget of one ratio of tokens to parameters also takes in a cell of that ratio that bears another name.
+    """
+    found = {}
+    for budget in study.budgets:
+        cells = [cell for cell in study.cells if cell.budget == budget and cell.parameters]
+        ratios = [cell.tokens / cell.parameters for cell in cells]
+        if len(cells) > 1 and max(ratios) <= 1.03 * min(ratios):
+            cells += [
+                cell for cell in study.cells
+                if cell.scale not in {own.scale for own in cells} and cell.parameters
+                and min(ratios) / 1.03 <= cell.tokens / cell.parameters <= 1.03 * max(ratios)
+            ]  # fmt: skip
+        for cell in sorted(cells, key=lambda cell: cell.parameters):
+            for name, variant in cell.variants.items():
+                if variant.optimum is not None and variant.optimum.rho > 0:
+                    found.setdefault((budget, name), []).append((cell, variant.optimum))
+    return found
+
+
+def seconds(variant: Variant) -> float:
+    """Seconds of training of a run of a variant: the median, since at times something else keeps the machine busy."""
+    found = [run.result.seconds for run in variant.runs if run.result.status == "finished"]
+    return statistics.median(found) if found else math.nan
+
+
+def unsteadiness(study: Study) -> float:
+    """Largest ratio of seconds a token between finished runs of one model and variant, which all do the same work."""
+    paces = {}
+    for run in study.runs:
+        if run.result.status == "finished" and run.result.seconds:
+            paces.setdefault((run.scale, run.variant), []).append(run.result.seconds / run.result.tokens)
+    return max((max(found) / min(found) for found in paces.values()), default=1.0)
+
+
+def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
+    """{(budget, variant): best rho against parameters}, through the optima that lie inside their grids."""
+    every, found = optima(study), {}
+    for budget in study.budgets:
+        for name in study.variants:
+            inside = [(cell, o) for cell, o in every.get((budget, name), ()) if o.status == "inside"]
+            law = st.power_law(
+                [cell.parameters for cell, _ in inside], [optimum.rho for _, optimum in inside],
+                [optimum.error for _, optimum in inside], min((cell.df for cell, _ in inside), default=0),
+            ) if inside else None  # fmt: skip
+            if law:
+                found[budget, name] = law
+    return found
+
+
+def scaling_laws(study: Study) -> tuple[dict[str, st.ScalingLaw], dict[str, str]]:
+    """({variant: L(N, D) through its runs at the best rho}, {variant: why there is none})."""
+    found, refused = {}, {}
+    for name in study.variants:
+        points = scaling_points(study, name)
+        reason = st.scaling_law_refusal([point[0] for point in points], [point[1] for point in points])
+        if reason:
+            refused[name] = reason
+        else:
+            found[name] = st.scaling_law(*zip(*points, strict=True))
+    return found, refused
+
+
+def scaling_points(study: Study, name: str) -> list[tuple[int, int, float]]:
+    """(parameters, tokens, loss) of the finished runs of a variant at its best rho."""
+    return [
+        (run.result.parameters, run.result.tokens, run.loss)
+        for cell in study.cells
+        if name in cell.variants
+        for run in cell.variants[name].best().values()
+        if math.isfinite(run.loss)
+    ]
+
+
+def measures(study: Study) -> dict[str, dict[str, dict[str, float]]]:
+    """{"curvature" | "retention": {measure: {run name: value}}} of what other commands measured of finished runs.
+
+    The loss they measure beside it, standard errors and residuals are left out: they measure nothing of a minimum.
+    """
+    found = {"curvature": {}, "retention": {}}
+    for run in study.runs:
+        steps = [path for path in (run.result.directory / "curvature").glob("*.json") if path.stem.isdigit()]
+        newest = max(steps, key=lambda path: int(path.stem), default=None)
+        files = {"curvature": newest, "retention": run.result.directory / "retention.json"}
+        for source, path in files.items():
+            for measure, value in (read_json(path).get("summary", {}) if path else {}).items():
+                if measure == "loss" or measure.endswith(("_error", "_residual")):
+                    continue
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                    found[source].setdefault(measure, {})[run.result.name] = float(value)
+    return found
+
+
+def over_training(study: Study) -> list[dict]:
+    """One row for each measure and checkpoint of the runs of which curvature was measured more than once."""
+    rows = []
+    for cell in study.cells:
+        for run in cell.runs:
+            found = [read_json(path) for path in (run.result.directory / "curvature").glob("*.json")]
+            found = sorted((f for f in found if "step" in f and "summary" in f), key=lambda f: f["step"])
+            if len(found) < 2 or not run.result.steps:
+                continue
+            rows += [
+                {"cell": cell.label, "variant": run.variant, "run": run.result.name, "measure": measure,
+                 "tokens": f["step"] / run.result.steps * run.result.tokens, "value": f["summary"][measure]}
+                for f in found for measure in _FOLLOWED if isinstance(f["summary"].get(measure), (int, float))
+            ]  # fmt: skip
+    return rows
+
+
+def shown(by_measure: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The measures to draw: all where they are few, else the best known of them, eight at most."""
+    if len(by_measure) <= len(_FIRST):
+        return by_measure
+    known = [measure for measure in _FIRST if measure in by_measure]
+    return {measure: by_measure[measure] for measure in known or list(by_measure)[: len(_FIRST)]}
+
+
+def correlation(cell: Cell, values: dict[str, float]) -> Interval:
+    """Spearman's correlation of a measure with held-out loss over the finished runs of a cell that have it."""
+    runs = [run for run in cell.runs if math.isfinite(run.loss) and run.result.name in values]
+    return st.rank_correlation([values[run.result.name] for run in runs], [run.loss for run in runs])
+
+
+def gain_of_selection(cell: Cell, variant: Variant) -> float:
+    """Upper bound of what choosing the best rho on its seeds flatters it by, nats a token; NaN with unknown noise."""
+    if variant.choice is None or len(variant.losses) < 2:
+        return 0.0
+    return st.selection_gain(len(variant.losses), cell.sigma, max(1, len(variant.choice.seeds)))
+
+
+def level(cell: Cell, variant: Variant, run: Run) -> float:
+    """A run's loss freed of its seed's own level: AdamW's mean over seeds plus the difference to AdamW of that seed.
+
+    The loss itself where the cell has no AdamW run of that seed.
+    """
+    reference = cell.variants.get(variant.reference)
+    base = reference.best_losses() if reference else {}
+    return run.loss - base[run.seed] + statistics.mean(base.values()) if run.seed in base else run.loss
+
+
+def si(number: float) -> str:
+    """Three digits and a metric letter: 442k, 1.77M."""
+    for letter in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5 or letter == "P":
+            break
+        number /= 1000
+    return f"{number:.3g}{letter}"

@@ -1,0 +1,162 @@
+"""Two runs side by side: the config keys that differ, the first step where their losses do, and both curves."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from steppe.scripts import command
+
+
+def compare(argv: Sequence[str]) -> int:
+    """`report compare RUN_A RUN_B [--out=FILE.html]`; returns the exit status, 2 for bad input."""
+    parser = command.parser("report compare", __doc__)
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="a workdir")
+    parser.add_argument(
+        "--out", type=_page_path, metavar="FILE.html", help="also draw both curves there; a PNG beside it"
+    )
+    _, options = command.parse(argv, parser, needs_config=False)
+
+    from steppe.scripts import results
+
+    try:
+        pair = [_one(results, place) for place in options.runs]
+    except results.ResultsError as error:
+        return command.fail(error)
+    keys, facts = differing(*pair), numbers(*pair)
+    print(text(pair, keys, facts))
+    if options.out is not None:
+        print(f"wrote {_page(options.out, pair, keys, facts)}")
+    return 0
+
+
+def differing(a, b) -> list[tuple[str, str, str]]:
+    """(key, value in a, value in b) of every config key in which two Results differ."""
+    own, other = ({**dict.fromkeys((*a.config, *b.config), "absent"), **run.config} for run in (a, b))
+    return [(key, str(own[key]), str(other[key])) for key in own if own[key] != other[key]]
+
+
+def first_difference(a, b) -> tuple[int | None, int]:
+    """(first step whose training losses differ in any bit, steps that both have); None if no common step does."""
+    own, other = ({point.step: point.loss for point in run.train_curve} for run in (a, b))
+    common = sorted(set(own) & set(other))
+    for step in common:
+        x, y = own[step], other[step]
+        if x != y and not (math.isnan(x) and math.isnan(y)):
+            return step, len(common)
+    return None, len(common)
+
+
+def numbers(a, b) -> list[tuple[str, str, str, str]]:
+    """(what, in a, in b, b beside a) for the table."""
+    step, common = first_difference(a, b)
+    differ = f"step {step}" if step is not None else f"nowhere in {common} common steps" if common else "no common step"
+    last = [run.curve[-1] if run.curve else None for run in (a, b)]
+    shared = sorted({point.step for point in a.curve} & {point.step for point in b.curve})
+    losses = [{point.step: point.loss for point in run.curve} for run in (a, b)]
+    rows = [
+        ("status", a.status, b.status, ""),
+        ("training losses differ from", "", "", differ),
+    ]
+    if all(last):
+        rows.append(
+            ("last held-out loss, nats per token", *(f"{point.loss:.4f} (step {point.step})" for point in last),
+             _signed(last[1].loss - last[0].loss))
+        )  # fmt: skip
+    if shared and all(last) and last[0].step != last[1].step:
+        pair = [loss[shared[-1]] for loss in losses]
+        rows.append(
+            (f"held-out loss at step {shared[-1]}", *(f"{loss:.4f}" for loss in pair), _signed(pair[1] - pair[0]))
+        )
+    paces = [run.train_curve[-1].seconds / len(run.train_curve) if run.train_curve else 0.0 for run in (a, b)]
+    rows.append(("seconds a step", *(f"{pace:.3g}" for pace in paces), _ratio(paces[1], paces[0])))
+    rows.append(("seconds of training", *(f"{run.seconds:.1f}" for run in (a, b)), _ratio(b.seconds, a.seconds)))
+    rows.append(("FLOPs", *(f"{run.flops:.3g}" for run in (a, b)), _ratio(b.flops, a.flops)))
+    rows.append(("tokens", *(f"{run.tokens:,}" for run in (a, b)), _ratio(b.tokens, a.tokens)))
+    return rows
+
+
+def text(pair, keys, facts) -> str:
+    """The comparison as aligned columns."""
+    rows = [("", pair[0].name, pair[1].name, "B beside A"), *facts, ("", "", "", "")]
+    rows += [(key, a, b, "") for key, a, b in keys] or [("configs", "the same", "the same", "")]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _page_path(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".html" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a file that ends in .html")
+    command.writable_directory(str(path.parent))
+    return path
+
+
+def _one(results, place: str):
+    found = results.read([place])
+    return found[0]._replace(name=Path(place).resolve().name)
+
+
+def _page(path: Path, pair, keys, facts) -> Path:
+    from steppe.scripts.report import drawing as report_drawing
+    from steppe.scripts.report import page as report_page
+    from steppe.scripts.report.tables import Column, Table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    heads = [
+        Column(key, header, number=False) for key, header in zip("wabd", ("", "A", "B", "B beside A"), strict=True)
+    ]
+    section = report_page.Section("Numbers").table(
+        Table("numbers", "Numbers", "", heads, [dict(zip("wabd", row, strict=True)) for row in facts])
+    )
+    config = report_page.Section("Config keys that differ").table(
+        Table("config", "Config", "", heads[:3], [dict(zip("wab", row, strict=True)) for row in keys])
+    )
+    if not keys:
+        config.text("None.")
+    with report_drawing.styled():
+        drawing = _drawing(path.stem, pair)
+        curves = report_page.Section("Curves").figure(drawing, report_drawing.save(drawing, path.parent))
+    title = f"{pair[0].name} (A) and {pair[1].name} (B)"
+    path.write_text(report_page.page(title, "", [section, curves, config]), encoding="utf-8")
+    return path
+
+
+def _drawing(name: str, pair):
+    from steppe.scripts.report import drawing as dr
+
+    looks = dr.series(2)
+    figure, panels = dr.grid([(0, axis) for axis in ("step", "seconds")], 4.2, 3.4, sharey="row")
+    rows = []
+    for label, run, (colour, marker, dash) in zip("AB", pair, looks, strict=True):
+        every = max(1, len(run.train_curve) // 400)
+        for kind, points in (("training", run.train_curve[::every]), ("held-out", run.curve)):
+            rows += [{"run": label, "kind": kind, "step": p.step, "seconds": p.seconds, "loss": p.loss} for p in points]
+            for axis in ("step", "seconds"):
+                line = [(getattr(p, axis), p.loss) for p in points if p.step]
+                look = dict(alpha=0.35, linewidth=0.8) if kind == "training" else dict(marker=marker, linestyle=dash)
+                if line:
+                    panels[0, axis].plot(*zip(*line, strict=True), color=colour, label=f"{label} {kind}", **look)
+    late = [
+        row["loss"] for row in rows if row["step"] > max(r["step"] for r in rows) / 20 and math.isfinite(row["loss"])
+    ]
+    for axis, axes in ((axis, panels[0, axis]) for axis in ("step", "seconds")):
+        axes.set(xlabel=axis if axis == "step" else "seconds of training")
+        axes.set_xlim(left=0)
+        if late:
+            pad = 0.05 * (max(late) - min(late)) + 1e-3
+            axes.set_ylim(min(late) - pad, max(late) + pad)
+    dr.finish(figure, panels, "loss, nats per token")
+    caption = "Training loss faint, held-out loss with marks. The frame shows what lies after a twentieth of training."
+    alt = f"Training and held-out loss of {pair[0].name} and {pair[1].name} against step and seconds."
+    return dr.Drawing(name, "Loss of both runs", caption, alt, figure, rows)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.3g} x" if base else ""

@@ -1,0 +1,243 @@
+"""Runs in groups: cells of one scale and budget, the variants in them, the best rho of each.
+
+A cell holds the runs of one model and one budget (`train.duration`). In it a variant is a method, with the values of
+other keys beside it where runs of that method differ in them. Diverged runs count as a loss of infinity.
+"""
+
+import math
+from typing import NamedTuple
+
+from steppe.scripts.report import statistics as st
+from steppe.scripts.results import OF_SIZE, Result
+
+BASE = "adamw"  # the method that perturbs nothing
+_SCALE = ("model.", "data.sequence_length", "data.vocabulary")
+_BUDGET = ("train.duration", "train.tokens_per_parameter", "train.parameter_count")
+# neither changes what a run computes, beyond the order of sums; or it is the axis of a sweep
+_ASIDE = (
+    *("log.", "mesh.", "checkpoint.", "curvature.", "sample.", "evaluate.", "data.directory", "data.cache"),
+    *("data.verify", "data.prefetch", "data.workers", "optim.method", "optim.rho", "seed", *_SCALE, *_BUDGET),
+)
+_OWN = ("alpha", "beta", "gamma", "lam", "sigma", "decay", "k", "precond_")  # keys of optim that only some methods have
+
+
+class Run(NamedTuple):
+    """A Result with its place in the study. loss: infinite if diverged, NaN if there is none (yet)."""
+
+    result: Result
+    scale: str
+    budget: str
+    method: str
+    variant: str
+    rho: float
+    seed: int
+    loss: float
+
+
+class Variant(NamedTuple):
+    """The runs of one variant in a cell; choice and optimum are None where nothing finished, or nothing has a rho."""
+
+    name: str
+    method: str
+    reference: str  # the variant of plain AdamW it is compared with; "" if there is none
+    runs: list[Run]
+    losses: dict[float, dict[int, float]]
+    choice: st.Choice | None
+    optimum: st.Optimum | None
+
+    def best(self) -> dict[int, Run]:
+        """{seed: run} at the best rho."""
+        return {run.seed: run for run in self.runs if self.choice and same(run.rho, self.choice.rho)}
+
+    def best_losses(self) -> dict[int, float]:
+        """{seed: loss} at the best rho, finished runs alone."""
+        return {seed: run.loss for seed, run in self.best().items() if math.isfinite(run.loss)}
+
+    def fresh(self) -> set[int]:
+        """Seeds at the best rho that took no part in choosing it."""
+        return set(self.best()) - self.choice.seeds if self.choice and len(self.losses) > 1 else set(self.best())
+
+
+class Cell(NamedTuple):
+    """One scale and budget. sigma, df: noise of one loss beside its seed's level, in this cell or over all of them."""
+
+    scale: str
+    budget: str
+    parameters: int
+    tokens: int
+    runs: list[Run]
+    variants: dict[str, Variant]
+    sigma: float
+    df: float
+    pooled: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.scale}, {self.budget}"
+
+
+class Study(NamedTuple):
+    """Everything read, cells in the order of scale and tokens; notes: what a reader must know of how runs differ."""
+
+    runs: list[Run]
+    cells: list[Cell]
+    variants: list[str]
+    budgets: list[str]
+    notes: list[str]
+
+    def missing(self) -> list[Run]:
+        return [run for run in self.runs if run.result.status == "unfinished"]
+
+
+def same(a: float, b: float) -> bool:
+    """Whether two rho are the same; NaN (the method's default) is only itself."""
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def analyse(results: list[Result]) -> Study:
+    """Groups results and chooses the best rho of each variant in each cell."""
+    runs = [_run(result) for result in results]
+    keys = [key for key in runs[0].result.varied if not key.startswith(_ASIDE)]
+    extras, notes = _extras(runs, keys)
+    runs = _families([run._replace(variant=_variant(run, extras)) for run in runs])
+    cells = [_cell([run for run in runs if (run.scale, run.budget) == place], place) for place in _places(runs)]
+    cells.sort(key=lambda cell: (cell.parameters or math.inf, cell.scale, cell.tokens or math.inf, cell.budget))
+    total = sum(cell.df for cell in cells)
+    sigma = math.sqrt(sum(cell.df * cell.sigma**2 for cell in cells if cell.df) / total) if total else math.nan
+    finished = [_with_optima(cell, sigma, total) for cell in cells]
+    order = sorted({run.variant for run in runs}, key=lambda name: (not name.startswith(BASE), _first(runs, name)))
+    return Study(runs, finished, order, list(dict.fromkeys(cell.budget for cell in finished)), notes)
+
+
+def _run(result: Result) -> Run:
+    config = result.config
+    method = {"base": BASE}.get(config["optim.method"], config["optim.method"])
+    rho = 0.0 if method == BASE else math.nan if config["optim.rho"] is None else float(config["optim.rho"])
+    duration = str(config["train.duration"])
+    if duration == "chinchilla":
+        duration = f"{config['train.tokens_per_parameter']:g} tokens a parameter"
+    loss = {"finished": result.loss, "diverged": math.inf}.get(result.status, math.nan)
+    return Run(result, _scale(result), duration, method, method, rho, config["seed"], loss)
+
+
+def _scale(result: Result) -> str:
+    """The name of a model: its size, and whatever else of the model differs between the runs."""
+    config = result.config
+    named = config["model.size"] or ("x".join(str(config[key]) for key in OF_SIZE[:2]) + " (layers x width)")
+    others = [
+        f"{key.split('.')[1]} {value}"
+        for key, value in result.varied.items()
+        if key.startswith(_SCALE) and key != "model.size" and key not in OF_SIZE
+    ]
+    return ", ".join([named, *others])
+
+
+def _families(runs: list[Run]) -> list[Run]:
+    """Budgets that only one scale has each, but of one ratio of tokens to parameters (within 3 %), as one budget."""
+    scales, ratios = {}, {}
+    for run in runs:
+        scales.setdefault(run.budget, set()).add(run.scale)
+        if run.result.parameters:
+            ratios[run.budget] = run.result.tokens / run.result.parameters
+    single = sorted((ratio, budget) for budget, ratio in ratios.items() if len(scales[budget]) == 1)
+    groups = []
+    for ratio, budget in single:
+        if groups and ratio <= 1.03 * groups[-1][0][0]:
+            groups[-1].append((ratio, budget))
+        else:
+            groups.append([(ratio, budget)])
+    names = {}
+    for group in groups:
+        covered = [scale for _, budget in group for scale in scales[budget]]
+        if len(group) > 1 and len(set(covered)) == len(covered):
+            names.update({budget: f"{group[0][0]:.3g} tokens a parameter" for _, budget in group})
+    return [run._replace(budget=names.get(run.budget, run.budget)) for run in runs]
+
+
+def _places(runs: list[Run]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((run.scale, run.budget) for run in runs))
+
+
+def _extras(runs: list[Run], keys: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """({method: keys in which its own runs differ within a cell}, notes on keys in which methods differ)."""
+    extras, notes = {}, []
+    for key in keys:
+        between = set()
+        for place in _places(runs):
+            values = {}
+            for run in runs:
+                if (run.scale, run.budget) == place:
+                    values.setdefault(run.method, set()).add(str(run.result.config[key]))
+            for method, found in values.items():
+                if len(found) > 1 and key not in extras.setdefault(method, []):
+                    extras[method].append(key)
+            alike = {tuple(sorted(found)) for found in values.values()}
+            if len(alike) > 1 and not key.removeprefix("optim.").startswith(_OWN):
+                between |= {f"{method}: {', '.join(sorted(found))}" for method, found in values.items()}
+        if between:
+            notes.append(f"Methods differ in {key} within a scale and budget ({'; '.join(sorted(between))}).")
+    return extras, notes
+
+
+def _variant(run: Run, extras: dict[str, list[str]]) -> str:
+    shown = [f"{key.split('.')[-1]}={run.result.config[key]}" for key in extras.get(run.method, ())]
+    return ", ".join([run.method, *shown])
+
+
+def _first(runs: list[Run], name: str) -> int:
+    return next(i for i, run in enumerate(runs) if run.variant == name)
+
+
+def _cell(runs: list[Run], place: tuple[str, str]) -> Cell:
+    names = list(dict.fromkeys(run.variant for run in runs))
+    plain = [name for name in names if name.split(", ")[0] == BASE]
+    variants = {}
+    for name in names:
+        own = [run for run in runs if run.variant == name]
+        losses = {}
+        for run in own:
+            if not math.isnan(run.loss):
+                losses.setdefault(run.rho, {})[run.seed] = run.loss
+        extra = name.partition(", ")[2]
+        reference = BASE + (f", {extra}" if extra else "")
+        reference = reference if reference in plain else plain[0] if len(plain) == 1 else ""
+        variants[name] = Variant(name, own[0].method, reference, own, losses, st.choose(losses), None)
+    near = {}
+    for variant in variants.values():
+        for rho in _near(variant):
+            near.update({((variant.name, rho), seed): loss for seed, loss in variant.losses[rho].items()})
+    near = {key: loss for key, loss in near.items() if math.isfinite(loss)}
+    fit = st.additive(near) if near else None
+    known = [run.result for run in runs if run.result.parameters]
+    return Cell(
+        *place, max((result.parameters for result in known), default=0),
+        max((result.tokens for result in known), default=0), runs, variants,
+        fit.sigma if fit and fit.df else math.nan, fit.df if fit else 0, False,
+    )  # fmt: skip
+
+
+def _near(variant: Variant) -> list[float]:
+    """The best rho and its neighbours in the grid, where the noise that matters is measured."""
+    if variant.choice is None:
+        return []
+    grid = sorted(variant.losses)
+    at = next(i for i, rho in enumerate(grid) if same(rho, variant.choice.rho))
+    return grid[max(0, at - 1) : at + 2]
+
+
+def _with_optima(cell: Cell, sigma: float, df: int) -> Cell:
+    pooled = cell.df < 4
+    if pooled:
+        cell = cell._replace(sigma=sigma, df=df, pooled=True)
+    variants = {}
+    for name, variant in cell.variants.items():
+        optimum = None
+        if variant.choice is not None and variant.method != BASE:
+            means = dict(variant.choice.means)
+            for run in variant.runs:  # stopped by successive halving: known to be no better, its loss unknown
+                if run.result.status == "pruned":
+                    means.setdefault(run.rho, math.nan)
+            if any(rho > 0 for rho in means):
+                optimum = st.optimum(means, cell.sigma, cell.df, max(1, len(variant.choice.seeds)))
+        variants[name] = variant._replace(optimum=optimum)
+    return cell._replace(variants=variants)

@@ -1,0 +1,288 @@
+"""Many runs from one command: rho x scale x method, only what is missing.
+
+    steppe sweep --config=FILE --sweep=SPEC --out=DIR [--config.key=value ...] [--jobs=N] [--plan]
+    steppe sweep --config=FILE --grid optim.method=sam,functional_sam --grid optim.rho=0.01,0.03 --out=DIR
+
+SPEC is a Python file with get_spec() (scripts/sweep_spec.py says what it returns) or the name of a ready one. Every run
+is an ordinary run of steppe train in DIR/runs/NAME. Run the same command again, or with more values, and it does what
+is missing. Exit status: 0, 1 if a run failed, 2 for bad input, 75 if stopped before the end.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from steppe.scripts import command, results
+from steppe.scripts.sweep import halving as sweep_halving
+from steppe.scripts.sweep import spec as sweep_spec
+
+LAUNCHERS = ("local", "slurm", "print")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plans and runs a sweep; returns the exit status."""
+    parser = command.parser("sweep", __doc__)
+    parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where it lives")
+    parser.add_argument("--sweep", metavar="SPEC", help="a file with get_spec(), or " + ", ".join(sweep_spec.ready()))
+    parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="every combination (repeat it)")
+    parser.add_argument("--zip", action="append", default=[], metavar="KEY=V,V", help="side by side (repeat it)")
+    parser.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="now just the runs that match")
+    parser.add_argument("--plan", action="store_true", help="show what would run and what it costs, no more")
+    parser.add_argument("--retry", action="store_true", help="also repeat runs that failed")
+    parser.add_argument(
+        "--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs whose rho loses early (2:0.25,0.5)"
+    )
+    parser.add_argument("--launcher", default="local", choices=LAUNCHERS)
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: cores / --cores)")
+    parser.add_argument("--cores", type=int, default=1, metavar="N", help="cores of a run, its own (default 1)")
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="of submitit: partition, time (minutes)...",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="of a run, with slurm and print (default 1)"
+    )
+    parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="which runs come first")
+    path, overrides, options = command.parse_unread(argv, parser)
+    try:
+        return _sweep(path, _once(overrides), options)
+    except (command.UsageError, results.ResultsError) as error:
+        return command.fail(error)
+
+
+def _sweep(path: str | None, overrides: list, options: Any) -> int:
+    if path is None:
+        raise command.UsageError("--config is missing: name a config file, such as --config=configs/quickstart.py")
+    for flag, low in (("jobs", 0), ("cores", 1), ("devices", 1)):
+        if getattr(options, flag) < low:
+            raise command.UsageError(f"--{flag}={getattr(options, flag)}: must be an integer >= 1")
+    assignments, halving = _assignments(options)
+    if halving is not None and options.launcher != "local":
+        raise command.UsageError(f"--launcher={options.launcher}: must be local with --halving, which compares runs")
+    record = results.read_json(options.out / results.SWEEP)
+    if record and record["config"] != path:
+        raise command.UsageError(f"--config = {path}: must be {record['config']}, with which {options.out} began")
+
+    from steppe.data.errors import DataError
+    from steppe.scripts.sweep import launch as sweep_launch
+    from steppe.scripts.sweep import plan as sweep_plan
+    from steppe.scripts.sweep import slurm as sweep_slurm
+    from steppe.scripts.sweep.view import View
+
+    local = options.launcher == "local"
+    device_count, backend = sweep_plan.devices() if local else (options.devices, None)
+    usable = sweep_plan.usable_cores()
+    jobs = options.jobs or (max(1, len(usable) // options.cores) if backend != "gpu" else 1)
+    slurm = sweep_slurm.parameters_of(options.slurm)
+    try:
+        runs, record = _runs(path, overrides, assignments, options.out, record, device_count, backend)
+        wanted = sweep_spec.filters(options.only)
+        runs = _chosen(runs, wanted)
+        runs = sweep_plan.with_budgets(runs, log=print)
+    except DataError as error:
+        raise command.UsageError(error) from None
+
+    outcomes = {run.name: sweep_launch.settle(run.directory) for run in runs}
+    if options.retry:
+        outcomes = {name: {} if outcome.get("status") == "failed" else outcome for name, outcome in outcomes.items()}
+    statuses = {name: outcome.get("status", "unfinished") for name, outcome in outcomes.items()}
+    speed = sweep_plan.speed(runs, outcomes, options.cores, backend)
+    quiet = options.launcher == "print"
+    print(sweep_plan.table(runs, statuses, speed, jobs), file=sys.stderr if quiet else sys.stdout, flush=True)
+    _warn_of_other_code(outcomes)
+    left = [run for run in runs if statuses[run.name] == "unfinished"]
+    if options.order == "cheapest":
+        left.sort(key=lambda run: run.flops)
+    if options.plan:
+        return 0
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    with sweep_launch.locked(options.out):
+        sweep_launch.write_json(options.out / results.SWEEP, _grown(options.out, record, runs))
+        for run in left:
+            (run.directory / results.OUTCOME).unlink(missing_ok=True)
+        if quiet:
+            for run in left:
+                print(sweep_launch.shell_line(run, path))
+            return 0
+        try:
+            _prepare(left)
+        except DataError as error:
+            raise command.UsageError(error) from None
+        if options.launcher == "slurm":
+            for line in sweep_slurm.submit(left, path, options.out, options.jobs, options.cores, slurm):
+                print(line, flush=True)
+            return 0
+        environment = sweep_launch.environment(options.out / ".compiled")
+        slots = sweep_launch.slots_of(jobs, options.cores, usable)
+
+        def launch(some: list, until: dict[str, int]) -> bool:
+            ended = {run.name: outcome for run in runs if (outcome := _outcome(run))}
+            with View(runs, ended, speed, jobs, until) as view:
+                return sweep_launch.run_local(some, path, slots, environment, view, until=until)
+
+        complete = halving is None or _halve(runs, left, halving, launch)
+        complete = complete and launch([run for run in left if not _outcome(run)], {})
+    return _summary(runs, complete, halving)
+
+
+def _once(overrides: list[tuple[str, str | None]]) -> list[tuple[str, str]]:
+    """The overrides with one text for each key: a bare flag means true, several texts a tuple."""
+    texts = {}
+    for key, text in overrides:
+        texts.setdefault(key, []).append("true" if text is None else text)
+    return [(key, found[0] if len(found) == 1 else repr(tuple(found))) for key, found in texts.items()]
+
+
+def _assignments(options: Any) -> tuple[list[dict[str, str]], sweep_halving.Halving | None]:
+    if not (options.sweep or options.grid or options.zip):
+        raise command.UsageError("--sweep is missing: name a spec, or give --grid and --zip")
+    found = sweep_spec.expand([sweep_spec.from_flags(options.grid, options.zip)])
+    halving = None if options.halving is None else sweep_halving.parse(options.halving)
+    if options.sweep:
+        spec = sweep_spec.load(options.sweep)
+        found = sweep_spec.combine(sweep_spec.expand(spec.blocks), found)
+        halving = halving or (sweep_halving.settings(spec.halving) if spec.halving else None)
+    if not found:
+        raise command.UsageError(f"--sweep = {options.sweep}: no run is left after its filters")
+    return found, halving
+
+
+def _runs(
+    path: str, overrides: list, assignments: list[dict[str, str]], out: Path, record: dict, device_count: int, backend
+) -> tuple[list, dict]:
+    """(the runs, checked and named, each once; the record of the sweep with their base). Raises UsageError, DataError.
+
+    A run is known by its resolved config, without the keys that do not change what it computes unless the sweep itself
+    sets them; so it keeps its name and its results however the sweep grows.
+    """
+    from steppe.lm.keep.workdir import FREE
+    from steppe.lm.run.check import ConfigError, check
+    from steppe.scripts.sweep.plan import Run
+
+    read = command.reader(path)
+    base = results.flatten(read(overrides).to_dict())
+    record = record or {"config": path, "base": base, "runs": {}, "resolved": {}}
+    swept = {key for run in assignments for key in run}
+
+    def identity(flat: dict) -> str:
+        kept = {key: value for key, value in flat.items() if key in swept or not key.startswith(FREE)}
+        return json.dumps(kept, sort_keys=True)
+
+    known = {identity({**record["base"], **changed}): name for name, changed in record["resolved"].items()}
+    found = {}
+    for assignment in assignments:
+        texts = [*overrides, *assignment.items()]
+        try:
+            config = read(list({key: (key, text) for key, text in texts}.values()))
+            check(config, device_count=device_count, backend=backend)
+        except (command.UsageError, ConfigError) as error:
+            shown = " ".join(f"{key}={text}" for key, text in assignment.items())
+            raise command.UsageError(f"run {shown}: {error}") from None
+        flat = results.flatten(config.to_dict())
+        found.setdefault(identity(flat), (dict(texts), config, flat))
+
+    everything = [{**record["base"], **changed} for changed in record["resolved"].values()]
+    everything += [flat for _, _, flat in found.values()]
+    varying = [key for key in results.varying_keys(everything) if key in swept or not key.startswith(FREE)]
+    runs, taken = [], set(record["runs"])
+    for key, (texts, config, flat) in found.items():
+        name = known.get(key) or sweep_spec.name_run(flat, varying, taken)
+        taken.add(name)
+        group = {} if config.log.group else {"log.group": out.resolve().name}
+        named = {} if config.log.name else {"log.name": name}
+        for full, text in {**group, **named}.items():
+            texts[full] = flat[full] = config.log[full.removeprefix("log.")] = text
+        runs.append(Run(name, out / results.RUNS / name, list(texts.items()), config, flat))
+    return runs, record
+
+
+def _chosen(runs: list, wanted: dict[str, list[str]]) -> list:
+    for key, texts in wanted.items():
+        if key not in runs[0].flat:
+            raise command.UsageError(f"--only={key}: no such key; configs/base.py lists every key")
+        runs = [run for run in runs if any(sweep_spec.same(run.flat[key], text) for text in texts)]
+        if not runs:
+            raise command.UsageError(f"--only={key}={','.join(texts)}: no run of this sweep is so")
+    return runs
+
+
+def _grown(out: Path, record: dict, runs: list) -> dict:
+    """sweep.json with these runs; what it has is kept, whoever wrote it since it was read."""
+    record = results.read_json(out / results.SWEEP) or record
+    for run in runs:
+        base = record["base"]
+        record["runs"].setdefault(run.name, dict(run.overrides))
+        record["resolved"].setdefault(
+            run.name, {key: value for key, value in run.flat.items() if value != base.get(key, "absent")}
+        )
+    return record
+
+
+def _prepare(runs: list) -> None:
+    """Prepares the text of all runs once, rather than by the first of them that runs beside others."""
+    from steppe.data import cache
+
+    for data in {json.dumps(run.config.data.to_dict()): run.config.data for run in runs}.values():
+        cache.ensure(data, lambda text: print(text, flush=True))
+
+
+def _outcome(run: Any) -> dict:
+    return results.read_json(run.directory / results.OUTCOME)
+
+
+def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Callable[[list, dict], bool]) -> bool:
+    """Takes groups through the rungs and ends their worse runs; False if a signal stopped it."""
+    groups, order = sweep_halving.groups(runs), [run.name for run in left]
+    for number, fraction in enumerate(halving.rungs, 1):
+        outcomes = {run.name: _outcome(run) for run in runs}
+        steps = {run.name: sweep_halving.rung_step(run, fraction) for group in groups for run in group}
+        some = [run for group in groups for run in sweep_halving.to_run(group, steps[group[0].name], outcomes)]
+        some = sorted((run for run in some if steps[run.name]), key=lambda run: order.index(run.name))
+        if some and not launch(some, {run.name: steps[run.name] for run in some}):
+            return False
+        outcomes = {run.name: _outcome(run) for run in runs}
+        for group in groups:
+            if steps[group[0].name]:
+                for run in sweep_halving.prune(group, steps[group[0].name], halving.eta**-number, outcomes):
+                    print(f"pruned    {run.name}  {_outcome(run)['why']}", flush=True)
+    return True
+
+
+def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
+    """Says where results were made by other sources of data, lm and optim than those that would run now."""
+    made = [outcome["code"] for outcome in outcomes.values() if outcome.get("code")]
+    if not made:
+        return
+    from steppe.lm.run.train import versions
+
+    other = sum(code != versions()["code"] for code in made)
+    if other:
+        print(f"code    {other} of {len(made)} results were made by other code than this", file=sys.stderr, flush=True)
+
+
+def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) -> int:
+    from steppe.scripts.sweep.launch import STOPPED
+
+    outcomes = {run.name: _outcome(run) for run in runs}
+    if halving is not None:
+        print(sweep_halving.saved(runs), flush=True)
+    named = [outcome.get("status", "unfinished") for outcome in outcomes.values()]
+    counts = {status: named.count(status) for status in results.STATUSES if status in named}
+    print(", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)
+    for name, outcome in outcomes.items():
+        if outcome.get("status") in ("failed", "diverged"):
+            print(f"{outcome['status']:<10}{name}: {outcome['why']}", flush=True)
+    if not complete or "unfinished" in named:
+        print("run the same command again to continue", flush=True)
+        return STOPPED
+    return 1 if "failed" in named else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

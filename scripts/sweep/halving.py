@@ -1,0 +1,120 @@
+"""Successive halving over rho: runs that differ in nothing else are compared on the way, and the worse ones stop there.
+
+At each rung, a fraction of the run, every run of a group stops with a checkpoint; the best 1/eta of the group go on to
+the next, and the last ones to the end. They share seed and data, so that the comparison is paired, and their schedules
+are those of the whole run, so that a run that goes on is the run it would have been.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from steppe.lm.run import tracking
+from steppe.scripts import results
+from steppe.scripts.command import UsageError
+from steppe.scripts.sweep import launch as sweep_launch
+from steppe.scripts.sweep.plan import Run
+
+
+class Halving(NamedTuple):
+    """The best 1/eta of a group pass each rung; rungs are fractions of the run, growing."""
+
+    eta: float = 2.0
+    rungs: tuple[float, ...] = (0.25, 0.5)
+
+
+def parse(text: str) -> Halving:
+    """ "2:0.25,0.5", "3" or "" as a Halving; what is left out has its default. Raises UsageError."""
+    eta, _, rungs = text.partition(":")
+    try:
+        return settings(
+            {
+                **({"eta": float(eta)} if eta else {}),
+                **({"rungs": [float(rung) for rung in rungs.split(",")]} if rungs else {}),
+            }
+        )
+    except ValueError:
+        raise UsageError(f"--halving={text}: must be ETA:RUNG,RUNG, such as 2:0.25,0.5") from None
+
+
+def settings(given: Mapping[str, Any]) -> Halving:
+    """A Halving from the `halving` entry of a spec. Raises UsageError."""
+    unknown = sorted(set(given) - set(Halving._fields))
+    if unknown:
+        raise UsageError(f"halving of the sweep: {unknown[0]}: must be eta or rungs")
+    made = Halving(**{**given, **({"rungs": tuple(given["rungs"])} if "rungs" in given else {})})
+    if not made.eta > 1:
+        raise UsageError(f"halving of the sweep: eta = {made.eta}: must be > 1")
+    if not made.rungs or list(made.rungs) != sorted(set(made.rungs)) or not 0 < made.rungs[0] <= made.rungs[-1] < 1:
+        raise UsageError(f"halving of the sweep: rungs = {list(made.rungs)}: must be growing fractions of the run")
+    return made
+
+
+def groups(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs that differ in optim.rho alone, where there are at least two."""
+    found = {}
+    for run in runs:
+        key = tuple((name, str(value)) for name, value in run.flat.items() if name not in ("optim.rho", "log.name"))
+        found.setdefault(key, []).append(run)
+    return [members for members in found.values() if len(members) > 1]
+
+
+def rung_step(run: Run, fraction: float) -> int:
+    """The step of a rung: the evaluation next to that fraction of the run; 0 where there is none before its end."""
+    from steppe.optim.schedules import duration_steps
+
+    tokens = run.tokens // run.steps
+    every = max(1, duration_steps(run.config.evaluate.every, tokens_per_step=tokens, total_steps=run.steps))
+    step = max(1, round(fraction * run.steps / every)) * every
+    return step if step < run.steps else 0
+
+
+def loss_at(run: Run, step: int) -> float:
+    """Held-out loss of a run after this step, on the first held-out set; infinite if it did not get there soundly."""
+    if not (run.directory / tracking.METRICS).exists():
+        return math.inf
+    for record in tracking.read(run.directory):
+        if record["kind"] == "evaluate" and record["step"] == step:
+            loss = float(record["loss"])
+            return loss if math.isfinite(loss) else math.inf
+    return math.inf
+
+
+def to_run(group: Sequence[Run], step: int, outcomes: Mapping[str, dict]) -> list[Run]:
+    """The runs of a group that must still reach this step."""
+    return [run for run in group if not outcomes[run.name] and not math.isfinite(loss_at(run, step))]
+
+
+def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, dict]) -> list[Run]:
+    """Ends the runs of a group that are not among its best at this step, for good; returns them.
+
+    share: of the group that goes on, rounded up.
+
+    Ranks are among all runs of the group, whatever became of them since, so that doing it again does the same.
+    """
+    losses = {run.name: loss_at(run, step) for run in group}
+    ranked = sorted(group, key=lambda run: losses[run.name])
+    kept = max(1, math.ceil(len(group) * share))
+    ended = []
+    for place, run in enumerate(ranked, 1):
+        if place > kept and not outcomes[run.name]:
+            best = f"the best has {losses[ranked[0].name]:.4f}"
+            why = f"loss {losses[run.name]:.4f} at step {step}, place {place} of {len(group)}; {best}"
+            sweep_launch.record(run.directory, "pruned", sweep_launch.STOPPED, why)
+            ended.append(run)
+    return ended
+
+
+def saved(runs: Sequence[Run]) -> str:
+    """What pruned runs of these did not cost, for a reader."""
+    tokens = flops = 0.0
+    pruned = [run for run in runs if results.read_json(run.directory / results.OUTCOME).get("status") == "pruned"]
+    for run in pruned:
+        records = tracking.read(run.directory)
+        rest = 1 - max((record["step"] for record in records), default=0) / run.steps
+        tokens, flops = tokens + rest * run.tokens, flops + rest * run.flops
+    whole = sum(run.flops for run in runs)
+    return (
+        f"halving  stopped {len(pruned)} of {len(runs)} runs early and saved {tokens:,.0f} tokens, {flops:.3g} FLOPs, "
+        f"{flops / whole:.0%} of the whole"
+    )

@@ -1,0 +1,286 @@
+"""Starting the runs of a sweep on this machine, so many at a time, and recording how each ended.
+
+Every run is a process `steppe train`, which resumes by itself whatever its workdir holds. `outcome.json`
+appears once a run has ended for good; `attempts.json` counts the time of all attempts until then.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steppe.scripts import results
+from steppe.scripts.command import UsageError
+from steppe.scripts.sweep.plan import Run
+
+LOG, ATTEMPTS, LOCK = "train.log", "attempts.json", "lock"
+FINISHED, DIVERGED, STORAGE, STOPPED = 0, 3, 74, 75  # exit statuses of steppe train
+POLL = 0.2  # seconds between looks at the processes
+
+
+class Job(NamedTuple):
+    """A run under way: its process, the slot (a list of cores) it holds, and when it began."""
+
+    run: Run
+    process: subprocess.Popen
+    slot: list[int]
+    began: float
+
+
+def command_line(run: Run, config: str) -> list[str]:
+    """The command of a run, complete: any scheduler may start it, and start it again to continue."""
+    overrides = [f"--config.{key}={text}" for key, text in run.overrides]
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        "steppe.scripts.train",
+        f"--config={config}",
+        *overrides,
+        f"--workdir={run.directory}",
+    ]
+
+
+def shell_line(run: Run, config: str) -> str:
+    """The same, quoted for a shell, from the present directory."""
+    return shlex.join(command_line(run, config))
+
+
+def environment(compiled: Path | None) -> dict[str, str]:
+    """Of a run's process. compiled: where runs share compiled programs, unless the user has a place of their own."""
+    found = {**os.environ}
+    if compiled is not None and "JAX_COMPILATION_CACHE_DIR" not in found:
+        # a program is only sure to run on the kind of machine that compiled it
+        found["JAX_COMPILATION_CACHE_DIR"] = str(compiled / socket.gethostname())
+        found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        found.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    return found
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a sweep's directory: one sweep command at a time. UsageError if another has it."""
+    number = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(number, 200, 0).decode(errors="replace").strip()
+            raise UsageError(
+                f"--out = {directory}: is in use by {holder or 'another sweep'}; wait, or stop it"
+            ) from None
+        os.ftruncate(number, 0)
+        os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(number)
+
+
+def held(directory: Path) -> bool:
+    """Whether a process has this workdir: a run left behind by a sweep that was killed, or started by hand."""
+    try:
+        number = os.open(directory / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(number)
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------- what is recorded
+def begin_attempt(directory: Path, command: Sequence[str]) -> None:
+    """Notes that an attempt begins, in attempts.json and the log."""
+    directory.mkdir(parents=True, exist_ok=True)
+    attempts = _attempts(directory)
+    write_json(directory / ATTEMPTS, {"attempts": [*attempts, {"began": time.time(), "ended": None, "cpu": 0.0}]})
+    with open(directory / LOG, "a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+
+
+def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[str, Any]:
+    """Records the end of an attempt with this exit status; returns the outcome, {} if the run is to be continued."""
+    attempts = _attempts(directory)
+    if attempts:
+        attempts[-1].update(ended=time.time(), cpu=cpu_seconds)
+        write_json(directory / ATTEMPTS, {"attempts": attempts})
+    if status in (STOPPED, STORAGE) or status < 0:
+        return {}
+    last = _last_lines(directory / LOG)
+    if status == 2 and last and "is in use by" in last[-1]:
+        return {}
+    return _record(directory, status, last)
+
+
+def settle(directory: Path) -> dict[str, Any]:
+    """The outcome of a run that may have ended without anyone to record it: recorded if so, {} if it is to go on.
+
+    So it is after a sweep was killed, and with runs that another scheduler started.
+    """
+    outcome = results.read_json(directory / results.OUTCOME)
+    if outcome or not (directory / "metrics.jsonl").exists() or held(directory):
+        return outcome
+    (result,) = results.read([directory])
+    last = directory / "checkpoints" / str(result.steps)
+    if result.curve and result.curve[-1].step == result.steps and last.is_dir():
+        return _record(directory, FINISHED, [])
+    stopped = result.status == "diverged" and result.curve[-1].step < result.steps
+    return _record(directory, DIVERGED, []) if stopped else {}
+
+
+def _record(directory: Path, status: int, last: list[str]) -> dict[str, Any]:
+    try:
+        (result,) = results.read([directory])
+    except results.ResultsError:
+        result = None
+    if status == FINISHED and result and result.status in ("finished", "diverged"):
+        named, why = result.status, result.why
+    elif status == DIVERGED:
+        named, why = "diverged", result.why if result and result.status == "diverged" else " ".join(last[-1:])
+    else:
+        named, why = "failed", " ".join(last[-1:]) or f"exit status {status}"
+    return record(directory, named, status, why, result)
+
+
+def record(directory: Path, named: str, status: int, why: str, result: results.Result | None = None) -> dict[str, Any]:
+    """Writes outcome.json: the run has ended for good, as `named`, with its last exit status; returns it."""
+    attempts = _attempts(directory)
+    outcome = {
+        "status": named,
+        "exit": status,
+        "why": why,
+        "seconds": sum(attempt["ended"] - attempt["began"] for attempt in attempts),
+        "cpu_seconds": sum(attempt["cpu"] for attempt in attempts),
+        "train_seconds": result.seconds if result else 0.0,
+        "flops": result.flops if result else 0.0,
+        "code": result.code if result else "",
+        "loss": result.loss if result and result.loss == result.loss else None,
+    }
+    write_json(directory / results.OUTCOME, outcome)
+    return outcome
+
+
+def _attempts(directory: Path) -> list[dict]:
+    """The attempts so far; one whose end nobody saw ended when its log was last written."""
+    found = results.read_json(directory / ATTEMPTS).get("attempts", [])
+    for attempt in found[:-1]:
+        attempt["ended"] = attempt["ended"] or attempt["began"]
+    if found and found[-1]["ended"] is None:
+        marks = [directory / name for name in (LOG, "metrics.jsonl") if (directory / name).exists()]
+        found[-1]["ended"] = max([found[-1]["began"], *(mark.stat().st_mtime for mark in marks)])
+    return found
+
+
+def _last_lines(path: Path, size: int = 4000) -> list[str]:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        lines = file.read().decode(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return []
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file so that a kill leaves the old one or the new one."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+# --------------------------------------------------------------------------------------------------------- the launcher
+def run_local(
+    runs: Sequence[Run], config: str, slots: Sequence[list[int]], environment: dict[str, str], view, *, until=None
+) -> bool:
+    """Runs them in order, one on each slot of cores at a time; True if all were tried, False if a signal stopped it.
+
+    A signal (SIGINT, SIGTERM, SIGHUP) goes on to the runs as SIGTERM, which makes them save and stop; a second one ends
+    them at once. view is told of every start, end and moment between: started(job), ended(run, outcome, status),
+    tick(jobs, waiting). until: {name: step} at which a run stops.
+    """
+    waiting, jobs, free, signals = list(runs), [], list(slots), []
+
+    def stop(number, frame) -> None:
+        signals.append(number)
+        for job in jobs:
+            job.process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        while jobs or (waiting and not signals):
+            while waiting and free and not signals:
+                ready = next((run for run in waiting if not held(run.directory)), None)
+                if ready is None:
+                    break
+                waiting.remove(ready)
+                outcome = settle(ready.directory)
+                if outcome:
+                    view.ended(ready, outcome, outcome["exit"])
+                    continue
+                job = _start(ready, config, free.pop(0), environment, (until or {}).get(ready.name))
+                jobs.append(job)
+                view.started(job)
+                if signals:  # one that came while it was being started
+                    job.process.send_signal(signal.SIGTERM)
+            for job in list(jobs):
+                status, cpu_seconds = poll(job.process)
+                if status is not None:
+                    jobs.remove(job)
+                    free.append(job.slot)
+                    outcome = end_attempt(job.run.directory, status, cpu_seconds)
+                    view.ended(job.run, outcome, status)
+            view.tick(jobs, waiting)
+            time.sleep(POLL)
+    finally:
+        for job in jobs:  # only after an error here
+            job.process.terminate()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return not signals
+
+
+def _start(run: Run, config: str, slot: list[int], environment: dict[str, str], until: int | None) -> Job:
+    command = command_line(run, config) + ([f"--until={until}"] if until else [])
+    begin_attempt(run.directory, command)
+    # the child inherits the mask of this thread, and XLA makes as many threads as the mask has cores
+    mask = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    try:
+        if mask:
+            os.sched_setaffinity(0, slot)
+        with open(run.directory / LOG, "ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+    finally:
+        if mask:
+            os.sched_setaffinity(0, mask)
+    return Job(run, process, slot, time.time())
+
+
+def poll(process: subprocess.Popen) -> tuple[int | None, float]:
+    """(exit status or None, CPU seconds) of a child."""
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if pid == 0:
+        return None, 0.0
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
+def slots_of(jobs: int, cores: int, usable: Sequence[int]) -> list[list[int]]:
+    """For each job its cores, of those usable; jobs share where there are too few."""
+    count = len(usable)
+    return [sorted({usable[(job * cores + core) % count] for core in range(cores)}) for job in range(jobs)]

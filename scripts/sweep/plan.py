@@ -1,0 +1,245 @@
+"""What a sweep costs before it starts: budgets of its runs, the time they will take here, and the table of both."""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from steppe.scripts import results
+
+ASSUMED_STARTUP = 12.0  # seconds of imports and compiling, where nothing was measured
+ASSUMED_SHARE = 0.35  # of the speed of bare products of a model's size that its steps reach
+
+
+class Run(NamedTuple):
+    """One run of a sweep. overrides: [(key, text)] on steppe train's command line. flat: its config, every key.
+
+    parameters: non-embedding; steps, tokens, flops (of the method): of the whole run.
+    """
+
+    name: str
+    directory: Path
+    overrides: list[tuple[str, str]]
+    config: ConfigDict
+    flat: dict[str, Any]
+    parameters: int = 0
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+
+class Speed(NamedTuple):
+    """How fast runs go: rate(run) -> FLOP/s, seconds to start one, and where that comes from."""
+
+    rate: Callable[[Run], float]
+    startup: float
+    source: str
+
+    def seconds(self, run: Run, share: float = 1.0) -> float:
+        """Estimated seconds of a share of the run, its start included."""
+        return self.startup + share * run.flops / self.rate(run)
+
+
+def devices() -> tuple[int, str]:
+    """(devices, backend) that a run on this machine would see. This process itself takes no accelerator."""
+    import jax
+
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
+    if plugins and platforms != "cpu":
+        probe = "import jax; print(jax.device_count(), jax.default_backend())"
+        found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+        if found.returncode == 0:
+            count, backend = found.stdout.split()[-2:]
+            jax.config.update("jax_platforms", "cpu")
+            return int(count), backend
+    jax.config.update("jax_platforms", "cpu")
+    return jax.device_count(), "cpu"
+
+
+def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
+    """The runs with parameters, steps, tokens and FLOPs. DataError for a corpus that a length in epochs needs."""
+    import jax
+
+    from steppe.data import cache, loader
+    from steppe.data.vocabulary import load_tokenizer
+    from steppe.lm.model.transformer import shape
+    from steppe.lm.run.budget import budget
+    from steppe.lm.run.check import METHOD_OPTIONS
+    from steppe.lm.run.state import initialiser
+    from steppe.optim.base import base
+    from steppe.optim.methods import canonical, method, options_of
+
+    @functools.cache
+    def vocabulary_size(vocabulary: str) -> int:
+        return load_tokenizer(vocabulary).vocab_size
+
+    @functools.cache
+    def params_of(shape_):
+        return jax.eval_shape(initialiser(shape_, base("sgd", 0.0), method("adamw"), 0)).params
+
+    corpora = {}
+
+    def epoch_tokens(data: ConfigDict) -> int:
+        key = json.dumps(data.to_dict())
+        if key not in corpora:
+            place = cache.ensure(data, log)
+            corpora[key] = loader.open_corpus(place, data.vocabulary, data.sequence_length, data.packing, data.verify)
+        return corpora[key].epoch_tokens
+
+    found = []
+    for run in runs:
+        config = run.config
+        shape_ = shape(config.model, vocabulary_size(config.data.vocabulary), config.data.sequence_length, "")
+        name = canonical(config.optim.method)
+        given = {key: config.optim[key] for key in METHOD_OPTIONS}
+        if name == "k_sam":
+            given["shards"] = 1
+        epoch = epoch_tokens(config.data) if "epoch" in config.train.duration else 0
+        made = budget(config, shape_, params_of(shape_), epoch, options_of(name, given), keep=False)
+        found.append(
+            run._replace(
+                parameters=made.parameters.non_embedding,
+                steps=made.steps,
+                tokens=made.tokens,
+                flops=made.flops * made.steps,
+            )
+        )
+    return found
+
+
+def speed(runs: Sequence[Run], outcomes: dict[str, dict], cores: int, backend: str | None) -> Speed:
+    """From the finished runs of the sweep; where there are none, from products of each model's size, timed now.
+
+    outcomes: {name: outcome.json}. cores: of one run. backend: where runs go; only cpu is timed, else it is unknown.
+    """
+    measured = {}
+    for run in runs:
+        outcome = outcomes.get(run.name, {})
+        if outcome.get("status") == "finished" and outcome.get("train_seconds"):
+            rate = outcome["flops"] / outcome["train_seconds"]
+            measured.setdefault(run.parameters, []).append((rate, outcome["seconds"] - outcome["train_seconds"]))
+    if measured:
+        rates = {count: statistics.median(rate for rate, _ in found) for count, found in measured.items()}
+        startup = statistics.median(seconds for found in measured.values() for _, seconds in found)
+
+        def rate(run: Run) -> float:
+            return rates[min(rates, key=lambda count: abs(count - run.parameters))]
+
+        number = sum(map(len, measured.values()))
+        shown = ", ".join(f"{rates[count] / 1e9:.2g}" for count in sorted(rates))
+        return Speed(
+            rate, max(0.0, startup), f"{number} finished runs here ({shown} GFLOP/s, {startup:.0f} s to start)"
+        )
+    if backend != "cpu":
+        return Speed(lambda run: math.nan, math.nan, "unknown until a run of this sweep has finished")
+    timed = {run.flat["model.width"]: run for run in runs}
+    rates = {width: ASSUMED_SHARE * _product_rate(run, cores) for width, run in timed.items()}
+    shown = ", ".join(f"{rates[width] / 1e9:.2g}" for width in sorted(rates))
+    return Speed(
+        lambda run: rates[run.flat["model.width"]],
+        ASSUMED_STARTUP,
+        f"assumed: {ASSUMED_SHARE:.0%} of bare products of the models' sizes, timed now ({shown} GFLOP/s), "
+        f"and {ASSUMED_STARTUP:.0f} s to start a run",
+    )
+
+
+def _product_rate(run: Run, cores: int) -> float:
+    """FLOP/s of a float32 product as large as those of the run's MLP, on this CPU."""
+    import jax
+    import jax.numpy as jnp
+
+    rows = run.flat["train.batch_size"] // run.flat["train.microbatches"] * run.flat["data.sequence_length"]
+    width, wide = run.flat["model.width"], run.flat["model.mlp_width"]
+    product = jax.jit(lambda x, w: x @ w)
+    x, w = jnp.ones((rows, width)), jnp.ones((width, wide))
+    product(x, w).block_until_ready()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() < began + 0.1:
+        product(x, w).block_until_ready()
+        count += 1
+    rate = 2.0 * rows * width * wide * count / (time.perf_counter() - began)
+    return rate * min(1.0, cores / len(usable_cores()))
+
+
+def usable_cores() -> list[int]:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int) -> str:
+    """The plan for a reader: runs in groups (all but rho and seed alike), what is done, and what remains."""
+    varying = [
+        key for key in results.varying_keys([run.flat for run in runs]) if key not in ("seed", "optim.rho")
+    ]  # fmt: skip
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run.flat[key] for key in varying), []).append(run)
+    lines = [[*(key.removeprefix("model.").removeprefix("optim.") for key in varying), "rho", "seeds"]]
+    lines[0] += ["runs", "done", "parameters", "steps", "tokens", "FLOPs", "time"]
+    for key, members in groups.items():
+        left = [run for run in members if statuses[run.name] == "unfinished"]
+        rhos = sorted({run.flat["optim.rho"] for run in members} - {None})
+        seeds = len({run.flat["seed"] for run in members})
+        lines.append(
+            [
+                *(str(value) for value in key),
+                "-" if not rhos else f"{rhos[0]:g}" if len(rhos) == 1 else f"{rhos[0]:g}..{rhos[-1]:g} ({len(rhos)})",
+                str(seeds),
+                str(len(members)),
+                str(len(members) - len(left)),
+                _range(f"{run.parameters:,}" for run in members),
+                _range(f"{run.steps:,}" for run in members),
+                f"{sum(run.tokens for run in members):,}",
+                f"{sum(run.flops for run in members):.2g}",
+                clock(sum(map(speed.seconds, left))),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    left = [run for run in runs if statuses[run.name] == "unfinished"]
+    counts = {status: sum(statuses[run.name] == status for run in runs) for status in results.STATUSES}
+    shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    text += [
+        "",
+        f"runs    {len(runs)} ({shown})",
+        f"cost    {sum(run.tokens for run in runs):,} tokens, {sum(run.flops for run in runs):.3g} FLOPs; to do: "
+        f"{sum(run.tokens for run in left):,} tokens, {sum(run.flops for run in left):.3g} FLOPs",
+        f"time    {clock(makespan([speed.seconds(run) for run in left], jobs))} with {jobs} at a time ({speed.source})",
+    ]
+    return "\n".join(text)
+
+
+def makespan(seconds: Sequence[float], jobs: int) -> float:
+    """Seconds until the last of tasks is done that are taken in this order by so many workers."""
+    ends = [0.0] * jobs
+    for each in seconds:
+        ends.sort()
+        ends[0] += each
+    return max(ends)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03; ? where unknown."""
+    if math.isnan(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _range(texts) -> str:
+    different = list(dict.fromkeys(texts))
+    return different[0] if len(different) == 1 else f"{different[0]}..{different[-1]}"

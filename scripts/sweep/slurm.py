@@ -1,0 +1,123 @@
+"""Runs of a sweep as a SLURM job array, through submitit.
+
+A job runs steppe train and records its outcome. Shortly before its time is up, or when it is preempted, SLURM signals
+it; the run saves and stops, and the job goes back into the queue and continues there.
+"""
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from steppe.scripts import results
+from steppe.scripts.command import UsageError
+from steppe.scripts.sweep import launch as sweep_launch
+from steppe.scripts.sweep.plan import Run
+
+FOLDER, JOB = ".slurm", "slurm.json"  # logs and pickles of the jobs, in the sweep; the job's number, in a run
+MOST_TIMEOUTS = 1000  # times that a job may run out of time; only a number, as every time is progress
+AFTER_STOP = 300.0  # seconds that a job stays when its run was told to stop, so that SLURM decides what follows
+
+
+class TrainJob:
+    """What a job does: one run, begun or continued. submitit pickles it and calls it where the job runs."""
+
+    def __init__(self, directory: Path, command: Sequence[str]):
+        self.directory, self.command = directory, list(command)
+        self._process: subprocess.Popen | None = None
+
+    def __call__(self) -> str:
+        """Runs to the end of the run; returns its status, "" if it was told to stop before."""
+        if outcome := sweep_launch.settle(self.directory):
+            return outcome["status"]
+        sweep_launch.begin_attempt(self.directory, self.command)
+        with open(self.directory / sweep_launch.LOG, "ab") as log:
+            environment = sweep_launch.environment(None)
+            # SLURM signals every process of a job; what the signal means is this one's to say
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )
+        outcome = self._wait()
+        if not outcome and self._process.returncode == sweep_launch.STOPPED:
+            time.sleep(AFTER_STOP)
+        return outcome.get("status", "")
+
+    def checkpoint(self) -> Any:
+        """Called in the middle of __call__ when SLURM signals the job: stops the run; what to put back in the queue."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+            self._wait()
+        return DelayedSubmission(TrainJob(self.directory, self.command))
+
+    def _wait(self) -> dict:
+        """The outcome once the process has ended, {} if it is to be continued."""
+        while True:
+            # not Popen.wait, whose lock `checkpoint` would find taken by the call it interrupts
+            status, cpu_seconds = sweep_launch.poll(self._process)
+            if status is not None:
+                return sweep_launch.end_attempt(self.directory, status, cpu_seconds)
+            time.sleep(0.5)
+
+
+def parameters_of(texts: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of --slurm=NAME=VALUE,NAME=VALUE flags, as submitit takes them. Raises UsageError."""
+    found = {}
+    for piece in [piece for text in texts for piece in text.split(",")]:
+        name, equals, value = piece.partition("=")
+        if not (equals and name and value):
+            raise UsageError(f"--slurm={piece}: must be NAME=VALUE, such as partition=gpu,time=240,gpus_per_node=1")
+        found[name.strip().replace("-", "_")] = int(value) if re.fullmatch(r"\d+", value) else value
+    return found
+
+
+def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, parameters: dict[str, Any]) -> list[str]:
+    """Submits the runs that no job has yet as one array, `jobs` of them at a time (0: all); returns what was done.
+
+    parameters: of submitit's SlurmExecutor, time in minutes. Raises UsageError for what SLURM or submitit refuse.
+    """
+    try:
+        from submitit import SlurmExecutor
+    except ImportError:
+        raise UsageError("--launcher=slurm: needs submitit: pip install 'steppe[slurm]'") from None
+    queued = _queued()
+    left = [run for run in runs if results.read_json(run.directory / JOB).get("job") not in queued]
+    said = [f"{len(runs) - len(left)} runs have a job in the queue"] if len(left) < len(runs) else []
+    if not left:
+        return said
+    settings = {"job_name": out.resolve().name, "cpus_per_task": cores, "array_parallelism": jobs or len(left)}
+    settings["additional_parameters"] = {"requeue": True}
+    left = [run._replace(directory=run.directory.resolve()) for run in left]
+    try:
+        executor = SlurmExecutor(folder=out.resolve() / FOLDER, max_num_timeout=MOST_TIMEOUTS)
+        executor.update_parameters(**{**settings, **parameters})
+        with executor.batch():
+            tasks = [TrainJob(run.directory, sweep_launch.command_line(run, config)) for run in left]
+            submitted = [executor.submit(task) for task in tasks]
+    except Exception as error:  # submitit's errors have many classes, and all are about the cluster or the parameters
+        raise UsageError(f"--launcher=slurm: {type(error).__name__}: {error}") from None
+    for run, job in zip(left, submitted, strict=True):
+        run.directory.mkdir(parents=True, exist_ok=True)
+        sweep_launch.write_json(run.directory / JOB, {"job": job.job_id})
+    return [*said, f"submitted {len(left)} runs as job {submitted[0].job_id.split('_')[0]}; logs in {out / FOLDER}"]
+
+
+def _queued() -> set[str]:
+    """The user's jobs in the queue, running or waiting, as 12_3."""
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UsageError("--launcher=slurm: there is no squeue here; submit from a machine of the cluster") from None
+    if done.returncode:
+        raise UsageError(f"--launcher=slurm: squeue: {' '.join(done.stderr.split())}")
+    return set(done.stdout.split())

@@ -1,0 +1,209 @@
+"""Which runs a sweep has: blocks of plain Python data, or flags, to overrides of config keys; and the names of runs.
+
+A spec file defines get_spec(), which returns a block, a list of blocks, or {"blocks": [...], "halving": {...}}. The
+runs of a block are all combinations of
+
+    "set":  {key: value}                      the same in every run
+    "grid": {key: [value, ...], ...}          every combination
+    "zip":  {key: [value, ...], ...}          values side by side: lists of one length
+    "list": [{key: value, ...}, ...]          as they stand
+
+changed and chosen, in this order, by
+
+    "where":   [{"if": {key: value or [value, ...]}, "set": {key: value}}, ...]   overrides of the runs that match
+    "only":    {key: value or [value, ...]}                                       leaves out runs that do not match
+    "exclude": [{key: value or [value, ...]}, ...]                                leaves out runs that match one
+
+Keys are those of configs/base.py, values as in a config: None is a key's default, a tuple one value.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steppe import configs
+from steppe.scripts.command import UsageError, call_in_file
+
+_PARTS = ("set", "grid", "zip", "list", "where", "only", "exclude")
+_EXAMPLE = "configs/sweeps/rho_by_scale.py"
+_SAFE = re.compile(r"[^A-Za-z0-9._+=,%-]")
+_LONGEST = 150  # characters of a run's name
+
+
+class Spec(NamedTuple):
+    """Blocks as in a spec file, and the settings of successive halving, {} for none."""
+
+    blocks: list[dict]
+    halving: dict
+
+
+def load(path: str) -> Spec:
+    """The Spec of a file, FILE[:ARGUMENT], or of a ready one by its name. Raises UsageError."""
+    name, _, argument = path.partition(":")
+    if name in ready():
+        path = str(ready()[name]) + (f":{argument}" if argument else "")
+    elif not os.path.isfile(name):
+        raise UsageError(f"--sweep = {name}: must be a Python file or one of {', '.join(ready())}")
+    found = call_in_file("--sweep", path, "get_spec", _EXAMPLE)
+    halving = {}
+    if isinstance(found, Mapping) and "blocks" in found:
+        unknown = sorted(set(found) - {"blocks", "halving"})
+        if unknown:
+            raise UsageError(f"--sweep = {path}: {unknown[0]}: must be blocks or halving")
+        found, halving = found["blocks"], dict(found.get("halving", {}))
+    blocks = [found] if isinstance(found, Mapping) else found
+    if not isinstance(blocks, Sequence) or not blocks or not all(isinstance(block, Mapping) for block in blocks):
+        raise UsageError(f"--sweep = {path}: get_spec must return a block or a list of blocks; see {_EXAMPLE}")
+    return Spec([dict(block) for block in blocks], halving)
+
+
+def ready() -> dict[str, Path]:
+    """{name: file} of the specs that come with Steppe."""
+    folder = Path(configs.__file__).parent / "sweeps"
+    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
+
+
+def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:
+    """The block of --grid KEY=VALUE,VALUE and --zip KEY=VALUE,VALUE flags. Raises UsageError."""
+
+    def read(flag: str, texts: Sequence[str]) -> dict[str, list[str]]:
+        found = {}
+        for text in texts:
+            key, equals, values = text.partition("=")
+            if not (equals and key and values):
+                raise UsageError(f"{flag} {text}: must be KEY=VALUE,VALUE,..., such as optim.rho=0.01,0.03")
+            if key in found:
+                raise UsageError(f"{flag} {key}: must be given once, with all its values")
+            found[key.removeprefix("config.")] = [value.strip() for value in values.split(",")]
+        return found
+
+    return {"grid": read("--grid", grids), "zip": read("--zip", zips)}
+
+
+def filters(texts: Sequence[str]) -> dict[str, list[str]]:
+    """{key: values} of --only=KEY=VALUE,VALUE,KEY=VALUE flags: a run must match all. Raises UsageError."""
+    found = {}
+    for piece in [piece for text in texts for piece in text.split(",")]:
+        key, equals, value = piece.partition("=")
+        if equals:
+            key, piece = key.strip().removeprefix("config."), value
+            found.setdefault(key, [])
+        elif not found:
+            raise UsageError(f"--only={piece}: must be KEY=VALUE,..., such as model.size=0.1m,0.4m,seed=0")
+        found[list(found)[-1]].append(piece.strip())
+    return found
+
+
+def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
+    """{key: text as on the command line} of every run of the blocks, in their order, each once. Raises UsageError."""
+    found = [run for number, block in enumerate(blocks, 1) for run in _expand_block(block, f"block {number}")]
+    return list({tuple(sorted(run.items())): run for run in reversed(found)}.values())[::-1]
+
+
+def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Every run with every other's overrides, which win."""
+    return [{**run, **other} for run in runs for other in others]
+
+
+def text_of(value: Any) -> str:
+    """A config value as text for the command line. Raises UsageError for what no key can be."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
+        return repr(tuple(value))
+    raise UsageError(f"{value!r}: must be a number, a text, true or false, None, or a tuple of texts")
+
+
+def same(value: Any, text: str) -> bool:
+    """Whether a config's value is the one that a text means."""
+    try:
+        return value == float(text) if isinstance(value, (int, float)) and value is not True else text_of(value) == text
+    except ValueError:
+        return text_of(value) == text
+
+
+def _expand_block(block: Mapping, where: str) -> list[dict[str, str]]:
+    unknown = sorted(set(block) - set(_PARTS))
+    if unknown:
+        raise UsageError(f"{where} of the sweep: {unknown[0]}: must be one of {', '.join(_PARTS)}")
+    axes = [[_texts(block.get("set", {}), where)]]
+    for key, values in block.get("grid", {}).items():
+        axes.append([{key: text_of(value)} for value in _values(key, values, where)])
+    if block.get("zip"):
+        columns = {key: _values(key, values, where) for key, values in block["zip"].items()}
+        if len({len(values) for values in columns.values()}) > 1:
+            shown = ", ".join(f"{key} has {len(values)}" for key, values in columns.items())
+            raise UsageError(f"{where} of the sweep: zip: must be lists of one length, and {shown}")
+        axes.append(
+            [_texts(dict(zip(columns, row, strict=True)), where) for row in zip(*columns.values(), strict=True)]
+        )
+    if block.get("list"):
+        axes.append([_texts(entry, where) for entry in block["list"]])
+    places = [key for axis in axes for key in dict.fromkeys(key for entry in axis for key in entry)]
+    twice = sorted({key for key in places if places.count(key) > 1})
+    if twice:
+        raise UsageError(f"{where} of the sweep: {twice[0]}: must be in one of set, grid, zip and list")
+    runs = [{key: text for entry in entries for key, text in entry.items()} for entries in itertools.product(*axes)]
+    for rule in block.get("where", ()):
+        if set(rule) != {"if", "set"}:
+            raise UsageError(f'{where} of the sweep: where: must be a list of {{"if": {{...}}, "set": {{...}}}}')
+        changed = _texts(rule["set"], where)
+        runs = [{**run, **changed} if _matches(run, rule["if"], places, where) else run for run in runs]
+        places += changed
+    if block.get("only"):
+        runs = [run for run in runs if _matches(run, block["only"], places, where)]
+    excluded = block.get("exclude", ())
+    for rule in [excluded] if isinstance(excluded, Mapping) else excluded:
+        runs = [run for run in runs if not _matches(run, rule, places, where)]
+    return runs
+
+
+def _texts(values: Mapping, where: str) -> dict[str, str]:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where} of the sweep: {values!r}: must be {{key: value, ...}}")
+    for key, value in values.items():
+        if isinstance(value, list):
+            raise UsageError(f"{where} of the sweep: {key} = {value!r}: must be one value here; several go into grid")
+    return {key.removeprefix("config."): text_of(value) for key, value in values.items()}
+
+
+def _values(key: str, values: Any, where: str) -> Sequence:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise UsageError(f"{where} of the sweep: {key} = {values!r}: must be a list of values")
+    return values
+
+
+def _matches(run: Mapping[str, str], rule: Mapping, known: Collection[str], where: str) -> bool:
+    for key, accepted in rule.items():
+        if key not in known:
+            raise UsageError(f"{where} of the sweep: {key}: must be a key that this block sets, to choose runs by it")
+        texts = [text_of(value) for value in (accepted if isinstance(accepted, list) else [accepted])]
+        if run.get(key) not in texts:
+            return False
+    return True
+
+
+def name_run(config: Mapping[str, Any], varying: Sequence[str], taken: Collection[str]) -> str:
+    """A name for a run, safe for files and not yet taken: size=0.1m,method=sam,rho=0.03,seed=0.
+
+    config: flat, every key. varying: the keys that tell it from others; the seed goes last, None is left out.
+    """
+    ends = [key.rsplit(".", 1)[-1] for key in config]
+    parts = []
+    for key in sorted(varying, key=lambda key: key == "seed"):
+        short = key.rsplit(".", 1)[-1]
+        if config[key] is not None and config[key] != "":
+            value = _SAFE.sub("", text_of(config[key]).replace("/", "_").replace(",", "+"))
+            parts.append(f"{short if ends.count(short) == 1 else key}={value}")
+    name = ",".join(parts) or "run"
+    if len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]},{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+    return next(n for n in itertools.chain([name], (f"{name}~{k}" for k in itertools.count(2))) if n not in taken)

@@ -1,0 +1,140 @@
+"""What a sweep shows while it runs: a live table on a terminal, else a line for each run that ends."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from steppe.scripts.sweep.launch import STOPPED, Job
+from steppe.scripts.sweep.plan import Run, Speed, clock, makespan
+
+
+class View:
+    """Shows the runs of a sweep.
+
+    outcomes: {name: outcome.json} of those that had ended before. jobs: at a time. until: {name: step} at which runs
+    stop for now.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        outcomes: dict[str, dict],
+        speed: Speed,
+        jobs: int,
+        until: Mapping[str, int] | None = None,
+        *,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.time,
+    ):
+        self._total, self._speed, self._slots, self._now = len(runs), speed, jobs, now
+        self._stream = stream or sys.stderr
+        self._until = until or {}
+        self._statuses = {name: outcome["status"] for name, outcome in outcomes.items()}
+        self._began: dict[str, float] = {}
+        self._spent = self._expected = 0.0  # seconds, of the runs that ended here
+        self._running: list[Job] = []
+        self._waiting: list[Run] = []
+        self._shown, self._live = 0.0, None
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self._stream)
+            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+
+    def __enter__(self) -> "View":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live is not None:
+            self._live.update("", refresh=True)
+            self._live.stop()
+
+    def started(self, job: Job) -> None:
+        self._began[job.run.name] = job.began
+        self._running.append(job)
+
+    def ended(self, run: Run, outcome: dict[str, Any], status: int) -> None:
+        """Counts and shows the end of a run; outcome {} if it is to be continued, with the exit status that said so."""
+        self._running = [job for job in self._running if job.run.name != run.name]
+        named = outcome.get("status", "unfinished")
+        why = outcome.get("why", f"exit status {status}")
+        if not outcome and run.name in self._until and status == STOPPED:
+            named, why = "waiting", f"at step {self._until[run.name]}, to be compared"
+        self._statuses[run.name] = named
+        seconds = self._now() - self._began.get(run.name, self._now())
+        if named == "finished" and run.name in self._began:
+            self._spent += seconds
+            self._expected += self._seconds(run)
+        loss = f"  loss {outcome['loss']:.4f}" if outcome.get("loss") is not None else ""
+        self._print(
+            f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock(seconds)}"
+            + (f"  {why}" if why else "")
+            + f"  (left {clock(self._left())})"
+        )
+
+    def tick(self, running: Sequence[Job], waiting: Sequence[Run]) -> None:
+        """Once every moment: redraws the table, at most every second."""
+        self._running, self._waiting = list(running), list(waiting)
+        if self._live is not None and self._now() - self._shown >= 1.0:
+            self._shown = self._now()
+            self._live.update(self._table(), refresh=True)
+
+    def _seconds(self, run: Run) -> float:
+        return self._speed.seconds(run, self._until.get(run.name, run.steps) / run.steps)
+
+    def _left(self) -> float:
+        """Estimated seconds until the last run ends, corrected by how the estimates fared so far."""
+        pace = self._spent / self._expected if self._expected else 1.0
+        rest = [
+            max(0.0, self._seconds(job.run) * pace - (self._now() - self._began[job.run.name])) for job in self._running
+        ]
+        return makespan(rest + [self._seconds(run) * pace for run in self._waiting], self._slots)
+
+    def _table(self):
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for title in ("run", "step", "loss", "ETA"):
+            table.add_column(title, justify="left" if title == "run" else "right", no_wrap=title != "run")
+        for job in self._running:
+            step, loss = progress(job.run.directory)
+            elapsed = self._now() - job.began
+            left = max(0.0, self._seconds(job.run) - elapsed)
+            table.add_row(job.run.name, f"{step}/{job.run.steps}", f"{loss:.4f}" if step else "", clock(left))
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(self._statuses.values()).items()))
+        table.caption = (
+            f"{len(self._running)} running, {len(self._waiting)} to come{', ' + counts if counts else ''} "
+            f"of {self._total}; left {clock(self._left())}"
+        )
+        table.caption_justify = "left"
+        return table
+
+    def _print(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+def progress(directory: Path) -> tuple[int, float]:
+    """(last step recorded, its training loss) of a run under way, from the end of its metrics.jsonl; (0, nan)."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return 0, float("nan")
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 8000))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines):
+        if b'"train"' in line[:40]:
+            try:
+                record = json.loads(line)
+                return record["step"], float(record["loss"])
+            except (ValueError, KeyError):
+                continue
+    return 0, float("nan")

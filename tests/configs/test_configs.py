@@ -1,0 +1,115 @@
+"""The configs that ship: they hold base's keys, can run, and say what they are."""
+
+import pathlib
+
+import pytest
+
+from steppe.configs import base, paper, quickstart, sizes
+from steppe.lm.run.check import check
+from steppe.optim.methods import METHODS
+from steppe.scripts import command
+
+
+def _flat(tree, before=""):
+    for key, value in tree.items():
+        yield from _flat(value, f"{before}{key}.") if isinstance(value, dict) else [before + key]
+
+
+def _check_without_vocabulary(config):
+    config.data.vocabulary = "bytes"  # the 32k model is the user's to fetch
+    check(config, device_count=8)
+
+
+@pytest.mark.parametrize("config", [quickstart.get_config(), paper.get_config("24m,sam,fixed")], ids=["quick", "paper"])
+def test_configs_change_values_of_base_and_add_nothing(config):
+    assert sorted(_flat(config.to_dict())) == sorted(_flat(base.get_config().to_dict()))
+
+
+def test_every_key_of_base_has_a_comment():
+    for line in pathlib.Path(base.__file__).read_text().splitlines():
+        if (
+            line.startswith("    ")
+            and " = " in line
+            and "ConfigDict()" not in line
+            and not line.strip().startswith("#")
+        ):
+            assert "  # " in line, line
+
+
+def test_quickstart_trains_the_method_of_the_project_on_text_at_hand():
+    config = quickstart.get_config()
+    check(config, device_count=1)
+    assert config.optim.method == "precond_functional_sam"
+    assert (config.data.task, config.data.vocabulary) == ("embedded", "bytes")
+    assert "--config=configs/quickstart.py" in quickstart.__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("0.1m", 110_592),
+        ("0.4m", 442_368),
+        ("1.8m", 1_769_472),
+        ("24m", 23_887_872),
+        ("42m", 42_467_328),
+        ("118m", 117_964_800),
+        ("1.2b", 1_207_959_552),
+        ("8b", 8_053_063_680),
+    ],
+)
+def test_sizes_hold_the_weights_their_comment_says(name, weights, request):
+    shape = sizes.SIZES[name]
+    assert shape["mlp_width"] == 4 * shape["width"]
+    assert shape["width"] % shape["heads"] == 0
+    if name in ("24m", "42m", "118m", "1.2b"):
+        assert shape["width"] // shape["heads"] == 64
+    assert 12 * shape["layers"] * shape["width"] ** 2 == weights
+    assert f'"{name}": dict(' in _line_with(request, f"{weights:,}")
+    config = base.get_config()
+    config.model.size = name
+    assert sizes.resolve(config).model.width == shape["width"]
+    check(config, device_count=1)
+
+
+def _line_with(request, text):
+    return next(
+        line for line in (request.config.rootpath / "configs/sizes.py").read_text().splitlines() if text in line
+    )
+
+
+def test_resolve_leaves_a_config_without_size_alone_and_refuses_an_unknown_one():
+    config = base.get_config()
+    assert sizes.resolve(config).to_dict() == base.get_config().to_dict()
+    config.model.size = "23m"
+    with pytest.raises(ValueError, match=r"config.model.size = '23m': must be one of 0.01m, .*24m"):
+        sizes.resolve(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", ["fixed", "chinchilla"])
+def test_paper_config_runs_every_method(method, length):
+    config = paper.get_config(f"118m, {method}, {length}")
+    _check_without_vocabulary(config)
+    assert config.optim.method == method
+    assert (config.model.layers, config.model.width) == (6, 1280)
+    assert config.train.duration == ("chinchilla" if length == "chinchilla" else "100000 steps")
+
+
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        ("24m", "SIZE,METHOD,LENGTH"),
+        ("24m,sam,fixed,more", "SIZE,METHOD,LENGTH"),
+        ("24m,,fixed", "SIZE,METHOD,LENGTH"),
+        ("25m,sam,fixed", "'25m' must be one of 0.01m"),
+        ("24m,sam,short", "'short' must be one of fixed, chinchilla"),
+    ],
+)
+def test_paper_config_refuses_a_bad_argument_in_one_line(argument, part, request):
+    path = request.config.rootpath / "configs" / "paper.py"
+    with pytest.raises(command.UsageError) as refusal:
+        command.read_config(f"{path}:{argument}")
+    assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(command.UsageError, match="FILE:ARGUMENT"):
+        command.read_config(str(path))

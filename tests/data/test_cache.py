@@ -1,0 +1,58 @@
+"""The cache: prepared once, by another process, whatever the number of runs that ask for it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steppe.configs.base import get_config
+from steppe.data.cache import ensure
+from steppe.data.errors import CorpusDamaged, DataError
+from steppe.data.sources import embedded_documents
+
+ROOT = Path(__file__).parents[2]
+
+RUN = """
+import sys
+from steppe.configs.base import get_config
+from steppe.data.cache import ensure
+from steppe.data.loader import open_corpus, training_rows
+config = get_config().data
+config.cache, config.task, config.sequence_length = sys.argv[1], sys.argv[2], 32
+directory = ensure(config, log=lambda line: print(line, file=sys.stderr))
+corpus = open_corpus(directory, config.vocabulary, config.sequence_length, config.packing, config.verify)
+batch = training_rows(corpus, 0, 0, 4)
+assert not any(name.split(".")[0] in ("tensorflow", "seqio", "tensorflow_datasets") for name in sys.modules)
+print(directory, batch["targets"].sum())
+"""
+
+
+def test_two_processes_prepare_the_cache_once_and_never_import_tensorflow(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i, (_, text) in enumerate(embedded_documents()[:80]):
+        (tmp_path / "texts" / f"{i}.txt").write_bytes(text[:3000])
+    command = [sys.executable, "-c", RUN, str(tmp_path / "cache"), f"text:{tmp_path}/texts/*"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert sum("prepared" in line for _, log in outputs for line in log.splitlines()) == 1
+    config = get_config().data
+    config.cache, config.task, config.sequence_length = str(tmp_path / "cache"), f"text:{tmp_path}/texts/*", 32
+    assert ensure(config, log=pytest.fail) == outputs[0][0].split()[0]
+
+
+def test_errors_of_the_preparing_process_arrive_as_they_are(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 2000)
+    config = get_config().data
+    config.cache, config.task = str(tmp_path / "cache"), f"jsonl:{tmp_path}/a.jsonl@all"
+    config.held_out = ("embedded",)
+    with pytest.raises(DataError, match=r"first 1000 records are all bad[^\n]*$") as error:
+        ensure(config, log=lambda line: None)
+    assert type(error.value).__name__ == "BadRecords"
+    assert not list((tmp_path / "cache").glob("*/"))
+    config.directory = str(tmp_path / "absent")
+    with pytest.raises(CorpusDamaged, match="absent' does not exist"):
+        ensure(config)

@@ -1,0 +1,80 @@
+"""The tokenizer without tensorflow gives seqio's ids; a trained vocabulary loses nothing."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from steppe.data.errors import DataError
+from steppe.data.sources import embedded_documents
+from steppe.data.vocabulary import load_tokenizer, seqio_vocabulary, train_sentencepiece
+
+C4_MODEL = Path(__file__).parents[3] / "shared" / "t5_cc_all_32000_100extra.model"
+TEXTS = ["", "plain", "tab\tand\nnewline  two spaces ", "naïve Ünïcode 漢字 🎉", "\x00\x7f", "▁ lower one eighth block"]
+
+
+def documents(count: int) -> list[str]:
+    texts = [text.decode() for _, text in embedded_documents()]
+    return (texts * (1 + count // len(texts)))[:count]
+
+
+def test_bytes_agree_with_seqio():
+    ours, theirs = load_tokenizer("bytes"), seqio_vocabulary("bytes")
+    assert (ours.vocab_size, ours.pad_id, ours.eos_id) == (theirs.vocab_size, theirs.pad_id, theirs.eos_id)
+    for text in [*TEXTS, *documents(50)]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text) == theirs.encode_tf(text).numpy().tolist()
+        assert ours.decode(ids) == theirs.decode(ids) == text
+        cut = ids[: len(ids) // 2]  # perhaps inside a character
+        assert ours.decode(cut) == theirs.decode(cut)
+        assert ours.decode([*ids, 1, 0, 0]) == text
+
+
+@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
+def test_sentencepiece_agrees_with_the_library_and_seqio_on_1000_documents():
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(C4_MODEL))
+    ours, theirs = load_tokenizer(str(C4_MODEL)), seqio_vocabulary(str(C4_MODEL))
+    assert ours.vocab_size == theirs.vocab_size == library.get_piece_size()
+    assert (ours.pad_id, ours.eos_id) == (theirs.pad_id, theirs.eos_id) == (0, 1)
+    # Documents of one module each, then distinct slices of them, which begin and end anywhere.
+    chosen = documents(400)
+    generator = random.Random(0)
+    while len(chosen) < 1000:
+        text = generator.choice(chosen[:400])
+        start = generator.randrange(len(text))
+        chosen.append(text[start : start + 3000])
+    for i, text in enumerate([*TEXTS, *chosen]):
+        ids = ours.encode(text[:20_000])
+        assert ids == library.encode(text[:20_000])
+        assert ours.decode(ids) == library.decode(ids)
+        if i % 10 == 0:
+            assert ids == theirs.encode(text[:20_000])
+            assert ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_trained_vocabulary_is_lossless(tmp_path, model_type):
+    path = str(tmp_path / "small.model")
+    train_texts = [text[:3000] for text in documents(150)]
+    tokenizer = train_sentencepiece(train_texts, path, 600, model_type, characters=200_000)
+    assert tokenizer.vocab_size <= 600
+    assert tokenizer.fingerprint == load_tokenizer(path).fingerprint != load_tokenizer("bytes").fingerprint
+    for text in [*TEXTS[:5], *(text[:5000] for text in documents(60))]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("x") == seqio_vocabulary(path).encode("x")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small.model"]
+
+
+def test_bad_vocabularies_are_one_line(tmp_path):
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(b"not a model")
+    for spec in (str(tmp_path / "absent.model"), str(broken), str(tmp_path)):
+        with pytest.raises(DataError, match=r"^config\.data\.vocabulary=[^\n]*$"):
+            load_tokenizer(spec)
+    with pytest.raises(DataError, match=r"--size=100: [^\n]*$"):
+        train_sentencepiece(["text"], str(tmp_path / "x.model"), 100)
+    with pytest.raises(DataError, match=r"--size=30000: [^\n]*$"):
+        train_sentencepiece(["too little text"], str(tmp_path / "x.model"), 30_000)
+    assert not (tmp_path / "x.model").exists()

@@ -1,0 +1,38 @@
+"""Small real runs for tests: a text, a config of a few thousand parameters, and what they recorded."""
+
+import json
+import pathlib
+
+from steppe.configs import base
+
+
+def config(text: str, cache: str, **overrides):
+    """The base config in small, on the files train.txt and val.txt in `text`; overrides as {"optim__rho": 0.1}."""
+    small = base.get_config()
+    small.data.update(task=f"text:{text}/train.txt@all", held_out=(f"val=text:{text}/val.txt@all",))
+    small.data.update(cache=cache, sequence_length=16)
+    small.model.update(layers=2, width=16, heads=2, mlp_width=32)
+    small.train.update(batch_size=8, duration="20 steps")
+    small.optim.update(warmup="4 steps", peak_learning_rate=0.01)
+    small.evaluate.update(every="10 steps", batches=2, batch_size=8)
+    small.checkpoint.every = "10 steps"
+    small.log.every = 1000
+    small.sample.tokens = 4
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        if name:
+            small[section][name] = value
+        else:
+            small[section] = value
+    return small.lock()
+
+
+def records(workdir, kind: str) -> list[dict]:
+    """The records of one kind in a run's metrics.jsonl."""
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(workdir) -> list[float]:
+    """The training loss of every step, in order."""
+    return [record["loss"] for record in records(workdir, "train")]

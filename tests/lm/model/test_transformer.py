@@ -1,0 +1,157 @@
+"""The trunk: what it may see, its two styles, its kernels, its parameter paths."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steppe.lm.model import attention
+from steppe.lm.model.mesh import Placement, make_mesh
+from steppe.lm.model.transformer import Shape, Trunk, lookup
+from steppe.optim.masks import path_names
+from steppe.scripts import hlo
+
+T = 12
+STYLES = {
+    "nanodo": Shape("nanodo", 2, 16, 4, 4, 32, 64, T),
+    "modern": Shape("modern", 2, 16, 4, 2, 32, 64, T, qk_norm=True, tie_embeddings=False),
+}
+
+
+def tokens(key=0):
+    return jax.random.randint(jax.random.key(key), (2, T), 0, 64)
+
+
+def init(shape):
+    return Trunk(shape).init(jax.random.key(1), tokens())["params"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_token_sees_a_later_one(style):
+    params = init(STYLES[style])
+    hidden = Trunk(STYLES[style]).apply({"params": params}, tokens())
+    changed = Trunk(STYLES[style]).apply({"params": params}, tokens().at[:, 7].add(1) % 64)
+    assert np.array_equal(hidden[:, :7], changed[:, :7])
+    assert not np.array_equal(hidden[:, 7:], changed[:, 7:])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_packed_documents_do_not_see_each_other(style):
+    """Two documents in one row give what each gives alone, up to the order of sums in float32."""
+    trunk, params = Trunk(STYLES[style]), init(STYLES[style])
+    segments = jnp.array([[1] * 5 + [2] * 7] * 2)
+    positions = jnp.array([[*range(5), *range(7)]] * 2)
+    packed = trunk.apply({"params": params}, tokens(), positions, segments)
+    alone = jnp.zeros_like(tokens()).at[:, :7].set(tokens()[:, 5:])
+    np.testing.assert_allclose(packed[:, 5:], trunk.apply({"params": params}, alone)[:, :7], rtol=1e-5, atol=1e-5)
+
+
+def test_modern_attention_depends_on_distance_only():
+    """RoPE: moving every position by the same amount changes nothing but rounding."""
+    trunk, params = Trunk(STYLES["modern"]), init(STYLES["modern"])
+    positions = jnp.broadcast_to(jnp.arange(T), (2, T))
+    here, there = (trunk.apply({"params": params}, tokens(), p) for p in (positions, positions + 100))
+    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4)  # angles near 100 lose two digits in float32
+
+
+def test_parameter_paths_are_stable():
+    """Sharding, decay and perturbation match on these. If this fails, old checkpoints and users' regexes break too."""
+    paths = set(jax.tree.leaves(path_names(init(STYLES["nanodo"]))))
+    assert paths == {
+        "embed/embedding", "position/embedding", "final_norm/scale", "layers/attention_norm/scale",
+        "layers/mlp_norm/scale", "layers/attention/query/kernel", "layers/attention/key/kernel",
+        "layers/attention/value/kernel", "layers/attention/out/kernel", "layers/mlp/up/kernel",
+        "layers/mlp/down/kernel",
+    }  # fmt: skip
+    modern = set(jax.tree.leaves(path_names(init(STYLES["modern"]))))
+    assert modern - paths == {
+        "readout/kernel", "layers/mlp/gate/kernel", "layers/attention/query_norm/scale",
+        "layers/attention/key_norm/scale",
+    }  # fmt: skip
+    assert paths - modern == {"position/embedding"}
+
+
+def test_initial_scale():
+    """Hidden states of unit size, so that the first loss is near log(vocabulary)."""
+    shape = STYLES["nanodo"]._replace(width=64, mlp_width=256)
+    hidden = Trunk(shape).apply({"params": Trunk(shape).init(jax.random.key(0), tokens())["params"]}, tokens())
+    assert 0.9 < float(jnp.std(hidden)) < 1.1
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_blockwise_attention_equals_einsum(segmented, monkeypatch):
+    monkeypatch.setattr(attention, "query_block", lambda length: 8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, 20, 4, 8))
+    key, value = (jax.random.normal(k, (2, 20, 2, 8)) for k in keys[1:])
+    segments = jnp.array([[1] * 9 + [2] * 11] * 2) if segmented else None
+
+    def both(kernel):
+        def total(q, k, v):
+            return jnp.sum(jnp.sin(attention.attention(q, k, v, segments, kernel)))
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(query, key, value)
+
+    for a, b in zip(jax.tree.leaves(both("blockwise")), jax.tree.leaves(both("einsum")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # order of sums
+
+
+def test_blockwise_attention_at_8k_tokens_never_holds_a_square_of_them():
+    T = 8192
+    shape = jax.ShapeDtypeStruct((1, T, 1, 8), jnp.float32)
+
+    def most(kernel):
+        """Elements of the largest array of the forward and backward pass."""
+        both = jax.grad(lambda *qkv: jnp.sum(attention.attention(*qkv, None, kernel) ** 2), argnums=(0, 1, 2))
+        return max(map(math.prod, hlo.array_shapes(jax.jit(both).lower(shape, shape, shape).compile().as_text())))
+
+    assert most("einsum") >= T * T  # so the test sees what it looks for
+    assert most("blockwise") <= attention.query_block(T) * T
+
+
+def test_grouped_queries_share_keys_as_repeated_ones_would():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, T, 4, 8))
+    key, value = (jax.random.normal(k, (2, T, 2, 8)) for k in keys[1:])
+    grouped = attention.attention(query, key, value)
+    repeated = attention.attention(query, jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2))
+    np.testing.assert_allclose(grouped, repeated, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_memory_not_numbers(remat):
+    params = init(STYLES["nanodo"])
+
+    def gradient(remat):
+        trunk = Trunk(STYLES["nanodo"]._replace(remat=remat))
+        return jax.jit(jax.grad(lambda p: jnp.sum(trunk.apply({"params": p}, tokens()) ** 3)))(params)
+
+    for a, b in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # recomputed in another order
+
+
+def test_choice_of_kernel():
+    assert attention.choose("auto", "cpu", 256, "float32", False) == "einsum"
+    assert attention.choose("auto", "cpu", 512, "float32", False) == "blockwise"
+    assert attention.choose("auto", "gpu", 512, "bfloat16", False) == "cudnn"
+    assert attention.choose("auto", "gpu", 512, "bfloat16", True) == "blockwise"
+    assert attention.choose("auto", "tpu", 512, "bfloat16", True) == "splash"
+    assert attention.choose("auto", "tpu", 500, "bfloat16", False) == "blockwise"
+    assert attention.choose("auto", "tpu", 512, "bfloat16", False, second_order=True) == "blockwise"
+    with pytest.raises(ValueError, match=r"model.attention = 'cudnn'.*use auto"):
+        attention.choose("cudnn", "cpu", 512, "bfloat16", False)
+
+
+def test_table_lookup_is_the_plain_gather_and_its_gradient():
+    """On a mesh whose tensor axis splits the rows: the forward bit for bit, the gradient up to the order of sums."""
+    place = Placement(make_mesh((2, 2, 2)))
+    table = jax.random.normal(jax.random.key(0), (16, 8))
+    ids = jax.random.randint(jax.random.key(1), (4, 6), 0, 16)
+    direction = jax.random.normal(jax.random.key(2), (4, 6, 8))
+    for kind, positions in (("table", ids), ("positions", ids)):
+        got, pull = jax.vjp(jax.jit(lambda t, k=kind, p=positions: lookup(place, k, "float32", t, p)), table)
+        want, plain_pull = jax.vjp(lambda t, p=positions: t[p], table)
+        assert np.array_equal(got, want)
+        np.testing.assert_allclose(pull(direction)[0], plain_pull(direction)[0], rtol=1e-6, atol=1e-6)

@@ -1,0 +1,187 @@
+"""Every impossible value is refused by name, and what runs is let through."""
+
+import pytest
+
+from steppe.configs import base
+from steppe.data.errors import DataError
+from steppe.lm.run.check import METHOD_OPTIONS, ConfigError, check, mesh_shape
+from steppe.optim.methods import METHODS
+
+BAD = [
+    # (what is set, key named, value shown, part of what is accepted)
+    ({"seed": -1}, "seed", "-1", "an integer from 0 to 4294967295"),
+    ({"model.style": "gpt"}, "model.style", "'gpt'", "one of nanodo, modern"),
+    ({"model.layers": 0}, "model.layers", "0", "an integer >= 1"),
+    ({"model.heads": 3}, "model.heads", "3", "a divisor of model.width = 128"),
+    ({"model.kv_heads": 2}, "model.kv_heads", "2", "0 in style nanodo"),
+    ({"model.style": "modern", "model.kv_heads": 3}, "model.kv_heads", "3", "a divisor of model.heads = 4"),
+    ({"model.style": "modern", "model.width": 132}, "model.heads", "4", "model.width / model.heads = 33 is even"),
+    ({"model.rope_base": 0.0}, "model.rope_base", "0.0", "a finite number > 0"),
+    ({"model.compute_dtype": "float16"}, "model.compute_dtype", "'float16'", "one of float32, bfloat16"),
+    ({"model.attention": "flash"}, "model.attention", "'flash'", "einsum"),
+    ({"model.remat": "all"}, "model.remat", "'all'", "one of none, full, dots"),
+    ({"model.functional_readout": "store"}, "model.functional_readout", "'store'", "rebuild"),
+    ({"model.readout_chunk": -1}, "model.readout_chunk", "-1", "an integer >= 0"),
+    ({"model.z_loss": -1e-4}, "model.z_loss", "-0.0001", "a finite number >= 0"),
+    ({"model.label_smoothing": 1.0}, "model.label_smoothing", "1.0", ">= 0 and < 1"),
+    ({"data.sequence_length": 0}, "data.sequence_length", "0", "an integer >= 1"),
+    ({"data.packing": "greedy"}, "data.packing", "'greedy'", "one of concat, bestfit"),
+    ({"data.held_out_fraction": 0.0}, "data.held_out_fraction", "0.0", "a number > 0 and < 1"),
+    ({"optim.method": "samm"}, "optim.method", "'samm'", "functional_sam"),
+    ({"optim.method": "sam", "optim.rho": -0.1}, "optim.rho", "-0.1", "a finite number >= 0"),
+    ({"optim.method": "sam", "optim.rho": float("nan")}, "optim.rho", "nan", "a finite number >= 0"),
+    ({"optim.rho": 0.1}, "optim.rho", "0.1", "None with optim.method = adamw, which takes no option"),
+    ({"optim.method": "sam", "optim.k": 3}, "optim.k", "3", "None with optim.method = sam, which takes rho"),
+    (
+        {"optim.method": "j_sam", "optim.lam": 0.1},
+        "optim.lam",
+        "0.1",
+        "None with optim.method = j_sam, which takes rho",
+    ),
+    ({"optim.method": "precond_sam", "optim.precond_norm": "l1"}, "optim.precond_norm", "'l1'", "one of l2, ellipsoid"),
+    ({"optim.method": "precond_sam", "optim.base": "lion"}, "optim.base", "'lion'", "one of adamw, adam"),
+    ({"optim.base": "rmsprop"}, "optim.base", "'rmsprop'", "one of adamw"),
+    ({"optim.rho_schedule": "step"}, "optim.rho_schedule", "'step'", "one of constant"),
+    ({"optim.schedule": "poly"}, "optim.schedule", "'poly'", "one of cosine"),
+    ({"optim.every": 0}, "optim.every", "0", "an integer >= 1"),
+    ({"optim.method": "look_sam", "optim.every": 2}, "optim.every", "2", "1 with optim.method = look_sam"),
+    ({"optim.ascent_over": "batch"}, "optim.ascent_over", "'batch'", "one of global, microbatch, subset"),
+    ({"optim.ascent_fraction": 0.5}, "optim.ascent_fraction", "0.5", "1.0 unless optim.ascent_over is subset"),
+    ({"optim.ascent_over": "subset", "optim.ascent_fraction": 0.0}, "optim.ascent_fraction", "0.0", "> 0 and <= 1"),
+    ({"optim.layerwise_rho": "yes"}, "optim.layerwise_rho", "'yes'", "one of none, norm, width"),
+    ({"optim.method": "gsam", "optim.ascent_over": "subset"}, "optim.ascent_over", "'subset'", "global or microbatch"),
+    ({"optim.method": "precond_sam", "optim.precond_eps": 0.0}, "optim.precond_eps", "0.0", "above 0"),
+    ({"optim.perturb": ("(",)}, "optim.perturb", "'('", "a regular expression"),
+    ({"optim.decay_mask": ("ok", "*")}, "optim.decay_mask", "'*'", "a regular expression"),
+    ({"optim.clip_norm": -1.0}, "optim.clip_norm", "-1.0", "a finite number >= 0"),
+    ({"optim.clip_order": "never"}, "optim.clip_order", "'never'", "one of after, before"),
+    ({"optim.peak_learning_rate": 0.0}, "optim.peak_learning_rate", "0.0", "a finite number > 0"),
+    ({"optim.peak_learning_rate": float("inf")}, "optim.peak_learning_rate", "inf", "a finite number > 0"),
+    ({"optim.end_learning_rate": 1.5}, "optim.end_learning_rate", "1.5", "a number from 0 to 1"),
+    ({"optim.b2": 1.0}, "optim.b2", "1.0", "a number >= 0 and < 1"),
+    ({"optim.warmup": "soon"}, "optim.warmup", "'soon'", "a duration such as"),
+    ({"optim.warmup": "2000 steps"}, "optim.warmup", "'2000 steps'", "no longer than the run, which has 1000 steps"),
+    ({"optim.schedule": "wsd", "optim.cooldown": "96%"}, "optim.cooldown", "'96%'", "50 steps leaves of the run, 950"),
+    ({"optim.start": "60%", "optim.stop": "50%"}, "optim.stop", "'50%'", "no earlier than optim.start = '60%'"),
+    ({"optim.stop": "150%"}, "optim.stop", "'150%'", "a fraction of a run"),
+    ({"train.duration": "long"}, "train.duration", "'long'", "a duration such as"),
+    ({"train.duration": "50%"}, "train.duration", "'50%'", "a fraction of a run of known length"),
+    ({"train.duration": "0 steps"}, "train.duration", "'0 steps'", "at least one step, which is 4096 tokens"),
+    ({"train.duration": "chinchilla", "optim.warmup": "x"}, "optim.warmup", "'x'", "a duration such as"),
+    ({"train.tokens_per_parameter": 0.0}, "train.tokens_per_parameter", "0.0", "a finite number > 0"),
+    ({"train.parameter_count": "all"}, "train.parameter_count", "'all'", "one of total, non_embedding"),
+    ({"train.microbatches": 3}, "train.batch_size", "16", "a multiple of 3 (microbatches 3 x mesh.data 1"),
+    ({"train.on_nonfinite": "pray"}, "train.on_nonfinite", "'pray'", "one of stop, skip"),
+    ({"evaluate.every": "0 steps"}, "evaluate.every", "'0 steps'", "at least one step"),
+    ({"evaluate.every": "1 epoch"}, "evaluate.every", "'1 epoch'", "steps, tokens or % of the run"),
+    ({"evaluate.batches": -1}, "evaluate.batches", "-1", "an integer >= 0"),
+    ({"checkpoint.every": ""}, "checkpoint.every", "''", "a duration such as"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep", "0", "an integer >= 1"),
+    ({"log.every": 0}, "log.every", "0", "an integer >= 1"),
+    ({"log.wandb": "on"}, "log.wandb", "'on'", "one of online, offline, disabled"),
+    ({"mesh.data": 0}, "mesh.data", "0", "an integer >= 1, or -1"),
+    ({"mesh.fsdp": -1}, "mesh.fsdp", "-1", "because mesh.data is -1 already"),
+    ({"mesh.tensor": 2}, "mesh.tensor", "2", "such that fsdp 1 x tensor 2 = 2 divides the 1 devices"),
+    ({"sample.temperature": -0.1}, "sample.temperature", "-0.1", "a finite number >= 0"),
+    ({"optim.method": "k_sam", "optim.k": 17}, "optim.k", "17", "at most 16, the sequences of one microbatch"),
+]
+
+BAD_ON_8 = [
+    ({"mesh.fsdp": 3}, "mesh.fsdp", "3", "fsdp 3 x tensor 1 = 3 divides the 8 devices"),
+    ({"mesh.data": 2, "mesh.fsdp": 2}, "mesh.data", "2", "data 2 x fsdp 2 x tensor 1 = 4 equals the 8 devices"),
+    ({"mesh.data": 1, "mesh.fsdp": 8, "model.width": 132}, "mesh.fsdp", "8", "a divisor of model.width = 132"),
+    ({"mesh.tensor": 8}, "mesh.tensor", "8", "a divisor of model.heads = 4"),
+    ({"mesh.tensor": 2, "model.style": "modern", "model.kv_heads": 1}, "mesh.tensor", "2", "model.kv_heads = 1"),
+    ({"mesh.tensor": 4, "model.mlp_width": 510}, "mesh.tensor", "4", "a divisor of model.mlp_width = 510"),
+    (
+        {"train.batch_size": 12},
+        "train.batch_size",
+        "12",
+        "a multiple of 8 (microbatches 1 x mesh.data 8 x mesh.fsdp 1)",
+    ),
+    ({"train.microbatches": 4}, "train.batch_size", "16", "a multiple of 32 (microbatches 4 x mesh.data 8"),
+    ({"evaluate.batch_size": 4}, "evaluate.batch_size", "4", "0 or a multiple of 8"),
+]
+
+
+def _with(**changes):
+    config = base.get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value", "accepted", "devices"),
+    [(*row, 1) for row in BAD] + [(*row, 8) for row in BAD_ON_8],
+    ids=lambda item: " ".join(f"{k}={v}" for k, v in item.items()) if isinstance(item, dict) else "",
+)
+def test_an_impossible_value_is_refused_by_name(changes, key, value, accepted, devices):
+    with pytest.raises(ConfigError) as refusal:
+        check(_with(**changes), device_count=devices)
+    message = str(refusal.value)
+    assert message.startswith(f"config.{key} = {value}: must be ")
+    assert accepted in message
+    assert "\n" not in message
+    assert refusal.value.key == key
+    assert refusal.value.accepted in message
+
+
+def test_a_batch_that_the_processes_cannot_share():
+    config = _with(**{"mesh.data": 1, "mesh.tensor": 4, "train.batch_size": 3})
+    check(config, device_count=4, process_count=1)
+    with pytest.raises(ConfigError, match=r"config.train.batch_size = 3: must be a multiple of the 2 processes"):
+        check(config, device_count=4, process_count=2)
+
+
+def test_a_kernel_that_the_backend_has_not():
+    config = _with(**{"model.attention": "cudnn"})
+    check(config, device_count=1)
+    with pytest.raises(
+        ConfigError, match=r"config.model.attention = 'cudnn': must be a kernel that runs on cpu \(needs"
+    ):
+        check(config, device_count=1, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data.task": "embeded"}, {"data.task": "text:"}, {"data.vocabulary": "missing.model"}, {"data.held_out": ("x",)}],
+)
+def test_a_bad_source_is_refused_by_the_data_room(changes):
+    with pytest.raises(DataError) as refusal:
+        check(_with(**changes), device_count=1)
+    assert f"config.{next(iter(changes))}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_with_every_option_it_takes(method):
+    config = _with(**{"optim.method": method})
+    check(config, device_count=1)
+    for key, value in (METHODS[method].defaults if METHODS[method] else {}).items():
+        if key in METHOD_OPTIONS and value is not None:
+            config.optim[key] = value
+    check(config, device_count=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices"),
+    [
+        ({}, 1),
+        ({}, 8),
+        ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 8),
+        ({"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 4}, 8),
+        ({"model.style": "modern", "model.kv_heads": 2, "mesh.tensor": 2}, 8),
+        ({"train.duration": "chinchilla", "optim.warmup": "100 steps"}, 1),
+        ({"train.duration": "3 epochs"}, 1),
+        ({"train.duration": "3.2M tokens", "evaluate.every": "100k tokens"}, 1),
+        ({"optim.ascent_over": "subset", "optim.ascent_fraction": 0.25, "optim.method": "sam"}, 1),
+        ({"optim.schedule": "wsd"}, 1),
+    ],
+)
+def test_what_can_run_is_let_through(changes, devices):
+    check(_with(**changes), device_count=devices)
+
+
+def test_mesh_shape_fills_the_one_free_axis():
+    assert mesh_shape(_with(**{"mesh.tensor": 2}), 8) == (4, 1, 2)
+    assert mesh_shape(_with(**{"mesh.data": 2, "mesh.fsdp": -1}), 8) == (2, 4, 1)

@@ -1,0 +1,163 @@
+"""The step on a small Transformer: rho = 0 is AdamW bit for bit, and every mesh gives the single-device run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import lm_runs
+from steppe.lm.model.mesh import local_rows, place_batch
+from steppe.lm.run import train
+from steppe.lm.run.assembly import assemble
+from steppe.lm.run.state import create
+from steppe.lm.run.step import make_step
+
+METHODS = ("sam", "functional_sam", "logit_sam", "precond_sam", "precond_functional_sam")
+VOCABULARY = 50
+
+
+def trajectory(steps, devices=1, **overrides):
+    """(losses, final parameters) of `steps` steps on random tokens."""
+    config = lm_runs.config("unused", "unused", **overrides)
+    parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:devices])
+    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho), donate_argnums=0)
+    state, losses = create(parts.mesh, parts.initialise), []
+    rows = local_rows(parts.mesh, config.train.batch_size)
+    for index in range(steps):
+        tokens = np.asarray(jax.random.randint(jax.random.key(index), (config.train.batch_size, 17), 0, VOCABULARY))
+        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((len(tokens), 16), np.float32)}
+        batch["weights"][0, 5:] = 0  # unequal sequences, so that microbatches carry unequal weight
+        state, metrics = step(state, place_batch(parts.mesh, len(tokens), rows, batch))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.tree.map(np.asarray, state.params)
+
+
+@pytest.fixture(scope="module")
+def adamw():
+    return trajectory(20, model__vocabulary_multiple=32)
+
+
+@pytest.mark.parametrize("rho", [0.0, 1e-30])
+@pytest.mark.parametrize("method", METHODS)
+def test_rho_zero_is_adamw_bit_for_bit(method, rho, adamw):
+    """rho = 0 is the base step itself; at 1e-30 theta + epsilon rounds to theta, so both passes run and must agree.
+
+    The second pass is another program than AdamW's, in which XLA may fuse otherwise: at 1e-30 last bits may differ
+    (1e-6 a step); at rho = 0 they may not.
+    """
+    losses, params = trajectory(20, optim__method=method, optim__rho=rho)
+    for a, b in zip(jax.tree.leaves((losses, params)), jax.tree.leaves(adamw), strict=True):
+        if rho > 0:
+            np.testing.assert_allclose(a, b, atol=2e-5)
+        else:
+            assert np.array_equal(a, b)
+
+
+def test_one_program_serves_every_rho_and_learning_rate():
+    """At rho = 0 the program is AdamW's own; the radius and the rate given to it act as those compiled in do."""
+    batch = {
+        name: jax.ShapeDtypeStruct((8, 16), jnp.float32 if name == "weights" else jnp.int32)
+        for name in ("inputs", "targets", "weights")
+    }
+
+    def program(**overrides):
+        config = lm_runs.config("unused", "unused", **overrides)
+        parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
+        return train.lower_step(parts, batch).as_text(), parts
+
+    for options in ({"optim__rho_schedule": "learning_rate"}, {}):
+        options = {"optim__method": "functional_sam", **options}
+        text, parts = program(optim__rho=0.1, **options)
+        assert program(optim__rho=0.3, optim__peak_learning_rate=0.02, **options)[0] == text
+        adamw = program(optim__rho=0.0, **options)[0]
+        assert adamw != text
+        assert adamw == program()[0]
+    state = create(parts.mesh, parts.initialise)
+    tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 17), 0, VOCABULARY))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}
+    _, expected = jax.jit(make_step(parts.objective, *parts.at(0.02, 0.3)))(state, batch)
+    assert expected["rho"] == np.float32(0.3)
+    parts = parts._replace(scalars={"peak_learning_rate": 0.02, "rho": 0.3})
+    _, given = train.compile_step(parts, batch)(state, batch, np.float32(np.inf))
+    for name, value in expected.items():
+        np.testing.assert_allclose(given[name], value, rtol=1e-5, err_msg=name)
+
+
+MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
+TWO_PASS = ("sam", "functional_sam", "precond_functional_sam")
+# Each mesh once, the methods and accumulation taking turns. All 80 combinations: pytest -m exhaustive (20 minutes).
+SOME = [(mesh, ("adamw", *TWO_PASS)[i % 4], (1, 4)[i // 4 % 2]) for i, mesh in enumerate(MESHES)]
+ALL = [(mesh, method, parts) for mesh in MESHES for method in ("adamw", *TWO_PASS) for parts in (1, 4)]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """losses(method, microbatches) of 20 steps on one device, each computed once."""
+
+    @functools.cache
+    def losses(method, microbatches):
+        return trajectory(20, **wide(method, microbatches))[0]
+
+    return losses
+
+
+def wide(method, microbatches):
+    """A config whose batch and heads divide over any mesh of 8."""
+    return {
+        "optim__method": method, "train__microbatches": microbatches, "train__batch_size": 32, "model__heads": 8,
+        "optim__rho": None if method == "adamw" else 0.05,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mesh", "method", "microbatches"), [*SOME, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ALL)]
+)
+def test_every_mesh_gives_the_single_device_losses(mesh, method, microbatches, single):
+    """20 steps within 1e-5: float32, other order of sums."""
+    data, fsdp, tensor = mesh
+    overrides = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    losses, _ = trajectory(20, 8, **wide(method, microbatches), **overrides)
+    np.testing.assert_allclose(losses, single(method, microbatches), atol=1e-5)
+
+
+def test_accumulation_equals_the_whole_batch(single):
+    """One epsilon over four microbatches is the epsilon of the whole: 1e-5 over 20 steps, order of sums."""
+    np.testing.assert_allclose(single("sam", 4), single("sam", 1), atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_state_and_reports_what_survives():
+    config = lm_runs.config("unused", "unused", optim__method="sam", optim__rho=0.01, model__compute_dtype="bfloat16")
+    parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
+    state = create(parts.mesh, parts.initialise)
+    tokens = jnp.zeros((8, 16), jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens + 1, "weights": jnp.ones((8, 16))}
+    state, metrics = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho))(
+        state, batch
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert metrics["nonfinite"] == 0
+    # Most entries of epsilon are below bfloat16's resolution of the weights: rounding distorts what is left.
+    assert 0.1 < float(metrics["survival_cosine"]) < 0.99
+
+
+def test_a_refused_step_changes_nothing_but_the_count():
+    """A loss above the limit: parameters, moments and the rule's memory (friendly_sam's average) stay, bit for bit."""
+    config = lm_runs.config("unused", "unused", optim__method="friendly_sam", optim__rho=0.05)
+    parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
+    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho))
+    tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 17), 0, VOCABULARY))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}
+    before, metrics = step(create(parts.mesh, parts.initialise), batch, jnp.float32(jnp.inf))
+    assert metrics["spike"] == 0
+    after, metrics = step(before, batch, jnp.float32(metrics["loss"] - 1))
+    assert metrics["spike"] == 1
+    assert int(after.step) == int(before.step) + 1 == 2
+    assert len(jax.tree.leaves(before.rule)) > 0
+    for a, b in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(before[1:]), strict=True):
+        assert np.array_equal(a, b)
+    moved, _ = step(before, batch, jnp.float32(jnp.inf))
+    assert not all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(moved.rule), jax.tree.leaves(before.rule), strict=True)
+    )

@@ -1,0 +1,185 @@
+"""Checkpoints measured by steppe curvature, on eight simulated devices and on one of them."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from helpers import lm_runs
+from steppe.data import loader
+from steppe.lm.keep import saved
+from steppe.lm.run import train
+from steppe.optim.ascent import preconditioner
+from steppe.optim.base import moments
+from steppe.scripts.measure import curvature
+
+FLAGS = ["--batches=1", "--probes=3", "--densities=1", "--lanczos=8", "--ascent=1", "--draws=2", "--slices=3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_in_haste():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a run of 4 steps, with checkpoints after 2 and 4, measured at all of them."""
+    place = tmp_path_factory.mktemp("corpus")
+    source = pathlib.Path(os.__file__).read_text()
+    (place / "train.txt").write_text(source[:9_000])
+    (place / "val.txt").write_text(source[9_000:12_000])
+    config = lm_runs.config(
+        str(place), str(place / "cache"), train__duration="4 steps", checkpoint__every="2 steps", checkpoint__keep=2,
+        optim__method="friendly_sam", evaluate__every="4 steps", sample__tokens=0,
+    )  # fmt: skip
+    workdir = tmp_path_factory.mktemp("run")
+    assert train.run(config, str(workdir)) == train.FINISHED
+    assert saved.steps(str(workdir)) == [2, 4]
+    assert curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", *FLAGS]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return json.loads((run / "curvature" / "4.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def dense(run):
+    """(loss, theta, gradient, D, log probabilities) at the checkpoint, written without Steppe's products."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved.jax, "devices", lambda: first)
+        model = saved.load(str(run), 4, log=lambda line: None, optimizer=True)
+    batch = loader.held_out_rows(model.corpus, "val", 0, 8)
+    batch.pop("bytes")
+    params = jax.device_get(model.params)
+    theta, tree = ravel_pytree(params)
+
+    def log_p(x):
+        p = tree(x)
+        hidden = model.parts.objective.trunk(p, batch)
+        return jax.nn.log_softmax((hidden @ p["embed"]["embedding"].T)[..., : model.parts.options.vocabulary])
+
+    def loss(x):
+        hit = jnp.take_along_axis(log_p(x), batch["targets"][..., None], -1)[..., 0]
+        return -jnp.sum(hit * batch["weights"]) / jnp.sum(batch["weights"])
+
+    second = moments(jax.device_get(model.optimizer), params, model.config.optim.b2)
+    scale = ravel_pytree(preconditioner(second.second, second.count == 0))[0]
+    return jax.jit(loss), theta, jax.jit(jax.grad(loss))(theta), scale, jax.jit(log_p)(theta)
+
+
+def test_every_number_is_there(run, found):
+    summary = found["summary"]
+    assert all(isinstance(value, float) for key, value in summary.items() if key != "precond_trace_error")
+    assert summary["precond_trace_error"] is None  # of one sample
+    assert found["tokens"] == 8 * 16
+    assert len(found["spectra"]["hessian"]["samples"]) == 3
+    for name in ("spectra-4.png", "slices-4.png", "spectra-2.png", "training.png"):
+        assert (run / "curvature" / name).read_bytes().startswith(b"\x89PNG")
+    assert set(curvature.SHOWN) <= set(summary)
+
+
+def test_parts_add_up(found):
+    summary = found["summary"]
+    assert summary["trace"] == pytest.approx(summary["ggn_trace"] + summary["nme_trace"], rel=2e-4)
+    parts = sum(summary[f"{name}_sharpness"] for name in ("first_order", "functional", "logit"))
+    assert summary["sam_sharpness"] == pytest.approx(parts, abs=2e-6)
+    assert summary["sam_sharpness"] > summary["first_order_sharpness"] > 0
+    share = summary["delta_func_norm"] ** 2 / (summary["delta_func_norm"] ** 2 + summary["delta_logit_norm"] ** 2)
+    assert summary["delta_func_share"] == pytest.approx(share, rel=1e-4)
+    assert summary["lambda_max_residual"] < 0.05 * summary["lambda_max"]
+    for name in ("hessian", "ggn", "nme"):
+        grid, height = (np.array(found["spectra"][name][key]) for key in ("grid", "density"))
+        assert np.trapezoid(height, grid) == pytest.approx(1, abs=1e-3)
+    groups = [found["delta"][name] for name in ("attention", "mlp", "norms", "tables")]
+    assert sum(group["logit_share"] for group in groups) == pytest.approx(1, rel=1e-4)
+
+
+def test_against_the_loss_written_out(found, dense):
+    loss, theta, gradient, scale, _ = dense
+    summary, length = found["summary"], jnp.linalg.norm(gradient)
+    assert summary["loss"] == pytest.approx(float(loss(theta)), rel=1e-5)
+    assert summary["gradient_norm"] == pytest.approx(float(length), rel=1e-4)
+    product = jax.jit(lambda v: jax.jvp(jax.grad(loss), (theta,), (v,))[1])
+
+    def largest(multiply, vector):
+        for _ in range(40):  # power iteration: no Lanczos
+            vector = multiply(vector / jnp.linalg.norm(vector))
+        return float(jnp.linalg.norm(vector))
+
+    assert summary["lambda_max"] == pytest.approx(largest(product, gradient), rel=0.02)
+    half = scale**-0.5
+    top = largest(lambda v: half * product(half * v), half * gradient)
+    assert summary["precond_lambda_max"] == pytest.approx(top, rel=0.05)
+    whole = float(jnp.linalg.norm(product(gradient / length)))  # |GGN u + NME u|
+    a, b, c = (summary[f"delta_{key}"] for key in ("logit_norm", "func_norm", "cosine"))
+    assert (a**2 + b**2 + 2 * a * b * c) ** 0.5 == pytest.approx(whole, rel=1e-3)
+    line = found["slices"]["gradient"]
+    wanted = [float(loss(theta + x * gradient / length)) for x in line["at"]]
+    assert line["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert found["slices"]["plane"]["loss"][1][1] == pytest.approx(summary["loss"], rel=1e-5)
+
+
+def test_the_logit_hessian_against_its_matrices(found, dense):
+    p = np.exp(np.asarray(dense[-1], np.float64)).reshape(found["tokens"], -1)
+    blocks = np.eye(p.shape[1]) * p[:, None, :] - p[:, :, None] * p[:, None, :]
+    tops = np.linalg.eigvalsh(blocks)[:, -1]
+    summary = found["summary"]
+    assert summary["logit_trace"] == pytest.approx(np.mean(1 - np.sum(p**2, 1)), abs=0.01)  # of one vector per token
+    assert summary["logit_lambda_max"] == pytest.approx(tops.mean(), rel=0.05)  # of 20 power iterations, from below
+    assert summary["logit_lambda_max_worst"] == pytest.approx(tops.max(), rel=0.05)
+
+
+def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, capsys):
+    first = jax.devices()[:1]
+    monkeypatch.setattr(saved.jax, "devices", lambda: first)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "checkpoints", "metrics.jsonl"):
+        (copy / name).symlink_to(run / name)
+    assert curvature.main([f"--workdir={copy}", *FLAGS]) == 0
+    assert "copy:4" in capsys.readouterr().out
+    one = json.loads((copy / "curvature" / "4.json").read_text())
+    assert (one["settings"]["devices"], found["settings"]["devices"]) == (1, 8)
+    for key, value in found["summary"].items():
+        if value is not None and "residual" not in key and "min" not in key:
+            assert one["summary"][key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
+
+
+def test_within_measures_a_group(run, found):
+    flags = [f"--workdir={run}", "--step=2", *FLAGS]
+    assert curvature.main([*flags, "--within=^layers/mlp", "--within=norm", "--slices=0"]) == 0
+    group = json.loads((run / "curvature" / "2.json").read_text())
+    assert group["spectra"]["hessian"]["dimension"] < found["spectra"]["hessian"]["dimension"]
+    assert "slices" not in group
+    stamp = (run / "curvature" / "2.json").stat().st_mtime_ns
+    assert curvature.main([*flags, "--skip_done"]) == 0
+    assert (run / "curvature" / "2.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lanczos=1"], "--lanczos=1: must be an integer >= 2"),
+        (["--rho=nan"], "--rho=nan: must be a finite number > 0"),
+        (["--densities=3", "--probes=2"], "--densities=3: must be at most --probes=2"),
+        (["--step=first"], "--step=first: must be a number of steps, or all"),
+        (["--step=3"], "must be one of its checkpoints, which are 2, 4"),
+        (["--workdir=/nothing/*"], "must match the workdirs of runs"),
+        (["--within=^nothing"], "--within=^nothing: pattern '^nothing' matches no parameter"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, flags, said):
+    assert curvature.main([f"--workdir={run}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

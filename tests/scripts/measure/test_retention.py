@@ -1,0 +1,194 @@
+"""scripts.retention: what it writes and prints for real checkpoints, and how it compares runs."""
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+
+import jax
+import pytest
+
+from helpers import lm_runs
+from steppe.data import cache, loader
+from steppe.lm.keep import saved, workdir
+from steppe.lm.keep.checkpoint import Checkpoints
+from steppe.lm.run.assembly import assemble
+from steppe.lm.run.evaluate import evaluate, make_evaluation_step
+from steppe.lm.run.state import create
+from steppe.lm.run.tracking import Tracker
+from steppe.scripts.measure import retention, retention_figures
+
+BRIEF = ["--noise=0,0.5", "--samples=2", "--bits=8,4", "--group=8", "--fine_tune_steps=8", "--batch_size=4"]
+BRIEF += ["--fine_tune_rates=0,0.01", "--batches=3"]
+
+
+def keep(directory, config, corpus, finished=True):
+    """A workdir with the initial state of a config as its checkpoint, on one device."""
+    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=jax.devices()[:1])
+    with workdir.claim(str(directory), config, True) as run_id:
+        with Checkpoints(str(directory / "checkpoints"), run=run_id) as checkpoints:
+            checkpoints.save(20, create(parts.mesh, parts.initialise), {})
+        tracker = Tracker(str(directory), config, total_steps=20, tokens_per_step=64, stream=io.StringIO())
+        tracker.run(0, {"steps": 20, "tokens": 1280})
+        if finished:
+            tracker.evaluation(20, "val", {"loss": 5.0, "bits_per_byte": 7.2})
+        tracker.close("finished")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of runs a and b, which differ in their seed, and c, which has not ended; and a second text."""
+    place = tmp_path_factory.mktemp("runs")
+    source = pathlib.Path(os.__file__).read_text()
+    (place / "train.txt").write_text(source[:4_000])
+    (place / "val.txt").write_text(source[9_000:10_000])
+    words = "and the people said unto him that day "
+    (place / "second.txt").write_text("".join(f"{words[i % 30 :]}{words}{i}\n" for i in range(60)))
+    for name in "abc":
+        config = lm_runs.config(str(place), str(place / "cache"), seed=ord(name), train__batch_size=4)
+        corpus = loader.open_corpus(cache.ensure(config.data))
+        keep(place / "sweep" / name, config, corpus, finished=name != "c")
+    return place
+
+
+@pytest.fixture(scope="module")
+def measured(place):
+    """The exit status of measuring the folder, and the two records."""
+    status = retention.main([f"--workdir={place}/sweep", f"--out={place}/out", second(place), *BRIEF])
+    return status, *(json.loads((place / "sweep" / name / "retention.json").read_text()) for name in "ab")
+
+
+def second(place):
+    return f"--fine_tune=lines:{place}/second.txt"
+
+
+def test_every_measure_is_a_number_in_the_file(measured):
+    status, a, b = measured
+    assert status == 0
+    names = ["noise_0", "noise_0.5", "int8_channel", "int8_group8", "int4_channel", "int4_group8"]
+    names += ["fine_tune_lr=0: lost", "fine_tune_lr=0.01: lost", "forgetting_at_equal_gain", "forgetting_at_equal_loss"]
+    for record in (a, b):
+        assert sorted(record["summary"]) == sorted(names)
+        assert all(math.isfinite(value) for value in record["summary"].values())
+        assert record["summary"]["noise_0"] == record["summary"]["fine_tune_lr=0: lost"] == 0.0
+        assert record["summary"]["noise_0.5"] > 0
+        assert 0 < abs(record["summary"]["int8_channel"]) < 1e-3 * record["loss"]
+        assert len(record["details"]["noise_0.5"]["samples"]) == 2
+        still, moving = record["details"]["fine_tune"]["paths"]
+        assert [point["step"] for point in still["points"]] == [1, 2, 4, 8]
+        assert all((point["gained"], point["lost"]) == (0.0, 0.0) for point in still["points"])
+        assert moving["points"][-1]["gained"] > 0
+        assert (record["step"], record["held_out"]["tokens"]) == (20, 3 * 4 * 16)
+    assert a["loss"] != b["loss"]
+    assert a["details"]["equal"] == b["details"]["equal"]
+
+
+def test_the_loss_is_that_of_evaluate_on_the_same_rows(place, measured):
+    run = saved.load(str(place / "sweep" / "a"), log=lambda text: None)
+    step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
+    found = evaluate(step, run.params, run.corpus, "val", run.parts.mesh, 4, 3)
+    assert measured[1]["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert measured[1]["held_out"]["tokens"] == found["tokens"]
+
+
+def test_a_second_time_nothing_is_measured_and_the_table_is_the_same(place, measured, capsys, monkeypatch):
+    with open(place / "out" / "retention.csv") as file:
+        header, *rows = csv.reader(file)
+    assert [row[0] for row in rows] == ["a", "b"]
+    shown = {name: float(value) for name, value in zip(header[2:], rows[1][2:], strict=True)}
+    assert shown == {"loss": measured[2]["loss"], **measured[2]["summary"]}
+    assert (place / "out" / "retention.png").stat().st_size > 10_000
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(retention, "measure", None)  # must not be called
+        assert retention.main([f"--workdir={place}/sweep", second(place), *BRIEF]) == 0
+    text = capsys.readouterr().out
+    assert text.count("already measured") == 2
+    assert "left out  c: unfinished" in text
+    assert f"over {3 * 4 * 16} tokens" in text
+    assert "all (2)" in text
+    assert json.loads((place / "sweep" / "a" / "retention.json").read_text()) == measured[1]
+    settings = {**measured[1]["settings"], "group": 4}
+    spot = retention.find([str(place / "sweep" / "a")], None, print)[0]
+    assert retention.stored(spot, measured[1]["settings"]) == measured[1]
+    assert retention.stored(spot, settings) is None
+    assert retention.stored(spot._replace(step=10), measured[1]["settings"]) is None
+
+
+def record(loss, path, **summary):
+    points = [{"step": i, "gained": gained, "lost": lost} for i, (gained, lost) in enumerate(path)]
+    there = {"loss": loss, "paths": [{"rate": 0.1, "points": points}]}
+    return {
+        "step": 1, "loss": 2.0, "held_out": {"tokens": 10}, "fine_tune": {"task": "x"}, "summary": summary,
+        "details": {"fine_tune": there},
+    }  # fmt: skip
+
+
+def test_runs_are_compared_at_the_gain_and_at_the_loss_that_all_reach():
+    found = {
+        "strong": record(3.0, [(0.5, 0.1), (1.0, 0.5)]),
+        "weak": record(3.5, [(1.0, 1.0), (2.0, 3.0)]),
+        "broken": record(3.0, [(None, None)]),
+        "useless": record(3.0, [(-1.0, 1.0)]),
+    }
+    retention.compare(found)
+    # gain: 0.8 of 1.0; loss: the higher of 3 - 0.8 and 3.5 - 1.6
+    assert found["weak"]["details"]["equal"] == {"gain": 0.8, "loss": pytest.approx(2.2), "runs": 2}
+    assert found["strong"]["summary"]["forgetting_at_equal_gain"] == pytest.approx(0.1 + 0.4 * 0.3 / 0.5)
+    assert found["strong"]["summary"]["forgetting_at_equal_loss"] == pytest.approx(0.1 + 0.4 * 0.3 / 0.5)
+    assert found["weak"]["summary"]["forgetting_at_equal_gain"] == pytest.approx(0.8)
+    assert found["weak"]["summary"]["forgetting_at_equal_loss"] == pytest.approx(1 + 2 * 0.3)
+    assert found["broken"]["summary"] == found["useless"]["summary"] == {}
+    del found["weak"]  # what another set of runs said is forgotten
+    retention.compare(found)
+    assert found["strong"]["details"]["equal"]["runs"] == 1
+
+
+def test_runs_that_differ_in_their_seed_are_one_group_with_a_mean_and_an_error():
+    found = {name: record(3.0, [(0.5, 0.1)], int4_channel=value) for name, value in zip("xyz", (1, 3, 7), strict=True)}
+    configs = {
+        name: {"seed": seed, "optim.method": method, "log.name": name}
+        for name, seed, method in (("x", 0, "adamw"), ("y", 1, "adamw"), ("z", 0, "sam"))
+    }
+    made = retention_figures.table(found, configs)
+    assert made.groups == {"adamw": ["x", "y"], "sam": ["z"]}
+    assert retention_figures.mean_and_error([1, 3]) == (2, 1)
+    assert "2.00000 ±1.00000" in made.text
+    assert retention_figures.mean_and_error([None, math.nan]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir=nowhere"], "nowhere"),
+        (["--workdir=x", "--noise=-1"], "--noise"),
+        (["--workdir=x", "--noise=a,b"], "--noise"),
+        (["--workdir=x", "--bits=9"], "--bits"),
+        (["--workdir=x", "--bits=4.5"], "--bits"),
+        (["--workdir=x", "--group=0"], "--group"),
+        (["--workdir=x", "--fine_tune_rates=nan"], "--fine_tune_rates"),
+        (["--workdir=x", "--samples=0"], "--samples"),
+        (["--workdir={place}/sweep/a", "--fine_tune=web:x"], "config.data.task='web:x'"),
+        (["--workdir={place}/sweep/a", "--step=7"], "/7"),
+        (["--workdir={place}/other", "--workdir={place}/sweep/a", "--fine_tune=none", *BRIEF], "sequence length"),
+    ],
+)
+def test_bad_input_is_one_line(place, measured, arguments, named, capsys):
+    other = place / "other"
+    if not other.exists():
+        config = lm_runs.config(str(place), str(place / "cache"), data__sequence_length=8, train__batch_size=4)
+        keep(other, config, loader.open_corpus(cache.ensure(config.data)))
+        before = json.dumps({"settings": None})
+        (other / "retention.json").write_text(before)
+    capsys.readouterr()
+    try:
+        status = retention.main([text.format(place=place) for text in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    found = capsys.readouterr().err
+    assert status == 2
+    assert found.count("\n") == 1
+    assert named in found

@@ -1,0 +1,358 @@
+"""The report of a sweep: what was put into the runs comes out of the page, which needs nothing but itself."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from helpers.report_runs import PARAMETERS, plan, write_run, write_sweep
+from steppe.configs import base
+from steppe.scripts import results
+from steppe.scripts.report import __main__ as report
+from steppe.scripts.report import analysis as report_analysis
+from steppe.scripts.report import compare as report_compare
+from steppe.scripts.report import groups as report_groups
+from steppe.scripts.report import tables as report_tables
+from steppe.scripts.results import flatten
+
+GRID = (0.003, 0.01, 0.03, 0.1)
+METHODS = {"functional_sam": -0.01, "sam": 0.02}  # what each adds to AdamW's loss at its best rho
+SEEDS = {0: 0.0, 1: 0.03, 2: -0.02}  # what each seed adds to every loss
+WOBBLE = {0: 0.0, 1: 0.001, 2: -0.001}  # what it adds to those of the methods alone
+
+
+def true_rho(size):
+    return 0.02 * (PARAMETERS[size] / 442_368) ** -0.2
+
+
+def adamw_loss(size, steps, seed):
+    return 1.0 + 30 / PARAMETERS[size] ** 0.4 + 60 / (1024 * steps) ** 0.35 + SEEDS[seed]
+
+
+def method_loss(method, size, rho, seed):
+    bowl = 0.01 * math.log(rho / true_rho(size)) ** 2
+    return adamw_loss(size, 1000, seed) + METHODS[method] + bowl + WOBBLE[seed]
+
+
+def study(sizes=("0.1m", "0.4m", "1.8m")):
+    """AdamW at 1000 and 2000 steps; each method over the grid at seed 0, at its best of the grid also at 1 and 2."""
+    runs = {}
+    for size in sizes:
+        for seed in SEEDS:
+            for steps in (1000, 2000):
+                name, overrides = plan("adamw", size=size, seed=seed, duration=f"{steps} steps")
+                runs[name] = overrides, adamw_loss(size, steps, seed)
+        for method in METHODS:
+            best = min(GRID, key=lambda rho: method_loss(method, size, rho, 0))
+            for seed, rho in [*((0, rho) for rho in GRID), (1, best), (2, best)]:
+                name, overrides = plan(method, rho, size=size, seed=seed)
+                runs[name] = overrides, method_loss(method, size, rho, seed)
+    return runs
+
+
+def name_of(*args, **kwargs):
+    return plan(*args, **kwargs)[0]
+
+
+DIVERGED, FAILED = name_of("sam", 0.1, size="0.1m"), name_of("sam", 0.003, size="1.8m")
+MISSING = name_of("functional_sam", 0.1, size="1.8m")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(directory of a sweep, its page, {name: rows of a CSV beside it})."""
+    directory = tmp_path_factory.mktemp("report") / "sweep"
+    runs = study()
+    for name, loss in ((DIVERGED, "diverged"), (FAILED, "failed"), (MISSING, None)):
+        runs[name] = runs[name][0], loss
+    write_sweep(directory, runs)
+    for name, (_, loss) in runs.items():
+        if isinstance(loss, float) and "1.8m" in name:
+            workdir = directory / "runs" / name
+            (workdir / "curvature").mkdir()
+            for step, value in ((500, 9.0), (1000, -loss)):  # the newest counts: it falls as the loss rises
+                text = json.dumps(
+                    {
+                        "step": step,
+                        "summary": {
+                            "lambda_max": value,
+                            "of": "text",
+                            "nan": math.nan,
+                            "trace_error": 1.0,
+                            "loss": loss,
+                        },
+                    }
+                )
+                (workdir / "curvature" / f"{step}.json").write_text(text)
+            (workdir / "retention.json").write_text(json.dumps({"summary": {"int4": loss**2}}))
+    assert report.main([str(directory)]) == 0
+    tables = {path.stem: list(csv.DictReader(path.open())) for path in (directory / "report").glob("*.csv")}
+    return directory, (directory / "report" / "index.html").read_text(), tables
+
+
+class Page(HTMLParser):
+    """Every start tag with its attributes, and the text outside of figures."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def having(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def only(rows, **wanted):
+    (row,) = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return row
+
+
+def test_the_page_asks_for_nothing_outside_itself(made):
+    _, page, _ = made
+    assert not re.search(r"https?:|@import|url\(\s*[\"']?(?!#)|<script|<iframe|<object|<base", page)
+    for tag, attributes in Page(page).tags:
+        for name, value in attributes.items():
+            if name in ("href", "xlink:href", "src", "srcset", "action", "poster"):
+                assert value.startswith(("#", "data:")), (tag, name, value[:60])
+
+
+def test_figures_have_words_and_tables_have_heads(made):
+    directory, page, _ = made
+    found = Page(page)
+    pictures = [attributes for attributes in found.having("svg") if "role" in attributes]
+    assert len(pictures) == len(found.having("figure")) == len(list((directory / "report").glob("*.png"))) >= 6
+    assert all(attributes["role"] == "img" and len(attributes["aria-label"]) > 40 for attributes in pictures)
+    assert all("scope" in attributes for attributes in found.having("th"))
+    assert found.having("html") == [{"lang": "en"}]
+    names = [
+        attributes["id"] for _, attributes in found.tags if re.match("figure-|title-|about-", attributes.get("id", ""))
+    ]
+    assert len(names) == len(set(names))
+
+
+def test_the_data_in_the_page_are_those_beside_it(made):
+    _, page, tables = made
+    links = {a["download"]: a["href"] for a in Page(page).having("a") if "download" in a}
+    for figure in ("loss_against_rho", "frontier", "curves"):
+        text = base64.b64decode(links[f"{figure}.csv"].partition("base64,")[2]).decode()
+        assert list(csv.DictReader(io.StringIO(text))) == tables[figure]
+
+
+def test_best_rho_and_the_difference_to_adamw(made):
+    _, _, tables = made
+    row = only(tables["comparison_table"], scale="0.4m", budget="1000 steps", variant="functional_sam")
+    assert (row["rho"], row["where"], row["seeds"], row["finished"]) == ("0.03", "", "3", "6")
+    bowl = 0.01 * math.log(0.03 / true_rho("0.4m")) ** 2
+    assert float(row["difference_all"]) == pytest.approx(-0.01 + bowl, abs=1e-9)  # the wobble's mean is zero
+    assert float(row["difference_fresh"]) == pytest.approx(-0.01 + bowl, abs=1e-9)
+    assert (row["difference_all_n"], row["difference_fresh_n"]) == ("3", "2")
+    half = 12.7062 * 0.001 * math.sqrt(2) / math.sqrt(2)  # Student's t at one degree of freedom, sd of +-0.001
+    assert float(row["difference_fresh_high"]) - float(row["difference_fresh"]) == pytest.approx(half, rel=1e-4)
+    assert float(row["flops_ratio"]) == 2.0
+    assert float(row["seconds_ratio"]) == pytest.approx(2.0, rel=0.01)
+    base_row = only(tables["comparison_table"], scale="0.4m", budget="1000 steps", variant="adamw")
+    assert base_row["difference_all_n"] == "0"
+
+
+def test_best_rho_against_size_is_the_power_law_put_in(made):
+    _, _, tables = made
+    for size in ("0.1m", "0.4m"):
+        row = only(tables["best_rho_table"], variant="functional_sam", scale=size)
+        assert row["status"] == "inside the grid"
+        assert float(row["optimum"]) == pytest.approx(true_rho(size), rel=1e-6)
+        assert float(row["optimum_low"]) < true_rho(size) < float(row["optimum_high"])
+    assert only(tables["best_rho_table"], variant="sam", scale="0.1m")["status"] == "beside a diverged rho"
+    law = only(tables["power_law_table"], variant="functional_sam")
+    assert float(law["exponent"]) == pytest.approx(-0.2, rel=1e-6)
+    assert float(law["exponent_low"]) < -0.2 < float(law["exponent_high"])
+
+
+def test_equal_compute_sets_two_passes_beside_twice_the_steps(made):
+    _, _, tables = made
+    row = only(tables["equal_compute_table"], scale="1.8m", variant="functional_sam")
+    assert (row["budget"], row["adamw_budget"]) == ("1000 steps", "2000 steps")
+    rho = float(row["rho"])
+    expected = method_loss("functional_sam", "1.8m", rho, 0) - adamw_loss("1.8m", 2000, 0)
+    assert float(row["difference_all"]) == pytest.approx(expected)
+
+
+def test_what_did_not_finish_is_told(made):
+    _, page, tables = made
+    assert "1 diverged, 1 failed, 1 missing or unfinished" in page
+    statuses = {row["run"]: row["status"] for row in tables["runs_table"]}
+    assert (statuses[DIVERGED], statuses[FAILED], statuses[MISSING]) == ("diverged", "failed", "unfinished")
+    row = only(tables["loss_against_rho"], variant="sam", scale="0.1m", rho="0.1")
+    assert (row["loss"], row["status"]) == ("inf", "diverged")
+    assert "no scaling law; it takes at least 3 model sizes and 3 token counts; there are 3 and 2" in page
+
+
+def test_other_measures_and_their_rank_correlation(made):
+    _, page, tables = made
+    falling = only(tables["rank_correlation_table"], measure="lambda_max", cell="1.8m, 1000 steps")
+    rising = only(tables["rank_correlation_table"], measure="int4", cell="1.8m, 1000 steps")
+    assert (float(falling["correlation"]), float(rising["correlation"])) == pytest.approx((-1.0, 1.0))
+    assert int(rising["correlation_n"]) == 13  # 3 of AdamW and 2 methods of 6, without the failed and the missing one
+    row = only(tables["retention_table"], cell="1.8m, 1000 steps", variant="adamw")
+    assert float(row["int4"]) == pytest.approx(sum(adamw_loss("1.8m", 1000, seed) ** 2 for seed in SEEDS) / 3)
+    assert 'id="curvature"' in page
+    run = [row for row in tables["curvature_over_training"] if row["run"] == name_of("adamw", None, size="1.8m")]
+    assert [(float(row["tokens"]), float(row["value"])) for row in run] == [
+        (1024 * 500, 9.0), (1024 * 1000, -adamw_loss("1.8m", 1000, 0)),
+    ]  # fmt: skip
+    assert not any(row["measure"] in ("nan", "of", "trace_error", "loss") for row in tables["rank_correlation_table"])
+
+
+def test_a_scaling_law_where_there_is_enough(tmp_path):
+    runs = {}
+    for size in PARAMETERS:
+        for steps in (500, 1000, 4000):
+            name, overrides = plan("adamw", size=size, duration=f"{steps} steps")
+            runs[name] = overrides, adamw_loss(size, steps, 0)
+    write_sweep(tmp_path, runs)
+    found, refused = report_analysis.scaling_laws(report_groups.analyse(results.read(tmp_path)))
+    assert not refused
+    law = found["adamw"].intervals
+    assert (law["E"].value, law["a"].value, law["b"].value) == pytest.approx((1.0, 0.4, 0.35), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (lambda name: "adamw" not in name and "seed=0" in name, "There is no AdamW run"),
+        (lambda name: "seed=0" in name, "One seed a method: no difference has an interval"),
+        (lambda name: "adamw" in name, "no scaling law"),
+        (lambda name: False, "2 missing or unfinished"),
+    ],
+)
+def test_part_of_a_study_makes_a_report_too(tmp_path, chosen, said):
+    runs = {name: found for name, found in study(["0.1m"]).items() if chosen(name)}
+    runs = runs or {name: (overrides, None) for name, (overrides, _) in list(study(["0.1m"]).items())[:2]}
+    write_sweep(tmp_path, runs)
+    assert report.main([str(tmp_path), f"--out={tmp_path / 'out'}"]) == 0
+    assert said in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_of_many_measures_the_best_known_are_drawn():
+    many = {f"m{i}": {} for i in range(20)}
+    assert list(report_analysis.shown(many)) == [f"m{i}" for i in range(8)]
+    assert list(report_analysis.shown({**many, "trace": {}, "lambda_max": {}})) == ["lambda_max", "trace"]
+
+
+def test_a_busy_machine_is_told(tmp_path):
+    runs = {name: (overrides, 2.0) for name, overrides in (plan("adamw", seed=seed) for seed in SEEDS)}
+    write_sweep(tmp_path, runs)
+    study = report_groups.analyse(results.read(tmp_path))
+    assert report_analysis.unsteadiness(study) == pytest.approx(1.0)
+    slow = study.runs[0].result._replace(seconds=3 * study.runs[0].result.seconds)
+    study = study._replace(runs=[study.runs[0]._replace(result=slow), *study.runs[1:]])
+    assert "factor of 3" in report.summary(study, report_tables.comparison(study))[-1]
+
+
+def test_runs_of_one_ratio_of_tokens_to_parameters_are_one_budget(tmp_path):
+    runs = {}
+    for size, steps in (("0.1m", 2160), ("0.4m", 8640), ("1.8m", 34560)):
+        for duration in (1000, steps):
+            name, overrides = plan("adamw", size=size, duration=f"{duration} steps")
+            runs[name] = overrides, 2.0
+    write_sweep(tmp_path, runs)
+    found = report_groups.analyse(results.read(tmp_path))
+    assert found.budgets == ["1000 steps", "20 tokens a parameter"]
+
+
+def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_path):
+    runs = {}
+    for method, rates in (("adamw", (1e-3, 2e-3)), ("sam", (2e-3,))):
+        for rate in rates:
+            name, overrides = plan(method, None if method == "adamw" else 0.1, optim__peak_learning_rate=rate)
+            runs[name] = overrides, 2.0 + rate
+    write_sweep(tmp_path, runs)
+    found = report_groups.analyse(results.read(tmp_path))
+    assert found.variants == ["adamw, peak_learning_rate=0.001", "adamw, peak_learning_rate=0.002", "sam"]
+    assert found.cells[0].variants["sam"].reference == ""  # two to choose from
+    assert "optim.peak_learning_rate" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere: must be the directory of a sweep"),
+        (["a", "b"], "--out is missing"),
+        ([], "DIR is missing"),
+        (["compare", "a"], "RUN is missing"),
+        (["compare", "a", "b"], "a: must be the workdir of a run"),
+        (["compare", "a", "b", "--out=x.txt"], "--out: x.txt: must be a file that ends in .html"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = report.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------- two runs
+def _pair(tmp_path, second):
+    config = flatten(base.get_config().to_dict())
+    first = {**config, "optim.method": "sam", "optim.rho": 0.1, "model.size": "0.1m"}
+    write_run(tmp_path / "a", first, 2.0)
+    write_run(tmp_path / "b", {**first, **second}, 2.0)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def _change(workdir, step, loss):
+    path = workdir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train" and record["step"] >= step:
+            record["loss"] = loss(record["loss"])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_two_runs_that_are_one(tmp_path, capsys):
+    a, b = _pair(tmp_path, {})
+    for workdir in (a, b):
+        _change(workdir, 900, lambda loss: "nan")
+    assert report.main(["compare", str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert "nowhere in 20 common steps" in shown
+    assert re.search(r"configs +the same", shown)
+
+
+def test_two_runs_that_part(tmp_path, capsys):
+    a, b = _pair(tmp_path, {"optim.rho": 0.2, "optim.perturb": ["mlp"]})
+    _change(b, 500, lambda loss: math.nextafter(loss, 9))  # the last bit
+    out = tmp_path / "page" / "both.html"
+    assert report.main(["compare", str(a), str(b), f"--out={out}"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"training losses differ from +step 500\n", shown)
+    assert re.search(r"optim.rho +0.1 +0.2\n", shown)
+    assert re.search(r"optim.perturb +\['\.\*'\] +\['mlp'\]\n", shown)
+    assert re.search(r"last held-out loss.* \+0.0000\n", shown)
+    page = out.read_text()
+    assert "http" not in page
+    assert page.count("<svg") == 1
+    assert out.with_suffix(".png").exists()
+
+
+def test_what_runs_have_not_in_common_is_left_out(tmp_path):
+    a, b = _pair(tmp_path, {"train.duration": "500 steps"})
+    one, other = (results.read([place])[0] for place in (a, b))
+    assert report_compare.first_difference(one, other)[1] == 10  # steps of both that were recorded
+    assert any(row[0].startswith("held-out loss at step 500") for row in report_compare.numbers(one, other))

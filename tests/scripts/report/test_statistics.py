@@ -1,0 +1,243 @@
+"""Statistics of a report: what they estimate is recovered, and intervals cover the truth as often as they say."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from steppe.scripts.report import statistics as st
+
+GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+
+
+def covers(interval, truth):
+    return interval.low <= truth <= interval.high
+
+
+def test_a_mean_and_its_student_interval():
+    found = st.t_interval([1.0, 2.0, 4.0])
+    expected = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem([1.0, 2.0, 4.0]))
+    assert found == pytest.approx((7 / 3, *expected, 3, 2))
+    assert st.t_interval([0.5])[0] == 0.5
+    assert math.isnan(st.t_interval([0.5]).low)
+    assert st.t_interval([]).n == 0
+
+
+def test_pooled_noise_is_the_two_way_analysis_of_variance():
+    random = np.random.default_rng(0)
+    table = random.normal(size=(4, 3)) + 10 * random.normal(size=3)
+    fit = st.additive({(method, seed): table[method, seed] for method in range(4) for seed in range(3)})
+    rest = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
+    assert fit.df == 6
+    assert fit.sigma == pytest.approx(math.sqrt((rest**2).sum() / 6))
+    found = st.contrast(fit, 2, 0)
+    half = stats.t.ppf(0.975, 6) * fit.sigma * math.sqrt(2 / 3)
+    middle = (table[2] - table[0]).mean()
+    assert found[:3] == pytest.approx((middle, middle - half, middle + half))
+
+
+def test_a_difference_does_not_depend_on_what_a_seed_does_to_all():
+    losses = {("a", 0): 2.0, ("a", 1): 2.1, ("b", 0): 1.9, ("b", 1): 2.0, ("c", 0): 3.0}  # c has one seed: no noise
+    moved = {(method, seed): loss + 7.0 * seed for (method, seed), loss in losses.items()}
+    fits = [st.additive(values) for values in (losses, moved)]
+    assert [fit.df for fit in fits] == [1, 1]
+    for fit in fits:
+        assert st.contrast(fit, "b", "a").value == pytest.approx(-0.1)
+        assert st.contrast(fit, "c", "a").value == pytest.approx(1.0)
+    assert st.contrast(st.additive({("a", 0): 1.0, ("b", 1): 2.0}), "a", "b").n == 0
+
+
+def test_intervals_of_differences_cover_the_truth():
+    random = np.random.default_rng(1)
+    paired = pooled = 0
+    for _ in range(400):
+        seeds = random.normal(0, 0.02, 3)
+        table = {(m, s): 2 - 0.01 * m + seeds[s] + random.normal(0, 0.004) for m in range(5) for s in range(3)}
+        paired += covers(st.t_interval([table[1, s] - table[0, s] for s in range(3)]), -0.01)
+        pooled += covers(st.contrast(st.additive(table), 1, 0), -0.01)
+    assert 0.92 <= paired / 400 <= 0.98
+    assert 0.92 <= pooled / 400 <= 0.98
+
+
+def test_the_best_rho_is_chosen_on_the_seeds_that_all_rho_have():
+    losses = {0.01: {0: 2.00, 1: 2.30, 2: 2.30}, 0.03: {0: 2.01}, 0.1: {0: 2.5}}  # 0.03 has but one, lucky seed
+    choice = st.choose(losses)
+    assert (choice.rho, choice.seeds) == (0.01, {0})
+    assert choice.means[0.01] == 2.0
+    disjoint = st.choose({0.01: {0: 2.0}, 0.03: {1: 1.9}})
+    assert (disjoint.rho, disjoint.seeds) == (0.03, {0, 1})
+
+
+def test_a_rho_that_diverged_once_is_not_chosen():
+    choice = st.choose({0.01: {0: 2.0}, 0.03: {0: 1.9, 1: math.inf}})
+    assert choice.rho == 0.01
+    assert choice.means[0.03] == math.inf
+    assert st.choose({0.1: {0: math.inf}}) is None
+    assert st.choose({}) is None
+
+
+def test_how_much_the_best_of_several_flatters():
+    draws = np.random.default_rng(2).normal(size=(200_000, 5))
+    assert st.selection_gain(5, 0.01) == pytest.approx(-0.01 * draws.min(1).mean(), rel=0.01)
+    assert st.selection_gain(5, 0.01, 4) == pytest.approx(st.selection_gain(5, 0.01) / 2)
+    assert st.selection_gain(1, 0.01) == 0
+
+
+def test_the_minimum_of_a_parabola_is_found():
+    found = st.optimum({rho: 2 + 0.02 * math.log(rho / 0.017) ** 2 for rho in GRID}, 1e-3, 10)
+    assert found.status == "inside"
+    assert found.rho == pytest.approx(0.017)
+    assert found.low < 0.017 < found.high
+    assert {rho for rho, _ in found.points} == {0.003, 0.01, 0.03} | ({0.1} if 0.1 / 0.01 <= 4 else set())
+
+
+@pytest.mark.parametrize(
+    ("means", "status", "rho"),
+    [
+        ({0.01: 2.0, 0.03: 2.1, 0.1: 2.2}, "edge", 0.01),
+        ({0.01: 2.2, 0.03: 2.1, 0.1: 2.0}, "edge", 0.1),
+        ({0.01: 2.2, 0.03: 2.1, 0.1: math.inf}, "diverged", 0.03),
+        ({0.01: math.nan, 0.03: 2.1, 0.1: 2.2}, "pruned", 0.03),
+        ({0.0: 1.9, 0.01: 2.0, 0.03: 1.95, 0.1: 2.1}, "edge", 0.0),
+        ({0.01: 2.0}, "edge", 0.01),
+    ],
+)
+def test_a_minimum_that_is_not_bracketed_is_said_to_be_so(means, status, rho):
+    found = st.optimum(means, 0.01, 5)
+    assert (found.status, found.rho) == (status, rho)
+    assert math.isnan(found.low)
+
+
+def test_bounds_are_where_the_slope_leaves_its_noise():
+    """At Fieller's bounds the slope of the parabola is t standard errors from zero; here on a lopsided grid."""
+    means = {0.01: 2.04, 0.02: 2.0, 0.06: 2.03, 0.3: 2.2}
+    found = st.optimum(means, 0.004, 6, seeds=2)
+    u, y = np.log([0.01, 0.02, 0.06]) - math.log(0.02), [2.04, 2.0, 2.03]
+    design = np.stack([np.ones(3), u, u * u], 1)
+    coefficients, inverse = np.linalg.solve(design, y), np.linalg.inv(design.T @ design)
+    for bound in (found.low, found.high):
+        slope = np.array([0, 1, 2 * math.log(bound / 0.02)])
+        error = 0.004 / math.sqrt(2) * math.sqrt(slope @ inverse @ slope)
+        assert abs(slope @ coefficients) == pytest.approx(stats.t.ppf(0.975, 6) * error)
+    assert found.low < found.rho < found.high
+
+
+def test_bounds_outside_the_grid_are_open():
+    found = st.optimum({0.01: 2.0005, 0.03: 2.0, 0.1: 2.0004}, 0.01, 4)  # no curvature beside this noise
+    assert (found.status, found.low, found.high) == ("inside", 0.0, math.inf)
+    assert math.isnan(st.optimum({0.01: 2.1, 0.03: 2.0, 0.1: 2.1}, math.nan, 0).low)
+
+
+@pytest.mark.parametrize(("sigma", "seeds"), [(0.001, 3), (0.004, 3), (0.01, 3), (0.004, 1)])
+def test_optima_and_the_exponent_of_their_power_law_are_covered(sigma, seeds):
+    """True best rho 0.02 (N / 4e5)^-0.3; losses quadratic in log rho, with noise and a level of each seed."""
+    random = np.random.default_rng(3)
+    repeats, optima, exponents = 120, [], []
+    for _ in range(repeats):
+        sizes, radii, errors = (1e5, 4e5, 1.8e6), [], []
+        for size in sizes:
+            true = 0.02 * (size / 4e5) ** -0.3
+            level = random.normal(0, 0.02, seeds)
+            losses = {
+                rho: {
+                    s: 2 + 0.02 * math.log(rho / true) ** 2 + level[s] + random.normal(0, sigma) for s in range(seeds)
+                }
+                for rho in GRID
+            }
+            choice = st.choose(losses)
+            fit = st.additive({(rho, s): loss for rho, by_seed in losses.items() for s, loss in by_seed.items()})
+            noise, df = (fit.sigma, fit.df) if seeds > 1 else (sigma, math.inf)
+            found = st.optimum(choice.means, noise, df, len(choice.seeds))
+            assert found.status == "inside"
+            optima.append(covers(found, true))
+            radii.append(found.rho)
+            errors.append(found.error)
+        exponents.append(covers(st.power_law(sizes, radii, errors, df).exponent, -0.3))
+    assert 0.9 <= np.mean(optima) <= 0.99
+    assert 0.9 <= np.mean(exponents) <= 1.0
+
+
+def test_a_power_law_without_known_noise_rests_on_its_scatter():
+    random = np.random.default_rng(4)
+    x, hits = np.geomspace(1e5, 1e7, 4), 0
+    for _ in range(400):
+        y = 0.3 * x**-0.25 * np.exp(random.normal(0, 0.1, 4))
+        hits += covers(st.power_law(x, y, [math.nan] * 4, 0).exponent, -0.25)
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_a_power_law_in_numbers():
+    x = np.array([1e5, 4e5, 1.6e6])
+    law = st.power_law(x, 3.0 * x**-0.5, [0.1] * 3, 10)
+    assert law.factor == pytest.approx(3.0)
+    assert law.exponent.value == pytest.approx(-0.5)
+    line, low, high = st.power_law_band(law, np.array([4e5]))
+    half = stats.t.ppf(0.975, 10) * 0.1 / math.sqrt(3)  # at the centre, of three points alike
+    assert [*line, *low, *high] == pytest.approx(3.0 * 4e5**-0.5 * np.exp([0, -half, half]))
+    bent = st.power_law(x, 3.0 * x**-0.5 * np.array([1, 2, 1]), [0.1] * 3, 10)  # far more scatter than the errors say
+    assert bent.exponent_error > 3 * law.exponent_error
+    assert st.power_law([1e5], [0.1], [0.1], 10) is None
+    two = st.power_law([1e5, 1e6], [0.1, 0.05], [math.nan] * 2, 0)
+    assert math.isnan(two.exponent.low)
+    assert two.exponent.value == pytest.approx(math.log10(0.5))
+
+
+TRUTH = {"E": 1.2, "A": 40.0, "B": 60.0, "a": 0.35, "b": 0.33}
+
+
+def _study(noise, random, seeds=1, sizes=4):
+    n, d = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e5, 1e7, sizes), np.geomspace(1e6, 3e8, sizes)))
+    n, d = np.repeat(n, seeds), np.repeat(d, seeds)
+    losses = TRUTH["E"] + TRUTH["A"] * n ** -TRUTH["a"] + TRUTH["B"] * d ** -TRUTH["b"]
+    return n, d, losses * np.exp(random.normal(0, noise, len(n)))
+
+
+def test_a_scaling_law_without_noise_is_found_exactly():
+    n, d, losses = _study(0.0, np.random.default_rng(0))
+    law = st.scaling_law(n, d, losses, resamples=2)
+    assert {name: law.intervals[name].value for name in TRUTH} == pytest.approx(TRUTH, rel=1e-3)
+    assert st.predict(law, n, d) == pytest.approx(losses, rel=1e-6)
+
+
+def test_intervals_of_a_scaling_law_cover_the_truth():
+    random, hits = np.random.default_rng(5), []
+    for repeat in range(24):
+        law = st.scaling_law(*_study(0.003, random), resamples=30, seed=repeat)
+        hits += [covers(law.intervals[name], truth) for name, truth in TRUTH.items()]
+    assert 0.87 <= np.mean(hits) <= 0.995
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "said"),
+    [
+        ([1, 2, 1, 2, 1, 2, 1], [1, 1, 2, 2, 3, 3, 4], "there are 2 and 4"),
+        ([1, 2, 3, 1, 2, 3], [1, 1, 1, 2, 2, 3], "there are 6"),
+        ([1, 2, 3, 1, 2, 3, 1], [1, 1, 1, 2, 2, 2, 3], ""),
+    ],
+)
+def test_a_scaling_law_takes_enough_sizes_and_lengths(parameters, tokens, said):
+    found = st.scaling_law_refusal(parameters, tokens)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+def test_rank_correlation_is_spearmans():
+    random = np.random.default_rng(6)
+    x = random.normal(size=12)
+    y = np.round(x + random.normal(size=12), 1)  # with ties
+    found = st.rank_correlation([*x, math.nan], [*y, 1.0])
+    assert found.value == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert found.n == 12
+    assert -1 <= found.low < found.value < found.high <= 1
+    assert math.isnan(st.rank_correlation(x[:4], y[:4]).low)
+    assert math.isnan(st.rank_correlation([1, 2, 3], [1, 1, 1]).value)
+
+
+def test_intervals_of_rank_correlations_cover_the_truth():
+    random, hits, share = np.random.default_rng(7), 0, 0.6
+    for repeat in range(150):
+        x = random.normal(size=20)
+        y = share * x + math.sqrt(1 - share**2) * random.normal(size=20)
+        hits += covers(st.rank_correlation(x, y, 300, repeat), 6 / math.pi * math.asin(share / 2))
+    assert 0.9 <= hits / 150 <= 0.99

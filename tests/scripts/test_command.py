@@ -1,0 +1,176 @@
+"""The command line: what it accepts, and one line with status 2 for everything else."""
+
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from steppe.configs import base
+from steppe.scripts import command
+
+CONFIG = "--config=configs/base.py"
+_EXTRA = "from configs import base\ndef get_config():\n  c = base.get_config()\n  "
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def _parser():
+    parser = command.parser("demo", "A demonstration.")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--steps", type=int)
+    return parser
+
+
+def _parse(*argv, **keywords):
+    return command.parse([*argv, "--workdir=run"], _parser(), **keywords)
+
+
+def _written(tmp_path, text):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    return f"--config={file}"
+
+
+def test_overrides_take_the_type_of_their_key():
+    config, options = _parse(
+        CONFIG, "--config.optim.rho=1e-2", "--config.train.batch_size", "32", "--config.model.qk_norm",
+        "--noconfig.model.tie_embeddings", "--config.data.directory=",
+        "--config.optim.perturb=a.*", "--config.optim.perturb=b", "--config.optim.decay_mask=('x',)",
+        "--config.optim.end_learning_rate=1",
+    )  # fmt: skip
+    assert (config.optim.rho, config.train.batch_size, config.model.qk_norm) == (0.01, 32, True)
+    assert (config.model.tie_embeddings, config.data.directory) == (False, "")
+    assert (config.optim.perturb, config.optim.decay_mask) == (("a.*", "b"), ("x",))
+    assert type(config.optim.end_learning_rate) is float
+    assert options.workdir == "run"
+    untouched = base.get_config()
+    assert config.optim.b2 == untouched.optim.b2
+    assert config.is_locked
+
+
+def test_negative_numbers_and_last_config_position():
+    config, _ = command.parse(
+        ["--config.optim.rho", "-0.5", "--workdir", "w", "--config", "configs/base.py"], _parser()
+    )
+    assert config.optim.rho == -0.5  # impossible, but that is lm.check's to say
+
+
+def test_none_restores_the_default_of_an_optional_key(tmp_path):
+    mine = _written(
+        tmp_path,
+        "from configs import base\ndef get_config():\n  c = base.get_config()\n  c.optim.rho = 0.5\n  return c\n",
+    )
+    assert _parse(mine)[0].optim.rho == 0.5
+    assert _parse(mine, "--config.optim.rho=None")[0].optim.rho is None
+
+
+def test_the_named_size_is_resolved():
+    config, _ = _parse(CONFIG, "--config.model.size=42m", "--config.model.layers=6")
+    assert (config.model.layers, config.model.width, config.model.heads, config.model.mlp_width) == (6, 768, 12, 3072)
+
+
+def test_a_config_is_optional_where_the_command_says_so():
+    assert _parse(needs_config=False)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([CONFIG, "--config.optim.rhoo=1"], ["config.optim.rhoo", "did you mean config.optim.rho?"]),
+        ([CONFIG, "--config.optm.rho=1"], ["config.optm.rho", "did you mean config.optim.rho?"]),
+        ([CONFIG, "--config.batch_size=1"], ["config.batch_size", "did you mean config.train.batch_size?"]),
+        ([CONFIG, "--config.zzz.qqq=1"], ["config.zzz.qqq", "configs/base.py lists every key"]),
+        ([CONFIG, "--config.optim.rho=big"], ["config.optim.rho = big", "must be a number, or None"]),
+        ([CONFIG, "--config.optim.rho="], ["config.optim.rho = nothing", "must be a number"]),
+        ([CONFIG, "--config.train.batch_size=8.5"], ["config.train.batch_size = 8.5", "must be an integer"]),
+        ([CONFIG, "--config.train.batch_size=None"], ["config.train.batch_size = None", "must be an integer"]),
+        ([CONFIG, "--config.train.batch_size"], ["config.train.batch_size = nothing", "must be an integer"]),
+        ([CONFIG, "--config.model.qk_norm=maybe"], ["config.model.qk_norm = maybe", "must be true or false"]),
+        ([CONFIG, "--config.optim.perturb=(1, 2)"], ["config.optim.perturb = (1, 2)", "must be a tuple of texts"]),
+        ([CONFIG, "--config.optim.perturb=a b,"], ["config.optim.perturb = a b,", "must be a tuple of texts"]),
+        ([CONFIG, "--config.seed=1", "--config.seed=2"], ["config.seed = 1, 2", "must be given once"]),
+        ([CONFIG, "--config.optim={}"], ["config.optim is a section", "--config.optim."]),
+        ([CONFIG, "--config.model.size=25m"], ["config.model.size = '25m'", "24m, 42m"]),
+        ([CONFIG, "--config.model.size=24m", "--config.model.width=64"], ["config.model.width = 64", "24m", "576"]),
+        ([], ["--config is missing", "configs/quickstart.py"]),
+        (["--config"], ["--config", "must be followed by a config file"]),
+        ([CONFIG, CONFIG], ["--config", "given once"]),
+        (["--config=configs/nope.py"], ["--config = configs/nope.py", "a Python file"]),
+        (["--config=configs"], ["--config = configs", "a Python file"]),
+        (["--config=configs/base.py:24m"], ["configs/base.py:24m", "takes no argument"]),
+        (["--config=lm/__init__.py"], ["--config = lm/__init__.py", "get_config()"]),
+        (["--config=README.md"], ["--config = README.md", ""]),
+        ([CONFIG, "--step=3"], ["--step", "did you mean --steps?"]),
+        ([CONFIG, "--steps=three"], ["--steps", "'three'"]),
+        ([CONFIG, "stray"], ["stray", "must be left out"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, parts, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _parse(*argv)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert printed.err.endswith("\n")
+    assert printed.err.count("\n") == 1
+    for part in parts:
+        assert part in printed.err
+
+
+def test_a_missing_option_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.parse([CONFIG], _parser())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "--workdir is missing; --help shows the usage\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("def get_config(:\n", ["line 1"]),
+        ("import os\nundefined\n", ["line 2", "NameError"]),
+        ("def get_config():\n  return 3\n", ["ConfigDict", "int"]),
+        ("def get_config(argument):\n  return 3\n", ["FILE:ARGUMENT"]),
+        (_EXTRA + "c.optim.roh = 1.0\n  return c\n", ["config.optim.roh", "did you mean config.optim.rho?"]),
+        (_EXTRA + "del c.optim.rho\n  return c\n", ["config.optim.rho is missing", "configs/base.py"]),
+        (
+            "from ml_collections import ConfigDict\n"
+            + _EXTRA
+            + "c = dict(c.to_dict(), seed='x')\n  return ConfigDict(c)\n",
+            ["config.seed = 'x'", "an integer"],
+        ),
+        (_EXTRA + "raise ValueError('the argument must be a or b')\n", ["line 4: the argument must be a or b"]),
+    ],
+)
+def test_a_bad_config_file_is_one_line(tmp_path, text, parts, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _parse(_written(tmp_path, text))
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert printed.count("\n") == 1
+    for part in [str(tmp_path / "mine.py"), *parts]:
+        assert part in printed
+
+
+def test_a_config_written_from_scratch_gets_the_types_of_base(tmp_path):
+    values = base.get_config().to_dict()
+    values["optim"]["clip_norm"] = 2
+    text = f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({values!r})\n"
+    config, _ = _parse(_written(tmp_path, text))
+    assert isinstance(config, ConfigDict)
+    assert type(config.optim.clip_norm) is float
+    assert config.to_dict() == values
+
+
+def test_parsing_imports_nothing_heavy():
+    code = (
+        "import sys; from steppe.scripts import command\n"
+        "command.parse(['--config=configs/base.py', '--config.seed=3'], command.parser('demo', 'demo'))\n"
+        "print([m for m in ('jax', 'numpy', 'tensorflow', 'grain', 'orbax', 'flax', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

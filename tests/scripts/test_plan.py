@@ -1,0 +1,169 @@
+"""What a step holds and exchanges, read from its compiled program: the promises about memory, traffic and FLOPs."""
+
+import argparse
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from steppe.configs import base, sizes
+from steppe.lm.model.mesh import make_mesh
+from steppe.lm.run.assembly import assemble
+from steppe.lm.run.budget import step_flops
+from steppe.scripts import hlo, plan
+from steppe.scripts.bench import methods as bench_methods
+
+
+def config(size: str, batch: int, length: int, method: str, **model):
+    made = base.get_config()
+    made.model.size, made.optim.method = size, method
+    sizes.resolve(made)
+    made.model.update(**model)
+    made.train.batch_size, made.data.sequence_length = batch, length
+    return made
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
+    mesh = make_mesh((2, 4, 1))
+
+    def total(x):
+        def body(carry, _):
+            return carry + jax.lax.psum(carry, "fsdp"), None
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    split = jax.shard_map(total, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
+    text = jax.jit(split).lower(jax.ShapeDtypeStruct((64, 32), jnp.float32)).compile().as_text()
+    (found,) = hlo.collectives(text)
+    assert (found.kind, found.size, found.times) == ("all-reduce", 4, 5)
+    assert found.bytes == 5 * 2 * (16 * 32 * 4) * 3 / 4  # in a ring, all but a device's own part travels twice
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Two layers of the 1.2b model's width on 2 x 2 x 2 devices: the layer loop's body is that of all 24.
+
+    96 tokens, unlike any size of a weight, so that an activation is told by its shape.
+    """
+    made = config("1.2b", 8, 96, "precond_functional_sam", layers=2, readout_chunk=32, functional_readout="rebuild")
+    made.mesh.data = made.mesh.fsdp = made.mesh.tensor = 2
+    parts, program = plan.compiled_step(made, 32100, 0, jax.devices())
+    return parts, program.as_text()
+
+
+def test_no_array_of_all_logits(wide):
+    parts, text = wide
+    V, T, rows = parts.shape.vocabulary, 96, 2
+    logits = [s for s in hlo.array_shapes(text) if len(s) > 2 and s[-1] in (V, V // 2)]
+    assert logits  # those of a chunk are there, so the test sees what it looks for
+    for shape in logits:
+        tokens = 1
+        for size in shape[:-1]:
+            tokens *= size
+        assert tokens < rows * T, shape
+
+
+def test_optimizer_state_and_whole_stacks_are_never_gathered(wide):
+    """All-gathers belong to a forward or backward pass, and take one layer, a table, or a sum's few numbers."""
+    parts, text = wide
+    gathers = [c for c in hlo.collectives(text) if c.kind == "all-gather"]
+    assert gathers
+    for gather in gathers:
+        assert "jvp(" in gather.source, gather
+        assert not gather.shape.startswith(f"f32[{parts.shape.layers},"), gather
+
+
+def test_tables_cross_devices_once_a_pass_and_no_activation_is_gathered(wide):
+    parts, text = wide
+    V, D = parts.shape.vocabulary // 2, parts.shape.width
+    found = hlo.collectives(text)
+    gathered = [c for c in found if c.kind == "all-gather" and f"[{V},{D}]" in c.shape]
+    assert sum(c.times for c in gathered) <= 3  # theta, theta + epsilon, and theta again where it is rebuilt
+    reduced = [c for c in found if c.kind == "reduce-scatter" and f"[{V},{D // 2}]" in c.shape]
+    assert sum(c.times for c in reduced) == 4  # lookup and readout, in each of two passes; none per chunk
+    for collective in found:
+        assert not (collective.kind == "all-gather" and ",96,2048]" in collective.shape), collective
+
+
+def test_the_two_passes_of_functional_sam_share_the_memory_of_their_activations():
+    """118m, 32 x 512, 32k vocabulary on one CPU: AdamW's temporary memory, a copy of the parameters, h, and a tenth."""
+    temporary = {}
+    for method in ("adamw", "functional_sam"):
+        made = config("118m", 32, 512, method, functional_readout="rebuild")
+        parts, program = plan.compiled_step(made, 32100, 0, jax.devices()[:1])
+        temporary[method] = program.memory_analysis().temp_size_in_bytes
+    copy, hidden = 4 * parts.budget.parameters.total, 4 * 32 * 512 * parts.shape.width
+    assert temporary["functional_sam"] <= 1.1 * (temporary["adamw"] + copy + hidden)
+    assert parts.budget.flops <= 2.0 * parts.budget.adamw_flops
+
+
+def test_analytic_flops_are_the_compilers_of_an_unrolled_model():
+    """XLA also counts norms, softmax and the optimizer: a few per cent on top at this width."""
+    options = argparse.Namespace(layers=2, width=256, vocabulary=4096, batch_size=4, sequence_length=64, chunks=1)
+    measured, _, _ = bench_methods.measure("adamw", options)
+    made = config("", 4, 64, "adamw", layers=2, width=256, heads=4, mlp_width=1024)
+    parts = assemble(made, 4096, 10**6, devices=jax.devices()[:1])
+    analytic = step_flops(parts.shape, 4 * 64, 1, 1)
+    assert analytic <= measured <= 1.06 * analytic
+
+
+def test_the_program_does_not_grow_with_depth():
+    """Layers are a loop: twelve times as many add next to nothing to what is compiled."""
+    size = {}
+    for layers in (4, 48):
+        made = config("", 8, 64, "functional_sam", layers=layers)
+        _, program = plan.compiled_step(made, 256, 10**6, jax.devices()[:1])
+        size[layers] = sum(map(len, hlo.computations(program.as_text())[0].values()))
+    assert size[48] <= 1.02 * size[4]
+
+
+def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+    status = plan.main(["--config=configs/quickstart.py", "--topology=cpu:8", "--config.mesh.fsdp=2"])
+    printed = capsys.readouterr().out
+    assert status == 0
+    for part in ("parameters", "optimizer", "anchor", "temporary", "all-reduce", "MFU", "days", "fits"):
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--topology=v5e", "v5e:16x16"), ("--topology=cpu:0", "cpu:8"), ("--topology=", "cpu:8"),
+        ("--topology=h100:", "h100:8"), ("--topology=h200:8", "a100:4x8"),
+    ],
+)  # fmt: skip
+def test_a_topology_that_is_none_is_one_line(argument, said, capsys, request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+    assert plan.main(["--config=configs/quickstart.py", argument]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert said in printed
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("h100:2x8", "steppe[gpu]"), ("v5e:2x4", "steppe[plan]")])
+def test_a_machine_that_is_not_here_is_planned_for_or_what_that_needs_is_said(kind, needs, request):
+    """In a process of its own: the compilers of accelerators, where there are any, start with settings of their own."""
+    arguments = [
+        "--config=configs/quickstart.py",
+        f"--topology={kind}",
+        "--config.mesh.fsdp=8",
+        "--config.mesh.data=-1",
+    ]
+    arguments += ["--config.model.compute_dtype=bfloat16", "--vocabulary_size=256", "--config.train.batch_size=16"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "steppe.scripts.plan", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=request.config.rootpath,
+    )
+    if done.returncode == 2:
+        assert done.stderr.count("\n") == 1
+        assert needs in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        for part in ("fsdp 8", "temporary", "reduce", "fits"):
+            assert part in done.stdout

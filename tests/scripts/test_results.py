@@ -1,0 +1,135 @@
+"""Reading what runs leave behind: status, losses, budgets, time, and which keys vary."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from steppe.scripts import results
+
+
+def write_run(directory, *, steps=4, done=None, loss=2.0, rho=0.1, seed=0, outcome=None, extra=()):
+    """A workdir as steppe train leaves it after `done` steps; evaluations at 0, the middle and the end."""
+    directory.mkdir(parents=True)
+    done = steps if done is None else done
+    config = {"seed": seed, "model": {"size": "", "width": 8}, "optim": {"rho": rho, "perturb": [".*"]}}
+    (directory / "config.json").write_text(json.dumps(config))
+    about = {
+        "kind": "run", "step": 0, "parameters": {"total": 90, "non_embedding": 50}, "steps": steps,
+        "tokens": 16 * steps, "flops_per_step": 200.0, "adamw_flops_per_step": 100.0, "baselines": {"unigram": 3.0},
+    }  # fmt: skip
+    records = [about]
+
+    def evaluation(step, loss):
+        for name in ("val", "other"):
+            shown = loss if name == "val" else 9.0
+            records.append({"kind": "evaluate", "step": step, "name": name, "loss": shown, "bits_per_byte": 1.5})
+
+    evaluation(0, 5.0)
+    clock = 100.0  # compiling
+    for step in range(1, done + 1):
+        clock += 2.0
+        records.append({"kind": "train", "step": step, "seconds": clock, "loss": 4.0 - 0.1 * step})
+        if step in (steps // 2, steps):
+            evaluation(step, loss if step == steps else 4.0)
+            clock += 50.0  # evaluating
+    lines = [json.dumps(record) for record in [*records, *extra]]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    if outcome:
+        (directory / "outcome.json").write_text(json.dumps(outcome))
+
+
+def test_a_finished_run_in_numbers(tmp_path):
+    write_run(tmp_path / "a")
+    (found,) = results.read(tmp_path / "a")
+    assert (found.name, found.status, found.why) == ("a", "finished", "")
+    assert (found.parameters, found.total_parameters, found.steps, found.tokens) == (50, 90, 4, 64)
+    assert (found.flops, found.adamw_flops) == (800.0, 400.0)
+    assert (found.loss, found.bits_per_byte) == (2.0, 1.5)
+    assert found.curve == [(0, 0, 0.0, 0.0, 5.0), (2, 32, 400.0, 4.0, 4.0), (4, 64, 800.0, 8.0, 2.0)]
+    assert [point.loss for point in found.train_curve] == pytest.approx([3.9, 3.8, 3.7, 3.6])
+    assert found.seconds == 8.0  # four steps of two seconds: neither compiling nor evaluating
+    assert found.config == {"seed": 0, "model.size": "", "model.width": 8, "optim.rho": 0.1, "optim.perturb": [".*"]}
+
+
+def test_seconds_go_on_after_a_restart(tmp_path):
+    again = [
+        {"kind": "run", "step": 4, "parameters": {}, "steps": 6, "tokens": 96, "flops_per_step": 200.0},
+        {"kind": "train", "step": 5, "seconds": 60.0, "loss": 3.0},
+        {"kind": "train", "step": 6, "seconds": 62.0, "loss": 3.0},
+    ]
+    write_run(tmp_path / "a", steps=4, extra=again)
+    (found,) = results.read(tmp_path / "a")
+    assert found.train_curve[-1].seconds == found.seconds == 12.0
+
+
+def test_statuses(tmp_path):
+    stop = {"kind": "anomaly", "step": 3, "what": "nonfinite", "decision": "stop"}
+    skipped = {"kind": "anomaly", "step": 3, "what": "spike", "decision": "skip"}
+    write_run(tmp_path / "1", loss=3.1)
+    write_run(tmp_path / "2", loss="nan")
+    write_run(tmp_path / "3", done=3, extra=[stop])
+    write_run(tmp_path / "4", done=3, extra=[skipped])
+    write_run(tmp_path / "5", done=3, outcome={"status": "failed", "exit": 1, "why": "ValueError: no"})
+    write_run(tmp_path / "6", done=3, outcome={"status": "pruned", "exit": 0, "why": "not among the best"})
+    write_run(tmp_path / "7", done=3, outcome={"status": "finished", "exit": 0, "why": ""})
+    write_run(tmp_path / "8", loss=2.9, outcome={"status": "finished", "exit": 0, "why": ""})
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / "config.json").write_text(json.dumps({"seed": 9}))
+    found = {result.name: result for result in results.read(tmp_path)}
+    assert {name: result.status for name, result in found.items()} == {
+        "1": "diverged", "2": "diverged", "3": "diverged", "4": "unfinished", "5": "failed", "6": "pruned",
+        "7": "failed", "8": "finished", "9": "unfinished",
+    }  # fmt: skip
+    assert found["1"].why == "held-out loss 3.1000 above the unigram model's 3.0000"
+    assert found["2"].why == "held-out loss nan"
+    assert found["3"].why == "nonfinite at step 3"
+    assert found["4"].why == "after step 3"
+    assert found["9"].why == "not begun"
+    assert math.isnan(found["4"].loss)
+    assert {result.status for result in found.values()} == set(results.STATUSES)
+
+
+def test_a_sweep_lists_runs_that_have_not_begun(tmp_path):
+    base = {"seed": 0, "model.size": "", "model.width": 8, "optim.rho": 0.1, "optim.perturb": [".*"], "log.name": ""}
+    runs = {"rho=0.1": {"optim.rho": "0.1"}, "rho=0.2": {"optim.rho": "0.2"}}
+    resolved = {"rho=0.1": {"log.name": "rho=0.1"}, "rho=0.2": {"optim.rho": 0.2, "log.name": "rho=0.2"}}
+    sweep = {"config": "x.py", "base": base, "runs": runs, "resolved": resolved}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    write_run(tmp_path / "runs" / "rho=0.1")
+    first, second = results.read(tmp_path)
+    assert (first.name, first.status, first.varied) == ("rho=0.1", "finished", {"optim.rho": 0.1})
+    assert (second.name, second.status, second.varied) == ("rho=0.2", "unfinished", {"optim.rho": 0.2})
+    assert second.why == "not begun"
+
+
+def test_keys_that_vary():
+    small, large = {"model.size": "s", "model.width": 1}, {"model.size": "l", "model.width": 2}
+    assert results.varying_keys([small, large]) == ["model.size"]
+    assert results.varying_keys([{**small, "model.size": ""}, large]) == ["model.size", "model.width"]
+    assert results.varying_keys([{"log.name": "a", "x": [1]}, {"log.name": "b", "x": [1]}]) == []
+    free = [{"seed": 0, "checkpoint.every": "1%"}, {"seed": 1, "checkpoint.every": "2%"}]
+    assert results.varying_keys(free) == ["seed"]
+    assert results.varying_keys([*free, {"seed": 1, "checkpoint.every": "3%"}]) == ["seed", "checkpoint.every"]
+
+
+def test_several_workdirs_and_places_without_runs(tmp_path):
+    write_run(tmp_path / "a" / "run", seed=1)
+    write_run(tmp_path / "b" / "run", seed=2)
+    found = results.read([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert [result.varied for result in found] == [{"seed": 1}, {"seed": 2}]
+    assert len({result.name for result in found}) == 2
+    with pytest.raises(results.ResultsError, match="there is no run in it"):
+        results.read(tmp_path)
+    with pytest.raises(results.ResultsError, match=r"config\.json"):
+        results.read([tmp_path / "a"])
+    (tmp_path / "a" / "run" / "config.json").write_text("{")
+    with pytest.raises(results.ResultsError, match="damaged"):
+        results.read([tmp_path / "a" / "run"])
+
+
+def test_reading_imports_no_jax():
+    code = "import sys; from steppe.scripts import results; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,100 @@
+"""Two real processes of four devices each, over jax.distributed on this machine."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from helpers import lm_runs
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with a few hundred lines of real text."""
+    place = tmp_path_factory.mktemp("corpus")
+    source = pathlib.Path(os.__file__).read_text()
+    (place / "train.txt").write_text(source[:20_000])
+    (place / "val.txt").write_text(source[20_000:22_000])
+    return place
+
+
+def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subprocess.Popen:
+    """scripts.train on `devices` simulated devices, fsdp over all there are."""
+    command = [
+        *(
+            sys.executable,
+            "-P",
+            "-m",
+            "steppe.scripts.train",
+            "--config=configs/base.py",
+            f"--workdir={workdir}",
+            *arguments,
+        ),
+        *(f"--config.data.task=text:{corpus}/train.txt@all", f"--config.data.cache={corpus}/cache"),
+        *(f"--config.data.held_out=('val=text:{corpus}/val.txt@all',)", "--config.data.sequence_length=16"),
+        *(
+            "--config.model.layers=1",
+            "--config.model.width=16",
+            "--config.model.heads=2",
+            "--config.model.mlp_width=32",
+        ),
+        *("--config.optim.method=precond_functional_sam", "--config.mesh.data=2", "--config.mesh.fsdp=-1"),
+        *(f"--config.train.duration={steps} steps", "--config.evaluate.every=100%", "--config.evaluate.batches=1"),
+        *("--config.log.every=1", "--config.checkpoint.every=5 steps", "--config.sample.tokens=0"),
+    ]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def pair(corpus, workdir, steps: int) -> list[subprocess.Popen]:
+    """The same run as two processes of four devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"--coordinator=localhost:{free.getsockname()[1]}"
+    return [
+        start(corpus, workdir, steps, 4, meet, "--num_processes=2", f"--process_id={index}", "--heartbeat=10")
+        for index in range(2)
+    ]
+
+
+def test_two_processes_of_four_devices_equal_one_of_eight(corpus, tmp_path):
+    """The same losses within 1e-5 (order of sums); only process 0 writes."""
+    one = start(corpus, tmp_path / "one", 5, 8)
+    printed = one.communicate(timeout=240)[0]
+    assert one.returncode == 0, printed[-3000:]
+    both = pair(corpus, tmp_path / "two", 5)
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    np.testing.assert_allclose(lm_runs.losses(tmp_path / "two"), lm_runs.losses(tmp_path / "one"), atol=1e-5)
+    assert "step 5/5" in said[0]
+    assert "step 5/5" not in said[1]
+
+
+def test_a_lost_process_ends_the_other_and_the_run_can_go_on(corpus, tmp_path):
+    both = pair(corpus, tmp_path, 100_000)
+    for line in both[0].stdout:
+        if line.startswith("step 12/"):
+            both[1].kill()
+            break
+    rest = both[0].stdout.read()
+    assert both[0].wait(timeout=120) != 0
+    assert "another task died" in rest
+    both[1].communicate()
+    assert lm_runs.records(tmp_path, "checkpoint")
+    again = start(corpus, tmp_path, 100_000, 8)  # the checkpoint is sound: even one process of eight continues
+    for line in again.stdout:
+        if line.startswith("continuing"):
+            break
+    else:
+        pytest.fail("did not continue")
+    again.kill()
+    again.communicate()
