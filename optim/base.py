@@ -9,18 +9,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonState
 
-from steppe.optim.rule import Tree, ratio
-
-# What each base keeps that a direction can use. adafactor's second moment is its factored estimate, row x column.
-# muon has a second moment only where it falls back to Adam, lion and sgd have none.
-BASES = {
-    "adamw": ("first", "second"),
-    "adam": ("first", "second"),
-    "sgd": ("first",),
-    "lion": ("first",),
-    "adafactor": ("second",),
-    "muon": ("first",),
-}
+from steppe.optim.rule import OptionError, Tree, ratio
 
 
 class Moments(NamedTuple):
@@ -105,6 +94,70 @@ def _outer(param: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array
     return jnp.expand_dims(row, largest) * jnp.expand_dims(column, second)
 
 
+class Settings(NamedTuple):
+    """What a base optimizer is made from; see `base`."""
+
+    learning_rate: float | Callable
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    decay_mask: Tree | Callable | None
+    matrix_axes: Callable | None
+
+    def decay(self) -> optax.GradientTransformation:
+        """Weight decay where there is any."""
+        return optax.add_decayed_weights(self.weight_decay, self.decay_mask) if self.weight_decay else optax.identity()
+
+    def rate(self) -> optax.GradientTransformation:
+        """The learning rate, with the sign of descent."""
+        return optax.scale_by_learning_rate(self.learning_rate)
+
+    def adam(self) -> optax.GradientTransformation:
+        """Adam's direction."""
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+
+class Kind(NamedTuple):
+    """A row of BASES. moments: what it keeps that a direction can use; parts(Settings) -> its optax transforms."""
+
+    moments: tuple[str, ...]
+    parts: Callable[[Settings], list[optax.GradientTransformation]]
+
+
+def _muon(s: Settings) -> list[optax.GradientTransformation]:
+    return [
+        optax.contrib.muon(
+            s.learning_rate,
+            beta=s.b1,
+            eps=s.eps,
+            weight_decay=s.weight_decay,
+            weight_decay_mask=s.decay_mask,
+            adam_b1=s.b1,
+            adam_b2=s.b2,
+            adam_weight_decay=0.0,
+            muon_weight_dimension_numbers=s.matrix_axes,
+            consistent_rms=0.2,  # one learning rate then suits both parts (Liu et al. 2025, arXiv 2502.16982)
+        )
+    ]
+
+
+def _adafactor(s: Settings) -> list[optax.GradientTransformation]:
+    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), s.decay(), s.rate()]
+
+
+# adafactor's second moment is its factored estimate, row x column. muon has a second moment only where it falls back to
+# Adam, lion and sgd have none.
+BASES = {
+    "adamw": Kind(("first", "second"), lambda s: [s.adam(), s.decay(), s.rate()]),
+    "adam": Kind(("first", "second"), lambda s: [s.decay(), s.adam(), s.rate()]),
+    "sgd": Kind(("first",), lambda s: [s.decay(), optax.trace(s.b1), s.rate()]),
+    "lion": Kind(("first",), lambda s: [optax.scale_by_lion(s.b1, s.b2), s.decay(), s.rate()]),
+    "adafactor": Kind(("second",), _adafactor),
+    "muon": Kind(("first",), _muon),
+}
+
+
 def base(
     name: str,
     learning_rate: float | Callable,
@@ -124,27 +177,12 @@ def base(
     clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
     optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
     """
-    decay = optax.add_decayed_weights(weight_decay, decay_mask) if weight_decay else optax.identity()
-    rate = optax.scale_by_learning_rate(learning_rate)
-    if name == "adamw":
-        parts = [optax.scale_by_adam(b1, b2, eps), decay, rate]
-    elif name == "adam":
-        parts = [decay, optax.scale_by_adam(b1, b2, eps), rate]
-    elif name == "sgd":
-        parts = [decay, optax.trace(b1), rate]
-    elif name == "lion":
-        parts = [optax.scale_by_lion(b1, b2), decay, rate]
-    elif name == "adafactor":
-        parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), decay, rate]
-    elif name == "muon":
-        parts = [
-            optax.contrib.muon(
-                learning_rate, beta=b1, eps=eps, weight_decay=weight_decay, weight_decay_mask=decay_mask, adam_b1=b1,
-                adam_b2=b2, adam_weight_decay=0.0, muon_weight_dimension_numbers=matrix_axes,
-                consistent_rms=0.2,  # one learning rate then suits both parts (Liu et al. 2025, arXiv 2502.16982)
-            )
-        ]  # fmt: skip
-    else:
-        raise ValueError(f"optim.base = {name!r}: must be one of {', '.join(BASES)}")
+    if name not in BASES:
+        raise OptionError("base", name, f"one of {', '.join(BASES)}")
+    settings = Settings(
+        learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, decay_mask=decay_mask,
+        matrix_axes=matrix_axes,
+    )  # fmt: skip
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    return Base(name, optax.chain(*clip, *parts), lambda state, params: moments(state, params, b2))
+    transform = optax.chain(*clip, *BASES[name].parts(settings))
+    return Base(name, transform, lambda state, params: moments(state, params, b2))

@@ -6,7 +6,7 @@ perturbed logits.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ REPORT = (
 )
 
 
+class OptionError(ValueError):
+    """An impossible option of a method or base: its `name`, its `value`, and what is `accepted`; one line in all."""
+
+    def __init__(self, name: str, value: Any, accepted: str):
+        self.name, self.value, self.accepted = name, value, accepted
+        super().__init__(f"optim.{name} = {value!r}: must be {accepted}")
+
+
 class Anchor(NamedTuple):
     """Where a loss derivative is frozen: parameters, hidden state, and what the readout kept there (or None)."""
 
@@ -29,37 +37,57 @@ class Anchor(NamedTuple):
     kept: Tree = None
 
 
+class Trunk(Protocol):
+    """The model up to its last hidden state."""
+
+    def __call__(self, params: Tree, batch: Tree) -> Tree:
+        """The hidden state of a batch, [B, T, D] for a language model."""
+
+
+class Readout(Protocol):
+    """The rest of the model, and the loss."""
+
+    def __call__(self, params: Tree, hidden: Tree, batch: Tree) -> tuple[jax.Array, dict]:
+        """(mean loss of the batch, aux); aux may hold `per_sequence_loss` [B], and `kept`, handed on in the anchor."""
+
+
+class FrozenReadout(Protocol):
+    """The readout with its loss derivative frozen."""
+
+    def __call__(self, params: Tree, hidden: Tree, anchor: Anchor, batch: Tree) -> jax.Array:
+        """<dl/dF at the anchor, F(params, hidden) - F(anchor)>, a scalar: its gradient in (params, hidden) is the
+        functional path, its value the first-order change of the loss."""
+
+
 class Objective(NamedTuple):
     """A loss as functions of (params, batch), split before the readout.
 
-    trunk(params, batch) -> hidden
-    readout(params, hidden, batch) -> (loss, aux): scalar mean loss of the batch; aux is a dict that may hold
-        `per_sequence_loss` [B], and `kept`, handed to frozen_readout in the anchor
-    frozen_readout(params, hidden, anchor, batch) -> scalar <dl/dF at the anchor, F(params, hidden) - F(anchor)>: its
-        gradient in (params, hidden) is the functional path, its value the first-order change of the loss
-    weight(batch) -> scalar: the weight of this batch's mean loss among other microbatches (e.g. its token count)
-    compute_dtype: the dtype parameters are cast to inside trunk and readout, None when they are not
+    weight(batch) -> scalar: the weight of this batch's mean loss among other microbatches (e.g. its token count).
+    compute_dtype: the dtype parameters are cast to inside trunk and readout, None when they are not.
     """
 
-    trunk: Callable
-    readout: Callable
-    frozen_readout: Callable
-    weight: Callable = lambda batch: 1.0
+    trunk: Trunk
+    readout: Readout
+    frozen_readout: FrozenReadout
+    weight: Callable[[Tree], jax.Array | float] = lambda batch: 1.0
     compute_dtype: Any = None
 
 
-class Rule(NamedTuple):
-    """A gradient rule as a pair of pure functions.
+class Rule(Protocol):
+    """A gradient rule: two pure functions, jit-able, that shard as their inputs do."""
 
-    init(params) -> rule_state; raises ValueError for parameters the rule cannot take
-    gradient(objective, params, batch, optimizer_state, rule_state, step) -> (gradient, rule_state, report)
-    report: dict of float32 scalars with the keys REPORT, NaN where the method does not compute one. nonfinite is 0 when
-        every loss and gradient of the step was finite; otherwise the gradient must not be used. rule_state then holds
-        the old state, so a caller only has to keep the optimizer's.
-    """
+    def init(self, params: Tree) -> Tree:
+        """The rule's state for these parameters. Raises ValueError for parameters that the rule cannot take."""
 
-    init: Callable
-    gradient: Callable
+    def gradient(
+        self, objective: Objective, params: Tree, batch: Tree, optimizer_state: Tree, rule_state: Tree, step: jax.Array
+    ) -> tuple[Tree, Tree, dict]:
+        """(gradient for the base optimizer, rule state, report) of step number `step`.
+
+        report: float32 scalars by the names REPORT, NaN where the method does not compute one. nonfinite is 0 where
+        every loss and gradient of the step was finite; otherwise the gradient must not be used, and the rule state is
+        the old one, so that a caller only has to keep the optimizer's.
+        """
 
 
 def objective(forward: Callable, loss: Callable, *, has_aux: bool = False, weight: Callable | None = None) -> Objective:

@@ -8,11 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from steppe.optim.rule import OptionError
+
 SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "wsd")
 RHO_SCHEDULES = ("constant", "warmup", "cosine", "learning_rate")
 _UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _DURATION = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([kKMBGT]?)\s*(%|steps?|tokens?|epochs?|)\s*")
 ACCEPTED_DURATION = 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"'
+
+
+class DurationError(ValueError):
+    """A text that is no duration here: `value`, and what is `accepted`."""
+
+    def __init__(self, value: str, accepted: str):
+        self.value, self.accepted = value, accepted
+        super().__init__(f"{value!r}: must be {accepted}")
 
 
 def is_number(value) -> bool:
@@ -26,7 +36,7 @@ def duration_steps(
     """Converts a duration to whole steps, rounding up. A bare number means steps.
 
     "N steps" | "N tokens" | "N epochs" (needs tokens_per_epoch) | "N%" of total_steps (needs total_steps); N may end in
-    k, M, B or T. ValueError for anything else.
+    k, M, B or T. DurationError for anything else.
 
     >>> duration_steps("1.5M tokens", tokens_per_step=4096)
     367
@@ -35,7 +45,7 @@ def duration_steps(
     """
     match = _DURATION.fullmatch(text)
     if not match:
-        raise ValueError(f"{text!r} is not {ACCEPTED_DURATION}")
+        raise DurationError(text, ACCEPTED_DURATION)
     number, multiple, unit = float(match[1].replace("_", "")), _UNITS[match[2]], match[3].rstrip("s")
     value = number * multiple
     if unit in ("", "step"):
@@ -44,11 +54,11 @@ def duration_steps(
         steps = value / tokens_per_step
     elif unit == "epoch":
         if not tokens_per_epoch:
-            raise ValueError(f"{text!r} counts epochs, and the corpus is not known here: give steps or tokens")
+            raise DurationError(text, "a duration in steps, tokens or % of the run, as the corpus is not known here")
         steps = value * tokens_per_epoch / tokens_per_step
     else:
         if total_steps is None or value > 100:
-            raise ValueError(f"{text!r} must be a fraction of a run of known length, from 0% to 100%")
+            raise DurationError(text, "a fraction of a run of known length, from 0% to 100%")
         steps = value / 100 * total_steps
     # 0.05 * 1000 is 50.00000000000001 in binary: round before taking the ceiling.
     return math.ceil(round(steps, 6))
@@ -77,7 +87,7 @@ def learning_rate(
         decay = optax.linear_schedule(peak, floor, max(1, cooldown_steps))
         after = optax.join_schedules([optax.constant_schedule(peak), decay], [stable])
     else:
-        raise ValueError(f"optim.schedule = {name!r}: must be one of {', '.join(SCHEDULES)}")
+        raise OptionError("schedule", name, f"one of {', '.join(SCHEDULES)}")
     if not warmup_steps:
         return after
     return optax.join_schedules([optax.linear_schedule(floor, peak, warmup_steps), after], [warmup_steps])
@@ -89,7 +99,7 @@ def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rat
     warmup rises linearly from 0 over warmup_steps; cosine also falls to 0 at total_steps; learning_rate is
     value * rate(step) / max(rate), as GSAM ties it.
     """
-    if name == "constant" or (is_number(value) and value == 0):
+    if name == "constant":
         return value
     if name == "warmup":
         unit = optax.linear_schedule(0.0, 1.0, max(1, warmup_steps))
@@ -97,10 +107,10 @@ def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rat
         unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, total_steps)
     elif name == "learning_rate":
         if rate is None:
-            raise ValueError("optim.rho_schedule = 'learning_rate': needs the learning rate, as rate")
+            raise OptionError("rho_schedule", name, "another where the learning rate is not given, as rate")
         with jax.ensure_compile_time_eval():
             peak = max(float(rate(step)) for step in {0, warmup_steps, total_steps})
         unit = lambda step: rate(step) / peak  # noqa: E731
     else:
-        raise ValueError(f"optim.rho_schedule = {name!r}: must be one of {', '.join(RHO_SCHEDULES)}")
+        raise OptionError("rho_schedule", name, f"one of {', '.join(RHO_SCHEDULES)}")
     return lambda step: value * unit(step)

@@ -1,7 +1,8 @@
-"""The two-pass rule: look at theta, perturb, take the descent path there. Every method is one call of it."""
+"""The two-pass rule: gradients at theta, a perturbation, the second pass there. Every method is one of it."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,12 +11,12 @@ import optax
 from jax import lax
 from optax.contrib import MuonDimensionNumbers
 
-from steppe.optim import first_pass as looks
-from steppe.optim.ascent import Ascent, Seen
+from steppe.optim.ascent import Ascent, AscentInput
 from steppe.optim.base import Moments
+from steppe.optim.first_pass import FirstPass, Residuals, whole
 from steppe.optim.masks import mask
 from steppe.optim.rule import (
-    Rule,
+    Objective,
     Tree,
     accumulate,
     check_floating,
@@ -26,18 +27,17 @@ from steppe.optim.rule import (
     ratio,
     report,
 )
-from steppe.optim.second_pass import At, Descent
+from steppe.optim.second_pass import PassInput, SecondPass
 
 LAYERWISE = ("none", "norm", "width")
 ASCENT_OVER = ("global", "microbatch", "subset")
-CLIP_ORDER = ("after", "before")
 
 
 class Switches(NamedTuple):
-    """What every method takes beside its own parts.
+    """What every method takes beside its own options.
 
     rho: step -> radius (or a constant). start, stop, every: steps on which the method perturbs; on the others, and
-    where a schedule gives rho = 0, the base gradient is returned (or what Descent.reuse makes of it).
+    where a schedule gives rho = 0, the base gradient is returned (or what SecondPass.reuse makes of it).
     microbatches: parts in which the batch is processed. ascent_over: "global" one epsilon from the whole batch,
     "microbatch" one per part (m-sharpness), "subset" one from ascent_fraction of the sequences.
     perturb: regexes over parameter paths, one must match. layerwise_rho: scales each parameter's share of epsilon.
@@ -57,130 +57,163 @@ class Switches(NamedTuple):
     matrix_axes: Callable | None = None
     clip_norm: float | None = None
 
+    def radius(self, step: jax.Array) -> float | jax.Array:
+        """rho at a step."""
+        return self.rho(step) if callable(self.rho) else self.rho
 
-def plain(switches: Switches) -> Rule:
-    """The base optimizer's own gradient; of the switches only microbatches and clip_norm matter."""
+    def active(self, step: jax.Array) -> jax.Array | None:
+        """Whether this step perturbs; None when every step does, so that no conditional is compiled."""
+        tests = [self.radius(step) > 0] if callable(self.rho) else []
+        if self.start > 0:
+            tests.append(step >= self.start)
+        if self.stop is not None:
+            tests.append(step < self.stop)
+        if self.every > 1:
+            tests.append((step - self.start) % self.every == 0)
+        return jnp.all(jnp.stack([jnp.asarray(test) for test in tests])) if tests else None
 
-    def init(params):
+
+class Plain(NamedTuple):
+    """The base optimizer's own gradient, as a Rule; of the switches only microbatches and clip_norm matter."""
+
+    switches: Switches
+
+    def init(self, params: Tree) -> Tree:
+        """No state."""
         check_floating(params)
         return ()
 
-    def gradient(objective, params, batch, optimizer_state, rule_state, step):
-        loss, clean = plain_gradient(objective, params, batch, switches.microbatches)
+    def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
+        """See Rule.gradient."""
+        loss, clean = plain_gradient(objective, params, batch, self.switches.microbatches)
         facts = report(loss, norm(clean), clean, epsilon_norm=0.0, cosine=1.0)
-        return _clip(clean, switches.clip_norm), rule_state, facts
-
-    return Rule(init, gradient)
+        return _clip(clean, self.switches.clip_norm), rule_state, facts
 
 
-def sharpness_aware(
-    ascent: Ascent, descent: Descent, switches: Switches, moments: Callable, look: looks.Look = looks.whole
-) -> Rule:
-    """The rule climbing `ascent` and returning `descent`'s gradient there.
+class StepInput(NamedTuple):
+    """What a step is given, beside the rule's state; moments: those of the base, None in each where none is needed."""
 
-    moments(optimizer_state, params) -> optim.base.Moments. Rule state: (ascent state, descent memory).
+    objective: Objective
+    params: Tree
+    batch: Tree
+    moments: Moments
+    step: jax.Array
+
+
+class TwoPass(NamedTuple):
+    """The rule that climbs `ascent` and returns the gradient that `second` finds there.
+
+    moments(optimizer_state, params) -> optim.base.Moments. Its state: (ascent state, what `second` remembers).
     """
-    rho = switches.rho if callable(switches.rho) else lambda step: switches.rho
-    base = plain(switches._replace(clip_norm=None))
 
-    def init(params):
-        base.init(params)
-        mask(params, switches.perturb)
-        return ascent.init(params), jax.tree.map(jnp.zeros_like, params) if descent.remember else ()
+    ascent: Ascent
+    second: SecondPass
+    switches: Switches
+    moments: Callable[[Tree, Tree], Moments] | None
+    first: FirstPass = whole
 
-    def gradient(objective, params, batch, optimizer_state, rule_state, step):
-        needed = {"first", "second"} & set(ascent.needs)
-        seen_moments = moments(optimizer_state, params) if needed else Moments()
+    def init(self, params: Tree) -> Tree:
+        """The state before the first step. Raises ValueError for parameters it cannot take."""
+        check_floating(params)
+        mask(params, self.switches.perturb)
+        return self.ascent.init(params), jax.tree.map(jnp.zeros_like, params) if self.second.remember else ()
 
-        def one_epsilon(state, batch, microbatches):
-            parts, shares = microbatched(objective, batch, microbatches)
-
-            def first(_, part):
-                looked, kept = look(objective, params, part)
-                # The scan over several parts stacks what it keeps: hidden states, but neither theta nor activations.
-                return (), looked, kept if shares is None else _slim(kept, descent.anchored)
-
-            _, looked, kept = accumulate(first, (), parts, shares)
-            seen = Seen(_clip(looked.ascent, switches.clip_norm), params, seen_moments, state, step)
-            epsilon, climbed = perturbation(ascent, seen, rho(step), switches)
-            # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
-            perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
-
-            def second(_, kept):
-                anchor = kept.anchor and kept.anchor._replace(params=params)
-                late = objective._replace(trunk=_late(objective.trunk))
-                return (), descent.path(At(late, params, epsilon, perturbed, kept.batch, anchor, *kept[2:])), ()
-
-            _, (perturbed_loss, vectors), _ = accumulate(second, (), kept, shares)
-            returned = descent.combine(looked, vectors) if descent.combine else vectors
-            returned, clean = _as(returned, params), looked.clean
-            facts = report(
-                perturbed_loss if looked.loss is None else looked.loss, None if clean is None else norm(clean),
-                returned, perturbed_loss=perturbed_loss, epsilon_norm=norm(epsilon),
-                cosine=jnp.nan if clean is None else cosine(clean, returned),
-                **survival(params, perturbed, epsilon, objective.compute_dtype),
-            )  # fmt: skip
-            return climbed, (returned, clean if descent.remember else (), facts), ()
-
-        def perturbed_step(state):
-            if switches.ascent_over != "microbatch":
-                climbed, (returned, clean, facts), _ = one_epsilon(state[0], batch, switches.microbatches)
-            else:
-                parts, shares = microbatched(objective, batch, switches.microbatches)
-                each = lambda state, part: one_epsilon(state, part, 1)  # noqa: E731
-                climbed, (returned, clean, facts), _ = accumulate(each, state[0], parts, shares)
-            return (
-                returned,
-                (climbed, _as(descent.remember(clean, returned), params) if descent.remember else ()),
-                facts,
-            )
-
-        def base_step(state):
-            clean, _, facts = base.gradient(objective, params, batch, optimizer_state, (), step)
-            if not descent.reuse:
-                return clean, state, facts
-            # Outside start and stop, and at rho = 0, the method is its base.
-            within = is_active(switches._replace(every=1), rho, step)
-            reused = _as(descent.reuse(clean, state[1]), params)
-            returned = reused if within is None else jax.tree.map(lambda r, c: jnp.where(within, r, c), reused, clean)
-            return returned, state, {**facts, "cosine": cosine(clean, returned).astype(jnp.float32)}
-
-        active = is_active(switches, rho, step)
-        returned, state, facts = (
-            perturbed_step(rule_state) if active is None else lax.cond(active, perturbed_step, base_step, rule_state)
-        )
+    def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
+        """See Rule.gradient."""
+        needed = {"first", "second"} & set(self.ascent.needs)
+        given = StepInput(
+            objective=objective, params=params, batch=batch, step=step,
+            moments=self.moments(optimizer_state, params) if needed else Moments(),
+        )  # fmt: skip
+        active = self.switches.active(step)
+        if active is None:
+            returned, state, facts = self.perturbed_step(given, rule_state)
+        else:
+            perturbed, base = partial(self.perturbed_step, given), partial(self.base_step, given)
+            returned, state, facts = lax.cond(active, perturbed, base, rule_state)
         keep_old = facts["nonfinite"] > 0
-        returned = _clip(returned, switches.clip_norm)
+        returned = _clip(returned, self.switches.clip_norm)
         return returned, jax.tree.map(lambda new, old: jnp.where(keep_old, old, new), state, rule_state), facts
 
-    return Rule(init, gradient)
+    def perturbed_step(self, given: StepInput, state: Tree) -> tuple[Tree, Tree, dict]:
+        """(gradient, state, report) of a step that perturbs."""
+        microbatches, remember = self.switches.microbatches, self.second.remember
+        if self.switches.ascent_over != "microbatch":
+            climbed, (returned, clean, facts), _ = self.one_epsilon(given, microbatches, state[0], given.batch)
+        else:
+            parts, shares = microbatched(given.objective, given.batch, microbatches)
+            each = partial(self.one_epsilon, given, 1)
+            climbed, (returned, clean, facts), _ = accumulate(each, state[0], parts, shares)
+        return returned, (climbed, _as(remember(clean, returned), given.params) if remember else ()), facts
+
+    def base_step(self, given: StepInput, state: Tree) -> tuple[Tree, Tree, dict]:
+        """The same of a step between: the base gradient, or what the second pass makes of it and its memory."""
+        base = Plain(self.switches._replace(clip_norm=None))
+        clean, _, facts = base.gradient(given.objective, given.params, given.batch, None, (), given.step)
+        if not self.second.reuse:
+            return clean, state, facts
+        # Outside start and stop, and at rho = 0, the method is its base.
+        within = self.switches._replace(every=1).active(given.step)
+        returned = _as(self.second.reuse(clean, state[1]), given.params)
+        if within is not None:
+            returned = jax.tree.map(lambda r, c: jnp.where(within, r, c), returned, clean)
+        return returned, state, {**facts, "cosine": cosine(clean, returned).astype(jnp.float32)}
+
+    def one_epsilon(self, given: StepInput, microbatches: int, state: Tree, batch: Tree):
+        """(ascent state, (gradient, clean gradient or (), report), ()) of a batch that shares one perturbation."""
+        params, objective = given.params, given.objective
+        parts, shares = microbatched(objective, batch, microbatches)
+
+        def first(_, part):
+            gradients, residuals = self.first(objective, params, part)
+            # The scan over several parts stacks what is kept: hidden states, but neither theta nor activations.
+            return (), gradients, residuals if shares is None else _slim(residuals, self.second.anchored)
+
+        _, gradients, residuals = accumulate(first, (), parts, shares)
+        known = AscentInput(
+            gradient=_clip(gradients.ascent, self.switches.clip_norm), params=params, moments=given.moments,
+            state=state, step=given.step,
+        )  # fmt: skip
+        epsilon, climbed = perturbation(self.ascent, known, self.switches.radius(given.step), self.switches)
+        # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
+        perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
+        second = partial(self.second_pass, given, epsilon, perturbed)
+        _, (perturbed_loss, vectors), _ = accumulate(second, (), residuals, shares)
+
+        returned = self.second.combine(gradients, vectors) if self.second.combine else vectors
+        returned, clean = _as(returned, params), gradients.clean
+        facts = report(
+            perturbed_loss if gradients.loss is None else gradients.loss, None if clean is None else norm(clean),
+            returned, perturbed_loss=perturbed_loss, epsilon_norm=norm(epsilon),
+            cosine=jnp.nan if clean is None else cosine(clean, returned),
+            **survival(params, perturbed, epsilon, objective.compute_dtype),
+        )  # fmt: skip
+        return climbed, (returned, clean if self.second.remember else (), facts), ()
+
+    def second_pass(self, given: StepInput, epsilon: Tree, perturbed: Tree, _, residuals: Residuals):
+        """((), (perturbed loss, vectors), ()) of one microbatch."""
+        late = given.objective._replace(trunk=_late(given.objective.trunk))
+        anchor = residuals.anchor and residuals.anchor._replace(params=given.params)
+        passed = PassInput(
+            objective=late, params=given.params, epsilon=epsilon, perturbed=perturbed, batch=residuals.batch,
+            anchor=anchor, loss=residuals.loss, pull=residuals.pull,
+        )  # fmt: skip
+        return (), self.second.path(passed), ()
 
 
-def is_active(switches: Switches, rho: Callable, step: jax.Array) -> jax.Array | None:
-    """Whether this step perturbs; None when every step does, so that no conditional is compiled."""
-    tests = [rho(step) > 0] if callable(switches.rho) else []
-    if switches.start > 0:
-        tests.append(step >= switches.start)
-    if switches.stop is not None:
-        tests.append(step < switches.stop)
-    if switches.every > 1:
-        tests.append((step - switches.start) % switches.every == 0)
-    return jnp.all(jnp.stack([jnp.asarray(test) for test in tests])) if tests else None
-
-
-def perturbation(ascent: Ascent, seen: Seen, rho: jax.Array, switches: Switches) -> tuple[Tree, Tree]:
+def perturbation(ascent: Ascent, known: AscentInput, rho: jax.Array, switches: Switches) -> tuple[Tree, Tree]:
     """(epsilon, ascent state): the direction, masked, scaled per parameter, of length rho; zero where the length is."""
-    chosen = mask(seen.params, switches.perturb)
+    chosen = mask(known.params, switches.perturb)
 
     def masked(tree):
         return tree if tree is None else jax.tree.map(lambda x, keep: x if keep else jnp.zeros_like(x), tree, chosen)
 
-    vector, length, state = ascent.direction(seen._replace(gradient=masked(seen.gradient)))
+    vector, length, state = ascent.direction(known._replace(gradient=masked(known.gradient)))
     vector = masked(vector)
     if switches.layerwise_rho != "none":
-        vector, length = layer_scale(switches.layerwise_rho, vector, seen.params, switches.matrix_axes), None
+        vector, length = layer_scale(switches.layerwise_rho, vector, known.params, switches.matrix_axes), None
     scale = ratio(rho, norm(vector) if length is None else length, 0.0)
-    return jax.tree.map(lambda v, p: (scale * v).astype(p.dtype), vector, seen.params), state
+    return jax.tree.map(lambda v, p: (scale * v).astype(p.dtype), vector, known.params), state
 
 
 def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | None = None) -> Tree:
@@ -244,8 +277,8 @@ def _late(trunk: Callable) -> Callable:
     return run
 
 
-def _slim(kept: looks.Kept, anchored: bool) -> looks.Kept:
-    return kept._replace(pull=None, anchor=kept.anchor._replace(params=None) if anchored else None)
+def _slim(residuals: Residuals, anchored: bool) -> Residuals:
+    return residuals._replace(pull=None, anchor=residuals.anchor._replace(params=None) if anchored else None)
 
 
 def _as(tree: Tree, params: Tree) -> Tree:

@@ -91,9 +91,10 @@ def main(argv: Sequence[str]) -> int:
         devices = described(options.topology)
     except (ValueError, RuntimeError) as error:
         return command.fail(error)
+    from steppe.configs.keys import ConfigError
     from steppe.data.errors import DataError
     from steppe.data.vocabulary import load_tokenizer
-    from steppe.lm.run.check import ConfigError, check
+    from steppe.lm.run.check import check
 
     try:
         config.unlock()
@@ -153,7 +154,7 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
     from steppe.lm.run.assembly import assemble
     from steppe.lm.run.train import lower_step
 
-    frequency = jnp.full(vocabulary_size, 1 / vocabulary_size) if config.optim.method == "focal_sam" else None
+    frequency = jnp.full(vocabulary_size, 1 / vocabulary_size)
     parts = assemble(config, vocabulary_size, epoch_tokens, frequency, devices)
     size = (config.train.batch_size, config.data.sequence_length)
     names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -282,8 +283,9 @@ def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
 
 def candidates(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> list[tuple[float, str, tuple]]:
     """[(seconds by estimate, remat, mesh)] of everything that should fit, cheapest first."""
+    from steppe.configs.keys import ConfigError
     from steppe.lm.run.budget import step_traffic
-    from steppe.lm.run.check import ConfigError, check
+    from steppe.lm.run.check import check
     from steppe.lm.run.chips import chip_of
 
     chip, count, found = chip_of(devices[0], len(devices)), len(devices), []

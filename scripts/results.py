@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steppe.lm.keep.workdir import FREE, flatten
+from steppe.configs.base import FREE, with_defaults
+from steppe.configs.keys import flatten
 from steppe.lm.run import tracking
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
@@ -106,7 +107,7 @@ def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
         for key in keys
         if not (named and key in OF_SIZE) and len({json.dumps(flat.get(key)) for flat in configs}) > 1
     ]
-    telling = [key for key in found if not key.startswith(FREE)]
+    telling = [key for key in found if key not in FREE]
 
     def different(keys: list[str]) -> int:
         return len({json.dumps([flat.get(key) for key in keys]) for flat in configs})
@@ -127,6 +128,7 @@ def _of_directory(directory: Path) -> list[Result]:
 def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
     """The Result of one run, `varied` left empty; planned: its flat config if it has not begun."""
     config = flatten(read_json(directory / "config.json")) or planned
+    config = config and with_defaults(config)
     if not config:
         raise ResultsError(f"{directory}: must be the workdir of a run, with a config.json")
     outcome = read_json(directory / OUTCOME)

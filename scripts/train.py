@@ -55,12 +55,13 @@ def main(argv: Sequence[str]) -> int:
             flag = f"--coordinator={options.coordinator}" if options.coordinator else "--distributed"
             return command.fail(f"{flag}: the processes did not find each other: {error}")
 
+    from steppe.configs.keys import ConfigError
     from steppe.data.errors import DataError
     from steppe.lm.keep.checkpoint import Unusable
     from steppe.lm.keep.workdir import WorkdirError
     from steppe.lm.measure import replay
     from steppe.lm.run import train
-    from steppe.lm.run.check import ConfigError, check
+    from steppe.lm.run.check import check
 
     try:
         check(

@@ -11,8 +11,8 @@ from steppe.lm.keep import seal
 from steppe.lm.keep.checkpoint import load_parts, place
 from steppe.lm.keep.workdir import config_of
 from steppe.lm.run.assembly import Parts, assemble
-from steppe.lm.run.check import METHOD_OPTIONS
 from steppe.lm.run.train import checkpoint_directory
+from steppe.optim.methods import OPTIONS
 
 
 class Saved(NamedTuple):
@@ -34,13 +34,13 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
     Whatever mesh it was trained on, it is spread over all devices here (fsdp) if they divide its batch and width, else
     it goes to the first. WorkdirError, Unusable or DataError, each one line, where that cannot be.
     """
-    config = ConfigDict(config_of(directory))
+    config = config_of(directory)
     devices = jax.devices()
     if config.train.batch_size % len(devices) or config.model.width % len(devices):
         devices = devices[:1]
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
     config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
-    config.optim.update(method="adamw", **dict.fromkeys(METHOD_OPTIONS))
+    config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
     data = config.data
     corpus = loader.open_corpus(
         cache.ensure(data, log), data.vocabulary, data.sequence_length, data.packing, data.verify
@@ -53,6 +53,6 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
 
 def steps(directory: str) -> list[int]:
     """The steps that the run of `directory` has sealed checkpoints of, in order. WorkdirError if it is no run."""
-    found = place(checkpoint_directory(ConfigDict(config_of(directory)), directory))
+    found = place(checkpoint_directory(config_of(directory), directory))
     names = [path.name for path in found.iterdir()] if found.exists() else []
     return sorted(int(name) for name in names if name.isdecimal() and (found / name / seal.NAME).exists())

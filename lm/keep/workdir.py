@@ -6,45 +6,29 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from steppe.lm.run.check import ConfigError
+from steppe.configs import base
+from steppe.configs.keys import ConfigError, flatten
 
 CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
-# Keys that do not change what a run computes, beyond the order of sums.
-FREE = (
-    *("mesh.", "curvature.", "log.", "sample.", "model.attention", "model.remat", "model.readout_chunk"),
-    *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep", "checkpoint.keep_every"),
-    *("data.directory", "data.cache", "data.verify", "data.prefetch", "data.workers", "data.tfds_dir"),
-)
 
 
 class WorkdirError(RuntimeError):
     """The workdir cannot be used for this run; one line."""
 
 
-def flatten(config: dict, prefix: str = "") -> dict:
-    """{"optim.rho": 0.1, ...} of a nested dict; tuples as lists, as JSON has them."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def changes(before: dict, now: dict) -> dict[str, list]:
-    """{key: [value before, value now]} of two configs as nested dicts, FREE keys left out; "absent" where missing."""
-    old, new = flatten(before), flatten(now)
+def changes(before: Mapping, now: Mapping) -> dict[str, list]:
+    """{key: [before, now]} of two nested configs, free keys left out; a key that was not there yet has its default."""
+    old, new = (base.with_defaults(flatten(config)) for config in (before, now))
     return {
-        key: [old.get(key, "absent"), new.get(key, "absent")]
+        key: [old.get(key), new.get(key)]
         for key in sorted({*old, *new})
-        if not key.startswith(FREE) and old.get(key, "absent") != new.get(key, "absent")
+        if key not in base.FREE and old.get(key) != new.get(key)
     }
 
 
@@ -58,7 +42,7 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
     """Holds a workdir for this config while the `with` block runs; gives the run's id ("" unless primary).
 
     A new or empty workdir is made and takes the config. One that another process holds is a WorkdirError. One of
-    another config is a ConfigError naming the first key that differs, both values, and the other keys; FREE keys and
+    another config is a ConfigError naming the first key that differs, both values, and the other keys; free keys and
     those in `allow` may differ. WorkdirError for a key of `allow` that is none. Only process 0 locks and writes.
     """
     directory, path = Path(workdir), Path(workdir) / CONFIG
@@ -92,12 +76,12 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
             os.close(lock)  # which gives up the lock, as the end of the process would
 
 
-def config_of(workdir: str) -> dict:
-    """The config of a run, as a nested dict. WorkdirError if there is none."""
+def config_of(workdir: str) -> ConfigDict:
+    """The config of a run, keys that its version did not have at their defaults. WorkdirError if there is none."""
     path = Path(workdir) / CONFIG
     if not path.exists():
         raise WorkdirError(f"{workdir}: must be the workdir of a run, with a {CONFIG}")
-    return _read(path)
+    return base.completed(_read(path))
 
 
 def _lock(directory: Path) -> int:

@@ -12,7 +12,7 @@ from steppe.lm.model.objective import objective, readout_kernel
 from steppe.lm.model.readout import token_loss
 from steppe.lm.run.assembly import Parts
 from steppe.optim import Objective
-from steppe.optim.curvature import split_directions
+from steppe.optim.curvature.products import split_directions
 from steppe.optim.rule import accumulate, microbatched, norm, plain_gradient, ratio
 
 LAYERS = r"^layers/"  # stacked parameters: each layer is one, "layers/mlp/up/kernel/0", so that a group can name layers

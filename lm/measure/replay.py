@@ -20,7 +20,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     norms per parameter and layer, then runs the gradient under jax's NaN checks. Writes nothing. ConfigError,
     WorkdirError or Unusable where that cannot be done.
     """
-    differing = workdir.changes(workdir.config_of(directory), config.to_dict())
+    differing = workdir.changes(workdir.config_of(directory), config)
     if differing:
         key, (before, after) = next(iter(differing.items()))
         raise workdir.WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
@@ -33,7 +33,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
             state, meta = checkpoints.restore(newest, parts.abstract)
         elif config.init_from:
             params = load_params(config.init_from, parts.abstract.params, log)
-            state, meta = create_from(parts.abstract, parts.base, parts.rule, params), {}
+            state, meta = create_from(parts.abstract, parts.optimizer, params), {}
         else:
             state, meta = create(parts.mesh, parts.initialise), {}
     log(f"replaying   step {number}, from the state after step {int(state.step)}")
@@ -59,7 +59,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     # the same gradient as the step's, by itself: the report's NaNs, which mean "not computed", stay out of it
     def gradient(state, batch):
         clean = jax.grad(lambda p: parts.objective.readout(p, parts.objective.trunk(p, batch), batch)[0])(state.params)
-        returned, _, _ = parts.rule.gradient(
+        returned, _, _ = parts.optimizer.rule.gradient(
             parts.objective, state.params, batch, state.optimizer, state.rule, state.step
         )
         return clean, returned

@@ -18,9 +18,8 @@ from steppe.data import loader
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run.assembly import MATRIX_AXES, Parts
 from steppe.lm.run.evaluate import make_evaluation_step
-from steppe.lm.run.state import State
+from steppe.lm.run.state import Optimizer, State, start
 from steppe.lm.run.step import make_step
-from steppe.optim.base import Base
 from steppe.optim.masks import path_names
 
 TABLES = r"^(embed|position|readout)/"  # [rows, D]: a row is a channel
@@ -43,18 +42,15 @@ class Programs(NamedTuple):
 
 
 def programs(parts: Parts) -> Programs:
-    """The programs of a run's parts; parts.learning_rate must be a schedule of peak 1, which `rate` multiplies."""
+    """The programs of a run's parts; its learning rate must be a schedule of peak 1, which `rate` multiplies."""
     places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
 
-    def start(params) -> State:
+    def start_copy(params) -> State:
         # Copies: the first step gives its state's memory away, and the parameters are needed again.
-        params = jax.tree.map(jnp.copy, params)
-        return State(jnp.zeros((), jnp.int32), params, parts.base.transform.init(params), parts.rule.init(params))
+        return start(parts.optimizer, jax.tree.map(jnp.copy, params))
 
     def step(state, batch, rate):
-        base = at_rate(parts.base, rate)
-        schedule = lambda count: rate * parts.learning_rate(count)  # noqa: E731
-        return make_step(parts.objective, base, parts.rule, schedule, parts.rho)(state, batch)
+        return make_step(parts.objective, at_rate(parts.optimizer, rate))(state, batch)
 
     return Programs(
         jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),
@@ -62,19 +58,23 @@ def programs(parts: Parts) -> Programs:
             lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma), out_shardings=places.params
         ),
         jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
-        jax.jit(start, out_shardings=places),
+        jax.jit(start_copy, out_shardings=places),
         jax.jit(step, donate_argnums=0, out_shardings=(places, None)),  # as they came in: else a second compile
     )
 
 
-def at_rate(base: Base, rate: float | jax.Array) -> Base:
-    """The base optimizer with its updates times `rate`, which may be traced: one compile serves every rate."""
+def at_rate(optimizer: Optimizer, rate: float | jax.Array) -> Optimizer:
+    """The optimizer with its updates times `rate`, which may be traced: one compile serves every rate."""
+    transform = optimizer.base.transform
 
     def update(gradient, state, params=None):
-        updates, state = base.transform.update(gradient, state, params)
+        updates, state = transform.update(gradient, state, params)
         return jax.tree.map(lambda u: rate * u, updates), state
 
-    return base._replace(transform=optax.GradientTransformation(base.transform.init, update))
+    return optimizer._replace(
+        base=optimizer.base._replace(transform=optax.GradientTransformation(transform.init, update)),
+        learning_rate=lambda count: rate * optimizer.learning_rate(count),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- weight noise

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from steppe.lm.measure.in_training import LAYERS, logit_hessian, twice_differentiable
 from steppe.lm.model.mesh import AXES
 from steppe.lm.run.assembly import Parts
-from steppe.optim import curvature, landscape, spectra
+from steppe.optim.curvature import landscape, products, spectra
 from steppe.optim.masks import mask
 from steppe.optim.rule import Tree, norm, ratio
 
@@ -78,15 +78,15 @@ def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
     keep = mask(parts.abstract.params, settings.within) if settings.within else None
 
     def operator(name, params, batch, scale=None):
-        product = partial(curvature.PRODUCTS[name], target, params, batch, microbatches=microbatches)
-        product = product if scale is None else curvature.preconditioned(product, scale)
-        return product if keep is None else curvature.restricted(product, keep)
+        product = partial(products.PRODUCTS[name], target, params, batch, microbatches=microbatches)
+        product = product if scale is None else products.preconditioned(product, scale)
+        return product if keep is None else products.restricted(product, keep)
 
     def lanczos(name, params, batch, start, scale=None):
         return spectra.lanczos(operator(name, params, batch, scale), view, start, settings.lanczos)
 
     def action(name, params, batch, vector):
-        product = curvature.PRODUCTS[name]
+        product = products.PRODUCTS[name]
         return view.flatten(product(target, params, batch, view.unflatten(vector), microbatches))
 
     def gaussian(key):
@@ -256,7 +256,7 @@ def _split(made, params, batch, direction, groups) -> dict[str, dict[str, float]
 
 @partial(jax.jit, static_argnums=2)
 def _compare(logit, functional, groups):
-    return curvature.compare(logit, functional, dict(groups), stacked=LAYERS)
+    return products.compare(logit, functional, dict(groups), stacked=LAYERS)
 
 
 def _worst_case(made, params, batch, step, loss, settings) -> tuple[Tree, list[float]]:

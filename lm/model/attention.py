@@ -13,10 +13,14 @@ MIXED = "attention_mixed"  # the name remat policies know the result by
 _LANES = 128  # splash walks the sequence in multiples of this
 
 
+class NoKernel(ValueError):
+    """A kernel that cannot run here: what it needs."""
+
+
 def choose(
-    name: str, backend: str, sequence_length: int, dtype: str, segmented: bool, second_order: bool = False
+    name: str, backend: str, sequence_length: int, dtype: str, *, segmented: bool, second_order: bool = False
 ) -> str:
-    """The kernel for "auto", or the named one; ValueError where it cannot run.
+    """The kernel for "auto", or the named one; NoKernel where it cannot run.
 
     cuDNN on GPU in bfloat16 without segments, splash on TPU; neither can be differentiated twice (second_order). Else
     one einsum while [T, T] is small, and blocks of queries beyond.
@@ -30,10 +34,7 @@ def choose(
         "splash": f"a TPU and data.sequence_length divisible by {_LANES}",
     }
     if not can.get(name, True):
-        raise ValueError(
-            f"model.attention = {name!r}: needs {needs[name]}, and a method that differentiates once (not "
-            "penalty_sam); use auto, einsum or blockwise"
-        )
+        raise NoKernel(f"needs {needs[name]}, and a method that differentiates once; use auto, einsum or blockwise")
     if name != "auto":
         return name
     fast = next((kernel for kernel, able in can.items() if able), None)

@@ -7,18 +7,19 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from steppe.lm.model import attention, readout
+from steppe.configs.keys import ConfigError
+from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, make_mesh
 from steppe.lm.model.objective import objective
 from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.budget import Budget, budget, count_parameters, estimate_memory
-from steppe.lm.run.check import METHOD_OPTIONS, ConfigError, mesh_shape
+from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
-from steppe.lm.run.state import State, abstract, initialiser
-from steppe.optim import Objective, Rule
-from steppe.optim.base import Base, base
+from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
+from steppe.optim import Objective
+from steppe.optim.base import base
 from steppe.optim.masks import mask, matrix_axes
-from steppe.optim.methods import canonical, is_anchored, method, options_of
+from steppe.optim.methods import is_anchored, method, options_of, perturbs, row_of
 from steppe.optim.schedules import duration_steps, learning_rate
 from steppe.optim.schedules import rho as rho_schedule
 
@@ -33,25 +34,22 @@ MATRIX_AXES = matrix_axes(
 
 
 class Parts(NamedTuple):
-    """The parts of a run. abstract: the State's shapes and places; initialise() -> State; schedules take the step.
+    """The parts of a run. abstract: the State's shapes and places; initialise() -> State.
 
     scalars: what the step takes as operands, so that runs that differ in nothing else share a compiled program.
-    at(**scalars) -> (base, rule, learning_rate, rho) at other values of them, which may be traced.
+    optimizer_at(**scalars) -> the Optimizer at other values of them, which may be traced.
     """
 
     mesh: Mesh
     shape: Shape
     options: readout.Options
     objective: Objective
-    base: Base
-    rule: Rule
+    optimizer: Optimizer
+    optimizer_at: Callable[..., Optimizer]
+    scalars: dict[str, float]
     initialise: Callable[[], State]
     abstract: State
     budget: Budget
-    learning_rate: Callable
-    rho: Callable
-    scalars: dict[str, float]
-    at: Callable
 
 
 def assemble(
@@ -61,79 +59,109 @@ def assemble(
     frequency: jax.Array | None = None,
     devices: Sequence | None = None,
 ) -> Parts:
-    """Builds the parts from a config that lm.check accepted.
+    """Builds the parts from a config that lm.run.check accepted.
 
     epoch_tokens: tokens of one pass over the corpus, for durations in epochs. frequency: share of each token in the
-    training text [padded V], which focal_sam weighs by. devices: default all.
+    training text [padded V], for methods that need it. devices: default all.
     """
-    model, optim, train = config.model, config.optim, config.train
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(config, len(devices))
-    mesh = make_mesh(sizes, devices)
-    shards = sizes[0] * sizes[1]
-    kernel = attention.choose(
-        model.attention, devices[0].platform, config.data.sequence_length, model.compute_dtype,
-        segmented=config.data.packing != "concat", second_order=canonical(optim.method) == "penalty_sam",
-    )  # fmt: skip
-    model_shape = shape(model, vocabulary_size, config.data.sequence_length, kernel)
-    params = jax.eval_shape(initialiser(model_shape, base("sgd", 0.0), method("adamw"), 0)).params
-    rows = train.batch_size // train.microbatches // shards
-    tokens = model.readout_chunk or readout.chunk_tokens(devices[0].platform, model_shape.vocabulary)
-    chunk = readout.chunk_positions(config.data.sequence_length, rows, tokens)
-    count = count_parameters(params).total
-    keep = _keeps_derivative(config, model_shape, count, rows, chunk, sizes, devices[0])
-    options = readout.Options(
-        vocabulary_size, chunk, model.z_loss, model.logit_soft_cap, model.label_smoothing, keep,
-        reduce_dtype=config.mesh.ascent_reduction if is_anchored(optim.method) else "float32", place=Placement(mesh),
-    )  # fmt: skip
+    mesh, shards = make_mesh(sizes, devices), sizes[0] * sizes[1]
+    kernel = kernel_of(config, devices[0].platform)
+    model_shape = shape(config.model, vocabulary_size, config.data.sequence_length, kernel)
+    params = parameter_shapes(model_shape)
+    options = _readout_options(config, model_shape, vocabulary_size, params, mesh, devices[0])
+    method_values = options_of(config.optim.method, method_options(config))
+    plan = budget(config, shape=model_shape, params=params, epoch_tokens=epoch_tokens, shards=shards, keep=options.keep)
+    optimizer_at = _optimizers(config, params, plan, {"shards": shards, "frequency": frequency})
+    scalars = {"peak_learning_rate": config.optim.peak_learning_rate}
+    if perturbs(config.optim.method, method_values.get("rho", 0.0)):  # else the method is its base, another program
+        scalars["rho"] = method_values["rho"]
+    optimizer = optimizer_at(**scalars)
+    initialise = initialiser(model_shape, optimizer, config.seed)
+    return Parts(
+        mesh=mesh,
+        shape=model_shape,
+        options=options,
+        objective=objective(model_shape, options, Placement(mesh)),
+        optimizer=optimizer,
+        optimizer_at=optimizer_at,
+        scalars=scalars,
+        initialise=initialise,
+        abstract=abstract(mesh, initialise),
+        budget=plan,
+    )
 
-    given = {key: optim[key] for key in METHOD_OPTIONS if key != "rho"}
-    name = canonical(optim.method)
-    if name == "k_sam":
-        given["shards"] = shards
-    if name == "focal_sam":
-        given["frequency"] = frequency
-    settings = options_of(name, {**given, "rho": optim.rho})
 
-    plan = budget(config, model_shape, params, epoch_tokens, settings, keep)
+def _optimizers(config: ConfigDict, params: Any, plan: Budget, surroundings: dict[str, Any]) -> Callable:
+    """optimizer_at(peak_learning_rate, rho=0.0) of a config."""
+    optim = config.optim
+    decay_mask = _matching(config, "optim.decay_mask", params)
+    _matching(config, "optim.perturb", params)
 
     def steps(duration: str) -> int:
         return duration_steps(duration, tokens_per_step=plan.tokens_per_step, total_steps=plan.steps)
 
-    decay_mask, stop = _matching(config, "optim.decay_mask", params), steps(optim.stop)
-    _matching(config, "optim.perturb", params)
+    row, warmup, stop = row_of(optim.method), steps(optim.warmup), steps(optim.stop)
+    met = {need: surroundings[need] for need in (row.needs() if row else ())}
 
     def rate_of(peak):
         return learning_rate(
-            optim.schedule, peak, plan.steps, warmup_steps=steps(optim.warmup), end=optim.end_learning_rate,
+            optim.schedule, peak, plan.steps, warmup_steps=warmup, end=optim.end_learning_rate,
             cooldown_steps=steps(optim.cooldown),
         )  # fmt: skip
 
-    def at(peak_learning_rate, rho=0.0):
-        rate, warmup = rate_of(peak_learning_rate), steps(optim.warmup)
-        radius = rho_schedule(optim.rho_schedule, rho, plan.steps, warmup_steps=warmup, rate=rate_of(1.0))
+    def optimizer_at(peak_learning_rate, rho=0.0) -> Optimizer:
+        rate = rate_of(peak_learning_rate)
+        if perturbs(optim.method, rho):
+            rho = rho_schedule(optim.rho_schedule, rho, plan.steps, warmup_steps=warmup, rate=rate_of(1.0))
         the_base = base(
-            optim.base, rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,
-            decay_mask=decay_mask, matrix_axes=MATRIX_AXES,
+            optim.base,
+            rate,
+            b1=optim.b1,
+            b2=optim.b2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            decay_mask=decay_mask,
+            matrix_axes=MATRIX_AXES,
             clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
-        )  # fmt: skip
+        )
         rule = method(
-            name, rho=radius, base=the_base, every=optim.every, start=steps(optim.start),
-            stop=None if stop >= plan.steps else stop, microbatches=train.microbatches, ascent_over=optim.ascent_over,
-            ascent_fraction=optim.ascent_fraction, perturb=tuple(optim.perturb), layerwise_rho=optim.layerwise_rho,
-            matrix_axes=MATRIX_AXES, clip_norm=optim.clip_norm if optim.clip_order == "before" else None, **given,
-        )  # fmt: skip
-        return the_base, rule, rate, radius if callable(radius) else lambda step: radius
+            optim.method,
+            base=the_base,
+            every=optim.every,
+            start=steps(optim.start),
+            stop=None if stop >= plan.steps else stop,
+            microbatches=config.train.microbatches,
+            ascent_over=optim.ascent_over,
+            ascent_fraction=optim.ascent_fraction,
+            perturb=tuple(optim.perturb),
+            layerwise_rho=optim.layerwise_rho,
+            matrix_axes=MATRIX_AXES,
+            clip_norm=optim.clip_norm if optim.clip_order == "before" else None,
+            **{**method_options(config), "rho": rho},
+            **met,
+        )
+        return Optimizer(the_base, rule, rate, rho if callable(rho) else lambda step: rho)
 
-    scalars = {"peak_learning_rate": optim.peak_learning_rate}
-    if settings.get("rho"):  # without one the method is its base, which is another program
-        scalars["rho"] = settings["rho"]
-    the_base, rule, rate, radius = at(**scalars)
-    initialise = initialiser(model_shape, the_base, rule, config.seed)
-    return Parts(
-        mesh, model_shape, options, objective(model_shape, options, Placement(mesh)), the_base, rule, initialise,
-        abstract(mesh, initialise), plan, rate, radius, scalars, at,
-    )  # fmt: skip
+    return optimizer_at
+
+
+def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, params: Any, mesh: Mesh, device):
+    model, anchored = config.model, is_anchored(config.optim.method)
+    rows = config.train.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
+    tokens = model.readout_chunk or readout.chunk_tokens(device.platform, shape.vocabulary)
+    chunk = readout.chunk_positions(config.data.sequence_length, rows, tokens)
+    return readout.Options(
+        vocabulary=vocabulary_size,
+        chunk=chunk,
+        z_loss=model.z_loss,
+        soft_cap=model.logit_soft_cap,
+        smoothing=model.label_smoothing,
+        keep=anchored and _keeps_derivative(config, shape, count_parameters(params).total, rows, chunk, mesh, device),
+        reduce_dtype=config.mesh.ascent_reduction if anchored else "float32",
+        place=Placement(mesh),
+    )
 
 
 def _matching(config: ConfigDict, key: str, params) -> Any:
@@ -145,18 +173,15 @@ def _matching(config: ConfigDict, key: str, params) -> Any:
         raise ConfigError(key, tuple(config[section][name]), f"patterns of parameter paths: {error}") from None
 
 
-def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: int, sizes: tuple, device) -> bool:
+def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: int, mesh: Mesh, device) -> bool:
     """Whether the pass at theta stores its loss derivative for the functional path; rows: sequences of a microbatch.
 
     auto: where the estimate of the step's memory leaves room for it, with a tenth to spare, in one microbatch (several
     would each keep theirs), and only in bfloat16, where storing it rounds nothing that was not rounded before.
     """
     choice = config.model.functional_readout
-    if not is_anchored(config.optim.method) or choice == "rebuild":
-        return False
-    if choice == "keep":
-        return True
-    if shape.dtype != "bfloat16" or config.train.microbatches > 1:
-        return False
+    if choice != "auto" or shape.dtype != "bfloat16" or config.train.microbatches > 1:
+        return choice == "keep"
+    sizes = tuple(mesh.shape.values())
     estimate = estimate_memory(shape, parameters, rows, rows * chunk, sizes, anchored=True)
-    return sum(estimate) < 0.9 * chip_of(device, sizes[0] * sizes[1] * sizes[2]).memory
+    return sum(estimate) < 0.9 * chip_of(device, mesh.size).memory

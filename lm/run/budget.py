@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from steppe.lm.model.transformer import Shape, shape
+from steppe.lm.run.check import method_options
 from steppe.lm.run.chips import Chip
 from steppe.optim import methods
 from steppe.optim.schedules import duration_steps
@@ -147,22 +148,27 @@ def total_steps(train, parameters: Parameters, sequence_length: int, epoch_token
     return duration_steps(train.duration, tokens_per_step=tokens_per_step, tokens_per_epoch=epoch_tokens)
 
 
-def budget(config, shape: Shape, params: Any, epoch_tokens: int, options: dict, keep: bool) -> Budget:
-    """The Budget of a run; options are the method's, keep whether its frozen derivative is stored."""
+def budget(config, *, shape: Shape, params: Any, epoch_tokens: int, shards: int = 1, keep: bool = False) -> Budget:
+    """The Budget of a run. shards: of the data; keep: whether the frozen derivative of its method is stored."""
     parameters = count_parameters(params)
     train, optim = config.train, config.optim
     tokens = train.batch_size * config.data.sequence_length
     steps = total_steps(train, parameters, config.data.sequence_length, epoch_tokens)
     forwards, backwards = methods.cost(
-        optim.method, sequences=train.batch_size, every=optim.every, ascent_fraction=optim.ascent_fraction, **options
+        optim.method,
+        sequences=train.batch_size,
+        every=optim.every,
+        ascent_fraction=optim.ascent_fraction,
+        shards=shards,
+        **method_options(config),
     )
     return Budget(
-        parameters,
-        tokens,
-        steps,
-        steps * tokens,
-        step_flops(shape, tokens, forwards, backwards, products_saved=1 if keep else 0),
-        step_flops(shape, tokens, 1, 1),
+        parameters=parameters,
+        tokens_per_step=tokens,
+        steps=steps,
+        tokens=steps * tokens,
+        flops=step_flops(shape, tokens, forwards, backwards, products_saved=1 if keep else 0),
+        adamw_flops=step_flops(shape, tokens, 1, 1),
     )
 
 

@@ -1,5 +1,7 @@
 """The state of a run, created where it will live."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,15 @@ from steppe.optim import Rule
 from steppe.optim.base import Base
 
 
+class Optimizer(NamedTuple):
+    """What turns a gradient into an update; learning_rate(step) and rho(step) are what the two of them follow."""
+
+    base: Base
+    rule: Rule
+    learning_rate: Callable[[jax.Array], jax.Array]
+    rho: Callable[[jax.Array], jax.Array]
+
+
 class State(NamedTuple):
     """Everything a step changes: step int32 (batches seen), params float32, the optimizer's and the rule's state."""
 
@@ -23,16 +34,30 @@ class State(NamedTuple):
     rule: Any
 
 
-def initialiser(shape: Shape, base: Base, rule: Rule, seed: int):
+def init_params(shape: Shape, key: jax.Array) -> Any:
+    """Fresh parameters, float32; the same numbers on every mesh."""
+    return Trunk(shape).init(key, jnp.zeros((1, shape.sequence_length), jnp.int32))["params"]
+
+
+def parameter_shapes(shape: Shape) -> Any:
+    """The parameters as ShapeDtypeStructs."""
+    return jax.eval_shape(lambda: init_params(shape, jax.random.key(0)))
+
+
+def start(optimizer: Optimizer, params: Any) -> State:
+    """The State at step 0 of given parameters."""
+    return State(jnp.zeros((), jnp.int32), params, optimizer.base.transform.init(params), optimizer.rule.init(params))
+
+
+def initialiser(shape: Shape, optimizer: Optimizer, seed: int) -> Callable[[], State]:
     """A pure function () -> State at step 0; the same numbers on every mesh.
 
     The seed is its operand, not a constant of its program, which runs of other seeds then share.
     """
 
     def initialise(seed: jax.Array) -> State:
-        tokens = jnp.zeros((1, shape.sequence_length), jnp.int32)
-        params = Trunk(shape).init(jax.random.key(seed), tokens)["params"]
-        return State(jnp.zeros((), jnp.int32), params, base.transform.init(params), rule.init(params))
+        params = init_params(shape, jax.random.key(seed))
+        return start(optimizer, params)
 
     return jax.tree_util.Partial(initialise, np.uint32(seed))
 
@@ -61,11 +86,7 @@ def create(mesh: Mesh, initialise) -> State:
     return jax.jit(initialise.func, out_shardings=places)(*initialise.args)
 
 
-def create_from(abstract_state: State, base: Base, rule: Rule, params: Any) -> State:
+def create_from(abstract_state: State, optimizer: Optimizer, params: Any) -> State:
     """A State at step 0 of given parameters, placed as `abstract_state` says."""
-
-    def initialise(params):
-        return State(jnp.zeros((), jnp.int32), params, base.transform.init(params), rule.init(params))
-
     places = jax.tree.map(lambda s: s.sharding, abstract_state)
-    return jax.jit(initialise, out_shardings=places)(params)
+    return jax.jit(partial(start, optimizer), out_shardings=places)(params)

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steppe.lm.run.state import State
-from steppe.optim import Objective, Rule
-from steppe.optim.base import Base
+from steppe.lm.run.state import Optimizer, State
+from steppe.optim import Objective
 from steppe.optim.rule import norm
 
 
-def make_step(objective: Objective, base: Base, rule: Rule, learning_rate: Callable, rho: Callable) -> Callable:
+def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
     """step(state, batch, limit=inf) -> (state, metrics); jit it with the state donated.
 
     A step whose loss or gradient is not finite, in either pass, or whose loss exceeds `limit`, changes nothing but
@@ -21,15 +20,15 @@ def make_step(objective: Objective, base: Base, rule: Rule, learning_rate: Calla
     """
 
     def step(state: State, batch: dict, limit: jax.Array = jnp.inf) -> tuple[State, dict]:
-        gradient, rule_state, report = rule.gradient(
+        gradient, rule_state, report = optimizer.rule.gradient(
             objective, state.params, batch, state.optimizer, state.rule, state.step
         )
-        updates, optimizer = base.transform.update(gradient, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.base.transform.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         spike = report["loss"] > limit
         good = (report["nonfinite"] == 0) & ~spike
         kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, optimizer, rule_state), tuple(state[1:])
+            lambda new, old: jnp.where(good, new, old), (params, optimizer_state, rule_state), tuple(state[1:])
         )
         metrics = {
             **report,
@@ -37,8 +36,8 @@ def make_step(objective: Objective, base: Base, rule: Rule, learning_rate: Calla
             "sharpness_gap": report["perturbed_loss"] - report["loss"],
             "update_norm": norm(updates),
             "parameter_norm": norm(kept[0]),
-            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
-            "rho": jnp.asarray(rho(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(optimizer.learning_rate(state.step), jnp.float32),
+            "rho": jnp.asarray(optimizer.rho(state.step), jnp.float32),
         }
         return State(state.step + 1, *kept), metrics
 

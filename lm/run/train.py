@@ -13,6 +13,7 @@ import xxhash
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from steppe.configs.keys import ConfigError
 from steppe.data import baselines, cache, loader
 from steppe.data.errors import DataError
 from steppe.lm import plot
@@ -22,7 +23,6 @@ from steppe.lm.model.mesh import batch_sharding, local_rows, place_batch
 from steppe.lm.run import anomaly, generate
 from steppe.lm.run.assembly import Parts, assemble
 from steppe.lm.run.budget import describe
-from steppe.lm.run.check import ConfigError
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import State, create, create_from
@@ -74,7 +74,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
             if not config.init_from:
                 return create(parts.mesh, parts.initialise)
             params = checkpoint.load_params(config.init_from, parts.abstract.params, log) if given is None else given
-            return create_from(parts.abstract, parts.base, parts.rule, params)
+            return create_from(parts.abstract, parts.optimizer, params)
 
         def load(before: int | None = None) -> tuple[State, dict]:
             """The state and meta of the newest sound checkpoint (before a step), or of the beginning."""
@@ -319,7 +319,7 @@ def lower_step(parts: Parts, batch: dict) -> jax.stages.Lowered:
     """The program of step(state, batch, limit, scalars): one for all runs that differ in Parts.scalars alone."""
 
     def step(state, batch, limit, scalars):
-        return make_step(parts.objective, *parts.at(**scalars))(state, batch, limit)
+        return make_step(parts.objective, parts.optimizer_at(**scalars))(state, batch, limit)
 
     limit = jax.ShapeDtypeStruct((), jnp.float32)
     return jax.jit(step, donate_argnums=0).lower(parts.abstract, batch, limit, _scalars(parts))

@@ -77,7 +77,7 @@ def programs_of(size: str, options):
     from steppe.configs import base, sizes
     from steppe.lm.run.assembly import assemble
     from steppe.lm.run.state import create
-    from steppe.optim import curvature
+    from steppe.optim.curvature import products
     from steppe.optim.rule import plain_gradient
 
     config = base.get_config()
@@ -93,11 +93,11 @@ def programs_of(size: str, options):
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones(tokens[:, 1:].shape, jnp.float32)}
 
     def preconditioned(params, batch, vector, scale):
-        product = lambda v: curvature.hessian_product(parts.objective, params, batch, v)  # noqa: E731
-        return curvature.preconditioned(product, scale)(vector)
+        product = lambda v: products.hessian_product(parts.objective, params, batch, v)  # noqa: E731
+        return products.preconditioned(product, scale)(vector)
 
     functions = {"gradient": lambda params, batch: plain_gradient(parts.objective, params, batch)}
-    for name, product in curvature.PRODUCTS.items():
+    for name, product in products.PRODUCTS.items():
         functions[name] = lambda params, batch, vector, product=product: product(parts.objective, params, batch, vector)
     functions["preconditioned hessian"] = preconditioned
     like = parts.abstract.params

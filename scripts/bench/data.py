@@ -107,7 +107,7 @@ def _step_rate(config, corpus, steps: int) -> tuple[float, float]:
 
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens)
     state = create(parts.mesh, parts.initialise)
-    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho), donate_argnums=0)
+    step = jax.jit(make_step(parts.objective, parts.optimizer), donate_argnums=0)
     batch_size = config.train.batch_size
     rows = local_rows(parts.mesh, batch_size)
 

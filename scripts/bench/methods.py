@@ -44,7 +44,7 @@ def table(options: argparse.Namespace):
     yield f"| {COLUMNS} |"
     yield "|---" * 6 + "|"
     for name in names:
-        forwards, backwards = cost(name, sequences=options.batch_size, **settings(name, options))
+        forwards, backwards = cost(name, sequences=options.batch_size)
         measured, temporary, _ = measure(name, options)
         kept = f"{measure(name, options, keep=True)[0] / flops:.2f}" if is_anchored(name) else ""
         yield (
@@ -53,22 +53,14 @@ def table(options: argparse.Namespace):
         )
 
 
-def settings(name: str, options: argparse.Namespace) -> dict:
-    """The method's options here; look_sam's on-step and off-step are averaged by `measure`."""
-    import jax.numpy as jnp
-
-    if name == "focal_sam":
-        return {"frequency": jnp.full(options.vocabulary, 1 / options.vocabulary)}
-    return {"k": options.batch_size // 4} if name == "k_sam" else {}
-
-
 def measure(name: str, options: argparse.Namespace, keep: bool = False) -> tuple[float, int, int]:
     """(FLOPs of an average step, bytes of temporary memory of its largest program, number of parameters)."""
     import jax
+    import jax.numpy as jnp
     import optax
 
     from steppe.optim import base, method
-    from steppe.optim.methods import METHODS
+    from steppe.optim.methods import period, period_options, row_of
 
     adamw = base("adamw", 1e-3, weight_decay=0.1)
 
@@ -83,9 +75,11 @@ def measure(name: str, options: argparse.Namespace, keep: bool = False) -> tuple
         states = jax.eval_shape(adamw.transform.init, params), jax.eval_shape(rule.init, params)
         return jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, *states, batch).compile(), params
 
-    # look_sam as its two kinds of step: XLA counts both branches of the conditional between them.
-    every = METHODS[name].defaults["k"] if name == "look_sam" else 1
-    rule = method(name, base=adamw, **{**settings(name, options), **({"k": 1} if every > 1 else {})})
+    # A method with a period as its two kinds of step: XLA counts both branches of the conditional between them.
+    every, frequency = period(name), jnp.full(options.vocabulary, 1 / options.vocabulary)
+    given = dict.fromkeys(period_options(name), 1)
+    given |= {need: frequency for need, must in (row_of(name).needs() if row_of(name) else {}).items() if must}
+    rule = method(name, base=adamw, **given)
     program, params = compiled(rule, 1)
     flops = program.cost_analysis()["flops"]
     if every > 1:

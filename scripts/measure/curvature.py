@@ -145,8 +145,8 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     batch = place_batch(run.parts.mesh, batches * size, local_rows(run.parts.mesh, batches * size), rows)
 
     scale = None
-    if "second" in BASES[run.parts.base.name]:
-        moments = run.parts.base.moments(run.optimizer, run.params)
+    if "second" in BASES[run.parts.optimizer.base.name].moments:
+        moments = run.parts.optimizer.base.moments(run.optimizer, run.params)
         scale = preconditioner(moments.second, moments.count == 0)
     key = sharpness.compile_key(run.parts, batches, settings)
     if key not in made:

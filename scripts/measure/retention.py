@@ -135,9 +135,8 @@ def _integer(low: int) -> Callable[[str], int]:
 # ------------------------------------------------------------------------------------------------------------- the runs
 def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) -> list[Place]:
     """The runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
-    from ml_collections import ConfigDict
-
     from steppe.lm.keep.checkpoint import Checkpoints, Unusable
+    from steppe.lm.keep.workdir import config_of
     from steppe.lm.run.train import checkpoint_directory
     from steppe.scripts import results
 
@@ -155,7 +154,7 @@ def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) 
     for result in listed:
         at = step
         if at is None:
-            config = ConfigDict(json.loads((result.directory / "config.json").read_text()))
+            config = config_of(str(result.directory))
             checkpoints = checkpoint_directory(config, str(result.directory))
             with Checkpoints(checkpoints, read_only=True, log=log) as kept:
                 at = kept.newest()

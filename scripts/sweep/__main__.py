@@ -161,8 +161,9 @@ def _runs(
     A run is known by its resolved config, without the keys that do not change what it computes unless the sweep itself
     sets them; so it keeps its name and its results however the sweep grows.
     """
-    from steppe.lm.keep.workdir import FREE
-    from steppe.lm.run.check import ConfigError, check
+    from steppe.configs.base import FREE, with_defaults
+    from steppe.configs.keys import ConfigError
+    from steppe.lm.run.check import check
     from steppe.scripts.sweep.plan import Run
 
     read = command.reader(path)
@@ -171,7 +172,9 @@ def _runs(
     swept = {key for run in assignments for key in run}
 
     def identity(flat: dict) -> str:
-        kept = {key: value for key, value in flat.items() if key in swept or not key.startswith(FREE)}
+        # A key that a record of another version lacks is at its default there, which is None where it is an option.
+        said = {key: value for key, value in with_defaults(flat).items() if value is not None}
+        kept = {key: value for key, value in said.items() if key in swept or key not in FREE}
         return json.dumps(kept, sort_keys=True)
 
     known = {identity({**record["base"], **changed}): name for name, changed in record["resolved"].items()}
@@ -189,7 +192,7 @@ def _runs(
 
     everything = [{**record["base"], **changed} for changed in record["resolved"].values()]
     everything += [flat for _, _, flat in found.values()]
-    varying = [key for key in results.varying_keys(everything) if key in swept or not key.startswith(FREE)]
+    varying = [key for key in results.varying_keys(everything) if key in swept or key not in FREE]
     runs, taken = [], set(record["runs"])
     for key, (texts, config, flat) in found.items():
         name = known.get(key) or sweep_spec.name_run(flat, varying, taken)

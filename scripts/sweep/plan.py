@@ -69,25 +69,17 @@ def devices() -> tuple[int, str]:
 
 def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     """The runs with parameters, steps, tokens and FLOPs. DataError for a corpus that a length in epochs needs."""
-    import jax
-
     from steppe.data import cache, loader
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.model.transformer import shape
     from steppe.lm.run.budget import budget
-    from steppe.lm.run.check import METHOD_OPTIONS
-    from steppe.lm.run.state import initialiser
-    from steppe.optim.base import base
-    from steppe.optim.methods import canonical, method, options_of
+    from steppe.lm.run.state import parameter_shapes
 
     @functools.cache
     def vocabulary_size(vocabulary: str) -> int:
         return load_tokenizer(vocabulary).vocab_size
 
-    @functools.cache
-    def params_of(shape_):
-        return jax.eval_shape(initialiser(shape_, base("sgd", 0.0), method("adamw"), 0)).params
-
+    params_of = functools.cache(parameter_shapes)
     corpora = {}
 
     def epoch_tokens(data: ConfigDict) -> int:
@@ -101,12 +93,8 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     for run in runs:
         config = run.config
         shape_ = shape(config.model, vocabulary_size(config.data.vocabulary), config.data.sequence_length, "")
-        name = canonical(config.optim.method)
-        given = {key: config.optim[key] for key in METHOD_OPTIONS}
-        if name == "k_sam":
-            given["shards"] = 1
         epoch = epoch_tokens(config.data) if "epoch" in config.train.duration else 0
-        made = budget(config, shape_, params_of(shape_), epoch, options_of(name, given), keep=False)
+        made = budget(config, shape=shape_, params=params_of(shape_), epoch_tokens=epoch)
         found.append(
             run._replace(
                 parameters=made.parameters.non_embedding,

@@ -1,10 +1,9 @@
 """The configs that ship: they hold base's keys, can run, and say what they are."""
 
-import pathlib
-
 import pytest
 
 from steppe.configs import base, paper, quickstart, sizes
+from steppe.configs.keys import ConfigError
 from steppe.lm.run.check import check
 from steppe.optim.methods import METHODS
 from steppe.scripts import command
@@ -25,15 +24,40 @@ def test_configs_change_values_of_base_and_add_nothing(config):
     assert sorted(_flat(config.to_dict())) == sorted(_flat(base.get_config().to_dict()))
 
 
-def test_every_key_of_base_has_a_comment():
-    for line in pathlib.Path(base.__file__).read_text().splitlines():
-        if (
-            line.startswith("    ")
-            and " = " in line
-            and "ConfigDict()" not in line
-            and not line.strip().startswith("#")
-        ):
-            assert "  # " in line, line
+BEYOND = {
+    bool: [],
+    str: ["no such name"],
+    int: [-2],
+    float: [-1.5, float("nan")],
+    tuple: [("(",)],
+}  # values that few keys take
+
+
+def test_every_key_takes_its_default_and_refuses_by_name_what_it_does_not_take():
+    refused = 0
+    for name, key in base.keys().items():
+        key.check(name, key.default)
+        assert key.meaning
+        for value in BEYOND[key.accepted.kind]:
+            if not key.accepted.allows(value):
+                refused += 1
+                with pytest.raises(ConfigError) as refusal:
+                    key.check(name, value)
+                said = refusal.value
+                assert (said.key, said.accepted) == (name, key.accepted.text())
+                shown = value[0] if isinstance(value, tuple) else value
+                assert str(said) == f"config.{name} = {shown!r}: must be {said.accepted}"
+    assert refused > 70
+
+
+def test_a_config_written_before_a_key_existed_has_its_default():
+    whole = quickstart.get_config().to_dict()
+    del whole["optim"]["clip_order"], whole["model"]["label_smoothing"], whole["curvature"]
+    assert base.completed(whole).to_dict() == quickstart.get_config().to_dict()
+    with pytest.raises(ConfigError, match=r"config.optim.colour = 3: must be left out: this version has no such key"):
+        base.completed({"optim": {"colour": 3}})
+    with pytest.raises(ConfigError, match=r"config.model.width = 'wide': must be an integer >= 1"):
+        base.completed({"model": {"width": "wide"}})
 
 
 def test_quickstart_trains_the_method_of_the_project_on_text_at_hand():

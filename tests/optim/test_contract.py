@@ -78,7 +78,8 @@ def step_of(name, base_name="adamw", microbatches=1):
     base = base_of(base_name)
 
     def step(rho, params, base_state, rule_state, batch, i):
-        rule = optim.method(name, rho=lambda _: rho, base=base, **problems.needs(name), microbatches=microbatches)
+        radius = {"rho": lambda _: rho} if methods.row_of(name) else {}
+        rule = optim.method(name, base=base, **radius, **problems.needs(name), microbatches=microbatches)
         g, rule_state, report = rule.gradient(OBJECTIVE, params, batch, base_state, rule_state, i)
         updates, new_state = base.transform.update(g, base_state, params)
         keep = lambda new, old: jnp.where(report["nonfinite"] > 0, old, new)  # noqa: E731
@@ -117,7 +118,7 @@ def plain_run():
 def test_contract(name, base_name, plain_run):
     base, step = base_of(base_name), step_of(name, base_name)
     row = methods.METHODS[name]
-    never = NEVER_AT_THETA if row and "gradient" not in row.ascent(row.defaults).needs else set()
+    never = NEVER_AT_THETA if row and "gradient" not in row.ascent().needs else set()
     steps = 1 if name == "look_sam" else 3  # a last step that perturbs
 
     def run(rho, steps, batches=lambda i: trap(problems.batch(i))):
@@ -179,7 +180,7 @@ def close(a, b, tolerance):
 
 @pytest.mark.parametrize("name", MOMENTLESS)
 def test_momentless_methods_never_read_the_base(name):
-    params, rule = problems.parameters(), optim.method(name, rho=0.1, **problems.needs(name))
+    params, rule = problems.parameters(), optim.method(name, **problems.needs(name))
 
     def program(base_state):
         batch = trap(problems.batch())
@@ -211,7 +212,7 @@ SPECS = {
 }
 
 
-# Every look, every path and every kind of state once; the methods left out are made of parts of these.
+# Every first pass, every path and every kind of state once; the methods left out are made of parts of these.
 DISTINCT = ["precond_functional_sam", "mixture_sam", "k_sam", "cr_sam", "focal_sam", "look_sam", "friendly_sam"]
 
 
@@ -251,7 +252,8 @@ def test_dtypes_in_bfloat16(name):
     for dtype, compute in ((jnp.bfloat16, None), (jnp.float32, jnp.bfloat16)):
         objective, params = problems.language_model(compute), problems.parameters(dtype)
         base = base_of("adamw")
-        rule = optim.method(name, rho=lambda step: 0.1 * step, microbatches=2, base=base, **problems.needs(name))
+        radius = {"rho": lambda step: 0.1 * step} if methods.row_of(name) else {}
+        rule = optim.method(name, microbatches=2, base=base, **radius, **problems.needs(name))
         state = rule.init(params)
         run = lambda p: rule.gradient(objective, p, problems.batch(), base.transform.init(p), state, jnp.int32(3))  # noqa: B023, E731
         g, new_state, report = jax.eval_shape(run, params)

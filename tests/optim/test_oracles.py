@@ -15,7 +15,7 @@ from helpers.optim_problems import close, unit
 from steppe import optim
 from steppe.optim import methods
 from steppe.optim.base import moments
-from steppe.optim.two_pass import Switches, sharpness_aware
+from steppe.optim.two_pass import Switches, TwoPass
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -32,8 +32,8 @@ def test_first_order_identity_with_a_residual_of_second_order(problem, matrices,
 
     @jax.jit
     def gradient(rho):
-        parts = row.ascent(options), row.descent(options), Switches(rho=rho), moments
-        return sharpness_aware(*parts).gradient(problem.objective, problem.params, problem.batch, None, ((), ()), 0)[0]
+        rule = TwoPass(ascent=row.ascent(), second=row.second(**options), switches=Switches(rho=rho), moments=moments)
+        return rule.gradient(problem.objective, problem.params, problem.batch, None, ((), ()), 0)[0]
 
     radii = [1e-3, 2e-3, 4e-3, 8e-3]
     residuals = []
@@ -74,7 +74,7 @@ def test_functional_path_of_a_linear_model_is_the_base_gradient():
 
 
 def _gradient(name, objective, params, batch):
-    rule = optim.method(name, rho=0.5)
+    rule = optim.method(name, **({"rho": 0.5} if methods.row_of(name) else {}))
     return jax.jit(rule.gradient, static_argnums=0)(objective, params, batch, None, rule.init(params), 0)[0]
 
 

@@ -23,7 +23,7 @@ MARKER = "<!-- methods: written by optim.methods.table() -->\n"
 
 def test_method_table_is_written_from_the_code():
     written = README.read_text().split(MARKER)[1].split("<!-- end -->")[0]
-    assert written == methods.table(), "to write it: python tests/test_optim_readme.py"
+    assert written == methods.table(), "to write it: python tests/optim/test_readme.py"
     for name in methods.METHODS:
         assert f"`{name}`" in written
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from helpers import optim_problems as problems
 from helpers.optim_problems import close, unit
-from steppe.optim import curvature, landscape, spectra
+from steppe.optim.curvature import landscape, products, spectra
 from steppe.optim.masks import mask
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -35,12 +35,12 @@ def probes(problem, view):
     keys = jax.random.split(jax.random.key(0), 6)
     return {
         name: [jax.jit(run, static_argnums=0)(product, key) for key in keys]
-        for name, product in curvature.PRODUCTS.items()
+        for name, product in products.PRODUCTS.items()
     }
 
 
 def test_extreme_eigenvalues_and_their_residuals(problem, view, matrices, probes):
-    for (name, product), matrix in zip(curvature.PRODUCTS.items(), matrices, strict=True):
+    for (name, product), matrix in zip(products.PRODUCTS.items(), matrices, strict=True):
         wanted = np.linalg.eigvalsh(matrix)
         krylov = probes[name][0]
         found = spectra.ritz(krylov)
@@ -117,8 +117,8 @@ def test_a_group_has_its_own_spectrum(problem, view, matrices):
     keep = mask(problem.params, ("^layers",))
     chosen = np.flatnonzero(ravel_pytree(jax.tree.map(lambda p, k: jnp.full(p.shape, k), problem.params, keep))[0])
     start = spectra.signs(view, jax.random.key(2), keep)
-    product = curvature.restricted(
-        lambda v: curvature.hessian_product(problem.objective, problem.params, problem.batch, v), keep
+    product = products.restricted(
+        lambda v: products.hessian_product(problem.objective, problem.params, problem.batch, v), keep
     )
     krylov = jax.jit(lambda start: spectra.lanczos(product, view, start, len(chosen)))(start)
     assert float(krylov.square) == len(chosen)
@@ -137,7 +137,7 @@ def test_eight_devices_give_the_numbers_of_one(problem, matrices):
     def run(params, batch, key, parts, place):
         view = spectra.flat(params, parts, place)
         start = spectra.signs(view, key)
-        product = lambda v: curvature.ggn_product(problem.objective, params, batch, v)  # noqa: E731
+        product = lambda v: products.ggn_product(problem.objective, params, batch, v)  # noqa: E731
         return spectra.lanczos(product, view, start, 12), start
 
     one, start = jax.jit(lambda p, b, k: run(p, b, k, 1, lambda x: x))(problem.params, problem.batch, jax.random.key(3))

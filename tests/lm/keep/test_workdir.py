@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from steppe.configs import base
+from steppe.configs.keys import ConfigError
 from steppe.lm.keep.workdir import WorkdirError, changes, claim, config_of, is_new
-from steppe.lm.run.check import ConfigError
 
 
 @pytest.fixture

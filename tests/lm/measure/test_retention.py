@@ -175,7 +175,7 @@ def test_one_compiled_step_serves_every_rate_and_is_adamw_at_that_rate(corpus_an
     plain, rate = config.copy_and_resolve_references(), 0.01
     plain.optim.peak_learning_rate = rate
     parts = assemble(plain, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=jax.devices()[:1])
-    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho))
+    step = jax.jit(make_step(parts.objective, parts.optimizer))
     mine, theirs = run.start(params), run.start(params)
     read = batch_reader(plain, corpus, parts, lambda step: step)
     for index in range(3):

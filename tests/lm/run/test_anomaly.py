@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from steppe.configs import base
+from steppe.configs.keys import ConfigError
 from steppe.lm.run.anomaly import Watch, limit
-from steppe.lm.run.check import ConfigError, check
+from steppe.lm.run.check import check
 
 SOUND = {"loss": 2.0, "perturbed_loss": 2.1, "gradient_norm": 1.0, "epsilon_norm": 0.1, "nonfinite": 0.0, "spike": 0.0}
 NAN = math.nan

@@ -3,9 +3,10 @@
 import pytest
 
 from steppe.configs import base
+from steppe.configs.keys import ConfigError
 from steppe.data.errors import DataError
-from steppe.lm.run.check import METHOD_OPTIONS, ConfigError, check, mesh_shape
-from steppe.optim.methods import METHODS
+from steppe.lm.run.check import check, mesh_shape
+from steppe.optim.methods import METHODS, OPTIONS
 
 BAD = [
     # (what is set, key named, value shown, part of what is accepted)
@@ -46,13 +47,13 @@ BAD = [
     ({"optim.every": 0}, "optim.every", "0", "an integer >= 1"),
     ({"optim.method": "look_sam", "optim.every": 2}, "optim.every", "2", "1 with optim.method = look_sam"),
     ({"optim.ascent_over": "batch"}, "optim.ascent_over", "'batch'", "one of global, microbatch, subset"),
-    ({"optim.ascent_fraction": 0.5}, "optim.ascent_fraction", "0.5", "1.0 unless optim.ascent_over is subset"),
+    ({"optim.ascent_fraction": 0.5}, "optim.ascent_fraction", "0.5", "1.0 unless ascent_over is subset"),
     ({"optim.ascent_over": "subset", "optim.ascent_fraction": 0.0}, "optim.ascent_fraction", "0.0", "> 0 and <= 1"),
     ({"optim.layerwise_rho": "yes"}, "optim.layerwise_rho", "'yes'", "one of none, norm, width"),
     ({"optim.method": "gsam", "optim.ascent_over": "subset"}, "optim.ascent_over", "'subset'", "global or microbatch"),
-    ({"optim.method": "precond_sam", "optim.precond_eps": 0.0}, "optim.precond_eps", "0.0", "above 0"),
-    ({"optim.perturb": ("(",)}, "optim.perturb", "'('", "a regular expression"),
-    ({"optim.decay_mask": ("ok", "*")}, "optim.decay_mask", "'*'", "a regular expression"),
+    ({"optim.method": "precond_sam", "optim.precond_eps": 0.0}, "optim.precond_eps", "0.0", "a finite number > 0"),
+    ({"optim.perturb": ("(",)}, "optim.perturb", "'('", "regular expressions over parameter paths"),
+    ({"optim.decay_mask": ("ok", "*")}, "optim.decay_mask", "'*'", "regular expressions over parameter paths"),
     ({"optim.clip_norm": -1.0}, "optim.clip_norm", "-1.0", "a finite number >= 0"),
     ({"optim.clip_order": "never"}, "optim.clip_order", "'never'", "one of after, before"),
     ({"optim.peak_learning_rate": 0.0}, "optim.peak_learning_rate", "0.0", "a finite number > 0"),
@@ -157,8 +158,9 @@ def test_a_bad_source_is_refused_by_the_data_room(changes):
 def test_every_method_runs_with_every_option_it_takes(method):
     config = _with(**{"optim.method": method})
     check(config, device_count=1)
-    for key, value in (METHODS[method].defaults if METHODS[method] else {}).items():
-        if key in METHOD_OPTIONS and value is not None:
+    for key, declared in (METHODS[method].declared() if METHODS[method] else {}).items():
+        value = declared.default
+        if key in OPTIONS:
             config.optim[key] = value
     check(config, device_count=1)
 

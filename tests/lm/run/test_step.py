@@ -22,7 +22,7 @@ def trajectory(steps, devices=1, **overrides):
     """(losses, final parameters) of `steps` steps on random tokens."""
     config = lm_runs.config("unused", "unused", **overrides)
     parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:devices])
-    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho), donate_argnums=0)
+    step = jax.jit(make_step(parts.objective, parts.optimizer), donate_argnums=0)
     state, losses = create(parts.mesh, parts.initialise), []
     rows = local_rows(parts.mesh, config.train.batch_size)
     for index in range(steps):
@@ -77,7 +77,7 @@ def test_one_program_serves_every_rho_and_learning_rate():
     state = create(parts.mesh, parts.initialise)
     tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 17), 0, VOCABULARY))
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}
-    _, expected = jax.jit(make_step(parts.objective, *parts.at(0.02, 0.3)))(state, batch)
+    _, expected = jax.jit(make_step(parts.objective, parts.optimizer_at(0.02, 0.3)))(state, batch)
     assert expected["rho"] == np.float32(0.3)
     parts = parts._replace(scalars={"peak_learning_rate": 0.02, "rho": 0.3})
     _, given = train.compile_step(parts, batch)(state, batch, np.float32(np.inf))
@@ -133,9 +133,7 @@ def test_bfloat16_compute_keeps_float32_state_and_reports_what_survives():
     state = create(parts.mesh, parts.initialise)
     tokens = jnp.zeros((8, 16), jnp.int32)
     batch = {"inputs": tokens, "targets": tokens + 1, "weights": jnp.ones((8, 16))}
-    state, metrics = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho))(
-        state, batch
-    )
+    state, metrics = jax.jit(make_step(parts.objective, parts.optimizer))(state, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert metrics["nonfinite"] == 0
     # Most entries of epsilon are below bfloat16's resolution of the weights: rounding distorts what is left.
@@ -146,7 +144,7 @@ def test_a_refused_step_changes_nothing_but_the_count():
     """A loss above the limit: parameters, moments and the rule's memory (friendly_sam's average) stay, bit for bit."""
     config = lm_runs.config("unused", "unused", optim__method="friendly_sam", optim__rho=0.05)
     parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
-    step = jax.jit(make_step(parts.objective, parts.base, parts.rule, parts.learning_rate, parts.rho))
+    step = jax.jit(make_step(parts.objective, parts.optimizer))
     tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 17), 0, VOCABULARY))
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}
     before, metrics = step(create(parts.mesh, parts.initialise), batch, jnp.float32(jnp.inf))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from helpers import lm_runs
+from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint
 from steppe.lm.keep.checkpoint import Unusable
 from steppe.lm.measure import replay
 from steppe.lm.run import anomaly, train
-from steppe.lm.run.check import ConfigError
 from steppe.scripts import evaluate, generate
 
 

@@ -1,8 +1,8 @@
 """Eigenvalues, trace and spectral density of a symmetric operator on parameter trees, through matfree.
 
-The operator is a function tree -> tree; see optim.curvature. matfree walks on flat vectors, so `flat` makes them, split
-over devices where `place` says so. What costs products is pure and may be jitted; what follows from its small results
-runs on the host, in float64.
+The operator is a function tree -> tree; see optim.curvature.products. matfree walks on flat vectors, so `flat` makes
+them, split over devices where `place` says so. What costs products is pure and may be jitted; what follows from its
+small results runs on the host, in float64.
 """
 
 from collections.abc import Callable, Sequence

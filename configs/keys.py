@@ -1,0 +1,127 @@
+"""What a config key is: its default, meaning, accepted values, and whether a resumed run may change it.
+
+configs/base.py declares every key in these terms; checks, help, completion and resuming read the declarations.
+"""
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+class ConfigError(ValueError):
+    """An impossible config value. `key` without "config.", its `value`, and what is `accepted`; one line in all."""
+
+    def __init__(self, key: str, value: Any, accepted: str):
+        self.key, self.value, self.accepted = key, value, accepted
+        super().__init__(f"config.{key} = {value!r}: must be {accepted}")
+
+
+class Accepted(NamedTuple):
+    """Values of a type: text() completes "must be ..."; allows(value) says whether one of the type will do."""
+
+    kind: type
+    text: Callable[[], str]
+    allows: Callable[[Any], bool] = lambda value: True
+
+
+class Key(NamedTuple):
+    """One key. meaning: for a reader, with its unit. free: what a run computes does not depend on it, up to the order
+    of sums, so a resumed run may change it."""
+
+    default: Any
+    meaning: str
+    accepted: Accepted
+    free: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError for a value that is not accepted; None, where it is the default, always is."""
+        if (value is None and self.default is None) or self.accepted.allows(value):
+            return
+        if isinstance(value, tuple):  # the first item that will not do
+            value = next((item for item in value if not self.accepted.allows((item,))), value)
+        raise ConfigError(name, value, self.accepted.text())
+
+
+def integer(least: int, most: int | None = None) -> Accepted:
+    """Integers from `least` on, or to `most`."""
+    text = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
+    return Accepted(int, lambda: text, lambda value: least <= value and (most is None or value <= most))
+
+
+def number(above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf):
+    """Finite numbers within bounds, those of `least` and `most` included."""
+    parts = [f"> {above:g}" * (above > -math.inf), f">= {least:g}" * (least > -math.inf)]
+    parts += [f"< {below:g}" * (below < math.inf), f"<= {most:g}" * (most < math.inf)]
+    bounds = " and ".join(filter(None, parts))
+    text = f"{'a finite number' if min(below, most) == math.inf else 'a number'} {bounds}".strip()
+    if least > -math.inf and most < math.inf:
+        text = f"a number from {least:g} to {most:g}"
+
+    def allows(value: float) -> bool:
+        return above < value < below and least <= value <= most and math.isfinite(value)
+
+    return Accepted(float, lambda: text, allows)
+
+
+def one_of(*names: str) -> Accepted:
+    """One of these texts; a name "module:NAME" stands for the texts in that collection, imported when asked for."""
+
+    def known() -> list[str]:
+        return [each for name in names for each in (named(name) if ":" in name else [name])]
+
+    return Accepted(str, lambda: "one of " + ", ".join(known()), lambda value: value in known())
+
+
+def named(reference: str) -> Any:
+    """What "module:NAME" refers to, the module's name without "steppe."."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(f"steppe.{module}"), name)
+
+
+def patterns(of: str = r".+", what: str = "regular expressions over parameter paths") -> Accepted:
+    """A tuple of regular expressions; `of`: what each must match besides."""
+
+    def allows(value: tuple) -> bool:
+        try:
+            return all(re.compile(pattern) and re.fullmatch(of, pattern) for pattern in value)
+        except re.error:
+            return False
+
+    return Accepted(tuple, lambda: what, allows)
+
+
+FLAG = Accepted(bool, lambda: "true or false")
+TEXT = Accepted(str, lambda: "a text")
+TEXTS = Accepted(tuple, lambda: 'a tuple of texts, such as ("a", "b"), or one text per flag')
+# Whether a duration can be read depends on the run: lm.run.check sees to it.
+DURATION = Accepted(str, lambda: 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"')
+
+
+def config_of(keys: Mapping[str, Key]) -> ConfigDict:
+    """A ConfigDict with every key at its default; None is a placeholder of the key's type."""
+    config = ConfigDict()
+    for name, key in keys.items():
+        *sections, last = name.split(".")
+        section = config
+        for each in sections:
+            if each not in section:
+                section[each] = ConfigDict()
+            section = section[each]
+        section[last] = placeholder(key.accepted.kind) if key.default is None else key.default
+    return config
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{"optim.rho": 0.1, ...} of a nested config; tuples as lists, as JSON has them."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

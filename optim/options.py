@@ -1,0 +1,63 @@
+"""How the parts of a method declare their options: as parameters of the function that makes the part.
+
+    def adaptive(offset: Annotated[float, Option("added to |theta|", *NOT_NEGATIVE)] = 0.01) -> Ascent
+
+A parameter so annotated is an option, a key of every config; any other is a need, which the surroundings meet (the
+number of data shards, the frequency of tokens). So an option that no part takes cannot be declared.
+"""
+
+import inspect
+import math
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+
+class Option(NamedTuple):
+    """What an option means, and its accepted values: `accepted` completes "must be ...", allows(value) decides."""
+
+    meaning: str
+    accepted: str
+    allows: Callable[[Any], bool]
+
+
+FINITE = ("a finite number", math.isfinite)
+NOT_NEGATIVE = ("a finite number >= 0", lambda value: 0 <= value < math.inf)
+POSITIVE = ("a finite number > 0", lambda value: 0 < value < math.inf)
+SHARE = ("a number >= 0 and < 1", lambda value: 0 <= value < 1)
+AT_LEAST_ONE = ("an integer >= 1", lambda value: value >= 1)
+NATURAL = ("an integer >= 0", lambda value: value >= 0)
+
+
+def one_of(*names: str) -> tuple[str, Callable]:
+    """One of these texts."""
+    return f"one of {', '.join(names)}", names.__contains__
+
+
+class Declared(NamedTuple):
+    """An option as a part declares it."""
+
+    kind: type
+    default: Any
+    option: Option
+
+
+def options(part: Callable) -> dict[str, Declared]:
+    """{name: Declared} of the options of a part's maker."""
+    hints, found = typing.get_type_hints(part, include_extras=True), {}
+    for name, parameter in inspect.signature(part).parameters.items():
+        if typing.get_origin(hints.get(name)) is Annotated:
+            kind, option = typing.get_args(hints[name])
+            found[name] = Declared(kind, parameter.default, option)
+    return found
+
+
+def needs(part: Callable) -> dict[str, bool]:
+    """{parameter: whether it must be given} of what a part's maker takes from its surroundings."""
+    own, parameters = options(part), inspect.signature(part).parameters.items()
+    return {name: p.default is p.empty for name, p in parameters if name not in own}
+
+
+def make(part: Callable, values: dict[str, Any]) -> Any:
+    """The part, with what it takes of `values`."""
+    return part(**{name: values[name] for name in inspect.signature(part).parameters if name in values})

@@ -1,0 +1,36 @@
+"""Read the documentation of a room: configs, data, optim, lm or scripts.
+
+steppe docs ROOM
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from steppe.scripts import command
+
+ROOMS = ("configs", "data", "optim", "lm", "scripts")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the README.md of a room, through a pager on a terminal; returns the exit status, 2 for bad input."""
+    parser = command.parser("docs", __doc__)
+    parser.add_argument("room", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
+    _, options = command.parse(argv, parser, needs_config=False)
+    place = importlib.util.find_spec(f"steppe.{options.room}").submodule_search_locations[0]
+    text = (Path(place) / "README.md").read_text(encoding="utf-8")
+    if not sys.stdout.isatty():
+        print(text)
+        return 0
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    with console.pager(styles=True):
+        console.print(Markdown(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""Every key of config.optim and config.train reaches what runs: the lowered step, its operands, or the watch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steppe.configs import base
+from steppe.lm.model.mesh import batch_sharding
+from steppe.lm.run.anomaly import Watch
+from steppe.lm.run.assembly import assemble
+from steppe.lm.run.train import lower_step
+
+SAM = {"optim.method": "sam"}
+PRECOND = {"optim.method": "precond_sam"}
+# key: (another value, what must be set for it to matter)
+STEP = {
+    "optim.method": ("functional_sam", SAM),
+    "optim.rho": (0.0, SAM),
+    "optim.rho_schedule": ("cosine", SAM),
+    "optim.start": ("10%", SAM),
+    "optim.stop": ("90%", SAM),
+    "optim.every": (2, SAM),
+    "optim.ascent_over": ("microbatch", {**SAM, "train.microbatches": 2}),
+    "optim.ascent_fraction": (0.5, {**SAM, "optim.ascent_over": "subset"}),
+    "optim.perturb": (("layers/",), SAM),
+    "optim.layerwise_rho": ("norm", SAM),
+    "optim.precond_power": (0.25, PRECOND),
+    "optim.precond_eps": (1e-3, PRECOND),
+    "optim.precond_norm": ("ellipsoid", PRECOND),
+    "optim.precond_moment": ("fresh", {**PRECOND, "optim.precond_moment": "stale"}),
+    "optim.alpha": (0.3, {"optim.method": "gsam"}),
+    "optim.beta": (0.3, {"optim.method": "cr_sam"}),
+    "optim.gamma": (0.3, {"optim.method": "cr_sam"}),
+    "optim.lam": (0.3, {"optim.method": "focal_sam"}),
+    "optim.sigma": (0.3, {"optim.method": "friendly_sam"}),
+    "optim.decay": (0.3, {"optim.method": "friendly_sam"}),
+    "optim.k": (2, {"optim.method": "k_sam", "optim.k": 1}),
+    "optim.seed": (2, {"optim.method": "random_sam"}),
+    "optim.clip_order": ("before", SAM),
+    "optim.clip_norm": (0.5, {}),
+    "optim.base": ("lion", {}),
+    "optim.end_learning_rate": (0.2, {}),
+    "optim.schedule": ("linear", {}),
+    "optim.warmup": ("10%", {}),
+    "optim.cooldown": ("30%", {"optim.schedule": "wsd"}),
+    "optim.b1": (0.8, {}),
+    "optim.b2": (0.9, {}),
+    "optim.eps": (1e-3, {}),
+    "optim.weight_decay": (0.2, {}),
+    "optim.decay_mask": (("layers/",), {}),
+    "train.duration": ("200 steps", {}),
+    "train.tokens_per_parameter": (40.0, {"train.duration": "chinchilla"}),
+    "train.parameter_count": ("total", {"train.duration": "chinchilla"}),
+    "train.batch_size": (16, {}),
+    "train.microbatches": (2, {}),
+}
+OPERANDS = {"optim.peak_learning_rate": (2e-3, {}), "optim.rho": (0.2, SAM)}
+WATCH = {
+    "train.on_nonfinite": "skip",
+    "train.on_spike": "rollback",
+    "train.spike_score": 2.0,
+    "train.spike_window": 4,
+    "train.max_skips": 1,
+}
+
+
+def config_of(changes: dict):
+    config = base.get_config()
+    config.model.update(layers=2, width=16, heads=2, mlp_width=32)
+    config.data.sequence_length = 8
+    config.train.update(batch_size=8, duration="100 steps")
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    return config
+
+
+@functools.cache
+def lowered(changes: tuple) -> tuple[str, dict]:
+    """(text of the step's program, its operands) of a small config with these changes."""
+    config = config_of(dict(changes))
+    frequency = jnp.full(288, 1 / 288)
+    parts = assemble(config, 259, 10**6, frequency, jax.devices()[:1])
+    shape, place = (config.train.batch_size, config.data.sequence_length), batch_sharding(parts.mesh)
+    names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in names.items()}
+    return lower_step(parts, batch).as_text(), parts.scalars
+
+
+def both(key: str, value, context: dict) -> tuple:
+    """The step without and with a key turned."""
+    return lowered(tuple(context.items())), lowered(tuple({**context, key: value}.items()))
+
+
+def judged(changes: dict) -> list:
+    """What a watch makes of a made-up run with a spike, two steps that are not finite, and a quiet end."""
+    config = config_of({"train.spike_score": 6.0, "train.spike_window": 8, "train.max_skips": 3, **changes})
+    watch, said = Watch(config), []
+    for step in range(1, 40):
+        limit = watch.limit(step)
+        loss = 3.0 - 0.01 * step + 0.05 * (-1) ** step + (5.0 if step in (30, 31) else 0.2 if step == 20 else 0.0)
+        bad = step in (34, 35)
+        facts = {"loss": loss, "perturbed_loss": loss, "gradient_norm": 1.0, "epsilon_norm": 0.1}
+        found = watch.judge(step, {**facts, "nonfinite": float(bad), "spike": float(loss > limit)})
+        said.append((float(limit), found and found["decision"]))
+    return said
+
+
+@pytest.mark.parametrize("key", [key for key in list(base.keys()) if key.startswith(("optim.", "train."))])
+def test_each_key_changes_what_runs(key):
+    if key in WATCH:
+        assert judged({key: WATCH[key]}) != judged({})
+        return
+    if key in OPERANDS:  # one program serves them all
+        (program, before), (same, after) = both(key, *OPERANDS[key])
+        assert program == same
+        assert before != after
+    if key in STEP or key not in OPERANDS:
+        (program, _), (other, _) = both(key, *STEP[key])
+        assert program != other
+
+
+def test_the_gap_is_what_the_loss_rises_by():
+    """On a step of plain gradient ascent at a small radius the loss at theta + epsilon is above that at theta."""
+    from steppe.lm.run.state import create
+    from steppe.lm.run.train import compile_step
+
+    config = config_of({**SAM, "optim.rho": 0.05})
+    parts = assemble(config, 259, 10**6, None, jax.devices()[:1])
+    tokens = jax.random.randint(jax.random.key(0), (8, 9), 0, 259)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones((8, 8), jnp.float32)}
+    batch = jax.device_put(batch, batch_sharding(parts.mesh))
+    _, metrics = compile_step(parts, batch)(create(parts.mesh, parts.initialise), batch, np.float32(np.inf))
+    assert float(metrics["sharpness_gap"]) > 0
+    assert float(metrics["sharpness_gap"]) == float(metrics["perturbed_loss"]) - float(metrics["loss"])
