@@ -1,4 +1,4 @@
-"""The disturbances of steppe chaos: small runs started, killed, starved of disk, harmed on disk, and continued."""
+"""Disturbances of runs: small runs started, killed, starved of disk, harmed on disk, and continued."""
 
 import contextlib
 import json
@@ -21,45 +21,59 @@ FINISHED, REFUSED, STORAGE, STOPPED = 0, 2, 74, 75  # exit statuses of a run
 class Bench(NamedTuple):
     """Where runs happen, and the command of a run without its workdir."""
 
-    place: Path
+    folder: Path
     command: tuple[str, ...]
     environment: dict[str, str]
 
 
 @contextlib.contextmanager
 def bench() -> Iterator[tuple[Bench, Path]]:
-    """A place with a small text and a compilation cache, and in it the workdir of an undisturbed run."""
-    with tempfile.TemporaryDirectory(prefix="steppe-chaos-") as folder:
-        place = Path(folder)
+    """A folder with a small text and a compilation cache, and in it the workdir of an undisturbed run."""
+    with tempfile.TemporaryDirectory(prefix="steppe-chaos-") as made:
+        folder = Path(made)
         text = Path(os.__file__).read_text(encoding="utf-8")
-        (place / "train.txt").write_text(text[:30_000])
-        (place / "val.txt").write_text(text[30_000:36_000])
-        root = Path(__file__).parents[1]
+        (folder / "train.txt").write_text(text[:30_000])
+        (folder / "val.txt").write_text(text[30_000:36_000])
+        root = Path(__file__).parents[2]
         small = {
-            "data.task": f"text:{place}/train.txt@all", "data.held_out": f"('val=text:{place}/val.txt@all',)",
-            "data.sequence_length": 32, "model.layers": 2, "model.width": 32, "model.heads": 4, "model.mlp_width": 64,
-            "train.batch_size": 8, "train.duration": f"{STEPS} steps", "evaluate.every": f"{EVERY} steps",
-            "evaluate.batches": 8, "checkpoint.every": f"{EVERY} steps", "sample.tokens": 4, "train.microbatches": 1,
-        }  # fmt: skip
+            "data.task": f"text:{folder}/train.txt@all",
+            "data.held_out": f"('val=text:{folder}/val.txt@all',)",
+            "data.sequence_length": 32,
+            "model.layers": 2,
+            "model.width": 32,
+            "model.heads": 4,
+            "model.mlp_width": 64,
+            "train.batch_size": 8,
+            "train.microbatches": 1,
+            "train.duration": f"{STEPS} steps",
+            "evaluate.every": f"{EVERY} steps",
+            "evaluate.batches": 8,
+            "checkpoint.every": f"{EVERY} steps",
+            "sample.tokens": 4,
+        }
         words = (sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={root / 'configs' / 'quickstart.py'}")
-        made = Bench(
-            place,
-            (*words, *(f"--config.{key}={value}" for key, value in small.items())),
-            {
-                **os.environ, "STEPPE_CACHE": str(place / "cache"), "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "XLA_FLAGS": "",
+        setting = Bench(
+            folder=folder,
+            command=(*words, *(f"--config.{key}={value}" for key, value in small.items())),
+            environment={
+                **os.environ,
+                "STEPPE_CACHE": str(folder / "cache"),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                "XLA_FLAGS": "",
             },
-        )  # fmt: skip
-        whole = place / "whole"
-        status = start(made, whole).wait()
+        )
+        whole = folder / "whole"
+        status = start(setting, whole).wait()
         if status != FINISHED:
             raise RuntimeError(f"the undisturbed run ended with {status}: {log_of(whole)}")
-        yield made, whole
+        yield setting, whole
 
 
 @contextlib.contextmanager
-def scenario_place(made: Bench, name: str, workdir: Path) -> Iterator[None]:
+def scenario_folder(made: Bench, name: str, workdir: Path) -> Iterator[None]:
     """A tmpfs as workdir for the scenarios that fill the disk."""
     if not name.startswith("disk full"):
         yield
@@ -138,8 +152,8 @@ def saving(workdir: Path) -> bool:
 
 def sealed(workdir: Path) -> list[int]:
     """The steps that are checkpoints now."""
-    place = workdir / "checkpoints"
-    return sorted(int(path.parent.name) for path in place.glob("*/SEAL") if path.parent.name.isdecimal())
+    seals = (workdir / "checkpoints").glob("*/SEAL")
+    return sorted(int(path.parent.name) for path in seals if path.parent.name.isdecimal())
 
 
 def evaluating(workdir: Path) -> bool:

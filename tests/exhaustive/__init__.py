@@ -1,0 +1,1 @@
+"""What takes minutes and is run by `pytest -m exhaustive`, or by a command of its own."""
