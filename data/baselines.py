@@ -7,6 +7,7 @@ import numpy as np
 
 from steppe.data.loader import Corpus, rows_in_order
 
+NAMES = {"unigram": "unigram", "gzip": "gzip -9"}  # of the references, and as they are shown
 SAMPLE_ROWS = 20_000  # training rows that the unigram counts come from, at most
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from steppe.data import manifest as manifests
 from steppe.data import sources
 from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
+from steppe.data.loader import Corpus, open_corpus
 from steppe.data.prepare import exclusive, identity, recipe_of
 from steppe.data.shards import Recipe
 
@@ -38,6 +39,17 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
     except OSError as error:
         raise DataError(f"config.data.cache={cache!r}: {error.strerror or error}") from error
     return directory
+
+
+def open_of(data_config: Mapping, log: Callable[[str], None] = print) -> Corpus:
+    """The corpus of config.data, opened as `ensure` and loader.open_corpus say."""
+    return open_corpus(
+        ensure(data_config, log),
+        vocabulary=data_config["vocabulary"],
+        sequence_length=data_config["sequence_length"],
+        packing=data_config["packing"],
+        verify=data_config["verify"],
+    )
 
 
 def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -> None:

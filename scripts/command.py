@@ -10,6 +10,7 @@ names the key, the value and what is accepted; only a bug shows a traceback. Not
 import argparse
 import copy
 import difflib
+import functools
 import importlib.util
 import inspect
 import os
@@ -24,12 +25,26 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from steppe.configs import base, sizes
+from steppe.lm.keep.exits import REFUSALS
 
 _HELP = """
 config:
   --config=FILE[:ARGUMENT]      a Python file with get_config([ARGUMENT]), such as configs/quickstart.py
   --config.section.key=value    changes one key; configs/base.py explains every key; None gives a key its default
 """
+
+
+def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """A command's main that answers bad input of any kind, of the line or of what it names, with one line and 2."""
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        except (UsageError, *REFUSALS) as error:
+            return fail(error)
+
+    return guarded
 
 
 class UsageError(ValueError):

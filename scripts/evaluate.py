@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from steppe.scripts import command
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
     parser = command.parser("evaluate", __doc__.splitlines()[0])
@@ -20,22 +21,22 @@ def main(argv: Sequence[str]) -> int:
     import jax
 
     from steppe.data import baselines
-    from steppe.data.errors import DataError
     from steppe.lm.keep import saved
-    from steppe.lm.keep.checkpoint import Unusable
-    from steppe.lm.keep.workdir import WorkdirError
     from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 
-    try:
-        run = saved.load(options.workdir, options.step)
-    except (DataError, Unusable, WorkdirError) as error:
-        return command.fail(error)
+    run = saved.load(options.workdir, options.step)
     step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
     for name in run.corpus.held_out:
         found = evaluate(
-            step, run.params, run.corpus, name, run.parts.mesh, run.config.train.batch_size, options.batches
+            step,
+            run.params,
+            run.corpus,
+            name,
+            mesh=run.parts.mesh,
+            batch_size=run.config.train.batch_size,
+            batches=options.batches,
         )
         reference = baselines.baselines(run.corpus, name, counts)
         print(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from steppe.scripts import command
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the sample; returns the exit status, 2 for bad input."""
     parser = command.parser("generate", __doc__.splitlines()[0])
@@ -27,25 +28,23 @@ def main(argv: Sequence[str]) -> int:
 
     import jax
 
-    from steppe.data.errors import DataError
     from steppe.lm.keep import saved
-    from steppe.lm.keep.checkpoint import Unusable
-    from steppe.lm.keep.workdir import WorkdirError
     from steppe.lm.run import generate
 
-    try:
-        run = saved.load(options.workdir, options.step, log=lambda line: None)
-    except (DataError, Unusable, WorkdirError) as error:
-        return command.fail(error)
+    run = saved.load(options.workdir, options.step, log=lambda line: None)
     tokenizer, cap = run.corpus.tokenizer, run.config.model.logit_soft_cap
     next_token = jax.jit(generate.make_next_token(run.parts.objective, run.parts.shape, tokenizer.vocab_size, cap))
-    prompt = run.config.sample.prompt if options.prompt is None else options.prompt
-    length = run.config.data.sequence_length
-    print(
-        generate.generate(
-            next_token, run.params, tokenizer, prompt, options.tokens, options.temperature, length, options.seed
-        )
+    text = generate.generate(
+        next_token,
+        run.params,
+        tokenizer,
+        prompt=run.config.sample.prompt if options.prompt is None else options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        length=run.config.data.sequence_length,
+        seed=options.seed,
     )
+    print(text)
     return 0
 
 

@@ -64,6 +64,7 @@ class Plan(NamedTuple):
     mfu: tuple[float, float]
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the plan; returns 0 if it fits, 1 if not, 2 for bad input."""
     parser = command.parser("plan", __doc__)
@@ -87,31 +88,23 @@ def main(argv: Sequence[str]) -> int:
         )
     if "epoch" in config.train.duration and not options.epoch_tokens:
         return command.fail(f"config.train.duration = {config.train.duration!r}: needs --epoch_tokens=N here")
-    try:
-        devices = described(options.topology)
-    except (ValueError, RuntimeError) as error:
-        return command.fail(error)
-    from steppe.configs.keys import ConfigError
-    from steppe.data.errors import DataError
+    devices = described(options.topology)
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.run.check import check
 
-    try:
-        config.unlock()
-        if options.vocabulary_size:
-            config.data.vocabulary = "bytes"  # only its size matters here
-        processes = len({device.process_index for device in devices})
-        check(config, device_count=len(devices), process_count=processes, backend=devices[0].platform)
-        size = options.vocabulary_size or load_tokenizer(config.data.vocabulary).vocab_size
-        if not options.search:
-            return 0 if show(config, size, options.epoch_tokens, devices) else 1
-        return search(config, size, options.epoch_tokens, devices)
-    except (ConfigError, DataError) as error:
-        return command.fail(error)
+    config.unlock()
+    if options.vocabulary_size:
+        config.data.vocabulary = "bytes"  # only its size matters here
+    processes = len({device.process_index for device in devices})
+    check(config, device_count=len(devices), process_count=processes, backend=devices[0].platform)
+    size = options.vocabulary_size or load_tokenizer(config.data.vocabulary).vocab_size
+    if not options.search:
+        return 0 if show(config, size, options.epoch_tokens, devices) else 1
+    return search(config, size, options.epoch_tokens, devices)
 
 
 def described(topology: str) -> list:
-    """Devices of a topology that is described, not present. ValueError or RuntimeError if it cannot be."""
+    """Devices of a topology that is described, not present. UsageError if it cannot be."""
     kind, _, size = topology.partition(":")
     flags = os.environ.get("XLA_FLAGS", "")
     if kind == "cpu":
@@ -128,7 +121,7 @@ def described(topology: str) -> list:
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         if len(jax.devices()) < int(size):
-            raise ValueError(f"--topology={topology}: this process has only {len(jax.devices())} devices")
+            raise command.UsageError(f"--topology={topology}: this process has only {len(jax.devices())} devices")
         return jax.devices()[: int(size)]
     from jax.experimental import topologies
 
@@ -142,7 +135,7 @@ def described(topology: str) -> list:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         needs = "GPU topologies need steppe[gpu]" if kind in GPUS else "TPU topologies need steppe[plan]"
-        raise ValueError(f"--topology={topology}: {reason} ({needs}: pip install it)") from None
+        raise command.UsageError(f"--topology={topology}: {reason} ({needs}: pip install it)") from None
 
 
 def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list):
@@ -152,7 +145,7 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
 
     from steppe.lm.model.mesh import batch_sharding
     from steppe.lm.run.assembly import assemble
-    from steppe.lm.run.train import lower_step
+    from steppe.lm.run.step import lower_step
 
     frequency = jnp.full(vocabulary_size, 1 / vocabulary_size)
     parts = assemble(config, vocabulary_size, epoch_tokens, frequency, devices)
@@ -255,10 +248,7 @@ def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
     print("|" + "---|" * 13)
     for size in sizes:
         topology, batch, length, vocabulary, fsdp, dtype = TABLE[size]
-        try:
-            devices = described(topology)
-        except (ValueError, RuntimeError) as error:
-            return command.fail(error)
+        devices = described(topology)
         for method in methods:
             config = base.get_config()
             config.model.size, config.model.compute_dtype, config.optim.method = size, dtype, method

@@ -18,17 +18,14 @@ from contextlib import contextmanager
 from steppe.scripts import command
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Runs one of the three; returns the exit status, 2 for bad input."""
-    from steppe.data.errors import DataError
-
     actions = {"vocabulary": _vocabulary, "show": _show}
     try:
         if argv and argv[0] in actions:
             return actions[argv[0]](argv[1:])
         return _prepare(argv)
-    except DataError as error:
-        return command.fail(error)
     except KeyboardInterrupt:
         return command.fail("interrupted; finished shards are kept, run the same command to continue")
 

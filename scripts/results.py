@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from steppe.configs.base import FREE, with_defaults
 from steppe.configs.keys import flatten
 from steppe.lm.run import tracking
+from steppe.scripts.command import UsageError
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
 STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
@@ -24,7 +25,7 @@ STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
 OF_SIZE = ("model.layers", "model.width", "model.heads", "model.mlp_width")
 
 
-class ResultsError(ValueError):
+class ResultsError(UsageError):
     """A place that holds no results, or damaged ones; one line."""
 
 

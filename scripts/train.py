@@ -55,10 +55,7 @@ def main(argv: Sequence[str]) -> int:
             flag = f"--coordinator={options.coordinator}" if options.coordinator else "--distributed"
             return command.fail(f"{flag}: the processes did not find each other: {error}")
 
-    from steppe.configs.keys import ConfigError
-    from steppe.data.errors import DataError
-    from steppe.lm.keep.checkpoint import Unusable
-    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.keep import exits
     from steppe.lm.measure import replay
     from steppe.lm.run import train
     from steppe.lm.run.check import check
@@ -75,11 +72,11 @@ def main(argv: Sequence[str]) -> int:
             return 0
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
         return train.run(config, options.workdir, allowed, options.until)
-    except (ConfigError, DataError, Unusable, WorkdirError) as error:
-        return command.fail(error) if jax.process_index() == 0 else 2
+    except exits.REFUSALS as error:
+        return command.fail(error) if jax.process_index() == 0 else exits.REFUSED
     except OSError as error:
         command.fail(f"stopped: {error}; what is on disk is sound, run the same command again once this is mended")
-        return train.STORAGE
+        return exits.STORAGE
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,21 +17,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from steppe.lm.keep import seal
+from steppe.lm.keep.exits import StorageError, Unusable
 from steppe.lm.keep.seal import Broken
 from steppe.lm.run.state import State
 
 ASIDE = ".orbax-checkpoint-tmp"  # in the names of directories that orbax, or we, have not finished with
 SPARE = 8 << 20  # bytes a save must leave free, for metrics.jsonl and the like
-
-
-class StorageError(OSError):
-    """A checkpoint could not be written; one line."""
-
-
-class Unusable(ValueError):
-    """A checkpoint that may not, or cannot, be restored here; one line."""
 
 
 class Checkpoints:
@@ -278,6 +273,11 @@ class Timer:
         if not self._seconds or (jax.process_count() > 1 and step % self._every):
             return False
         return _agreed(jax.process_index() == 0 and self._clock() - self._last >= self._seconds)
+
+
+def directory_of(config: ConfigDict, workdir: str) -> str:
+    """Where the checkpoints of a run lie."""
+    return config.checkpoint.directory or str(Path(workdir) / "checkpoints")
 
 
 def place(path: str | epath.Path) -> epath.Path:

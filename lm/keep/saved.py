@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from steppe.data import cache, loader
+from steppe.data.cache import open_of
+from steppe.data.loader import Corpus
 from steppe.lm.keep import seal
-from steppe.lm.keep.checkpoint import load_parts, place
+from steppe.lm.keep.checkpoint import directory_of, load_parts, place
 from steppe.lm.keep.workdir import config_of
 from steppe.lm.run.assembly import Parts, assemble
-from steppe.lm.run.train import checkpoint_directory
 from steppe.optim.methods import OPTIONS
 
 
@@ -22,7 +22,7 @@ class Saved(NamedTuple):
     """
 
     config: ConfigDict
-    corpus: loader.Corpus
+    corpus: Corpus
     parts: Parts
     params: Any
     optimizer: Any = None
@@ -41,18 +41,15 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
     config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
-    data = config.data
-    corpus = loader.open_corpus(
-        cache.ensure(data, log), data.vocabulary, data.sequence_length, data.packing, data.verify
-    )
+    corpus = open_of(config.data, log)
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
-    found = checkpoint_directory(config, directory)
+    found = directory_of(config, directory)
     wanted = {"params": parts.abstract.params, **({"optimizer": parts.abstract.optimizer} if optimizer else {})}
     return Saved(config, corpus, parts, **load_parts(found if step is None else f"{found}/{step}", wanted, log))
 
 
 def steps(directory: str) -> list[int]:
     """The steps that the run of `directory` has sealed checkpoints of, in order. WorkdirError if it is no run."""
-    found = place(checkpoint_directory(config_of(directory), directory))
+    found = place(directory_of(config_of(directory), directory))
     names = [path.name for path in found.iterdir()] if found.exists() else []
     return sorted(int(name) for name in names if name.isdecimal() and (found / name / seal.NAME).exists())

@@ -14,12 +14,9 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten
+from steppe.lm.keep.exits import WorkdirError
 
 CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
-
-
-class WorkdirError(RuntimeError):
-    """The workdir cannot be used for this run; one line."""
 
 
 def changes(before: Mapping, now: Mapping) -> dict[str, list]:

@@ -8,9 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.lm.keep import workdir
-from steppe.lm.keep.checkpoint import Checkpoints, Unusable, load_params
-from steppe.lm.run import anomaly, train
+from steppe.lm.keep.checkpoint import Checkpoints, directory_of, load_params
+from steppe.lm.keep.exits import Unusable, WorkdirError
+from steppe.lm.run import anomaly
+from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
 from steppe.lm.run.state import State, create, create_from
+from steppe.lm.run.step import compile_step
 
 
 def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str], None] = print) -> dict[str, float]:
@@ -23,11 +26,11 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     differing = workdir.changes(workdir.config_of(directory), config)
     if differing:
         key, (before, after) = next(iter(differing.items()))
-        raise workdir.WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
-    corpus, parts, _ = train.open_parts(config, log)
+        raise WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
+    corpus, parts, _ = open_parts(config, log)
     if not 1 <= number <= parts.budget.steps:
         raise Unusable(f"--replay_step={number}: must be a step of the run, from 1 to {parts.budget.steps}")
-    with Checkpoints(train.checkpoint_directory(config, directory), read_only=True, log=log) as checkpoints:
+    with Checkpoints(directory_of(config, directory), read_only=True, log=log) as checkpoints:
         newest = checkpoints.newest(before=number)
         if newest is not None:
             state, meta = checkpoints.restore(newest, parts.abstract)
@@ -39,8 +42,8 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     log(f"replaying   step {number}, from the state after step {int(state.step)}")
 
     watch = anomaly.Watch(config, meta["watch"] if meta else None)
-    read = train.batch_reader(config, corpus, parts, watch.batch_index)
-    step = train.compile_step(parts, train.abstract_batch(parts, corpus, config.train.batch_size))
+    read = batch_reader(config, corpus, parts, watch.batch_index)
+    step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
     while int(state.step) < number - 1:
         done = int(state.step)
         state, metrics = step(state, read(done), watch.limit(done + 1))

@@ -4,15 +4,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from steppe.configs.keys import ConfigError
+from steppe.data import baselines, loader
+from steppe.data.cache import open_of
+from steppe.data.errors import DataError
+from steppe.data.loader import Corpus
 from steppe.lm.model import readout
-from steppe.lm.model.mesh import Placement, make_mesh
+from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
 from steppe.lm.model.transformer import Shape, shape
-from steppe.lm.run.budget import Budget, budget, count_parameters, estimate_memory
+from steppe.lm.run.budget import Budget, budget, count_parameters, describe, estimate_memory
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
@@ -185,3 +193,55 @@ def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: i
     sizes = tuple(mesh.shape.values())
     estimate = estimate_memory(shape, parameters, rows, rows * chunk, sizes, anchored=True)
     return sum(estimate) < 0.9 * chip_of(device, mesh.size).memory
+
+
+# ------------------------------------------------------------------------------------------------ with a corpus
+def open_parts(config: ConfigDict, log: Callable[[str], None]) -> tuple[Corpus, Parts, np.ndarray]:
+    """(corpus, the parts of the run, how often each token occurs in the training text [V])."""
+    corpus = open_of(config.data, log)
+    same = int(xxhash.xxh32_hexdigest(corpus.fingerprint.encode()), 16)
+    if len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1:
+        raise DataError(
+            f"config.data.task = {config.data.task!r}: the processes hold different text (here {corpus.fingerprint}); "
+            "prepare it once and give all of them that config.data.directory"
+        )
+    vocabulary = corpus.tokenizer.vocab_size
+    counts = baselines.token_counts(corpus, vocabulary)
+    padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
+    frequency = np.pad(counts, (0, padded - vocabulary)) / counts.sum()
+    return corpus, assemble(config, vocabulary, corpus.epoch_tokens, jnp.asarray(frequency, jnp.float32)), counts
+
+
+def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:
+    """Says what will run, on what."""
+    log(describe(parts.budget, config.optim.method))
+    for name, epochs in corpus.epochs(parts.budget.tokens).items():
+        log(f"corpus      {name}: {epochs:.2f} epochs")
+    sizes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    readout = f"logits of {parts.options.chunk} positions at a time" + (", derivative kept" * parts.options.keep)
+    log(f"devices     {len(parts.mesh.devices.flat)} {jax.devices()[0].device_kind}: {sizes}")
+    log(f"kernels     attention {parts.shape.kernel}, readout {readout}, remat {parts.shape.remat}")
+
+
+def batch_reader(config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable) -> Callable:
+    """read(step) -> the batch of the step after `step` updates, on the mesh."""
+    batch_size = config.train.batch_size
+    rows = local_rows(parts.mesh, batch_size)
+
+    def read(step: int) -> dict:
+        batch = loader.training_rows(corpus, config.seed, batch_index(step), batch_size, rows)
+        batch.pop("bytes")
+        return place_batch(parts.mesh, batch_size, rows, batch)
+
+    return read
+
+
+def abstract_batch(parts: Parts, corpus: Corpus, batch_size: int) -> dict:
+    """A training batch as ShapeDtypeStructs on the mesh."""
+    example = loader.training_rows(corpus, 0, 0, batch_size, [0])
+    example.pop("bytes")
+    place = batch_sharding(parts.mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=place)
+        for name, array in example.items()
+    }

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from steppe.lm.run.assembly import Parts
 from steppe.lm.run.state import Optimizer, State
 from steppe.optim import Objective
 from steppe.optim.rule import norm
@@ -42,3 +44,23 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
         return State(state.step + 1, *kept), metrics
 
     return step
+
+
+def compile_step(parts: Parts, batch: dict) -> Callable:
+    """The compiled step(state, batch, limit), which takes the state's memory."""
+    compiled, scalars = lower_step(parts, batch).compile(), _scalars(parts)
+    return lambda state, batch, limit: compiled(state, batch, limit, scalars)
+
+
+def lower_step(parts: Parts, batch: dict) -> jax.stages.Lowered:
+    """The program of step(state, batch, limit, scalars): one for all runs that differ in Parts.scalars alone."""
+
+    def step(state, batch, limit, scalars):
+        return make_step(parts.objective, parts.optimizer_at(**scalars))(state, batch, limit)
+
+    limit = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.jit(step, donate_argnums=0).lower(parts.abstract, batch, limit, _scalars(parts))
+
+
+def _scalars(parts: Parts) -> dict:
+    return {name: np.float32(value) for name, value in parts.scalars.items()}

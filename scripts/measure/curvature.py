@@ -25,6 +25,7 @@ SHOWN = {
 COUNTS = {"batches": 1, "probes": 1, "densities": 1, "lanczos": 2, "ascent": 0, "draws": 1, "slices": 0, "seed": 0}
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
     parser = command.parser("curvature", __doc__.splitlines()[0])
@@ -58,26 +59,21 @@ def main(argv: Sequence[str]) -> int:
     if options.step not in ("last", "all") and not options.step.isdecimal():
         return command.fail(f"--step={options.step}: must be a number of steps, or all")
 
-    from steppe.data.errors import DataError
-    from steppe.lm.keep.checkpoint import Unusable
-    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.keep.exits import Unusable
     from steppe.scripts.measure import curvature_plots
 
-    try:
-        todo, rows, passed_over, made = checkpoints(options), [], 0, {}
-        with Progress(len(todo)) as progress:
-            for directory, step in todo:
-                try:
-                    rows.append((directory, step, examine(directory, step, options, made, progress)))
-                except (Unusable, FloatingPointError) as error:
-                    if len(todo) == 1:
-                        raise
-                    progress.end(f"{directory} step {step} IS PASSED OVER: {error}")
-                    passed_over = 1
-        for directory in dict.fromkeys(directory for directory, _, _ in rows):
-            curvature_plots.over_training(directory)
-    except (DataError, Unusable, WorkdirError, FloatingPointError) as error:
-        return command.fail(error)
+    todo, rows, passed_over, made = checkpoints(options), [], 0, {}
+    with Progress(len(todo)) as progress:
+        for directory, step in todo:
+            try:
+                rows.append((directory, step, examine(directory, step, options, made, progress)))
+            except Unusable as error:
+                if len(todo) == 1:
+                    raise
+                progress.end(f"{directory} step {step} IS PASSED OVER: {error}")
+                passed_over = 1
+    for directory in dict.fromkeys(directory for directory, _, _ in rows):
+        curvature_plots.over_training(directory)
     print(table(rows))
     return passed_over
 
@@ -85,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 def checkpoints(options) -> list[tuple[str, int]]:
     """The (workdir, step) pairs asked for. WorkdirError where there are none."""
     from steppe.lm.keep import saved
-    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.keep.exits import WorkdirError
 
     found = []
     for pattern in options.workdir:
@@ -121,7 +117,7 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
 
     from steppe.data import loader
     from steppe.lm.keep import saved
-    from steppe.lm.keep.workdir import WorkdirError
+    from steppe.lm.keep.exits import Unusable, WorkdirError
     from steppe.lm.measure import sharpness
     from steppe.lm.measure.in_training import named_groups
     from steppe.lm.model.mesh import local_rows, place_batch
@@ -137,7 +133,7 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     progress.begin(f"{directory} step {step}", len(sharpness.stages(settings)))
     run = saved.load(directory, step, log=lambda line: None, optimizer=True)
     if jax.tree.reduce(lambda bad, leaf: bad or not bool(jnp.all(jnp.isfinite(leaf))), run.params, False):
-        raise FloatingPointError(f"{directory}: the checkpoint of step {step} holds parameters that are not finite")
+        raise Unusable(f"{directory}: the checkpoint of step {step} holds parameters that are not finite")
     name, size = next(iter(run.corpus.held_out)), run.config.train.batch_size
     batches = min(options.batches, loader.held_out_steps(run.corpus, name, size))
     rows = loader.held_out_rows(run.corpus, name, 0, batches * size)

@@ -36,46 +36,40 @@ class Place(NamedTuple):
     step: int
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes WORKDIR/retention.json, prints a table; returns the exit status, 2 for bad input."""
     _, options = command.parse(argv, _parser(), needs_config=False)
 
-    from steppe.data.errors import DataError
-    from steppe.lm.keep.checkpoint import Unusable
-    from steppe.lm.keep.workdir import WorkdirError
     from steppe.scripts.measure import retention_figures
-    from steppe.scripts.results import ResultsError
 
     began = time.monotonic()
 
     def log(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
 
-    try:
-        places = find(options.workdir, options.step, log)
-        settings = settings_of(options)
-        found, programs, first = {}, {}, None
-        for number, place in enumerate(places, 1):
-            record = None if options.again else stored(place, settings)
-            log(f"{number} of {len(places)}  {place.name}" + (": already measured" if record else ""))
-            if record is None:
-                record = measure(place, settings, programs, first, lambda text: log(f"        {text}"))
-                write(place.directory / NAME, record)
-            first = _same_text(place, first, record["held_out"]["corpus"], record["fine_tune"])
-            found[place.name] = record
-        compare(found)
-        for place in places:
-            write(place.directory / NAME, found[place.name])
-        rows = retention_figures.table(found, {place.name: place.config for place in places})
-        print(rows.text)
-        out = options.out or (places[0].directory if len(places) == 1 else None)
-        if out is None:
-            print("--out=DIR writes this table and its plots")
-        else:
-            for path in retention_figures.save(out, found, rows):
-                print(f"wrote {path}")
-    except (DataError, ResultsError, Unusable, WorkdirError, command.UsageError) as error:
-        return command.fail(error)
+    places = find(options.workdir, options.step, log)
+    settings = settings_of(options)
+    found, programs, first = {}, {}, None
+    for number, place in enumerate(places, 1):
+        record = None if options.again else stored(place, settings)
+        log(f"{number} of {len(places)}  {place.name}" + (": already measured" if record else ""))
+        if record is None:
+            record = measure(place, settings, programs, first, lambda text: log(f"        {text}"))
+            write(place.directory / NAME, record)
+        first = _same_text(place, first, record["held_out"]["corpus"], record["fine_tune"])
+        found[place.name] = record
+    compare(found)
+    for place in places:
+        write(place.directory / NAME, found[place.name])
+    rows = retention_figures.table(found, {place.name: place.config for place in places})
+    print(rows.text)
+    out = options.out or (places[0].directory if len(places) == 1 else None)
+    if out is None:
+        print("--out=DIR writes this table and its plots")
+    else:
+        for path in retention_figures.save(out, found, rows):
+            print(f"wrote {path}")
     return 0
 
 
@@ -135,9 +129,9 @@ def _integer(low: int) -> Callable[[str], int]:
 # ------------------------------------------------------------------------------------------------------------- the runs
 def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) -> list[Place]:
     """The runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
-    from steppe.lm.keep.checkpoint import Checkpoints, Unusable
+    from steppe.lm.keep.checkpoint import Checkpoints, directory_of
+    from steppe.lm.keep.exits import Unusable
     from steppe.lm.keep.workdir import config_of
-    from steppe.lm.run.train import checkpoint_directory
     from steppe.scripts import results
 
     listed = []
@@ -155,7 +149,7 @@ def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) 
         at = step
         if at is None:
             config = config_of(str(result.directory))
-            checkpoints = checkpoint_directory(config, str(result.directory))
+            checkpoints = directory_of(config, str(result.directory))
             with Checkpoints(checkpoints, read_only=True, log=log) as kept:
                 at = kept.newest()
             if at is None:
@@ -313,7 +307,7 @@ def open_second(config, log: Callable[[str], None]):
 def forgetting(params, increase, tools, parts, config, second, settings: dict, log) -> tuple[dict, dict]:
     """(what it was measured on, {"loss" there before, "paths": one for each rate of {step, gained, lost}})."""
     from steppe.lm.measure import retention
-    from steppe.lm.run.train import batch_reader
+    from steppe.lm.run.assembly import batch_reader
 
     name = next(iter(second.held_out))
     batches = retention.held_out(second, name, parts.mesh, config.train.batch_size, settings["batches"])

@@ -19,6 +19,7 @@ from steppe.scripts import command
 PAGE = "index.html"
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Writes a report, or compares two runs; returns the exit status, 2 for bad input."""
     if argv and argv[0] == "compare":
@@ -35,13 +36,10 @@ def main(argv: Sequence[str]) -> int:
     places = options.place
     if options.out is None and len(places) > 1:
         return command.fail("--out is missing: of several runs, it must say where the report goes")
-    try:
-        found = results.read(places[0] if len(places) == 1 else places)
-        out = options.out or Path(places[0]) / "report"
-        name = Path(places[0]).resolve().name if len(places) == 1 else f"{len(places)} runs"
-        path = write(found, out, name)
-    except results.ResultsError as error:
-        return command.fail(error)
+    found = results.read(places[0] if len(places) == 1 else places)
+    out = options.out or Path(places[0]) / "report"
+    name = Path(places[0]).resolve().name if len(places) == 1 else f"{len(places)} runs"
+    path = write(found, out, name)
     print(f"wrote {path}")
     return 0
 

@@ -21,6 +21,7 @@ from steppe.scripts.sweep import spec as sweep_spec
 LAUNCHERS = ("local", "slurm", "print")
 
 
+@command.refusing
 def main(argv: Sequence[str]) -> int:
     """Plans and runs a sweep; returns the exit status."""
     parser = command.parser("sweep", __doc__)
@@ -49,10 +50,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="which runs come first")
     path, overrides, options = command.parse_unread(argv, parser)
-    try:
-        return _sweep(path, _once(overrides), options)
-    except (command.UsageError, results.ResultsError) as error:
-        return command.fail(error)
+    return _sweep(path, _once(overrides), options)
 
 
 def _sweep(path: str | None, overrides: list, options: Any) -> int:
@@ -68,7 +66,6 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     if record and record["config"] != path:
         raise command.UsageError(f"--config = {path}: must be {record['config']}, with which {options.out} began")
 
-    from steppe.data.errors import DataError
     from steppe.scripts.sweep import launch as sweep_launch
     from steppe.scripts.sweep import plan as sweep_plan
     from steppe.scripts.sweep import slurm as sweep_slurm
@@ -79,13 +76,8 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     usable = sweep_plan.usable_cores()
     jobs = options.jobs or (max(1, len(usable) // options.cores) if backend != "gpu" else 1)
     slurm = sweep_slurm.parameters_of(options.slurm)
-    try:
-        runs, record = _runs(path, overrides, assignments, options.out, record, device_count, backend)
-        wanted = sweep_spec.filters(options.only)
-        runs = _chosen(runs, wanted)
-        runs = sweep_plan.with_budgets(runs, log=print)
-    except DataError as error:
-        raise command.UsageError(error) from None
+    runs, record = _runs(path, overrides, assignments, options.out, record, device_count, backend)
+    runs = sweep_plan.with_budgets(_chosen(runs, sweep_spec.filters(options.only)), log=print)
 
     outcomes = {run.name: sweep_launch.settle(run.directory) for run in runs}
     if options.retry:
@@ -110,10 +102,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
             for run in left:
                 print(sweep_launch.shell_line(run, path))
             return 0
-        try:
-            _prepare(left)
-        except DataError as error:
-            raise command.UsageError(error) from None
+        _prepare(left)
         if options.launcher == "slurm":
             for line in sweep_slurm.submit(left, path, options.out, options.jobs, options.cores, slurm):
                 print(line, flush=True)
@@ -262,7 +251,7 @@ def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
     made = [outcome["code"] for outcome in outcomes.values() if outcome.get("code")]
     if not made:
         return
-    from steppe.lm.run.train import versions
+    from steppe.lm.keep.record import versions
 
     other = sum(code != versions()["code"] for code in made)
     if other:

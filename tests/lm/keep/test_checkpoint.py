@@ -11,7 +11,8 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from steppe.lm.keep import checkpoint, seal
-from steppe.lm.keep.checkpoint import Checkpoints, StorageError, Unusable
+from steppe.lm.keep.checkpoint import Checkpoints
+from steppe.lm.keep.exits import StorageError, Unusable
 from steppe.lm.run.state import State
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.lm.keep.workdir import WorkdirError, changes, claim, config_of, is_new
+from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.keep.workdir import changes, claim, config_of, is_new
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from steppe.configs import base
 from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.run.anomaly import Watch
 from steppe.lm.run.assembly import assemble
-from steppe.lm.run.train import lower_step
+from steppe.lm.run.step import lower_step
 
 SAM = {"optim.method": "sam"}
 PRECOND = {"optim.method": "precond_sam"}
@@ -127,7 +127,7 @@ def test_each_key_changes_what_runs(key):
 def test_the_gap_is_what_the_loss_rises_by():
     """On a step of plain gradient ascent at a small radius the loss at theta + epsilon is above that at theta."""
     from steppe.lm.run.state import create
-    from steppe.lm.run.train import compile_step
+    from steppe.lm.run.step import compile_step
 
     config = config_of({**SAM, "optim.rho": 0.05})
     parts = assemble(config, 259, 10**6, None, jax.devices()[:1])

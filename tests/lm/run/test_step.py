@@ -9,10 +9,9 @@ import pytest
 
 from helpers import lm_runs
 from steppe.lm.model.mesh import local_rows, place_batch
-from steppe.lm.run import train
 from steppe.lm.run.assembly import assemble
 from steppe.lm.run.state import create
-from steppe.lm.run.step import make_step
+from steppe.lm.run.step import compile_step, lower_step, make_step
 
 METHODS = ("sam", "functional_sam", "logit_sam", "precond_sam", "precond_functional_sam")
 VOCABULARY = 50
@@ -65,7 +64,7 @@ def test_one_program_serves_every_rho_and_learning_rate():
     def program(**overrides):
         config = lm_runs.config("unused", "unused", **overrides)
         parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
-        return train.lower_step(parts, batch).as_text(), parts
+        return lower_step(parts, batch).as_text(), parts
 
     for options in ({"optim__rho_schedule": "learning_rate"}, {}):
         options = {"optim__method": "functional_sam", **options}
@@ -80,7 +79,7 @@ def test_one_program_serves_every_rho_and_learning_rate():
     _, expected = jax.jit(make_step(parts.objective, parts.optimizer_at(0.02, 0.3)))(state, batch)
     assert expected["rho"] == np.float32(0.3)
     parts = parts._replace(scalars={"peak_learning_rate": 0.02, "rho": 0.3})
-    _, given = train.compile_step(parts, batch)(state, batch, np.float32(np.inf))
+    _, given = compile_step(parts, batch)(state, batch, np.float32(np.inf))
     for name, value in expected.items():
         np.testing.assert_allclose(given[name], value, rtol=1e-5, err_msg=name)
 

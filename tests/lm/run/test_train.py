@@ -15,7 +15,7 @@ import pytest
 from helpers import lm_runs
 from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint
-from steppe.lm.keep.checkpoint import Unusable
+from steppe.lm.keep.exits import Unusable
 from steppe.lm.measure import replay
 from steppe.lm.run import anomaly, train
 from steppe.scripts import evaluate, generate

@@ -1,0 +1,64 @@
+"""What a run says of itself: its versions, its numbers, and what a restart found changed."""
+
+import importlib.metadata
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import xxhash
+from ml_collections import ConfigDict
+
+from steppe.configs.keys import ConfigError
+from steppe.data.baselines import NAMES
+from steppe.lm.keep import workdir
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on; `code` is a hash of the sources of data, lm and optim."""
+    root, digest = Path(__file__).parents[2], xxhash.xxh3_64()
+    for path in sorted(path for room in ("data", "lm", "optim") for path in (root / room).rglob("*.py")):
+        digest.update(path.read_bytes())
+    packages = ("steppe", "jax", "jaxlib", "flax", "optax")
+    return {**{name: importlib.metadata.version(name) for name in packages}, "code": digest.hexdigest()}
+
+
+def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, list]:
+    """{what: [before, now]}: config keys, versions and the corpus, where a restart differs from its checkpoint.
+
+    ConfigError if the corpus differs and "corpus" is not allowed: the run would go on with other text.
+    """
+    if meta["corpus"] != now["corpus"] and "corpus" not in allowed:
+        raise ConfigError(
+            "data.task",
+            now["config"]["data"]["task"],
+            f"the corpus the run began with (fingerprint {meta['corpus']}, this one is {now['corpus']}), or "
+            "--allow_change=corpus",
+        )
+    found = workdir.changes(meta["config"], now["config"])
+    pairs = {
+        "corpus": [meta["corpus"], now["corpus"]],
+        **{f"version of {name}": [meta["versions"].get(name), new] for name, new in now["versions"].items()},
+    }
+    return {**found, **{key: pair for key, pair in pairs.items() if pair[0] != pair[1]}}
+
+
+def of_run(config: ConfigDict, parts, references: dict[str, dict]) -> dict:
+    """What metrics.jsonl says of the run as a whole; baselines in nats per token, as the losses are."""
+    budget = parts.budget
+    shown = {}
+    for name, found in references.items():
+        for kind, label in NAMES.items():
+            label += f" {name}" if len(references) > 1 else ""
+            shown[label] = found[kind] * found["nats_per_bit_per_byte"]
+    return {
+        "title": f"{config.optim.method}, {budget.parameters.non_embedding:,} non-embedding parameters, "
+        f"{budget.tokens:,} tokens",
+        "parameters": budget.parameters._asdict(),
+        "steps": budget.steps,
+        "tokens": budget.tokens,
+        "flops_per_step": budget.flops,
+        "adamw_flops_per_step": budget.adamw_flops,
+        "mesh": dict(parts.mesh.shape),
+        "baselines": shown,
+        "baselines_bits_per_byte": {name: {k: found[k] for k in NAMES} for name, found in references.items()},
+        "versions": versions(),
+    }
