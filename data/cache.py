@@ -7,11 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
+from steppe.data import files, sources
 from steppe.data import manifest as manifests
-from steppe.data import sources
 from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
 from steppe.data.loader import Corpus, open_corpus
-from steppe.data.prepare import exclusive, identity, recipe_of
+from steppe.data.prepare import identity, recipe_of
 from steppe.data.shards import Recipe
 
 
@@ -32,7 +32,7 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
         return directory
     try:
         os.makedirs(cache, exist_ok=True)
-        with exclusive(directory + ".lock", wait=True):
+        with files.lock(directory + ".lock", wait=True):
             if not os.path.exists(os.path.join(directory, manifests.NAME)):
                 log(f"preparing {recipe.task} in {directory}, once")
                 _prepare_apart(recipe, directory, log)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
+from steppe.data import files
 from steppe.data.errors import CorpusDamaged
 
 FORMAT = 1  # of the records, the packing and the manifest; a directory of another format is refused
@@ -26,28 +27,9 @@ def checksum(value: dict) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
-def file_hash(path: str) -> str:
-    """xxh3_128 of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as handle:
-        while chunk := handle.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def write_json(path: str, value: dict) -> None:
-    """Writes `value` with its checksum, atomically and durably."""
-    partial = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(partial, "w") as handle:
-            json.dump({**value, "checksum": checksum(value)}, handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except OSError:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
+    """Writes `value` with its checksum."""
+    files.write_json(path, {**value, "checksum": checksum(value)})
 
 
 def read_json(path: str) -> dict:
@@ -122,6 +104,6 @@ def verify(directory: str, manifest: dict, how: str = "auto") -> None:
 
 def _hash_or_error(directory: str, entry: dict) -> str:
     try:
-        return file_hash(os.path.join(directory, entry["file"]))
+        return files.content_hash(os.path.join(directory, entry["file"]))
     except OSError as error:
         return f"unreadable: {error.strerror}"

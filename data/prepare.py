@@ -3,7 +3,6 @@
 `prepare` may be interrupted at any point and run again; data/cache.py calls it for a run that names no directory.
 """
 
-import fcntl
 import glob
 import json
 import os
@@ -12,13 +11,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from importlib import metadata
 
 import xxhash
 
+from steppe.data import files, shards, sources
 from steppe.data import manifest as manifests
-from steppe.data import shards, sources
 from steppe.data import workers as workers_of
 from steppe.data.errors import BadRecords, CorpusMismatch, DataError
 from steppe.data.packing import PACKINGS, token_dtype
@@ -89,7 +87,7 @@ def prepare(
     try:
         created = not os.path.exists(out)
         os.makedirs(out, exist_ok=True)
-        with exclusive(os.path.join(out, LOCK), wait=False, busy=f"--out={out}: another process is preparing it"):
+        with files.lock(os.path.join(out, LOCK)):
             if os.path.exists(os.path.join(out, manifests.NAME)):
                 return _already(out, expected, log)
             try:
@@ -106,6 +104,8 @@ def prepare(
                 raise
             os.unlink(os.path.join(out, LOCK))
             return manifest
+    except files.Held:
+        raise DataError(f"--out={out}: another process is preparing it") from None
     except OSError as error:
         raise DataError(
             f"cannot write {out}: {error.strerror or error}; finished shards are kept, run again"
@@ -139,8 +139,8 @@ def _start(out: str, expected: dict, log: Callable[[str], None]) -> None:
 
 
 def _remove_leftovers(out: str) -> None:
-    for leftover in glob.glob(os.path.join(glob.escape(out), "**", "*.tmp"), recursive=True):
-        os.unlink(leftover)
+    for leftover in files.leftovers(out):
+        leftover.unlink()
 
 
 def _any_shard(out: str) -> bool:
@@ -242,7 +242,7 @@ def _copy_vocabulary(spec: str, out: str) -> dict | None:
     model = read_model(spec)
     with open(path, "wb") as handle:
         handle.write(model)
-    return {"file": manifests.VOCABULARY, "size": len(model), "hash": manifests.file_hash(path)}
+    return {"file": manifests.VOCABULARY, "size": len(model), "hash": files.content_hash(path)}
 
 
 def _finish(out: str, manifest: dict) -> None:
@@ -300,17 +300,6 @@ def _run_jobs(recipe: Recipe, out: str, jobs: list[Job], dtype: str, workers: in
     for job in jobs:
         listed.setdefault(job.source.name, []).append(entries[job])
     return listed
-
-
-@contextmanager
-def exclusive(path: str, wait: bool, busy: str = ""):
-    """An advisory lock that the kernel drops when its holder dies."""
-    with open(path, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise DataError(busy) from error
-        yield
 
 
 def main(arguments: Iterable[str]) -> int:

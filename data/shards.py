@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from steppe.data import files, packing
 from steppe.data import manifest as manifests
-from steppe.data import packing
 from steppe.data.errors import BadRecords, CorpusDamaged, DataError
 from steppe.data.readers import tasks
 from steppe.data.sources import Source
@@ -52,7 +52,7 @@ def finished(directory: str, job: Job) -> dict | None:
     path = os.path.join(directory, job.file)
     try:
         entry = manifests.read_json(path + ".json")
-        return entry if manifests.file_hash(path) == entry["hash"] else None
+        return entry if files.content_hash(path) == entry["hash"] else None
     except (OSError, CorpusDamaged):
         return None
 
@@ -67,7 +67,6 @@ def write(
     """
     path = os.path.join(directory, job.file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{os.getpid()}.tmp"
     totals, faults, hashes = Counter(), Counter(), xxhash.xxh3_128()
     digests = bytearray()
     held_out = _held_out_digests(directory) if job.part == "train" else frozenset()
@@ -102,13 +101,13 @@ def write(
             count(1, n, len(example.text))
             yield example.document
 
-    try:
+    with files.replacing(path) as partial:
         rows, content = _write_rows(partial, packing.rows(documents(), recipe.packing, recipe.sequence_length), dtype)
         _read_back(partial, rows, content)
         entry = {
             "file": job.file,
             "size": os.stat(partial).st_size,
-            "hash": manifests.file_hash(partial),
+            "hash": files.content_hash(partial),
             "content": content,
             "rows": rows,
             "documents_hash": hashes.hexdigest(),
@@ -116,14 +115,9 @@ def write(
             **{key: totals[key] for key in ("records", "documents", "tokens", "bytes", "overlap")},
         }
         if job.part == "held_out":
-            with open(path + ".digests", "wb") as handle:
-                handle.write(digests)
-        os.replace(partial, path)
-        manifests.write_json(path + ".json", entry)
-        return entry
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
+            files.write(path + ".digests", bytes(digests))
+    manifests.write_json(path + ".json", entry)
+    return entry
 
 
 REMEDY = "check config.data.text_field and the source, or raise config.data.bad_records"

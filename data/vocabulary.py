@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from steppe.data import files
 from steppe.data.errors import DataError
 
 PAD_ID = 0
@@ -112,9 +113,8 @@ def train_sentencepiece(
         raise DataError(f"--size={size}: a vocabulary with byte fallback needs at least 300 pieces")
     if model_type not in ("bpe", "unigram"):
         raise DataError(f"--model_type={model_type!r}: accepted are bpe and unigram")
-    partial = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(partial, "wb") as handle:
+        with files.replacing(path) as aside, open(aside, "wb") as handle:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(documents, characters),
                 model_writer=handle,
@@ -135,12 +135,8 @@ def train_sentencepiece(
                 hard_vocab_limit=model_type == "bpe",
                 minloglevel=2,
             )
-        os.replace(partial, path)
     except RuntimeError as error:
         raise DataError(f"--size={size}: SentencePiece refuses: {' '.join(str(error).split())}") from error
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
     return load_tokenizer(path)
 
 

@@ -5,7 +5,6 @@ with the hash of what follows, then JSON. Reading it runs nothing and trusts not
 """
 
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import jax
 import xxhash
 from etils import epath
+
+from steppe.data import files
 
 NAME = "SEAL"
 FORMAT = 1
@@ -105,11 +106,7 @@ def differences(saved: dict[str, list], wanted: dict[str, list]) -> list[str]:
 def sync(path: epath.Path) -> None:
     """fsync of a local file or directory; object stores are durable once written."""
     if is_local(path):
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        files.sync(path)
 
 
 def is_local(path: epath.Path) -> bool:

@@ -1,19 +1,16 @@
 """The directory of a run: one process at a time, one config, one id; which keys may change when it continues."""
 
-import errno
-import fcntl
 import json
-import os
-import socket
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten
+from steppe.data import files
 from steppe.lm.keep.exits import WorkdirError
 
 CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
@@ -46,31 +43,31 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
     unknown = sorted(set(allow) - {*flatten(config.to_dict()), "corpus"})
     if unknown:
         raise WorkdirError(f"--allow_change={unknown[0]}: must name keys of the config, or corpus")
-    lock = None
-    try:
+    with ExitStack() as stack:
         if primary:
             directory.mkdir(parents=True, exist_ok=True)
-            lock = _lock(directory)
+            try:
+                stack.enter_context(files.lock(directory / LOCK))
+            except files.Held as held:
+                raise WorkdirError(f"{directory}: is in use by {held.holder}; wait for it, or stop it") from None
         if path.exists():
             differing = changes(_read(path), config.to_dict())
             refused = [key for key in differing if key not in allow]
             if refused:
                 first, others = refused[0], f" (also differing: {', '.join(refused[1:])})" if refused[1:] else ""
                 raise ConfigError(
-                    first, differing[first][1],
+                    first,
+                    differing[first][1],
                     f"{differing[first][0]!r} to continue the run in {workdir}{others}; take another for a new run, or "
                     f"--allow_change={','.join(refused)} to change it from here on",
-                )  # fmt: skip
+                )
         run = ""
         if primary:
-            _write(path, json.dumps(config.to_dict(), indent=1))
+            files.write_json(path, config.to_dict())
             if not (directory / RUN).exists():
-                _write(directory / RUN, uuid.uuid4().hex)
+                files.write(directory / RUN, uuid.uuid4().hex)
             run = (directory / RUN).read_text().strip()
         yield run
-    finally:
-        if lock is not None:
-            os.close(lock)  # which gives up the lock, as the end of the process would
 
 
 def config_of(workdir: str) -> ConfigDict:
@@ -81,34 +78,8 @@ def config_of(workdir: str) -> ConfigDict:
     return base.completed(_read(path))
 
 
-def _lock(directory: Path) -> int:
-    number = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(number, 200, 0).decode(errors="replace").strip()
-        os.close(number)
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise  # a file system without locks: say so rather than run unprotected
-        raise WorkdirError(
-            f"{directory}: is in use by {holder or 'another process'}; wait for it, or stop it"
-        ) from None
-    os.ftruncate(number, 0)
-    os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return number
-
-
 def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise WorkdirError(f"{path}: is damaged ({error}); remove it to take the config given") from None
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

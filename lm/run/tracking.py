@@ -20,6 +20,8 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
+from steppe.data import files
+
 METRICS = "metrics.jsonl"
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -55,7 +57,7 @@ class Tracker:
         self._workdir, self._config = Path(workdir), config
         self._total, self._tokens_per_step = total_steps, tokens_per_step
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
-        self._clock, self._stream = clock, stream or sys.stderr
+        self._clock, self._stream = clock, stream or sys.stdout
         self._begin = clock()
         self._first: tuple[float, int] | None = None  # when the first step of this start was seen, for the ETA
         self._marks = collections.deque(maxlen=32)  # (time, step) since the last pause, for the rate
@@ -302,12 +304,7 @@ def rewind(path: Path, step: int) -> list[str]:
         if record["step"] < step or (record["step"] == step and record["kind"] != "change")
     ]
     if torn or broken or len(kept) < len(records):
-        aside = path.with_suffix(".tmp")
-        with open(aside, "wb") as file:
-            file.write(b"".join(line + b"\n" for line, _ in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        files.write(path, b"".join(line + b"\n" for line, _ in kept))
     if step > 0:
         missing = step - len({record["step"] for _, record in kept if record["kind"] == "train"})
         if missing:

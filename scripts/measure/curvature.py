@@ -7,14 +7,13 @@ the first held-out set's first batches, at theta, in the run's own loss.
 """
 
 import glob
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from steppe.data import files
 from steppe.scripts import command
 
 SHOWN = {
@@ -163,23 +162,10 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     }
     path = path_of(directory, step)
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(plain(found), allow_nan=False))
-    aside.replace(path)
+    files.write_json(path, found, digits=6)
     curvature_plots.of_checkpoint(path)
     progress.end(f"{path}  {found['seconds']:.1f} s")
     return summary
-
-
-def plain(value: Any) -> Any:
-    """Ready for JSON: six digits, None for what is not finite, lists for tuples."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 def table(rows: list[tuple[str, int, dict[str, float]]]) -> str:

@@ -10,7 +10,6 @@ the same settings, is not measured again. `forgetting_at_equal_gain` compares ru
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from steppe.data import files
 from steppe.scripts import command
 
 NAME = "retention.json"
@@ -56,12 +56,12 @@ def main(argv: Sequence[str]) -> int:
         log(f"{number} of {len(places)}  {place.name}" + (": already measured" if record else ""))
         if record is None:
             record = measure(place, settings, programs, first, lambda text: log(f"        {text}"))
-            write(place.directory / NAME, record)
+            files.write_json(place.directory / NAME, record)
         first = _same_text(place, first, record["held_out"]["corpus"], record["fine_tune"])
         found[place.name] = record
     compare(found)
     for place in places:
-        write(place.directory / NAME, found[place.name])
+        files.write_json(place.directory / NAME, found[place.name])
     rows = retention_figures.table(found, {place.name: place.config for place in places})
     print(rows.text)
     out = options.out or (places[0].directory if len(places) == 1 else None)
@@ -173,21 +173,6 @@ def stored(place: Place, settings: dict) -> dict | None:
         return record if (record["settings"], record["step"]) == (settings, place.step) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def write(path: Path, record: dict) -> None:
-    """Replaces a JSON file at once; numbers that are not finite become null."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(inside) for key, inside in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inside) for inside in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _same_text(place: Place, first: tuple | None, corpus: str, second: dict | None) -> tuple:

@@ -9,11 +9,11 @@ index.html, which needs nothing beside it, and each figure as PNG with the numbe
 
 import collections
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from steppe.data import files
 from steppe.scripts import command
 
 PAGE = "index.html"
@@ -67,7 +67,7 @@ def write(found: list, out: Path, name: str) -> Path:
             if part is None or not part.rows:
                 continue
             stem = f"{part.name}_table" if isinstance(part, tables.Table) else part.name
-            _put(out / f"{stem}.csv", tables.to_csv(part.rows))
+            files.write(out / f"{stem}.csv", tables.to_csv(part.rows))
             if isinstance(part, tables.Table):
                 section.table(part)
             else:
@@ -99,7 +99,8 @@ def write(found: list, out: Path, name: str) -> Path:
             sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))
-    return _put(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))
+    files.write(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))
+    return out / PAGE
 
 
 def _introduction(study) -> str:
@@ -165,13 +166,6 @@ def summary(study, compared) -> list[str]:
             "did other things meanwhile, so measured times and their ratios say little; FLOPs are exact."
         )
     return said + study.notes
-
-
-def _put(path: Path, text: str) -> Path:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-    return path
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from steppe.data import files
 from steppe.scripts import command, results
 from steppe.scripts.sweep import halving as sweep_halving
 from steppe.scripts.sweep import spec as sweep_spec
@@ -95,7 +96,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
 
     options.out.mkdir(parents=True, exist_ok=True)
     with sweep_launch.locked(options.out):
-        sweep_launch.write_json(options.out / results.SWEEP, _grown(options.out, record, runs))
+        files.write_json(options.out / results.SWEEP, _grown(options.out, record, runs))
         for run in left:
             (run.directory / results.OUTCOME).unlink(missing_ok=True)
         if quiet:

@@ -5,8 +5,6 @@ appears once a run has ended for good; `attempts.json` counts the time of all at
 """
 
 import contextlib
-import fcntl
-import json
 import os
 import shlex
 import signal
@@ -18,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from steppe.data import files
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep.plan import Run
@@ -69,35 +68,16 @@ def environment(compiled: Path | None) -> dict[str, str]:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Holds a sweep's directory: one sweep command at a time. UsageError if another has it."""
-    number = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(number, 200, 0).decode(errors="replace").strip()
-            raise UsageError(
-                f"--out = {directory}: is in use by {holder or 'another sweep'}; wait, or stop it"
-            ) from None
-        os.ftruncate(number, 0)
-        os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(number)
+        with files.lock(directory / LOCK):
+            yield
+    except files.Held as held:
+        raise UsageError(f"--out = {directory}: is in use by {held.holder}; wait, or stop it") from None
 
 
 def held(directory: Path) -> bool:
     """Whether a process has this workdir: a run left behind by a sweep that was killed, or started by hand."""
-    try:
-        number = os.open(directory / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(number)
-    return False
+    return files.is_held(directory / LOCK)
 
 
 # ----------------------------------------------------------------------------------------------------- what is recorded
@@ -105,7 +85,7 @@ def begin_attempt(directory: Path, command: Sequence[str]) -> None:
     """Notes that an attempt begins, in attempts.json and the log."""
     directory.mkdir(parents=True, exist_ok=True)
     attempts = _attempts(directory)
-    write_json(directory / ATTEMPTS, {"attempts": [*attempts, {"began": time.time(), "ended": None, "cpu": 0.0}]})
+    files.write_json(directory / ATTEMPTS, {"attempts": [*attempts, {"began": time.time(), "ended": None, "cpu": 0.0}]})
     with open(directory / LOG, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
 
@@ -115,7 +95,7 @@ def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[
     attempts = _attempts(directory)
     if attempts:
         attempts[-1].update(ended=time.time(), cpu=cpu_seconds)
-        write_json(directory / ATTEMPTS, {"attempts": attempts})
+        files.write_json(directory / ATTEMPTS, {"attempts": attempts})
     if status in (STOPPED, STORAGE) or status < 0:
         return {}
     last = _last_lines(directory / LOG)
@@ -168,7 +148,7 @@ def record(directory: Path, named: str, status: int, why: str, result: results.R
         "code": result.code if result else "",
         "loss": result.loss if result and result.loss == result.loss else None,
     }
-    write_json(directory / results.OUTCOME, outcome)
+    files.write_json(directory / results.OUTCOME, outcome)
     return outcome
 
 
@@ -189,17 +169,6 @@ def _last_lines(path: Path, size: int = 4000) -> list[str]:
         lines = file.read().decode(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()]
     return []
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file so that a kill leaves the old one or the new one."""
-    aside = path.with_suffix(".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 # --------------------------------------------------------------------------------------------------------- the launcher

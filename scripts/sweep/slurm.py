@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from steppe.data import files
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
@@ -107,7 +108,7 @@ def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, p
         raise UsageError(f"--launcher=slurm: {type(error).__name__}: {error}") from None
     for run, job in zip(left, submitted, strict=True):
         run.directory.mkdir(parents=True, exist_ok=True)
-        sweep_launch.write_json(run.directory / JOB, {"job": job.job_id})
+        files.write_json(run.directory / JOB, {"job": job.job_id})
     return [*said, f"submitted {len(left)} runs as job {submitted[0].job_id.split('_')[0]}; logs in {out / FOLDER}"]
 
 

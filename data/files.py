@@ -1,0 +1,122 @@
+"""The one way files are written, locked and hashed: a kill leaves the old file or the new one, never a part of it."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+ASIDE = ".tmp"  # how names of files end that are being written
+
+
+class Held(RuntimeError):
+    """A lock that another process has: `holder` says which, as far as is known."""
+
+    def __init__(self, holder: str):
+        self.holder = holder
+        super().__init__(f"held by {holder}")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """The name of a file beside `path` to write to, which takes its place, durably, once the block is left in order."""
+    aside = f"{os.fspath(path)}.{os.getpid()}{ASIDE}"
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+        sync(os.path.dirname(os.path.abspath(path)))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a whole file, UTF-8 where it is text. OSError leaves what was there."""
+    with replacing(path) as aside, open(aside, "wb") as handle:
+        handle.write(content.encode() if isinstance(content, str) else content)
+        handle.flush()
+
+
+def write_json(path: str | os.PathLike, value: Any, *, digits: int | None = None) -> None:
+    """Writes JSON; what is not finite becomes null. digits: significant ones that numbers keep, None for all."""
+    write(path, json.dumps(plain(value, digits), indent=1, allow_nan=False) + "\n")
+
+
+def plain(value: Any, digits: int | None = None) -> Any:
+    """A value as JSON has it: lists for tuples, None for what is not finite, so many significant digits."""
+    if isinstance(value, dict):
+        return {key: plain(inside, digits) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inside, digits) for inside in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
+    return value
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Returns once a local file or directory is safely on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """xxh3_128 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+    """Holds an advisory lock, which the kernel drops when its holder dies. Held if another has it and wait is false.
+
+    OSError on a file system without locks, rather than run unprotected.
+    """
+    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise Held(os.pread(number, 200, 0).decode(errors="replace").strip() or "another process") from None
+        os.ftruncate(number, 0)
+        os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(number)
+
+
+def is_held(path: str | os.PathLike) -> bool:
+    """Whether a process holds this lock now."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(number)
+    return False
+
+
+def leftovers(directory: str | os.PathLike) -> list[Path]:
+    """Files under a directory that were being written when their writer died."""
+    return sorted(Path(directory).rglob(f"*{ASIDE}"))
