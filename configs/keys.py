@@ -22,11 +22,15 @@ class ConfigError(ValueError):
 
 
 class Accepted(NamedTuple):
-    """Values of a type: text() completes "must be ..."; allows(value) says whether one of the type will do."""
+    """Values of a type: text() completes "must be ..."; allows(value) says whether one of the type will do.
+
+    names(): the values, as texts, where they are few.
+    """
 
     kind: type
     text: Callable[[], str]
     allows: Callable[[Any], bool] = lambda value: True
+    names: Callable[[], list[str]] = lambda: []
 
 
 class Key(NamedTuple):
@@ -74,7 +78,7 @@ def one_of(*names: str) -> Accepted:
     def known() -> list[str]:
         return [each for name in names for each in (named(name) if ":" in name else [name])]
 
-    return Accepted(str, lambda: "one of " + ", ".join(known()), lambda value: value in known())
+    return Accepted(str, lambda: "one of " + ", ".join(known()), lambda value: value in known(), known)
 
 
 def named(reference: str) -> Any:
@@ -95,7 +99,7 @@ def patterns(of: str = r".+", what: str = "regular expressions over parameter pa
     return Accepted(tuple, lambda: what, allows)
 
 
-FLAG = Accepted(bool, lambda: "true or false")
+FLAG = Accepted(bool, lambda: "true or false", names=lambda: ["true", "false"])
 TEXT = Accepted(str, lambda: "a text")
 TEXTS = Accepted(tuple, lambda: 'a tuple of texts, such as ("a", "b"), or one text per flag')
 # Whether a duration can be read depends on the run: lm.run.check sees to it.

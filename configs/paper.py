@@ -1,6 +1,6 @@
 """The setting of the Functional-SAM paper (arXiv 2502.02407), as far as it is known.
 
-    steppe train --config=configs/paper.py:24m,precond_functional_sam,fixed --workdir=runs/24m
+    steppe train --config=paper:24m,precond_functional_sam,fixed --workdir=runs/24m
 
 The argument is SIZE,METHOD,LENGTH: a name of configs/sizes.py, a name of optim/methods.py, and `fixed` (100,000 steps
 of 131,072 tokens, NanoDO's default) or `chinchilla` (20 tokens per non-embedding parameter).

@@ -1,6 +1,6 @@
 """A few minutes on two CPU cores: a byte-level model of Python's own sources, with Preconditioned Functional-SAM.
 
-    steppe train --config=configs/quickstart.py --workdir=runs/quickstart
+    steppe train --config=quickstart --workdir=runs/quickstart
 
 0.8 M parameters, 1.1 M bytes of text; about three minutes; held-out text in about 2.05 bits a byte, where a unigram
 model needs 4.7 and gzip -9 2.2. README.md has the transcript.

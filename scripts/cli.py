@@ -1,9 +1,11 @@
-"""The console entry: `steppe COMMAND ...` is `python -m steppe.scripts.COMMAND ...`."""
+"""The console entry: `steppe COMMAND ...` is `python -m steppe.scripts.COMMAND ...`. PYTHON_ARGCOMPLETE_OK"""
 
 import ast
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ from steppe.scripts import command
 
 # name: (module, an example of its use), in the order of a user's day
 COMMANDS = {
+    "docs": ("steppe.scripts.docs", "optim"),
+    "config": ("steppe.scripts.config", "quickstart"),
     "prepare_data": ("steppe.scripts.prepare_data", "--config=quickstart --out=corpora/mine"),
     "plan": ("steppe.scripts.plan", "--config=paper:1.2b,sam,chinchilla --topology=v5e:16x16 --vocabulary_size=32100"),
     "train": ("steppe.scripts.train", "--config=quickstart --workdir=runs/quickstart"),
@@ -29,8 +33,13 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatches to the main(argv) of a command's module, importing nothing else; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        arguments = completed_command()
+    if arguments[:1] == ["--version"]:
+        print(f"steppe {importlib.metadata.version('steppe')}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        if arguments[:1] == ["help"] and len(arguments) > 1:
+        if len(arguments) > 1:
             return main([*arguments[1:], "--help"])
         print("usage: steppe COMMAND [--help] ...\n")
         for name, (_, example) in COMMANDS.items():
@@ -41,7 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return command.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def completed_command() -> list[str]:
+    """The command whose line a shell asks to complete, for it to answer; answers itself where there is none yet."""
+    words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split()
+    if len(words) > 1 and words[1] in COMMANDS and not os.environ["COMP_LINE"].endswith(words[1]):
+        os.environ["_ARGCOMPLETE"] = "2"  # words that are not the command's own
+        return [words[1]]
+    import argparse
+
+    import argcomplete
+
+    parser = argparse.ArgumentParser(prog="steppe")
+    parser.add_argument("command", choices=list(COMMANDS))
+    argcomplete.autocomplete(parser)
+    return []
 
 
 def summary(name: str) -> str:

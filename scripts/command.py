@@ -2,15 +2,17 @@
 
     config, options = command.parse(argv, parser)
 
-reads `--config=FILE[:ARGUMENT] --config.section.key=value ...` through ml_collections' config flags and everything else
+reads `--config=NAME[:ARGUMENT] --config.section.key=value ...` through ml_collections' config flags and everything else
 through the argparse `parser`. Bad input of any kind ends the process with status 2 and one line on standard error that
 names the key, the value and what is accepted; only a bug shows a traceback. Nothing here imports jax.
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import functools
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -29,8 +31,10 @@ from steppe.lm.keep.exits import REFUSALS
 
 _HELP = """
 config:
-  --config=FILE[:ARGUMENT]      a Python file with get_config([ARGUMENT]), such as configs/quickstart.py
-  --config.section.key=value    changes one key; configs/base.py explains every key; None gives a key its default
+  --config=NAME[:ARGUMENT]      a ready config ({ready}), a dotted module, or a Python file, with
+                                get_config([ARGUMENT])
+  --config.section.key=value    changes one key; `steppe config` explains every key; None gives a key its default
+  --print_config                prints the config that results, and stops
 """
 
 
@@ -51,53 +55,91 @@ class UsageError(ValueError):
     """Bad input on the command line; its message is the one line shown."""
 
 
-def parser(name: str, summary: str) -> argparse.ArgumentParser:
-    """An argparse parser for `steppe NAME` whose errors raise UsageError instead of printing the usage."""
+def parser(name: str, summary: str, *, config: bool = True) -> argparse.ArgumentParser:
+    """An argparse parser for `steppe NAME` whose errors raise UsageError instead of printing the usage.
+
+    config: whether the command takes --config.
+    """
     made = argparse.ArgumentParser(
         prog=f"steppe {name}",
         description=summary,
-        epilog=_HELP,
+        epilog=_HELP.format(ready=", ".join(ready("steppe.configs", "get_config"))) if config else "",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     made.error = _raise_usage
+    made.takes_config = config
     return made
 
 
-def parse(
-    argv: Sequence[str], parser: argparse.ArgumentParser, *, needs_config: bool = True
-) -> tuple[ConfigDict | None, argparse.Namespace]:
+def parse(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[ConfigDict, argparse.Namespace]:
     """Reads a command line (without the program's name) into (config, options); exits with status 2 on bad input.
 
-    The config is locked, holds exactly the keys of configs/base.py and its `model.size` is resolved. Without
-    `--config` it is None where `needs_config` is false, and an error otherwise.
+    The config is locked, holds exactly the keys of configs/base.py and its `model.size` is resolved.
     """
     path, overrides, options = parse_unread(argv, parser)
     try:
-        if path is None:
-            if overrides or needs_config:
-                raise UsageError("--config is missing: name a config file, such as --config=configs/quickstart.py")
-            return None, options
-        return read_config(path, overrides), options
+        return read_config(required(path), overrides), options
     except UsageError as error:
         sys.exit(fail(error))
+
+
+def options_of(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a command that takes no config; exits with status 2 on bad input."""
+    return parse_unread(argv, parser)[2]
+
+
+def required(path: str | None) -> str:
+    """--config as given. UsageError where it is missing."""
+    if path is None:
+        raise UsageError("--config is missing: name a config, such as --config=quickstart")
+    return path
 
 
 def parse_unread(
     argv: Sequence[str], parser: argparse.ArgumentParser
 ) -> tuple[str | None, list[tuple[str, str | None]], argparse.Namespace]:
     """(--config or None, its overrides as read_config takes them, options); exits with status 2 on bad options."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete(parser)
     try:
-        plain, path, overrides = _split(argv)
+        plain, path, overrides, printing = _split(argv)
+        if not parser.takes_config and (path is not None or overrides or printing):
+            raise UsageError(f"--config: must be left out; {parser.prog} takes none (a run's own config counts)")
         options, unknown = parser.parse_known_args(plain)
         if unknown and not unknown[0].startswith("-"):
             raise UsageError(f"{unknown[0]}: must be left out; arguments are --options and --config.key=value")
         if unknown:
             known = [string for action in parser._actions for string in action.option_strings]
-            raise UsageError(f"{unknown[0].split('=')[0]}: no such option{_closest(unknown[0], [*known, '--config'])}")
+            known += ["--config", "--print_config"] if parser.takes_config else []
+            raise UsageError(f"{unknown[0].split('=')[0]}: no such option{_closest(unknown[0], known)}")
+        if printing:
+            print(shown(read_config(required(path), overrides)))
+            sys.exit(0)
         return path, overrides, options
     except UsageError as error:
         sys.exit(fail(error))
+
+
+def shown(config: ConfigDict) -> str:
+    """A config for a reader, "section.key = value" a line."""
+    flat, order = _flat(config), base.keys()
+    return "\n".join(f"{key} = {flat[key]!r}" for key in order)
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answers a shell that asks to complete a command line, through argcomplete, and ends the process."""
+    import argcomplete
+
+    if parser.takes_config:
+        names = parser.add_argument("--config")
+        names.completer = lambda **_: [*ready("steppe.configs", "get_config"), *argcomplete.FilesCompleter(["py"])("")]
+        parser.add_argument("--print_config", action="store_true")
+        if "--config." in os.environ["COMP_LINE"]:
+            for key, declared in base.keys().items():
+                offered = parser.add_argument(f"--config.{key}", help=declared.meaning.replace("%", "%%"))
+                offered.completer = lambda declared=declared, **_: declared.accepted.names()
+    argcomplete.autocomplete(parser, always_complete_options="long")
 
 
 def writable_directory(text: str) -> Path:
@@ -162,8 +204,8 @@ def _raise_usage(message: str):
 
 
 def _split(argv: Sequence[str]):
-    """Separates (arguments for argparse, config path, [(key, text)]) in the order given."""
-    plain, path, overrides = [], None, []
+    """Separates (arguments for argparse, --config, [(key, text)] in the order given, whether to print the config)."""
+    plain, path, overrides, printing = [], None, [], False
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -172,49 +214,81 @@ def _split(argv: Sequence[str]):
             if path is not None:
                 raise UsageError("--config: must be given once")
             if not equals and (not rest or rest[0].startswith("-")):
-                raise UsageError("--config: must be followed by a config file, such as --config=configs/quickstart.py")
+                raise UsageError("--config: must be followed by a config, such as --config=quickstart")
             path = text if equals else rest.pop(0)
         elif re.fullmatch(r"--?noconfig\..*", name):
             overrides.append((name.split(".", 1)[1], "false"))
         elif re.fullmatch(r"--?config\..*", name):
             spaced = not equals and rest and not rest[0].startswith("--")
             overrides.append((name.split(".", 1)[1], text if equals else rest.pop(0) if spaced else None))
+        elif argument == "--print_config":
+            printing = True
         else:
             plain.append(argument)
-    return plain, path, overrides
+    return plain, path, overrides, printing
 
 
-def call_in_file(flag: str, path: str, function: str, example: str) -> Any:
-    """What `function` of a Python file returns; path is FILE or FILE:ARGUMENT. UsageError for whatever fails in it."""
-    file, _, argument = path.partition(":")
-    if not os.path.isfile(file):
-        raise UsageError(f"{flag} = {file or 'nothing'}: must be a Python file, such as {example}")
-    spec = importlib.util.spec_from_loader("steppe_config", importlib.machinery.SourceFileLoader("steppe_config", file))
+def ready(package: str, function: str) -> list[str]:
+    """The modules of a package that define a function, read without importing them."""
+    (place,) = importlib.util.find_spec(package).submodule_search_locations
+    return sorted(
+        file.stem
+        for file in Path(place).glob("*.py")
+        if re.search(rf"^def {function}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
+def call(flag: str, text: str, function: str, package: str) -> Any:
+    """What `function` of a module returns. text: NAME, a.dotted.MODULE or FILE, each also with :ARGUMENT.
+
+    A NAME is a module of `package`. UsageError for whatever fails in it.
+    """
+    name, colon, argument = text.partition(":")
+    if os.path.isfile(name):
+        file, loader = name, importlib.machinery.SourceFileLoader("steppe_config", name)
+        spec = importlib.util.spec_from_loader("steppe_config", loader)
+    else:
+        spec = _module(flag, name, function, package)
+        file = spec.origin
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         called = getattr(module, function, None)
         if not callable(called):
-            raise UsageError(f"{flag} = {file}: must define {function}(); see {example}")
+            raise UsageError(f"{flag} = {name}: must define {function}(); see {package.removeprefix('steppe.')}")
         try:
-            inspect.signature(called).bind(*([argument] if ":" in path else []))
+            inspect.signature(called).bind(*([argument] if colon else []))
         except TypeError:
-            accepted = "FILE:ARGUMENT" if ":" not in path else f"FILE alone, because its {function} takes no argument"
-            raise UsageError(f"{flag} = {path}: must be {accepted}; see the head of {file}") from None
-        return called(*([argument] if ":" in path else []))
+            accepted = f"{name} alone, because its {function} takes no argument" if colon else f"{name}:ARGUMENT"
+            raise UsageError(f"{flag} = {text}: must be {accepted}; see the head of {file}") from None
+        return called(*([argument] if colon else []))
     except UsageError:
         raise
     except SyntaxError as error:
-        raise UsageError(f"{flag} = {file}: line {error.lineno}: {error.msg}") from None
+        raise UsageError(f"{flag} = {name}: line {error.lineno}: {error.msg}") from None
     except Exception as error:  # whatever a user's file raises is about that file, so say where in it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f"line {lines[-1]}: " if lines else ""
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise UsageError(f"{flag} = {path}: {where}{kind}{str(error).strip(chr(34))}") from None
+        raise UsageError(f"{flag} = {text}: {where}{kind}{str(error).strip(chr(34))}") from None
+
+
+def _module(flag: str, name: str, function: str, package: str) -> importlib.machinery.ModuleSpec:
+    names = ready(package, function)
+    spec = None
+    if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+        with contextlib.suppress(ImportError):
+            spec = importlib.util.find_spec(name if "." in name else f"{package}.{name}")
+    if spec is None or spec.origin is None:
+        stem = Path(name).stem
+        close = [stem] if stem in names else difflib.get_close_matches(stem, names, n=1)
+        hint = f"; did you mean {flag}={close[0]}?" if close else ""
+        raise UsageError(f"{flag} = {name or 'nothing'}: must be one of {', '.join(names)}, a module or a file{hint}")
+    return spec
 
 
 def _load(path: str) -> ConfigDict:
-    config = call_in_file("--config", path, "get_config", "configs/quickstart.py")
+    config = call("--config", path, "get_config", "steppe.configs")
     if not isinstance(config, ConfigDict):
         file = path.partition(":")[0]
         raise UsageError(f"--config = {file}: get_config must return a ConfigDict, not {type(config).__name__}")
@@ -276,7 +350,7 @@ def _closest(word: str, among: list[str]) -> str:
     if match:
         prefix = "" if match[0].startswith("-") else "config."
         return f"; did you mean {prefix}{match[0]}?"
-    return "; --help lists the options" if word.startswith("-") else "; configs/base.py lists every key"
+    return "; --help lists the options" if word.startswith("-") else "; `steppe config` lists every key"
 
 
 def _accepted(kind: type, optional: bool) -> str:

@@ -15,9 +15,9 @@ ROOMS = ("configs", "data", "optim", "lm", "scripts")
 
 def main(argv: Sequence[str]) -> int:
     """Prints the README.md of a room, through a pager on a terminal; returns the exit status, 2 for bad input."""
-    parser = command.parser("docs", __doc__)
+    parser = command.parser("docs", __doc__, config=False)
     parser.add_argument("room", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
     place = importlib.util.find_spec(f"steppe.{options.room}").submodule_search_locations[0]
     text = (Path(place) / "README.md").read_text(encoding="utf-8")
     if not sys.stdout.isatty():

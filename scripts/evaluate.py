@@ -12,11 +12,11 @@ from steppe.scripts import command
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
-    parser = command.parser("evaluate", __doc__.splitlines()[0])
+    parser = command.parser("evaluate", __doc__.splitlines()[0], config=False)
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--step", type=int, metavar="K", help="its checkpoint after K steps; default: the newest")
     parser.add_argument("--batches", type=int, default=0, metavar="N", help="only N batches of each set; 0: all")
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
 
     import jax
 

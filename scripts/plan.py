@@ -77,9 +77,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
     parser.add_argument("--sizes", nargs="+", default=list(TABLE), choices=list(TABLE), help="of --table")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of --table")
-    config, options = command.parse(argv, parser, needs_config="--table" not in argv)
+    path, overrides, options = command.parse_unread(argv, parser)
     if options.table:
         return table(options.sizes, options.methods)
+    config = command.read_config(command.required(path), overrides)
     if not options.topology:
         return command.fail("--topology is missing: cpu:8, v5e:16x16, v5p:8x8x4, ...")
     if not re.fullmatch(rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(GPUS)}|v\w+):\d+(x\d+)+", options.topology):

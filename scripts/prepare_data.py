@@ -115,13 +115,13 @@ def _vocabulary(argv: Sequence[str]) -> int:
 
 
 def _show(argv: Sequence[str]) -> int:
-    parser = command.parser("prepare_data show", "Print a batch of a prepared directory, decoded.")
+    parser = command.parser("prepare_data show", "Print a batch of a prepared directory, decoded.", config=False)
     parser.add_argument("directory", metavar="DIR", help="a prepared directory")
     parser.add_argument("--step", type=int, default=0, metavar="K", help="which batch")
     parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="rows per batch, as in the run")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="config.seed of the run")
     parser.add_argument("--held_out", metavar="NAME", help="show this held-out set instead of training text")
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
     for name, lowest in (("step", 0), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < lowest:
             return command.fail(f"--{name}={getattr(options, name)}: must be an integer >= {lowest}")

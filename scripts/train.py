@@ -1,6 +1,6 @@
 """Pretrain a language model; run again on the same workdir to continue.
 
-steppe train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.rho=0.1 ...]
+steppe train --config=quickstart --workdir=runs/quickstart [--config.optim.rho=0.1 ...]
 """
 
 import sys

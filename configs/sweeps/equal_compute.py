@@ -1,6 +1,6 @@
 """AdamW with twice the steps beside methods of two passes, which then cost the same: three scales, three seeds.
 
-    steppe sweep --config=configs/quickstart.py --sweep=equal_compute --out=sweeps/equal
+    steppe sweep --config=quickstart --sweep=equal_compute --out=sweeps/equal
 
 153 runs: AdamW at 20 and at 40 tokens per parameter, the others at 20, three rho and three seeds each; msam, which
 takes one pass, is left to methods_chinchilla. SIZES may be given: --sweep=equal_compute:24m,42m. Look at --plan first.

@@ -1,6 +1,6 @@
 """Every method at every scale for one number of steps, the config's own: three rho, three seeds, AdamW beside them.
 
-    steppe sweep --config=configs/quickstart.py --sweep=methods_fixed_length --out=sweeps/fixed
+    steppe sweep --config=quickstart --sweep=methods_fixed_length --out=sweeps/fixed
 
 171 runs. SIZES may be given: --sweep=methods_fixed_length:24m,42m. Narrow the rho to what rho_by_scale found with
 --only=optim.rho=0.01,None (None is AdamW). At one number of steps the methods that take two passes have twice AdamW's

@@ -1,6 +1,6 @@
 """Which rho is best, per method and scale: six methods x five rho x three scales with one seed, AdamW beside them.
 
-    steppe sweep --config=configs/quickstart.py --sweep=rho_by_scale --out=sweeps/rho
+    steppe sweep --config=quickstart --sweep=rho_by_scale --out=sweeps/rho
 
 93 runs of the config's own length. SIZES may be given: --sweep=rho_by_scale:24m,42m. --halving ends runs whose rho
 is losing early. A best rho at an end of the grid says nothing of where the best is: add values in a copy of this file.

@@ -18,14 +18,14 @@ NAMES = ("gradient", "hessian", "ggn", "nme", "preconditioned hessian")
 
 def main(argv: Sequence[str]) -> int:
     """Prints one table per size; returns the exit status."""
-    parser = command.parser("bench curvature", __doc__)
+    parser = command.parser("bench curvature", __doc__, config=False)
     parser.add_argument("--sizes", nargs="+", default=["24m"], help="names of configs/sizes.py")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences")
     parser.add_argument("--sequence_length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--vocabulary_size", type=int, default=32100, help="tokens of the vocabulary")
     parser.add_argument("--remat", default="dots", help="as config.model.remat")
     parser.add_argument("--runs", type=int, default=5, help="turns of each program, after one to warm up; 0: none")
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
     from steppe.configs.sizes import SIZES
 
     for size in options.sizes:

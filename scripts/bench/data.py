@@ -17,11 +17,11 @@ from steppe.scripts import command
 
 def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns the exit status."""
-    parser = command.parser("bench data", __doc__)
+    parser = command.parser("bench data", __doc__, config=False)
     parser.add_argument("--vocabulary", metavar="FILE", help="a SentencePiece model to prepare with, beside bytes")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps measured")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="seconds per measurement of loading")
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
     if options.steps < 1:
         return command.fail(f"--steps={options.steps}: must be an integer > 0")
     from steppe.data.errors import DataError

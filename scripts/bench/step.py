@@ -33,7 +33,7 @@ class Variant(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Prints one table per size; returns the exit status."""
-    parser = command.parser("bench step", __doc__)
+    parser = command.parser("bench step", __doc__, config=False)
     parser.add_argument("--sizes", nargs="+", default=["24m"], help="names of configs/sizes.py")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
     parser.add_argument("--layers", type=int, help="instead of the size's own")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--chunk", type=int, default=0, help="as config.model.readout_chunk")
     parser.add_argument("--runs", type=int, default=7, help="turns of each variant, after one to warm up; 0: none")
     parser.add_argument("--against", action="store_true", help="also measure the straightforward reference")
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
     from steppe.configs.sizes import SIZES
     from steppe.optim.methods import canonical
 

@@ -27,7 +27,7 @@ COUNTS = {"batches": 1, "probes": 1, "densities": 1, "lanczos": 2, "ascent": 0, 
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
-    parser = command.parser("curvature", __doc__.splitlines()[0])
+    parser = command.parser("curvature", __doc__.splitlines()[0], config=False)
     parser.add_argument(
         "--workdir", required=True, action="append", help="a run, or a pattern of runs; may be repeated"
     )
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random vector")
     parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
     for name, least in COUNTS.items():
         if getattr(options, name) < least:
             return command.fail(f"--{name}={getattr(options, name)}: must be an integer >= {least}")

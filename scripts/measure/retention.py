@@ -39,7 +39,7 @@ class Place(NamedTuple):
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes WORKDIR/retention.json, prints a table; returns the exit status, 2 for bad input."""
-    _, options = command.parse(argv, _parser(), needs_config=False)
+    options = command.options_of(argv, _parser())
 
     from steppe.scripts.measure import retention_figures
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("retention", __doc__.splitlines()[0])
+    parser = command.parser("retention", __doc__.splitlines()[0], config=False)
     add = parser.add_argument
     add("--workdir", action="append", required=True, help="a run, or a sweep, of which all that finished; repeatable")
     add("--step", type=int, metavar="K", help="the checkpoints after K steps; default: the newest")

@@ -26,10 +26,10 @@ def main(argv: Sequence[str]) -> int:
         from steppe.scripts.report import compare as report_compare
 
         return report_compare.compare(argv[1:])
-    parser = command.parser("report", __doc__)
+    parser = command.parser("report", __doc__, config=False)
     parser.add_argument("place", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
     parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
 
     from steppe.scripts import results
 

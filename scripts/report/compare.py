@@ -10,12 +10,12 @@ from steppe.scripts import command
 
 def compare(argv: Sequence[str]) -> int:
     """`report compare RUN_A RUN_B [--out=FILE.html]`; returns the exit status, 2 for bad input."""
-    parser = command.parser("report compare", __doc__)
+    parser = command.parser("report compare", __doc__, config=False)
     parser.add_argument("runs", nargs=2, metavar="RUN", help="a workdir")
     parser.add_argument(
         "--out", type=_page_path, metavar="FILE.html", help="also draw both curves there; a PNG beside it"
     )
-    _, options = command.parse(argv, parser, needs_config=False)
+    options = command.options_of(argv, parser)
 
     from steppe.scripts import results
 

@@ -22,12 +22,15 @@ from steppe.scripts.sweep import spec as sweep_spec
 LAUNCHERS = ("local", "slurm", "print")
 
 
+_SWEEP_HELP = "a module or file with get_spec(), or " + ", ".join(command.ready(sweep_spec.PACKAGE, "get_spec"))
+
+
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Plans and runs a sweep; returns the exit status."""
     parser = command.parser("sweep", __doc__)
     parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where it lives")
-    parser.add_argument("--sweep", metavar="SPEC", help="a file with get_spec(), or " + ", ".join(sweep_spec.ready()))
+    parser.add_argument("--sweep", metavar="SPEC", help=_SWEEP_HELP)
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="every combination (repeat it)")
     parser.add_argument("--zip", action="append", default=[], metavar="KEY=V,V", help="side by side (repeat it)")
     parser.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="now just the runs that match")
@@ -55,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sweep(path: str | None, overrides: list, options: Any) -> int:
-    if path is None:
-        raise command.UsageError("--config is missing: name a config file, such as --config=configs/quickstart.py")
+    path = command.required(path)
     for flag, low in (("jobs", 0), ("cores", 1), ("devices", 1)):
         if getattr(options, flag) < low:
             raise command.UsageError(f"--{flag}={getattr(options, flag)}: must be an integer >= 1")

@@ -19,17 +19,14 @@ Keys are those of configs/base.py, values as in a config: None is a key's defaul
 
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from steppe import configs
-from steppe.scripts.command import UsageError, call_in_file
+from steppe.scripts.command import UsageError, call
 
 _PARTS = ("set", "grid", "zip", "list", "where", "only", "exclude")
-_EXAMPLE = "configs/sweeps/rho_by_scale.py"
+PACKAGE = "steppe.configs.sweeps"
 _SAFE = re.compile(r"[^A-Za-z0-9._+=,%-]")
 _LONGEST = 150  # characters of a run's name
 
@@ -41,30 +38,19 @@ class Spec(NamedTuple):
     halving: dict
 
 
-def load(path: str) -> Spec:
-    """The Spec of a file, FILE[:ARGUMENT], or of a ready one by its name. Raises UsageError."""
-    name, _, argument = path.partition(":")
-    if name in ready():
-        path = str(ready()[name]) + (f":{argument}" if argument else "")
-    elif not os.path.isfile(name):
-        raise UsageError(f"--sweep = {name}: must be a Python file or one of {', '.join(ready())}")
-    found = call_in_file("--sweep", path, "get_spec", _EXAMPLE)
+def load(text: str) -> Spec:
+    """The Spec of a ready sweep, a dotted module or a file, each also with :ARGUMENT. Raises UsageError."""
+    found = call("--sweep", text, "get_spec", PACKAGE)
     halving = {}
     if isinstance(found, Mapping) and "blocks" in found:
         unknown = sorted(set(found) - {"blocks", "halving"})
         if unknown:
-            raise UsageError(f"--sweep = {path}: {unknown[0]}: must be blocks or halving")
+            raise UsageError(f"--sweep = {text}: {unknown[0]}: must be blocks or halving")
         found, halving = found["blocks"], dict(found.get("halving", {}))
     blocks = [found] if isinstance(found, Mapping) else found
     if not isinstance(blocks, Sequence) or not blocks or not all(isinstance(block, Mapping) for block in blocks):
-        raise UsageError(f"--sweep = {path}: get_spec must return a block or a list of blocks; see {_EXAMPLE}")
+        raise UsageError(f"--sweep = {text}: get_spec must return a block or a list of blocks; see configs/sweeps")
     return Spec([dict(block) for block in blocks], halving)
-
-
-def ready() -> dict[str, Path]:
-    """{name: file} of the specs that come with Steppe."""
-    folder = Path(configs.__file__).parent / "sweeps"
-    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
 
 
 def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:

@@ -1,5 +1,7 @@
 """The command line: what it accepts, and one line with status 2 for everything else."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -7,10 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from steppe.configs import base
-from steppe.scripts import command
+from steppe.scripts import command, evaluate, train
+from steppe.scripts import config as config_command
 
 CONFIG = "--config=configs/base.py"
-_EXTRA = "from configs import base\ndef get_config():\n  c = base.get_config()\n  "
+_EXTRA = "from steppe.configs import base\ndef get_config():\n  c = base.get_config()\n  "
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +65,7 @@ def test_negative_numbers_and_last_config_position():
 def test_none_restores_the_default_of_an_optional_key(tmp_path):
     mine = _written(
         tmp_path,
-        "from configs import base\ndef get_config():\n  c = base.get_config()\n  c.optim.rho = 0.5\n  return c\n",
+        f"{_EXTRA}c.optim.rho = 0.5\n  return c\n",
     )
     assert _parse(mine)[0].optim.rho == 0.5
     assert _parse(mine, "--config.optim.rho=None")[0].optim.rho is None
@@ -73,8 +76,75 @@ def test_the_named_size_is_resolved():
     assert (config.model.layers, config.model.width, config.model.heads, config.model.mlp_width) == (6, 768, 12, 3072)
 
 
-def test_a_config_is_optional_where_the_command_says_so():
-    assert _parse(needs_config=False)[0] is None
+def test_a_ready_config_a_module_and_a_file_are_one_config(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text("from steppe.configs.quickstart import get_config\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "inside.py").write_text("from steppe.configs.quickstart import get_config\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    whole = command.read_config("quickstart")
+    for text in ("steppe.configs.quickstart", "package.inside", str(tmp_path / "theirs.py")):
+        assert command.read_config(text).to_dict() == whole.to_dict()
+    assert command.read_config("paper:24m,sam,fixed").optim.method == "sam"
+
+
+def test_the_config_that_results_is_printed_and_nothing_else_happens(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config=quickstart", "--config.optim.rho=0.5", f"--workdir={tmp_path}/run", "--print_config"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "optim.rho = 0.5" in lines
+    assert len(lines) == len(base.keys())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_command_without_a_config_refuses_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--workdir=x", "--config.seed=3"])
+    assert stop.value.code == 2
+    assert "steppe evaluate takes none" in capsys.readouterr().err
+
+
+def test_config_shows_every_key_and_what_differs(tmp_path, capsys):
+    assert config_command.main(["quickstart"]) == 0
+    shown = capsys.readouterr().out
+    for name, key in base.keys().items():
+        assert f"\n{name} = " in shown
+        assert key.meaning.split()[0] in shown
+    assert "optim.rho = 0.02   (base: None)" in shown
+    assert config_command.main(["diff", "quickstart", "quickstart"]) == 0
+    assert config_command.main(["diff", "quickstart", "base"]) == 1
+    assert "optim.rho: 0.02 -> None" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 7}))  # a run of a version with one key
+    assert config_command.main(["diff", str(tmp_path), "base"]) == 1
+    assert capsys.readouterr().out == "seed: 7 -> 0\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("steppe tr", ["train"]),
+        ("steppe train --print", ["--print_config"]),
+        ("steppe train --config=qu", ["quickstart"]),
+        ("steppe train --config.optim.layer", ["--config.optim.layerwise_rho"]),
+        ("steppe train --config.model.remat=of", ["offload"]),
+        ("steppe evaluate --work", ["--workdir"]),
+    ],
+)
+def test_a_shell_completes_commands_options_keys_and_values(line, offered, tmp_path):
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n"}
+    subprocess.run([sys.executable, "-P", "-m", "steppe.scripts.cli"], env=environment, capture_output=True)
+    assert [word.strip().rpartition("=")[2] for word in answer.read_text().split("\n")] == offered
+
+
+def test_a_mistyped_module_gets_the_line_of_a_mistyped_command():
+    words = [sys.executable, "-P", "-m", "steppe.scripts.trian", "--workdir=x"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "steppe trian: no such command" in done.stderr
+    assert "did you mean train?" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -83,7 +153,7 @@ def test_a_config_is_optional_where_the_command_says_so():
         ([CONFIG, "--config.optim.rhoo=1"], ["config.optim.rhoo", "did you mean config.optim.rho?"]),
         ([CONFIG, "--config.optm.rho=1"], ["config.optm.rho", "did you mean config.optim.rho?"]),
         ([CONFIG, "--config.batch_size=1"], ["config.batch_size", "did you mean config.train.batch_size?"]),
-        ([CONFIG, "--config.zzz.qqq=1"], ["config.zzz.qqq", "configs/base.py lists every key"]),
+        ([CONFIG, "--config.zzz.qqq=1"], ["config.zzz.qqq", "`steppe config` lists every key"]),
         ([CONFIG, "--config.optim.rho=big"], ["config.optim.rho = big", "must be a number, or None"]),
         ([CONFIG, "--config.optim.rho="], ["config.optim.rho = nothing", "must be a number"]),
         ([CONFIG, "--config.train.batch_size=8.5"], ["config.train.batch_size = 8.5", "must be an integer"]),
@@ -96,11 +166,14 @@ def test_a_config_is_optional_where_the_command_says_so():
         ([CONFIG, "--config.optim={}"], ["config.optim is a section", "--config.optim."]),
         ([CONFIG, "--config.model.size=25m"], ["config.model.size = '25m'", "24m, 42m"]),
         ([CONFIG, "--config.model.size=24m", "--config.model.width=64"], ["config.model.width = 64", "24m", "576"]),
-        ([], ["--config is missing", "configs/quickstart.py"]),
-        (["--config"], ["--config", "must be followed by a config file"]),
+        ([], ["--config is missing", "--config=quickstart"]),
+        (["--config"], ["--config", "must be followed by a config"]),
         ([CONFIG, CONFIG], ["--config", "given once"]),
-        (["--config=configs/nope.py"], ["--config = configs/nope.py", "a Python file"]),
-        (["--config=configs"], ["--config = configs", "a Python file"]),
+        (
+            ["--config=configs/nope.py"],
+            ["--config = configs/nope.py", "must be one of base, paper, quickstart, study, a module or a file"],
+        ),
+        (["--config=configs"], ["--config = configs", "a module or a file"]),
         (["--config=configs/base.py:24m"], ["configs/base.py:24m", "takes no argument"]),
         (["--config=lm/__init__.py"], ["--config = lm/__init__.py", "get_config()"]),
         (["--config=README.md"], ["--config = README.md", ""]),
@@ -134,7 +207,7 @@ def test_a_missing_option_is_named(capsys):
         ("def get_config(:\n", ["line 1"]),
         ("import os\nundefined\n", ["line 2", "NameError"]),
         ("def get_config():\n  return 3\n", ["ConfigDict", "int"]),
-        ("def get_config(argument):\n  return 3\n", ["FILE:ARGUMENT"]),
+        ("def get_config(argument):\n  return 3\n", [":ARGUMENT"]),
         (_EXTRA + "c.optim.roh = 1.0\n  return c\n", ["config.optim.roh", "did you mean config.optim.rho?"]),
         (_EXTRA + "del c.optim.rho\n  return c\n", ["config.optim.rho is missing", "configs/base.py"]),
         (
