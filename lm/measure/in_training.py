@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from steppe.lm.model import parameters
 from steppe.lm.model.mesh import Placement
 from steppe.lm.model.objective import objective, readout_kernel
 from steppe.lm.model.readout import token_loss
@@ -15,7 +16,7 @@ from steppe.optim import Objective
 from steppe.optim.curvature.products import split_directions
 from steppe.optim.rule import accumulate, microbatched, norm, plain_gradient, ratio
 
-LAYERS = r"^layers/"  # stacked parameters: each layer is one, "layers/mlp/up/kernel/0", so that a group can name layers
+LAYERS = parameters.STACKED  # of these each layer is one, "layers/mlp/up/kernel/0", so that a group can name layers
 
 
 def twice_differentiable(parts: Parts) -> Objective:

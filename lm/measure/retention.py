@@ -15,15 +15,13 @@ import optax
 from jax.sharding import Mesh
 
 from steppe.data import loader
+from steppe.lm.model import parameters
 from steppe.lm.model.mesh import local_rows, place_batch
-from steppe.lm.run.assembly import MATRIX_AXES, Parts
+from steppe.lm.run.assembly import Parts
 from steppe.lm.run.evaluate import make_evaluation_step
 from steppe.lm.run.state import Optimizer, State, start
 from steppe.lm.run.step import make_step
 from steppe.optim.masks import path_names
-
-TABLES = r"^(embed|position|readout)/"  # [rows, D]: a row is a channel
-STACKED = r"^layers/"  # [L, ...]: every layer is a tensor of its own
 
 
 class Programs(NamedTuple):
@@ -88,7 +86,7 @@ def add_noise(params: Any, key: jax.Array, sigma: float | jax.Array) -> Any:
     leaves, structure = jax.tree.flatten(params)
 
     def noisy(index, name, w):
-        axes = tuple(range(1 if re.search(STACKED, name) else 0, w.ndim))
+        axes = tuple(range(1 if re.search(parameters.STACKED, name) else 0, w.ndim))
         rms = jnp.sqrt(jnp.mean(w**2, axis=axes, keepdims=True))
         return w + sigma * rms * jax.random.normal(jax.random.fold_in(key, index), w.shape, w.dtype)
 
@@ -99,16 +97,17 @@ def add_noise(params: Any, key: jax.Array, sigma: float | jax.Array) -> Any:
 def quantise(params: Any, bits: int, group: int = 0, tables: bool = False) -> Any:
     """The parameters with every matrix rounded to `bits`-bit integers times scales, see quantise_array.
 
-    Matrices are those of lm.assembly.MATRIX_AXES: attention and MLP weights, scaled per output channel. tables: also
+    Matrices are those of lm.model.parameters: attention and MLP weights, scaled per output channel. tables: also
     embedding, positions and readout, scaled per row. Norms stay as they are.
     """
 
-    def one(name, w, axes):
-        if axes is not None:
-            return quantise_array(w, bits, axes.reduction_axis, group)
-        return quantise_array(w, bits, (1,), group) if tables and re.search(TABLES, name) else w
+    kinds = ("matrix", "table") if tables else ("matrix",)
 
-    return jax.tree.map(one, path_names(params), params, MATRIX_AXES(params))
+    def one(name, w):
+        line = parameters.of(name)
+        return quantise_array(w, bits, line.reads, group) if line.kind in kinds else w
+
+    return jax.tree.map(one, path_names(params), params)
 
 
 def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int = 0) -> jax.Array:

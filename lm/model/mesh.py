@@ -1,6 +1,5 @@
 """The device mesh (axes data, fsdp, tensor), and where parameters, state, activations and batches live on it."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,20 +8,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from steppe.lm.model import parameters
+from steppe.lm.model.parameters import name_of
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the sequences of a batch
-
-# The first pattern found in a parameter's path places it. fsdp splits the width, tensor what is computed apart: heads,
-# the MLP's hidden features, the vocabulary. Layer stacks keep their first axis whole: the scan walks along it.
-RULES = (
-    (r"(embed/embedding|readout/kernel)$", P("tensor", "fsdp")),
-    (r"position/embedding$", P(None, "fsdp")),
-    (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),
-    (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"mlp/(up|gate)/kernel$", P(None, "fsdp", "tensor")),
-    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
-    (r"norm/scale$", P()),
-)
 
 ACTIVATIONS = {
     "tokens": P(BATCH, None),  # [B, T]
@@ -98,17 +88,11 @@ def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> M
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def parameter_spec(path: str) -> P:
-    """The place of a parameter by its path. ValueError if no rule names it."""
-    for pattern, spec in RULES:
-        if re.search(pattern, path):
-            return spec
-    raise ValueError(f"no sharding rule matches parameter {path!r}: add one to lm/mesh.py RULES")
-
-
 def parameter_shardings(mesh: Mesh, params: Any) -> Any:
     """NamedShardings of a parameter tree (arrays or shapes)."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, parameter_spec(_name(path))), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, parameters.of(name_of(path)).spec), params
+    )
 
 
 def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
@@ -116,12 +100,12 @@ def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
 
     Everything else (counts, factored moments) is replicated.
     """
-    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {name_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def place(path, leaf):
-        name = _name(path)
+        name = name_of(path)
         owner = next((p for p, s in shapes.items() if s == leaf.shape and (name == p or name.endswith("/" + p))), None)
-        return NamedSharding(mesh, parameter_spec(owner) if owner else P())
+        return NamedSharding(mesh, parameters.of(owner).spec if owner else P())
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -149,7 +133,3 @@ def place_batch(mesh: Mesh, batch_size: int, rows: Sequence[int], batch: dict[st
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), batch_sharding(mesh), part)
 
     return {name: place(array) for name, array in batch.items()}
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

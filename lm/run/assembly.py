@@ -19,6 +19,7 @@ from steppe.data.loader import Corpus
 from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
+from steppe.lm.model.parameters import MATRIX_AXES
 from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.budget import Budget, budget, count_parameters, describe, estimate_memory
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
@@ -26,19 +27,10 @@ from steppe.lm.run.chips import chip_of
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective
 from steppe.optim.base import base
-from steppe.optim.masks import mask, matrix_axes
+from steppe.optim.masks import mask
 from steppe.optim.methods import is_anchored, method, options_of, perturbs, row_of
 from steppe.optim.schedules import duration_steps, learning_rate
 from steppe.optim.schedules import rho as rho_schedule
-
-# Which axes of the stacked weights a matrix reads and writes, for muon and layerwise rho; tables are no matrices.
-MATRIX_AXES = matrix_axes(
-    (
-        (r"attention/(query|key|value)/kernel$", (1,), (2, 3)),
-        (r"attention/out/kernel$", (1, 2), (3,)),
-        (r"mlp/(up|gate|down)/kernel$", (1,), (2,)),
-    )
-)
 
 
 class Parts(NamedTuple):

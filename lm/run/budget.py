@@ -1,11 +1,11 @@
 """What a run is made of before it starts: parameters, tokens, steps, FLOPs, and a first estimate of its memory."""
 
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
 
+from steppe.lm.model import parameters
 from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.check import method_options
 from steppe.lm.run.chips import Chip
@@ -39,12 +39,10 @@ class Budget(NamedTuple):
 
 
 def count_parameters(params: Any) -> Parameters:
-    """Counts the leaves (arrays or shapes) of a parameter tree; tables are embed/, position/ and readout/."""
-    sizes = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    tables = sum(size for name, size in sizes if re.match(r"(embed|position|readout)/", name))
+    """Counts the leaves (arrays or shapes) of a parameter tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sizes = [(parameters.of(parameters.name_of(path)).kind, math.prod(leaf.shape)) for path, leaf in leaves]
+    tables = sum(size for kind, size in sizes if kind == "table")
     total = sum(size for _, size in sizes)
     return Parameters(total, total - tables)
 
@@ -150,10 +148,10 @@ def total_steps(train, parameters: Parameters, sequence_length: int, epoch_token
 
 def budget(config, *, shape: Shape, params: Any, epoch_tokens: int, shards: int = 1, keep: bool = False) -> Budget:
     """The Budget of a run. shards: of the data; keep: whether the frozen derivative of its method is stored."""
-    parameters = count_parameters(params)
+    counts = count_parameters(params)
     train, optim = config.train, config.optim
     tokens = train.batch_size * config.data.sequence_length
-    steps = total_steps(train, parameters, config.data.sequence_length, epoch_tokens)
+    steps = total_steps(train, counts, config.data.sequence_length, epoch_tokens)
     forwards, backwards = methods.cost(
         optim.method,
         sequences=train.batch_size,
@@ -163,7 +161,7 @@ def budget(config, *, shape: Shape, params: Any, epoch_tokens: int, shards: int 
         **method_options(config),
     )
     return Budget(
-        parameters=parameters,
+        parameters=counts,
         tokens_per_step=tokens,
         steps=steps,
         tokens=steps * tokens,

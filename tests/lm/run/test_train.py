@@ -14,7 +14,7 @@ import pytest
 
 from helpers import lm_runs
 from steppe.configs.keys import ConfigError
-from steppe.lm.keep import checkpoint
+from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.measure import replay
 from steppe.lm.run import anomaly, train
@@ -244,30 +244,22 @@ def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, 
     """The real process: SIGTERM saves and exits 75; again, it finishes; tensorflow is never imported."""
     text, cache = corpus
     command = [
-        *(
-            sys.executable,
-            "-X",
-            "importtime",
-            "-P",
-            "-m",
-            "steppe.scripts.train",
-            "--config=configs/base.py",
-            f"--workdir={tmp_path}",
-        ),
+        *(sys.executable, "-X", "importtime", "-P", "-m", "steppe.scripts.train"),
+        *("--config=base", f"--workdir={tmp_path}"),
         *(f"--config.data.task=text:{text}/train.txt@all", f"--config.data.held_out=('val=text:{text}/val.txt@all',)"),
         *(f"--config.data.cache={cache}", "--config.data.sequence_length=16", "--config.model.layers=1"),
         *("--config.model.width=16", "--config.model.heads=2", "--config.model.mlp_width=16"),
         *("--config.train.batch_size=8", "--config.train.duration=20000 steps", "--config.evaluate.every=100%"),
         *("--config.evaluate.batches=1", "--config.log.every=1", "--config.checkpoint.every=100%"),
     ]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen = []
-    for line in run.stderr:
+    for line in run.stdout:
         seen.append(line)
         if line.startswith("step 3/"):
             run.send_signal(signal.SIGTERM)
             break
-    rest = run.stderr.read()
+    rest = run.stdout.read()
     assert run.wait(timeout=60) == train.STOPPED, rest[-2000:]
     assert "run the same command again to continue" in rest
     imported = {
@@ -278,3 +270,28 @@ def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, 
     (saved,) = lm_runs.records(tmp_path, "checkpoint")
     assert saved["step"] == lm_runs.records(tmp_path, "train")[-1]["step"]
     assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 16
+
+
+def test_one_more_thing_between_steps_is_one_entry(corpus, tmp_path, monkeypatch):
+    seen, made = [], train.Run.__init__
+
+    def with_one_more(self, *arguments, **named):
+        made(self, *arguments, **named)
+        self.events.append((self.each(8, last=True), lambda: seen.append((self.done, len(self.pending)))))
+
+    monkeypatch.setattr(train.Run, "__init__", with_one_more)
+    assert train.run(lm_runs.config(*corpus), str(tmp_path)) == train.FINISHED
+    assert seen == [(8, 0), (16, 0), (20, 0)]  # what came before is recorded by then
+
+
+def test_a_workdir_from_before_a_key_existed_goes_on(corpus, tmp_path):
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    config = lm_runs.config(*corpus)
+    assert train.run(config, str(whole)) == train.FINISHED
+    assert train.run(config, str(old), until=10) == train.STOPPED
+    written = json.loads((old / "config.json").read_text())
+    del written["optim"]["clip_order"], written["model"]["label_smoothing"]
+    (old / "config.json").write_text(json.dumps(written))
+    assert saved.load(str(old)).config.to_dict() == {**saved.load(str(whole)).config.to_dict()}
+    assert train.run(config, str(old)) == train.FINISHED
+    assert lm_runs.losses(old) == lm_runs.losses(whole)
