@@ -200,7 +200,7 @@ def test_workers_do_not_change_the_corpus_and_a_killed_preparation_resumes(tmp_p
         "-P",
         "-m",
         "steppe.scripts.prepare_data",
-        f"--config={ROOT}/configs/base.py",
+        "--config=base",
         f"--out={out}",
     ]
     first = subprocess.Popen(

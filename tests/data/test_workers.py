@@ -37,7 +37,7 @@ def test_an_interrupt_or_a_killed_worker_ends_everything_with_one_line(tmp_path,
     texts = [text.decode() for _, text in embedded_documents()[:300]]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts * 4))
     arguments = [f"--config.data.task=jsonl:{tmp_path}/a.jsonl", f"--out={tmp_path}/out", "--shards=4", "--workers=2"]
-    command = [sys.executable, "-P", "-m", "steppe.scripts.prepare_data", "--config=configs/base.py", *arguments]
+    command = [sys.executable, "-P", "-m", "steppe.scripts.prepare_data", "--config=base", *arguments]
     # a shell that starts something in the background has it ignore interrupts
     heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeding)

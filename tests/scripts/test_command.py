@@ -12,7 +12,7 @@ from steppe.configs import base
 from steppe.scripts import command, evaluate, train
 from steppe.scripts import config as config_command
 
-CONFIG = "--config=configs/base.py"
+CONFIG = "--config=base"
 _EXTRA = "from steppe.configs import base\ndef get_config():\n  c = base.get_config()\n  "
 
 
@@ -174,7 +174,7 @@ def test_a_mistyped_module_gets_the_line_of_a_mistyped_command():
             ["--config = configs/nope.py", "must be one of base, paper, quickstart, study, a module or a file"],
         ),
         (["--config=configs"], ["--config = configs", "a module or a file"]),
-        (["--config=configs/base.py:24m"], ["configs/base.py:24m", "takes no argument"]),
+        (["--config=base:24m"], ["configs/base.py:24m", "takes no argument"]),
         (["--config=lm/__init__.py"], ["--config = lm/__init__.py", "get_config()"]),
         (["--config=README.md"], ["--config = README.md", ""]),
         ([CONFIG, "--step=3"], ["--step", "did you mean --steps?"]),
@@ -242,7 +242,7 @@ def test_a_config_written_from_scratch_gets_the_types_of_base(tmp_path):
 def test_parsing_imports_nothing_heavy():
     code = (
         "import sys; from steppe.scripts import command\n"
-        "command.parse(['--config=configs/base.py', '--config.seed=3'], command.parser('demo', 'demo'))\n"
+        "command.parse(['--config=base', '--config.seed=3'], command.parser('demo', 'demo'))\n"
         "print([m for m in ('tensorflow', 'grain', 'orbax', 'flax', 'wandb', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

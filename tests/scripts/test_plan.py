@@ -122,7 +122,7 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
     monkeypatch.chdir(request.config.rootpath)
-    status = plan.main(["--config=configs/quickstart.py", "--topology=cpu:8", "--config.mesh.fsdp=2"])
+    status = plan.main(["--config=quickstart", "--topology=cpu:8", "--config.mesh.fsdp=2"])
     printed = capsys.readouterr().out
     assert status == 0
     for part in ("parameters", "optimizer", "anchor", "temporary", "all-reduce", "MFU", "days", "fits"):
@@ -138,7 +138,7 @@ def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
 )  # fmt: skip
 def test_a_topology_that_is_none_is_one_line(argument, said, capsys, request, monkeypatch):
     monkeypatch.chdir(request.config.rootpath)
-    assert plan.main(["--config=configs/quickstart.py", argument]) == 2
+    assert plan.main(["--config=quickstart", argument]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert said in printed
@@ -148,7 +148,7 @@ def test_a_topology_that_is_none_is_one_line(argument, said, capsys, request, mo
 def test_a_machine_that_is_not_here_is_planned_for_or_what_that_needs_is_said(kind, needs, request):
     """In a process of its own: the compilers of accelerators, where there are any, start with settings of their own."""
     arguments = [
-        "--config=configs/quickstart.py",
+        "--config=quickstart",
         f"--topology={kind}",
         "--config.mesh.fsdp=8",
         "--config.mesh.data=-1",

@@ -43,7 +43,7 @@ def texts(tmp_path_factory):
 
 def options(texts, **extra):
     chosen = {"task": f"jsonl:{texts}/a.jsonl", "held_out_fraction": 0.1, "sequence_length": 96, **extra}
-    return ["--config=configs/base.py", *(f"--config.data.{key}={value}" for key, value in chosen.items())]
+    return ["--config=base", *(f"--config.data.{key}={value}" for key, value in chosen.items())]
 
 
 def test_help_answers_within_3_seconds():
@@ -85,10 +85,10 @@ def test_vocabulary_then_prepare_then_show(texts, tmp_path, capsys, monkeypatch)
     ("arguments", "message"),
     [
         (["--out=x"], "--config is missing"),
-        (["--config=configs/base.py"], "--out is missing"),
-        (["--config=configs/base.py", "--out=x", "--workers=0"], "--workers=0: must be an integer > 0"),
-        (["--config=configs/base.py", "--out=x", "--shards=0"], "config.data.shards=0: accepted is an integer from 1"),
-        (["--config=configs/base.py", "--out=x", "--config.data.task=web"], "config.data.task='web': accepted: "),
+        (["--config=base"], "--out is missing"),
+        (["--config=base", "--out=x", "--workers=0"], "--workers=0: must be an integer > 0"),
+        (["--config=base", "--out=x", "--shards=0"], "config.data.shards=0: accepted is an integer from 1"),
+        (["--config=base", "--out=x", "--config.data.task=web"], "config.data.task='web': accepted: "),
         (["show", "absent"], "config.data.directory='absent' does not exist"),
         (["show", "absent", "--step=-1"], "--step=-1: must be an integer >= 0"),
     ],

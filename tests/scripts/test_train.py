@@ -7,7 +7,7 @@ import pytest
 
 from steppe.scripts import train
 
-CONFIG = "--config=configs/base.py"
+CONFIG = "--config=base"
 
 
 @pytest.fixture(autouse=True)

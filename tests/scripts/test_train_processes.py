@@ -32,7 +32,7 @@ def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subproc
             "-P",
             "-m",
             "steppe.scripts.train",
-            "--config=configs/base.py",
+            "--config=base",
             f"--workdir={workdir}",
             *arguments,
         ),

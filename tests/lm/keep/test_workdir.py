@@ -1,6 +1,5 @@
 """One process, one config, one id for each workdir."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ def test_a_run_keeps_its_config_and_id(tmp_path, config):
     run = take(place, config)
     assert run
     assert not is_new(place)
-    assert config_of(place) == json.loads(json.dumps(config.to_dict()))
+    assert config_of(place).to_dict() == config.to_dict()
     assert take(place, config) == run
     with claim(str(place), config, False) as other:
         assert other == ""

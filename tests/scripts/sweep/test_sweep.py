@@ -16,7 +16,7 @@ from steppe.scripts.sweep import halving as sweep_halving
 from steppe.scripts.sweep import plan as sweep_plan
 from steppe.scripts.sweep import spec as sweep_spec
 
-BASE = "--config=configs/base.py"
+BASE = "--config=base"
 
 
 @pytest.fixture(autouse=True)
