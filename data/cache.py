@@ -7,11 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
-from steppe.data import files, sources
+from steppe.data import errors, files, sources
 from steppe.data import manifest as manifests
-from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
+from steppe.data.errors import DataError
 from steppe.data.loader import Corpus, open_corpus
-from steppe.data.prepare import identity, recipe_of
+from steppe.data.prepare import REFUSED, identity, recipe_of
 from steppe.data.shards import Recipe
 
 
@@ -68,9 +68,7 @@ def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -
             raise
         reader.join()
     if process.returncode:
-        last = [line for line in complaints if line.strip()] or [f"status {process.returncode}"]
-        kind, _, message = last[-1].strip().partition(": ")
-        known = {c.__name__: c for c in (BadRecords, CorpusDamaged, CorpusMismatch, DataError)}
-        if kind in known:
-            raise known[kind](message)
-        raise DataError(f"preparing {directory} failed: {last[-1].strip()}")
+        last = ([line.strip() for line in complaints if line.strip()] or [f"status {process.returncode}"])[-1]
+        if process.returncode == REFUSED:
+            raise errors.from_json(json.loads(last))
+        raise DataError(f"preparing {directory} failed: {last}")

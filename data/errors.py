@@ -1,8 +1,14 @@
 """What can go wrong in this room, one class per remedy. Every message is one line and names the key or file."""
 
+from typing import Any
+
 
 class DataError(ValueError):
-    """Bad input: the message names the key, its value and what is accepted."""
+    """Bad input: the message names the key, its value and what is accepted, which are fields where there is a key."""
+
+    def __init__(self, message: str, *, key: str = "", value: Any = None, accepted: str = ""):
+        self.key, self.value, self.accepted = key, value, accepted
+        super().__init__(message)
 
 
 class CorpusMismatch(DataError):
@@ -15,3 +21,14 @@ class CorpusDamaged(DataError):
 
 class BadRecords(DataError):
     """More records than config.data.bad_records allows could not be read."""
+
+
+def to_json(error: DataError) -> dict:
+    """An error for another process; `from_json` makes it again."""
+    return {"kind": type(error).__name__, "message": str(error), **vars(error)}
+
+
+def from_json(said: dict) -> DataError:
+    """The error that another process told of."""
+    kinds = {kind.__name__: kind for kind in (DataError, CorpusMismatch, CorpusDamaged, BadRecords)}
+    return kinds[said.pop("kind")](said.pop("message"), **said)

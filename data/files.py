@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -70,6 +71,25 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def opened(path: str) -> BinaryIO:
+    """A file to read from; an address with :// through fsspec."""
+    if "://" not in path:
+        return open(path, "rb", buffering=1 << 20)
+    import fsspec
+
+    return fsspec.open(path, "rb").open()
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that a pattern matches (~ and ** too), sorted; one with :// through fsspec."""
+    if "://" not in pattern:
+        return sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+    import fsspec
+
+    system, inside = fsspec.core.url_to_fs(pattern)
+    return sorted(system.unstrip_protocol(path) for path in system.glob(inside) if system.isfile(path))
 
 
 def content_hash(path: str | os.PathLike) -> str:

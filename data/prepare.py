@@ -18,7 +18,7 @@ import xxhash
 from steppe.data import files, shards, sources
 from steppe.data import manifest as manifests
 from steppe.data import workers as workers_of
-from steppe.data.errors import BadRecords, CorpusMismatch, DataError
+from steppe.data.errors import BadRecords, CorpusMismatch, DataError, to_json
 from steppe.data.packing import PACKINGS, token_dtype
 from steppe.data.readers import tasks
 from steppe.data.shards import Job, Recipe
@@ -26,6 +26,7 @@ from steppe.data.vocabulary import load_tokenizer, read_model
 
 PLAN = "preparation.json"  # the plan of an unfinished preparation
 LOCK = ".lock"
+REFUSED = 3  # exit status of the process that prepares; its last line on stderr is the error, as JSON
 
 
 def recipe_of(data_config: Mapping, **overrides) -> Recipe:
@@ -41,7 +42,13 @@ def recipe_of(data_config: Mapping, **overrides) -> Recipe:
         ("text_field", bool(recipe.text_field), "the name of a field"),
     ):
         if not good:
-            raise DataError(f"config.data.{key}={getattr(recipe, key)!r}: accepted is {accepted}")
+            value = getattr(recipe, key)
+            raise DataError(
+                f"config.data.{key}={value!r}: accepted is {accepted}",
+                key=f"data.{key}",
+                value=value,
+                accepted=accepted,
+            )
     sources.parse(recipe.task)
     sources.held_out_sources(recipe.task, recipe.held_out)
     return recipe
@@ -308,8 +315,8 @@ def main(arguments: Iterable[str]) -> int:
     try:
         prepare(Recipe(**json.loads(recipe)), directory, log=lambda line: print(line, flush=True))
     except DataError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        print(json.dumps(to_json(error), default=str), file=sys.stderr)
+        return REFUSED
     return 0
 
 

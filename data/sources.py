@@ -14,7 +14,6 @@ Text, lines and JSONL may be compressed (.gz, .zst). SPLIT is train (default), h
 builder's.
 """
 
-import glob
 import gzip
 import io
 import json
@@ -26,6 +25,7 @@ from typing import NamedTuple
 import xxhash
 
 from steppe.data.errors import DataError
+from steppe.data.files import matching, opened
 
 BUILT_IN = ("embedded", "topics")  # kinds without a place
 KINDS = (*BUILT_IN, "text", "lines", "jsonl", "parquet", "tfds")
@@ -134,7 +134,7 @@ def records(
 
 def files(source: Source) -> list[str]:
     """Paths that the glob of a file source matches, sorted."""
-    paths = sorted(path for path in glob.glob(os.path.expanduser(source.where), recursive=True) if os.path.isfile(path))
+    paths = matching(source.where)
     if not paths:
         raise DataError(f"config.data: {source.kind}:{source.where} matches no file")
     return paths
@@ -173,12 +173,12 @@ def _read_file(kind: str, path: str, text_field: str, skip) -> Iterator[Record]:
 
 def _open(path: str) -> io.BufferedIOBase:
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")
+        return gzip.open(opened(path), "rb")
     if path.endswith(".zst"):
         import zstandard
 
         return io.BufferedReader(_Complete(path, zstandard), 1 << 20)
-    return open(path, "rb", buffering=1 << 20)
+    return opened(path)
 
 
 class _Complete(io.RawIOBase):
