@@ -257,12 +257,14 @@ def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
 def completed(config: Mapping) -> ConfigDict:
     """A nested config that some version of Steppe wrote, with the keys it did not have yet at their defaults.
 
-    Raises ConfigError for a key that is there no longer, or a value of another type.
+    Raises ConfigError for keys that are there no longer, or a value of another type.
     """
-    whole = get_config()
-    for name, value in flatten(config).items():
-        if name not in keys():
-            raise ConfigError(name, value, "left out: this version has no such key")
+    whole, flat = get_config(), flatten(config)
+    gone = [name for name in flat if name not in keys()]
+    if gone:
+        others = f" (nor {', '.join(gone[1:])})" if gone[1:] else ""
+        raise ConfigError(gone[0], flat[gone[0]], f"left out: this version has no such key{others}")
+    for name, value in flat.items():
         *sections, last = name.split(".")
         section = functools.reduce(lambda inside, each: inside[each], sections, whole)
         try:

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,14 @@ COMMANDS = {
     "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
     "chaos": ("steppe.scripts.chaos", "--runs=15"),
+}
+
+# commands within a command
+KINDS = {
+    "config": ("diff",),
+    "prepare_data": ("show", "vocabulary"),
+    "report": ("compare",),
+    "bench": ("step", "data", "methods", "curvature"),
 }
 
 
@@ -59,17 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def completed_command() -> list[str]:
     """The command whose line a shell asks to complete, for it to answer; answers itself where there is none yet."""
-    words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split()
-    if len(words) > 1 and words[1] in COMMANDS and not os.environ["COMP_LINE"].endswith(words[1]):
-        os.environ["_ARGCOMPLETE"] = "2"  # words that are not the command's own
-        return [words[1]]
+    *words, last = re.split(r"\s+", os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].lstrip())
+    name, kinds = "".join(words[1:2]), KINDS.get("".join(words[1:2]), ())
+    within = words[2] in kinds if len(words) > 2 else False
+    os.environ["_ARGCOMPLETE"] = str(min(len(words), 3 if within else 2))  # words that are not the command's own
+    choices = list(COMMANDS) if name in ("", "help") else [kind for kind in kinds if kind.startswith(last)]
+    if name in COMMANDS and (len(words) > 2 or not choices or (not last and name != "bench")):
+        return words[1 : 3 if within else 2]
     import argparse
 
     import argcomplete
 
     parser = argparse.ArgumentParser(prog="steppe")
-    parser.add_argument("command", choices=list(COMMANDS))
-    argcomplete.autocomplete(parser)
+    parser.add_argument("command", choices=choices)
+    argcomplete.autocomplete(parser, always_complete_options=False)
     return []
 
 

@@ -99,14 +99,23 @@ def required(path: str | None) -> str:
 def parse_unread(
     argv: Sequence[str], parser: argparse.ArgumentParser
 ) -> tuple[str | None, list[tuple[str, str | None]], argparse.Namespace]:
-    """(--config or None, its overrides as read_config takes them, options); exits with status 2 on bad options."""
+    """(--config or None, its overrides as read_config takes them, options); exits with status 2 on bad options.
+
+    A command may take its config as an argument `config` as well. --print_config is answered here, with status 0.
+    """
     if "_ARGCOMPLETE" in os.environ:
         complete(parser)
     try:
         plain, path, overrides, printing = _split(argv)
         if not parser.takes_config and (path is not None or overrides or printing):
             raise UsageError(f"--config: must be left out; {parser.prog} takes none (a run's own config counts)")
+        if printing:  # needs nothing else
+            for each in (*parser._actions, *parser._mutually_exclusive_groups):
+                each.required = False
         options, unknown = parser.parse_known_args(plain)
+        if path is not None and getattr(options, "config", None):
+            raise UsageError("--config: must be given once")
+        path = path or getattr(options, "config", None)
         if unknown and not unknown[0].startswith("-"):
             raise UsageError(f"{unknown[0]}: must be left out; arguments are --options and --config.key=value")
         if unknown:
@@ -122,9 +131,22 @@ def parse_unread(
 
 
 def shown(config: ConfigDict) -> str:
-    """A config for a reader, "section.key = value" a line."""
-    flat, order = _flat(config), base.keys()
-    return "\n".join(f"{key} = {flat[key]!r}" for key in order)
+    """A config as a Python file that --config reads again."""
+    flat = _flat(config)
+    lines = [f"    config.{key} = {flat[key]!r}" for key in list(base.keys())]
+    head = ["from steppe.configs import base", "", "", "def get_config():", "    config = base.get_config()"]
+    return "\n".join([*head, *lines, "    return config"])
+
+
+def names(package: str, function: str, *more: str) -> Callable[..., list[str]]:
+    """An argcomplete completer of the modules of a package that define a function, other words, and Python files."""
+
+    def offered(prefix: str = "", **_) -> list[str]:
+        import argcomplete
+
+        return [*more, *ready(package, function), *argcomplete.FilesCompleter(["py"])(prefix)]
+
+    return offered
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +154,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
     import argcomplete
 
     if parser.takes_config:
-        names = parser.add_argument("--config")
-        names.completer = lambda **_: [*ready("steppe.configs", "get_config"), *argcomplete.FilesCompleter(["py"])("")]
+        parser.add_argument("--config").completer = names("steppe.configs", "get_config")
         parser.add_argument("--print_config", action="store_true")
         if "--config." in os.environ["COMP_LINE"]:
             for key, declared in base.keys().items():
@@ -244,14 +265,15 @@ def call(flag: str, text: str, function: str, package: str) -> Any:
     A NAME is a module of `package`. UsageError for whatever fails in it.
     """
     name, colon, argument = text.partition(":")
-    if os.path.isfile(name):
-        file, loader = name, importlib.machinery.SourceFileLoader("steppe_config", name)
-        spec = importlib.util.spec_from_loader("steppe_config", loader)
-    else:
-        spec = _module(flag, name, function, package)
-        file = spec.origin
-    module = importlib.util.module_from_spec(spec)
+    file = name
     try:
+        if os.path.isfile(name):
+            loader = importlib.machinery.SourceFileLoader("steppe_config", name)
+            spec = importlib.util.spec_from_loader("steppe_config", loader)
+        else:
+            spec = _module(flag, name, function, package)
+            file = spec.origin
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         called = getattr(module, function, None)
         if not callable(called):

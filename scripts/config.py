@@ -25,9 +25,10 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "diff":
         return diff(argv[1:])
     parser = command.parser("config", __doc__)
-    parser.add_argument("name", nargs="?", default="base", metavar="NAME", help="default: base")
-    path, overrides, options = command.parse_unread(argv, parser)
-    print(table(flatten(command.read_config(path or options.name, overrides)), shutil.get_terminal_size().columns))
+    chosen = parser.add_argument("config", nargs="?", metavar="NAME", help="default: base")
+    chosen.completer = command.names("steppe.configs", "get_config", "diff")
+    path, overrides, _ = command.parse_unread(argv, parser)
+    print(table(flatten(command.read_config(path or "base", overrides)), shutil.get_terminal_size().columns))
     return 0
 
 
@@ -50,7 +51,8 @@ def table(values: dict[str, Any], columns: int = 100) -> str:
 def diff(argv: Sequence[str]) -> int:
     """`config diff A B`: the keys that differ, with both values."""
     parser = command.parser("config diff", "The keys in which two configs differ.", config=False)
-    parser.add_argument("both", nargs=2, metavar="CONFIG", help="as --config takes it, or the workdir of a run")
+    both = parser.add_argument("both", nargs=2, metavar="CONFIG", help="as --config takes it, or the workdir of a run")
+    both.completer = command.names("steppe.configs", "get_config")
     one, other = (flatten(read(text)) for text in command.options_of(argv, parser).both)
     differing = [name for name in one if one[name] != other[name]]
     for name in differing:

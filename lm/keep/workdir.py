@@ -17,13 +17,12 @@ CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
 
 
 def changes(before: Mapping, now: Mapping) -> dict[str, list]:
-    """{key: [before, now]} of two nested configs, free keys left out; a key that was not there yet has its default."""
-    old, new = (base.with_defaults(flatten(config)) for config in (before, now))
-    return {
-        key: [old.get(key), new.get(key)]
-        for key in sorted({*old, *new})
-        if key not in base.FREE and old.get(key) != new.get(key)
-    }
+    """{key: [before, now]} of two nested configs, free keys left out; a key that was not there yet has its default.
+
+    Raises ConfigError for keys that this version has no longer.
+    """
+    old, new = (flatten(base.completed(config)) for config in (before, now))
+    return {key: [old[key], new[key]] for key in sorted(old) if key not in base.FREE and old[key] != new[key]}
 
 
 def is_new(workdir: str) -> bool:

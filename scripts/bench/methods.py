@@ -9,12 +9,14 @@ memory is that of a second program, its readout in chunks as in training. Nothin
 import argparse
 from collections.abc import Sequence
 
+from steppe.scripts import command
+
 COLUMNS = "method | FLOPs | predicted | temporary MiB | over AdamW | FLOPs, derivative kept"
 
 
 def main(argv: Sequence[str] = ()) -> None:
     """Prints the table as Markdown. argv: see --help."""
-    parser = argparse.ArgumentParser(prog="steppe bench methods", description=__doc__.splitlines()[0])
+    parser = command.parser("bench methods", __doc__.splitlines()[0], config=False)
     parser.add_argument("--layers", type=int, default=4, help="Transformer blocks")
     parser.add_argument("--width", type=int, default=240, help="width; the MLP is four times as wide")
     parser.add_argument("--vocabulary", type=int, default=32128, help="vocabulary, tied to the readout")
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--sequence_length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--chunks", type=int, default=8, help="pieces of the readout, when memory is measured")
     parser.add_argument("methods", nargs="*", help="names of optim/methods.py; none: all")
-    options = parser.parse_args(argv)
+    options = command.options_of(argv, parser)
     for line in table(options):
         print(line, flush=True)
 

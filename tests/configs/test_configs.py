@@ -56,6 +56,8 @@ def test_a_config_written_before_a_key_existed_has_its_default():
     assert base.completed(whole).to_dict() == quickstart.get_config().to_dict()
     with pytest.raises(ConfigError, match=r"config.optim.colour = 3: must be left out: this version has no such key"):
         base.completed({"optim": {"colour": 3}})
+    with pytest.raises(ConfigError, match=r"config.optim.colour = 3: .*\(nor optim.taste, shape\)"):
+        base.completed({"optim": {"colour": 3, "taste": 2}, "shape": 1})
     with pytest.raises(ConfigError, match=r"config.model.width = 'wide': must be an integer >= 1"):
         base.completed({"model": {"width": "wide"}})
 

@@ -80,3 +80,26 @@ def test_two_processes_cannot_hold_one_workdir(tmp_path, config):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     take(tmp_path, config)  # a kill gives it up
+
+
+def test_every_free_key_may_change_when_a_run_continues(tmp_path, config):
+    before = config.to_dict()
+    other = {bool: lambda old: not old, str: lambda old: f"{old}x", tuple: lambda old: (*old, "more=x")}
+    for name, key in base.keys().items():
+        section, _, last = name.rpartition(".")
+        place = config[section] if section else config
+        if key.free:
+            place[last] = other.get(type(place[last]), lambda old: old + 1)(place[last])
+    assert changes(before, config.to_dict()) == {}
+    config.seed += 1
+    assert list(changes(before, config.to_dict())) == ["seed"]
+
+
+def test_a_run_of_another_version_continues_unless_its_keys_are_gone(tmp_path, config):
+    old = config.to_dict()
+    del old["model"]["label_smoothing"], old["curvature"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    take(tmp_path, config)
+    (tmp_path / "config.json").write_text(json.dumps(old | {"colour": 3}))
+    with pytest.raises(ConfigError, match=r"config.colour = 3: must be left out: this version has no such key"):
+        take(tmp_path, config)
