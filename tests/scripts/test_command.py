@@ -190,7 +190,7 @@ def test_a_mistyped_module_gets_the_line_of_a_mistyped_command(words):
             ["--config = configs/nope.py", "must be one of base, paper, quickstart, study, a module or a file"],
         ),
         (["--config=configs"], ["--config = configs", "a module or a file"]),
-        (["--config=base:24m"], ["configs/base.py:24m", "takes no argument"]),
+        (["--config=base:24m"], ["base:24m", "takes no argument"]),
         (["--config=lm/__init__.py"], ["--config = lm/__init__.py", "get_config()"]),
         (["--config=README.md"], ["--config = README.md", ""]),
         ([CONFIG, "--step=3"], ["--step", "did you mean --steps?"]),

@@ -1,5 +1,6 @@
 """One process, one config, one id for each workdir."""
 
+import json
 import signal
 import subprocess
 import sys
