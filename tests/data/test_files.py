@@ -21,9 +21,10 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, broke
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patched:
         patched.setattr(os, broken, fail)
-        files.write(path, "new")
+        with pytest.raises(OSError, match="No space"):
+            files.write(path, "new")
     assert (path.read_text() if path.exists() else None) == before
     assert files.leftovers(tmp_path) == []
     files.write(path, b"new")
@@ -32,11 +33,16 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, broke
 
 def test_a_block_that_fails_replaces_nothing(tmp_path):
     path = tmp_path / "file.txt"
-    with pytest.raises(KeyError), files.replacing(path) as aside:
-        with open(aside, "w") as handle:
-            handle.write("half")
-        assert [str(found) for found in files.leftovers(tmp_path)] == [aside]
-        raise KeyError
+
+    def half():
+        with files.replacing(path) as aside:
+            with open(aside, "w") as handle:
+                handle.write("half")
+            assert [str(found) for found in files.leftovers(tmp_path)] == [aside]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
     assert list(tmp_path.iterdir()) == []
 
 
