@@ -110,9 +110,8 @@ def _open_rows(directory: str, entry: dict) -> Rows:
         raise CorpusDamaged(f"{directory}: {entry['name']} cannot be read: {_line(error)}") from error
     if len(records) != entry["rows"]:
         raise CorpusDamaged(f"{directory}: {entry['name']} has {len(records)} rows, the manifest says {entry['rows']}")
-    return Rows(
-        entry["name"], entry["weight"], entry["rows"], entry["tokens"], entry["bytes"], entry["documents"], records
-    )
+    own = ("name", "weight", "rows", "tokens", "bytes", "documents")
+    return Rows(**{key: entry[key] for key in own}, records=records)
 
 
 def training_rows(

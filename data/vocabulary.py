@@ -35,7 +35,16 @@ class Tokenizer(NamedTuple):
 def load_tokenizer(spec: str) -> Tokenizer:
     """Loads `spec`, "bytes" or the path of a SentencePiece model, without tensorflow."""
     if spec == "bytes":
-        return Tokenizer("bytes", "bytes", 256 + BYTE_OFFSET, PAD_ID, 1, _encode_bytes, _decode_bytes, _measure_bytes)
+        return Tokenizer(
+            spec=spec,
+            fingerprint=spec,
+            vocab_size=256 + BYTE_OFFSET,
+            pad_id=PAD_ID,
+            eos_id=1,
+            encode=_encode_bytes,
+            decode=_decode_bytes,
+            measure=_measure_bytes,
+        )
     model = read_model(spec)
     import sentencepiece
     from sentencepiece import sentencepiece_pb2
@@ -63,7 +72,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ids, np.diff(ends, prepend=np.int32(0))
 
     digest = hashlib.sha256(model).hexdigest()[:32]
-    return Tokenizer(spec, f"sentencepiece-{digest}", size, PAD_ID, eos_id, processor.EncodeAsIds, decode, measure)
+    return Tokenizer(
+        spec=spec,
+        fingerprint=f"sentencepiece-{digest}",
+        vocab_size=size,
+        pad_id=PAD_ID,
+        eos_id=eos_id,
+        encode=processor.EncodeAsIds,
+        decode=decode,
+        measure=measure,
+    )
 
 
 def _encode_bytes(text: str) -> list[int]:

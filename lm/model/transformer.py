@@ -47,11 +47,15 @@ def padded_vocabulary(size: int, multiple: int) -> int:
 
 def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Shape:
     """The trunk's Shape from config.model, the tokenizer's size, the sequence length and the attention kernel."""
+    own = ("style", "layers", "width", "heads", "mlp_width", "qk_norm", "tie_embeddings", "rope_base", "norm_epsilon")
     return Shape(
-        model.style, model.layers, model.width, model.heads, model.kv_heads or model.heads, model.mlp_width,
-        padded_vocabulary(vocabulary_size, model.vocabulary_multiple), sequence_length, model.qk_norm,
-        model.tie_embeddings, model.rope_base, model.norm_epsilon, model.compute_dtype, kernel, model.remat,
-    )  # fmt: skip
+        **{name: model[name] for name in (*own, "remat")},
+        kv_heads=model.kv_heads or model.heads,
+        vocabulary=padded_vocabulary(vocabulary_size, model.vocabulary_multiple),
+        sequence_length=sequence_length,
+        dtype=model.compute_dtype,
+        kernel=kernel,
+    )
 
 
 def _fan_in(*axes: int, scale: float = 1.0) -> Callable:
