@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture, from its metrics.jsonl alone."""
+"""How pictures look, and the loss curve of a run, from its metrics.jsonl alone."""
 
 import math
 import os
@@ -7,7 +7,34 @@ from pathlib import Path
 from steppe.lm.run import tracking
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by lightness and dash, in grey print
-_BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+BLACK, GREY, PALE = "#000000", "#555555", "#999999"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+
+
+def styled(**changes):
+    """The context in which figures are made and saved; changes: of STYLE, `_` for the dots of their names."""
+    import matplotlib
+
+    return matplotlib.rc_context({**STYLE, **{name.replace("_", "."): value for name, value in changes.items()}})
+
+
+def figure(width: float, height: float):
+    """An empty figure, in inches, that lays out its axes."""
+    from matplotlib.figure import Figure  # draws off screen; pyplot would choose a backend for the whole process
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def loss_curve(workdir: str | os.PathLike) -> Path | None:
@@ -25,20 +52,15 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
     baselines = runs[-1]["baselines"] if runs and "baselines" in runs[-1] else {}
     title = runs[-1]["title"] if runs and "title" in runs[-1] else Path(workdir).resolve().name
 
-    import matplotlib
-    from matplotlib.figure import Figure  # draws off screen; pyplot would choose a backend for the whole process
-
     gap = [
         (record["step"], record["perturbed_loss"] - record["loss"])
         for record in train
         if "perturbed_loss" in record and record["perturbed_loss"] != record["loss"]
     ]
-    with matplotlib.rc_context(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6}
-    ):
-        figure = Figure(figsize=(7, 5.2 if gap else 4), layout="constrained")
+    with styled():
+        drawn = figure(7, 5.2 if gap else 4)
         ratios = [3, 1] if gap else [1]
-        axes = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
+        axes = drawn.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
         _losses(axes[0, 0], train, records, baselines)
         axes[0, 0].set_title(title, fontsize=10, loc="left")
         if gap:
@@ -46,7 +68,7 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
         axes[-1, 0].set_xlabel("step")
         axes[-1, 0].set_xlim(0, train[-1]["step"] * 1.01)
         path = Path(workdir) / "loss.png"
-        figure.savefig(path, dpi=160)
+        drawn.savefig(path, dpi=160)
     return path
 
 
@@ -68,19 +90,17 @@ def _smoothing(count: int) -> float:
 def _losses(axes, train, records, baselines):
     steps, losses = [record["step"] for record in train], [record["loss"] for record in train]
     smooth = running_mean(losses, _smoothing(len(losses)))
-    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.7)
-    axes.plot(steps, smooth, color=_BLUE, label=f"training {smooth[-1]:.3f}")
+    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7)
+    axes.plot(steps, smooth, color=BLUE, label=f"training {smooth[-1]:.3f}")
     names = dict.fromkeys(record["name"] for record in records if record["kind"] == "evaluate")
     for name, marker in zip(names, "osD^vP*X" * len(names), strict=False):
         points = [(r["step"], r["loss"]) for r in records if r["kind"] == "evaluate" and r["name"] == name]
         label = f"held-out {name} {points[-1][1]:.3f}"
-        axes.plot(
-            *zip(*points, strict=True), color=_VERMILION, marker=marker, markersize=4, linestyle="--", label=label
-        )
+        axes.plot(*zip(*points, strict=True), color=VERMILION, marker=marker, markersize=4, linestyle="--", label=label)
     for (name, value), dash in zip(
         baselines.items(), [":", "-.", (0, (6, 2)), (0, (1, 3))] * len(baselines), strict=False
     ):
-        axes.axhline(value, color=_GREY, linewidth=1.1, linestyle=dash, label=f"{name} {value:.3f}")
+        axes.axhline(value, color=GREY, linewidth=1.1, linestyle=dash, label=f"{name} {value:.3f}")
 
     # the first steps, at log(vocabulary), would flatten all the rest
     settled = [value for value in smooth[len(smooth) // 20 :] if math.isfinite(value)]
@@ -91,18 +111,16 @@ def _losses(axes, train, records, baselines):
         low, high = min(shown), max(shown)
         axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.08 * (high - low) + 1e-3)
     axes.set_ylabel("loss, nats per token")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(fontsize=9)
 
 
 def _sharpness(axes, gap):
     steps, values = zip(*gap, strict=True)
-    axes.plot(steps, values, color=_GREEN, alpha=0.25, linewidth=0.7)
+    axes.plot(steps, values, color=GREEN, alpha=0.25, linewidth=0.7)
     smooth = running_mean(list(values), _smoothing(len(values)))
-    axes.plot(steps, smooth, color=_GREEN)
+    axes.plot(steps, smooth, color=GREEN)
     settled = sorted(value for value in smooth[len(smooth) // 20 :] if math.isfinite(value))
     if settled:
         low, high = min(0.0, settled[0]), max(0.0, settled[-1])
         axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
     axes.set_ylabel("perturbed\n$-$ clean")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)

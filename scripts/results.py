@@ -2,7 +2,7 @@
 
     for result in results.read("sweeps/rho"): print(result.name, result.status, result.loss)
 
-A sweep's directory holds `sweep.json` (what its runs are: scripts/sweep.py writes it), `runs/NAME/`, each the ordinary
+A sweep's directory holds `sweep.json` (what its runs are: steppe sweep writes it), `runs/NAME/`, each the ordinary
 workdir of steppe train, and in each `outcome.json` once the run has ended for good.
 """
 

@@ -1,6 +1,6 @@
 """What a trained model keeps: its held-out loss under weight noise, rounding of weights, and further training.
 
-Functions of parameter trees, and the few compiled programs that measure them; the command is scripts/retention.py.
+Functions of parameter trees, and the few compiled programs that measure them; the command is steppe retention.
 """
 
 import math

@@ -181,7 +181,7 @@ class Tracker:
             elif flops:
                 parts.append(f"{_si(flops, ' ')}FLOP/s")
         if step > self._first[1]:
-            parts.append(f"ETA {_clock_face((self._total - step) * (now - self._first[0]) / (step - self._first[1]))}")
+            parts.append(f"ETA {clock_face((self._total - step) * (now - self._first[0]) / (step - self._first[1]))}")
         return "  ".join(parts)
 
     def _pause(self, step: int) -> None:
@@ -366,7 +366,10 @@ def _si(number: float, gap: str = "") -> str:
     return f"{number:.{digits}f}{gap}{letter}"
 
 
-def _clock_face(seconds: float) -> str:
+def clock_face(seconds: float) -> str:
+    """1:02:03 or 2:03; ? where unknown."""
+    if math.isnan(seconds):
+        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

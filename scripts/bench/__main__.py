@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if kind not in KINDS:
         return command.fail(f"steppe bench {kind or 'nothing'}: must be one of {', '.join(KINDS)}")
-    return importlib.import_module(f"steppe.scripts.bench.{kind}").main(rest) or 0
+    return importlib.import_module(f"steppe.scripts.bench.{kind}").main(rest)
 
 
 if __name__ == "__main__":

@@ -8,29 +8,17 @@ other load on the machine disturbs less. Memory is XLA's own count of what the p
 
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 
 from steppe.scripts import command
+from steppe.scripts.bench import turns
 
 NAMES = ("gradient", "hessian", "ggn", "nme", "preconditioned hessian")
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints one table per size; returns the exit status."""
-    parser = command.parser("bench curvature", __doc__, config=False)
-    parser.add_argument("--sizes", nargs="+", default=["24m"], help="names of configs/sizes.py")
-    parser.add_argument("--batch_size", type=int, default=4, help="sequences")
-    parser.add_argument("--sequence_length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--vocabulary_size", type=int, default=32100, help="tokens of the vocabulary")
-    parser.add_argument("--remat", default="dots", help="as config.model.remat")
-    parser.add_argument("--runs", type=int, default=5, help="turns of each program, after one to warm up; 0: none")
-    options = command.options_of(argv, parser)
-    from steppe.configs.sizes import SIZES
-
-    for size in options.sizes:
-        if size not in SIZES:
-            return command.fail(f"--sizes {size}: must be one of {', '.join(SIZES)}")
+    options = command.options_of(argv, turns.parser("bench curvature", __doc__, turns=5))
     for size in options.sizes:
         for line in table(size, options):
             print(line, flush=True)
@@ -39,17 +27,8 @@ def main(argv: Sequence[str]) -> int:
 
 def table(size: str, options):
     """Yields the lines of one size's table, as Markdown."""
-    import jax
-
     count, programs, arguments = programs_of(size, options)
-    wall, cpu = ({name: [] for name in programs} for _ in range(2))
-    for turn in range(options.runs + 1 if options.runs else 0):
-        for name, program in programs.items():
-            since = time.perf_counter(), time.process_time()
-            jax.block_until_ready(program(*arguments[name]))
-            if turn:
-                wall[name].append(time.perf_counter() - since[0])
-                cpu[name].append(time.process_time() - since[1])
+    times = turns.take({name: lambda name=name: programs[name](*arguments[name]) for name in programs}, options.runs)
     yield (
         f"\n{size}, {count:,} parameters: {options.batch_size} x {options.sequence_length} tokens, vocabulary "
         f"{options.vocabulary_size}, float32, remat {options.remat}; medians of {options.runs} alternating turns. One "
@@ -60,11 +39,12 @@ def table(size: str, options):
     for name, program in programs.items():
         cells = ["", "", ""]
         if options.runs:
-            ratios = [
-                statistics.median(a / b for a, b in zip(times[name], times["gradient"], strict=True))
-                for times in (wall, cpu)
+            wall, cpu = times[name]
+            cells = [
+                f"{turns.ratio(wall, times['gradient'].wall):.2f}",
+                f"{statistics.median(cpu):.2f}",
+                f"{turns.ratio(cpu, times['gradient'].cpu):.2f}",
             ]
-            cells = [f"{ratios[0]:.2f}", f"{statistics.median(cpu[name]):.2f}", f"{ratios[1]:.2f}"]
         memory = program.memory_analysis().temp_size_in_bytes / 2**20
         yield f"| {name} | {' | '.join(cells)} | {memory:.0f} |"
 
@@ -74,23 +54,15 @@ def programs_of(size: str, options):
     import jax
     import jax.numpy as jnp
 
-    from steppe.configs import base, sizes
     from steppe.lm.run.assembly import assemble
     from steppe.lm.run.state import create
     from steppe.optim.curvature import products
     from steppe.optim.rule import plain_gradient
 
-    config = base.get_config()
-    config.model.size = size
-    sizes.resolve(config)
-    config.model.remat = options.remat
-    config.train.batch_size, config.data.sequence_length = options.batch_size, options.sequence_length
-    config.mesh.update(data=1, fsdp=1, tensor=1)
+    config = turns.config_of(size, options)
     config.optim.base = "sgd"  # whose state is small; no step is taken
     parts = assemble(config, options.vocabulary_size, 10**9, devices=jax.devices()[:1])
-    shape = (options.batch_size, options.sequence_length + 1)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, options.vocabulary_size)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones(tokens[:, 1:].shape, jnp.float32)}
+    batch = turns.batch_of(options)
 
     def preconditioned(params, batch, vector, scale):
         product = lambda v: products.hessian_product(parts.objective, params, batch, v)  # noqa: E731

@@ -6,6 +6,7 @@ Preparation is measured on the embedded corpus in CPU seconds, so its tokens/s a
 are busy. Steps are real ones, of AdamW, the fastest method. The loop reads through the prefetch of the training loop.
 """
 
+import math
 import shutil
 import sys
 import tempfile
@@ -101,13 +102,11 @@ def _step_rate(config, corpus, steps: int) -> tuple[float, float]:
 
     from steppe.data.loader import prefetch, training_rows
     from steppe.lm.model.mesh import local_rows, place_batch
-    from steppe.lm.run.assembly import assemble
     from steppe.lm.run.state import create
-    from steppe.lm.run.step import make_step
+    from steppe.scripts.plan import compiled_step
 
-    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens)
+    parts, step = compiled_step(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, jax.devices())
     state = create(parts.mesh, parts.initialise)
-    step = jax.jit(make_step(parts.objective, parts.optimizer), donate_argnums=0)
     batch_size = config.train.batch_size
     rows = local_rows(parts.mesh, batch_size)
 
@@ -120,11 +119,11 @@ def _step_rate(config, corpus, steps: int) -> tuple[float, float]:
         nonlocal state
         with prefetch(read, first, last, config.data.prefetch, config.data.workers) as batches:
             for _, batch in batches:
-                state, metrics = step(state, batch)
+                state, metrics = step(state, batch, math.inf, parts.scalars)
                 jax.block_until_ready(metrics["loss"])
                 yield batches.last_wait
 
-    list(run(0, 1))  # compiles
+    list(run(0, 1))  # warms up
     began = time.perf_counter()
     waited = sum(list(run(1, 1 + steps))[1:])  # nothing can be ready for the first
     spent = time.perf_counter() - began

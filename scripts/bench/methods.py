@@ -1,12 +1,13 @@
 """What each method costs: FLOPs and temporary memory of one step over the base's, as XLA counts them.
 
-    steppe bench methods
+    steppe bench methods [METHOD ...] [--layers=4] [--width=240] ...
 
 XLA counts the body of a loop once, so to count FLOPs layers are unrolled and the readout takes all tokens in one piece;
 memory is that of a second program, its readout in chunks as in training. Nothing is run.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from steppe.scripts import command
@@ -14,9 +15,9 @@ from steppe.scripts import command
 COLUMNS = "method | FLOPs | predicted | temporary MiB | over AdamW | FLOPs, derivative kept"
 
 
-def main(argv: Sequence[str] = ()) -> None:
-    """Prints the table as Markdown. argv: see --help."""
-    parser = command.parser("bench methods", __doc__.splitlines()[0], config=False)
+def main(argv: Sequence[str]) -> int:
+    """Prints the table as Markdown; returns the exit status."""
+    parser = command.parser("bench methods", __doc__, config=False)
     parser.add_argument("--layers", type=int, default=4, help="Transformer blocks")
     parser.add_argument("--width", type=int, default=240, help="width; the MLP is four times as wide")
     parser.add_argument("--vocabulary", type=int, default=32128, help="vocabulary, tied to the readout")
@@ -25,15 +26,21 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--chunks", type=int, default=8, help="pieces of the readout, when memory is measured")
     parser.add_argument("methods", nargs="*", help="names of optim/methods.py; none: all")
     options = command.options_of(argv, parser)
+    from steppe.optim.methods import METHODS, canonical
+
+    try:
+        options.methods = [canonical(name) for name in options.methods] or list(METHODS)
+    except ValueError as error:
+        return command.fail(error)
     for line in table(options):
         print(line, flush=True)
+    return 0
 
 
 def table(options: argparse.Namespace):
     """Yields the lines of the table: FLOPs over AdamW's, measured and predicted, and temporary memory."""
-    from steppe.optim.methods import METHODS, canonical, cost, is_anchored
+    from steppe.optim.methods import cost, is_anchored
 
-    names = [canonical(name) for name in options.methods] or list(METHODS)
     flops, memory, parameters = measure("adamw", options)
     yield (
         f"{parameters / 1e6:.2f}M parameters ({options.layers} layers of width {options.width}, vocabulary "
@@ -45,7 +52,7 @@ def table(options: argparse.Namespace):
     yield ""
     yield f"| {COLUMNS} |"
     yield "|---" * 6 + "|"
-    for name in names:
+    for name in options.methods:
         forwards, backwards = cost(name, sequences=options.batch_size)
         measured, temporary, _ = measure(name, options)
         kept = f"{measure(name, options, keep=True)[0] / flops:.2f}" if is_anchored(name) else ""
@@ -100,7 +107,16 @@ def language_model(options: argparse.Namespace, chunks: int, keep: bool):
     from steppe.lm.model.transformer import Block, Norm, Shape, Trunk
 
     length, width = options.sequence_length, options.width
-    shape = Shape("nanodo", options.layers, width, 4, 4, 4 * width, options.vocabulary, length)
+    shape = Shape(
+        style="nanodo",
+        layers=options.layers,
+        width=width,
+        heads=4,
+        kv_heads=4,
+        mlp_width=4 * width,
+        vocabulary=options.vocabulary,
+        sequence_length=length,
+    )
     free = lambda x, kind: x  # noqa: E731
     scanned = objective(shape, Options(options.vocabulary, length // chunks, keep=keep), free)
 
@@ -125,6 +141,4 @@ def language_model(options: argparse.Namespace, chunks: int, keep: bool):
 
 
 if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

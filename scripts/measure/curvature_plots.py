@@ -3,20 +3,10 @@
 import json
 from pathlib import Path
 
+from steppe.lm import plot
 from steppe.lm.run import tracking
 
-# Okabe and Ito's colours, as in the loss curve
-_BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-}
+_COLOURS = {"hessian": plot.BLUE, "ggn": plot.VERMILION, "nme": plot.GREEN}
 _NAMES = {"hessian": "H", "ggn": "GGN", "nme": "NME"}
 
 
@@ -24,9 +14,10 @@ def of_checkpoint(path: Path) -> list[Path]:
     """Draws spectra-STEP.png and, where there are slices, slices-STEP.png beside STEP.json; returns their paths."""
     found = json.loads(path.read_text(encoding="utf-8"))
     title = f"{path.parents[1].resolve().name}, step {found['step']}"
-    drawn = [_spectra(found, title, path.with_name(f"spectra-{found['step']}.png"))]
-    if "slices" in found:
-        drawn.append(_slices(found, title, path.with_name(f"slices-{found['step']}.png")))
+    with _styled():
+        drawn = [_spectra(found, title, path.with_name(f"spectra-{found['step']}.png"))]
+        if "slices" in found:
+            drawn.append(_slices(found, title, path.with_name(f"slices-{found['step']}.png")))
     return drawn
 
 
@@ -37,8 +28,18 @@ def over_training(workdir: str | Path) -> Path | None:
     recorded = [r for r in tracking.read(workdir) if r["kind"] == "curvature"]
     if not found and not recorded:
         return None
-    figure = _figure(7.5, 5.2)
-    shares, norms, eigenvalues, sharpness = _panels(figure, 2, 2, sharex=True)
+    path = Path(workdir) / "curvature" / "training.png"
+    path.parent.mkdir(exist_ok=True)
+    with _styled():
+        return _training(found, recorded, Path(workdir).resolve().name, path)
+
+
+def _styled():
+    return plot.styled(font_size=9, lines_linewidth=1.5)
+
+
+def _training(found: list[dict], recorded: list[dict], title: str, path: Path) -> Path:
+    figure, (shares, norms, eigenvalues, sharpness) = _panels(7.5, 5.2, 2, 2, sharex=True)
 
     # two batches, so two lines: what the run recorded, and what was measured of its checkpoints
     series = {
@@ -51,57 +52,50 @@ def over_training(workdir: str | Path) -> Path | None:
         if rows:
             steps, logit, functional = zip(*rows, strict=True)
             share = [b**2 / max(a**2 + b**2, 1e-300) for _, a, b in rows]
-            shares.semilogy(steps, share, dash, color=_GREEN, marker=".", label=label)
-            norms.semilogy(steps, logit, dash, color=_VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
-            norms.semilogy(steps, functional, dash, color=_GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
+            shares.semilogy(steps, share, dash, color=plot.GREEN, marker=".", label=label)
+            norms.semilogy(steps, logit, dash, color=plot.VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
+            norms.semilogy(steps, functional, dash, color=plot.GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
     shares.set_title("share of δ_func in ‖δ_logit‖² + ‖δ_func‖²", loc="left", fontsize=9)
     norms.set_title("norms", loc="left", fontsize=9)
     for axes in (shares, norms):
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(fontsize=7)
 
-    at = [f["step"] for f in found]
-    for key, label, colour in (("", "H", _BLUE), ("ggn_", "GGN", _VERMILION), ("nme_", "NME", _GREEN)):
-        eigenvalues.plot(at, [f["summary"][f"{key}lambda_max"] for f in found], color=colour, marker=".", label=label)
+    measured = [f["step"] for f in found]
+    for matrix, label in _NAMES.items():
+        largest = [f["summary"]["lambda_max" if matrix == "hessian" else f"{matrix}_lambda_max"] for f in found]
+        eigenvalues.plot(measured, largest, color=_COLOURS[matrix], marker=".", label=label)
     eigenvalues.set_title("largest eigenvalue", loc="left", fontsize=9)
     for key, label, colour in (
-        ("sam_sharpness", "worst case", _BLUE), ("logit_sharpness", "its logit part", _VERMILION),
-        ("functional_sharpness", "its functional part", _GREEN), ("average_sharpness", "average case", _GREY),
-    ):  # fmt: skip
-        sharpness.plot(at, [f["summary"][key] for f in found], color=colour, marker=".", label=label)
+        ("sam_sharpness", "worst case", plot.BLUE),
+        ("logit_sharpness", "its logit part", plot.VERMILION),
+        ("functional_sharpness", "its functional part", plot.GREEN),
+        ("average_sharpness", "average case", plot.GREY),
+    ):
+        sharpness.plot(measured, [f["summary"][key] for f in found], color=colour, marker=".", label=label)
     sharpness.set_title("rise of the loss, nats per token", loc="left", fontsize=9)
     for axes in (eigenvalues, sharpness):
         axes.set_xlabel("step")
         if found:
-            axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(Path(workdir).resolve().name, fontsize=10, x=0.01, ha="left")
-    path = Path(workdir) / "curvature" / "training.png"
-    path.parent.mkdir(exist_ok=True)
-    return _save(figure, path)
+            axes.legend(fontsize=8)
+    return _save(figure, title, path)
 
 
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure  # draws off screen; pyplot would choose a backend for the whole process
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _panels(figure, rows: int, columns: int, **shared):
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        return figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+def _panels(width: float, height: float, rows: int, columns: int, **shared):
+    """(figure, its axes, row by row)."""
+    figure = plot.figure(width, height)
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared).ravel()
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure, title: str, path: Path) -> Path:
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     return path
 
 
 def _spectra(found: dict, title: str, path: Path) -> Path:
-    figure = _figure(9, 2.9)
-    panels = _panels(figure, 1, 3, sharey=True)
-    for axes, (key, name), colour in zip(panels, _NAMES.items(), (_BLUE, _VERMILION, _GREEN), strict=True):
-        spectrum = found["spectra"][key]
+    figure, panels = _panels(9, 2.9, 1, 3, sharey=True)
+    for axes, (key, name) in zip(panels, _NAMES.items(), strict=True):
+        spectrum, colour = found["spectra"][key], _COLOURS[key]
         axes.semilogy(spectrum["grid"], spectrum["density"], color=colour)
         axes.fill_between(spectrum["grid"], 1e-30, spectrum["density"], color=colour, alpha=0.2)
         axes.set_title(
@@ -114,22 +108,20 @@ def _spectra(found: dict, title: str, path: Path) -> Path:
     alone = min(1 / found["spectra"]["hessian"]["dimension"], 1e-3) * 0.01 * tallest
     panels[0].set_ylim(alone, 3 * tallest)
     panels[0].set_ylabel("density")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return _save(figure, path)
+    return _save(figure, title, path)
 
 
 def _slices(found: dict, title: str, path: Path) -> Path:
     import numpy as np
 
     slices = found["slices"]
-    figure = _figure(9, 3)
-    lines, noise, plane = _panels(figure, 1, 3)
-    for axes, names in ((lines, {"gradient": _BLUE, "nme": _GREEN}), (noise, {"random": _GREY})):
+    figure, (lines, noise, plane) = _panels(9, 3, 1, 3)
+    for axes, names in ((lines, {"gradient": plot.BLUE, "nme": plot.GREEN}), (noise, {"random": plot.GREY})):
         for name, colour in names.items():
             label = {"gradient": "along ε̂", "nme": "NME's top eigenvector", "random": "a random direction"}[name]
             axes.plot(slices[name]["at"], _numbers(slices[name]["loss"]), color=colour, marker=".", label=label)
         axes.set_xlabel("distance from θ")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8)
     lines.set_ylabel("loss, nats per token")
     losses = np.array([_numbers(row) for row in slices["plane"]["loss"]])
     if np.isfinite(losses).all() and np.ptp(losses) > 0:
@@ -139,8 +131,7 @@ def _slices(found: dict, title: str, path: Path) -> Path:
     plane.plot(0, 0, marker="+", color="white")
     plane.set_xlabel("along ε̂")
     plane.set_ylabel("along NME's top eigenvector", fontsize=8)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return _save(figure, path)
+    return _save(figure, title, path)
 
 
 def _numbers(values: list) -> list[float]:

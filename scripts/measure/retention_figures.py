@@ -6,10 +6,14 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from steppe.lm import plot
 from steppe.scripts import results
 
-# Okabe and Ito's colours; beyond eight groups the dash differs
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# beyond eight groups the dash differs
+_COLOURS = (
+    *(plot.BLUE, plot.VERMILION, plot.GREEN, plot.PINK),
+    *(plot.ORANGE, plot.SKY, plot.BLACK, plot.PALE),
+)
 _DASHES = ("-", "--", ":", "-.")
 _EQUAL = {"forgetting_at_equal_gain": "equal gain", "forgetting_at_equal_loss": "equal loss"}
 
@@ -94,33 +98,25 @@ def save(out: Path, found: dict[str, dict], made: Table) -> list[Path]:
     sheet = out / "retention.csv"
     with open(sheet, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([made.header, *made.rows])
-    return [sheet, plot(out / "retention.png", found, made.groups)]
+    return [sheet, draw(out / "retention.png", found, made.groups)]
 
 
-def plot(path: Path, found: dict[str, dict], groups: dict[str, list[str]]) -> Path:
+def draw(path: Path, found: dict[str, dict], groups: dict[str, list[str]]) -> Path:
     """Draws loss against noise, quantisation as bars, and the forgetting frontier; means and errors over seeds."""
-    import matplotlib
-    from matplotlib.figure import Figure  # draws off screen
-
-    looks = {
+    styles = {
         label: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]}
         for i, label in enumerate(groups)
     }
-    with matplotlib.rc_context(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6}
-    ):
-        tuned = any(record["fine_tune"] for record in found.values())
-        figure = Figure(figsize=(5.2 * (2 + tuned), 4.6 + 0.16 * math.ceil(len(groups) / 3)), layout="constrained")
+    tuned = any(record["fine_tune"] for record in found.values())
+    with plot.styled():
+        figure = plot.figure(5.2 * (2 + tuned), 4.6 + 0.16 * math.ceil(len(groups) / 3))
         axes = figure.subplots(1, 2 + tuned)
-        lines = _noise(axes[0], found, groups, looks)
-        _bars(axes[1], found, groups, looks)
+        lines = _noise(axes[0], found, groups, styles)
+        _bars(axes[1], found, groups, styles)
         if tuned:
-            _frontier(axes[2], found, groups, looks)
-        for each in axes:
-            each.grid(axis="y", color="#dddddd", linewidth=0.6)
-            each.set_axisbelow(True)
+            _frontier(axes[2], found, groups, styles)
         if len(groups) > 1:
-            figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=9)
         figure.savefig(path, dpi=160)
     return path
 
@@ -136,13 +132,13 @@ def _keys(found, prefix: str) -> list[str]:
     return list(dict.fromkeys(key for record in found.values() for key in record["summary"] if key.startswith(prefix)))
 
 
-def _noise(axes, found, groups, looks):
+def _noise(axes, found, groups, styles):
     keys = _keys(found, "noise_")
     scales = [float(key.removeprefix("noise_")) for key in keys]
     lines = []
     for label, names in groups.items():
         means, errors = _columns(found, names, keys)
-        lines.append(axes.errorbar(scales, means, errors, label=label, marker="o", markersize=4, **looks[label]))
+        lines.append(axes.errorbar(scales, means, errors, label=label, marker="o", markersize=4, **styles[label]))
     if all(scale > 0 for scale in scales):
         axes.set_xscale("log")
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
@@ -154,18 +150,18 @@ def _noise(axes, found, groups, looks):
     return lines
 
 
-def _bars(axes, found, groups, looks):
+def _bars(axes, found, groups, styles):
     keys = _keys(found, "int")
     width = 0.8 / len(groups)
     for index, (label, names) in enumerate(groups.items()):
         means, errors = _columns(found, names, keys)
-        places = [place + (index - (len(groups) - 1) / 2) * width for place in range(len(keys))]
-        axes.bar(places, means, width * 0.92, yerr=errors, color=looks[label]["color"], linewidth=0)
+        positions = [key + (index - (len(groups) - 1) / 2) * width for key in range(len(keys))]
+        axes.bar(positions, means, width * 0.92, yerr=errors, color=styles[label]["color"], linewidth=0)
     axes.set_xticks(range(len(keys)), [key.replace("_", "\n") for key in keys], fontsize=9)
     axes.set_xlabel("weights rounded to")
 
 
-def _frontier(axes, found, groups, looks):
+def _frontier(axes, found, groups, styles):
     """A line for each learning rate, thicker for higher ones: where fine-tuning leads from (0, 0)."""
     for label, names in groups.items():
         runs = [found[name]["details"]["fine_tune"]["paths"] for name in names if found[name]["fine_tune"]]
@@ -175,8 +171,8 @@ def _frontier(axes, found, groups, looks):
                 pair = [mean_and_error([point[key] for point in each]) for key in ("gained", "lost")]
                 if all(pair):
                     points.append((pair[0][0], pair[1][0]))
-            look = {**looks[label], "linewidth": 0.8 + 0.7 * number}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
+            style = {**styles[label], "linewidth": 0.8 + 0.7 * number}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
             if label == next(iter(groups)):
                 axes.annotate(f" {same[0]['rate']:g}", points[-1], fontsize=8, va="center")
     axes.set_xlabel("gained on the second text, nats a token")

@@ -216,12 +216,3 @@ def level(cell: Cell, variant: Variant, run: Run) -> float:
     reference = cell.variants.get(variant.reference)
     base = reference.best_losses() if reference else {}
     return run.loss - base[run.seed] + statistics.mean(base.values()) if run.seed in base else run.loss
-
-
-def si(number: float) -> str:
-    """Three digits and a metric letter: 442k, 1.77M."""
-    for letter in ("", "k", "M", "G", "T", "P"):
-        if abs(number) < 999.5 or letter == "P":
-            break
-        number /= 1000
-    return f"{number:.3g}{letter}"

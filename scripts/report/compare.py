@@ -125,20 +125,21 @@ def _page(path: Path, pair, keys, facts) -> Path:
 
 
 def _drawing(name: str, pair):
+    from steppe.scripts import style
     from steppe.scripts.report import drawing as dr
 
-    looks = dr.series(2)
+    styles = style.series(2)
     figure, panels = dr.grid([(0, axis) for axis in ("step", "seconds")], 4.2, 3.4, sharey="row")
     rows = []
-    for label, run, (colour, marker, dash) in zip("AB", pair, looks, strict=True):
+    for label, run, (colour, marker, dash) in zip("AB", pair, styles, strict=True):
         every = max(1, len(run.train_curve) // 400)
         for kind, points in (("training", run.train_curve[::every]), ("held-out", run.curve)):
             rows += [{"run": label, "kind": kind, "step": p.step, "seconds": p.seconds, "loss": p.loss} for p in points]
             for axis in ("step", "seconds"):
                 line = [(getattr(p, axis), p.loss) for p in points if p.step]
-                look = dict(alpha=0.35, linewidth=0.8) if kind == "training" else dict(marker=marker, linestyle=dash)
+                kept = dict(alpha=0.35, linewidth=0.8) if kind == "training" else dict(marker=marker, linestyle=dash)
                 if line:
-                    panels[0, axis].plot(*zip(*line, strict=True), color=colour, label=f"{label} {kind}", **look)
+                    panels[0, axis].plot(*zip(*line, strict=True), color=colour, label=f"{label} {kind}", **kept)
     late = [
         row["loss"] for row in rows if row["step"] > max(r["step"] for r in rows) / 20 and math.isfinite(row["loss"])
     ]

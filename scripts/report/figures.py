@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from steppe.scripts import style
 from steppe.scripts.report import analysis as an
 from steppe.scripts.report import drawing as dr
 from steppe.scripts.report import groups as gr
@@ -17,12 +18,12 @@ def loss_against_rho(study: gr.Study) -> dr.Drawing | None:
     cells = [cell for cell in study.cells if any(rho > 0 for v in cell.variants.values() for rho in v.losses)]
     if not cells:
         return None
-    look, rows = dr.styles(study), []
-    places = dr.places([(cell.budget, cell.scale) for cell in cells])
-    figure, panels = dr.grid(places, 3.1, 2.7)
-    for cell, place in zip(cells, places, strict=True):
-        axes = panels[place]
-        _rho_panel(axes, cell, look, rows)
+    styles, rows = style.of_variants(study.variants), []
+    spread = dr.spread([(cell.budget, cell.scale) for cell in cells])
+    figure, panels = dr.grid(spread, 3.1, 2.7)
+    for cell, position in zip(cells, spread, strict=True):
+        axes = panels[position]
+        _rho_panel(axes, cell, styles, rows)
         axes.set(xscale="log", xlabel="rho", title=cell.label)
     dr.finish(figure, panels, "held-out loss, nats per token")
     worst = sorted({row["variant"] for row in rows if row["status"] == "diverged"})
@@ -39,19 +40,19 @@ def loss_against_rho(study: gr.Study) -> dr.Drawing | None:
     )  # fmt: skip
 
 
-def _rho_panel(axes, cell: gr.Cell, look: dict, rows: list[dict]) -> None:
+def _rho_panel(axes, cell: gr.Cell, styles: dict, rows: list[dict]) -> None:
     seen, tops, lines, above = [], [], [], {}
 
     def on_top(rho: float, **mark) -> None:
         """Marks of one rho hang below each other."""
-        place = above[rho] = above.get(rho, 0) + 1
+        above[rho] = above.get(rho, 0) + 1
         axes.plot(
-            [rho], [1.02 - 0.055 * place], markersize=6, linestyle="none", transform=axes.get_xaxis_transform(),
+            [rho], [1.02 - 0.055 * above[rho]], markersize=6, linestyle="none", transform=axes.get_xaxis_transform(),
             zorder=5, **mark,
         )  # fmt: skip
 
     for name, variant in cell.variants.items():
-        colour, marker, dash = look[name]
+        colour, marker, dash = styles[name]
         means, few, losses = {}, [], {}
         for run in variant.runs:
             value = an.level(cell, variant, run)
@@ -86,7 +87,7 @@ def _rho_panel(axes, cell: gr.Cell, look: dict, rows: list[dict]) -> None:
             if rho > 0 and math.inf in by_seed.values():
                 on_top(rho, color=colour, marker="x", markeredgewidth=1.8)
     for name, means, few in lines:
-        colour, marker, dash = look[name]
+        colour, marker, dash = styles[name]
         axes.plot(list(means), list(means.values()), color=colour, marker=marker, linestyle=dash, label=name)
         if few:
             axes.plot(*zip(*few, strict=True), color=colour, marker=marker, markersize=2.5, linestyle="none", alpha=0.6)
@@ -114,7 +115,7 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
         for (budget, name), pairs in every.items() for cell, optimum in pairs
     ]  # fmt: skip
     budgets = list(dict.fromkeys(budget for budget, _ in every))
-    marks = dict(zip(budgets, dr.series(len(budgets)), strict=True))
+    marks = dict(zip(budgets, style.series(len(budgets)), strict=True))
     names = [name for name in study.variants if any(name == known for _, known in every)]
     columns = min(3, len(names))
     figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(names))], 3.1, 2.6)
@@ -163,7 +164,7 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
 
 def frontier(study: gr.Study) -> dr.Drawing | None:
     """Final loss against tokens, FLOPs and seconds, a row of panels a scale: AdamW's budgets joined by a line."""
-    look, rows = dr.styles(study), []
+    styles, rows = style.of_variants(study.variants), []
     for cell in study.cells:
         for name, variant in cell.variants.items():
             runs = [run for run in variant.best().values() if math.isfinite(run.loss)]
@@ -181,7 +182,7 @@ def frontier(study: gr.Study) -> dr.Drawing | None:
     used = [axis for axis in _AXES if all(row[axis] > 0 for row in rows)]
     figure, panels = dr.grid([(scale, axis) for scale in scales for axis in used], 3.1, 2.5, sharey="row")
     for (scale, axis), axes in panels.items():
-        for name, (colour, marker, dash) in look.items():
+        for name, (colour, marker, dash) in styles.items():
             points = sorted((row[axis], row["loss"], row["lowest"], row["highest"]) for row in rows
                             if row["scale"] == scale and row["variant"] == name)  # fmt: skip
             if points:
@@ -208,7 +209,7 @@ def frontier(study: gr.Study) -> dr.Drawing | None:
 
 def curves(study: gr.Study) -> dr.Drawing | None:
     """Held-out loss during training against tokens, FLOPs and seconds, mean over seeds at the best rho."""
-    look, rows = dr.styles(study), []
+    styles, rows = style.of_variants(study.variants), []
     cells = [cell for cell in study.cells if any(v.method != gr.BASE for v in cell.variants.values())] or study.cells
     for cell in cells:
         rows += [row for variant in cell.variants.values() for row in _curve(cell, variant, cell)]
@@ -227,7 +228,7 @@ def curves(study: gr.Study) -> dr.Drawing | None:
         own = [row for row in rows if row["panel"] == label]
         late = [row["loss"] for row in own if row["share"] >= 0.4]
         for name, budget in dict.fromkeys((row["variant"], row["budget"]) for row in own):
-            colour, marker, dash = look[name]
+            colour, marker, dash = styles[name]
             line = [(row[axis], row["loss"]) for row in own if (row["variant"], row["budget"]) == (name, budget)]
             aside = not label.endswith(f", {budget}")
             kind = dict(label=f"{name}, longer", linestyle="--", markerfacecolor="white") if aside else {}
@@ -276,7 +277,7 @@ def scaling(study: gr.Study, laws: dict[str, st.ScalingLaw]) -> dr.Drawing | Non
     for i, (name, law) in enumerate(laws.items()):
         axes, points = panels[i // columns, i % columns], an.scaling_points(study, name)
         sizes = sorted({point[0] for point in points})
-        for size, (colour, marker, dash) in zip(sizes, dr.series(len(sizes)), strict=True):
+        for size, (colour, marker, dash) in zip(sizes, style.series(len(sizes)), strict=True):
             own = sorted((tokens, loss) for parameters, tokens, loss in points if parameters == size)
             fitted = st.predict(law, size, np.array([tokens for tokens, _ in own]))
             rows += [
@@ -286,7 +287,7 @@ def scaling(study: gr.Study, laws: dict[str, st.ScalingLaw]) -> dr.Drawing | Non
             x = np.geomspace(min(own)[0], max(own)[0], 50)
             axes.plot(*zip(*own, strict=True), color=colour, marker=marker, linestyle="none")
             axes.plot(x, st.predict(law, size, x), color=colour, linestyle=dash)
-            axes.plot([], [], color=colour, marker=marker, linestyle=dash, label=f"{an.si(size)} parameters")
+            axes.plot([], [], color=colour, marker=marker, linestyle=dash, label=f"{style.si(size)} parameters")
         axes.set(xscale="log", xlabel="tokens", title=name)
         dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "held-out loss, nats per token")
@@ -303,7 +304,7 @@ PART = 4  # measures in one drawing
 def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]], part: int = 0) -> dr.Drawing | None:
     """Held-out loss against each measure, a row a cell, a column a measure; at most PART measures a drawing."""
     chosen = dict(list(found.items())[PART * part : PART * (part + 1)])
-    look, rows = dr.styles(study), []
+    styles, rows = style.of_variants(study.variants), []
     for measure, values in chosen.items():
         for cell in study.cells:
             rows += [
@@ -317,7 +318,7 @@ def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]], 
     figure, panels = dr.grid([(label, measure) for label in labels for measure in chosen], 2.9, 2.2, sharey="row")
     for (label, measure), axes in panels.items():
         values = []
-        for name, (colour, marker, _) in look.items():
+        for name, (colour, marker, _) in styles.items():
             own = [
                 (row["value"], row["loss"]) for row in rows
                 if (row["measure"], row["cell"], row["variant"]) == (measure, label, name)
@@ -347,7 +348,7 @@ def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]], 
 
 def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
     """Curvature of checkpoints against tokens, a row a cell, a column a measure, a line a run."""
-    rows, look = an.over_training(study), dr.styles(study)
+    rows, styles = an.over_training(study), style.of_variants(study.variants)
     if not rows:
         return None
     labels, measures = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cell", "measure"))
@@ -355,7 +356,7 @@ def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
     for (label, measure), axes in panels.items():
         own = [row for row in rows if (row["cell"], row["measure"]) == (label, measure)]
         for name, run in dict.fromkeys((row["variant"], row["run"]) for row in own):
-            colour, marker, dash = look[name]
+            colour, marker, dash = styles[name]
             line = [(row["tokens"], row["value"]) for row in own if row["run"] == run]
             axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=name, alpha=0.85)
         axes.set(xlabel="tokens", title=f"{measure}\n{label}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from steppe.scripts import style
 from steppe.scripts.report import analysis as an
 from steppe.scripts.report import groups as gr
 from steppe.scripts.report import statistics as st
@@ -113,7 +114,7 @@ def comparison(study: gr.Study) -> Table:
             where = "one rho tried" if variant.method != gr.BASE and len(variant.losses) == 1 else where
             where = where if variant.choice else "none finished"
             rows.append(
-                {"cell": f"{cell.label}: {cell.parameters:,} parameters, {an.si(cell.tokens)} tokens",
+                {"cell": f"{cell.label}: {cell.parameters:,} parameters, {style.si(cell.tokens)} tokens",
                  "scale": cell.scale, "budget": cell.budget, "parameters": cell.parameters, "tokens": cell.tokens,
                  "variant": name, "rho": best_rho, "where": where, "chosen": (best_rho, where),
                  "finished": sum(math.isfinite(run.loss) for run in variant.runs), "runs": len(variant.runs),
@@ -331,7 +332,7 @@ def runs(study: gr.Study) -> Table:
         [
             Column("run", "run", number=False), Column("status", "status", number=False),
             Column("why", "why", number=False), Column("rho", "rho", rho), Column("seed", "seed"),
-            Column("tokens", "tokens", an.si), Column("flops", "FLOPs", an.si),
+            Column("tokens", "tokens", style.si), Column("flops", "FLOPs", style.si),
             Column("seconds", "seconds", decimals(0)),
             Column("loss", "loss, nats per token", decimals(4)),
         ],

@@ -3,9 +3,9 @@
     steppe sweep --config=FILE --sweep=SPEC --out=DIR [--config.key=value ...] [--jobs=N] [--plan]
     steppe sweep --config=FILE --grid optim.method=sam,functional_sam --grid optim.rho=0.01,0.03 --out=DIR
 
-SPEC is a Python file with get_spec() (scripts/sweep_spec.py says what it returns) or the name of a ready one. Every run
-is an ordinary run of steppe train in DIR/runs/NAME. Run the same command again, or with more values, and it does what
-is missing. Exit status: 0, 1 if a run failed, 2 for bad input, 75 if stopped before the end.
+SPEC is a Python file with get_spec(), of which steppe.scripts.sweep.spec says what it returns, or the name of a ready
+one. Every run is an ordinary run of steppe train in DIR/runs/NAME. Run the same command again, or with more values, and
+it does what is missing. Exit status: 0, 1 if a run failed, 2 for bad input, 75 if stopped before the end.
 """
 
 import json

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from steppe.lm.run.tracking import clock_face
 from steppe.scripts import results
 
 ASSUMED_STARTUP = 12.0  # seconds of imports and compiling, where nothing was measured
@@ -192,7 +193,7 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
                 _range(f"{run.steps:,}" for run in members),
                 f"{sum(run.tokens for run in members):,}",
                 f"{sum(run.flops for run in members):.2g}",
-                clock(sum(map(speed.seconds, left))),
+                clock_face(sum(map(speed.seconds, left))),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -205,7 +206,7 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
         f"runs    {len(runs)} ({shown})",
         f"cost    {sum(run.tokens for run in runs):,} tokens, {sum(run.flops for run in runs):.3g} FLOPs; to do: "
         f"{sum(run.tokens for run in left):,} tokens, {sum(run.flops for run in left):.3g} FLOPs",
-        f"time    {clock(makespan([speed.seconds(run) for run in left], jobs))} with {jobs} at a time ({speed.source})",
+        f"time    {clock_face(makespan(list(map(speed.seconds, left)), jobs))} with {jobs} at a time ({speed.source})",
     ]
     return "\n".join(text)
 
@@ -217,15 +218,6 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
         ends.sort()
         ends[0] += each
     return max(ends)
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03; ? where unknown."""
-    if math.isnan(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _range(texts) -> str:

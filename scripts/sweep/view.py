@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from steppe.lm.run.tracking import clock_face
 from steppe.scripts.sweep.launch import STOPPED, Job
-from steppe.scripts.sweep.plan import Run, Speed, clock, makespan
+from steppe.scripts.sweep.plan import Run, Speed, makespan
 
 
 class View:
@@ -73,9 +74,9 @@ class View:
             self._expected += self._seconds(run)
         loss = f"  loss {outcome['loss']:.4f}" if outcome.get("loss") is not None else ""
         self._print(
-            f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock(seconds)}"
+            f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock_face(seconds)}"
             + (f"  {why}" if why else "")
-            + f"  (left {clock(self._left())})"
+            + f"  (left {clock_face(self._left())})"
         )
 
     def tick(self, running: Sequence[Job], waiting: Sequence[Run]) -> None:
@@ -106,11 +107,11 @@ class View:
             step, loss = progress(job.run.directory)
             elapsed = self._now() - job.began
             left = max(0.0, self._seconds(job.run) - elapsed)
-            table.add_row(job.run.name, f"{step}/{job.run.steps}", f"{loss:.4f}" if step else "", clock(left))
+            table.add_row(job.run.name, f"{step}/{job.run.steps}", f"{loss:.4f}" if step else "", clock_face(left))
         counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(self._statuses.values()).items()))
         table.caption = (
             f"{len(self._running)} running, {len(self._waiting)} to come{', ' + counts if counts else ''} "
-            f"of {self._total}; left {clock(self._left())}"
+            f"of {self._total}; left {clock_face(self._left())}"
         )
         table.caption_justify = "left"
         return table

@@ -1,0 +1,70 @@
+"""What benches share: their options, the config and batch that these mean, and programs that take turns."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from steppe.configs import base, sizes
+from steppe.scripts import command
+
+
+class Times(NamedTuple):
+    """Seconds of every turn of a program: by the clock, and of this process's CPUs, which other load disturbs less."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def parser(name: str, summary: str, turns: int) -> argparse.ArgumentParser:
+    """A parser with the options that config_of and batch_of read."""
+    made = command.parser(name, summary, config=False)
+    made.add_argument("--sizes", nargs="+", default=["24m"], choices=list(sizes.SIZES), help="of configs/sizes.py")
+    made.add_argument("--batch_size", type=int, default=4, help="sequences")
+    made.add_argument("--sequence_length", type=int, default=512, help="tokens of a sequence")
+    made.add_argument("--vocabulary_size", type=int, default=32100, help="tokens of the vocabulary")
+    made.add_argument("--remat", default="dots", help="as config.model.remat")
+    made.add_argument("--runs", type=int, default=turns, help="turns of each program, after one to warm up; 0: none")
+    return made
+
+
+def config_of(size: str, options: argparse.Namespace):
+    """The base config of a named size with the options' shapes."""
+    config = base.get_config()
+    config.model.size = size
+    sizes.resolve(config)
+    config.model.remat = options.remat
+    config.train.batch_size, config.data.sequence_length = options.batch_size, options.sequence_length
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    return config
+
+
+def batch_of(options: argparse.Namespace) -> dict:
+    """Random tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    shape = (options.batch_size, options.sequence_length + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, options.vocabulary_size)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones(tokens[:, 1:].shape, jnp.float32)}
+
+
+def take(programs: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, Times]:
+    """Runs every program once a turn, until what it returns is ready; the first turn warms up and is left out."""
+    import jax
+
+    times = {name: Times([], []) for name in programs}
+    for turn in range(turns + 1 if turns else 0):
+        for name, program in programs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(program())
+            if turn:
+                times[name].wall.append(time.perf_counter() - wall)
+                times[name].cpu.append(time.process_time() - cpu)
+    return times
+
+
+def ratio(mine: list[float], base: list[float]) -> float:
+    """Median over the turns of what one program took over what another took in that turn."""
+    return statistics.median(a / b for a, b in zip(mine, base, strict=True))

@@ -1,0 +1,241 @@
+"""Every command that is documented, run to its end on a small size, with its defaults where they cost little."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from steppe.configs import base
+from steppe.configs.keys import flatten
+from steppe.scripts import cli
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "configs/quickstart.py"
+KEYS = flatten(base.get_config().to_dict())
+TINY = ("--sizes", "0.01m", "--batch_size=8", "--sequence_length=16", "--vocabulary_size=64", "--runs=1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_in_haste():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def steppe(capsys):
+    """steppe(words, status=0) -> (standard output, standard error) of a command that must end so."""
+
+    def run(*words, status: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        try:
+            ended = cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            ended = stop.code
+        out, err = capsys.readouterr()
+        assert ended == status, err
+        return out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder with a few hundred lines of real text."""
+    folder = tmp_path_factory.mktemp("text")
+    source = pathlib.Path(os.__file__).read_text()
+    (folder / "train.txt").write_text(source[:12_000])
+    (folder / "val.txt").write_text(source[12_000:14_000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(text):
+    """Overrides of the quickstart: a tiny model on a small text, the method and all else as they are."""
+    keys = {
+        "model.size": "0.01m",
+        "data.task": f"text:{text}/train.txt@all",
+        "data.held_out": f"('val=text:{text}/val.txt@all',)",
+        "data.cache": text / "cache",
+        "data.sequence_length": 16,
+        "train.duration": "4 steps",
+        "evaluate.batches": 2,
+        "sample.tokens": 4,
+    }
+    return [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small):
+    """The workdir of a run of four steps of the quickstart, with its checkpoint."""
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert cli.main(["train", *small, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+# --------------------------------------------------------------------------------------------------------- the commands
+def test_train_continues_what_it_began_and_looks_into_a_step(steppe, run, small):
+    assert {"metrics.jsonl", "loss.png", "config.json", "checkpoints"} <= {path.name for path in run.iterdir()}
+    before = (run / "checkpoints" / "4" / "SEAL").read_bytes()
+    steppe("train", *small, f"--workdir={run}")
+    assert (run / "checkpoints" / "4" / "SEAL").read_bytes() == before
+    steppe("train", *small, f"--workdir={run}", "--config.optim.rho=0.01", status=2)
+    assert "step 2" in "".join(steppe("train", *small, f"--workdir={run}", "--replay_step=2"))
+
+
+def test_evaluate_and_generate(steppe, run):
+    said, _ = steppe("evaluate", f"--workdir={run}")
+    name, loss, *_ = said.splitlines()[1].split()
+    assert name == "val"
+    assert 0 < float(loss) < 10
+    assert "def " in steppe("generate", f"--workdir={run}", "--prompt=def ", "--tokens=4")[0]
+
+
+def test_prepare_data_prepares_and_shows_and_learns_a_vocabulary(steppe, small, tmp_path):
+    said, _ = steppe("prepare_data", *small, f"--out={tmp_path}/corpus", "--workers=1")
+    assert f"use it with --config.data.directory={tmp_path}/corpus" in said
+    shown, _ = steppe("prepare_data", "show", tmp_path / "corpus", "--step=0")
+    assert "batch 0 of training" in shown
+    assert "=== row 3" in shown
+    steppe("prepare_data", "vocabulary", *small, f"--out={tmp_path}/my.model", "--size=300")
+    assert (tmp_path / "my.model").stat().st_size
+
+
+def test_plan_says_whether_it_fits(steppe):
+    keys = ("--config.model.size=0.01m", "--config.data.sequence_length=16")
+    said, _ = steppe("plan", f"--config={CONFIG}", *keys, "--topology=cpu:1")
+    assert re.search(r"memory .* fits", said)
+    said, _ = steppe("plan", f"--config={CONFIG}", *keys, "--topology=cpu:1", "--search")
+    assert "combinations of remat and mesh should fit" in said
+    said, _ = steppe("plan", "--table", "--sizes", "0.01m", "--methods", "adamw", "sam")
+    assert [line.split("|")[2].strip() for line in said.splitlines()[2:]] == ["adamw", "sam"]
+
+
+def test_report_of_a_run_and_of_two_beside_each_other(steppe, run, tmp_path):
+    steppe("report", run, f"--out={tmp_path}/report")
+    assert "All runs" in (tmp_path / "report" / "index.html").read_text()
+    said, _ = steppe("report", "compare", run, run, f"--out={tmp_path}/two.html")
+    assert "nowhere in 4 common steps" in said
+    assert "<svg" in (tmp_path / "two.html").read_text()
+
+
+def test_curvature_of_every_checkpoint(steppe, run):
+    brief = ("--batches=1", "--probes=2", "--densities=1", "--lanczos=4", "--ascent=1", "--draws=1", "--slices=3")
+    said, _ = steppe("curvature", f"--workdir={run}", "--step=all", *brief)
+    assert "quickstart:4" in said
+    assert json.loads((run / "curvature" / "4.json").read_text())["summary"]["lambda_max"] > 0
+
+
+def test_retention_of_runs(steppe, run, text, tmp_path):
+    brief = ("--fine_tune_steps=2", "--fine_tune_rates=0.001", "--batches=1", "--samples=1", "--noise=0.1", "--bits=8")
+    second = f"--fine_tune=text:{text}/val.txt"
+    steppe("retention", f"--workdir={run}", f"--out={tmp_path}/retention", second, *brief)
+    assert {path.name for path in (tmp_path / "retention").iterdir()} == {"retention.csv", "retention.png"}
+
+
+def rows(said: str) -> list[list[str]]:
+    """The cells of the lines of a Markdown table."""
+    lines = [line.strip("|").split("|") for line in said.splitlines() if line.startswith("| ")][1:]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_bench_step(steppe):
+    table = rows(steppe("bench", "step", *TINY, "--against")[0])
+    names = ["adamw", "sam", "functional_sam:rebuild", "functional_sam:keep", "plain adamw", "optax.contrib.sam"]
+    assert [row[0] for row in table] == names
+    assert all(float(row[1].replace(",", "")) > 0 for row in table)
+    steppe("bench", "step", *TINY, "--methods", "samm", status=2)
+
+
+def test_bench_methods(steppe):
+    shape = ("--layers=1", "--width=16", "--vocabulary=64", "--batch_size=4", "--sequence_length=16", "--chunks=2")
+    table = rows(steppe("bench", "methods", "adamw", "sam", *shape)[0])
+    assert [row[0] for row in table] == ["`adamw`", "`sam`"]
+    assert 1.7 < float(table[1][1]) < 2.1
+    _, said = steppe("bench", "methods", "samm", status=2)
+    assert said.count("\n") == 1
+
+
+def test_bench_curvature(steppe):
+    table = rows(steppe("bench", "curvature", *TINY)[0])
+    assert [row[0] for row in table] == ["gradient", "hessian", "ggn", "nme", "preconditioned hessian"]
+
+
+def test_a_sweep_and_its_report_where_the_user_has_files_of_our_names(small, tmp_path):
+    for name in ("configs", "data", "optim", "lm", "scripts", "steppe"):
+        (tmp_path / f"{name}.py").write_text('raise RuntimeError("a file of the user\'s was imported")\n')
+    (tmp_path / "small.py").write_text((ROOT / CONFIG).read_text())
+
+    def steppe(*words: str) -> str:
+        environment = {**os.environ, "XLA_FLAGS": ""}
+        command = [sys.executable, "-P", "-m", "steppe.scripts.cli", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    sweep = ("sweep", "--config=small.py", *small[1:], "--out=sweeps/rho", "--grid", "optim.rho=0.01,0.03")
+    assert "runs    2 (2 unfinished)" in steppe(*sweep, "--plan")
+    steppe(*sweep)
+    assert "runs    2 (2 unfinished)" not in steppe(*sweep)
+    assert "wrote sweeps/rho/report/index.html" in steppe("report", "sweeps/rho")
+    steppe("report", "compare", "sweeps/rho/runs/rho=0.01", "sweeps/rho/runs/rho=0.03")
+
+
+def test_a_named_sweep_is_planned(steppe, tmp_path):
+    said, _ = steppe("sweep", f"--config={CONFIG}", "--sweep=rho_by_scale:0.1m", f"--out={tmp_path}/rho", "--plan")
+    assert "runs    31 (31 unfinished)" in said
+    said, _ = steppe(
+        "sweep", "--config=configs/study.py", "--sweep=optim/study/spec.py", f"--out={tmp_path}/study", "--plan"
+    )
+    assert "runs    " in said
+
+
+@pytest.mark.exhaustive
+def test_bench_data(steppe):
+    assert "24m, bytes" in steppe("bench", "data", "--steps=1", "--seconds=0.1")[0]
+
+
+@pytest.mark.exhaustive
+def test_chaos(steppe):
+    assert "| 1 | 1 |" in steppe("chaos", "--runs=1", "--only=SIGKILL in a step")[0]
+
+
+# ---------------------------------------------------------------------------------------------------- the documentation
+def documented() -> list[tuple[str, str]]:
+    """(file, command) of every line of documentation that begins with steppe; continued lines are one."""
+    files = ["README.md", "*/README.md", "optim/study/*.md", "configs/**/*.py", "scripts/**/*.py"]
+    found = []
+    for path in [path for pattern in files for path in sorted(ROOT.glob(pattern))]:
+        lines = path.read_text().replace("\\\n", " ").splitlines()
+        found += [(str(path.relative_to(ROOT)), line.strip()) for line in lines if re.match(r"\s*steppe [a-z]", line)]
+    return found
+
+
+@pytest.mark.parametrize(("where", "line"), documented())
+def test_every_documented_option_and_key_exists(where, line, steppe):
+    words = shlex.split(line.replace("[", "").replace("]", "").replace("...", ""), comments=True)[1:]
+    if "|" in words[0] or words[0] not in cli.COMMANDS:
+        pytest.skip("prose")
+    kind = words[1:2] if words[0] == "bench" or words[1] in ("compare", "vocabulary", "show") else []
+    for name in kind[0].split("|") if kind else [""]:
+        shown, _ = steppe(words[0], *filter(None, [name]), "--help")
+        known = set(re.findall(r"--\w+", shown))
+        for word in words[1:]:
+            option = re.match(r"--\w+", word)
+            if key := re.match(r"--config\.([\w.]+)", word):
+                assert key[1] in KEYS, f"{where}: {line}"
+            elif option and option[0] != "--config":
+                assert option[0] in known, f"{where}: {line}"
