@@ -1,1 +1,1 @@
-"""Many runs from one command: what plans, starts, watches or ends the runs of a sweep; `results` reads what they left."""
+"""Many runs from one command: what plans, starts, watches or ends them; `results` reads what they left."""
