@@ -61,12 +61,7 @@ def main(argv: Sequence[str]) -> int:
     from steppe.lm.run.check import check
 
     try:
-        check(
-            config,
-            device_count=jax.device_count(),
-            process_count=jax.process_count(),
-            backend=jax.default_backend(),
-        )
+        check(config, device_count=jax.device_count(), process_count=jax.process_count(), backend=jax.default_backend())
         if options.replay_step is not None:
             replay.replay(config, options.workdir, options.replay_step)
             return 0

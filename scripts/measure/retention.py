@@ -301,10 +301,7 @@ def forgetting(params, increase, tools, parts, config, second, settings: dict, l
     points = sorted({max(1, round(share * settings["fine_tune_steps"])) for share in POINTS})
 
     def both(params) -> dict:
-        return {
-            "gained": before - retention.loss(tools.evaluate, params, batches)[0],
-            "lost": increase(params),
-        }
+        return {"gained": before - retention.loss(tools.evaluate, params, batches)[0], "lost": increase(params)}
 
     paths = []
     for rate in settings["fine_tune_rates"]:

@@ -10,10 +10,7 @@ from steppe.lm import plot
 from steppe.scripts import results
 
 # beyond eight groups the dash differs
-_COLOURS = (
-    *(plot.BLUE, plot.VERMILION, plot.GREEN, plot.PINK),
-    *(plot.ORANGE, plot.SKY, plot.BLACK, plot.PALE),
-)
+_COLOURS = (*(plot.BLUE, plot.VERMILION, plot.GREEN, plot.PINK), *(plot.ORANGE, plot.SKY, plot.BLACK, plot.PALE))
 _DASHES = ("-", "--", ":", "-.")
 _EQUAL = {"forgetting_at_equal_gain": "equal gain", "forgetting_at_equal_loss": "equal loss"}
 

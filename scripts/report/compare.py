@@ -54,10 +54,7 @@ def numbers(a, b) -> list[tuple[str, str, str, str]]:
     last = [run.curve[-1] if run.curve else None for run in (a, b)]
     shared = sorted({point.step for point in a.curve} & {point.step for point in b.curve})
     losses = [{point.step: point.loss for point in run.curve} for run in (a, b)]
-    rows = [
-        ("status", a.status, b.status, ""),
-        ("training losses differ from", "", "", differ),
-    ]
+    rows = [("status", a.status, b.status, ""), ("training losses differ from", "", "", differ)]
     if all(last):
         rows.append(
             ("last held-out loss, nats per token", *(f"{point.loss:.4f} (step {point.step})" for point in last),

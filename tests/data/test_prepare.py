@@ -195,14 +195,7 @@ def test_workers_do_not_change_the_corpus_and_a_killed_preparation_resumes(tmp_p
     chosen = recipe(f"parquet:{parquet}", shards=4)
     alone = prepare(chosen, str(tmp_path / "alone"), log=quiet)
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "steppe.scripts.prepare_data",
-        "--config=base",
-        f"--out={out}",
-    ]
+    command = [sys.executable, "-P", "-m", "steppe.scripts.prepare_data", "--config=base", f"--out={out}"]
     first = subprocess.Popen(
         [*command, "--workers=2", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )

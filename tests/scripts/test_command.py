@@ -63,10 +63,7 @@ def test_negative_numbers_and_last_config_position():
 
 
 def test_none_restores_the_default_of_an_optional_key(tmp_path):
-    mine = _written(
-        tmp_path,
-        f"{_EXTRA}c.optim.rho = 0.5\n  return c\n",
-    )
+    mine = _written(tmp_path, f"{_EXTRA}c.optim.rho = 0.5\n  return c\n")
     assert _parse(mine)[0].optim.rho == 0.5
     assert _parse(mine, "--config.optim.rho=None")[0].optim.rho is None
 

@@ -147,12 +147,7 @@ def test_a_topology_that_is_none_is_one_line(argument, said, capsys, request, mo
 @pytest.mark.parametrize(("kind", "needs"), [("h100:2x8", "steppe[gpu]"), ("v5e:2x4", "steppe[plan]")])
 def test_a_machine_that_is_not_here_is_planned_for_or_what_that_needs_is_said(kind, needs, request):
     """In a process of its own: the compilers of accelerators, where there are any, start with settings of their own."""
-    arguments = [
-        "--config=quickstart",
-        f"--topology={kind}",
-        "--config.mesh.fsdp=8",
-        "--config.mesh.data=-1",
-    ]
+    arguments = ["--config=quickstart", f"--topology={kind}", "--config.mesh.fsdp=8", "--config.mesh.data=-1"]
     arguments += ["--config.model.compute_dtype=bfloat16", "--vocabulary_size=256", "--config.train.batch_size=16"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "steppe.scripts.plan", *arguments],

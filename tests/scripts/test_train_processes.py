@@ -27,15 +27,7 @@ def corpus(tmp_path_factory):
 def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subprocess.Popen:
     """scripts.train on `devices` simulated devices, fsdp over all there are."""
     command = [
-        *(
-            sys.executable,
-            "-P",
-            "-m",
-            "steppe.scripts.train",
-            "--config=base",
-            f"--workdir={workdir}",
-            *arguments,
-        ),
+        *(sys.executable, "-P", "-m", "steppe.scripts.train", "--config=base", f"--workdir={workdir}", *arguments),
         *(f"--config.data.task=text:{corpus}/train.txt@all", f"--config.data.cache={corpus}/cache"),
         *(f"--config.data.held_out=('val=text:{corpus}/val.txt@all',)", "--config.data.sequence_length=16"),
         *(
