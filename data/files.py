@@ -48,7 +48,7 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
 
 def write_json(path: str | os.PathLike, value: Any, *, digits: int | None = None) -> None:
     """Writes JSON; what is not finite becomes null. digits: significant ones that numbers keep, None for all."""
-    write(path, json.dumps(plain(value, digits), indent=1, allow_nan=False) + "\n")
+    write(path, json.dumps(plain(value, digits), indent=1, allow_nan=False))
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
