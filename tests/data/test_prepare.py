@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from steppe.configs.base import get_config
+from steppe.data import files, shards, sources
 from steppe.data import manifest as manifests
 from steppe.data import prepare as preparing
-from steppe.data import shards, sources
 from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus, training_rows
 from steppe.data.packing import from_record
@@ -269,10 +269,7 @@ def test_a_second_preparation_of_the_same_directory_is_refused(tmp_path, documen
     task = write_jsonl(tmp_path / "a.jsonl", documents)
     out = tmp_path / "out"
     out.mkdir()
-    with (
-        preparing.exclusive(str(out / preparing.LOCK), wait=False),
-        pytest.raises(DataError, match="another process is preparing it"),
-    ):
+    with files.lock(out / preparing.LOCK), pytest.raises(DataError, match="another process is preparing it"):
         prepare(recipe(task), str(out), log=quiet)
 
 
