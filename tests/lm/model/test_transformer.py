@@ -133,15 +133,15 @@ def test_remat_changes_memory_not_numbers(remat):
 
 
 def test_choice_of_kernel():
-    assert attention.choose("auto", "cpu", 256, "float32", False) == "einsum"
-    assert attention.choose("auto", "cpu", 512, "float32", False) == "blockwise"
-    assert attention.choose("auto", "gpu", 512, "bfloat16", False) == "cudnn"
-    assert attention.choose("auto", "gpu", 512, "bfloat16", True) == "blockwise"
-    assert attention.choose("auto", "tpu", 512, "bfloat16", True) == "splash"
-    assert attention.choose("auto", "tpu", 500, "bfloat16", False) == "blockwise"
-    assert attention.choose("auto", "tpu", 512, "bfloat16", False, second_order=True) == "blockwise"
-    with pytest.raises(ValueError, match=r"model.attention = 'cudnn'.*use auto"):
-        attention.choose("cudnn", "cpu", 512, "bfloat16", False)
+    assert attention.choose("auto", "cpu", 256, "float32", segmented=False) == "einsum"
+    assert attention.choose("auto", "cpu", 512, "float32", segmented=False) == "blockwise"
+    assert attention.choose("auto", "gpu", 512, "bfloat16", segmented=False) == "cudnn"
+    assert attention.choose("auto", "gpu", 512, "bfloat16", segmented=True) == "blockwise"
+    assert attention.choose("auto", "tpu", 512, "bfloat16", segmented=True) == "splash"
+    assert attention.choose("auto", "tpu", 500, "bfloat16", segmented=False) == "blockwise"
+    assert attention.choose("auto", "tpu", 512, "bfloat16", segmented=False, second_order=True) == "blockwise"
+    with pytest.raises(attention.NoKernel, match=r"needs a GPU.*use auto"):
+        attention.choose("cudnn", "cpu", 512, "bfloat16", segmented=False)
 
 
 def test_table_lookup_is_the_plain_gather_and_its_gradient():
