@@ -18,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("docs", __doc__, config=False)
     parser.add_argument("room", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
     options = command.options_of(argv, parser)
-    place = importlib.util.find_spec(f"steppe.{options.room}").submodule_search_locations[0]
-    text = (Path(place) / "README.md").read_text(encoding="utf-8")
+    folder = importlib.util.find_spec(f"steppe.{options.room}").submodule_search_locations[0]
+    text = (Path(folder) / "README.md").read_text(encoding="utf-8")
     if not sys.stdout.isatty():
         print(text)
         return 0

@@ -154,8 +154,8 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
     names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if config.data.packing == "bestfit":
         names |= {"segments": jnp.int32, "positions": jnp.int32}
-    place = batch_sharding(parts.mesh)
-    batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=place) for name, dtype in names.items()}
+    sharding = batch_sharding(parts.mesh)
+    batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding) for name, dtype in names.items()}
     return parts, lower_step(parts, batch).compile()
 
 

@@ -26,7 +26,7 @@ OF_SIZE = ("model.layers", "model.width", "model.heads", "model.mlp_width")
 
 
 class ResultsError(UsageError):
-    """A place that holds no results, or damaged ones; one line."""
+    """A directory that holds no results, or damaged ones; one line."""
 
 
 class Point(NamedTuple):
@@ -71,14 +71,14 @@ class Result(NamedTuple):
     code: str = ""
 
 
-def read(place: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Result]:
+def read(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Result]:
     """The runs of a sweep's directory, of one workdir, or of several workdirs. ResultsError where there are none."""
-    if isinstance(place, (str, os.PathLike)):
-        found = _of_directory(Path(place))
+    if isinstance(runs, (str, os.PathLike)):
+        found = _of_directory(Path(runs))
     else:
-        found = [_of_workdir(str(directory), Path(directory), {}) for directory in place]
+        found = [_of_workdir(str(directory), Path(directory), {}) for directory in runs]
     if not found:
-        raise ResultsError(f"{place}: must be the directory of a sweep, or workdirs of runs; there is no run in it")
+        raise ResultsError(f"{runs}: must be the directory of a sweep, or workdirs of runs; there is no run in it")
     flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
     varying = varying_keys(flats)
     varied = [{key: flat.get(key) for key in varying} for flat in flats]

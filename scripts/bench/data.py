@@ -1,6 +1,6 @@
 """Throughput of preparing and loading data, beside what training steps consume on this machine.
 
-    steppe bench data [--vocabulary=FILE] [--steps=N]
+    steppe bench data [--vocabulary=FILE] [--size=24m] [--steps=N]
 
 Preparation is measured on the embedded corpus in CPU seconds, so its tokens/s are those of one core even while others
 are busy. Steps are real ones, of AdamW, the fastest method. The loop reads through the prefetch of the training loop.
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
+from steppe.configs.sizes import SIZES
 from steppe.scripts import command
 
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns the exit status."""
     parser = command.parser("bench data", __doc__, config=False)
     parser.add_argument("--vocabulary", metavar="FILE", help="a SentencePiece model to prepare with, beside bytes")
+    parser.add_argument("--size", default="24m", choices=list(SIZES), help="of the model beside the quickstart's")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps measured")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="seconds per measurement of loading")
     options = command.options_of(argv, parser)
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     folder = tempfile.mkdtemp(prefix="steppe-bench-")
     try:
         _bench_preparation(folder, ["bytes", *filter(None, [options.vocabulary])])
-        _bench_loading(folder, options.seconds, options.steps)
+        _bench_loading(folder, options.size, options.seconds, options.steps)
     except DataError as error:
         return command.fail(error)
     finally:
@@ -69,17 +71,17 @@ def _bench_preparation(folder: str, vocabularies: list[str]) -> None:
             )
 
 
-def _bench_loading(folder: str, seconds: float, steps: int) -> None:
+def _bench_loading(folder: str, size: str, seconds: float, steps: int) -> None:
     from steppe.configs import base, quickstart, sizes
     from steppe.data.loader import open_corpus, training_rows
     from steppe.data.prepare import prepare
 
     small = quickstart.get_config()
-    small.optim.method = "adamw"
+    small.optim.update(method="adamw", rho=None)
     large = base.get_config()
-    large.model.size, large.data.sequence_length, large.train.batch_size = "24m", 512, 8
+    large.model.size, large.data.sequence_length, large.train.batch_size = size, 512, 8
     print("\nloading, one thread              batch x T     tokens/s | steps use tokens/s  ratio  wait for data")
-    for name, config, count in (("quickstart", small, steps), ("24m, bytes", large, max(2, steps // 5))):
+    for name, config, count in (("quickstart", small, steps), (f"{size}, bytes", large, max(2, steps // 5))):
         recipe = _recipe(sequence_length=config.data.sequence_length)
         directory = f"{folder}/{recipe.sequence_length}"
         prepare(recipe, directory, log=lambda line: None)

@@ -84,22 +84,25 @@ def checkpoints(options) -> list[tuple[str, int]]:
 
     found = []
     for pattern in options.workdir:
-        places = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        places = [p for p in places if (Path(p) / "config.json").exists()] if glob.has_magic(pattern) else places
-        if not places:
+        workdirs = [pattern]
+        if glob.has_magic(pattern):
+            workdirs = [path for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
+        if not workdirs:
             raise WorkdirError(f"--workdir={pattern}: must match the workdirs of runs")
-        for place in places:
-            steps = saved.steps(place)
+        for workdir in workdirs:
+            steps = saved.steps(workdir)
             if options.step.isdecimal():
                 wanted = [step for step in steps if step == int(options.step)]
             else:
                 wanted = steps if options.step == "all" else steps[-1:]
             if not wanted:
                 have = ", ".join(map(str, steps)) or "none"
-                raise WorkdirError(f"{place}: --step={options.step}: must be one of its checkpoints, which are {have}")
-            found += [(place, step) for step in wanted]
+                raise WorkdirError(
+                    f"{workdir}: --step={options.step}: must be one of its checkpoints, which are {have}"
+                )
+            found += [(workdir, step) for step in wanted]
     if options.skip_done:
-        found = [(place, step) for place, step in found if not path_of(place, step).exists()]
+        found = [(workdir, step) for workdir, step in found if not path_of(workdir, step).exists()]
     return found
 
 

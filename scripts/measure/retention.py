@@ -27,7 +27,7 @@ NO_TEXT = "none"
 SHARE = 0.8  # of what every run gains: runs are compared there, not where the weakest of them just arrives
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """A run to measure: its name in tables, its workdir, its flat config, the step of its checkpoint."""
 
     name: str
@@ -48,23 +48,23 @@ def main(argv: Sequence[str]) -> int:
     def log(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
 
-    places = find(options.workdir, options.step, log)
+    targets = find(options.workdir, options.step, log)
     settings = settings_of(options)
     found, programs, first = {}, {}, None
-    for number, place in enumerate(places, 1):
-        record = None if options.again else stored(place, settings)
-        log(f"{number} of {len(places)}  {place.name}" + (": already measured" if record else ""))
+    for number, target in enumerate(targets, 1):
+        record = None if options.again else stored(target, settings)
+        log(f"{number} of {len(targets)}  {target.name}" + (": already measured" if record else ""))
         if record is None:
-            record = measure(place, settings, programs, first, lambda text: log(f"        {text}"))
-            files.write_json(place.directory / NAME, record)
-        first = _same_text(place, first, record["held_out"]["corpus"], record["fine_tune"])
-        found[place.name] = record
+            record = measure(target, settings, programs, first, lambda text: log(f"        {text}"))
+            files.write_json(target.directory / NAME, record)
+        first = _same_text(target, first, record["held_out"]["corpus"], record["fine_tune"])
+        found[target.name] = record
     compare(found)
-    for place in places:
-        files.write_json(place.directory / NAME, found[place.name])
-    rows = retention_figures.table(found, {place.name: place.config for place in places})
+    for target in targets:
+        files.write_json(target.directory / NAME, found[target.name])
+    rows = retention_figures.table(found, {target.name: target.config for target in targets})
     print(rows.text)
-    out = options.out or (places[0].directory if len(places) == 1 else None)
+    out = options.out or (targets[0].directory if len(targets) == 1 else None)
     if out is None:
         print("--out=DIR writes this table and its plots")
     else:
@@ -127,7 +127,7 @@ def _integer(low: int) -> Callable[[str], int]:
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
-def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) -> list[Place]:
+def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) -> list[Target]:
     """The runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
     from steppe.lm.keep.checkpoint import Checkpoints, directory_of
     from steppe.lm.keep.exits import Unusable
@@ -144,19 +144,19 @@ def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) 
     if not listed:
         raise command.UsageError(f"--workdir = {', '.join(workdirs)}: must hold a finished run")
     names = [result.name for result in listed]
-    places = []
+    targets = []
     for result in listed:
-        at = step
-        if at is None:
+        chosen = step
+        if chosen is None:
             config = config_of(str(result.directory))
             checkpoints = directory_of(config, str(result.directory))
             with Checkpoints(checkpoints, read_only=True, log=log) as kept:
-                at = kept.newest()
-            if at is None:
+                chosen = kept.newest()
+            if chosen is None:
                 raise Unusable(f"{checkpoints}: holds no checkpoint")
         name = result.name if names.count(result.name) == 1 else str(result.directory)
-        places.append(Place(name, result.directory, result.config, at))
-    return places
+        targets.append(Target(name, result.directory, result.config, chosen))
+    return targets
 
 
 def settings_of(options: argparse.Namespace) -> dict:
@@ -166,28 +166,28 @@ def settings_of(options: argparse.Namespace) -> dict:
     return json.loads(json.dumps(chosen))
 
 
-def stored(place: Place, settings: dict) -> dict | None:
+def stored(target: Target, settings: dict) -> dict | None:
     """What has been measured of this checkpoint with these settings, if it has."""
     try:
-        record = json.loads((place.directory / NAME).read_text())
-        return record if (record["settings"], record["step"]) == (settings, place.step) else None
+        record = json.loads((target.directory / NAME).read_text())
+        return record if (record["settings"], record["step"]) == (settings, target.step) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _same_text(place: Place, first: tuple | None, corpus: str, second: dict | None) -> tuple:
+def _same_text(target: Target, first: tuple | None, corpus: str, second: dict | None) -> tuple:
     """(corpus, second corpus) by their fingerprints, which must be those of the first run if there was one."""
     texts = (corpus, second and second["corpus"])
     if first not in (None, texts):
         raise command.UsageError(
-            f"--workdir = {place.directory}: must be of the same text, vocabulary and sequence length as the first "
+            f"--workdir = {target.directory}: must be of the same text, vocabulary and sequence length as the first "
             f"(corpora {', '.join(map(str, texts))} here, {', '.join(map(str, first))} there)"
         )
     return texts
 
 
 # -------------------------------------------------------------------------------------------------------- measuring one
-def measure(place: Place, settings: dict, programs: dict, first: tuple | None, log: Callable[[str], None]) -> dict:
+def measure(target: Target, settings: dict, programs: dict, first: tuple | None, log: Callable[[str], None]) -> dict:
     """The record of a run: its summary of loss increases, and how they came about.
 
     programs: the compiled ones of runs before, by what they depend on; takes those of this run. first: the corpora of
@@ -197,13 +197,13 @@ def measure(place: Place, settings: dict, programs: dict, first: tuple | None, l
     from steppe.lm.measure import retention
     from steppe.lm.run.assembly import assemble
 
-    run = saved.load(str(place.directory), place.step, log=lambda text: None)
+    run = saved.load(str(target.directory), target.step, log=lambda text: None)
     devices, batch_size = list(run.parts.mesh.devices.flat), settings["batch_size"]
     if batch_size % len(devices):
         raise command.UsageError(f"--batch_size = {batch_size}: must be a multiple of the {len(devices)} devices here")
     config = second_config(run.config, settings)
     second = open_second(config, log) if settings["fine_tune"] != NO_TEXT else None
-    _same_text(place, first, run.corpus.fingerprint, second and {"corpus": second.fingerprint})
+    _same_text(target, first, run.corpus.fingerprint, second and {"corpus": second.fingerprint})
     epoch_tokens = (second or run.corpus).epoch_tokens
     parts = assemble(config, run.corpus.tokenizer.vocab_size, epoch_tokens, devices=devices)
     tools = programs.get((parts.shape, parts.options)) or retention.programs(parts)
@@ -236,7 +236,7 @@ def measure(place: Place, settings: dict, programs: dict, first: tuple | None, l
                 summary[key] = increase(tools.quantise(run.params, bits, group, tables))
     log("quantisation  " + _line(summary, "int"))
     record = {
-        "step": place.step,
+        "step": target.step,
         "loss": base,
         "held_out": {"name": name, "corpus": run.corpus.fingerprint, "tokens": tokens},
         "fine_tune": None,
@@ -337,8 +337,8 @@ def compare(found: dict[str, dict]) -> None:
         there = found[name]["details"]["fine_tune"]
         found[name]["details"]["equal"] = {"gain": gain, "loss": loss, "runs": len(best)}
         marks = {"forgetting_at_equal_gain": gain, "forgetting_at_equal_loss": there["loss"] - loss}
-        at = {key: lost_at(_paths(found[name]), mark) for key, mark in marks.items()}
-        found[name]["summary"] |= {key: value for key, value in at.items() if math.isfinite(value)}
+        lost = {key: lost_at(_paths(found[name]), mark) for key, mark in marks.items()}
+        found[name]["summary"] |= {key: value for key, value in lost.items() if math.isfinite(value)}
 
 
 def _paths(record: dict) -> list[list[tuple[float, float]]]:

@@ -27,18 +27,18 @@ def main(argv: Sequence[str]) -> int:
 
         return report_compare.compare(argv[1:])
     parser = command.parser("report", __doc__, config=False)
-    parser.add_argument("place", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
     parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")
     options = command.options_of(argv, parser)
 
     from steppe.scripts import results
 
-    places = options.place
-    if options.out is None and len(places) > 1:
+    directories = options.directories
+    if options.out is None and len(directories) > 1:
         return command.fail("--out is missing: of several runs, it must say where the report goes")
-    found = results.read(places[0] if len(places) == 1 else places)
-    out = options.out or Path(places[0]) / "report"
-    name = Path(places[0]).resolve().name if len(places) == 1 else f"{len(places)} runs"
+    found = results.read(directories[0] if len(directories) == 1 else directories)
+    out = options.out or Path(directories[0]) / "report"
+    name = Path(directories[0]).resolve().name if len(directories) == 1 else f"{len(directories)} runs"
     path = write(found, out, name)
     print(f"wrote {path}")
     return 0

@@ -20,7 +20,7 @@ def compare(argv: Sequence[str]) -> int:
     from steppe.scripts import results
 
     try:
-        pair = [_one(results, place) for place in options.runs]
+        pair = [_one(results, workdir) for workdir in options.runs]
     except results.ResultsError as error:
         return command.fail(error)
     keys, facts = differing(*pair), numbers(*pair)
@@ -91,9 +91,9 @@ def _page_path(text: str) -> Path:
     return path
 
 
-def _one(results, place: str):
-    found = results.read([place])
-    return found[0]._replace(name=Path(place).resolve().name)
+def _one(results, workdir: str):
+    found = results.read([workdir])
+    return found[0]._replace(name=Path(workdir).resolve().name)
 
 
 def _page(path: Path, pair, keys, facts) -> Path:

@@ -121,8 +121,8 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
     figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(names))], 3.1, 2.6)
     for i, name in enumerate(names):
         axes, tried = panels[i // columns, i % columns], []
-        for place, (budget, (colour, marker, dash)) in enumerate(marks.items()):
-            aside = 1.06 ** (place - (len(marks) - 1) / 2)  # marks of one size stand beside each other
+        for number, (budget, (colour, marker, dash)) in enumerate(marks.items()):
+            aside = 1.06 ** (number - (len(marks) - 1) / 2)  # marks of one size stand beside each other
             pairs = every.get((budget, name), [])
             for cell, optimum in pairs:
                 grid = [rho for rho in cell.variants[name].losses if rho > 0]

@@ -22,7 +22,7 @@ _OWN = ("alpha", "beta", "gamma", "lam", "sigma", "decay", "k", "precond_")  # k
 
 
 class Run(NamedTuple):
-    """A Result with its place in the study. loss: infinite if diverged, NaN if there is none (yet)."""
+    """A Result as the study groups it. loss: infinite if diverged, NaN if there is none (yet)."""
 
     result: Result
     scale: str
@@ -100,7 +100,7 @@ def analyse(results: list[Result]) -> Study:
     keys = [key for key in runs[0].result.varied if not key.startswith(_ASIDE)]
     extras, notes = _extras(runs, keys)
     runs = _families([run._replace(variant=_variant(run, extras)) for run in runs])
-    cells = [_cell([run for run in runs if (run.scale, run.budget) == place], place) for place in _places(runs)]
+    cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]
     cells.sort(key=lambda cell: (cell.parameters or math.inf, cell.scale, cell.tokens or math.inf, cell.budget))
     total = sum(cell.df for cell in cells)
     sigma = math.sqrt(sum(cell.df * cell.sigma**2 for cell in cells if cell.df) / total) if total else math.nan
@@ -117,7 +117,16 @@ def _run(result: Result) -> Run:
     if duration == "chinchilla":
         duration = f"{config['train.tokens_per_parameter']:g} tokens a parameter"
     loss = {"finished": result.loss, "diverged": math.inf}.get(result.status, math.nan)
-    return Run(result, _scale(result), duration, method, method, rho, config["seed"], loss)
+    return Run(
+        result=result,
+        scale=_scale(result),
+        budget=duration,
+        method=method,
+        variant=method,
+        rho=rho,
+        seed=config["seed"],
+        loss=loss,
+    )
 
 
 def _scale(result: Result) -> str:
@@ -154,7 +163,7 @@ def _families(runs: list[Run]) -> list[Run]:
     return [run._replace(budget=names.get(run.budget, run.budget)) for run in runs]
 
 
-def _places(runs: list[Run]) -> list[tuple[str, str]]:
+def _names_of_cells(runs: list[Run]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((run.scale, run.budget) for run in runs))
 
 
@@ -163,10 +172,10 @@ def _extras(runs: list[Run], keys: list[str]) -> tuple[dict[str, list[str]], lis
     extras, notes = {}, []
     for key in keys:
         between = set()
-        for place in _places(runs):
+        for cell in _names_of_cells(runs):
             values = {}
             for run in runs:
-                if (run.scale, run.budget) == place:
+                if (run.scale, run.budget) == cell:
                     values.setdefault(run.method, set()).add(str(run.result.config[key]))
             for method, found in values.items():
                 if len(found) > 1 and key not in extras.setdefault(method, []):
@@ -188,7 +197,7 @@ def _first(runs: list[Run], name: str) -> int:
     return next(i for i, run in enumerate(runs) if run.variant == name)
 
 
-def _cell(runs: list[Run], place: tuple[str, str]) -> Cell:
+def _cell(runs: list[Run], label: tuple[str, str]) -> Cell:
     names = list(dict.fromkeys(run.variant for run in runs))
     plain = [name for name in names if name.split(", ")[0] == BASE]
     variants = {}
@@ -201,7 +210,15 @@ def _cell(runs: list[Run], place: tuple[str, str]) -> Cell:
         extra = name.partition(", ")[2]
         reference = BASE + (f", {extra}" if extra else "")
         reference = reference if reference in plain else plain[0] if len(plain) == 1 else ""
-        variants[name] = Variant(name, own[0].method, reference, own, losses, st.choose(losses), None)
+        variants[name] = Variant(
+            name=name,
+            method=own[0].method,
+            reference=reference,
+            runs=own,
+            losses=losses,
+            choice=st.choose(losses),
+            optimum=None,
+        )
     near = {}
     for variant in variants.values():
         for rho in _near(variant):
@@ -209,11 +226,18 @@ def _cell(runs: list[Run], place: tuple[str, str]) -> Cell:
     near = {key: loss for key, loss in near.items() if math.isfinite(loss)}
     fit = st.additive(near) if near else None
     known = [run.result for run in runs if run.result.parameters]
+    scale, budget = label
     return Cell(
-        *place, max((result.parameters for result in known), default=0),
-        max((result.tokens for result in known), default=0), runs, variants,
-        fit.sigma if fit and fit.df else math.nan, fit.df if fit else 0, False,
-    )  # fmt: skip
+        scale=scale,
+        budget=budget,
+        parameters=max((result.parameters for result in known), default=0),
+        tokens=max((result.tokens for result in known), default=0),
+        runs=runs,
+        variants=variants,
+        sigma=fit.sigma if fit and fit.df else math.nan,
+        df=fit.df if fit else 0,
+        pooled=False,
+    )
 
 
 def _near(variant: Variant) -> list[float]:
@@ -221,8 +245,8 @@ def _near(variant: Variant) -> list[float]:
     if variant.choice is None:
         return []
     grid = sorted(variant.losses)
-    at = next(i for i, rho in enumerate(grid) if same(rho, variant.choice.rho))
-    return grid[max(0, at - 1) : at + 2]
+    best = next(i for i, rho in enumerate(grid) if same(rho, variant.choice.rho))
+    return grid[max(0, best - 1) : best + 2]
 
 
 def _with_optima(cell: Cell, sigma: float, df: int) -> Cell:

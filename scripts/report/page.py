@@ -107,8 +107,8 @@ def _table(table: Table) -> str:
                 f'<tr><th scope="rowgroup" class="group" colspan="{len(table.columns)}">{escape(str(group))}</th></tr>'
             )
         cells = []
-        for place, column in enumerate(table.columns):
-            kind = 'th scope="row"' if place == 0 else "td"
+        for number, column in enumerate(table.columns):
+            kind = 'th scope="row"' if number == 0 else "td"
             shown = escape(column.show(row[column.key])).replace("\n", "<br>")
             cells.append(f"<{kind}{_class(column.number)}>{shown}</{kind.split()[0]}>")
         lines.append(f"<tr>{''.join(cells)}</tr>")

@@ -156,9 +156,11 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
     if status:
         return Optimum(status, best, math.nan, math.nan, math.nan, ((best, means[best]),))
     finite = [rho for rho in finite if rho > 0]
-    at = finite.index(best)
+    middle = finite.index(best)
     near = [
-        rho for i, rho in enumerate(finite) if abs(i - at) <= 1 or abs(math.log(rho / best)) <= math.log(4) * (1 + 1e-6)
+        rho
+        for i, rho in enumerate(finite)
+        if abs(i - middle) <= 1 or abs(math.log(rho / best)) <= math.log(4) * (1 + 1e-6)
     ]
     u, y = np.log(np.array(near) / best), np.array([means[rho] for rho in near])
     design = np.stack([np.ones_like(u), u, u * u], 1)

@@ -96,10 +96,10 @@ def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, 
     ranked = sorted(group, key=lambda run: losses[run.name])
     kept = max(1, math.ceil(len(group) * share))
     ended = []
-    for place, run in enumerate(ranked, 1):
-        if place > kept and not outcomes[run.name]:
+    for rank, run in enumerate(ranked, 1):
+        if rank > kept and not outcomes[run.name]:
             best = f"the best has {losses[ranked[0].name]:.4f}"
-            why = f"loss {losses[run.name]:.4f} at step {step}, place {place} of {len(group)}; {best}"
+            why = f"loss {losses[run.name]:.4f} at step {step}, place {rank} of {len(group)}; {best}"
             sweep_launch.record(run.directory, "pruned", sweep_launch.STOPPED, why)
             ended.append(run)
     return ended

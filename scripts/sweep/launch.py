@@ -23,7 +23,7 @@ from steppe.scripts.sweep.plan import Run
 
 LOG, ATTEMPTS, LOCK = "train.log", "attempts.json", "lock"
 FINISHED, DIVERGED, STORAGE, STOPPED = 0, 3, 74, 75  # exit statuses of steppe train
-POLL = 0.2  # seconds between looks at the processes
+POLL = 0.2  # seconds between polls of the processes
 
 
 class Job(NamedTuple):
@@ -55,7 +55,7 @@ def shell_line(run: Run, config: str) -> str:
 
 
 def environment(compiled: Path | None) -> dict[str, str]:
-    """Of a run's process. compiled: where runs share compiled programs, unless the user has a place of their own."""
+    """Of a run's process. compiled: where runs share compiled programs, unless the user has a cache of their own."""
     found = {**os.environ}
     if compiled is not None and "JAX_COMPILATION_CACHE_DIR" not in found:
         # a program is only sure to run on the kind of machine that compiled it

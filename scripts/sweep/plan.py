@@ -86,8 +86,10 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     def epoch_tokens(data: ConfigDict) -> int:
         key = json.dumps(data.to_dict())
         if key not in corpora:
-            place = cache.ensure(data, log)
-            corpora[key] = loader.open_corpus(place, data.vocabulary, data.sequence_length, data.packing, data.verify)
+            directory = cache.ensure(data, log)
+            corpora[key] = loader.open_corpus(
+                directory, data.vocabulary, data.sequence_length, data.packing, data.verify
+            )
         return corpora[key].epoch_tokens
 
     found = []

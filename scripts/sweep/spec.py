@@ -133,8 +133,8 @@ def _expand_block(block: Mapping, where: str) -> list[dict[str, str]]:
         )
     if block.get("list"):
         axes.append([_texts(entry, where) for entry in block["list"]])
-    places = [key for axis in axes for key in dict.fromkeys(key for entry in axis for key in entry)]
-    twice = sorted({key for key in places if places.count(key) > 1})
+    keys = [key for axis in axes for key in dict.fromkeys(key for entry in axis for key in entry)]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise UsageError(f"{where} of the sweep: {twice[0]}: must be in one of set, grid, zip and list")
     runs = [{key: text for entry in entries for key, text in entry.items()} for entries in itertools.product(*axes)]
@@ -142,13 +142,13 @@ def _expand_block(block: Mapping, where: str) -> list[dict[str, str]]:
         if set(rule) != {"if", "set"}:
             raise UsageError(f'{where} of the sweep: where: must be a list of {{"if": {{...}}, "set": {{...}}}}')
         changed = _texts(rule["set"], where)
-        runs = [{**run, **changed} if _matches(run, rule["if"], places, where) else run for run in runs]
-        places += changed
+        runs = [{**run, **changed} if _matches(run, rule["if"], keys, where) else run for run in runs]
+        keys += changed
     if block.get("only"):
-        runs = [run for run in runs if _matches(run, block["only"], places, where)]
+        runs = [run for run in runs if _matches(run, block["only"], keys, where)]
     excluded = block.get("exclude", ())
     for rule in [excluded] if isinstance(excluded, Mapping) else excluded:
-        runs = [run for run in runs if not _matches(run, rule, places, where)]
+        runs = [run for run in runs if not _matches(run, rule, keys, where)]
     return runs
 
 

@@ -203,14 +203,28 @@ def test_a_named_sweep_is_planned(steppe, tmp_path):
     assert "runs    " in said
 
 
-@pytest.mark.exhaustive
 def test_bench_data(steppe):
-    assert "24m, bytes" in steppe("bench", "data", "--steps=1", "--seconds=0.1")[0]
+    said, _ = steppe("bench", "data", "--size=0.01m", "--steps=1", "--seconds=0.05")
+    assert [line.split("|")[0].split()[0] for line in said.splitlines()[-2:]] == ["quickstart", "0.01m,"]
 
 
 @pytest.mark.exhaustive
 def test_chaos(steppe):
     assert "| 1 | 1 |" in steppe("chaos", "--runs=1", "--only=SIGKILL in a step")[0]
+
+
+def test_config_and_print_config(steppe, run):
+    said, _ = steppe("config", "quickstart")
+    assert "optim.rho = 0.02" in said
+    said, _ = steppe("config", "diff", "quickstart", run, status=1)
+    assert "model.size" in said
+    assert "optim.method" not in said
+    said, _ = steppe("train", f"--config={CONFIG}", "--config.optim.rho=0.5", "--print_config")
+    assert "0.5" in said
+
+
+def test_docs(steppe):
+    assert steppe("docs", "scripts")[0].startswith("# scripts")
 
 
 # ---------------------------------------------------------------------------------------------------- the documentation

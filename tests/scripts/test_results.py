@@ -51,7 +51,9 @@ def test_a_finished_run_in_numbers(tmp_path):
     assert found.curve == [(0, 0, 0.0, 0.0, 5.0), (2, 32, 400.0, 4.0, 4.0), (4, 64, 800.0, 8.0, 2.0)]
     assert [point.loss for point in found.train_curve] == pytest.approx([3.9, 3.8, 3.7, 3.6])
     assert found.seconds == 8.0  # four steps of two seconds: neither compiling nor evaluating
-    assert found.config == {"seed": 0, "model.size": "", "model.width": 8, "optim.rho": 0.1, "optim.perturb": [".*"]}
+    written = {"seed": 0, "model.size": "", "model.width": 8, "optim.rho": 0.1, "optim.perturb": [".*"]}
+    assert {key: found.config[key] for key in written} == written
+    assert found.config["optim.base"] == "adamw"  # a key that its config.json lacks, at its default
 
 
 def test_seconds_go_on_after_a_restart(tmp_path):
