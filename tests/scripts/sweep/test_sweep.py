@@ -9,6 +9,7 @@ import time
 import pytest
 
 from helpers import lm_runs, sweep_runs
+from steppe.lm.run.tracking import clock_face
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import __main__ as sweep
@@ -153,7 +154,7 @@ def test_the_plan_counts_and_writes_nothing(tmp_path, capsys):
 def test_the_time_of_a_list_of_runs():
     assert sweep_plan.makespan([], 2) == 0
     assert sweep_plan.makespan([3.0, 1.0, 1.0, 4.0], 2) == 6.0
-    assert sweep_plan.clock(3723) == "1:02:03"
+    assert clock_face(3723) == "1:02:03"
 
 
 # ----------------------------------------------------------------------------------- real sweeps, growth, kill, restart
