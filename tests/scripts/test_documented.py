@@ -98,7 +98,7 @@ def test_train_continues_what_it_began_and_looks_into_a_step(steppe, run, small)
 
 def test_evaluate_and_generate(steppe, run):
     said, _ = steppe("evaluate", f"--workdir={run}")
-    name, loss, *_ = said.splitlines()[1].split()
+    name, loss, *_ = said.splitlines()[-1].split()
     assert name == "val"
     assert 0 < float(loss) < 10
     assert "def " in steppe("generate", f"--workdir={run}", "--prompt=def ", "--tokens=4")[0]
@@ -110,7 +110,7 @@ def test_prepare_data_prepares_and_shows_and_learns_a_vocabulary(steppe, small, 
     shown, _ = steppe("prepare_data", "show", tmp_path / "corpus", "--step=0")
     assert "batch 0 of training" in shown
     assert "=== row 3" in shown
-    steppe("prepare_data", "vocabulary", *small, f"--out={tmp_path}/my.model", "--size=300")
+    steppe("prepare_data", "vocabulary", *small, f"--out={tmp_path}/my.model", "--size=400")
     assert (tmp_path / "my.model").stat().st_size
 
 
@@ -120,8 +120,8 @@ def test_plan_says_whether_it_fits(steppe):
     assert re.search(r"memory .* fits", said)
     said, _ = steppe("plan", f"--config={CONFIG}", *keys, "--topology=cpu:1", "--search")
     assert "combinations of remat and mesh should fit" in said
-    said, _ = steppe("plan", "--table", "--sizes", "0.01m", "--methods", "adamw", "sam")
-    assert [line.split("|")[2].strip() for line in said.splitlines()[2:]] == ["adamw", "sam"]
+    said, _ = steppe("plan", "--table", "--sizes", "0.01m", "--methods", "adamw")
+    assert [line.split("|")[2].strip() for line in said.splitlines()[2:]] == ["adamw"]
 
 
 def test_report_of_a_run_and_of_two_beside_each_other(steppe, run, tmp_path):
@@ -132,20 +132,6 @@ def test_report_of_a_run_and_of_two_beside_each_other(steppe, run, tmp_path):
     assert "<svg" in (tmp_path / "two.html").read_text()
 
 
-def test_curvature_of_every_checkpoint(steppe, run):
-    brief = ("--batches=1", "--probes=2", "--densities=1", "--lanczos=4", "--ascent=1", "--draws=1", "--slices=3")
-    said, _ = steppe("curvature", f"--workdir={run}", "--step=all", *brief)
-    assert "quickstart:4" in said
-    assert json.loads((run / "curvature" / "4.json").read_text())["summary"]["lambda_max"] > 0
-
-
-def test_retention_of_runs(steppe, run, text, tmp_path):
-    brief = ("--fine_tune_steps=2", "--fine_tune_rates=0.001", "--batches=1", "--samples=1", "--noise=0.1", "--bits=8")
-    second = f"--fine_tune=text:{text}/val.txt"
-    steppe("retention", f"--workdir={run}", f"--out={tmp_path}/retention", second, *brief)
-    assert {path.name for path in (tmp_path / "retention").iterdir()} == {"retention.csv", "retention.png"}
-
-
 def rows(said: str) -> list[list[str]]:
     """The cells of the lines of a Markdown table."""
     lines = [line.strip("|").split("|") for line in said.splitlines() if line.startswith("| ")][1:]
@@ -153,9 +139,9 @@ def rows(said: str) -> list[list[str]]:
 
 
 def test_bench_step(steppe):
-    table = rows(steppe("bench", "step", *TINY, "--against")[0])
-    names = ["adamw", "sam", "functional_sam:rebuild", "functional_sam:keep", "plain adamw", "optax.contrib.sam"]
-    assert [row[0] for row in table] == names
+    methods = ["adamw", "functional_sam:keep"]  # the defaults without those that compile nothing else
+    table = rows(steppe("bench", "step", *TINY, "--methods", *methods, "--against")[0])
+    assert [row[0] for row in table] == [*methods, "plain adamw", "optax.contrib.sam"]
     assert all(float(row[1].replace(",", "")) > 0 for row in table)
     steppe("bench", "step", *TINY, "--methods", "samm", status=2)
 
@@ -208,6 +194,22 @@ def test_bench_data(steppe):
     assert [line.split("|")[0].split()[0] for line in said.splitlines()[-2:]] == ["quickstart", "0.01m,"]
 
 
+@pytest.mark.exhaustive  # and with fewer layers in measure/test_curvature.py
+def test_curvature_of_every_checkpoint(steppe, run):
+    brief = ("--batches=1", "--probes=2", "--densities=1", "--lanczos=4", "--ascent=1", "--draws=1", "--slices=3")
+    said, _ = steppe("curvature", f"--workdir={run}", "--step=all", *brief)
+    assert "quickstart:4" in said
+    assert json.loads((run / "curvature" / "4.json").read_text())["summary"]["lambda_max"] > 0
+
+
+@pytest.mark.exhaustive  # and with fewer layers in measure/test_retention.py
+def test_retention_of_runs(steppe, run, text, tmp_path):
+    brief = ("--fine_tune_steps=2", "--fine_tune_rates=0.001", "--batches=1", "--samples=1", "--noise=0.1", "--bits=8")
+    second = f"--fine_tune=lines:{text}/val.txt"
+    steppe("retention", f"--workdir={run}", f"--out={tmp_path}/retention", second, *brief)
+    assert {path.name for path in (tmp_path / "retention").iterdir()} == {"retention.csv", "retention.png"}
+
+
 @pytest.mark.exhaustive
 def test_chaos(steppe):
     assert "| 1 | 1 |" in steppe("chaos", "--runs=1", "--only=SIGKILL in a step")[0]
@@ -243,13 +245,13 @@ def test_every_documented_option_and_key_exists(where, line, steppe):
     words = shlex.split(line.replace("[", "").replace("]", "").replace("...", ""), comments=True)[1:]
     if "|" in words[0] or words[0] not in cli.COMMANDS:
         pytest.skip("prose")
-    kind = words[1:2] if words[0] == "bench" or words[1] in ("compare", "vocabulary", "show") else []
+    kind = words[1:2] if words[0] == "bench" or (words[1:2] and words[1] in cli.KINDS.get(words[0], ())) else []
     for name in kind[0].split("|") if kind else [""]:
         shown, _ = steppe(words[0], *filter(None, [name]), "--help")
         known = set(re.findall(r"--\w+", shown))
         for word in words[1:]:
             option = re.match(r"--\w+", word)
-            if key := re.match(r"--config\.([\w.]+)", word):
+            if key := re.match(r"--config\.(?!key|section)([\w.]+)", word):
                 assert key[1] in KEYS, f"{where}: {line}"
-            elif option and option[0] != "--config":
+            elif option and not word.startswith("--config"):
                 assert option[0] in known, f"{where}: {line}"
