@@ -171,6 +171,17 @@ def writable_directory(text: str) -> Path:
     return Path(text)
 
 
+def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str]) -> int:
+    """Hands `KIND ...` to main of the module KIND of a package; returns its exit status. name: of the command."""
+    kind, *rest = argv or [""]
+    if kind in ("-h", "--help"):
+        print(f"usage: {name} {{{','.join(kinds)}}} [--help] ...\n\n{importlib.import_module(package).__doc__}")
+        return 0
+    if kind not in kinds:
+        return fail(f"{name} {kind or 'nothing'}: must be one of {', '.join(kinds)}")
+    return importlib.import_module(f"{package}.{kind}").main(rest)
+
+
 def fail(message: object) -> int:
     """Prints one line on standard error and returns the exit status for bad input, 2."""
     print(" ".join(str(message).split()), file=sys.stderr, flush=True)

@@ -3,24 +3,15 @@
 steppe bench step|data|methods|curvature [--help] ...
 """
 
-import importlib
 import sys
 from collections.abc import Sequence
 
 from steppe.scripts import command
 
-KINDS = ("step", "data", "methods", "curvature")
-
 
 def main(argv: Sequence[str]) -> int:
     """Hands the rest of the line to steppe.scripts.bench.KIND; returns its exit status."""
-    kind, *rest = argv or [""]
-    if kind in ("-h", "--help"):
-        print(f"usage: steppe bench {{{','.join(KINDS)}}} [--help] ...\n\n{__doc__}")
-        return 0
-    if kind not in KINDS:
-        return command.fail(f"steppe bench {kind or 'nothing'}: must be one of {', '.join(KINDS)}")
-    return importlib.import_module(f"steppe.scripts.bench.{kind}").main(rest)
+    return command.dispatch(argv, "steppe bench", "steppe.scripts.bench", ("step", "data", "methods", "curvature"))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def text(tmp_path_factory):
     source = pathlib.Path(os.__file__).read_text()
     (folder / "train.txt").write_text(source[:12_000])
     (folder / "val.txt").write_text(source[12_000:14_000])
+    (folder / "second.txt").write_text("".join(f"and the people said unto him that day {n}\n" for n in range(60)))
     return folder
 
 
@@ -205,7 +206,7 @@ def test_curvature_of_every_checkpoint(steppe, run):
 @pytest.mark.exhaustive  # and with fewer layers in measure/test_retention.py
 def test_retention_of_runs(steppe, run, text, tmp_path):
     brief = ("--fine_tune_steps=2", "--fine_tune_rates=0.001", "--batches=1", "--samples=1", "--noise=0.1", "--bits=8")
-    second = f"--fine_tune=lines:{text}/val.txt"
+    second = f"--fine_tune=lines:{text}/second.txt"
     steppe("retention", f"--workdir={run}", f"--out={tmp_path}/retention", second, *brief)
     assert {path.name for path in (tmp_path / "retention").iterdir()} == {"retention.csv", "retention.png"}
 
