@@ -1,15 +1,12 @@
 """The console entry: `steppe COMMAND ...` is `python -m steppe.scripts.COMMAND ...`. PYTHON_ARGCOMPLETE_OK"""
 
-import ast
 import difflib
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from steppe.scripts import command
 
@@ -41,6 +38,15 @@ KINDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatches to the main(argv) of a command's module, importing nothing else; returns its exit status."""
+    try:
+        return dispatch(argv)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def dispatch(argv: Sequence[str] | None) -> int:
+    """The same, with the output's end left to the caller."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
         arguments = completed_command()
@@ -52,18 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return main([*arguments[1:], "--help"])
         print("usage: steppe COMMAND [--help] ...\n")
         for name, (_, example) in COMMANDS.items():
-            print(f"  {name:<13} {summary(name)}\n{'':16}steppe {name} {example}")
+            print(f"  {name:<13} {command.summary(COMMANDS[name][0])}\n{'':16}steppe {name} {example}")
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return command.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")
-    try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
 
 
 def completed_command() -> list[str]:
@@ -83,12 +85,6 @@ def completed_command() -> list[str]:
     parser.add_argument("command", choices=choices)
     argcomplete.autocomplete(parser, always_complete_options=False)
     return []
-
-
-def summary(name: str) -> str:
-    """The first line of a command's docstring, read without importing it."""
-    source = Path(importlib.util.find_spec(COMMANDS[name][0]).origin).read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
 if __name__ == "__main__":

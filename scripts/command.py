@@ -8,6 +8,7 @@ names the key, the value and what is accepted; only a bug shows a traceback. Not
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import difflib
@@ -171,11 +172,19 @@ def writable_directory(text: str) -> Path:
     return Path(text)
 
 
+def summary(module: str) -> str:
+    """The first line of a module's docstring, read without importing it."""
+    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
 def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str]) -> int:
     """Hands `KIND ...` to main of the module KIND of a package; returns its exit status. name: of the command."""
     kind, *rest = argv or [""]
     if kind in ("-h", "--help"):
-        print(f"usage: {name} {{{','.join(kinds)}}} [--help] ...\n\n{importlib.import_module(package).__doc__}")
+        print(f"usage: {name} {{{','.join(kinds)}}} [--help] ...\n\n{summary(f'{package}.__main__')}\n")
+        for each in kinds:
+            print(f"  {each:<13} {summary(f'{package}.{each}')}")
         return 0
     if kind not in kinds:
         return fail(f"{name} {kind or 'nothing'}: must be one of {', '.join(kinds)}")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from steppe.scripts import cli
+from steppe.scripts import cli, command
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAY_IMPORT = {
@@ -76,7 +76,7 @@ def test_help_comes_at_once(name):
     assert float(seconds) < 3
     assert not heavy
     assert (f"usage: steppe {name}" if name else "usage: steppe COMMAND") in done.stdout
-    for summary in [cli.summary(n) for n in ([name] if name else cli.COMMANDS)]:
+    for summary in [command.summary(cli.COMMANDS[n][0]) for n in ([name] if name else cli.COMMANDS)]:
         assert summary
         assert summary in done.stdout
 
