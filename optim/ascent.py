@@ -10,8 +10,9 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from steppe.optim.options import FINITE, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, Option, one_of
-from steppe.optim.rule import Tree, inner, norm
+from steppe.optim.masks import mask
+from steppe.optim.options import FINITE, NATURAL, NOT_NEGATIVE, PATTERN, POSITIVE, SHARE, Option, one_of
+from steppe.optim.rule import OptionError, Tree, inner, norm
 
 
 class AscentInput(NamedTuple):
@@ -49,17 +50,41 @@ def preconditioner(second: Tree, unseen: jax.Array | bool, power: float = 0.5, e
     return jax.tree.map(lambda v: jnp.where(unseen, 1.0, v**power + eps), second)
 
 
+def filled(second: Tree, floor: float) -> Tree:
+    """The second moment whose unseen entries, those below floor * the mean of their parameter, have that mean.
+
+    A token not met lately has v near 0, which says that nothing is known of its row, not that the loss is flat along
+    it. Such an entry is taken for a typical one of its parameter, so that D^-1 leaves it as it is relative to the
+    others; what is seen is amplified by at most floor^-1/2 over a typical entry. The mean is the parameter's own
+    because parameters differ in scale by orders of magnitude; a parameter of zeros takes that of the whole tree.
+    """
+    count = sum(v.size for v in jax.tree.leaves(second))
+    whole = sum(jnp.sum(v) for v in jax.tree.leaves(second)) / count
+
+    def one(v):
+        typical = jnp.mean(v)
+        typical = jnp.where(typical > 0, typical, whole)
+        return jnp.where(v < floor * typical, typical, v)
+
+    return jax.tree.map(one, second) if floor else second
+
+
 def preconditioned(
     precond_power: Annotated[float, Option("exponent of the second moment in D", *NOT_NEGATIVE)] = 0.5,
     precond_eps: Annotated[float, Option("added to D", *POSITIVE)] = 1e-8,
     precond_norm: Annotated[str, Option("the norm in which rho is measured", *one_of("l2", "ellipsoid"))] = "l2",
     precond_moment: Annotated[
         str, Option("second moment before or after this gradient", *one_of("stale", "fresh"))
-    ] = "stale",
+    ] = "fresh",
+    precond_floor: Annotated[
+        float, Option("stale: share of its parameter's mean below which an entry is unseen", *NOT_NEGATIVE)
+    ] = 0.01,
 ) -> Ascent:
-    """D^-1 g with D = v^power + eps, v the base's bias-corrected second moment; D = 1 before its first update.
+    """D^-1 g with D = v^power + eps, v the base's bias-corrected second moment.
 
-    precond_moment: "stale" takes v from before this step, "fresh" includes this gradient.
+    precond_moment: "fresh" includes this gradient, which bounds |D^-1 g| entry by entry: with Adam's moment by
+    (1 - b2)^-1/2. "stale" takes v from before this step, D = 1 before the first, and needs precond_floor, see `filled`:
+    without one (0) epsilon lies on the few rows of an embedding table that were not met lately.
     precond_norm: "l2" gives |epsilon|_2 = rho; "ellipsoid" divides by sqrt(g^T D^-1 g), the maximiser of g^T epsilon
     under sqrt(epsilon^T D epsilon) <= rho.
     """
@@ -68,8 +93,9 @@ def preconditioned(
         if precond_moment == "fresh":
             second, unseen = given.moments.fresh(given.gradient), False
         else:
-            second, unseen = given.moments.second, given.moments.count == 0
-        vector = jax.tree.map(jnp.divide, given.gradient, preconditioner(second, unseen, precond_power, precond_eps))
+            second, unseen = filled(given.moments.second, precond_floor), given.moments.count == 0
+        scale = preconditioner(second, unseen, precond_power, precond_eps)
+        vector = jax.tree.map(jnp.divide, given.gradient, scale)
         length = jnp.sqrt(inner(given.gradient, vector)) if precond_norm == "ellipsoid" else None
         return vector, length, given.state
 
@@ -81,26 +107,50 @@ def momentum() -> Ascent:
     return Ascent(lambda given: (jax.tree.map(jnp.negative, given.moments.first), None, given.state), ("first",))
 
 
-def adaptive() -> Ascent:
-    """T^2 g / |T g| with T = |theta| + 0.01: invariant to rescaling of parameters (ASAM, Kwon et al. 2021, eq. 8)."""
+def adaptive(
+    unscaled: Annotated[str, Option('regex over the paths of parameters with T = 1; "": none', *PATTERN)] = "",
+) -> Ascent:
+    """T^2 g / |T g| with T = |theta| + 0.01: invariant to rescaling of parameters (ASAM, Kwon et al. 2021, eq. 8).
+
+    unscaled: its authors' code has T = 1 for biases, "bias$"; the paper has no exception, nor has the default here.
+    """
+
+    def plain_of(params):
+        try:
+            return mask(params, (unscaled,) if unscaled else ())
+        except ValueError as error:
+            raise OptionError("unscaled", unscaled, f"a regex of some parameter's path: {error}") from None
+
+    def init(params):
+        plain_of(params)  # refused before a step is traced
+        return ()
 
     def direction(given):
-        scaled = jax.tree.map(lambda g, p: (jnp.abs(p) + 0.01) * g, given.gradient, given.params)
-        vector = jax.tree.map(lambda s, p: (jnp.abs(p) + 0.01) * s, scaled, given.params)
-        return vector, norm(scaled), given.state
+        plain = plain_of(given.params)
+        size = jax.tree.map(lambda p, one: 1.0 if one else jnp.abs(p) + 0.01, given.params, plain)
+        scaled = jax.tree.map(jnp.multiply, given.gradient, size)
+        return jax.tree.map(jnp.multiply, scaled, size), norm(scaled), given.state
 
-    return Ascent(direction)
+    return Ascent(direction, init=init)
 
 
 def friendly(
     sigma: Annotated[float, Option("share of the average gradient removed", *FINITE)] = 1.0,
     decay: Annotated[float, Option("decay of the average gradient", *SHARE)] = 0.9,
 ) -> Ascent:
-    """g - sigma * EMA(g): ascent along the batch's own noise (Friendly-SAM, Li et al. 2024). State: the average."""
+    """g - sigma * EMA(g): ascent along the batch's own noise (Friendly-SAM, Li et al. 2024). State: the average.
+
+    As in its authors' code the average is that of the gradients before this one, starts as the first of them, and the
+    first step climbs g itself. (At sigma = 1 it makes no difference whether this gradient is in the average.)
+    """
 
     def direction(given):
-        average = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, given.state, given.gradient)
-        return jax.tree.map(lambda g, m: g - sigma * m, given.gradient, average), None, average
+        first = norm(given.state) == 0
+        vector = jax.tree.map(lambda g, m: g - sigma * m, given.gradient, given.state)
+        average = jax.tree.map(
+            lambda m, g: jnp.where(first, g, decay * m + (1 - decay) * g), given.state, given.gradient
+        )
+        return vector, None, average
 
     return Ascent(direction, init=lambda params: jax.tree.map(jnp.zeros_like, params))
 

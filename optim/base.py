@@ -55,6 +55,17 @@ def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
     return Moments(first=inside.trace if isinstance(inside, optax.TraceState) else inside.mu)
 
 
+def at_step(state: Any, step: jax.Array) -> Any:
+    """The optimizer state with its schedules at a step: after a step that was refused they go on with the run's count.
+
+    Counts of moments stay: those are of the gradients that have entered them.
+    """
+    scheduled = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(
+        lambda x: x._replace(count=step.astype(x.count.dtype)) if scheduled(x) else x, state, is_leaf=scheduled
+    )
+
+
 def _merge(a: Tree, b: Tree) -> Tree:
     masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     return jax.tree.map(lambda x, y: y if masked(x) else x, a, b, is_leaf=masked)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from steppe.optim.options import AT_LEAST_ONE, FINITE, NOT_NEGATIVE, Option
 from steppe.optim.rule import Anchor, Objective, OptionError, Tree, backward, clean_pass
@@ -53,14 +54,23 @@ def forward_only(anchored: bool) -> FirstPass:
     return first
 
 
-def subset(fraction: float, anchored: bool) -> FirstPass:
-    """The ascent gradient from the first `fraction` of the sequences; the descent still sees all of them."""
+def subset_rows(fraction: float, sequences: int, shards: int) -> int:
+    """The sequences that `fraction` of a batch stands for: as many of each data shard, at least one."""
+    return max(1, round(fraction * sequences / shards)) * shards
+
+
+def subset(fraction: float, anchored: bool, shards: int = 1) -> FirstPass:
+    """The ascent gradient from a `fraction` of the sequences, spread evenly; the descent still sees all of them."""
 
     def first(objective, params, batch):
         size = len(jax.tree.leaves(batch)[0])
-        rows = max(1, round(fraction * size))
-        # Every (size // rows)-th row, so that each device's rows take part.
-        clean = clean_pass(objective, params, jax.tree.map(lambda x: x[:: size // rows][:rows], batch))
+        each, taken = size // shards, subset_rows(fraction, size, shards) // shards
+        spread = np.arange(taken) * each // taken
+
+        def rows(x):
+            return x.reshape(shards, each, *x.shape[1:])[:, spread].reshape(shards * taken, *x.shape[1:])
+
+        clean = clean_pass(objective, params, jax.tree.map(rows, batch))
         whole, residuals = forward_only(anchored)(objective, params, batch)
         return Gradients(whole.loss if anchored else clean.loss, clean.gradient, clean.gradient), residuals
 
@@ -108,7 +118,8 @@ def focal(
     """
 
     def first(objective, params, batch):
-        share = lam * (1 - frequency) ** gamma
+        # Above zero, else a token whose weight underflows would no longer be counted among those of the mean.
+        share = jnp.maximum(lam * (1 - frequency) ** gamma, 1e-30)
         focused = {**batch, "weights": batch["weights"] * share[batch["targets"]]}
         hidden, pull = jax.vjp(lambda p: objective.trunk(p, batch), params)
         (loss, _), clean = backward(objective.readout, pull, params, hidden, batch, has_aux=True)

@@ -1,7 +1,7 @@
 """Every named method as first pass x ascent x second pass: the table that code, configs and help read."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from steppe.optim import ascent, first_pass, second_pass
@@ -19,8 +19,9 @@ class Method(NamedTuple):
     equation: the gradient handed to the base optimizer. memory: what is held beyond the base step, theta standing for
     one copy of the parameters and h for the hidden states. ascent, second, first, period: makers of the parts, see
     optim.options; a period is the number of steps of which one perturbs. passes: (forwards, backwards) of a step that
-    perturbs, or a function of (share) giving them, share being that of the sequences that first takes. share(sequences,
-    ...options) -> share. rho: default radius. second_derivatives: the model is differentiated twice.
+    perturbs, of the sequences that first takes. products: those with the readout's weights, where they are not one a
+    forward and two a backward. share(sequences, shards, ...options): which share of the sequences first takes. rho:
+    default radius. second_derivatives: the model is differentiated twice.
     """
 
     equation: str
@@ -30,6 +31,7 @@ class Method(NamedTuple):
     passes: tuple[float, float]
     memory: str
     rho: float = 0.05
+    products: float | None = None
     first: Callable[..., first_pass.FirstPass] | None = None
     period: Callable[..., int] | None = None
     share: Callable[..., float] | None = None
@@ -45,8 +47,9 @@ class Method(NamedTuple):
         return functools.reduce(lambda found, part: found | options(part), self.makers(), {"rho": rho})
 
     def needs(self) -> dict[str, bool]:
-        """{need: whether it must be given}: "shards", equal blocks of a batch's rows; "frequency" of tokens [V]."""
-        return functools.reduce(lambda found, part: found | needs(part), self.makers(), {})
+        """{need: whether it must be given}: the "frequency" of tokens [V]."""
+        found = functools.reduce(lambda found, part: found | needs(part), self.makers(), {})
+        return {need: must for need, must in found.items() if need != "shards"}  # a switch, there for all
 
 
 def _every(k: Annotated[int, Option("steps of which one is perturbed", *AT_LEAST_ONE)] = 5) -> int:
@@ -101,6 +104,7 @@ METHODS: dict[str, Method | None] = {
         ascent=ascent.gradient,
         second=second_pass.mixture,
         passes=(2, 3),
+        products=9,
         memory="2 θ + activations",
     ),
     "random_sam": Method(
@@ -116,7 +120,8 @@ METHODS: dict[str, Method | None] = {
         source="exact first-order form of sam",
         ascent=ascent.gradient,
         second=second_pass.penalty,
-        passes=(3, 3),
+        passes=(4, 4),
+        products=9,
         memory="2 θ + activations",
         second_derivatives=True,
     ),
@@ -172,6 +177,7 @@ METHODS: dict[str, Method | None] = {
         ascent=ascent.gradient,
         second=second_pass.focused,
         passes=(2, 3),
+        products=9,
         memory="2 θ",
         rho=0.2,
         first=first_pass.focal,
@@ -281,10 +287,28 @@ def accepted_bases(name: str) -> list[str]:
     return [base for base, kind in BASES.items() if needed <= set(kind.moments)]
 
 
-def is_anchored(name: str) -> bool:
-    """Whether the method's second pass uses the loss derivative kept from the first."""
+def second_of(name: str) -> second_pass.SecondPass | None:
+    """The method's second pass, with its options at their defaults; None for a base optimizer alone."""
     row = row_of(name)
-    return bool(row) and _defaults(row.second).anchored
+    return _defaults(row.second) if row else None
+
+
+def is_anchored(name: str) -> bool:
+    """Whether the method's second pass uses the hidden states of the first."""
+    second = second_of(name)
+    return bool(second and second.anchored)
+
+
+def is_frozen(name: str) -> bool:
+    """Whether it uses the first one's loss derivative, which the readout may keep for it."""
+    second = second_of(name)
+    return bool(second and second.frozen)
+
+
+def only_climbs(name: str) -> bool:
+    """Whether the method takes a gradient at theta and does nothing but climb it."""
+    row, second = row_of(name), second_of(name)
+    return bool(second and second.only_climbs and "gradient" in _defaults(row.ascent).needs)
 
 
 def _defaults(part: Callable) -> Any:
@@ -307,14 +331,17 @@ def method(
     layerwise_rho: str = "none",
     matrix_axes: Callable | None = None,
     clip_norm: float | None = None,
+    shards: int = 1,
+    groups: Mapping[str, str] = {},
     **given,
 ) -> Rule:
     """A gradient rule by name. rho = 0 is the base gradient itself; rho None is the method's published default.
     It may be traced, and is then taken to be above 0, so that one compiled step serves every radius.
 
     base: the optim.base.Base whose moments a direction may need; without one, moments are read from any optax state
-    that holds a single one, Adam's second moment corrected with b2. The other switches: see Switches. given: the
-    method's options, and what it needs of its surroundings (Method.needs).
+    that holds a single one, Adam's second moment corrected with b2. shards: equal blocks of a batch's rows, one a
+    device, from which as many sequences are taken where some are. The other switches: see Switches. given: the method's
+    options, and what it needs of its surroundings (Method.needs).
     OptionError for an unknown name, an option the method does not take, a switch that would be ignored, a need that is
     not met, or a base without the moment it needs.
     """
@@ -353,13 +380,14 @@ def method(
         layerwise_rho=layerwise_rho,
         matrix_axes=matrix_axes,
         clip_norm=clip_norm,
+        groups=groups,
     )
     if not perturbs(name, rho):
         return Plain(switches)
     for need, must in row.needs().items():
         if must and needed[need] is None:
             raise OptionError(need, None, f"given, as {name} needs it: see optim.methods.Method.needs")
-    values |= {need: value for need, value in needed.items() if value is not None}
+    values |= {need: value for need, value in needed.items() if value is not None} | {"shards": shards}
     up, down = make(row.ascent, values), make(row.second, values)
     return TwoPass(
         ascent=up,
@@ -384,28 +412,56 @@ def _first(name: str, values: dict, switches: Switches, up: ascent.Ascent, down:
         return make(row.first, values)
     if "gradient" not in up.needs:
         return first_pass.forward_only(down.anchored)
-    return first_pass.subset(switches.ascent_fraction, down.anchored) if subset else first_pass.whole
+    fraction = switches.ascent_fraction
+    return first_pass.subset(fraction, down.anchored, values["shards"]) if subset else first_pass.whole
+
+
+class Cost(NamedTuple):
+    """What a step takes: forwards and backwards of the trunk, and products with the readout's weights."""
+
+    forwards: float = 1.0
+    backwards: float = 1.0
+    products: float = 3.0
+
+    def averaged(self, share: float) -> "Cost":
+        """That of an average step where a share of them is this and the others are the base's."""
+        return Cost(*(own + share * (one - own) for one, own in zip(self, Cost(), strict=True)))
 
 
 def cost(
-    name: str, *, sequences: int = 1, every: int = 1, ascent_fraction: float = 1.0, shards: int = 1, **given
-) -> tuple[float, float]:
-    """(forwards, backwards) of an average perturbing step; with every = k, of an average step."""
+    name: str,
+    *,
+    sequences: int = 1,
+    microbatches: int = 1,
+    shards: int = 1,
+    ascent_over: str = "global",
+    ascent_fraction: float = 1.0,
+    keep: bool = False,
+    **given,
+) -> Cost:
+    """The Cost of a step that perturbs, over all of its microbatches.
+
+    sequences: of a step. shards, ascent_over, ascent_fraction, given: see method. keep: the readout stores its loss
+    derivative at theta.
+    """
     row = row_of(name)
     if row is None:
-        return 1.0, 1.0
-    values = options_of(name, given) | {"shards": shards, "sequences": sequences}
+        return Cost()
+    values, each = options_of(name, given), sequences // microbatches
     forwards, backwards = row.passes
+    products, second = row.products or forwards + 2 * backwards, make(row.second, values)
     if row.share:
         # One forward over all sequences; the two passes are of a share of them.
-        share = make(row.share, values)
-        forwards, backwards = 1 + forwards * share, backwards * share
-    if ascent_fraction < 1 and row.first is None and "gradient" in make(row.ascent, values).needs:
-        # The ascent takes a fraction of a pass; an anchored path needs the whole forward at theta besides.
-        forwards += ascent_fraction - 1 + (1 if make(row.second, values).anchored else 0)
-        backwards += ascent_fraction - 1
-    every = period(name, **given) if row.period else every
-    return 1 + (forwards - 1) / every, 1 + (backwards - 1) / every
+        share = make(row.share, values | {"shards": shards, "sequences": each})
+        forwards, backwards, products = 1 + forwards * share, backwards * share, 1 + products * share
+    if ascent_over == "subset":
+        # The ascent takes a share of a pass; an anchored path needs the whole forward at theta besides.
+        missing = 1 - first_pass.subset_rows(ascent_fraction, each, shards) / each
+        again = 1 if second.anchored else 0
+        forwards, backwards, products = forwards - missing + again, backwards - missing, products - 3 * missing + again
+    if second.pulls and (ascent_over == "subset" or (ascent_over == "global" and microbatches > 1)):
+        forwards += 1  # the whole batch's pass at theta is not held until then
+    return Cost(forwards, backwards, products - (1 if keep and second.frozen else 0))
 
 
 def table() -> str:

@@ -8,6 +8,7 @@ number of data shards, the frequency of tokens). So an option that no part takes
 
 import inspect
 import math
+import re
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -26,7 +27,15 @@ NOT_NEGATIVE = ("a finite number >= 0", lambda value: 0 <= value < math.inf)
 POSITIVE = ("a finite number > 0", lambda value: 0 < value < math.inf)
 SHARE = ("a number >= 0 and < 1", lambda value: 0 <= value < 1)
 AT_LEAST_ONE = ("an integer >= 1", lambda value: value >= 1)
+PATTERN = ("a regular expression", lambda value: _compiles(value))
 NATURAL = ("an integer >= 0", lambda value: value >= 0)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        return re.compile(pattern) is not None
+    except re.error:
+        return False
 
 
 def one_of(*names: str) -> tuple[str, Callable]:

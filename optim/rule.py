@@ -5,7 +5,7 @@ A rule is handed an objective, never a model. Splitting the model at its last hi
 perturbed logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,9 +14,10 @@ from jax import lax
 
 Tree = Any
 # loss: at theta, but at theta + epsilon for methods that never look at theta. cosine: of clean and returned gradient.
-# survival: of epsilon under the compute dtype. Where each microbatch has its own epsilon, these are averages over them.
+# survival: of epsilon under the compute dtype. epsilon_row: share of |epsilon|^2 in its largest row; with groups of
+# parameters, epsilon_GROUP is that of each. Where each microbatch has its own epsilon, these are averages over them.
 REPORT = (
-    *("loss", "perturbed_loss", "gradient_norm", "epsilon_norm", "cosine"),
+    *("loss", "perturbed_loss", "gradient_norm", "epsilon_norm", "epsilon_row", "cosine"),
     *("survival_norm", "survival_cosine", "nonfinite"),
 )
 
@@ -63,6 +64,7 @@ class Objective(NamedTuple):
     """A loss as functions of (params, batch), split before the readout.
 
     weight(batch) -> scalar: the weight of this batch's mean loss among other microbatches (e.g. its token count).
+    ascent_readout: the readout where its gradient is only climbed, which may be less exact; None: readout.
     compute_dtype: the dtype parameters are cast to inside trunk and readout, None when they are not.
     """
 
@@ -71,6 +73,7 @@ class Objective(NamedTuple):
     frozen_readout: FrozenReadout
     weight: Callable[[Tree], jax.Array | float] = lambda batch: 1.0
     compute_dtype: Any = None
+    ascent_readout: Readout | None = None
 
 
 class Rule(Protocol):
@@ -84,10 +87,14 @@ class Rule(Protocol):
     ) -> tuple[Tree, Tree, dict]:
         """(gradient for the base optimizer, rule state, report) of step number `step`.
 
-        report: float32 scalars by the names REPORT, NaN where the method does not compute one. nonfinite is 0 where
-        every loss and gradient of the step was finite; otherwise the gradient must not be used, and the rule state is
-        the old one, so that a caller only has to keep the optimizer's.
+        report: float32 scalars by the names REPORT (and one per group of parameters, see Switches.groups), NaN where
+        the method does not compute one. nonfinite is 0 where every loss and gradient of the step was finite; otherwise
+        the gradient must not be used, and the rule state is the old one, so that a caller only has to keep the
+        optimizer's.
         """
+
+    def perturbing(self, steps: int) -> float:
+        """The share of the first `steps` steps on which the rule does more than its base, which is what they cost."""
 
 
 def objective(forward: Callable, loss: Callable, *, has_aux: bool = False, weight: Callable | None = None) -> Objective:
@@ -166,22 +173,29 @@ def microbatched(objective: Objective, batch: Tree, microbatches: int) -> tuple[
     return (batch, None) if microbatches == 1 else split(objective, batch, microbatches)
 
 
-def report(loss: jax.Array, gradient_norm: jax.Array | None, returned: Tree, **others) -> dict:
-    """Every key of REPORT as a float32 scalar, NaN where not given; gradient_norm None if there is none."""
+def report(
+    loss: jax.Array, gradient_norm: jax.Array | None, returned: Tree, *, groups: Iterable[str] = (), **others
+) -> dict:
+    """Every key of REPORT and of the groups as a float32 scalar, NaN where not given; gradient_norm None if none is."""
     values = {"loss": loss, **others}
     if gradient_norm is not None:
         values["gradient_norm"] = gradient_norm
     checked = [norm(returned), *(values[key] for key in ("loss", "perturbed_loss", "gradient_norm") if key in values)]
     values["nonfinite"] = ~jnp.all(jnp.stack([jnp.isfinite(value) for value in checked]))
-    return {key: jnp.asarray(values.get(key, jnp.nan), jnp.float32) for key in REPORT}
+    keys = (*REPORT, *(f"epsilon_{group}" for group in groups))
+    return {key: jnp.asarray(values.get(key, jnp.nan), jnp.float32) for key in keys}
 
 
 def check_floating(params: Tree) -> None:
-    """Raises ValueError naming the first parameter that is not of a real floating-point dtype."""
+    """Raises ValueError naming the first parameter that is not an array of a real floating-point dtype."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"parameter {name} is {leaf.dtype}: keep only floating-point arrays among the parameters")
+            raise ValueError(
+                f"parameter {name} is {dtype or type(leaf).__name__}: keep only floating-point arrays among the "
+                "parameters (of an equinox module: eqx.partition(module, eqx.is_inexact_array), the rest in the loss)"
+            )
 
 
 def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches: int = 1) -> tuple[jax.Array, Tree]:

@@ -40,7 +40,8 @@ class Path(Protocol):
 class SecondPass(NamedTuple):
     """A path, and combine(Gradients, vectors) -> gradient.
 
-    anchored: the path needs the hidden state at theta.
+    anchored: the path needs the hidden state at theta. frozen: it uses the loss derivative there, which the readout may
+    have kept. pulls: it goes back through the trunk at theta.
     combine None: the vectors are the gradient. Otherwise the clean gradient of the whole batch takes part.
     remember(clean gradient, gradient) -> memory and reuse(clean gradient, memory) -> gradient serve the steps between
     perturbed ones (LookSAM); None: those steps return the clean gradient.
@@ -49,8 +50,15 @@ class SecondPass(NamedTuple):
     path: Path
     combine: Callable[[Gradients, Tree], Tree] | None = None
     anchored: bool = False
+    frozen: bool = False
+    pulls: bool = False
     remember: Callable[[Tree, Tree], Tree] | None = None
     reuse: Callable[[Tree, Tree], Tree] | None = None
+
+    @property
+    def only_climbs(self) -> bool:
+        """Whether the gradient at theta serves the ascent alone, and has no part in what is returned."""
+        return self.combine is None and self.remember is None
 
 
 def _full(given: PassInput, params: Tree) -> tuple[jax.Array, Tree]:
@@ -89,12 +97,16 @@ def functional() -> SecondPass:
     def path(given):
         return _functional(given, *jax.vjp(lambda p: given.objective.trunk(p, given.batch), given.perturbed))
 
-    return SecondPass(path, anchored=True)
+    return SecondPass(path, anchored=True, frozen=True)
 
 
 def logit() -> SecondPass:
     """J(theta)^T dl(F(theta+eps)): perturbed loss derivative, Jacobian at theta; the complement of functional()."""
-    return SecondPass(lambda given: _logit(given, given.objective.trunk(given.perturbed, given.batch)), anchored=True)
+
+    def path(given):
+        return _logit(given, given.objective.trunk(given.perturbed, given.batch))
+
+    return SecondPass(path, anchored=True, pulls=True)
 
 
 def mixture(alpha: Annotated[float, Option("share of the functional path", *FINITE)] = 0.5) -> SecondPass:
@@ -110,7 +122,7 @@ def mixture(alpha: Annotated[float, Option("share of the functional path", *FINI
         mixed = jax.tree.map(lambda f, l: l + alpha * (f - l), functional_gradient, logit_gradient)
         return loss_l + alpha * (loss_f - loss_l), mixed
 
-    return SecondPass(path, anchored=True)
+    return SecondPass(path, anchored=True, frozen=True, pulls=True)
 
 
 def penalty() -> SecondPass:
@@ -120,6 +132,7 @@ def penalty() -> SecondPass:
         def value_and_gradient(p):
             return _full(given, p)
 
+        # The derivative of a product is two: this takes three gradients, the first of them known already.
         (loss, _), (slope, product) = jax.jvp(value_and_gradient, (given.params,), (given.epsilon,))
         return loss + slope + 0.5 * inner(given.epsilon, product), product
 

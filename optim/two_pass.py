@@ -1,7 +1,8 @@
 """The two-pass rule: gradients at theta, a perturbation, the second pass there. Every method is one of it."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 from steppe.optim.ascent import Ascent, AscentInput
 from steppe.optim.base import Moments
 from steppe.optim.first_pass import FirstPass, Residuals, whole
-from steppe.optim.masks import mask
+from steppe.optim.masks import mask, path_names
 from steppe.optim.rule import (
     Objective,
     Tree,
@@ -42,7 +43,8 @@ class Switches(NamedTuple):
     "microbatch" one per part (m-sharpness), "subset" one from ascent_fraction of the sequences.
     perturb: regexes over parameter paths, one must match. layerwise_rho: scales each parameter's share of epsilon.
     matrix_axes: see layer_scale. clip_norm: bound on the gradient climbed and on the one returned, each by itself;
-    None leaves both, for a base that clips what it is given.
+    None leaves both, for a base that clips what it is given. groups: {name: regex over parameter paths} of which the
+    report says what share of |epsilon|^2 they have.
     """
 
     rho: float | Callable = 0.0
@@ -56,6 +58,7 @@ class Switches(NamedTuple):
     layerwise_rho: str = "none"
     matrix_axes: Callable | None = None
     clip_norm: float | None = None
+    groups: Mapping[str, str] = {}
 
     def radius(self, step: jax.Array) -> float | jax.Array:
         """rho at a step."""
@@ -70,7 +73,12 @@ class Switches(NamedTuple):
             tests.append(step < self.stop)
         if self.every > 1:
             tests.append((step - self.start) % self.every == 0)
-        return jnp.all(jnp.stack([jnp.asarray(test) for test in tests])) if tests else None
+        return jnp.all(jnp.stack([jnp.asarray(test) for test in tests]), axis=0) if tests else None
+
+    def perturbing(self, steps: int) -> float:
+        """The share of the first `steps` steps that perturb."""
+        active = self.active(jnp.arange(steps))
+        return 1.0 if active is None else float(jnp.mean(active))
 
 
 class Plain(NamedTuple):
@@ -86,8 +94,12 @@ class Plain(NamedTuple):
     def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
         """See Rule.gradient."""
         loss, clean = plain_gradient(objective, params, batch, self.switches.microbatches)
-        facts = report(loss, norm(clean), clean, epsilon_norm=0.0, cosine=1.0)
+        facts = report(loss, norm(clean), clean, groups=self.switches.groups, epsilon_norm=0.0, cosine=1.0)
         return _clip(clean, self.switches.clip_norm), rule_state, facts
+
+    def perturbing(self, steps: int) -> float:
+        """See Rule.perturbing."""
+        return 0.0
 
 
 class StepInput(NamedTuple):
@@ -135,6 +147,10 @@ class TwoPass(NamedTuple):
         returned = _clip(returned, self.switches.clip_norm)
         return returned, jax.tree.map(lambda new, old: jnp.where(keep_old, old, new), state, rule_state), facts
 
+    def perturbing(self, steps: int) -> float:
+        """See Rule.perturbing."""
+        return self.switches.perturbing(steps)
+
     def perturbed_step(self, given: StepInput, state: Tree) -> tuple[Tree, Tree, dict]:
         """(gradient, state, report) of a step that perturbs."""
         microbatches, remember = self.switches.microbatches, self.second.remember
@@ -162,14 +178,16 @@ class TwoPass(NamedTuple):
     def one_epsilon(self, given: StepInput, microbatches: int, state: Tree, batch: Tree):
         """(ascent state, (gradient, clean gradient or (), report), ()) of a batch that shares one perturbation."""
         params, objective = given.params, given.objective
-        parts, shares = microbatched(objective, batch, microbatches)
+        parts, weights = microbatched(objective, batch, microbatches)
+        climbed_readout = (self.second.only_climbs and objective.ascent_readout) or objective.readout
+        at_theta = objective._replace(readout=climbed_readout)
 
         def first(_, part):
-            gradients, residuals = self.first(objective, params, part)
+            gradients, residuals = self.first(at_theta, params, part)
             # The scan over several parts stacks what is kept: hidden states, but neither theta nor activations.
-            return (), gradients, residuals if shares is None else _slim(residuals, self.second.anchored)
+            return (), gradients, residuals if weights is None else _slim(residuals, self.second.anchored)
 
-        _, gradients, residuals = accumulate(first, (), parts, shares)
+        _, gradients, residuals = accumulate(first, (), parts, weights)
         known = AscentInput(
             gradient=_clip(gradients.ascent, self.switches.clip_norm), params=params, moments=given.moments,
             state=state, step=given.step,
@@ -178,15 +196,15 @@ class TwoPass(NamedTuple):
         # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
         perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
         second = partial(self.second_pass, given, epsilon, perturbed)
-        _, (perturbed_loss, vectors), _ = accumulate(second, (), residuals, shares)
+        _, (perturbed_loss, vectors), _ = accumulate(second, (), residuals, weights)
 
         returned = self.second.combine(gradients, vectors) if self.second.combine else vectors
         returned, clean = _as(returned, params), gradients.clean
         facts = report(
             perturbed_loss if gradients.loss is None else gradients.loss, None if clean is None else norm(clean),
             returned, perturbed_loss=perturbed_loss, epsilon_norm=norm(epsilon),
-            cosine=jnp.nan if clean is None else cosine(clean, returned),
-            **survival(params, perturbed, epsilon, objective.compute_dtype),
+            cosine=jnp.nan if clean is None else cosine(clean, returned), groups=self.switches.groups,
+            **survival(params, perturbed, epsilon, objective.compute_dtype), **shares(epsilon, self.switches.groups),
         )  # fmt: skip
         return climbed, (returned, clean if self.second.remember else (), facts), ()
 
@@ -257,6 +275,26 @@ def survival(params: Tree, perturbed: Tree, epsilon: Tree, dtype) -> dict:
 
     moved = jax.tree.map(lambda q, p: cast(q) - cast(p), perturbed, params)
     return {"survival_norm": ratio(norm(moved), norm(epsilon)), "survival_cosine": cosine(moved, epsilon)}
+
+
+def shares(epsilon: Tree, groups: Mapping[str, str]) -> dict:
+    """Where epsilon lies: the share of |epsilon|^2 in its largest row (epsilon_row) and in each group (epsilon_GROUP).
+
+    A row runs along a parameter's last axis: a token's entries in a table, what one head or unit adds to the stream.
+    """
+
+    def squares(e):
+        wide = e.astype(jnp.promote_types(e.dtype, jnp.float32)) ** 2
+        return jnp.sum(wide, axis=-1) if e.ndim else wide
+
+    rows = jax.tree.leaves(jax.tree.map(squares, epsilon))
+    names, sums = jax.tree.leaves(path_names(epsilon)), [jnp.sum(row) for row in rows]
+    largest = jnp.max(jnp.stack([jnp.max(row, initial=0.0) for row in rows]))
+    parts = {
+        f"epsilon_{group}": sum(part for name, part in zip(names, sums, strict=True) if re.search(regex, name))
+        for group, regex in groups.items()
+    }
+    return {name: ratio(part, sum(sums), 0.0) for name, part in {"epsilon_row": largest, **parts}.items()}
 
 
 def _late(trunk: Callable) -> Callable:

@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from steppe.lm.model import parameters
+from steppe.lm.model.attention import differentiable
 from steppe.lm.model.mesh import Placement
 from steppe.lm.model.objective import objective, readout_kernel
 from steppe.lm.model.readout import token_loss
@@ -23,7 +24,7 @@ def twice_differentiable(parts: Parts) -> Objective:
     """The objective of a run, its attention by a kernel that has a second derivative (cuDNN and splash have none)."""
     if parts.shape.kernel not in ("cudnn", "splash"):
         return parts.objective
-    kernel = "einsum" if parts.shape.sequence_length <= 256 else "blockwise"
+    kernel = differentiable(parts.shape.sequence_length)
     return objective(parts.shape._replace(kernel=kernel), parts.options, Placement(parts.mesh))
 
 
@@ -54,8 +55,9 @@ def logit_hessian(
     """The Hessian of a token's loss in its logits [V], which the seam hides: trace and largest eigenvalue.
 
     trace, lambda_max: means over tokens; lambda_max_worst: of the worst token. The whole logit Hessian is block
-    diagonal in the tokens, each block divided by their number. The trace is taken of sign vectors, one per token (with
-    plain cross-entropy its mean is 1 - |p|^2), the eigenvalue by that many power iterations.
+    diagonal in the tokens, each block divided by their number. The trace is 1 - |p|^2 of plain cross-entropy, smoothed
+    or not; with a soft cap or z-loss it is taken of sign vectors, one per token. The eigenvalue: by that many power
+    iterations.
     """
     options = parts.options._replace(place=Placement())
 
@@ -78,7 +80,11 @@ def logit_hessian(
                 return further / jnp.where(length > 0, length, 1)
 
             drawn = jax.random.rademacher(jax.random.fold_in(key, start), raw.shape, raw.dtype)
-            trace = jnp.sum(drawn * product(drawn), axis=-1)
+            if options.soft_cap or options.z_loss:
+                trace = jnp.sum(drawn * product(drawn), axis=-1)
+            else:
+                real = jnp.arange(raw.shape[-1]) < options.vocabulary
+                trace = 1 - jnp.sum(jax.nn.softmax(jnp.where(real, raw, -jnp.inf)) ** 2, axis=-1)
             top = lax.fori_loop(0, iterations, again, drawn)
             return trace, jnp.sum(top * product(top), axis=-1)
 

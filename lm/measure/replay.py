@@ -1,15 +1,17 @@
 """One step of a run again, looked at closely: norms per layer, and where the first NaN comes from."""
 
+import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from steppe.lm.keep import workdir
 from steppe.lm.keep.checkpoint import Checkpoints, directory_of, load_params
 from steppe.lm.keep.exits import Unusable, WorkdirError
+from steppe.lm.model import parameters
 from steppe.lm.run import anomaly
 from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
 from steppe.lm.run.state import State, create, create_from
@@ -68,26 +70,38 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
         return clean, returned
 
     gradient = jax.jit(gradient)
-    clean, returned = jax.device_get(gradient(state, batch))
-    log(table(jax.device_get(state.params), clean, returned, jax.device_get(after.params)))
+    clean, returned = gradient(state, batch)
+    log(table(state.params, clean, returned, after.params))
     log(first_nan(gradient, state, batch))
     return metrics
 
 
 def table(params, clean, returned, after) -> str:
-    """Norms per parameter and, where layers are stacked, per layer: theta, clean and returned gradient, update."""
+    """Norms per parameter and, where layers are stacked, per layer: theta, clean and returned gradient, update.
+
+    Takes trees of arrays on any mesh, whose shards may lie on other hosts.
+    """
+
+    def facts(trees):
+        columns = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+        return [jnp.stack([_norms(name, leaf) for leaf in leaves]) for name, leaves in zip(names, columns, strict=True)]
+
+    names = [parameters.name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    trees = (params, clean, returned, jax.tree.map(jnp.subtract, after, params))
+    everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
     lines = [f"{'parameter':<34}{'layer':>6}{'theta':>11}{'gradient':>11}{'returned':>11}{'update':>11}  not finite"]
-    trees = (params, clean, returned, jax.tree.map(np.subtract, after, params))
-    columns = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
-    for (path, _), leaves in zip(jax.tree_util.tree_leaves_with_path(params), columns, strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        stacked = name.startswith("layers/")
-        for layer in range(leaves[0].shape[0]) if stacked else [None]:
-            parts = [leaf if layer is None else leaf[layer] for leaf in leaves]
-            norms = "".join(f"{float(np.linalg.norm(np.asarray(part, np.float64))):>11.4g}" for part in parts)
-            bad = sum(int(np.sum(~np.isfinite(part))) for part in parts[:3])
-            lines.append(f"{name:<34}{'' if layer is None else layer:>6}{norms}  {bad or ''}".rstrip())
+    for name, found in zip(names, jax.device_get(jax.jit(facts, out_shardings=everywhere)(trees)), strict=True):
+        for layer in range(found.shape[1]):
+            norms = "".join(f"{length:>11.4g}" for length in found[:, layer, 0])
+            shown = layer if re.search(parameters.STACKED, name) else ""
+            lines.append(f"{name:<34}{shown:>6}{norms}  {int(found[:3, layer, 1].sum()) or ''}".rstrip())
     return "\n".join(lines)
+
+
+def _norms(name: str, leaf: jax.Array) -> jax.Array:
+    """[layers, (norm, entries that are not finite)] of a parameter."""
+    rows = leaf.reshape(leaf.shape[0] if re.search(parameters.STACKED, name) else 1, -1)
+    return jnp.stack([jnp.linalg.norm(rows, axis=1), jnp.sum(~jnp.isfinite(rows), axis=1)], axis=1)
 
 
 def first_nan(gradient: Callable, state: State, batch: dict) -> str:

@@ -137,7 +137,6 @@ def held_out(corpus: loader.Corpus, name: str, mesh: Mesh, batch_size: int, batc
     found = []
     for index in range(min(total, batches) if batches else total):
         batch = loader.held_out_rows(corpus, name, index, batch_size, rows)
-        batch.pop("bytes")
         found.append(place_batch(mesh, batch_size, rows, batch))
     return found
 
@@ -145,7 +144,7 @@ def held_out(corpus: loader.Corpus, name: str, mesh: Mesh, batch_size: int, batc
 def loss(evaluate: Callable, params: Any, batches: list[dict]) -> tuple[float, int]:
     """(mean loss in nats per token, tokens) over batches that held_out gave."""
     results = jax.device_get([evaluate(params, batch) for batch in batches])
-    nats, tokens = (sum(np.float64(x) for x in column) for column in zip(*results, strict=True))
+    nats, tokens, _ = (sum(np.float64(x) for x in column) for column in zip(*results, strict=True))
     return float(nats / tokens), int(tokens)
 
 

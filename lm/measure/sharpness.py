@@ -4,7 +4,7 @@ Programs depend on shapes alone, so checkpoints and runs of equal shapes share t
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -117,7 +117,12 @@ def _waited(function: Callable, **options) -> Callable:
     """The function compiled, and done when it returns: on a CPU mesh, programs with sums over devices that are started
     ahead of each other can block each other's threads for good."""
     compiled = jax.jit(function, **options)
-    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+
+    @wraps(compiled)
+    def waited(*arguments):
+        return jax.block_until_ready(compiled(*arguments))
+
+    return waited
 
 
 def measure(
@@ -198,7 +203,7 @@ def _spectra(made, params, batch, settings, scale, key, tick):
     starts = [made.start(jax.random.fold_in(key, i)) for i in range(settings.probes)]
     chosen = jnp.abs(starts[0])  # 1 for a parameter of `within`, 0 for another and in the padding
     # What is left to Hutchinson alone needs no Hessian product: v^T H v is the sum of its parts.
-    forms = {"ggn": [], "nme": []}
+    forms = {"ggn": [], "nme": [], **({} if scale is None else {"preconditioned": []})}
 
     def act(name, vector):
         if name in made.action:
@@ -238,8 +243,8 @@ def _spectra(made, params, batch, settings, scale, key, tick):
         }
         tops[name] = best["max"][1]
     tick("traces")
-    for start in starts[settings.densities :]:
-        for name in forms:
+    for name in forms:
+        for start in starts[_runs(name, settings) :]:
             forms[name].append(float(jnp.vdot(start, act(name, start))))
     forms["hessian"] = [a + b for a, b in zip(forms["ggn"], forms["nme"], strict=True)]
     for name, values in found.items():

@@ -38,7 +38,17 @@ def choose(
     if name != "auto":
         return name
     fast = next((kernel for kernel, able in can.items() if able), None)
-    return fast or ("einsum" if sequence_length <= 256 else "blockwise")
+    return fast or differentiable(sequence_length)
+
+
+def unsplit(name: str, sequence_length: int) -> str:
+    """The kernel to take for this one where a batch is not split over the devices of a mesh, which splash must be."""
+    return differentiable(sequence_length) if name == "splash" else name
+
+
+def differentiable(sequence_length: int) -> str:
+    """The kernel that runs everywhere, and can be differentiated twice: one einsum while [T, T] is small, or blocks."""
+    return "einsum" if sequence_length <= 256 else "blockwise"
 
 
 def attention(

@@ -13,22 +13,26 @@ def readout_kernel(params, shape: Shape):
     return params["embed"]["embedding"] if shape.tie_embeddings else params["readout"]["kernel"]
 
 
-def objective(shape: Shape, options: Options, constrain: Placement) -> Objective:
+def objective(shape: Shape, options: Options, constrain: Placement, ascent_reduction: str = "float32") -> Objective:
     """Mean token cross-entropy of next-token prediction as an Objective.
 
     batch: inputs, targets [B, T] int32, weights [B, T] float32 (0: not counted), and for packed documents segments and
-    positions [B, T] int32. constrain: where activations live; options.place says it for the readout.
+    positions [B, T] int32. constrain: where activations live; options.place says it for the readout. ascent_reduction:
+    dtype in which the gradient of the readout's weights is summed over devices where it is only climbed.
     """
     trunk = Trunk(shape, constrain)
 
     def hidden(params, batch):
         return trunk.apply({"params": params}, batch["inputs"], batch.get("positions"), batch.get("segments"))
 
-    def readout(params, hidden_BxTxD, batch):
-        loss, per_sequence, kept = cross_entropy(
-            options, readout_kernel(params, shape), hidden_BxTxD, batch["targets"], batch["weights"]
-        )
-        return loss, {"per_sequence_loss": per_sequence, "kept": kept}
+    def readout_of(options):
+        def readout(params, hidden_BxTxD, batch):
+            loss, per_sequence, kept = cross_entropy(
+                options, readout_kernel(params, shape), hidden_BxTxD, batch["targets"], batch["weights"]
+            )
+            return loss, {"per_sequence_loss": per_sequence, "kept": kept}
+
+        return readout
 
     def frozen_readout(params, hidden_BxTxD, anchor, batch):
         fixed = (readout_kernel(anchor.params, shape), anchor.hidden, anchor.kept)
@@ -39,4 +43,11 @@ def objective(shape: Shape, options: Options, constrain: Placement) -> Objective
     def weight(batch):
         return jnp.sum(batch["weights"] > 0).astype(jnp.float32)
 
-    return Objective(hidden, readout, frozen_readout, weight, shape.dtype)
+    return Objective(
+        trunk=hidden,
+        readout=readout_of(options),
+        frozen_readout=frozen_readout,
+        weight=weight,
+        compute_dtype=shape.dtype,
+        ascent_readout=readout_of(options._replace(reduce_dtype=ascent_reduction)),
+    )

@@ -24,6 +24,11 @@ class Parameter(NamedTuple):
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
 
+    @property
+    def group(self) -> str:
+        """What it is reported with: embeddings, norms, attention or mlp."""
+        return {"table": "embeddings", "norm": "norms"}.get(self.kind) or self.path.partition("/")[0]
+
 
 # fsdp splits the width, tensor what is computed apart: heads, the MLP's hidden features, the vocabulary. Layer stacks
 # keep their first axis whole: the scan walks along it. A table is read by its rows, so a row is what it writes.
@@ -36,6 +41,8 @@ TABLE = (
     Parameter(r"mlp/down/kernel$", "matrix", P(None, "tensor", "fsdp"), (1,), (2,)),
     Parameter(r"norm/scale$", "norm", P()),
 )
+# {group: regex of its parameters}
+GROUPS = {line.group: "|".join(other.path for other in TABLE if other.group == line.group) for line in TABLE}
 STACKED = r"^layers/"  # parameters of all layers in one array, the layer first
 
 # What muon and layerwise rho take; tables are no matrices.

@@ -161,7 +161,6 @@ _GRADIENT = ("hidden", "table")
 def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients: bool):
     options = _fitted(options, len(hidden_BxTxD))
     wide = jnp.promote_types(jnp.float32, hidden_BxTxD.dtype)
-    keep = options.keep and gradients
 
     def local(kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT):
         B, T, _ = hidden_BxTxD.shape
@@ -174,22 +173,22 @@ def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights
             loss, derivative = token_loss(options, raw, take(targets_BxT))
             share = take(share_BxT)
             losses = losses + jnp.sum(share * loss, axis=1)
+            derivative = share[..., None] * derivative
             if gradients:
-                derivative = share[..., None] * derivative
                 gradient, _ = _add_products(derivative, kernel_VxD, hidden_BxTxD, gradient, take, put)
-            if keep:
+            if options.keep:
                 low = derivative.astype(options.kept_dtype)
                 kept = Kept(put(kept.derivative_BxTxV, low), kept.inner + jnp.sum(low.astype(wide) * raw))
             return losses, gradient, kept
 
         gradient = _zeros_like_gradient(kernel_VxD, hidden_BxTxD) if gradients else ()
-        kept = Kept(jnp.zeros((B, T, len(kernel_VxD)), options.kept_dtype), jnp.zeros((), wide)) if keep else ()
+        kept = Kept(jnp.zeros((B, T, len(kernel_VxD)), options.kept_dtype), jnp.zeros((), wide)) if options.keep else ()
         losses, gradient, kept = _over_chunks(options, T, body, (jnp.zeros(B, wide), gradient, kept))
         loss = options.place.summed(jnp.sum(losses), *BATCH)
-        kept = Kept(kept.derivative_BxTxV, options.place.summed(kept.inner, *AXES)) if keep else ()
+        kept = Kept(kept.derivative_BxTxV, options.place.summed(kept.inner, *AXES)) if options.keep else ()
         return loss, losses, kept, _reduced(options, gradient, options.reduce_dtype) if gradients else ()
 
-    outputs = ("scalar", "rows", Kept("mlp", "scalar") if keep else (), _GRADIENT if gradients else ())
+    outputs = ("scalar", "rows", Kept("mlp", "scalar") if options.keep else (), _GRADIENT if gradients else ())
     share_BxT = _share(weights_BxT, wide)
     loss, losses, kept, gradient = options.place.split(local, _INPUTS, outputs)(
         kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT
@@ -207,7 +206,7 @@ def cross_entropy(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weigh
     and hidden. Products run in hidden's dtype and sum in float32 or better, the dtype the kernel should have. T is a
     multiple of options.chunk.
     """
-    return _clean_pass(options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients=options.keep)[0]
+    return _clean_pass(options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients=False)[0]
 
 
 def _scaled(cotangent, to_hidden, to_kernel):
@@ -240,7 +239,9 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
             if kept is None:
                 raw = _logits(take(fixed[1]), anchor_kernel_VxD)
                 derivative = take(share_BxT)[..., None] * token_loss(options, raw, take(targets_BxT))[1]
-                value = value - jnp.sum(derivative * raw)
+                # Rounded as for the products, so that the value is 0 where nothing has moved.
+                derivative = derivative.astype(kernel_VxD.dtype)
+                value = value - jnp.sum(derivative.astype(wide) * raw)
             else:
                 derivative = take(fixed.derivative_BxTxV).astype(kernel_VxD.dtype)
             gradient, to_hidden = _add_products(derivative, kernel_VxD, hidden_BxTxD, gradient, take, put)

@@ -4,6 +4,7 @@ Dimensions, here and everywhere: B sequences, T tokens of a sequence, D width, L
 heads, K head width, F hidden width of the MLP, V vocabulary (padded).
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from steppe.lm.model.attention import MIXED, attention
+from steppe.lm.model.attention import MIXED, attention, unsplit
 from steppe.lm.model.mesh import Placement
 
 STYLES = ("nanodo", "modern")
@@ -283,6 +284,10 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None):
         s, place = self.shape, self.constrain.fitting(tokens_BxT.shape[0])
+        if place is not self.constrain and (kernel := unsplit(s.kernel, s.sequence_length)) != s.kernel:
+            one = f"a batch of {tokens_BxT.shape[0]}, which does not divide over the devices"
+            warnings.warn(f"attention: {kernel} in place of {s.kernel} for {one}", stacklevel=2)
+            s = s._replace(kernel=kernel)
         x_BxTxD = lookup(place, "table", s.dtype, Table(s.vocabulary, s.width, name="embed")(), tokens_BxT)
         if s.style == "nanodo":
             places = Table(s.sequence_length, s.width, name="position")()

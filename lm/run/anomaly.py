@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 FOLDER = "anomalies"
+UPDATE = 2.0  # the metric nonfinite where loss and gradients were finite, and the update was not
 LAG = 2  # metrics are read one step late: the limit of step n may depend on steps up to n - LAG, whenever they are read
 
 
@@ -106,6 +107,8 @@ def save_batch(workdir: str, step: int, batch: dict[str, np.ndarray]) -> str:
 
 def _where(metrics: dict[str, float]) -> str:
     """The first place where a number was not finite. A NaN metric may be one that the method lacks."""
+    if metrics["nonfinite"] == UPDATE:
+        return "the update"
     climbed = metrics["epsilon_norm"] > 0  # False for NaN: a direction from a gradient that was not finite
     if not math.isfinite(metrics["loss"]):
         return "the loss"

@@ -19,16 +19,17 @@ from steppe.data.loader import Corpus
 from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
-from steppe.lm.model.parameters import MATRIX_AXES
+from steppe.lm.model.parameters import GROUPS, MATRIX_AXES
 from steppe.lm.model.transformer import Shape, shape
-from steppe.lm.run.budget import Budget, budget, count_parameters, describe, estimate_memory
+from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, estimate_memory, length
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective
 from steppe.optim.base import base
 from steppe.optim.masks import mask
-from steppe.optim.methods import is_anchored, method, options_of, perturbs, row_of
+from steppe.optim.methods import is_frozen, method, options_of, perturbs, row_of
+from steppe.optim.rule import OptionError
 from steppe.optim.schedules import duration_steps, learning_rate
 from steppe.optim.schedules import rho as rho_schedule
 
@@ -70,51 +71,76 @@ def assemble(
     kernel = kernel_of(config, devices[0].platform)
     model_shape = shape(config.model, vocabulary_size, config.data.sequence_length, kernel)
     params = parameter_shapes(model_shape)
-    options = _readout_options(config, model_shape, vocabulary_size, params, mesh, devices[0])
-    method_values = options_of(config.optim.method, method_options(config))
-    plan = budget(config, shape=model_shape, params=params, epoch_tokens=epoch_tokens, shards=shards, keep=options.keep)
-    optimizer_at = _optimizers(config, params, plan, {"shards": shards, "frequency": frequency})
-    scalars = {"peak_learning_rate": config.optim.peak_learning_rate}
-    if perturbs(config.optim.method, method_values.get("rho", 0.0)):  # else the method is its base, another program
-        scalars["rho"] = method_values["rho"]
+    scalars = _scalars(config)
+    frozen = "rho" in scalars and is_frozen(config.optim.method)
+    options = _readout_options(config, model_shape, vocabulary_size, params, mesh, devices[0], frozen)
+    long = length(config, params, epoch_tokens)
+    optimizer_at = _optimizers(config, params, long, shards, {"frequency": frequency})
     optimizer = optimizer_at(**scalars)
+    plan = budget(
+        config,
+        shape=model_shape,
+        params=params,
+        length=long,
+        perturbing=optimizer.rule.perturbing(long.steps),
+        shards=shards,
+        keep=options.keep,
+    )
     initialise = initialiser(model_shape, optimizer, config.seed)
+    try:
+        described = abstract(mesh, initialise)
+    except OptionError as error:  # one that has to know the parameters
+        raise ConfigError(f"optim.{error.name}", error.value, error.accepted) from None
     return Parts(
         mesh=mesh,
         shape=model_shape,
         options=options,
-        objective=objective(model_shape, options, Placement(mesh)),
+        objective=objective(model_shape, options, Placement(mesh), config.mesh.ascent_reduction),
         optimizer=optimizer,
         optimizer_at=optimizer_at,
         scalars=scalars,
         initialise=initialise,
-        abstract=abstract(mesh, initialise),
+        abstract=described,
         budget=plan,
     )
 
 
-def _optimizers(config: ConfigDict, params: Any, plan: Budget, surroundings: dict[str, Any]) -> Callable:
+def planned(config: ConfigDict, model_shape: Shape, params: Any, epoch_tokens: int) -> Budget:
+    """The Budget of a run on one device that is not assembled. params: their shapes."""
+    long = length(config, params, epoch_tokens)
+    made = _optimizers(config, params, long, 1, {"frequency": jnp.ones(model_shape.vocabulary)})(**_scalars(config))
+    return budget(config, shape=model_shape, params=params, length=long, perturbing=made.rule.perturbing(long.steps))
+
+
+def _scalars(config: ConfigDict) -> dict[str, float]:
+    """What the step takes as operands: the rate, and rho where the method is more than its base, another program."""
+    rho = options_of(config.optim.method, method_options(config)).get("rho", 0.0)
+    found = {"peak_learning_rate": config.optim.peak_learning_rate}
+    return {**found, "rho": rho} if perturbs(config.optim.method, rho) else found
+
+
+def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surroundings: dict[str, Any]) -> Callable:
     """optimizer_at(peak_learning_rate, rho=0.0) of a config."""
     optim = config.optim
     decay_mask = _matching(config, "optim.decay_mask", params)
     _matching(config, "optim.perturb", params)
 
     def steps(duration: str) -> int:
-        return duration_steps(duration, tokens_per_step=plan.tokens_per_step, total_steps=plan.steps)
+        return duration_steps(duration, tokens_per_step=long.tokens_per_step, total_steps=long.steps)
 
     row, warmup, stop = row_of(optim.method), steps(optim.warmup), steps(optim.stop)
     met = {need: surroundings[need] for need in (row.needs() if row else ())}
 
     def rate_of(peak):
         return learning_rate(
-            optim.schedule, peak, plan.steps, warmup_steps=warmup, end=optim.end_learning_rate,
+            optim.schedule, peak, long.steps, warmup_steps=warmup, end=optim.end_learning_rate,
             cooldown_steps=steps(optim.cooldown),
         )  # fmt: skip
 
     def optimizer_at(peak_learning_rate, rho=0.0) -> Optimizer:
         rate = rate_of(peak_learning_rate)
         if perturbs(optim.method, rho):
-            rho = rho_schedule(optim.rho_schedule, rho, plan.steps, warmup_steps=warmup, rate=rate_of(1.0))
+            rho = rho_schedule(optim.rho_schedule, rho, long.steps, warmup_steps=warmup, rate=rate_of(1.0))
         the_base = base(
             optim.base,
             rate,
@@ -131,7 +157,7 @@ def _optimizers(config: ConfigDict, params: Any, plan: Budget, surroundings: dic
             base=the_base,
             every=optim.every,
             start=steps(optim.start),
-            stop=None if stop >= plan.steps else stop,
+            stop=None if stop >= long.steps else stop,
             microbatches=config.train.microbatches,
             ascent_over=optim.ascent_over,
             ascent_fraction=optim.ascent_fraction,
@@ -139,6 +165,8 @@ def _optimizers(config: ConfigDict, params: Any, plan: Budget, surroundings: dic
             layerwise_rho=optim.layerwise_rho,
             matrix_axes=MATRIX_AXES,
             clip_norm=optim.clip_norm if optim.clip_order == "before" else None,
+            shards=shards,
+            groups=GROUPS,
             **{**method_options(config), "rho": rho},
             **met,
         )
@@ -147,8 +175,8 @@ def _optimizers(config: ConfigDict, params: Any, plan: Budget, surroundings: dic
     return optimizer_at
 
 
-def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, params: Any, mesh: Mesh, device):
-    model, anchored = config.model, is_anchored(config.optim.method)
+def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, params: Any, mesh: Mesh, device, frozen):
+    model = config.model
     rows = config.train.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
     tokens = model.readout_chunk or readout.chunk_tokens(device.platform, shape.vocabulary)
     chunk = readout.chunk_positions(config.data.sequence_length, rows, tokens)
@@ -158,8 +186,7 @@ def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, par
         z_loss=model.z_loss,
         soft_cap=model.logit_soft_cap,
         smoothing=model.label_smoothing,
-        keep=anchored and _keeps_derivative(config, shape, count_parameters(params).total, rows, chunk, mesh, device),
-        reduce_dtype=config.mesh.ascent_reduction if anchored else "float32",
+        keep=frozen and _keeps_derivative(config, shape, count_parameters(params).total, rows, chunk, mesh, device),
         place=Placement(mesh),
     )
 

@@ -27,8 +27,19 @@ class Flops(NamedTuple):
     readout: float
 
 
+class Length(NamedTuple):
+    """How long a run is: predicted tokens of a step over all devices, and steps."""
+
+    tokens_per_step: int
+    steps: int
+
+
 class Budget(NamedTuple):
-    """A run in numbers. flops and adamw_flops: one step over all devices, of the method and of plain AdamW."""
+    """A run in numbers.
+
+    flops and adamw_flops: of an average step over all devices, of the method (steps that do not perturb counted as what
+    they are) and of plain AdamW.
+    """
 
     parameters: Parameters
     tokens_per_step: int
@@ -57,13 +68,10 @@ def forward_flops(shape: Shape) -> Flops:
     return Flops(shape.layers * (projections + mlp + square), 2.0 * shape.vocabulary * D)
 
 
-def step_flops(shape: Shape, tokens: int, forwards: float, backwards: float, products_saved: int = 0) -> float:
-    """FLOPs of a step that takes so many forwards and backwards (a backward is two forwards).
-
-    products_saved: readout products a keeping functional pass leaves out, one.
-    """
+def step_flops(shape: Shape, tokens: int, cost: methods.Cost) -> float:
+    """FLOPs of a step of so many tokens; a backward is two forwards."""
     trunk, readout = forward_flops(shape)
-    return tokens * ((trunk + readout) * (forwards + 2 * backwards) - readout * products_saved)
+    return tokens * (trunk * (cost.forwards + 2 * cost.backwards) + readout * cost.products)
 
 
 class Memory(NamedTuple):
@@ -124,9 +132,10 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple
     anchored = methods.is_anchored(config.optim.method)
     each = rows // config.train.microbatches
     memory = estimate_memory(shape_, parameters, each, chunk, mesh, anchored)
-    forwards, backwards = methods.cost(config.optim.method)
+    cost = methods.cost(config.optim.method)
+    forwards, backwards, _ = cost
     again = {"none": 0.0, "dots": 0.1, "offload": 0.3, "full": 1.0}[shape_.remat]
-    flops = step_flops(shape_, tokens, forwards + again * backwards, backwards) / tensor
+    flops = step_flops(shape_, tokens, cost._replace(forwards=forwards + again * backwards)) / tensor
     small = 2 if shape_.dtype == "bfloat16" else 4
     # Weights are gathered for each forward and backward and their gradient scattered; with tensor, two sums a layer.
     gathered = small * parameters / tensor * (forwards + backwards * 2) * (fsdp - 1) / fsdp
@@ -146,27 +155,40 @@ def total_steps(train, parameters: Parameters, sequence_length: int, epoch_token
     return duration_steps(train.duration, tokens_per_step=tokens_per_step, tokens_per_epoch=epoch_tokens)
 
 
-def budget(config, *, shape: Shape, params: Any, epoch_tokens: int, shards: int = 1, keep: bool = False) -> Budget:
-    """The Budget of a run. shards: of the data; keep: whether the frozen derivative of its method is stored."""
-    counts = count_parameters(params)
+def length(config, params: Any, epoch_tokens: int) -> Length:
+    """The Length of a run. epoch_tokens: of one pass over the corpus."""
+    sequence = config.data.sequence_length
+    steps = total_steps(config.train, count_parameters(params), sequence, epoch_tokens)
+    return Length(config.train.batch_size * sequence, steps)
+
+
+def budget(
+    config, *, shape: Shape, params: Any, length: Length, perturbing: float, shards: int = 1, keep: bool = False
+) -> Budget:
+    """The Budget of a run.
+
+    perturbing: the share of its steps that perturb. shards: of the data. keep: whether its readout stores the loss
+    derivative at theta.
+    """
     train, optim = config.train, config.optim
-    tokens = train.batch_size * config.data.sequence_length
-    steps = total_steps(train, counts, config.data.sequence_length, epoch_tokens)
-    forwards, backwards = methods.cost(
+    one = methods.cost(
         optim.method,
         sequences=train.batch_size,
-        every=optim.every,
-        ascent_fraction=optim.ascent_fraction,
+        microbatches=train.microbatches,
         shards=shards,
+        ascent_over=optim.ascent_over,
+        ascent_fraction=optim.ascent_fraction,
+        keep=keep,
         **method_options(config),
     )
+    tokens, steps = length
     return Budget(
-        parameters=counts,
+        parameters=count_parameters(params),
         tokens_per_step=tokens,
         steps=steps,
         tokens=steps * tokens,
-        flops=step_flops(shape, tokens, forwards, backwards, products_saved=1 if keep else 0),
-        adamw_flops=step_flops(shape, tokens, 1, 1),
+        flops=step_flops(shape, tokens, one.averaged(perturbing)),
+        adamw_flops=step_flops(shape, tokens, methods.Cost()),
     )
 
 

@@ -105,9 +105,9 @@ def _check_data(config: ConfigDict) -> None:
 
 def _check_method(config: ConfigDict) -> None:
     optim = config.optim
-    accepted = f"float32 with optim.method = {optim.method}, which has no frozen readout to be exact where this is not"
+    accepted = f"float32 with optim.method = {optim.method}, which does not only climb its gradient at theta"
     low = config.mesh.ascent_reduction != "float32"
-    _need(not low or methods.is_anchored(optim.method), config, "mesh.ascent_reduction", accepted)
+    _need(not low or methods.only_climbs(optim.method), config, "mesh.ascent_reduction", accepted)
     row = methods.row_of(optim.method)
     try:
         methods.method(
@@ -184,7 +184,8 @@ def _check_mesh(config: ConfigDict, device_count: int, process_count: int) -> No
     accepted = f"0 or a multiple of the {process_count} processes"
     _need(held_out % process_count == 0, config, "evaluate.batch_size", accepted)
     row = methods.row_of(config.optim.method)
-    if row and "shards" in row.needs() and config.optim.k is not None:
-        each = train.batch_size // unit
+    if row and row.share:
+        each, k = train.batch_size // unit, methods.options_of(config.optim.method, method_options(config))["k"]
         accepted = f"at most {each}, the sequences of one microbatch on one data shard"
-        _need(config.optim.k <= each, config, "optim.k", accepted)
+        if k > each:
+            raise ConfigError("optim.k", k, accepted)

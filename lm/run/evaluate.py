@@ -17,14 +17,14 @@ from steppe.optim import Objective
 
 
 def make_evaluation_step(objective: Objective, shape: Shape, options: Options) -> Callable:
-    """step(params, batch) -> (nats, tokens) of a batch: plain cross-entropy, whatever the training loss adds."""
-    plain = Options(options.vocabulary, options.chunk, soft_cap=options.soft_cap)
+    """step(params, batch) -> (nats, tokens, bytes) of a batch: plain cross-entropy, whatever the training loss adds."""
+    plain = Options(options.vocabulary, options.chunk, soft_cap=options.soft_cap, place=options.place)
 
     def step(params, batch):
         hidden = objective.trunk(params, batch)
         loss, _, _ = cross_entropy(plain, readout_kernel(params, shape), hidden, batch["targets"], batch["weights"])
         tokens = jnp.sum(batch["weights"] > 0)
-        return loss * tokens, tokens
+        return loss * tokens, tokens, jnp.sum(batch["bytes"])
 
     return step
 
@@ -40,18 +40,16 @@ def evaluate(
     """
     total = held_out_steps(corpus, name, batch_size)
     rows = local_rows(mesh, batch_size)
-    results, size = [], 0
+    results = []
     for index in range(min(total, batches) if batches else total):
         if stop():
             return None
-        batch = held_out_rows(corpus, name, index, batch_size)
-        size += int(batch.pop("bytes").sum())  # of all rows, also those of other processes
-        batch = {key: array[rows] for key, array in batch.items()}
+        batch = held_out_rows(corpus, name, index, batch_size, rows)
         results.append(step(params, place_batch(mesh, batch_size, rows, batch)))
-    nats, tokens = (sum(np.float64(x) for x in column) for column in zip(*jax.device_get(results), strict=True))
+    nats, tokens, size = (sum(np.float64(x) for x in column) for column in zip(*jax.device_get(results), strict=True))
     return {
         "loss": float(nats / tokens),
         "bits_per_byte": float(nats / math.log(2) / size),
         "tokens": int(tokens),
-        "bytes": size,
+        "bytes": int(size),
     }

@@ -7,36 +7,42 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from steppe.lm.run.anomaly import UPDATE
 from steppe.lm.run.assembly import Parts
 from steppe.lm.run.state import Optimizer, State
 from steppe.optim import Objective
+from steppe.optim.base import at_step
 from steppe.optim.rule import norm
 
 
 def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
     """step(state, batch, limit=inf) -> (state, metrics); jit it with the state donated.
 
-    A step whose loss or gradient is not finite, in either pass, or whose loss exceeds `limit`, changes nothing but
-    state.step. metrics: the report, spike (1 where the limit refused it), sharpness_gap (perturbed minus clean loss),
-    update and parameter norms, learning_rate, rho; float32 scalars.
+    A step whose loss, gradient or update is not finite, in either pass, or whose loss exceeds `limit`, changes nothing
+    but state.step, which learning rate and rho follow. metrics: the report, nonfinite (UPDATE where loss and gradients
+    were finite and the update was not), spike (1 where the limit refused it),
+    sharpness_gap (perturbed minus clean loss), update and parameter norms, learning_rate, rho; float32 scalars.
     """
 
     def step(state: State, batch: dict, limit: jax.Array = jnp.inf) -> tuple[State, dict]:
         gradient, rule_state, report = optimizer.rule.gradient(
             objective, state.params, batch, state.optimizer, state.rule, state.step
         )
-        updates, optimizer_state = optimizer.base.transform.update(gradient, state.optimizer, state.params)
+        counted = at_step(state.optimizer, state.step)
+        updates, optimizer_state = optimizer.base.transform.update(gradient, counted, state.params)
         params = optax.apply_updates(state.params, updates)
-        spike = report["loss"] > limit
-        good = (report["nonfinite"] == 0) & ~spike
+        length, spike = norm(updates), report["loss"] > limit
+        sound = (report["nonfinite"] == 0) & jnp.isfinite(length)
+        good = sound & ~spike
         kept = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, optimizer_state, rule_state), tuple(state[1:])
         )
         metrics = {
             **report,
+            "nonfinite": jnp.where(report["nonfinite"] > 0, 1.0, jnp.where(jnp.isfinite(length), 0.0, UPDATE)),
             "spike": spike.astype(jnp.float32),
             "sharpness_gap": report["perturbed_loss"] - report["loss"],
-            "update_norm": norm(updates),
+            "update_norm": length,
             "parameter_norm": norm(kept[0]),
             "learning_rate": jnp.asarray(optimizer.learning_rate(state.step), jnp.float32),
             "rho": jnp.asarray(optimizer.rho(state.step), jnp.float32),
@@ -52,14 +58,18 @@ def compile_step(parts: Parts, batch: dict) -> Callable:
     return lambda state, batch, limit: compiled(state, batch, limit, scalars)
 
 
-def lower_step(parts: Parts, batch: dict) -> jax.stages.Lowered:
-    """The program of step(state, batch, limit, scalars): one for all runs that differ in Parts.scalars alone."""
+def lower_step(parts: Parts, batch: dict, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
+    """The program of step(state, batch, limit, scalars): one for all runs that differ in Parts.scalars alone.
+
+    platforms: to lower it for, instead of that of the devices.
+    """
 
     def step(state, batch, limit, scalars):
         return make_step(parts.objective, parts.optimizer_at(**scalars))(state, batch, limit)
 
     limit = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(step, donate_argnums=0).lower(parts.abstract, batch, limit, _scalars(parts))
+    traced = jax.jit(step, donate_argnums=0).trace(parts.abstract, batch, limit, _scalars(parts))
+    return traced.lower(lowering_platforms=platforms)
 
 
 def _scalars(parts: Parts) -> dict:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 def table(options: argparse.Namespace):
     """Yields the lines of the table: FLOPs over AdamW's, measured and predicted, and temporary memory."""
-    from steppe.optim.methods import cost, is_anchored
+    from steppe.optim.methods import cost, is_frozen, period
 
     flops, memory, parameters = measure("adamw", options)
     yield (
@@ -53,48 +53,88 @@ def table(options: argparse.Namespace):
     yield f"| {COLUMNS} |"
     yield "|---" * 6 + "|"
     for name in options.methods:
-        forwards, backwards = cost(name, sequences=options.batch_size)
+        share, one = 1 / period(name), cost(name, sequences=options.batch_size)
+        ratio = predicted(options, one.averaged(share)) / predicted(options, cost("adamw"))
         measured, temporary, _ = measure(name, options)
-        kept = f"{measure(name, options, keep=True)[0] / flops:.2f}" if is_anchored(name) else ""
+
+        def average(perturbed, share=share):
+            return (share * perturbed + (1 - share) * flops) / flops
+
+        kept = f"{average(measure(name, options, keep=True, memory=False)[0]):.2f}" if is_frozen(name) else ""
         yield (
-            f"| `{name}` | {measured / flops:.2f} | {(forwards + 2 * backwards) / 3:.2f} | {temporary / 2**20:.0f} | "
+            f"| `{name}` | {average(measured):.2f} | {ratio:.2f} | {temporary / 2**20:.0f} | "
             f"{(temporary - memory) / 2**20:+.0f} | {kept} |"
         )
 
 
-def measure(name: str, options: argparse.Namespace, keep: bool = False) -> tuple[float, int, int]:
-    """(FLOPs of an average step, bytes of temporary memory of its largest program, number of parameters)."""
+def predicted(options: argparse.Namespace, cost) -> float:
+    """FLOPs of a step of this Cost as they are printed for a run."""
+    from steppe.lm.run.budget import step_flops
+
+    return step_flops(shape_of(options), options.batch_size * options.sequence_length, cost)
+
+
+def measure(
+    name: str, options: argparse.Namespace, keep: bool = False, memory: bool = True, optimize: bool = True, **given
+) -> tuple[float, int, int]:
+    """(FLOPs of a step that perturbs, bytes of temporary memory of its program or 0, number of parameters).
+
+    optimize: count them after XLA's optimizations, which leave out what is computed twice. given: options and switches
+    of the method. XLA counts one microbatch: the others are added here.
+    """
     import jax
     import jax.numpy as jnp
     import optax
 
     from steppe.optim import base, method
-    from steppe.optim.methods import period, period_options, row_of
+    from steppe.optim.methods import period_options, row_of
 
     adamw = base("adamw", 1e-3, weight_decay=0.1)
 
-    def compiled(rule, chunks):
+    def update(params, state, gradient):
+        updates, state = adamw.transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def lowered(chunks):
         objective, params, batch = language_model(options, chunks, keep)
 
         def step(params, state, rule_state, batch):
             gradient, rule_state, report = rule.gradient(objective, params, batch, state, rule_state, 0)
-            updates, state = adamw.transform.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state, rule_state, report
+            return *update(params, state, gradient), rule_state, report
 
         states = jax.eval_shape(adamw.transform.init, params), jax.eval_shape(rule.init, params)
-        return jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, *states, batch).compile(), params
+        return jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, *states, batch), params, states[0]
 
-    # A method with a period as its two kinds of step: XLA counts both branches of the conditional between them.
-    every, frequency = period(name), jnp.full(options.vocabulary, 1 / options.vocabulary)
-    given = dict.fromkeys(period_options(name), 1)
-    given |= {need: frequency for need, must in (row_of(name).needs() if row_of(name) else {}).items() if must}
-    rule = method(name, base=adamw, **given)
-    program, params = compiled(rule, 1)
-    flops = program.cost_analysis()["flops"]
-    if every > 1:
-        flops = (flops + (every - 1) * compiled(method("adamw"), 1)[0].cost_analysis()["flops"]) / every
-    memory = 0 if keep else compiled(rule, options.chunks)[0].memory_analysis().temp_size_in_bytes
-    return flops, memory, sum(leaf.size for leaf in jax.tree.leaves(params))
+    def count(program):
+        return (program.compile() if optimize else program).cost_analysis()["flops"]
+
+    frequency = jnp.full(options.vocabulary, 1 / options.vocabulary)
+    # A method with a period as a step that perturbs: XLA counts both branches of the conditional between the two kinds.
+    own = dict.fromkeys(period_options(name), 1)
+    needs = row_of(name).needs() if row_of(name) else {}
+    rule = method(name, base=adamw, **{**own, **dict.fromkeys(needs, frequency), **given})
+    program, params, state = lowered(1)
+    flops, parts = count(program), given.get("microbatches", 1)
+    if parts > 1:
+        flops += (parts - 1) * (flops - count(jax.jit(update).lower(params, state, params)))
+    temporary = lowered(options.chunks)[0].compile().memory_analysis().temp_size_in_bytes if memory else 0
+    return flops, temporary, sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def shape_of(options: argparse.Namespace):
+    """The Shape of the model that is measured."""
+    from steppe.lm.model.transformer import Shape
+
+    return Shape(
+        style="nanodo",
+        layers=options.layers,
+        width=options.width,
+        heads=4,
+        kv_heads=4,
+        mlp_width=4 * options.width,
+        vocabulary=options.vocabulary,
+        sequence_length=options.sequence_length,
+    )
 
 
 def language_model(options: argparse.Namespace, chunks: int, keep: bool):
@@ -104,19 +144,9 @@ def language_model(options: argparse.Namespace, chunks: int, keep: bool):
 
     from steppe.lm.model.objective import objective
     from steppe.lm.model.readout import Options
-    from steppe.lm.model.transformer import Block, Norm, Shape, Trunk
+    from steppe.lm.model.transformer import Block, Norm, Trunk
 
-    length, width = options.sequence_length, options.width
-    shape = Shape(
-        style="nanodo",
-        layers=options.layers,
-        width=width,
-        heads=4,
-        kv_heads=4,
-        mlp_width=4 * width,
-        vocabulary=options.vocabulary,
-        sequence_length=length,
-    )
+    length, shape = options.sequence_length, shape_of(options)
     free = lambda x, kind: x  # noqa: E731
     scanned = objective(shape, Options(options.vocabulary, length // chunks, keep=keep), free)
 

@@ -73,7 +73,7 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     from steppe.data import cache, loader
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.model.transformer import shape
-    from steppe.lm.run.budget import budget
+    from steppe.lm.run.assembly import planned
     from steppe.lm.run.state import parameter_shapes
 
     @functools.cache
@@ -97,7 +97,7 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
         config = run.config
         shape_ = shape(config.model, vocabulary_size(config.data.vocabulary), config.data.sequence_length, "")
         epoch = epoch_tokens(config.data) if "epoch" in config.train.duration else 0
-        made = budget(config, shape=shape_, params=params_of(shape_), epoch_tokens=epoch)
+        made = planned(config, shape_, params_of(shape_), epoch)
         found.append(
             run._replace(
                 parameters=made.parameters.non_embedding,

@@ -34,15 +34,8 @@ PAIRS = [(name, "adamw") for name in methods.METHODS] + [
 # rescales the part of the sam gradient orthogonal to g to a fixed share of |g|, even where that part is noise.
 LIMIT = {"gsam": 1e-5, "logit_sam": 1e-6, "functional_msam": 1e-6, "k_sam": None, "look_sam": None}
 OWN_NORM = ("asam",)
-ABSENT = {"perturbed_loss", "survival_norm", "survival_cosine"}  # on steps that do not perturb
+ABSENT = {"perturbed_loss", "survival_norm", "survival_cosine", "epsilon_row"}  # on steps that do not perturb
 NEVER_AT_THETA = {"gradient_norm", "cosine"}  # of methods that take no gradient there
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def trapped():

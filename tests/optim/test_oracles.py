@@ -206,11 +206,12 @@ def test_look_sam_is_the_base_outside_start_and_stop(problem):
 def test_friendly_sam(problem):
     rate, rho, sigma, lam = 0.2, 0.3, 0.8, 0.9
     batches = [problems.batch(seed) for seed in range(4)]
-    w, m = problem.theta.copy(), 0.0
+    w, average = problem.theta.copy(), None
     for batch in batches:
         g = problem.gradient(w, batch)
-        m = lam * m + (1 - lam) * g
-        w = w - rate * problem.gradient(w + rho * unit(g - sigma * m), batch)
+        climbed = g if average is None else g - sigma * average
+        average = g if average is None else lam * average + (1 - lam) * g
+        w = w - rate * problem.gradient(w + rho * unit(climbed), batch)
     _, got = problem.run(
         "friendly_sam", steps=4, transform=optax.sgd(rate), batches=batches, rho=rho, sigma=sigma, decay=lam
     )
@@ -252,7 +253,7 @@ def test_focal_sam(problem):
 @pytest.mark.parametrize("moment", ["stale", "fresh"])
 @pytest.mark.parametrize("scaled", ["l2", "ellipsoid"])
 def test_preconditioned_ascent(problem, moment, scaled):
-    b2, eps, rho, power = 0.9, 1e-3, 0.2, 0.4
+    b2, eps, rho, power, floor = 0.9, 1e-3, 0.2, 0.4, 0.1
     made = optim.base("adamw", 1e-2, b2=b2)
     g1 = problem.gradient(problem.theta)
     untouched = made.transform.init(problem.params)
@@ -261,9 +262,16 @@ def test_preconditioned_ascent(problem, moment, scaled):
     g = problem.gradient(theta)
     v = (1 - b2) * g1**2
     v = v / (1 - b2) if moment == "stale" else (b2 * v + (1 - b2) * g**2) / (1 - b2**2)
+    if moment == "stale":
+        parts = [np.asarray(part) for part in jax.tree.leaves(problem.tree(jnp.asarray(v)))]
+        v = np.concatenate([np.where(part < floor * part.mean(), part.mean(), part).ravel() for part in parts])
+        assert 0 < np.sum(v != g1**2) < len(v) / 2
     direction = g / (v**power + eps)
     length = np.linalg.norm(direction) if scaled == "l2" else np.sqrt(g @ direction)
-    options = {"precond_power": power, "precond_eps": eps, "precond_norm": scaled, "precond_moment": moment}
+    options = {
+        "precond_power": power, "precond_eps": eps, "precond_norm": scaled, "precond_moment": moment,
+        "precond_floor": floor,
+    }  # fmt: skip
     gradient = jax.jit(optim.method("precond_sam", rho=rho, base=made, **options).gradient, static_argnums=0)
     got, _, report = gradient(problem.objective, problem.tree(jnp.asarray(theta)), problem.batch, state, ((), ()), 1)
     close(np.asarray(ravel_pytree(got)[0]), problem.gradient(theta + rho * direction / length), 1e-9)

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from steppe.configs import base
@@ -19,13 +18,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/quickstart.py"
 KEYS = flatten(base.get_config().to_dict())
 TINY = ("--sizes", "0.01m", "--batch_size=8", "--sequence_length=16", "--vocabulary_size=64", "--runs=1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_in_haste():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +151,15 @@ def test_bench_methods(steppe):
 def test_bench_curvature(steppe):
     table = rows(steppe("bench", "curvature", *TINY)[0])
     assert [row[0] for row in table] == ["gradient", "hessian", "ggn", "nme", "preconditioned hessian"]
+
+
+def test_bench_shares(steppe):
+    two = ("precond_functional_sam, stale", "precond_functional_sam, stale, no floor")
+    table = rows(steppe("bench", "shares", "bytes", "--size=0.01m", "--steps", "2", "--directions", *two)[0])
+    assert [row[1] for row in table] == ["tied", "tied", "untied", "untied"]
+    assert all(sum(map(float, row[4:8])) == pytest.approx(1, abs=3e-4) for row in table)  # of four roundings
+    assert float(table[-1][8]) > 5 * float(table[-2][8])  # without a floor one row takes most
+    steppe("bench", "shares", "--size=9t", status=2)
 
 
 def test_a_sweep_and_its_report_where_the_user_has_files_of_our_names(small, tmp_path):

@@ -13,6 +13,7 @@ from steppe.configs import base, sizes
 from steppe.lm.model.mesh import make_mesh
 from steppe.lm.run.assembly import assemble
 from steppe.lm.run.budget import step_flops
+from steppe.optim.methods import Cost
 from steppe.scripts import hlo, plan
 from steppe.scripts.bench import methods as bench_methods
 
@@ -100,13 +101,13 @@ def test_the_two_passes_of_functional_sam_share_the_memory_of_their_activations(
     assert parts.budget.flops <= 2.0 * parts.budget.adamw_flops
 
 
-def test_analytic_flops_are_the_compilers_of_an_unrolled_model():
+def test_analytic_flops_are_the_compilers_of_an_unrolled_model(optimized):
     """XLA also counts norms, softmax and the optimizer: a few per cent on top at this width."""
     options = argparse.Namespace(layers=2, width=256, vocabulary=4096, batch_size=4, sequence_length=64, chunks=1)
     measured, _, _ = bench_methods.measure("adamw", options)
     made = config("", 4, 64, "adamw", layers=2, width=256, heads=4, mlp_width=1024)
     parts = assemble(made, 4096, 10**6, devices=jax.devices()[:1])
-    analytic = step_flops(parts.shape, 4 * 64, 1, 1)
+    analytic = step_flops(parts.shape, 4 * 64, Cost())
     assert analytic <= measured <= 1.06 * analytic
 
 

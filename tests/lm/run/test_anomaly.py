@@ -8,7 +8,7 @@ import pytest
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.lm.run.anomaly import Watch, limit
+from steppe.lm.run.anomaly import UPDATE, Watch, limit
 from steppe.lm.run.check import check
 
 SOUND = {"loss": 2.0, "perturbed_loss": 2.1, "gradient_norm": 1.0, "epsilon_norm": 0.1, "nonfinite": 0.0, "spike": 0.0}
@@ -60,6 +60,7 @@ def test_a_restored_watch_goes_on_alike():
         ({"gradient_norm": math.inf, "epsilon_norm": NAN, "perturbed_loss": NAN}, "the gradient at theta"),
         ({"perturbed_loss": math.inf}, "the loss at theta + epsilon"),
         ({}, "the gradient at theta + epsilon"),
+        ({"nonfinite": UPDATE}, "the update"),
         ({"gradient_norm": NAN}, "the gradient at theta + epsilon"),  # a method that never looks at theta
         ({"gradient_norm": NAN, "epsilon_norm": 0.0, "perturbed_loss": NAN}, "the gradient at theta"),  # no method
     ],

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from helpers import lm_runs
-from steppe.lm.model.mesh import local_rows, place_batch
+from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, place_batch
+from steppe.lm.model.objective import objective
+from steppe.lm.run.anomaly import UPDATE
 from steppe.lm.run.assembly import assemble
-from steppe.lm.run.state import create
+from steppe.lm.run.state import create, start
 from steppe.lm.run.step import compile_step, lower_step, make_step
+from steppe.optim.base import base
 
 METHODS = ("sam", "functional_sam", "logit_sam", "precond_sam", "precond_functional_sam")
 VOCABULARY = 50
@@ -86,8 +89,13 @@ def test_one_program_serves_every_rho_and_learning_rate():
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
 TWO_PASS = ("sam", "functional_sam", "precond_functional_sam")
-# Each mesh once, the methods and accumulation taking turns. All 80 combinations: pytest -m exhaustive (20 minutes).
-SOME = [(mesh, ("adamw", *TWO_PASS)[i % 4], (1, 4)[i // 4 % 2]) for i, mesh in enumerate(MESHES)]
+# Each axis alone and all together. All 80 combinations: pytest -m exhaustive (20 minutes).
+SOME = [
+    ((8, 1, 1), "sam", 4),
+    ((1, 8, 1), "functional_sam", 1),
+    ((1, 1, 8), "adamw", 1),
+    ((2, 2, 2), "precond_functional_sam", 4),
+]
 ALL = [(mesh, method, parts) for mesh in MESHES for method in ("adamw", *TWO_PASS) for parts in (1, 4)]
 
 
@@ -158,3 +166,96 @@ def test_a_refused_step_changes_nothing_but_the_count():
     assert not all(
         np.array_equal(a, b) for a, b in zip(jax.tree.leaves(moved.rule), jax.tree.leaves(before.rule), strict=True)
     )
+
+
+def tokens_of(step, rows=8, length=16):
+    tokens = np.asarray(jax.random.randint(jax.random.key(step), (rows, length + 1), 0, VOCABULARY))
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((rows, length), np.float32)}
+
+
+@pytest.mark.parametrize("method", ["adamw", "functional_sam"])
+def test_the_rate_and_rho_that_are_logged_are_those_applied_after_refused_steps(method):
+    """Plain SGD moves by rate * |g|; the rate reaches its end, however many steps were refused on the way.
+
+    Two steps are refused, and the run then goes back to the state before them (a rollback), whose count is older.
+    """
+    options = {"optim__base": "sgd", "optim__b1": 0.0, "optim__schedule": "linear", "optim__end_learning_rate": 0.25}
+    options |= {"optim__clip_norm": 0.0, "optim__weight_decay": 0.0, "optim__method": method}
+    if method != "adamw":
+        options |= {"optim__rho": 0.05, "optim__rho_schedule": "learning_rate"}
+    config = lm_runs.config("unused", "unused", **options)
+    parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
+    step = jax.jit(make_step(parts.objective, parts.optimizer))
+    state = saved = create(parts.mesh, parts.initialise)
+    refused, rates = {5, 6, 12}, []
+    script = [*range(9), "back", *range(4, 20)]
+    for number in script:
+        if number == "back":
+            state = saved
+            continue
+        if number == 4:
+            saved = state
+        before = state
+        state, metrics = step(state, tokens_of(number), np.float32(-1 if number in refused else np.inf))
+        assert int(before.step) == number
+        assert metrics["spike"] == (number in refused)
+        assert metrics["learning_rate"] == parts.optimizer.learning_rate(number)
+        moved = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), state.params, before.params)
+        length = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(moved)))
+        if number in refused:
+            assert length == 0
+        elif method == "adamw":  # 1e-4: a difference of float32 parameters
+            assert length == pytest.approx(float(metrics["learning_rate"] * metrics["gradient_norm"]), rel=1e-4)
+        else:
+            assert metrics["rho"] == pytest.approx(0.05 * float(metrics["learning_rate"]) / 0.01, rel=1e-5)
+            assert metrics["epsilon_norm"] == pytest.approx(float(metrics["rho"]), rel=1e-5)
+        rates.append(float(metrics["learning_rate"]))
+    assert rates[-1] == pytest.approx(0.0025 + 0.0075 / 16)  # of the last step, one of 16 short of the end
+    assert int(state.step) == 20
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    """Loss and gradient are sound, the update is not: 0 / (0 + eps) of Adam with eps 0, on rows no token has met."""
+    config = lm_runs.config("unused", "unused", model__tie_embeddings=False)
+    parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:1])
+    broken = parts.optimizer._replace(base=base("adam", 0.01, eps=0.0))
+    state = start(broken, create(parts.mesh, parts.initialise).params)
+    after, metrics = jax.jit(make_step(parts.objective, broken))(state, tokens_of(0))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["gradient_norm"])
+    assert metrics["nonfinite"] == UPDATE
+    for a, b in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(state[1:]), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_the_ascent_may_be_summed_in_bfloat16_but_nothing_else_is():
+    """mesh.ascent_reduction reaches the gradient that is climbed; a base step's program does not know of it."""
+
+    def program(method, **changes):
+        config = lm_runs.config("unused", "unused", mesh__data=2, mesh__fsdp=2, mesh__tensor=2, **changes)
+        parts = assemble(config, VOCABULARY, 10**6, devices=jax.devices()[:8])
+        # what base.get_config refuses for the base is given to it here all the same
+        parts = parts._replace(objective=objective(parts.shape, parts.options, Placement(parts.mesh), method))
+        place = batch_sharding(parts.mesh)
+        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place) for k, v in tokens_of(0).items()}
+        return lower_step(parts, batch).as_text()
+
+    climbing = {"optim__method": "sam", "optim__rho": 0.05}
+    assert program("bfloat16", **climbing) != program("float32", **climbing)
+    assert program("bfloat16") == program("float32")
+    both = {"optim__method": "gsam", "optim__rho": 0.05}  # whose gradient at theta is returned too
+    assert program("bfloat16", **both) == program("float32", **both)
+
+
+@pytest.mark.parametrize(("changes", "perturbed"), [
+    ({}, 1.0),
+    ({"optim__start": "50%"}, 0.5),
+    ({"optim__stop": "10%"}, 0.1),
+    ({"optim__every": 4}, 0.25),
+    ({"optim__rho": 0.0}, 0.0),
+    ({"optim__rho_schedule": "cosine"}, 0.95),  # 0 on the last of the 20 steps
+])  # fmt: skip
+def test_the_budget_counts_the_steps_that_perturb(changes, perturbed):
+    given = {"optim__method": "sam", "optim__rho": 0.05, **changes}
+    parts = assemble(lm_runs.config("unused", "unused", **given), VOCABULARY, 10**6, devices=jax.devices()[:1])
+    assert parts.budget.flops / parts.budget.adamw_flops == pytest.approx(1 + perturbed)

@@ -95,7 +95,7 @@ def test_a_run_learns_and_leaves_its_evidence(whole):
     bends = lm_runs.records(whole, "curvature")
     assert [record["step"] for record in bends] == [10, 20]
     assert all(0 < record["seconds"] < 60 for record in bends)
-    groups = [bends[-1][name] for name in ("attention", "mlp", "norms", "tables")]
+    groups = [bends[-1][name] for name in ("attention", "mlp", "norms", "embeddings")]
     for part in ("logit_share", "functional_share"):
         assert sum(group[part] for group in groups) == pytest.approx(1, rel=1e-4)  # the groups are all there is
     assert bends[-1]["all"]["logit_norm"] > 0
@@ -140,7 +140,7 @@ def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch
 
 def test_non_finite_steps_change_nothing(corpus, tmp_path):
     """A learning rate that breaks the run: stop names the step; skip goes on until max_skips, parameters unmoved."""
-    broken = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e30, "optim__warmup": "0%"}
+    broken = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e15, "optim__warmup": "0%"}
     assert train.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.ANOMALY
     last = lm_runs.records(tmp_path / "stop", "train")[-1]
     assert last["nonfinite"] == 1
