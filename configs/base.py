@@ -42,6 +42,11 @@ _KEYS = {
         "nanodo: LayerNorm, GELU, learned positions; modern: RMSNorm, SwiGLU, RoPE",
         one_of("lm.model.transformer:STYLES"),
     ),
+    "model.init": Key(
+        "steppe",
+        "steppe: normal by fan-in, cut, smaller where a layer ends; nanodo: Xavier-uniform kernels, normal tables",
+        one_of("lm.model.transformer:INITS"),
+    ),
     "model.layers": Key(4, "Transformer blocks", integer(1)),
     "model.width": Key(128, "D, features of the residual stream", integer(1)),
     "model.heads": Key(4, "H, query heads; D / H is the head width", integer(1)),

@@ -7,8 +7,13 @@ of 131,072 tokens, NanoDO's default) or `chinchilla` (20 tokens per non-embeddin
 
 C4, decoder-only Transformers in NanoDO and the two kinds of length are the paper's. The rest is NanoDO's own default,
 which the paper need not have kept: sequence length 512, batch 256, bfloat16 compute, warm-up of 1000 steps to 1.6e-3,
-cosine to 1.6e-4, AdamW with b2 0.98, eps 1e-9 and weight decay 0.1 on every parameter, no clipping. NanoDO starts its
-warm-up at 1.6e-4, Steppe at zero. rho is left at the method's default: sweep it.
+cosine to 1.6e-4, AdamW with b2 0.98, eps 1e-9 and weight decay 0.1 on every parameter, no clipping, Xavier-uniform
+kernels and normal tables (model.init). Warm-up starts, as NanoDO's does, at the rate the cosine ends with, 1.6e-4. rho
+is left at the method's default: sweep it.
+
+What differs from NanoDO: a row of 512 tokens has 512 predicted ones here, 511 there; documents begin after id 0, not
+after a BOS token; held-out text is packed into whole rows; and the residual stream is bfloat16 like the rest of the
+compute, not float32.
 
 Needs C4 prepared by tensorflow-datasets and the 32,000-piece C4 vocabulary of the T5 release
 (cc_all.32000.100extra/sentencepiece.model) as `c4.model`; say where they are with --config.data.vocabulary=FILE, or
@@ -36,7 +41,7 @@ def get_config(argument: str) -> ConfigDict:
     config = base.get_config()
     model, data, optim, train = config.model, config.data, config.optim, config.train
     model.size = size
-    model.style = "nanodo"
+    model.style = model.init = "nanodo"
     model.compute_dtype = "bfloat16"
 
     data.task = "tfds:c4/en"

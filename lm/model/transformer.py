@@ -4,6 +4,7 @@ Dimensions, here and everywhere: B sequences, T tokens of a sequence, D width, L
 heads, K head width, F hidden width of the MLP, V vocabulary (padded).
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from steppe.lm.model.attention import MIXED, attention, unsplit
 from steppe.lm.model.mesh import Placement
 
 STYLES = ("nanodo", "modern")
+INITS = ("steppe", "nanodo")
 REMAT = ("none", "full", "dots", "offload")
 
 
@@ -36,6 +38,7 @@ class Shape(NamedTuple):
     tie_embeddings: bool = True
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-6
+    init: str = "steppe"
     dtype: str = "float32"
     kernel: str = "einsum"
     remat: str = "dots"
@@ -48,7 +51,18 @@ def padded_vocabulary(size: int, multiple: int) -> int:
 
 def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Shape:
     """The trunk's Shape from config.model, the tokenizer's size, the sequence length and the attention kernel."""
-    own = ("style", "layers", "width", "heads", "mlp_width", "qk_norm", "tie_embeddings", "rope_base", "norm_epsilon")
+    own = (
+        "style",
+        "layers",
+        "width",
+        "heads",
+        "mlp_width",
+        "qk_norm",
+        "tie_embeddings",
+        "rope_base",
+        "norm_epsilon",
+        "init",
+    )
     return Shape(
         **{name: model[name] for name in (*own, "remat")},
         kv_heads=model.kv_heads or model.heads,
@@ -59,14 +73,28 @@ def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Sha
     )
 
 
-def _fan_in(*axes: int, scale: float = 1.0) -> Callable:
+def _matrix(init: str, reads: tuple[int, ...], scale: float = 1.0) -> Callable:
+    """Draws a kernel that sums over the axes `reads`.
+
+    steppe: normal, cut at three deviations, of variance scale / fan-in. nanodo: Xavier-uniform (Glorot and Bengio
+    2010) of [in, out], whatever the scale.
+    """
+
     def initialise(key, shape, dtype):
-        fan_in = 1
-        for axis in axes:
-            fan_in *= shape[axis]
+        fan_in = math.prod(shape[axis] for axis in reads)
+        if init == "nanodo":
+            bound = (6 / (fan_in + math.prod(shape) // fan_in)) ** 0.5
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
         return jax.random.truncated_normal(key, -3, 3, shape, dtype) * (scale / fan_in) ** 0.5
 
     return initialise
+
+
+def _table(init: str) -> Callable:
+    """Draws rows [R, D] of expected square norm 1: normal, cut at three deviations by steppe, not by nanodo."""
+    if init == "nanodo":
+        return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (1 / shape[1]) ** 0.5
+    return _matrix(init, (1,))
 
 
 class Norm(nn.Module):
@@ -98,13 +126,12 @@ class Kernel(nn.Module):
     """One weight array, cast to the compute dtype; its einsum stands where it is used."""
 
     dims: tuple[int, ...]
-    fan_in: tuple[int, ...]
+    draw: Callable
     dtype: str
-    scale: float = 1.0
 
     @nn.compact
     def __call__(self):
-        kernel = self.param("kernel", _fan_in(*self.fan_in, scale=self.scale), self.dims, jnp.float32)
+        kernel = self.param("kernel", self.draw, self.dims, jnp.float32)
         return kernel.astype(self.dtype)
 
 
@@ -113,10 +140,11 @@ class Table(nn.Module):
 
     rows: int
     width: int
+    draw: Callable
 
     @nn.compact
     def __call__(self):
-        return self.param("embedding", _fan_in(1), (self.rows, self.width), jnp.float32)
+        return self.param("embedding", self.draw, (self.rows, self.width), jnp.float32)
 
 
 def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
@@ -207,16 +235,17 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
         s = self.shape
         D, H, G, K = s.width, s.heads, s.kv_heads, s.width // s.heads
-        query = project("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), (0,), s.dtype, name="query")())
-        key = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="key")())
-        value = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), (0,), s.dtype, name="value")())
+        draw = _matrix(s.init, (0,))
+        query = project("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), draw, s.dtype, name="query")())
+        key = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="key")())
+        value = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="value")())
         query, key, value = (self.constrain(a, "heads") for a in (query, key, value))
         if s.qk_norm:
             query, key = Norm(s, name="query_norm")(query), Norm(s, name="key_norm")(key)
         if s.style == "modern":
             query, key = rotate(query, positions_BxT, s.rope_base), rotate(key, positions_BxT, s.rope_base)
         mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain)
-        out = Kernel((H, K, D), (0, 1), s.dtype, 1 / (2 * s.layers), name="out")()
+        out = Kernel((H, K, D), _matrix(s.init, (0, 1), 1 / (2 * s.layers)), s.dtype, name="out")()
         return jnp.einsum("bthk,hkd->btd", mixed, out)
 
 
@@ -230,15 +259,17 @@ class Mlp(nn.Module):
     def __call__(self, x_BxTxD):
         s = self.shape
         D, F = s.width, s.mlp_width
-        hidden = project("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="up")())
+        draw = _matrix(s.init, (0,))
+        hidden = project("btd,df->btf", x_BxTxD, Kernel((D, F), draw, s.dtype, name="up")())
         # Checkpointed even where remat is none: the backward pass would read five arrays of [B, T, F] instead of one.
         if s.style == "modern":
-            gate = project("btd,df->btf", x_BxTxD, Kernel((D, F), (0,), s.dtype, name="gate")())
+            gate = project("btd,df->btf", x_BxTxD, Kernel((D, F), draw, s.dtype, name="gate")())
             hidden = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up, prevent_cse=False)(gate, hidden)
         else:
             hidden = jax.checkpoint(jax.nn.gelu, prevent_cse=False)(hidden)
         hidden = self.constrain(hidden, "mlp")
-        return jnp.einsum("btf,fd->btd", hidden, Kernel((F, D), (0,), s.dtype, 1 / (2 * s.layers), name="down")())
+        down = Kernel((F, D), _matrix(s.init, (0,), 1 / (2 * s.layers)), s.dtype, name="down")()
+        return jnp.einsum("btf,fd->btd", hidden, down)
 
 
 class Block(nn.Module):
@@ -288,9 +319,10 @@ class Trunk(nn.Module):
             one = f"a batch of {tokens_BxT.shape[0]}, which does not divide over the devices"
             warnings.warn(f"attention: {kernel} in place of {s.kernel} for {one}", stacklevel=2)
             s = s._replace(kernel=kernel)
-        x_BxTxD = lookup(place, "table", s.dtype, Table(s.vocabulary, s.width, name="embed")(), tokens_BxT)
+        draw = _table(s.init)
+        x_BxTxD = lookup(place, "table", s.dtype, Table(s.vocabulary, s.width, draw, name="embed")(), tokens_BxT)
         if s.style == "nanodo":
-            places = Table(s.sequence_length, s.width, name="position")()
+            places = Table(s.sequence_length, s.width, draw, name="position")()
             if positions_BxT is None:
                 x_BxTxD = x_BxTxD + places[: tokens_BxT.shape[1]].astype(s.dtype)
             else:
@@ -298,7 +330,7 @@ class Trunk(nn.Module):
         if positions_BxT is None:
             positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
         if not s.tie_embeddings:
-            Kernel((s.vocabulary, s.width), (1,), "float32", name="readout")()
+            Kernel((s.vocabulary, s.width), draw, "float32", name="readout")()
         block = Block
         if s.remat != "none":
             block = nn.remat(Block, policy=_remat_policy(s.remat), prevent_cse=False)

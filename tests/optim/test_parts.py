@@ -211,6 +211,35 @@ def test_subset_climbs_some_sequences_and_descends_all():
     assert jax.tree.structure(jax.eval_shape(one_row, params)[0]) == jax.tree.structure(params)
 
 
+@pytest.mark.parametrize(("fraction", "rows"), [(0.75, [0, 1, 2, 4, 5, 6]), (0.5, [0, 2, 4, 6]), (0.25, [0, 4])])
+def test_a_subset_is_spread_evenly(fraction, rows):
+    """Also above one half, where every second row is not enough; and over two shards, each giving as many."""
+    from steppe.optim import first_pass
+
+    assert first_pass.subset_rows(fraction, problems.B, 2) == len(rows)
+    params, batch = problems.parameters(), problems.batch()
+    climbed = jax.grad(problems.loss_of)(params, jax.tree.map(lambda x: x[np.asarray(rows)], batch))
+    for shards in (1, 2):
+        made = first_pass.subset(fraction, False, shards)
+        gradients, _ = made(problems.language_model(), params, batch)
+        assert close(gradients.ascent, climbed)
+
+
+def test_a_focal_weight_that_underflows_is_still_counted():
+    """(1 - frequency)^gamma is 0 in float32: the token weighs next to nothing, but the mean is over as many tokens."""
+    frequency = jnp.asarray([0.5] + [0.5 / (problems.V - 1)] * (problems.V - 1))
+    params, batch = problems.parameters(), problems.batch()
+    assert np.finfo(np.float32).tiny > 0.5**200
+    _, _, report = gradient("focal_sam", params, batch, frequency=frequency, gamma=200.0, lam=0.5)
+    c = 0.5 * (1 - np.asarray(frequency, np.float64)) ** 200.0
+    objective = problems.language_model()
+    focused = {**batch, "weights": batch["weights"] * jnp.maximum(jnp.asarray(c, jnp.float32), 1e-30)[batch["targets"]]}
+    counted = float(jnp.sum(focused["weights"] > 0))
+    assert counted == float(jnp.sum(batch["weights"] > 0))
+    assert np.isfinite(report["perturbed_loss"])
+    assert objective.readout(params, objective.trunk(params, focused), focused)[0] < report["loss"]
+
+
 def test_clip_norm_bounds_what_is_climbed_and_what_is_returned():
     params, batch = problems.parameters(), problems.batch()
     plain, _, report = gradient("adamw", params, batch, clip_norm=0.01)

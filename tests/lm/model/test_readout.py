@@ -110,6 +110,22 @@ def test_kept_derivative_gives_the_rebuilt_one(name, dtype):
         close(a, b, dtype)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_in_bfloat16_the_frozen_readout_is_zero_where_nothing_has_moved(keep):
+    """Its value is taken of the derivative that its gradient is taken of; of the exact one it would be off by 1e-3."""
+    rows, tokens, width, entries = 4, 64, 32, 259
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernel = jax.random.normal(keys[0], (264, width)).astype(jnp.bfloat16)
+    hidden = jax.random.normal(keys[1], (rows, tokens, width)).astype(jnp.bfloat16)
+    targets = jax.random.randint(keys[2], (rows, tokens), 0, entries)
+    options, weights = Options(entries, 16, keep=keep, kept_dtype="bfloat16"), jnp.ones((rows, tokens))
+    loss, _, kept = cross_entropy(options, kernel, hidden, targets, weights)
+    fixed = (kernel, hidden, kept if keep else None)
+    value = frozen_change(options, kernel, hidden, fixed, targets, weights)
+    assert loss > 5
+    assert abs(float(value)) < 2e-6 * float(loss)  # float32 sums in two orders
+
+
 def test_hessian_vector_product_through_the_custom_gradient():
     """Forward over reverse, as penalty_sam and the curvature products take it."""
     with jax.enable_x64(True):

@@ -85,6 +85,20 @@ BAD = [
     ({"mesh.tensor": 2}, "mesh.tensor", "2", "such that fsdp 1 x tensor 2 = 2 divides the 1 devices"),
     ({"sample.temperature": -0.1}, "sample.temperature", "-0.1", "a finite number >= 0"),
     ({"optim.method": "k_sam", "optim.k": 17}, "optim.k", "17", "at most 16, the sequences of one microbatch"),
+    (
+        {"optim.method": "k_sam", "train.batch_size": 16, "train.microbatches": 8},  # the default k
+        "optim.k",
+        "4",
+        "at most 2, the sequences of one microbatch",
+    ),
+    ({"optim.eps": 0.0}, "optim.eps", "0.0", "a finite number > 0"),
+    ({"model.init": "xavier"}, "model.init", "'xavier'", "one of steppe, nanodo"),
+    (
+        {"optim.method": "gsam", "mesh.ascent_reduction": "bfloat16"},
+        "mesh.ascent_reduction",
+        "'bfloat16'",
+        "float32 with optim.method = gsam, which does not only climb",
+    ),
 ]
 
 BAD_ON_8 = [

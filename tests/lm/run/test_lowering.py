@@ -81,7 +81,7 @@ def test_the_step_of_every_method(platform, method):
     {"optim__ascent_over": "subset", "optim__ascent_fraction": 0.75, "train__microbatches": 2},
     {"optim__ascent_over": "microbatch", "train__microbatches": 2},
     {"optim__every": 2, "optim__start": "10%"},
-    {"data__packing": "pack"},
+    {"data__packing": "bestfit"},
 ])  # fmt: skip
 def test_the_step_with_switches(switches):
     parts = parts_on("tpu", "functional_sam", rows=16, **switches)
