@@ -100,7 +100,17 @@ def patterns(of: str = r".+", what: str = "regular expressions over parameter pa
 
 
 FLAG = Accepted(bool, lambda: "true or false", names=lambda: ["true", "false"])
-TEXT = Accepted(str, lambda: "a text")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+TEXT = Accepted(str, lambda: "a text, without lone surrogates", _encodable)
 TEXTS = Accepted(tuple, lambda: 'a tuple of texts, such as ("a", "b"), or one text per flag')
 # Whether a duration can be read depends on the run: lm.run.check sees to it.
 DURATION = Accepted(str, lambda: 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"')

@@ -24,7 +24,8 @@ def token_counts(corpus: Corpus, vocabulary: int) -> np.ndarray:
 def baselines(corpus: Corpus, name: str, counts: np.ndarray, sample_bytes: int = 8 << 20) -> dict[str, float]:
     """Bits per byte of held-out set `name` (its first sample_bytes) under two references.
 
-    unigram: the add-one-smoothed token frequencies `counts` of the training text. gzip: gzip -9 of the decoded text.
+    unigram: the add-one-smoothed token frequencies `counts` of the training text. gzip: gzip -9 of the decoded
+    text, per byte of the source, which a lossy vocabulary does not give back whole.
     """
     part = corpus.held_out[name]
     rows = max(1, min(part.rows, part.rows * sample_bytes // max(1, part.bytes)))
@@ -35,6 +36,6 @@ def baselines(corpus: Corpus, name: str, counts: np.ndarray, sample_bytes: int =
     text = corpus.tokenizer.decode([int(t) for t in targets if t != corpus.tokenizer.eos_id]).encode()
     return {
         "unigram": float(-np.log2(frequency[targets]).sum() / size),
-        "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
+        "gzip": 8 * len(gzip.compress(text, 9)) / size,
         "nats_per_bit_per_byte": size * math.log(2) / len(targets),
     }

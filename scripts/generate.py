@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 
+from steppe.configs.keys import TEXT
 from steppe.scripts import command
 
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
         return command.fail(f"--tokens={options.tokens}: must be an integer > 0")
     if not 0 <= options.temperature < math.inf:
         return command.fail(f"--temperature={options.temperature}: must be a finite number >= 0")
+    if options.prompt is not None and not TEXT.allows(options.prompt):
+        return command.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
 
     import jax
 

@@ -128,7 +128,9 @@ def examples(
         for i in range(len(texts)):
             cut = slice(splits[i], splits[i + 1])
             document = Document(np.append(ids[cut], eos_id), np.append(sizes[cut], 0))
-            yield Example(texts[i], faults[i].decode() or _fault(texts[i]), document)
+            # A lossy vocabulary may leave nothing of a text, such as one of zero-width characters.
+            fault = faults[i].decode() or _fault(texts[i]) or ("" if len(ids[cut]) else "no token")
+            yield Example(texts[i], fault, document)
 
 
 def texts(components: tuple[Source, ...], text_field: str, held_out_fraction: float, tfds_dir: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Preparing: round trips, counts, overlap, bad records, workers, resuming, immutability, and a full disk."""
 
+import gzip
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from steppe.configs.base import get_config
 from steppe.data import files, shards, sources
 from steppe.data import manifest as manifests
 from steppe.data import prepare as preparing
+from steppe.data.baselines import baselines, token_counts
 from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus, training_rows
 from steppe.data.packing import from_record
@@ -136,6 +138,26 @@ def test_sentencepiece_corpus_is_the_library_s_own_encoding_of_1000_documents(tm
     assert sum(from_record(record, "uint16")[3] for record in corpus.train[0].records) == manifest["train"][0]["bytes"]
     # The copy inside the directory serves where the original is not at hand.
     assert open_corpus(str(tmp_path / "out")).tokenizer.fingerprint == corpus.tokenizer.fingerprint
+
+
+@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
+def test_what_a_lossy_vocabulary_drops_is_counted(tmp_path):
+    """A document of which no token is left is a bad record; gzip is per byte of the source, not of what is decoded."""
+    task = write_jsonl(tmp_path / "a.jsonl", [f"{i} {WORDS[i]}" for i in range(40)] + ["\u200b\ufeff"])
+    spaced = [text.replace(" ", "     ") for text in WORDS[40:44]]
+    held_out = (write_jsonl(tmp_path / "b.jsonl", spaced) + "@all",)
+    chosen = recipe(task + "@all", vocabulary=str(C4_MODEL), held_out=held_out, bad_records=0.1)
+    manifest = prepare(chosen, str(tmp_path / "out"), log=quiet)
+    (train,), (held,) = manifest["train"], manifest["held_out"]
+    assert (train["faults"], train["records"], train["documents"]) == ({"no token": 1}, 41, 40)
+    corpus = open_corpus(str(tmp_path / "out"))
+    found = baselines(corpus, held["name"], token_counts(corpus, corpus.tokenizer.vocab_size))
+    decoded = corpus.tokenizer.decode(
+        [id for _, piece in segments(corpus, corpus.held_out[held["name"]]) for id in piece]
+    )
+    source = sum(len(text.encode()) for text in spaced)
+    assert len(decoded.encode()) < 0.8 * source
+    assert found["gzip"] == pytest.approx(8 * len(gzip.compress(decoded.encode(), 9)) / source)
 
 
 def test_own_vocabulary_counts_bytes_exactly(tmp_path, documents):

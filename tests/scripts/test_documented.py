@@ -95,6 +95,8 @@ def test_evaluate_and_generate(steppe, run):
     assert name == "val"
     assert 0 < float(loss) < 10
     assert "def " in steppe("generate", f"--workdir={run}", "--prompt=def ", "--tokens=4")[0]
+    _, said = steppe("generate", f"--workdir={run}", "--prompt=a\udc80", status=2)
+    assert "without lone surrogates" in said
 
 
 def test_prepare_data_prepares_and_shows_and_learns_a_vocabulary(steppe, small, tmp_path):

@@ -83,6 +83,7 @@ BAD = [
     ({"mesh.data": 0}, "mesh.data", "0", "an integer >= 1, or -1"),
     ({"mesh.fsdp": -1}, "mesh.fsdp", "-1", "because mesh.data is -1 already"),
     ({"mesh.tensor": 2}, "mesh.tensor", "2", "such that fsdp 1 x tensor 2 = 2 divides the 1 devices"),
+    ({"sample.prompt": "a\ud800b"}, "sample.prompt", r"'a\ud800b'", "a text, without lone surrogates"),
     ({"sample.temperature": -0.1}, "sample.temperature", "-0.1", "a finite number >= 0"),
     ({"optim.method": "k_sam", "optim.k": 17}, "optim.k", "17", "at most 16, the sequences of one microbatch"),
     (
