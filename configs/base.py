@@ -253,9 +253,17 @@ FREE = frozenset(name for name, key in _KEYS.items() if key.free)
 
 
 def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat config of some version of Steppe with the keys it did not have yet; absent options of methods are None."""
+    """A flat config of some version of Steppe with the keys it did not have yet; absent options of methods are None.
+
+    An option left to its method whose default has changed since is at what it then was.
+    """
     known = {name: key.default for name, key in _KEYS.items() if name != _METHOD_OPTIONS}
-    return flatten(known) | dict(flat)
+    found = flatten(known) | dict(flat)
+    options = [name.removeprefix("optim.") for name in flat]
+    for option, value in named("optim.methods:former")(found["optim.method"], options).items():
+        if found.get(f"optim.{option}") is None:
+            found[f"optim.{option}"] = value
+    return found
 
 
 def completed(config: Mapping) -> ConfigDict:
@@ -268,7 +276,7 @@ def completed(config: Mapping) -> ConfigDict:
     if gone:
         others = f" (nor {', '.join(gone[1:])})" if gone[1:] else ""
         raise ConfigError(gone[0], flat[gone[0]], f"left out: this version has no such key{others}")
-    for name, value in flat.items():
+    for name, value in with_defaults(flat).items():
         *sections, last = name.split(".")
         section = functools.reduce(lambda inside, each: inside[each], sections, whole)
         try:

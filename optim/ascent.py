@@ -74,10 +74,18 @@ def preconditioned(
     precond_eps: Annotated[float, Option("added to D", *POSITIVE)] = 1e-8,
     precond_norm: Annotated[str, Option("the norm in which rho is measured", *one_of("l2", "ellipsoid"))] = "l2",
     precond_moment: Annotated[
-        str, Option("second moment before or after this gradient", *one_of("stale", "fresh"))
+        str,
+        Option(
+            "second moment before or after this gradient", *one_of("stale", "fresh"), former=("stale", "precond_floor")
+        ),
     ] = "fresh",
     precond_floor: Annotated[
-        float, Option("stale: share of its parameter's mean below which an entry is unseen", *NOT_NEGATIVE)
+        float,
+        Option(
+            "stale: share of its parameter's mean below which an entry is unseen",
+            *NOT_NEGATIVE,
+            former=(0.0, "precond_floor"),
+        ),
     ] = 0.01,
 ) -> Ascent:
     """D^-1 g with D = v^power + eps, v the base's bias-corrected second moment.

@@ -1,7 +1,7 @@
 """Every named method as first pass x ascent x second pass: the table that code, configs and help read."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from steppe.optim import ascent, first_pass, second_pass
@@ -243,6 +243,13 @@ def _options() -> dict[str, tuple[type, str, str]]:
 
 
 OPTIONS = _options()
+
+
+def former(name: str, known: Collection[str]) -> dict[str, Any]:
+    """What a method did where nothing was said, when these were all the options there were; none that it does today."""
+    row = row_of(name) if name in (*METHODS, *ALIASES) else None  # a name that is none is refused elsewhere
+    declared = {option: each.option.former for option, each in (row.declared() if row else {}).items()}
+    return {option: then[0] for option, then in declared.items() if then and then[1] not in known}
 
 
 def options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,15 @@ from typing import Annotated, Any, NamedTuple
 
 
 class Option(NamedTuple):
-    """What an option means, and its accepted values: `accepted` completes "must be ...", allows(value) decides."""
+    """What an option means, and its accepted values: `accepted` completes "must be ...", allows(value) decides.
+
+    former: (value, option): what it was where nothing was said, before the other option existed.
+    """
 
     meaning: str
     accepted: str
     allows: Callable[[Any], bool]
+    former: tuple[Any, str] | None = None
 
 
 FINITE = ("a finite number", math.isfinite)

@@ -15,7 +15,10 @@ COMMANDS = {
     "docs": ("steppe.scripts.docs", "optim"),
     "config": ("steppe.scripts.config", "quickstart"),
     "prepare_data": ("steppe.scripts.prepare_data", "--config=quickstart --out=corpora/mine"),
-    "plan": ("steppe.scripts.plan", "--config=paper:1.2b,sam,chinchilla --topology=v5e:16x16 --vocabulary_size=32100"),
+    "plan": (
+        "steppe.scripts.plan.__main__",
+        "--config=paper:1.2b,sam,chinchilla --topology=v5e:16x16 --vocabulary_size=32100",
+    ),
     "train": ("steppe.scripts.train", "--config=quickstart --workdir=runs/quickstart"),
     "evaluate": ("steppe.scripts.evaluate", "--workdir=runs/quickstart"),
     "generate": ("steppe.scripts.generate", "--workdir=runs/quickstart --prompt='def '"),
@@ -32,7 +35,7 @@ KINDS = {
     "config": ("diff",),
     "prepare_data": ("show", "vocabulary"),
     "report": ("compare",),
-    "bench": ("step", "data", "methods", "curvature"),
+    "bench": ("step", "data", "methods", "curvature", "shares"),
 }
 
 

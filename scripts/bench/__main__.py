@@ -1,5 +1,4 @@
-"""Measurements on this machine: of a training step, of the data, of what methods and curvature
-products cost, of where epsilon lies.
+"""Measurements on this machine: of a training step, data, what methods and curvature products cost, where epsilon lies.
 
 steppe bench step|data|methods|curvature|shares [--help] ...
 """
@@ -8,15 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from steppe.scripts import command
-
-KINDS = ("step", "data", "methods", "curvature", "shares")
+from steppe.scripts.cli import KINDS
 
 
 def main(argv: Sequence[str]) -> int:
     """Hands the rest of the line to steppe.scripts.bench.KIND; returns its exit status."""
-    return command.dispatch(
-        argv, "steppe bench", "steppe.scripts.bench", ("step", "data", "methods", "curvature", "shares")
-    )
+    return command.dispatch(argv, "steppe bench", "steppe.scripts.bench", KINDS["bench"])
 
 
 if __name__ == "__main__":

@@ -62,6 +62,20 @@ def test_a_config_written_before_a_key_existed_has_its_default():
         base.completed({"model": {"width": "wide"}})
 
 
+def test_a_run_from_before_a_default_changed_keeps_it():
+    """Its config left the second moment to the method, which then took the one before the step, without a floor."""
+    written = quickstart.get_config().to_dict()
+    for method, kept in {"precond_sam": ("stale", 0.0), "sam": (None, None), "samm": (None, None)}.items():
+        written["optim"] |= {"method": method, "precond_moment": None}
+        written["optim"].pop("precond_floor", None)
+        then = base.completed(written).optim
+        assert (then.precond_moment, then.precond_floor) == kept
+        now = base.completed({**written, "optim": {**written["optim"], "precond_floor": None}}).optim
+        assert (now.precond_moment, now.precond_floor) == (None, None)
+    written["optim"] |= {"method": "precond_sam", "precond_moment": "fresh"}
+    assert base.completed(written).optim.precond_moment == "fresh"
+
+
 def test_quickstart_trains_the_method_of_the_project_on_text_at_hand():
     config = quickstart.get_config()
     check(config, device_count=1)

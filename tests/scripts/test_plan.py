@@ -14,8 +14,9 @@ from steppe.lm.model.mesh import make_mesh
 from steppe.lm.run.assembly import assemble
 from steppe.lm.run.budget import step_flops
 from steppe.optim.methods import Cost
-from steppe.scripts import hlo, plan
 from steppe.scripts.bench import methods as bench_methods
+from steppe.scripts.plan import __main__ as plan
+from steppe.scripts.plan import hlo
 
 
 def config(size: str, batch: int, length: int, method: str, **model):

@@ -11,7 +11,7 @@ from steppe.lm.model import attention
 from steppe.lm.model.mesh import Placement, make_mesh
 from steppe.lm.model.transformer import INITS, Shape, Trunk, lookup
 from steppe.optim.masks import path_names
-from steppe.scripts import hlo
+from steppe.scripts.plan import hlo
 
 T = 12
 STYLES = {

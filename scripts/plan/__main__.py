@@ -166,7 +166,7 @@ def plan(config, parts, program, devices: list) -> Plan:
     from steppe.lm.run.budget import roofline
     from steppe.lm.run.chips import chip_of
     from steppe.optim.methods import is_anchored
-    from steppe.scripts import hlo
+    from steppe.scripts.plan import hlo
 
     def local(tree):
         leaves = jax.tree.leaves(tree)

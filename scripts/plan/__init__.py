@@ -1,0 +1,1 @@
+"""Plans: what a run will cost, from its compiled step; how programs are read."""
