@@ -7,8 +7,8 @@ import pytest
 from steppe.optim.methods import METHODS, cost
 from steppe.scripts.bench import methods as bench
 
-# Wide enough for products to be nearly all: what is not counted (norms, softmax, GELU, the optimizer) is then 2 %.
-SMALL = argparse.Namespace(layers=1, width=256, vocabulary=1024, batch_size=32, sequence_length=64, chunks=1)
+# Wide and long enough for products to be nearly all: what is not counted (norms, softmax, GELU, noise) is then 2 %.
+SMALL = argparse.Namespace(layers=1, width=256, vocabulary=1024, batch_size=64, sequence_length=64, chunks=1)
 SWITCHES = [{}, {"microbatches": 2}, {"microbatches": 2, "ascent_over": "microbatch"}]
 SUBSET = [
     {"ascent_over": "subset", "ascent_fraction": 0.5},
