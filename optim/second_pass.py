@@ -132,7 +132,8 @@ def penalty() -> SecondPass:
         def value_and_gradient(p):
             return _full(given, p)
 
-        # The derivative of a product is two: this takes three gradients, the first of them known already.
+        # The derivative of a product is two products; what of the gradient, known already, is not on the way to its own
+        # derivative is left out: 8 products where a gradient has 3.
         (loss, _), (slope, product) = jax.jvp(value_and_gradient, (given.params,), (given.epsilon,))
         return loss + slope + 0.5 * inner(given.epsilon, product), product
 
