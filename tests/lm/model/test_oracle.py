@@ -1,4 +1,6 @@
-"""sam, functional_sam and logit_sam on the real Transformer against vjps of its whole logits, in float64."""
+"""The real Transformer in float64: gradient rules against vjps of its whole logits, curvature against dense matrices."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,11 @@ from jax.flatten_util import ravel_pytree
 from steppe import optim
 from steppe.lm.model.mesh import Placement, batch_sharding, make_mesh, parameter_shardings
 from steppe.lm.model.objective import objective, readout_kernel
+from steppe.lm.model.parameters import TABLE, of
 from steppe.lm.model.readout import Options
 from steppe.lm.model.transformer import Shape, Trunk
+from steppe.optim.curvature import products, spectra
+from steppe.optim.masks import path_names
 from steppe.optim.rule import cosine, norm
 
 B, T, V, REAL, RHO = 16, 8, 32, 29, 0.3
@@ -64,15 +69,34 @@ def whole_loss(logits, batch, z_loss=0.0, soft_cap=0.0, smoothing=0.0, **_):
     return jnp.sum(batch["weights"] * token) / jnp.sum(batch["weights"] > 0)
 
 
-def oracle(shape, params, batch, extras):
-    """{method: gradient} by vjps of the whole logits, on flat vectors."""
-    theta, tree = ravel_pytree(params)
+def logits_of(shape, tree, batch):
+    """The logits [B, T, V] as a function of the flat parameters."""
 
     def logits(x):
         p = tree(x)
         hidden = Trunk(shape).apply({"params": p}, batch["inputs"], batch.get("positions"), batch.get("segments"))
         return hidden @ readout_kernel(p, shape).T
 
+    return logits
+
+
+def drawn(shape, batch, dtype=jnp.float64):
+    params = Trunk(shape).init(jax.random.key(1), batch["inputs"])["params"]
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def exact_objective(shape, options, mesh=None):
+    """Steppe's objective with its readout in chunks, nothing of it below the shape's precision."""
+    exact = Options(REAL, 4, place=Placement(mesh), reduce_dtype=shape.dtype, **options)
+    made = objective(shape, exact, Placement(mesh), ascent_reduction=shape.dtype)
+    # Parts are weighed in float32 otherwise, which their shares keep to 1e-8.
+    return made._replace(weight=lambda part: jnp.sum(part["weights"] > 0).astype(shape.dtype))
+
+
+def oracle(shape, params, batch, extras):
+    """{method: gradient} by vjps of the whole logits, on flat vectors."""
+    theta, tree = ravel_pytree(params)
+    logits = logits_of(shape, tree, batch)
     slope = jax.grad(lambda out: whole_loss(out, batch, **extras))
     here, pull = jax.vjp(logits, theta)
     (g,) = pull(slope(here))
@@ -83,10 +107,7 @@ def oracle(shape, params, batch, extras):
 
 def gradients(shape, params, batch, options, microbatches=1, mesh=None):
     """{method: gradient} by Steppe's rules and chunked readout."""
-    exact = Options(REAL, 4, place=Placement(mesh), reduce_dtype=shape.dtype, **options)
-    made = objective(shape, exact, Placement(mesh), ascent_reduction=shape.dtype)
-    # Parts are weighed in float32 otherwise, which their shares keep to 1e-8.
-    made = made._replace(weight=lambda part: jnp.sum(part["weights"] > 0).astype(shape.dtype))
+    made = exact_objective(shape, options, mesh)
     rules = {name: optim.method(name, rho=RHO, microbatches=microbatches) for name in METHODS}
 
     def all_of(params, batch):
@@ -105,8 +126,7 @@ def test_against_vjps_of_the_whole_logits(case, float64):
     """1e-10 of the gradient's norm: float64, other orders of sums."""
     style, tied, options, packed, microbatches, axes = CASES[case]
     shape, batch = shape_of(style, tied, "float64"), batch_of(packed)
-    params = Trunk(shape).init(jax.random.key(1), batch["inputs"])["params"]
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    params = drawn(shape, batch)
     want = jax.jit(lambda p, b: oracle(shape, p, b, options))(params, batch)
     mesh = None
     if axes:
@@ -124,8 +144,70 @@ def test_against_vjps_of_the_whole_logits(case, float64):
 def test_bfloat16_stays_near_float32():
     """Of the gradient: length within 5 %, cosine above 0.99. bfloat16 keeps 8 bits, 0.4 % a rounding, over 2 layers."""
     style, batch = "modern", batch_of(packed=False)
-    params = Trunk(shape_of(style, True, "float32")).init(jax.random.key(1), batch["inputs"])["params"]
+    params = drawn(shape_of(style, True, "float32"), batch, jnp.float32)
     exact, low = (gradients(shape_of(style, True, dtype), params, batch, {}) for dtype in ("float32", "bfloat16"))
     for name in METHODS:
         assert float(cosine(exact[name], low[name])) > 0.99, name
         assert float(norm(low[name]) / norm(exact[name])) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("style, tied, packed, microbatches", [("nanodo", True, False, 1), ("modern", False, True, 2)])
+def test_curvature_against_a_dense_eigendecomposition(style, tied, packed, microbatches, float64):
+    """Products to 1e-10 of the largest eigenvalue, lambda_max by Lanczos to 1e-8, traces within three errors."""
+    shape, batch = shape_of(style, tied, "float64")._replace(width=8, heads=2, kv_heads=2, mlp_width=16), batch_of(packed)
+    batch = {name: values[:2] for name, values in batch.items()}
+    params = drawn(shape, batch)
+    theta, tree = ravel_pytree(params)
+    view, logits = spectra.flat(params), logits_of(shape, tree, batch)
+
+    @jax.jit
+    def dense():
+        def columns(loss):
+            return jax.lax.map(lambda v: jax.jvp(jax.grad(loss), (theta,), (v,))[1], jnp.eye(theta.size))
+
+        here, pull = jax.vjp(logits, theta)
+        of_logits = lambda out: whole_loss(out.reshape(here.shape), batch)  # noqa: E731
+        jacobian = jax.lax.map(lambda row: pull(row.reshape(here.shape))[0], jnp.eye(here.size))
+        slope, outer = jax.grad(of_logits)(here.ravel()), jax.hessian(of_logits)(here.ravel())
+        return {
+            "hessian": columns(lambda x: whole_loss(logits(x), batch)),
+            "ggn": jacobian.T @ outer @ jacobian,
+            "nme": columns(lambda x: jnp.vdot(slope, logits(x))),
+        }
+
+    matrices = jax.tree.map(np.asarray, dense())
+    made = exact_objective(shape, {})
+    for name, matrix in matrices.items():
+
+        def product(vector, name=name):
+            return products.PRODUCTS[name](made, params, batch, vector, microbatches)
+
+        @jax.jit
+        def walk(key, product=product):
+            krylov = spectra.lanczos(product, view, spectra.signs(view, key), 60)
+            return krylov, view.flatten(product(view.unflatten(jnp.sin(jnp.arange(theta.size) + 1.0))))
+
+        values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+        walks = [walk(key) for key in jax.random.split(jax.random.key(0), 5)]
+        image = np.asarray(walks[0][1])
+        assert np.max(np.abs(image - matrix @ np.sin(np.arange(theta.size) + 1.0))) < 1e-10 * values[-1], name
+        assert spectra.ritz(walks[0][0]).values[-1] == pytest.approx(values[-1], rel=1e-8), name
+        trace = spectra.estimate([float(krylov.diagonal[0] * krylov.square) for krylov, _ in walks])
+        assert abs(trace.mean - values.sum()) < 3 * trace.error, name
+        assert trace.error < 0.2 * np.abs(values).sum(), name
+    gap = np.abs(matrices["hessian"] - matrices["ggn"] - matrices["nme"]).max()
+    assert gap < 1e-12 * np.abs(matrices["hessian"]).max() + 1e-14
+    assert np.abs(matrices["nme"]).max() > 1e-3 * np.abs(matrices["hessian"]).max()  # the three are told apart
+
+
+@pytest.mark.parametrize("style, tied", [("nanodo", False), ("modern", True)])
+def test_the_groups_measured_by_default_are_those_of_the_table(style, tied):
+    from steppe.configs import base
+    from steppe.lm.measure.in_training import named_groups
+
+    shape = shape_of(style, tied, "float32")
+    groups = named_groups(base.get_config().curvature.groups)
+    assert set(groups) == {line.group for line in TABLE}
+    params = jax.eval_shape(lambda: drawn(shape, batch_of(False), jnp.float32))
+    for path in jax.tree.leaves(path_names(params)):
+        assert [name for name, pattern in groups.items() if re.search(pattern, f"{path}/0")] == [of(path).group], path
