@@ -96,10 +96,11 @@ _KEYS = {
         "concat: documents joined by a separator | bestfit: whole documents, no attention across",
         one_of("data.packing:PACKINGS"),
     ),
-    "data.text_field": Key("text", "field (JSONL, TFDS) or column (Parquet) that holds a document", TEXT),
+    "data.text_field": Key("text", "field or column that holds a document; a.b for a nested one", TEXT),
     "data.tfds_dir": Key(
         "", 'where TFDS finds its prepared data sets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets', TEXT, free=True
     ),
+    "data.seqio_module": Key("", "module to import, which registers what seqio:NAME of data.task names", TEXT),
     "data.bad_records": Key(
         0.01,
         "fraction of records that may be unreadable or empty before the corpus is refused",

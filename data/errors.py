@@ -11,6 +11,11 @@ class DataError(ValueError):
         super().__init__(message)
 
 
+def refused(key: str, value: Any, accepted: str) -> DataError:
+    """The error of one key's value."""
+    return DataError(f"config.{key}={value!r}: accepted is {accepted}", key=key, value=value, accepted=accepted)
+
+
 class CorpusMismatch(DataError):
     """A prepared directory does not suit the run: prepare another one or change the named key."""
 

@@ -73,9 +73,14 @@ def sync(path: str | os.PathLike) -> None:
         os.close(number)
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is an address, such as gs://bucket/file."""
+    return "://" in path
+
+
 def opened(path: str) -> BinaryIO:
-    """A file to read from; an address with :// through fsspec."""
-    if "://" not in path:
+    """A file to read from; an address through fsspec."""
+    if not is_remote(path):
         return open(path, "rb", buffering=1 << 20)
     import fsspec
 
@@ -83,9 +88,22 @@ def opened(path: str) -> BinaryIO:
 
 
 def matching(pattern: str) -> list[str]:
-    """The files that a pattern matches (~ and ** too), sorted; one with :// through fsspec."""
-    if "://" not in pattern:
-        return sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+    """The files that a pattern matches (~ and ** too), sorted; an address through fsspec.
+
+    A name that exists is that name, whatever brackets, stars or question marks are in it.
+    """
+    if not is_remote(pattern):
+        pattern = os.path.expanduser(pattern)
+        literal = [""]  # the longest beginning that exists as it is written
+        parts = pattern.split(os.sep)
+        for i, part in enumerate(parts):
+            if part and not os.path.lexists(os.sep.join([*parts[:i], part])):
+                break
+            literal.append(os.sep.join(parts[: i + 1]))
+        beginning = literal[-1]
+        return sorted(
+            filter(os.path.isfile, glob.glob(glob.escape(beginning) + pattern[len(beginning) :], recursive=True))
+        )
     import fsspec
 
     system, inside = fsspec.core.url_to_fs(pattern)

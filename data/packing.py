@@ -16,11 +16,16 @@ PACKINGS = ("concat", "bestfit")
 WINDOW = 1 << 14  # segments that bestfit sorts and packs at a time: bounds memory, and is part of the format
 
 
-class Document(NamedTuple):
-    """One tokenised document: ids [n] up to the end-of-document id, and the source bytes [n] each id stands for."""
+class Documents(NamedTuple):
+    """Tokenised documents, one after the other: ids [n], each closed by the end-of-document id; the source bytes
+    [n] behind each id; and where documents end, ascending places [d] in ids.
+
+    The last document goes on in the next Documents unless the last of `ends` is n.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
+    ends: np.ndarray
 
 
 class Segment(NamedTuple):
@@ -31,41 +36,63 @@ class Segment(NamedTuple):
     bytes: int
 
 
-def rows(documents: Iterable[Document], packing: str, sequence_length: int) -> Iterator[list[Segment]]:
+def rows(documents: Iterable[Documents], packing: str, sequence_length: int) -> Iterator[list[Segment]]:
     """Packs documents into rows; every token of every document is the target of exactly one position of one row."""
     pack = _concat if packing == "concat" else _bestfit
     return pack(documents, sequence_length)
 
 
-def _concat(documents: Iterable[Document], length: int) -> Iterator[list[Segment]]:
+def _concat(documents: Iterable[Documents], length: int) -> Iterator[list[Segment]]:
     """One stream cut every `length` tokens; rows overlap by one, the first begins with 0, the last may be short."""
-    ids, sizes, first = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
-    for document in documents:
-        ids, sizes = np.concatenate([ids, document.ids]), np.concatenate([sizes, document.lengths])
-        for start in range(0, len(ids) - length + 1, length):
-            targets = ids[start : start + length]
-            yield [Segment(targets, first, int(sizes[start : start + length].sum()))]
-            first = int(targets[-1])
+    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), 0
+    for more in documents:
+        ids, sizes = np.concatenate([ids, more.ids]), np.concatenate([sizes, more.lengths])
         used = len(ids) // length * length
-        ids, sizes = ids[used:], sizes[used:]
+        behind = sizes[:used].reshape(-1, length).sum(1, dtype=np.int64)
+        for targets, size in zip(ids[:used].reshape(-1, length), behind.tolist(), strict=True):
+            yield [Segment(targets, first, size)]
+            first = int(targets[-1])
+        ids, sizes = ids[used:].copy(), sizes[used:].copy()  # not views, which would hold all that was used
     if len(ids):
-        yield [Segment(ids, first, int(sizes.sum()))]
+        yield [Segment(ids, first, int(sizes.sum(dtype=np.int64)))]
 
 
-def _bestfit(documents: Iterable[Document], length: int) -> Iterator[list[Segment]]:
+def _bestfit(documents: Iterable[Documents], length: int) -> Iterator[list[Segment]]:
     """Best-fit decreasing over windows of segments: each goes to the fullest row that still has room for it.
 
     A document longer than a row is cut; the rest continues in another row, whose first input is the token before it.
     """
     window: list[Segment] = []
-    for document in documents:
-        for start in range(0, len(document.ids), length):
-            targets, sizes = document.ids[start : start + length], document.lengths[start : start + length]
-            window.append(Segment(targets, int(document.ids[start - 1]) if start else 0, int(sizes.sum())))
-        if len(window) >= WINDOW:
+    for ended, *pieces in _segments(documents, length):
+        window += pieces
+        if ended and len(window) >= WINDOW:
             yield from _pack_window(window, length)
             window = []
     yield from _pack_window(window, length)
+
+
+def _segments(documents: Iterable[Documents], length: int) -> Iterator[tuple[bool, *tuple[Segment, ...]]]:
+    """(whether a document ends here, segments of one document that are complete by now)."""
+    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), 0  # of the document that goes on
+    for more in documents:
+        total = np.concatenate([[0], np.cumsum(more.lengths, dtype=np.int64)])
+        begin = 0
+        for end, ended in [*((end, True) for end in more.ends.tolist()), (len(more.ids), False)]:
+            if begin == end:
+                continue
+            if ended and not len(ids) and end - begin <= length:
+                yield True, Segment(more.ids[begin:end], 0, int(total[end] - total[begin]))
+                begin = end
+                continue
+            ids, sizes = np.concatenate([ids, more.ids[begin:end]]), np.concatenate([sizes, more.lengths[begin:end]])
+            begin = end
+            pieces, used = [], len(ids) if ended else (len(ids) - 1) // length * length
+            for start in range(0, used, length):
+                targets = ids[start : min(start + length, used)]
+                pieces.append(Segment(targets, first, int(sizes[start : start + len(targets)].sum(dtype=np.int64))))
+                first = int(targets[-1])
+            ids, sizes, first = (ids[:0], sizes[:0], 0) if ended else (ids[used:].copy(), sizes[used:].copy(), first)
+            yield ended, *pieces
 
 
 def _pack_window(window: list[Segment], length: int) -> Iterator[list[Segment]]:

@@ -4,6 +4,7 @@
 """
 
 import glob
+import itertools
 import json
 import os
 import shutil
@@ -15,12 +16,11 @@ from importlib import metadata
 
 import xxhash
 
-from steppe.data import files, shards, sources
+from steppe.data import files, readers, shards, sources
 from steppe.data import manifest as manifests
 from steppe.data import workers as workers_of
-from steppe.data.errors import BadRecords, CorpusMismatch, DataError, to_json
+from steppe.data.errors import BadRecords, CorpusMismatch, DataError, refused, to_json
 from steppe.data.packing import PACKINGS, token_dtype
-from steppe.data.readers import tasks
 from steppe.data.shards import Job, Recipe
 from steppe.data.vocabulary import load_tokenizer, read_model
 
@@ -42,29 +42,25 @@ def recipe_of(data_config: Mapping, **overrides) -> Recipe:
         ("text_field", bool(recipe.text_field), "the name of a field"),
     ):
         if not good:
-            value = getattr(recipe, key)
-            raise DataError(
-                f"config.data.{key}={value!r}: accepted is {accepted}",
-                key=f"data.{key}",
-                value=value,
-                accepted=accepted,
-            )
-    sources.parse(recipe.task)
-    sources.held_out_sources(recipe.task, recipe.held_out)
+            raise refused(f"data.{key}", getattr(recipe, key), accepted)
+    sources_of(recipe)
     return recipe
+
+
+def sources_of(recipe: Recipe) -> dict[str, tuple[sources.Source, ...]]:
+    """{part: its sources}. Held-out sets come first: training documents equal to one of theirs are left out."""
+    return {"held_out": sources.held_out_sources(recipe.task, recipe.held_out), "train": sources.parse(recipe.task)}
 
 
 def identity(recipe: Recipe) -> dict:
     """What must be equal for two preparations to be one: recipe, vocabulary, state of the sources, format."""
-    parts = (*sources.parse(recipe.task), *sources.held_out_sources(recipe.task, recipe.held_out))
-    place = {(source.kind, source.where) for source in parts}
+    listed = sources_of(recipe)
     return {
         **recipe._replace(vocabulary=load_tokenizer(recipe.vocabulary).fingerprint)._asdict(),
         "held_out": list(recipe.held_out),
         "sources": {
-            f"{source.kind}:{source.where}": sources.fingerprint(source, recipe.tfds_dir)
-            for source in parts
-            if (source.kind, source.where) in place
+            f"{source.kind}:{source.where}": readers.of(source.kind).fingerprint(source, recipe.reading)
+            for source in (*listed["train"], *listed["held_out"])
         },
         "format": manifests.FORMAT,
     }
@@ -89,8 +85,8 @@ def prepare(
     if os.path.isdir(out) and not os.path.exists(os.path.join(out, PLAN)) and set(os.listdir(out)) - {LOCK}:
         raise DataError(f"--out={out}: exists and is no preparation; choose an empty or new directory")
     tokenizer = load_tokenizer(recipe.vocabulary)
-    for source in (*sources.parse(recipe.task), *sources.held_out_sources(recipe.task, recipe.held_out)):
-        tasks.check(source, recipe.text_field, recipe.tfds_dir)
+    for source in {(s.kind, s.where, s.split): s for part in sources_of(recipe).values() for s in part}.values():
+        readers.of(source.kind).check(source, recipe.reading)
     try:
         created = not os.path.exists(out)
         os.makedirs(out, exist_ok=True)
@@ -128,9 +124,9 @@ def _already(out: str, expected: dict, log: Callable[[str], None]) -> dict:
 
 
 def _compare(prefix: str, have: dict, expected: dict) -> None:
-    # Refusing more or fewer bad records does not change what was written.
+    # Refusing more or fewer bad records does not change what was written; a key that was not there yet was not used.
     for key in sorted(expected.keys() | have.keys()):
-        if have.get(key) != expected.get(key) and key not in ("bad_records", "checksum"):
+        if (have.get(key) or "") != (expected.get(key) or "") and key not in ("bad_records", "checksum"):
             change = f"{key} is {have.get(key)!r} there, {expected.get(key)!r} now"
             raise CorpusMismatch(f"{prefix} another preparation: {change}; choose another directory")
 
@@ -164,15 +160,14 @@ def _clear(out: str, created: bool) -> None:
 
 def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log, report) -> dict:
     began = time.time()
-    train = sources.parse(recipe.task)
-    held_out = sources.held_out_sources(recipe.task, recipe.held_out)
     dtype = token_dtype(tokenizer.vocab_size)
-    # Held-out sets come first: training documents equal to one of theirs are left out.
     parts = {}
-    for part, listed, count in (("held_out", held_out, 1), ("train", train, recipe.shards)):
+    for part, listed in sources_of(recipe).items():
+        count = recipe.shards if part == "train" else 1
         jobs = [Job(part, source, shard, count) for source in listed for shard in range(count)]
         done = _run_jobs(recipe, out, jobs, dtype, workers, report)
         parts[part] = [_component(recipe, part, source, done[source.name], log) for source in listed]
+        _refuse_bad(recipe, part, parts)
     manifest = {
         "format": manifests.FORMAT,
         "code_version": code_version(),
@@ -200,38 +195,62 @@ def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log,
 def _component(recipe: Recipe, part: str, source: sources.Source, entries: list[dict], log) -> dict:
     faults = sum((Counter(entry["faults"]) for entry in entries), Counter())
     totals = {key: sum(entry[key] for entry in entries) for key in COUNTS}
-    bad = faults.total() / max(totals["records"], 1)
-    listed = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items())) or "none"
+    places = {fault: place for entry in entries[::-1] for fault, place in entry["places"].items()}
+    listed = shards.listed(faults, places)
     used = totals["tokens"] / max(1, totals["rows"] * recipe.sequence_length)
     log(
         f"{part} {source.name}: {totals['documents']:,} documents, {totals['bytes']:,} bytes, "
         f"{totals['tokens']:,} tokens in {totals['rows']:,} rows ({used:.1%} used); bad records: {listed}; "
         f"left out as held-out text: {totals['overlap']:,}"
     )
-    if bad > recipe.bad_records:
-        allowed = f"config.data.bad_records={recipe.bad_records:g}"
-        raise BadRecords(
-            f"{allowed}: {faults.total():,} of {totals['records']:,} records of {source.kind}:{source.where} are bad "
-            f"({bad:.2%}: {listed}); {shards.REMEDY}"
-        )
     if not totals["documents"]:
-        raise BadRecords(
-            f"{part} set {source.name} ({source.kind}:{source.where}@{source.split}) has no documents{HINT[part]}"
-        )
+        where = f"{source.kind}:{source.where}" if source.where else source.kind
+        raise BadRecords(f"{part} set {source.name} ({where}@{source.split}) has no documents{_hint(recipe, source)}")
     return {
         **source._asdict(),
         **totals,
         "faults": dict(sorted(faults.items())),
+        "places": places,
         "documents_hash": xxhash.xxh3_128_hexdigest("".join(entry["documents_hash"] for entry in entries).encode()),
         "shards": [{key: entry[key] for key in ("file", "size", "hash", "content", "rows")} for entry in entries],
     }
 
 
+def _refuse_bad(recipe: Recipe, part: str, parts: dict[str, list[dict]]) -> None:
+    """BadRecords if a source has too many. A held-out set drawn from a training source is judged together with it."""
+
+    def place(entry: dict) -> str:
+        return f"{entry['kind']}:{entry['where']}"
+
+    training = {place(source._asdict()) for source in sources_of(recipe)["train"]}
+    for where in {place(entry) for entry in parts[part]}:
+        if part == "held_out" and where in training:
+            continue
+        entries = [entry for listed in parts.values() for entry in listed if place(entry) == where]
+        faults = sum((Counter(entry["faults"]) for entry in entries), Counter())
+        records = sum(entry["records"] for entry in entries)
+        if faults.total() > recipe.bad_records * records:
+            places = {fault: where for entry in entries for fault, where in entry["places"].items()}
+            raise BadRecords(
+                f"config.data.bad_records={recipe.bad_records:g}: {faults.total():,} of {records:,} records of {where} "
+                f"are bad ({faults.total() / records:.2%}: {shards.listed(faults, places)}); {shards.REMEDY}"
+            )
+
+
 COUNTS = ("records", "documents", "tokens", "bytes", "rows", "overlap")
-HINT = {
-    "train": "",
-    "held_out": "; raise config.data.held_out_fraction or name sets in config.data.held_out, as val=lines:val.txt@all",
-}
+
+
+def _hint(recipe: Recipe, source: sources.Source) -> str:
+    """What helps a set without documents."""
+    if source.kind in sources.PREPARED or source.split == "all":
+        return ""
+    every = readers.of(source.kind).records(source._replace(split="all"), recipe.reading)
+    if len(list(itertools.islice(every, 2))) < 2:
+        remedy = "take its lines (lines:), or name another source in config.data.held_out, as val=text:OTHER@all"
+        return f"; one document cannot be split: {remedy}, and this one with @all"
+    if source.split == "train":
+        return "; lower config.data.held_out_fraction"
+    return "; raise config.data.held_out_fraction or name sets in config.data.held_out, as val=lines:val.txt@all"
 
 
 def _fingerprint(manifest: dict) -> str:

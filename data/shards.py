@@ -3,16 +3,17 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
-from steppe.data import files, packing
+from steppe.data import files, packing, readers
 from steppe.data import manifest as manifests
 from steppe.data.errors import BadRecords, CorpusDamaged, DataError
-from steppe.data.readers import tasks
-from steppe.data.sources import Source
+from steppe.data.sources import Reading, Record, Source
+from steppe.data.vocabulary import PART, Tokenizer, load_tokenizer
 
 OPTIONS = "group_size:1,zstd:3"  # one record per group: random access reads nothing else
 GIVE_UP = 1000  # a shard whose first records are all bad is not read to its end
@@ -31,6 +32,11 @@ class Recipe(NamedTuple):
     tfds_dir: str
     held_out_fraction: float
     bad_records: float
+    seqio_module: str = ""
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(*(getattr(self, field) for field in Reading._fields))
 
 
 class Job(NamedTuple):
@@ -67,42 +73,13 @@ def write(
     """
     path = os.path.join(directory, job.file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    totals, faults, hashes = Counter(), Counter(), xxhash.xxh3_128()
-    digests = bytearray()
-    held_out = _held_out_digests(directory) if job.part == "train" else frozenset()
-
-    def documents() -> Iterator[packing.Document]:
-        examples = tasks.examples(
-            job.source,
-            recipe.vocabulary,
-            recipe.text_field,
-            recipe.held_out_fraction,
-            recipe.tfds_dir,
-            job.shard,
-            job.shards,
-        )
-        for example in examples:
-            totals["records"] += 1
-            if example.fault:
-                faults[example.fault] += 1
-                if faults.total() == totals["records"] == GIVE_UP:
-                    listed = ", ".join(f"{n} {fault}" for fault, n in faults.items())
-                    raise BadRecords(f"{_describe(job)}: its first {GIVE_UP} records are all bad ({listed}); {REMEDY}")
-                continue
-            digest = xxhash.xxh3_128_digest(example.text)
-            if digest in held_out:
-                totals["overlap"] += 1
-                continue
-            hashes.update(digest)
-            if job.part == "held_out":
-                digests.extend(digest)
-            n = len(example.document.ids)
-            totals.update(documents=1, tokens=n, bytes=len(example.text))
-            count(1, n, len(example.text))
-            yield example.document
+    tally = _Tally(job, _held_out_digests(directory) if job.part == "train" else frozenset())
+    tokenizer = load_tokenizer(recipe.vocabulary)
+    records = readers.of(job.source.kind).records(job.source, recipe.reading, job.shard, job.shards)
+    documents = _documents(_groups(tally.good(records)), tokenizer, tally, count)
 
     with files.replacing(path) as partial:
-        rows, content = _write_rows(partial, packing.rows(documents(), recipe.packing, recipe.sequence_length), dtype)
+        rows, content = _write_rows(partial, packing.rows(documents, recipe.packing, recipe.sequence_length), dtype)
         _read_back(partial, rows, content)
         entry = {
             "file": job.file,
@@ -110,17 +87,111 @@ def write(
             "hash": files.content_hash(partial),
             "content": content,
             "rows": rows,
-            "documents_hash": hashes.hexdigest(),
-            "faults": dict(sorted(faults.items())),
-            **{key: totals[key] for key in ("records", "documents", "tokens", "bytes", "overlap")},
+            "documents_hash": tally.hashes.hexdigest(),
+            "faults": dict(sorted(tally.faults.items())),
+            "places": tally.places,
+            **{key: getattr(tally, key) for key in ("records", "documents", "tokens", "bytes", "overlap")},
         }
         if job.part == "held_out":
-            files.write(path + ".digests", bytes(digests))
+            files.write(path + ".digests", bytes(tally.digests))
     manifests.write_json(path + ".json", entry)
     return entry
 
 
 REMEDY = "check config.data.text_field and the source, or raise config.data.bad_records"
+
+
+class _Tally:
+    """What is counted of a shard, and which of its records are good."""
+
+    def __init__(self, job: Job, held_out: frozenset[bytes]):
+        self.job, self.held_out = job, held_out
+        self.records = self.documents = self.tokens = self.bytes = self.overlap = 0
+        self.faults, self.places = Counter(), {}  # how many of each kind, and where the first of them is
+        self.hashes, self.digests = xxhash.xxh3_128(), bytearray()
+
+    def bad(self, fault: str, place: str) -> None:
+        self.faults[fault] += 1
+        self.places.setdefault(fault, place)
+        if self.faults.total() == self.records >= GIVE_UP:
+            said = listed(self.faults, self.places)
+            raise BadRecords(f"{_describe(self.job)}: its first {self.records} records are all bad ({said}); {REMEDY}")
+
+    def good(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records that are documents and in no held-out set."""
+        for record in records:
+            self.records += 1
+            if fault := record.fault or readers.fault_of(record.text):
+                self.bad(fault, record.place)
+            elif self.held_out and xxhash.xxh3_128_digest(record.text) in self.held_out:
+                self.overlap += 1
+            else:
+                yield record
+            del record  # documents can be large
+
+    def document(self, text: bytes, tokens: int) -> None:
+        digest = xxhash.xxh3_128_digest(text)
+        self.hashes.update(digest)
+        if self.job.part == "held_out":
+            self.digests.extend(digest)
+        self.documents += 1
+        self.tokens += tokens
+        self.bytes += len(text)
+
+
+def listed(faults: Mapping[str, int], places: Mapping[str, str]) -> str:
+    """The faults of records, how many of each kind and where the first is; "none"."""
+    said = (
+        f"{n} {fault}{f' (first: {places[fault]})' if places.get(fault) else ''}" for fault, n in sorted(faults.items())
+    )
+    return ", ".join(said) or "none"
+
+
+def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records together, so that short ones do not each pay for a call; one longer than PART by itself."""
+    group, size = [], 0
+    for record in records:
+        if group and (size >= PART or len(record.text) > PART):
+            yield group
+            group, size = [], 0
+        group.append(record)
+        size += len(record.text)
+        del record
+    if group:
+        yield group
+
+
+def _documents(
+    groups: Iterable[list[Record]], tokenizer: Tokenizer, tally: _Tally, count: Callable[[int, int, int], None]
+) -> Iterator[packing.Documents]:
+    """The tokens of records, each document closed by the end-of-document id."""
+    end = tokenizer.eos_id
+    for group in groups:
+        before = tally.documents, tally.tokens, tally.bytes
+        if len(group[0].text) > PART:
+            counts = 0
+            for part in tokenizer.cuts(group[0].text):
+                found = tokenizer.measure([part])
+                counts += len(found.ids)
+                yield packing.Documents(found.ids, found.lengths, np.zeros(0, np.int64))
+            counts = np.array([counts])
+            if counts[0]:
+                yield packing.Documents(np.array([end], found.ids.dtype), np.zeros(1, np.uint8), np.ones(1, np.int64))
+        else:
+            found = tokenizer.measure([record.text for record in group])
+            counts = found.counts
+            ends = np.cumsum(counts[counts > 0] + 1)
+            inside = np.ones(len(found.ids) + len(ends), bool)
+            inside[ends - 1] = False
+            ids, lengths = np.full(len(inside), end, found.ids.dtype), np.zeros(len(inside), found.lengths.dtype)
+            ids[inside], lengths[inside] = found.ids, found.lengths
+            yield packing.Documents(ids, lengths, ends)
+        for record, n in zip(group, counts.tolist(), strict=True):
+            if n:
+                tally.document(record.text, n + 1)
+            else:  # a lossy vocabulary may leave nothing of a text, such as one of zero-width characters
+                tally.bad("no token", record.place)
+        count(*(after - b for after, b in zip((tally.documents, tally.tokens, tally.bytes), before, strict=True)))
 
 
 def _describe(job: Job) -> str:

@@ -1,12 +1,13 @@
 """Vocabularies: bytes, a SentencePiece file, and training one.
 
-Preparation, training, evaluation and generation share one `Tokenizer`, which never imports tensorflow; it gives the ids
-of the seqio vocabulary that preparation's tasks declare. Id 0 begins every stream and fills padding, `eos_id` ends a
-document.
+Preparation, training, evaluation and generation share one `Tokenizer`, which never imports tensorflow; its ids are
+those of seqio's ByteVocabulary and SentencePieceVocabulary. Id 0 begins every stream and fills padding, `eos_id` ends
+a document.
 """
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,11 +17,28 @@ from steppe.data import files
 from steppe.data.errors import DataError
 
 PAD_ID = 0
+PART = 1 << 17  # bytes of a long text that are tokenised at a time, where the vocabulary allows it
+_WHITE = bytes.maketrans(b"\t\n\r", b"   ")  # what a normaliser may take for blanks
+_NEAR = 1 << 10  # how far before the end of a part a blank is looked for first
+_SPACE = "\u2581"  # SentencePiece's mark of a blank
+_BLANK = re.compile(rb"[!-~] (?=[!-~])")  # a single one, nothing near it that a normaliser could join to it
 BYTE_OFFSET = 3  # seqio.ByteVocabulary: 0 padding, 1 end of document, 2 unknown, then the 256 bytes
 
 
+class Tokens(NamedTuple):
+    """Several texts as tokens: ids [n], the source bytes [n] behind each id, and how many ids [texts] each text has."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+
+
 class Tokenizer(NamedTuple):
-    """Text <-> ids. `decode` drops padding and end-of-document ids; it is lossless where the vocabulary is."""
+    """Text <-> ids. `decode` drops padding and end-of-document ids; it is lossless where the vocabulary is.
+
+    measure(texts): the Tokens of UTF-8 texts. cuts(text): the text in parts of which the tokens, one after the other,
+    are those of the whole.
+    """
 
     spec: str
     fingerprint: str  # equal for two tokenizers exactly if they give the same ids
@@ -29,7 +47,8 @@ class Tokenizer(NamedTuple):
     eos_id: int
     encode: Callable[[str], list[int]]
     decode: Callable[[Iterable[int]], str]
-    measure: Callable[[bytes], tuple[np.ndarray, np.ndarray]]  # UTF-8 -> ids [n], bytes behind each id [n], int32
+    measure: Callable[[list[bytes]], Tokens]
+    cuts: Callable[[bytes], Iterator[bytes]]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -44,10 +63,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
             encode=_encode_bytes,
             decode=_decode_bytes,
             measure=_measure_bytes,
+            cuts=_cut_bytes,
         )
     model = read_model(spec)
     import sentencepiece
-    from sentencepiece import sentencepiece_pb2
 
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -61,16 +80,6 @@ def load_tokenizer(spec: str) -> Tokenizer:
     def decode(ids: Iterable[int]) -> str:
         return processor.DecodeIds([int(i) for i in ids if i not in (PAD_ID, eos_id)])
 
-    def measure(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        parsed = sentencepiece_pb2.SentencePieceText.FromString(
-            processor.Encode(text.decode("utf-8"), out_type="serialized_proto")
-        )
-        pairs = np.array([(piece.id, piece.end) for piece in parsed.pieces], np.int32).reshape(-1, 2)
-        ids, ends = np.ascontiguousarray(pairs[:, 0]), pairs[:, 1]
-        if len(ends):  # text that normalisation drops at the end belongs to the last token
-            ends[-1] = len(text)
-        return ids, np.diff(ends, prepend=np.int32(0))
-
     digest = hashlib.sha256(model).hexdigest()[:32]
     return Tokenizer(
         spec=spec,
@@ -80,7 +89,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         eos_id=eos_id,
         encode=processor.EncodeAsIds,
         decode=decode,
-        measure=measure,
+        **_measuring(processor)._asdict(),
     )
 
 
@@ -93,9 +102,104 @@ def _decode_bytes(ids: Iterable[int]) -> str:
     return kept.decode("utf-8", errors="ignore")  # as seqio: a character cut at a row's end is dropped
 
 
-def _measure_bytes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.frombuffer(text, np.uint8).astype(np.int32) + BYTE_OFFSET
-    return ids, np.ones_like(ids)
+def _measure_bytes(texts: list[bytes]) -> Tokens:
+    ids = np.frombuffer(texts[0] if len(texts) == 1 else b"".join(texts), np.uint8).astype(np.uint16)
+    ids += BYTE_OFFSET
+    return Tokens(ids, np.ones(len(ids), np.uint8), np.array([len(text) for text in texts]))
+
+
+def _cut_bytes(text: bytes) -> Iterator[bytes]:
+    for start in range(0, len(text), PART):
+        yield text[start : start + PART]
+
+
+class _Measuring(NamedTuple):
+    measure: Callable[[list[bytes]], Tokens]
+    cuts: Callable[[bytes], Iterator[bytes]]
+
+
+def _measuring(processor) -> _Measuring:
+    """How a SentencePiece model's tokens are aligned with the bytes of their source.
+
+    The library's own alignment costs several times what encoding does. Where normalisation leaves a text as it is, but
+    for marking its blanks, pieces alone say where they end: in all texts with a vocabulary of our own, in most of plain
+    prose with others. Elsewhere the library's normaliser says where a place of the normalised text lies in the source;
+    and where even that sum does not come out, the library aligns.
+    """
+    from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    spec, kinds = model.normalizer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
+    unknown, mark = processor.unk_id(), _SPACE.encode()
+    identity = not (spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)
+    prefix = int(spec.add_dummy_prefix)
+    normal_sizes = np.array([len(piece.piece.encode()) for piece in model.pieces])
+    for number, piece in enumerate(model.pieces):
+        if piece.type == kinds.BYTE:
+            normal_sizes[number] = 1
+        elif piece.type != kinds.NORMAL and piece.type != kinds.USER_DEFINED:
+            normal_sizes[number] = 1 << 40  # never part of a sum that comes out
+    sizes = normal_sizes - [piece.piece.count(_SPACE) * (len(mark) - 1) for piece in model.pieces]  # blanks as blanks
+
+    def unchanged(text: bytes) -> bool:
+        """Whether normalisation does no more than mark the blanks."""
+        return identity or processor.Normalize(text) == mark * prefix + text.translate(_WHITE).replace(b" ", mark)
+
+    def ends_of(text: bytes, ids: np.ndarray) -> np.ndarray:
+        """Where in any text each of its tokens ends."""
+        behind = normal_sizes[ids]
+        if places := np.flatnonzero(ids == unknown).tolist():
+            pieces = processor.Encode(text, return_type=bytes)
+            behind[places] = [len(pieces[i]) for i in places]
+        normal, places = processor.Normalize(text, with_offsets=True)
+        ends = np.cumsum(behind)
+        if ends[-1] == len(normal):
+            return np.array(places)[ends]
+        parsed = sentencepiece_pb2.SentencePieceText.FromString(processor.Encode(text, return_type="serialized_proto"))
+        return np.array([piece.end for piece in parsed.pieces])
+
+    def measure(texts: list[bytes]) -> Tokens:
+        found = processor.Encode(texts, return_type="numpy", num_threads=1)
+        counts = np.array([len(ids) for ids in found])
+        ids = np.concatenate([*found, np.zeros(0, np.int32)])
+        edges, text_sizes = np.cumsum([0, *counts]), np.array([len(text) for text in texts])
+        upto = np.concatenate([[0], np.cumsum(sizes[ids])])
+        ends = upto[1:] - np.repeat(upto[edges[:-1]] + prefix, counts)
+        sums = upto[edges[1:]] - upto[edges[:-1]] - prefix
+        for number, text in enumerate(texts):
+            part = slice(edges[number], edges[number + 1])
+            if counts[number] and not (sums[number] == text_sizes[number] and unchanged(text)):
+                ends[part] = ends_of(text, ids[part])
+        last = edges[1:][counts > 0] - 1
+        ends[last] = text_sizes[counts > 0]  # text that normalisation drops at the end belongs to the last token
+        # Of a character in several pieces, the last stands for all of its bytes.
+        begins = np.repeat(np.cumsum(text_sizes) - text_sizes, counts)
+        whole = np.frombuffer(b"".join(texts) + b"\0", np.uint8)
+        for _ in range(3):
+            ends -= (whole[ends + begins] & 0xC0) == 0x80
+        lengths = np.diff(ends, prepend=0)
+        first = edges[:-1][counts > 0]
+        lengths[first] = ends[first]
+        return Tokens(ids.astype(np.int32), lengths.astype(np.int32), counts)
+
+    # No piece goes on over a blank, so what is on its two sides is encoded apart. A normaliser takes away the blank
+    # that a part begins with, and puts its own there. (A unigram model adds up float32 scores, so which of equally
+    # likely segmentations it takes, of 99999 for one, depends on where it begins.)
+    apart = identity or (spec.add_dummy_prefix and spec.remove_extra_whitespaces)
+    apart = apart and not any(_SPACE in piece.piece.lstrip(_SPACE) for piece in model.pieces)
+
+    def cuts(text: bytes) -> Iterator[bytes]:
+        start = 0
+        while apart and len(text) - start > PART:
+            last = [*_BLANK.finditer(text, max(start, start + PART - _NEAR), start + PART)][-1:]
+            place = last[0] if last else _BLANK.search(text, start + PART)
+            if not place:
+                break
+            yield text[start : place.start() + 1]
+            start = place.start() + 1
+        yield text[start:]
+
+    return _Measuring(measure, cuts)
 
 
 def read_model(spec: str) -> bytes:
@@ -106,15 +210,6 @@ def read_model(spec: str) -> bytes:
     except OSError as error:
         accepted = 'accepted: "bytes" or the path of a SentencePiece model'
         raise DataError(f"config.data.vocabulary={spec!r}: {error.strerror or error}; {accepted}") from error
-
-
-def seqio_vocabulary(spec: str):
-    """The seqio vocabulary whose ids `load_tokenizer(spec)` gives. Imports tensorflow."""
-    import seqio
-
-    if spec == "bytes":
-        return seqio.ByteVocabulary()
-    return seqio.SentencePieceVocabulary(os.path.expanduser(spec), extra_ids=0)
 
 
 def train_sentencepiece(

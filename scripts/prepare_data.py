@@ -100,13 +100,12 @@ def _vocabulary(argv: Sequence[str]) -> int:
     config, options = command.parse(argv, parser)
     if os.path.exists(options.out):
         return command.fail(f"--out={options.out}: exists; choose a new file")
-    from steppe.data import sources
+    from steppe.data import readers, sources
     from steppe.data.prepare import recipe_of
-    from steppe.data.readers import tasks
     from steppe.data.vocabulary import train_sentencepiece
 
     recipe = recipe_of(config.data, vocabulary="bytes")
-    documents = tasks.texts(sources.parse(recipe.task), recipe.text_field, recipe.held_out_fraction, recipe.tfds_dir)
+    documents = readers.texts(sources.parse(recipe.task), recipe.reading)
     began = time.monotonic()
     tokenizer = train_sentencepiece(documents, options.out, options.size, options.model_type, int(options.characters))
     print(f"{options.out}: {tokenizer.vocab_size:,} pieces of {recipe.task} in {time.monotonic() - began:.1f} s")

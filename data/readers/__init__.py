@@ -1,0 +1,52 @@
+"""Readers: how the text of a kind of source is found. One module for each way, and `of`, which picks it.
+
+A reader has check(source, reading), records(source, reading, shard, shards) and fingerprint(source, reading).
+"""
+
+import codecs
+from collections.abc import Iterator
+
+from steppe.data.readers import built_in, plain, tasks
+from steppe.data.sources import BUILT_IN, FILES, PREPARED, Reading, Source
+
+_BLANK = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # of ASCII, what str.strip strips
+_PART = 1 << 20  # bytes that are decoded at a time
+
+READERS = {**dict.fromkeys(BUILT_IN, built_in), **dict.fromkeys(FILES, plain), **dict.fromkeys(PREPARED, tasks)}
+
+
+def of(kind: str):
+    """The module that reads a kind of source."""
+    return READERS[kind]
+
+
+def fault_of(text: bytes) -> str:
+    """What keeps a text from being a document: "encoding" if it is no UTF-8, "empty" if it is blank; else ""."""
+    if text.isascii():
+        return "" if text.strip(_BLANK) else "empty"
+    decoder, blank = codecs.getincrementaldecoder("utf-8")(), True
+    try:
+        for start in range(0, len(text), _PART):
+            part = decoder.decode(text[start : start + _PART], start + _PART >= len(text))
+            blank = blank and not part.strip()
+    except UnicodeDecodeError:
+        return "encoding"
+    return "empty" if blank else ""
+
+
+def texts(sources: tuple[Source, ...], reading: Reading) -> Iterator[str]:
+    """The good documents of a whole task, its sources in turn by weight until the first of them ends."""
+
+    def good(source: Source) -> Iterator[str]:
+        for record in of(source.kind).records(source, reading):
+            if not record.fault and not fault_of(record.text):
+                yield record.text.decode("utf-8")
+
+    streams, given = [good(source) for source in sources], [0.0] * len(sources)
+    while True:
+        turn = given.index(min(given))
+        given[turn] += 1 / sources[turn].weight
+        text = next(streams[turn], None)
+        if text is None:
+            return
+        yield text

@@ -2,16 +2,21 @@
 
     steppe bench data [--vocabulary=FILE] [--size=24m] [--steps=N]
 
-Preparation is measured on the embedded corpus in CPU seconds, so its tokens/s are those of one core even while others
-are busy. Steps are real ones, of AdamW, the fastest method. The loop reads through the prefetch of the training loop.
+Preparation is measured in CPU seconds, so its rates are those of one core even while others are busy; "tokenizer's" is
+the share of them that encoding the texts alone takes. Steps are real ones, of AdamW, the fastest method. The loop reads
+through the prefetch of the training loop.
 """
 
+import json
 import math
+import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from steppe.configs.sizes import SIZES
 from steppe.scripts import command
@@ -48,27 +53,74 @@ def _recipe(**options):
 
 
 def _bench_preparation(folder: str, vocabularies: list[str]) -> None:
-    from steppe.data import shards, sources
+    """Rates in CPU seconds, beside those of the tokenizer alone; and what one large document adds to the memory."""
+    words = ["amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty"]
+    pick = random.Random(0)
+
+    def document(size: int) -> str:
+        return " ".join(pick.choices(words, k=size // 6))
+
+    small, large = Path(folder, "small.jsonl"), Path(folder, "large.jsonl")
+    small.write_text("".join(json.dumps({"text": f"{i} {document(100)}"}) + "\n" for i in range(20_000)))
+    few = "".join(json.dumps({"text": f"{i} {document(100)}"}) + "\n" for i in range(200))
+    Path(folder, "few.jsonl").write_text(few)
+    large.write_text(few + json.dumps({"text": document(8_000_000)}) + "\n")
+
+    print("preparation                            documents/s     tokens/s   MB/s  tokenizer's  tokens/byte")
+    for vocabulary in vocabularies:
+        name = "bytes" if vocabulary == "bytes" else "sentencepiece"
+        for task, what in (("embedded", "embedded"), (f"jsonl:{small}@all", "20,000 small")):
+            for packing in ("concat", "bestfit"):
+                entry, spent, alone = _preparation(folder, task, vocabulary, packing)
+                rates = f"{entry['documents'] / spent:13,.0f} {entry['tokens'] / spent:12,.0f}"
+                size, ratio = entry["bytes"] / spent / 1e6, entry["tokens"] / entry["bytes"]
+                print(
+                    f"{f'{name}, {packing}, {what}':36} {rates} {size:6.2f} {alone / spent:12.0%} {ratio:12.2f}",
+                    flush=True,
+                )
+    for vocabulary in vocabularies:
+        name = "bytes" if vocabulary == "bytes" else "sentencepiece"
+        peaks = [_peak(folder, f"jsonl:{path}@all", vocabulary) for path in (Path(folder, "few.jsonl"), large)]
+        size = large.stat().st_size - len(few)
+        times = (peaks[1] - peaks[0]) / size
+        print(f"{name}: one document of {size / 1e6:.0f} MB adds {times:.1f} times its size to the memory")
+
+
+def _preparation(folder: str, task: str, vocabulary: str, packing: str) -> tuple[dict, float, float]:
+    """(what was written of a task in one shard, CPU seconds it took, those of encoding the same texts alone)."""
+    from steppe.data import readers, shards, sources
     from steppe.data.packing import token_dtype
-    from steppe.data.readers import tasks
     from steppe.data.vocabulary import load_tokenizer
 
-    tasks.import_tensorflow()
-    print("preparation, embedded corpus     tokens/s/core      MB/s/core  tokens/byte")
-    for number, vocabulary in enumerate(vocabularies):
-        for packing in ("concat", "bestfit"):
-            recipe = _recipe(vocabulary=vocabulary, packing=packing, sequence_length=512)
-            job = shards.Job("train", sources.parse(recipe.task)[0], 0, 1)
-            dtype = token_dtype(load_tokenizer(vocabulary).vocab_size)
-            began = time.process_time()
-            entry = shards.write(f"{folder}/{number}-{packing}", recipe, job, dtype)
-            spent = time.process_time() - began
-            name = "bytes" if vocabulary == "bytes" else "sentencepiece"
-            print(
-                f"{name + ', ' + packing:32} {entry['tokens'] / spent:13,.0f} {entry['bytes'] / spent / 1e6:14.2f} "
-                f"{entry['tokens'] / entry['bytes']:12.2f}",
-                flush=True,
-            )
+    recipe = _recipe(task=task, vocabulary=vocabulary, packing=packing, sequence_length=512)
+    (source,) = sources.parse(task)
+    tokenizer = load_tokenizer(vocabulary)
+    job = shards.Job("train", source, 0, 1)
+    began = time.process_time()
+    entry = shards.write(tempfile.mkdtemp(dir=folder), recipe, job, token_dtype(tokenizer.vocab_size))
+    spent = time.process_time() - began
+    texts = [record.text.decode() for record in readers.of(source.kind).records(source, recipe.reading)]
+    began = time.process_time()
+    for text in texts:
+        tokenizer.encode(text)
+    return entry, spent, time.process_time() - began
+
+
+def _peak(folder: str, task: str, vocabulary: str) -> int:
+    """Largest resident bytes of a process that prepares a task (Linux)."""
+    program = (
+        "import sys\n"
+        "from steppe.data.prepare import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        # not ru_maxrss, which begins with the size of the process that started this one
+        "print(1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))"
+    )
+    recipe = _recipe(
+        task=task, vocabulary=vocabulary, held_out=(f"few=lines:{folder}/few.jsonl@all",), sequence_length=512
+    )
+    command_line = [sys.executable, "-P", "-c", program, json.dumps(recipe._asdict()), tempfile.mkdtemp(dir=folder)]
+    found = subprocess.run(command_line, check=True, capture_output=True, text=True)
+    return int(found.stdout.split()[-1])
 
 
 def _bench_loading(folder: str, size: str, seconds: float, steps: int) -> None:

@@ -17,7 +17,7 @@ from steppe.data import manifest as manifests
 from steppe.data.errors import CorpusDamaged, CorpusMismatch, DataError
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus, prefetch, training_rows
 from steppe.data.prepare import prepare, recipe_of
-from steppe.data.sources import embedded_documents
+from steppe.data.readers.built_in import embedded_documents
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,12 +1,14 @@
 """Packing: every token is predicted once, in its own context, and its source bytes are counted once."""
 
+from itertools import pairwise
+
 import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steppe.data.packing import WINDOW, Document, rows, to_batch, to_record
+from steppe.data.packing import WINDOW, Documents, rows, to_batch, to_record
 
 EOS = 1
 
@@ -17,8 +19,21 @@ def documents_of(lengths, seed=0):
     for length in lengths:
         ids = np.arange(next_id, next_id + length)
         next_id += length
-        made.append(Document(np.append(ids, EOS), np.append(ids % 4, 0)))
+        made.append(document(np.append(ids, EOS), np.append(ids % 4, 0)))
     return made
+
+
+def document(ids, lengths):
+    return Documents(ids, lengths, np.array([len(ids)]))
+
+
+def regrouped(documents, cuts):
+    """The same documents, several together and some in parts, cut at these places of the whole."""
+    ids, lengths = (np.concatenate([getattr(each, name) for each in documents]) for name in ("ids", "lengths"))
+    ends = np.cumsum([len(each.ids) for each in documents])
+    places = [0, *sorted({cut % (len(ids) + 1) for cut in cuts} - {0, len(ids)}), len(ids)]
+    for start, stop in pairwise(places):
+        yield Documents(ids[start:stop], lengths[start:stop], ends[(ends > start) & (ends <= stop)] - start)
 
 
 def batch_of(documents, packing, length, dtype="uint32"):
@@ -73,6 +88,17 @@ def test_bestfit_keeps_documents_apart(lengths, length):
     assert batch["bytes"].sum() == sum(document.lengths.sum() for document in documents)
 
 
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 17), st.lists(st.integers(0, 1000), max_size=12), st.sampled_from(["concat", "bestfit"]))
+def test_rows_do_not_depend_on_how_documents_come(lengths, length, cuts, packing):
+    documents = documents_of(lengths)
+
+    def plain(made):
+        return [[(s.targets.tolist(), s.first, s.bytes) for s in row] for row in rows(made, packing, length)]
+
+    assert plain(regrouped(documents, cuts)) == plain(documents)
+
+
 @pytest.mark.parametrize("packing", ["concat", "bestfit"])
 def test_bytes_of_a_row_are_those_of_its_targets(packing):
     batch = batch_of(documents_of([7, 30, 3, 12]), packing, 8)
@@ -102,7 +128,7 @@ def test_bestfit_memory_is_bounded_by_its_window():
         nonlocal read
         while True:
             read += 1
-            yield Document(np.array([5, EOS]), np.array([1, 0]))
+            yield document(np.array([5, EOS]), np.array([1, 0]))
 
     next(rows(endless(), "bestfit", 4))
     assert read <= WINDOW
@@ -110,7 +136,7 @@ def test_bestfit_memory_is_bounded_by_its_window():
 
 @pytest.mark.parametrize(("vocab", "largest"), [("uint16", 2**16 - 1), ("uint32", 2**20)])
 def test_largest_ids_survive_the_record(vocab, largest):
-    batch = batch_of([Document(np.array([largest, EOS]), np.array([3, 0]))], "concat", 4, vocab)
+    batch = batch_of([document(np.array([largest, EOS]), np.array([3, 0]))], "concat", 4, vocab)
     assert batch["targets"].tolist() == [[largest, EOS, 0, 0]]
     assert batch["inputs"].tolist() == [[0, largest, 0, 0]]
 

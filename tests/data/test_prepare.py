@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataEr
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus, training_rows
 from steppe.data.packing import from_record
 from steppe.data.prepare import prepare, recipe_of
+from steppe.data.readers.built_in import embedded_documents
 from steppe.data.vocabulary import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 C4_MODEL = ROOT.parent / "shared" / "t5_cc_all_32000_100extra.model"
-WORDS = [text.decode() for _, text in sources.embedded_documents()[:150]]
+WORDS = [text.decode() for _, text in embedded_documents()[:150]]
 
 
 def quiet(line):
@@ -163,12 +165,13 @@ def test_what_a_lossy_vocabulary_drops_is_counted(tmp_path):
 def test_own_vocabulary_counts_bytes_exactly(tmp_path, documents):
     model = str(tmp_path / "v.model")
     train_sentencepiece(documents, model, 500)
-    measure = load_tokenizer(model).measure
+    tokenizer = load_tokenizer(model)
     for text in [*documents, "", "漢字 🎉 naïve", "  spaces  ", "\n\n"]:
-        ids, lengths = measure(text.encode())
-        assert ids.tolist() == load_tokenizer(model).encode(text)
+        ids, lengths, counts = tokenizer.measure([text.encode()])
+        assert ids.tolist() == tokenizer.encode(text)
         assert lengths.sum() == len(text.encode()) or not len(ids)
         assert (lengths >= 0).all()
+        assert counts.tolist() == [len(ids)]
 
 
 def test_held_out_text_is_left_out_of_training(tmp_path, documents):
@@ -193,8 +196,10 @@ def test_bad_records_are_counted_and_refused_over_the_fraction(tmp_path, documen
     task = write_jsonl(tmp_path / "a.jsonl", documents, BAD)
     lines = []
     manifest = prepare(recipe(task, bad_records=0.05), str(tmp_path / "out"), log=lines.append)
-    assert manifest["train"][0]["faults"] == {"empty": 1, "encoding": 1, "field": 1, "json": 2}
-    assert any("1 empty, 1 encoding, 1 field, 2 json" in line for line in lines)
+    # Each is in one of the two splits, as a document is.
+    found = sum((Counter(manifest[part][0]["faults"]) for part in ("train", "held_out")), Counter())
+    assert found == {"empty": 1, "encoding": 1, "field": 1, "json": 2}
+    assert any(f"1 field (first: {tmp_path}/a.jsonl:{len(documents) + 2})" in line for line in lines)
     with pytest.raises(BadRecords, match=r"^config\.data\.bad_records=0\.01: 5 of \d+ records .*\(4\.\d+%[^\n]*$"):
         prepare(recipe(task, bad_records=0.01), str(tmp_path / "refused"), log=quiet)
     assert not (tmp_path / "refused").exists()
@@ -203,7 +208,7 @@ def test_bad_records_are_counted_and_refused_over_the_fraction(tmp_path, documen
 def test_a_wrong_field_is_refused_early(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "x"}\n' * 3000)
-    with pytest.raises(BadRecords, match=r"first 1000 records are all bad \(1000 field\); check config.data"):
+    with pytest.raises(DataError, match=r"^config\.data\.text_field='text': .*the fields seen are body$"):
         prepare(recipe(f"jsonl:{path}@all", held_out=("embedded",)), str(tmp_path / "out"), log=quiet)
     assert not (tmp_path / "out").exists()
 

@@ -3,11 +3,13 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from steppe.data import vocabulary
 from steppe.data.errors import DataError
-from steppe.data.sources import embedded_documents
-from steppe.data.vocabulary import load_tokenizer, seqio_vocabulary, train_sentencepiece
+from steppe.data.readers.built_in import embedded_documents
+from steppe.data.vocabulary import load_tokenizer, train_sentencepiece
 
 C4_MODEL = Path(__file__).parents[3] / "shared" / "t5_cc_all_32000_100extra.model"
 TEXTS = ["", "plain", "tab\tand\nnewline  two spaces ", "naïve Ünïcode 漢字 🎉", "\x00\x7f", "▁ lower one eighth block"]
@@ -19,7 +21,9 @@ def documents(count: int) -> list[str]:
 
 
 def test_bytes_agree_with_seqio():
-    ours, theirs = load_tokenizer("bytes"), seqio_vocabulary("bytes")
+    import seqio
+
+    ours, theirs = load_tokenizer("bytes"), seqio.ByteVocabulary()
     assert (ours.vocab_size, ours.pad_id, ours.eos_id) == (theirs.vocab_size, theirs.pad_id, theirs.eos_id)
     for text in [*TEXTS, *documents(50)]:
         ids = ours.encode(text)
@@ -33,9 +37,10 @@ def test_bytes_agree_with_seqio():
 @pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
 def test_sentencepiece_agrees_with_the_library_and_seqio_on_1000_documents():
     import sentencepiece
+    import seqio
 
     library = sentencepiece.SentencePieceProcessor(model_file=str(C4_MODEL))
-    ours, theirs = load_tokenizer(str(C4_MODEL)), seqio_vocabulary(str(C4_MODEL))
+    ours, theirs = load_tokenizer(str(C4_MODEL)), seqio.SentencePieceVocabulary(str(C4_MODEL), extra_ids=0)
     assert ours.vocab_size == theirs.vocab_size == library.get_piece_size()
     assert (ours.pad_id, ours.eos_id) == (theirs.pad_id, theirs.eos_id) == (0, 1)
     # Documents of one module each, then distinct slices of them, which begin and end anywhere.
@@ -54,6 +59,60 @@ def test_sentencepiece_agrees_with_the_library_and_seqio_on_1000_documents():
             assert ours.decode(ids) == theirs.decode(ids)
 
 
+def aligned(tokenizer, processor, text):
+    """(ids, bytes behind each) by the library's own alignment; what it drops at the end belongs to the last token."""
+    from sentencepiece import sentencepiece_pb2
+
+    found = sentencepiece_pb2.SentencePieceText.FromString(processor.encode(text, return_type="serialized_proto"))
+    ends = [piece.end for piece in found.pieces][:-1] + [len(text)] * bool(found.pieces)
+    return [piece.id for piece in found.pieces], np.diff(ends, prepend=0).tolist()
+
+
+@pytest.mark.parametrize("model", ["c4", "bpe", "unigram"])
+def test_bytes_behind_tokens_are_the_library_s_own_alignment(tmp_path, model):
+    import sentencepiece
+
+    path = C4_MODEL
+    if model != "c4":
+        path = tmp_path / "small.model"
+        train_sentencepiece([text[:3000] for text in documents(150)], str(path), 600, model, characters=200_000)
+    elif not path.exists():
+        pytest.skip("the C4 vocabulary is not beside the repository")
+    tokenizer, processor = load_tokenizer(str(path)), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    texts = [text.encode() for text in [*TEXTS, *(text[:4000] for text in documents(60)), "ﬁ  e\u0301 ℌ 한 𝒳"]]
+    ids, lengths, counts = tokenizer.measure(texts)
+    at = 0
+    for text, count in zip(texts, counts.tolist(), strict=True):
+        mine = ids[at : at + count].tolist(), lengths[at : at + count].tolist()
+        assert mine == aligned(tokenizer, processor, text), text
+        at += count
+    assert at == len(ids) == len(lengths)
+
+
+@pytest.mark.parametrize("model", ["bytes", "bpe", "unigram", "c4"])
+def test_parts_of_a_long_text_are_encoded_as_the_whole(tmp_path, monkeypatch, model):
+    import sentencepiece
+
+    path = {"bytes": "bytes", "c4": str(C4_MODEL)}.get(model, str(tmp_path / "small.model"))
+    if model == "c4" and not C4_MODEL.exists():
+        pytest.skip("the C4 vocabulary is not beside the repository")
+    if model in ("bpe", "unigram"):
+        train_sentencepiece([text[:3000] for text in documents(150)], path, 600, model, characters=200_000)
+    tokenizer = load_tokenizer(path)
+    monkeypatch.setattr(vocabulary, "PART", 100)
+    for text in [*TEXTS, *documents(20), "x" * 500, " " * 500, "é漢 " * 99]:
+        parts = list(tokenizer.cuts(text.encode()))
+        assert b"".join(parts) == text.encode()
+        apart, whole = [int(i) for part in parts for i in tokenizer.measure([part]).ids], tokenizer.encode(text)
+        if model in ("bytes", "bpe"):
+            assert apart == whole
+        elif apart != whole:  # a unigram model's ties: equally likely, to float32
+            score = sentencepiece.SentencePieceProcessor(model_file=path).get_score
+            assert sum(map(score, apart)) == pytest.approx(sum(map(score, whole)), rel=1e-6)
+        if len(text) > 1000:
+            assert len(parts) > len(text) / 1000
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_a_trained_vocabulary_is_lossless(tmp_path, model_type):
     path = str(tmp_path / "small.model")
@@ -63,7 +122,9 @@ def test_a_trained_vocabulary_is_lossless(tmp_path, model_type):
     assert tokenizer.fingerprint == load_tokenizer(path).fingerprint != load_tokenizer("bytes").fingerprint
     for text in [*TEXTS[:5], *(text[:5000] for text in documents(60))]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode("x") == seqio_vocabulary(path).encode("x")
+    import seqio
+
+    assert tokenizer.encode("x") == seqio.SentencePieceVocabulary(path, extra_ids=0).encode("x")
     assert [entry.name for entry in tmp_path.iterdir()] == ["small.model"]
 
 

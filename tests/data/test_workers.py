@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from steppe.data.sources import embedded_documents
+from steppe.data.readers.built_in import embedded_documents
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steppe.data.sources import embedded_documents
+from steppe.data.readers.built_in import embedded_documents
 from steppe.scripts import prepare_data
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_vocabulary_then_prepare_then_show(texts, tmp_path, capsys, monkeypatch)
         (["--config=base"], "--out is missing"),
         (["--config=base", "--out=x", "--workers=0"], "--workers=0: must be an integer > 0"),
         (["--config=base", "--out=x", "--shards=0"], "config.data.shards=0: accepted is an integer from 1"),
-        (["--config=base", "--out=x", "--config.data.task=web"], "config.data.task='web': accepted: "),
+        (["--config=base", "--out=x", "--config.data.task=web"], "config.data.task='web': accepted is "),
         (["show", "absent"], "config.data.directory='absent' does not exist"),
         (["show", "absent", "--step=-1"], "--step=-1: must be an integer >= 0"),
     ],

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from steppe.configs.base import get_config
-from steppe.data import sources
+from steppe.data import readers, sources
 from steppe.data.errors import DataError
 from steppe.data.loader import open_corpus, training_rows
 from steppe.data.prepare import prepare, recipe_of
 from steppe.data.readers import tasks
+from steppe.data.readers.built_in import embedded_documents
+from steppe.data.sources import Reading
 
 ROOT = Path(__file__).parents[3]
-TEXTS = [f"train {i}: " + text.decode()[:400] for i, (_, text) in enumerate(sources.embedded_documents()[:90])]
+TEXTS = [f"train {i}: " + text.decode()[:400] for i, (_, text) in enumerate(embedded_documents()[:90])]
 
 
 @pytest.fixture(scope="module", params=["tfrecord", "array_record"])
@@ -50,7 +52,7 @@ def recipe(task, **options):
 
 def read(task, tfds_dir, **options):
     (source,) = sources.parse(task)
-    return [example.text.decode() for example in tasks.examples(source, "bytes", "text", 0.0, tfds_dir, **options)]
+    return [record.text.decode() for record in tasks.records(source, Reading(tfds_dir=tfds_dir), **options)]
 
 
 def test_a_builder_on_disk_is_read_completely(tfds_dir):
@@ -144,9 +146,76 @@ def test_mixture_texts_are_interleaved_by_weight(tmp_path):
     for name, count in (("a", 300), ("b", 300)):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name}{i}" for i in range(count)) + "\n\n")
     components = sources.parse(f"0.8 a=lines:{tmp_path}/a.txt@all + 0.2 b=lines:{tmp_path}/b.txt@all")
-    found = list(tasks.texts(components, "text", 0.0, ""))
+    found = list(readers.texts(components, Reading()))
     assert [text for text in found if text[0] == "a"] == [f"a{i}" for i in range(300)]
     share = sum(text[0] == "b" for text in found) / len(found)
     assert 0.12 < share < 0.28
-    mixture = tasks.mixture(components, "bytes", "text", 0.0, "")
-    assert [mixture.get_rate(task) for task in mixture.tasks] == [0.8, 0.2]
+
+
+SEQIO = """
+import seqio
+import tensorflow as tf
+
+def texts(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensor_slices([f"{split} {i} " + "word " * i for i in range(40)])
+
+source = seqio.FunctionDataSource(texts, splits=("train", "validation"))
+features = {"targets": seqio.Feature(seqio.ByteVocabulary())}
+steps = [lambda dataset: dataset.map(lambda text: {"targets": text})]
+seqio.TaskRegistry.add("plain_texts", source=source, preprocessors=steps, output_features={})
+more = [*steps, seqio.preprocessors.tokenize]
+seqio.TaskRegistry.add("tokenised", source=source, preprocessors=more, output_features=features)
+numbers = [lambda dataset: dataset.map(lambda text: {"targets": tf.strings.length(text)[None]})]
+seqio.TaskRegistry.add("numbers", source=source, preprocessors=numbers, output_features=features)
+seqio.MixtureRegistry.add("both", [("tokenised", 3.0), ("numbers", 1.0)])
+seqio.MixtureRegistry.add("twice", [("tokenised", 3.0)])
+"""
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """The folder of a module that registers tasks, in which Python finds it."""
+    folder = tmp_path_factory.mktemp("seqio")
+    (folder / "some_tasks.py").write_text(SEQIO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder
+
+
+@pytest.mark.parametrize("name", ["plain_texts", "tokenised", "twice"])
+def test_a_seqio_task_is_read_as_text(registered, name):
+    (source,) = sources.parse(f"seqio:{name}")
+    reading = Reading(seqio_module="some_tasks")
+    tasks.check(source, reading)
+    found = [record.text.decode() for record in tasks.records(source, reading)]
+    assert found == [f"train {i} " + "word " * i for i in range(40)]
+    parts = [[record.text.decode() for record in tasks.records(source, reading, shard, 3)] for shard in range(3)]
+    assert sorted(text for part in parts for text in part) == sorted(found)
+    (held_out,) = sources.parse(f"seqio:{name}@held_out")
+    assert next(tasks.records(held_out, reading)).text.startswith(b"validation 0")
+
+
+def test_a_seqio_task_becomes_a_corpus(registered, tmp_path):
+    chosen = recipe("seqio:tokenised", seqio_module="some_tasks", shards=2)
+    manifest = prepare(chosen, str(tmp_path / "out"), log=lambda line: None)
+    assert [entry["documents"] for part in ("train", "held_out") for entry in manifest[part]] == [40, 40]
+
+
+@pytest.mark.parametrize(
+    ("task", "module", "said"),
+    [
+        ("seqio:absent", "some_tasks", r"config\.data\.task='seqio:absent': accepted is the name of a registered task"),
+        ("seqio:tokenised", "no_such_module", r"config\.data\.seqio_module='no_such_module': .*ModuleNotFoundError"),
+        (
+            "seqio:numbers",
+            "some_tasks",
+            r"config\.data\.text_field='text': .*that holds text: none \(its fields are targets\)",
+        ),
+        ("seqio:tokenised@test", "some_tasks", r"seqio:tokenised has no split 'test', only train, validation"),
+    ],
+)
+def test_what_seqio_cannot_give_is_one_line(registered, tmp_path, task, module, said):
+    with pytest.raises(DataError, match=said) as error:
+        prepare(recipe(task, seqio_module=module), str(tmp_path / "out"), log=lambda line: None)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

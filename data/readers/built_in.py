@@ -1,0 +1,69 @@
+"""The text that every Python carries along: its standard library, and the help topics of its pydoc."""
+
+import os
+from collections.abc import Iterator
+
+import xxhash
+
+from steppe.data.sources import Reading, Record, Source, in_split
+
+
+def check(source: Source, reading: Reading) -> None:
+    """Nothing can be wrong with it."""
+
+
+def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -> Iterator[Record]:
+    """Every `shards`-th document, beginning at `shard`; the split is drawn by a hash of its name."""
+    listed = [text for name, text in documents(source.kind) if in_split(source, reading, name.encode())]
+    yield from (Record(text) for text in listed[shard::shards])
+
+
+def fingerprint(source: Source, reading: Reading) -> str:
+    """Of names and contents."""
+    digest = xxhash.xxh3_128()
+    for name, text in documents(source.kind):
+        digest.update(f"{name}\0{len(text)}\0".encode() + text)
+    return digest.hexdigest()
+
+
+def documents(kind: str) -> list[tuple[str, bytes]]:
+    """(name, UTF-8 text) of the documents of a kind, sorted by name."""
+    return embedded_documents() if kind == "embedded" else topic_documents()
+
+
+def topic_documents() -> list[tuple[str, bytes]]:
+    """(name, UTF-8 text) of the help topics of pydoc, sorted by name; names as in the embedded corpus."""
+    from pydoc_data import topics
+
+    found = [(f"pydoc_data/topics/{name}", text.encode()) for name, text in topics.topics.items() if text.strip()]
+    return sorted(found)
+
+
+def embedded_documents() -> list[tuple[str, bytes]]:
+    """(name, UTF-8 text) of this Python's standard library, its tests left out, sorted by name; no network.
+
+    pydoc_data's topics are documents of their own. Text differs between Python versions: the manifest records a
+    hash of it.
+    """
+    root = os.path.dirname(os.__file__)
+    listed = []
+    for folder, folders, names in os.walk(root):
+        skipped = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3")
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("config-"))
+        for name in names:
+            relative = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+            # Written by this machine's installation, not part of the library.
+            local = name.startswith(("_sysconfigdata", "sitecustomize"))
+            if name.endswith(".py") and not local and relative != "pydoc_data/topics.py":
+                listed.append((relative, os.path.join(root, relative)))
+    documents = []
+    for relative, path in listed:
+        with open(path, "rb") as handle:
+            text = handle.read()
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            documents.append((relative, text))
+    return sorted([*documents, *topic_documents()])
