@@ -17,7 +17,7 @@ from steppe.data import files
 from steppe.data.errors import DataError
 
 PAD_ID = 0
-PART = 1 << 17  # bytes of a long text that are tokenised at a time, where the vocabulary allows it
+PART = 1 << 15  # bytes of a long text that are tokenised at a time, where the vocabulary allows it
 _WHITE = bytes.maketrans(b"\t\n\r", b"   ")  # what a normaliser may take for blanks
 _NEAR = 1 << 10  # how far before the end of a part a blank is looked for first
 _SPACE = "\u2581"  # SentencePiece's mark of a blank
