@@ -115,11 +115,14 @@ def _open_rows(directory: str, entry: dict) -> Rows:
 
 
 def training_rows(
-    corpus: Corpus, seed: int, step: int, batch_size: int, rows: Sequence[int] | None = None
+    corpus: Corpus, seed: int, step: int, batch_size: int, rows: Sequence[int] | None = None, before: int = 0
 ) -> dict[str, np.ndarray]:
-    """Rows `rows` (global indices in [0, batch_size), default all) of a step's batch, as data.packing.to_batch says."""
+    """Rows `rows` (global indices in [0, batch_size), default all) of a step's batch, as data.packing.to_batch says.
+
+    before: rows of the stream that batches of another size took before step 0.
+    """
     stream = _stream(corpus, seed)
-    picked = [stream[step * batch_size + r] for r in _checked(rows, batch_size)]
+    picked = [stream[before + step * batch_size + r] for r in _checked(rows, batch_size)]
     records: list[bytes | None] = [None] * len(picked)
     for number, part in enumerate(corpus.train):
         places = [place for place, (owner, _) in enumerate(picked) if owner == number]

@@ -64,6 +64,12 @@ def duration_steps(
     return math.ceil(round(steps, 6))
 
 
+def in_steps(text: str) -> bool:
+    """Whether a duration is given in steps, whatever their size."""
+    match = _DURATION.fullmatch(text)
+    return bool(match) and match[3].rstrip("s") in ("", "step")
+
+
 def learning_rate(
     name: str, peak: float, total_steps: int, *, warmup_steps: int = 0, end: float = 0.1, cooldown_steps: int = 0
 ) -> Callable:

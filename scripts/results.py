@@ -136,13 +136,12 @@ def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
     records = tracking.read(directory) if (directory / tracking.METRICS).exists() else []
     runs = [record for record in records if record["kind"] == "run"]
     about = runs[-1] if runs else {}
-    steps, per_step = about.get("steps", 0), about.get("flops_per_step", 0.0)
-    tokens_per_step = about.get("tokens", 0) // steps if steps else 0
-    seconds = _seconds(records)
+    steps, seconds = about.get("steps", 0), _seconds(records)
+    seen = {record["step"]: record["tokens"] for record in records if record["kind"] == "train" and "tokens" in record}
 
     def point(record: dict) -> Point:
         step = record["step"]
-        return Point(step, step * tokens_per_step, step * per_step, seconds.get(step, 0.0), float(record["loss"]))
+        return Point(step, seen.get(step, 0), _flops(runs, step), seconds.get(step, 0.0), float(record["loss"]))
 
     evaluations = [record for record in records if record["kind"] == "evaluate"]
     first = evaluations[0]["name"] if evaluations else ""
@@ -161,8 +160,8 @@ def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         total_parameters=parameters.get("total", 0),
         steps=steps,
         tokens=about.get("tokens", 0),
-        flops=per_step * steps,
-        adamw_flops=about.get("adamw_flops_per_step", 0.0) * steps,
+        flops=about.get("flops", about.get("flops_per_step", 0.0) * steps),
+        adamw_flops=about.get("adamw_flops", about.get("adamw_flops_per_step", 0.0) * steps),
         seconds=max(seconds.values(), default=0.0),
         loss=float(last.get("loss", math.nan)),
         bits_per_byte=float(last.get("bits_per_byte", math.nan)),
@@ -170,6 +169,15 @@ def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         train_curve=[point(record) for record in records if record["kind"] == "train"],
         code=about.get("versions", {}).get("code", ""),
     )
+
+
+def _flops(runs: list[dict], step: int) -> float:
+    """FLOPs of the first `step` steps, each at the rate of the start that made it."""
+    total, until = 0.0, step
+    for run in reversed(runs):
+        began = min(run["step"], until)
+        total, until = total + run.get("flops_per_step", 0.0) * (until - began), began
+    return total
 
 
 def _status(outcome: dict, records: list[dict], last: dict, unigram: float) -> tuple[str, str]:

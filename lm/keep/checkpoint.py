@@ -95,6 +95,10 @@ class Checkpoints:
             _meet("steppe checkpoints moved")
         return step
 
+    def retain(self, keep_every: int, period: int) -> None:
+        """Takes other steps to keep, as they are counted in the constructor."""
+        self._keep_every, self._period = keep_every, period
+
     def forget(self, after: int) -> None:
         """Deletes the checkpoints after a step: the run goes another way from there. All processes must call it."""
         self.wait()

@@ -12,8 +12,9 @@ from steppe.lm.keep import workdir
 from steppe.lm.keep.checkpoint import Checkpoints, directory_of, load_params
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.model import parameters
-from steppe.lm.run import anomaly
+from steppe.lm.run import anomaly, tracking
 from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
+from steppe.lm.run.leg import WHOLE, leg_of
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import compile_step
 
@@ -41,10 +42,19 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
             state, meta = create_from(parts.abstract, parts.optimizer, params), {}
         else:
             state, meta = create(parts.mesh, parts.initialise), {}
+    for change in tracking.read(directory):
+        if change["kind"] == "change" and change["step"] > int(state.step) and "." in change["key"]:
+            since = f"config.{change['key']} is {change['after']!r} since step {change['step']}"
+            raise Unusable(
+                f"--replay_step={number}: must be a step with a checkpoint before it as the config is: {since}"
+            )
+    leg = leg_of(int(state.step), meta, config.to_dict()) if meta else WHOLE
+    if leg != WHOLE:
+        corpus, parts, _ = open_parts(config, log, leg)
     log(f"replaying   step {number}, from the state after step {int(state.step)}")
 
     watch = anomaly.Watch(config, meta["watch"] if meta else None)
-    read = batch_reader(config, corpus, parts, watch.batch_index)
+    read = batch_reader(config, corpus, parts, watch.batch_index, leg)
     step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
     while int(state.step) < number - 1:
         done = int(state.step)

@@ -51,26 +51,15 @@ def padded_vocabulary(size: int, multiple: int) -> int:
 
 def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Shape:
     """The trunk's Shape from config.model, the tokenizer's size, the sequence length and the attention kernel."""
-    own = (
-        "style",
-        "layers",
-        "width",
-        "heads",
-        "mlp_width",
-        "qk_norm",
-        "tie_embeddings",
-        "rope_base",
-        "norm_epsilon",
-        "init",
-    )
-    return Shape(
-        **{name: model[name] for name in (*own, "remat")},
-        kv_heads=model.kv_heads or model.heads,
-        vocabulary=padded_vocabulary(vocabulary_size, model.vocabulary_multiple),
-        sequence_length=sequence_length,
-        dtype=model.compute_dtype,
-        kernel=kernel,
-    )
+    own = {name: model[name] for name in Shape._fields if name in model}
+    given = {
+        "kv_heads": model.kv_heads or model.heads,
+        "vocabulary": padded_vocabulary(vocabulary_size, model.vocabulary_multiple),
+        "sequence_length": sequence_length,
+        "dtype": model.compute_dtype,
+        "kernel": kernel,
+    }
+    return Shape(**{**own, **given})
 
 
 def _matrix(init: str, reads: tuple[int, ...], scale: float = 1.0) -> Callable:

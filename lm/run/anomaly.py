@@ -45,7 +45,7 @@ class Watch:
 
     def batch_index(self, step: int) -> int:
         """The batch of the step after `step` updates, in the corpus's own order."""
-        return step + sum(count for after, count in self.windows if after <= step)
+        return batch_index(self.windows, step)
 
     def judge(self, step: int, metrics: dict[str, float]) -> dict[str, Any] | None:
         """What is wrong with a step, None if nothing; `decision` in it is skip, stop or rollback."""
@@ -74,6 +74,11 @@ class Watch:
         """
         self.windows.append([step, bad_step - step])
         return sum(after == step for after, _ in self.windows) <= self._most
+
+
+def batch_index(windows: list[list[int]], step: int) -> int:
+    """The batch of the step after `step` updates. windows: [after step, batches left out there]."""
+    return step + sum(count for after, count in windows if after <= step)
 
 
 def limit(losses: list[float], score: float, window: int) -> float:

@@ -24,6 +24,7 @@ from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, estimate_memory, length
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
+from steppe.lm.run.leg import WHOLE, Leg
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective
 from steppe.optim.base import base
@@ -59,11 +60,12 @@ def assemble(
     epoch_tokens: int,
     frequency: jax.Array | None = None,
     devices: Sequence | None = None,
+    leg: Leg = WHOLE,
 ) -> Parts:
     """Builds the parts from a config that lm.run.check accepted.
 
     epoch_tokens: tokens of one pass over the corpus, for durations in epochs. frequency: share of each token in the
-    training text [padded V], for methods that need it. devices: default all.
+    training text [padded V], for methods that need it. devices: default all. leg: of a run that goes on.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(config, len(devices))
@@ -74,7 +76,7 @@ def assemble(
     scalars = _scalars(config)
     frozen = "rho" in scalars and is_frozen(config.optim.method)
     options = _readout_options(config, model_shape, vocabulary_size, params, mesh, devices[0], frozen)
-    long = length(config, params, epoch_tokens)
+    long = length(config, params, epoch_tokens, leg)
     optimizer_at = _optimizers(config, params, long, shards, {"frequency": frequency})
     optimizer = optimizer_at(**scalars)
     plan = budget(
@@ -82,9 +84,10 @@ def assemble(
         shape=model_shape,
         params=params,
         length=long,
-        perturbing=optimizer.rule.perturbing(long.steps),
+        rule=optimizer.rule,
         shards=shards,
         keep=options.keep,
+        leg=leg,
     )
     initialise = initialiser(model_shape, optimizer, config.seed)
     try:
@@ -109,7 +112,7 @@ def planned(config: ConfigDict, model_shape: Shape, params: Any, epoch_tokens: i
     """The Budget of a run on one device that is not assembled. params: their shapes."""
     long = length(config, params, epoch_tokens)
     made = _optimizers(config, params, long, 1, {"frequency": jnp.ones(model_shape.vocabulary)})(**_scalars(config))
-    return budget(config, shape=model_shape, params=params, length=long, perturbing=made.rule.perturbing(long.steps))
+    return budget(config, shape=model_shape, params=params, length=long, rule=made.rule)
 
 
 def _scalars(config: ConfigDict) -> dict[str, float]:
@@ -125,22 +128,28 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
     decay_mask = _matching(config, "optim.decay_mask", params)
     _matching(config, "optim.perturb", params)
 
+    offset = long.offset
+    total = max(1, round(long.steps + offset))  # in steps of the size they have now
+
     def steps(duration: str) -> int:
-        return duration_steps(duration, tokens_per_step=long.tokens_per_step, total_steps=long.steps)
+        return duration_steps(duration, tokens_per_step=long.tokens_per_step, total_steps=total)
+
+    def moved(schedule):
+        return (lambda step: schedule(step + offset)) if offset and callable(schedule) else schedule
 
     row, warmup, stop = row_of(optim.method), steps(optim.warmup), steps(optim.stop)
     met = {need: surroundings[need] for need in (row.needs() if row else ())}
 
     def rate_of(peak):
         return learning_rate(
-            optim.schedule, peak, long.steps, warmup_steps=warmup, end=optim.end_learning_rate,
+            optim.schedule, peak, total, warmup_steps=warmup, end=optim.end_learning_rate,
             cooldown_steps=steps(optim.cooldown),
         )  # fmt: skip
 
     def optimizer_at(peak_learning_rate, rho=0.0) -> Optimizer:
-        rate = rate_of(peak_learning_rate)
+        rate = moved(rate_of(peak_learning_rate))
         if perturbs(optim.method, rho):
-            rho = rho_schedule(optim.rho_schedule, rho, long.steps, warmup_steps=warmup, rate=rate_of(1.0))
+            rho = moved(rho_schedule(optim.rho_schedule, rho, total, warmup_steps=warmup, rate=rate_of(1.0)))
         the_base = base(
             optim.base,
             rate,
@@ -156,8 +165,8 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
             optim.method,
             base=the_base,
             every=optim.every,
-            start=steps(optim.start),
-            stop=None if stop >= long.steps else stop,
+            start=max(0, steps(optim.start) - round(offset)),
+            stop=None if stop >= total else max(0, stop - round(offset)),
             microbatches=config.train.microbatches,
             ascent_over=optim.ascent_over,
             ascent_fraction=optim.ascent_fraction,
@@ -215,7 +224,7 @@ def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: i
 
 
 # ------------------------------------------------------------------------------------------------ with a corpus
-def open_parts(config: ConfigDict, log: Callable[[str], None]) -> tuple[Corpus, Parts, np.ndarray]:
+def open_parts(config: ConfigDict, log: Callable[[str], None], leg: Leg = WHOLE) -> tuple[Corpus, Parts, np.ndarray]:
     """(corpus, the parts of the run, how often each token occurs in the training text [V])."""
     corpus = open_of(config.data, log)
     same = int(xxhash.xxh32_hexdigest(corpus.fingerprint.encode()), 16)
@@ -228,7 +237,8 @@ def open_parts(config: ConfigDict, log: Callable[[str], None]) -> tuple[Corpus, 
     counts = baselines.token_counts(corpus, vocabulary)
     padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
     frequency = np.pad(counts, (0, padded - vocabulary)) / counts.sum()
-    return corpus, assemble(config, vocabulary, corpus.epoch_tokens, jnp.asarray(frequency, jnp.float32)), counts
+    frequency = jnp.asarray(frequency, jnp.float32)
+    return corpus, assemble(config, vocabulary, corpus.epoch_tokens, frequency, leg=leg), counts
 
 
 def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:
@@ -242,13 +252,16 @@ def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable
     log(f"kernels     attention {parts.shape.kernel}, readout {readout}, remat {parts.shape.remat}")
 
 
-def batch_reader(config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable) -> Callable:
+def batch_reader(
+    config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable[[int], int], leg: Leg
+) -> Callable:
     """read(step) -> the batch of the step after `step` updates, on the mesh."""
     batch_size = config.train.batch_size
     rows = local_rows(parts.mesh, batch_size)
 
     def read(step: int) -> dict:
-        batch = loader.training_rows(corpus, config.seed, batch_index(step), batch_size, rows)
+        index = batch_index(step) - leg.batches
+        batch = loader.training_rows(corpus, config.seed, index, batch_size, rows, leg.rows)
         batch.pop("bytes")
         return place_batch(parts.mesh, batch_size, rows, batch)
 

@@ -9,8 +9,9 @@ from steppe.lm.model import parameters
 from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.check import method_options
 from steppe.lm.run.chips import Chip
-from steppe.optim import methods
-from steppe.optim.schedules import duration_steps
+from steppe.lm.run.leg import WHOLE, Leg
+from steppe.optim import Rule, methods
+from steppe.optim.schedules import duration_steps, in_steps
 
 
 class Parameters(NamedTuple):
@@ -28,17 +29,21 @@ class Flops(NamedTuple):
 
 
 class Length(NamedTuple):
-    """How long a run is: predicted tokens of a step over all devices, and steps."""
+    """How long a run is: predicted tokens of a step over all devices, and steps.
+
+    offset: what schedules add to the step, where steps before were of another size: they follow the tokens then.
+    """
 
     tokens_per_step: int
     steps: int
+    offset: float = 0.0
 
 
 class Budget(NamedTuple):
     """A run in numbers.
 
     flops and adamw_flops: of an average step over all devices, of the method (steps that do not perturb counted as what
-    they are) and of plain AdamW.
+    they are) and of plain AdamW. tokens, total_flops, total_adamw_flops: of the whole run, earlier legs included.
     """
 
     parameters: Parameters
@@ -47,6 +52,8 @@ class Budget(NamedTuple):
     tokens: int
     flops: float
     adamw_flops: float
+    total_flops: float
+    total_adamw_flops: float
 
 
 def count_parameters(params: Any) -> Parameters:
@@ -155,19 +162,31 @@ def total_steps(train, parameters: Parameters, sequence_length: int, epoch_token
     return duration_steps(train.duration, tokens_per_step=tokens_per_step, tokens_per_epoch=epoch_tokens)
 
 
-def length(config, params: Any, epoch_tokens: int) -> Length:
+def length(config, params: Any, epoch_tokens: int, leg: Leg = WHOLE) -> Length:
     """The Length of a run. epoch_tokens: of one pass over the corpus."""
     sequence = config.data.sequence_length
     steps = total_steps(config.train, count_parameters(params), sequence, epoch_tokens)
-    return Length(config.train.batch_size * sequence, steps)
+    tokens_per_step = config.train.batch_size * sequence
+    if leg == WHOLE or in_steps(config.train.duration):
+        return Length(tokens_per_step, steps)
+    left = max(0, steps - math.floor(leg.tokens / tokens_per_step))
+    return Length(tokens_per_step, leg.step + left, leg.tokens / tokens_per_step - leg.step)
 
 
 def budget(
-    config, *, shape: Shape, params: Any, length: Length, perturbing: float, shards: int = 1, keep: bool = False
+    config,
+    *,
+    shape: Shape,
+    params: Any,
+    length: Length,
+    rule: Rule,
+    shards: int = 1,
+    keep: bool = False,
+    leg: Leg = WHOLE,
 ) -> Budget:
     """The Budget of a run.
 
-    perturbing: the share of its steps that perturb. shards: of the data. keep: whether its readout stores the loss
+    rule: knows which of its steps perturb. shards: of the data. keep: whether its readout stores the loss
     derivative at theta.
     """
     train, optim = config.train, config.optim
@@ -181,21 +200,26 @@ def budget(
         keep=keep,
         **method_options(config),
     )
-    tokens, steps = length
+    tokens, steps, left = length.tokens_per_step, length.steps, length.steps - leg.step
+    perturbing = rule.perturbing(steps) * steps - (rule.perturbing(leg.step) * leg.step if leg.step else 0.0)
+    flops = step_flops(shape, tokens, one.averaged(perturbing / max(1, left)))
+    adamw_flops = step_flops(shape, tokens, methods.Cost())
     return Budget(
         parameters=count_parameters(params),
         tokens_per_step=tokens,
         steps=steps,
-        tokens=steps * tokens,
-        flops=step_flops(shape, tokens, one.averaged(perturbing)),
-        adamw_flops=step_flops(shape, tokens, methods.Cost()),
+        tokens=leg.tokens_after(steps, tokens),
+        flops=flops,
+        adamw_flops=adamw_flops,
+        total_flops=leg.flops + left * flops,
+        total_adamw_flops=leg.adamw_flops + left * adamw_flops,
     )
 
 
 def describe(budget: Budget, method: str) -> str:
     """The budget in a few lines for a reader."""
     total, non_embedding = budget.parameters
-    whole, plain = budget.flops * budget.steps, budget.adamw_flops * budget.steps
+    whole, plain = budget.total_flops, budget.total_adamw_flops
     return "\n".join(
         [
             f"parameters  {total:,} ({non_embedding:,} non-embedding)",

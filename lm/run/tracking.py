@@ -29,10 +29,11 @@ _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class Tracker:
     """Records one run in `workdir`, continuing after `start_step` updates.
 
-    tokens_per_step: predicted tokens of one step over all devices. flops_per_step: FLOPs of one step over all devices,
-    0 where unknown. peak_flops: FLOP/s of all devices together, 0 where unknown. wandb_id: the id a checkpoint brought,
-    "" for the one in the workdir or a new one. primary: False makes every method do nothing (all processes but the
-    first). clock: seconds that only grow. stream: where progress goes; live if it is a terminal.
+    tokens_per_step: predicted tokens of one step over all devices; tokens_before: those beyond so many for every step.
+    flops_per_step: FLOPs of one step over all devices, 0 where unknown. peak_flops: FLOP/s of all devices together, 0
+    where unknown. wandb_id: the id a checkpoint brought, "" for the one in the workdir or a new one. primary: False
+    makes every method do nothing (all processes but the first). clock: seconds that only grow. stream: where progress
+    goes; live if it is a terminal.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Tracker:
         *,
         total_steps: int,
         tokens_per_step: int,
+        tokens_before: int = 0,
         start_step: int = 0,
         flops_per_step: float = 0.0,
         peak_flops: float = 0.0,
@@ -55,7 +57,7 @@ class Tracker:
         if not primary:
             return
         self._workdir, self._config = Path(workdir), config
-        self._total, self._tokens_per_step = total_steps, tokens_per_step
+        self._total, self._tokens_per_step, self._tokens_before = total_steps, tokens_per_step, tokens_before
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._clock, self._stream = clock, stream or sys.stdout
         self._begin = clock()
@@ -93,7 +95,7 @@ class Tracker:
         then, before = self._marks[0]
         if now > then:
             self._rate = (step - before) / (now - then)
-        tokens = step * self._tokens_per_step
+        tokens = self._tokens(step)
         rate = self._rate * self._tokens_per_step
         self._write(
             "train", step, {"tokens": tokens, "seconds": now - self._begin, "tokens_per_second": rate, **metrics}
@@ -168,7 +170,7 @@ class Tracker:
         self._print(status)
 
     def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
-        parts = [f"tokens {_si(step * self._tokens_per_step)}"]
+        parts = [f"tokens {_si(self._tokens(step))}"]
         if "loss" in metrics:
             parts.append(f"loss {_number(metrics['loss']):.4f}")
         if self._held_out is not None:
@@ -183,6 +185,9 @@ class Tracker:
         if step > self._first[1]:
             parts.append(f"ETA {clock_face((self._total - step) * (now - self._first[0]) / (step - self._first[1]))}")
         return "  ".join(parts)
+
+    def _tokens(self, step: int) -> int:
+        return self._tokens_before + step * self._tokens_per_step
 
     def _pause(self, step: int) -> None:
         """Keeps time spent outside steps out of the rate (the ETA, which measures the whole, keeps it)."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,6 +18,7 @@ from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run import anomaly, generate
 from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, report_parts
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
+from steppe.lm.run.leg import WHOLE, Leg, leg_of
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import create, create_from
 from steppe.lm.run.step import compile_step
@@ -40,15 +42,16 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
         given = checkpoint.load_params(config.init_from, parts.abstract.params, log)
     with ExitStack() as stack:
         run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
-        report_parts(config, parts, corpus, log)
         stopping = stack.enter_context(StopSignals())
         here = Run(config, directory, corpus=corpus, parts=parts, stopping=stopping, until=until, log=log)
         here.checkpoints = stack.enter_context(here.open_checkpoints(place, run_id))
         here.restore(given)
         del given
         changed = record.changes(here.meta, here.now, allow_change) if here.meta else {}
+        here.follow(leg_of(here.done, here.meta, here.now["config"]) if here.meta else WHOLE)
+        report_parts(config, here.parts, corpus, log)
         if here.done:
-            log(f"continuing  after step {here.done} of {here.total}")
+            here.say_where()
         if until is not None and until <= here.done < here.total:
             log(f"stopped     after step {here.done} already, and it was to be {until}")
             return STOPPED
@@ -78,14 +81,20 @@ class Run:
         log: Callable[[str], None] = print,
     ):
         self.config, self.directory, self.corpus, self.parts = config, directory, corpus, parts
-        self.stopping, self.until, self.log, self.total = stopping, until, log, parts.budget.steps
+        self.stopping, self.until, self.log = stopping, until, log
         self.primary = jax.process_index() == 0
         self.now = {"config": config.to_dict(), "versions": record.versions(), "corpus": corpus.fingerprint}
         self.pending, self.latest, self.measured = [], {}, []
         self.stop = self.owes_evaluation = False
         self.ended = "failed"
-        self.checkpoint_every = max(1, self.steps(config.checkpoint.every))
         self.timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
+        self.plan(WHOLE)
+
+    # ------------------------------------------------------------------------------------------------------- opening
+    def plan(self, leg: Leg) -> None:
+        """Where the run ends, and what it does on the way, given the leg that it is on."""
+        config, self.leg, self.total = self.config, leg, self.parts.budget.steps
+        self.checkpoint_every = max(1, self.steps(config.checkpoint.every))
         # (when, what): what is done after a step for which when(step) holds, in this order
         self.events = [
             (self.each(config.curvature.every), self.measure),
@@ -93,7 +102,27 @@ class Run:
             (self.saves, self.save),
         ]
 
-    # ------------------------------------------------------------------------------------------------------- opening
+    def follow(self, leg: Leg) -> None:
+        """Goes on with sizes that are not those of all steps before: the parts count and schedule by what happened."""
+        if leg != self.leg:
+            _, self.parts, _ = open_parts(self.config, lambda text: None, leg)
+            self.plan(leg)
+            self.checkpoints.retain(self.steps(self.config.checkpoint.keep_every), self.checkpoint_every)
+
+    def say_where(self) -> None:
+        """Says where the run goes on, and what jumps there."""
+        tokens = self.leg.tokens_after(self.done, self.parts.budget.tokens_per_step)
+        self.log(f"continuing  after step {self.done} of {self.total}, {tokens:,} tokens")
+        for name, before in self.meta.get("next", {}).items():
+            now = self.following()[name]
+            if abs(now - before) > 1e-6 * max(abs(now), abs(before)):
+                self.log(f"changed     {name}: {before:.3g} would have come next, now {now:.3g} does")
+
+    def following(self) -> dict[str, float]:
+        """The learning rate and rho of the next step."""
+        optimizer, step = self.parts.optimizer, jnp.asarray(self.done, jnp.int32)
+        return {name: float(getattr(optimizer, name)(step)) for name in ("learning_rate", "rho")}
+
     def steps(self, duration: str) -> int:
         """A duration in steps of this run."""
         return duration_steps(duration, tokens_per_step=self.parts.budget.tokens_per_step, total_steps=self.total)
@@ -137,6 +166,7 @@ class Run:
             self.config,
             total_steps=self.total,
             tokens_per_step=self.parts.budget.tokens_per_step,
+            tokens_before=self.leg.tokens_after(0, self.parts.budget.tokens_per_step),
             start_step=self.done,
             flops_per_step=self.parts.budget.flops,
             wandb_id=self.meta["wandb_id"] if self.meta else "",
@@ -166,7 +196,7 @@ class Run:
             batch = loader.held_out_rows(self.corpus, first, 0, size, rows)
             batch.pop("bytes")
             self.held_out_batch = lambda: place_batch(parts.mesh, size, rows, batch)
-        self.read = batch_reader(self.config, self.corpus, parts, self.watch.batch_index)
+        self.read = batch_reader(self.config, self.corpus, parts, self.watch.batch_index, self.leg)
         self.log(f"compiled    in {time.monotonic() - began:.1f} s")
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -225,8 +255,8 @@ class Run:
             return None
         self.tracker.note(anomaly.describe(number, found))
         if self.primary:
-            index = self.watch.batch_index(number - 1)
-            batch = loader.training_rows(self.corpus, self.config.seed, index, self.config.train.batch_size)
+            index, size = self.watch.batch_index(number - 1) - self.leg.batches, self.config.train.batch_size
+            batch = loader.training_rows(self.corpus, self.config.seed, index, size, before=self.leg.rows)
             found["batch"] = anomaly.save_batch(self.directory, number, batch)
         self.tracker.event("anomaly", number, found)
         return None if found["decision"] == "skip" else {"step": number, **found}
@@ -237,8 +267,10 @@ class Run:
         again = bad["decision"] == "rollback"
         if again:
             windows, self.state = self.watch.windows, None
-            # to a multiple of the period, so that saves for other reasons change nothing of what the run does
-            self.restore(before=(bad["step"] - 1) // self.checkpoint_every * self.checkpoint_every + 1)
+            # to a multiple of the period, so that saves for other reasons change nothing of what the run does, or to
+            # where this leg began
+            regular = (bad["step"] - 1) // self.checkpoint_every * self.checkpoint_every
+            self.restore(before=max(regular, self.leg.step) + 1)
             self.watch.windows = windows
             again = self.watch.roll_back(self.done, bad["step"])
         if not again:
@@ -248,7 +280,7 @@ class Run:
                 f"--allow_change=train.on_{bad['what']} may set another policy"
             )
             return False
-        self.read = batch_reader(self.config, self.corpus, self.parts, self.watch.batch_index)
+        self.read = batch_reader(self.config, self.corpus, self.parts, self.watch.batch_index, self.leg)
         self.checkpoints.forget(self.done)
         self.tracker.roll_back(self.done)
         windows = self.watch.windows
@@ -301,7 +333,15 @@ class Run:
             if self.stop or self.done == self.total:
                 raise StorageError(f"{place}: {problem}; make room, then run again")
             return
-        meta = {**self.now, "wandb_id": self.tracker.wandb_id, "watch": self.watch.memory()}
+        budget = self.parts.budget
+        meta = {
+            **self.now,
+            "wandb_id": self.tracker.wandb_id,
+            "watch": self.watch.memory(),
+            "leg": self.leg._asdict(),
+            "flops_per_step": [budget.flops, budget.adamw_flops],
+            "next": self.following(),
+        }
         stall = self.checkpoints.save(self.done, self.state, {**meta, "owes_evaluation": self.owes_evaluation})
         self.tracker.checkpoint(self.done, {"stall": stall})
         self.timer.restart()
