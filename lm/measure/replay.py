@@ -31,8 +31,6 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
         key, (before, after) = next(iter(differing.items()))
         raise WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
     corpus, parts, _ = open_parts(config, log)
-    if not 1 <= number <= parts.budget.steps:
-        raise Unusable(f"--replay_step={number}: must be a step of the run, from 1 to {parts.budget.steps}")
     with Checkpoints(directory_of(config, directory), read_only=True, log=log) as checkpoints:
         newest = checkpoints.newest(before=number)
         if newest is not None:
@@ -51,6 +49,8 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     leg = leg_of(int(state.step), meta, config.to_dict()) if meta else WHOLE
     if leg != WHOLE:
         corpus, parts, _ = open_parts(config, log, leg)
+    if not 1 <= number <= parts.budget.steps:
+        raise Unusable(f"--replay_step={number}: must be a step of the run, from 1 to {parts.budget.steps}")
     log(f"replaying   step {number}, from the state after step {int(state.step)}")
 
     watch = anomaly.Watch(config, meta["watch"] if meta else None)

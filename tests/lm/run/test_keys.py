@@ -126,6 +126,12 @@ def test_each_key_changes_what_runs(key):
         assert program != other
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_clip_is_made_in_either_order(order):
+    (program, _), (other, _) = both("optim.clip_norm", 0.5, {**SAM, "optim.clip_order": order})
+    assert program != other
+
+
 def test_the_gap_is_what_the_loss_rises_by():
     """On a step of plain gradient ascent at a small radius the loss at theta + epsilon is above that at theta."""
     from steppe.lm.run.state import create
