@@ -11,7 +11,7 @@ from steppe.data import errors, files, sources
 from steppe.data import manifest as manifests
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus, open_corpus
-from steppe.data.prepare import REFUSED, identity, recipe_of
+from steppe.data.prepare import REFUSED, identity, recipe_of, sources_of
 from steppe.data.shards import Recipe
 
 
@@ -21,12 +21,14 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
     Two processes that ask at once prepare it once. Never imports tensorflow: the preparation is a process of its own.
     """
     if data_config["directory"]:
-        manifests.read(data_config["directory"])
-        return data_config["directory"]
+        directory = os.path.expanduser(data_config["directory"])
+        manifests.read(directory)
+        return directory
     recipe = recipe_of(data_config)
     cache = data_config["cache"] or os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe")
     cache = os.path.expanduser(cache)
-    name = "+".join(source.name for source in sources.parse(recipe.task))[:60]
+    listed = sources_of(recipe)
+    name = "+".join(source.name for source in listed["train"] or listed["held_out"])[:60]
     directory = os.path.join(cache, f"{name}-{manifests.checksum(identity(recipe))[:16]}")
     if os.path.exists(os.path.join(directory, manifests.NAME)):
         return directory
@@ -34,7 +36,7 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
         os.makedirs(cache, exist_ok=True)
         with files.lock(directory + ".lock", wait=True):
             if not os.path.exists(os.path.join(directory, manifests.NAME)):
-                log(f"preparing {recipe.task} in {directory}, once")
+                log(f"preparing {recipe.task or ', '.join(recipe.held_out)} in {directory}, once")
                 _prepare_apart(recipe, directory, log)
     except OSError as error:
         raise DataError(f"config.data.cache={cache!r}: {error.strerror or error}") from error
@@ -52,9 +54,22 @@ def open_of(data_config: Mapping, log: Callable[[str], None] = print) -> Corpus:
     )
 
 
+def held_out_of(data_config: Mapping, task: str, log: Callable[[str], None] = print) -> Corpus:
+    """A corpus without training text: the sources of `task`, whole unless it says otherwise, as held-out sets.
+
+    Tokenised and packed as config.data says, and kept in its cache.
+    """
+    named = tuple(
+        f"{source.name}={source.kind}{f':{source.where}' * bool(source.where)}@{source.split}"
+        for source in sources.parse(task, "--task", "all")
+    )
+    return open_of({**data_config, "directory": "", "task": "", "held_out": named}, log)
+
+
 def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -> None:
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", "-m", "steppe.data.prepare", json.dumps(recipe._asdict()), directory]
+    command.append(str(os.getpid()))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         complaints: list[str] = []

@@ -12,8 +12,9 @@ class DataError(ValueError):
 
 
 def refused(key: str, value: Any, accepted: str) -> DataError:
-    """The error of one key's value."""
-    return DataError(f"config.{key}={value!r}: accepted is {accepted}", key=key, value=value, accepted=accepted)
+    """The error of the value of a key, or of an --option."""
+    name = key if key.startswith("--") else f"config.{key}"
+    return DataError(f"{name}={value!r}: accepted is {accepted}", key=key, value=value, accepted=accepted)
 
 
 class CorpusMismatch(DataError):

@@ -66,6 +66,11 @@ def read(directory: str) -> dict:
     return manifest
 
 
+def recipe(directory: str) -> dict:
+    """What a finished directory was prepared from, by the names of config.data."""
+    return read(os.path.expanduser(directory))["identity"]
+
+
 def shards(manifest: dict) -> Iterable[dict]:
     """All shard entries: file, size, hash, rows."""
     for part in ("train", "held_out"):

@@ -49,7 +49,8 @@ def recipe_of(data_config: Mapping, **overrides) -> Recipe:
 
 def sources_of(recipe: Recipe) -> dict[str, tuple[sources.Source, ...]]:
     """{part: its sources}. Held-out sets come first: training documents equal to one of theirs are left out."""
-    return {"held_out": sources.held_out_sources(recipe.task, recipe.held_out), "train": sources.parse(recipe.task)}
+    train = sources.parse(recipe.task) if recipe.task or not recipe.held_out else ()
+    return {"held_out": sources.held_out_sources(recipe.task, recipe.held_out), "train": train}
 
 
 def identity(recipe: Recipe) -> dict:
@@ -72,12 +73,14 @@ def prepare(
     workers: int = 1,
     log: Callable[[str], None] = print,
     report: Callable[[dict], None] = lambda state: None,
+    wait: bool = False,
 ) -> dict:
     """Prepares `recipe` in directory `out` and returns the manifest; an interrupted preparation is continued.
 
     Work is spread over `workers` processes, shard by shard; the result does not depend on their number. `report` is
-    called about twice a second with the counts {shards, of, documents, tokens, bytes}. A finished directory is never
-    written again: the same recipe verifies it, another is CorpusMismatch.
+    called about twice a second with the counts {shards, of, documents, tokens, bytes}. wait: for another process that
+    is at it, which is an error otherwise. A finished directory is never written again: the same recipe verifies it,
+    another is CorpusMismatch.
     """
     expected = identity(recipe)
     if os.path.exists(os.path.join(out, manifests.NAME)):
@@ -90,7 +93,7 @@ def prepare(
     try:
         created = not os.path.exists(out)
         os.makedirs(out, exist_ok=True)
-        with files.lock(os.path.join(out, LOCK)):
+        with files.lock(os.path.join(out, LOCK), wait=wait):
             if os.path.exists(os.path.join(out, manifests.NAME)):
                 return _already(out, expected, log)
             try:
@@ -246,8 +249,8 @@ def _hint(recipe: Recipe, source: sources.Source) -> str:
         return ""
     every = readers.of(source.kind).records(source._replace(split="all"), recipe.reading)
     if len(list(itertools.islice(every, 2))) < 2:
-        remedy = "take its lines (lines:), or name another source in config.data.held_out, as val=text:OTHER@all"
-        return f"; one document cannot be split: {remedy}, and this one with @all"
+        remedy = "one document cannot be split: name another source in config.data.held_out, as val=text:OTHER@all"
+        return f"; {remedy}, and this one with @all"
     if source.split == "train":
         return "; lower config.data.held_out_fraction"
     return "; raise config.data.held_out_fraction or name sets in config.data.held_out, as val=lines:val.txt@all"
@@ -329,10 +332,15 @@ def _run_jobs(recipe: Recipe, out: str, jobs: list[Job], dtype: str, workers: in
 
 
 def main(arguments: Iterable[str]) -> int:
-    """`python -m data.prepare RECIPE_JSON DIRECTORY`: what data/cache.py starts; people use steppe prepare_data."""
-    recipe, directory = arguments
+    """`python -m steppe.data.prepare RECIPE_JSON DIRECTORY [PARENT]`: what data/cache.py starts.
+
+    Ends when the process PARENT does; people use steppe prepare_data.
+    """
+    recipe, directory, *parent = arguments
+    if parent:
+        workers_of.follow(int(parent[0]))
     try:
-        prepare(Recipe(**json.loads(recipe)), directory, log=lambda line: print(line, flush=True))
+        prepare(Recipe(**json.loads(recipe)), directory, log=lambda line: print(line, flush=True), wait=True)
     except DataError as error:
         print(json.dumps(to_json(error), default=str), file=sys.stderr)
         return REFUSED

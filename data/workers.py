@@ -73,13 +73,18 @@ _counts = None  # set once in a worker process
 def _start(counts, stopped, parent: int) -> None:
     global _counts
     _counts = counts
+    follow(parent, lambda: stopped.value)
 
-    def follow() -> None:
-        while os.getppid() == parent and not stopped.value:
+
+def follow(parent: int, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Ends this process soon after its parent has ended, or when it is stopped."""
+
+    def watch() -> None:
+        while os.getppid() == parent and not stopped():
             time.sleep(0.2)
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(directory: str, recipe: Recipe, job: Job, dtype: str, index: int) -> dict:

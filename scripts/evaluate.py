@@ -1,6 +1,6 @@
 """Held-out loss of a finished or running run, beside its baselines.
 
-steppe evaluate --workdir=DIR [--step=K] [--batches=N]
+steppe evaluate --workdir=DIR [--step=K] [--batches=N] [--task=SOURCE]
 """
 
 import sys
@@ -16,29 +16,36 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--step", type=int, metavar="K", help="its checkpoint after K steps; default: the newest")
     parser.add_argument("--batches", type=int, default=0, metavar="N", help="only N batches of each set; 0: all")
+    parser.add_argument(
+        "--task", metavar="SOURCE", help="other text, as config.data.task; default: the run's held-out sets"
+    )
     options = command.options_of(argv, parser)
+    if options.batches < 0:
+        return command.fail(f"--batches={options.batches}: must be an integer >= 0")
 
     import jax
 
     from steppe.data import baselines
+    from steppe.data.cache import held_out_of
     from steppe.lm.keep import saved
     from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 
     run = saved.load(options.workdir, options.step)
     step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
+    corpus = run.corpus if options.task is None else held_out_of(run.config.data, options.task)
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
-    for name in run.corpus.held_out:
+    for name in corpus.held_out:
         found = evaluate(
             step,
             run.params,
-            run.corpus,
+            corpus,
             name,
             mesh=run.parts.mesh,
             batch_size=run.config.train.batch_size,
             batches=options.batches,
         )
-        reference = baselines.baselines(run.corpus, name, counts)
+        reference = baselines.baselines(corpus, name, counts)
         print(
             f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "
             f"{reference['gzip']:>8.4f} {found['tokens']:>12,}"

@@ -10,6 +10,7 @@ model on the task of config.data. The third prints the text of batch K as the mo
 
 import functools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -55,7 +56,9 @@ def _summary(manifest: dict, directory: str) -> None:
         for entry in manifest[part]:
             share = f", weight {entry['weight']:g}" if len(manifest[part]) > 1 and part == "train" else ""
             print(f"{part:8} {entry['name']}: {entry['tokens']:,} tokens in {entry['rows']:,} rows{share}")
-    print(f"use it with --config.data.directory={directory}")
+    flags = {"directory": directory, "vocabulary": manifest["vocabulary"]["spec"]}
+    flags |= {key: manifest[key] for key in ("sequence_length", "packing")}
+    print("use it with " + " ".join(f"--config.data.{key}={shlex.quote(str(v))}" for key, v in flags.items()))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
 from steppe.lm.keep import seal
 from steppe.lm.keep.checkpoint import directory_of, load_parts, place
-from steppe.lm.keep.workdir import config_of
+from steppe.lm.keep.workdir import config_of, kept_corpus
 from steppe.lm.run.assembly import Parts, assemble
 from steppe.optim.methods import OPTIONS
 
@@ -41,7 +41,7 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
     config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
-    corpus = open_of(config.data, log)
+    corpus = kept_corpus(directory) or open_of(config.data, log)
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
     found = directory_of(config, directory)
     wanted = {"params": parts.abstract.params, **({"optimizer": parts.abstract.optimizer} if optimizer else {})}

@@ -1,6 +1,7 @@
 """The directory of a run: one process at a time, one config, one id; which keys may change when it continues."""
 
 import json
+import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,9 +12,10 @@ from ml_collections import ConfigDict
 from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten
 from steppe.data import files
+from steppe.data.loader import Corpus, open_corpus
 from steppe.lm.keep.exits import WorkdirError
 
-CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
+CONFIG, RUN, LOCK, CORPUS = "config.json", "run_id", "lock", "corpus.json"
 
 
 def changes(before: Mapping, now: Mapping) -> dict[str, list]:
@@ -22,6 +24,9 @@ def changes(before: Mapping, now: Mapping) -> dict[str, list]:
     Raises ConfigError for keys that this version has no longer.
     """
     old, new = (flatten(base.completed(config)) for config in (before, now))
+    if new["data.directory"]:  # runs did not always record what their directory was prepared from
+        initial = flatten(base.get_config())
+        old |= {key: new[key] for key in old if key.startswith("data.") and old[key] == initial[key]}
     return {key: [old[key], new[key]] for key in sorted(old) if key not in base.FREE and old[key] != new[key]}
 
 
@@ -75,6 +80,27 @@ def config_of(workdir: str) -> ConfigDict:
     if not path.exists():
         raise WorkdirError(f"{workdir}: must be the workdir of a run, with a {CONFIG}")
     return base.completed(_read(path))
+
+
+def keep_corpus(workdir: str, corpus: Corpus) -> None:
+    """Records which prepared directory a run reads."""
+    place = os.path.abspath(corpus.directory)
+    files.write_json(Path(workdir) / CORPUS, {"directory": place, "fingerprint": corpus.fingerprint})
+
+
+def kept_corpus(workdir: str) -> Corpus | None:
+    """The prepared corpus that a run has read, if it is still there and the same; its raw text may be gone."""
+    try:
+        kept = json.loads((Path(workdir) / CORPUS).read_text())
+        corpus = open_corpus(kept["directory"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # never recorded, damaged, or removed: a DataError is a ValueError
+        return None
+    return corpus if corpus.fingerprint == kept["fingerprint"] else None
 
 
 def _read(path: Path) -> dict:

@@ -30,7 +30,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     if differing:
         key, (before, after) = next(iter(differing.items()))
         raise WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
-    corpus, parts, _ = open_parts(config, log)
+    corpus, parts, _ = open_parts(config, log, directory=directory)
     with Checkpoints(directory_of(config, directory), read_only=True, log=log) as checkpoints:
         newest = checkpoints.newest(before=number)
         if newest is not None:
@@ -48,7 +48,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
             )
     leg = leg_of(int(state.step), meta, config.to_dict()) if meta else WHOLE
     if leg != WHOLE:
-        corpus, parts, _ = open_parts(config, log, leg)
+        corpus, parts, _ = open_parts(config, log, leg, directory)
     if not 1 <= number <= parts.budget.steps:
         raise Unusable(f"--replay_step={number}: must be a step of the run, from 1 to {parts.budget.steps}")
     log(f"replaying   step {number}, from the state after step {int(state.step)}")

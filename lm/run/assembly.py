@@ -16,6 +16,7 @@ from steppe.data import baselines, loader
 from steppe.data.cache import open_of
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus
+from steppe.lm.keep.workdir import kept_corpus
 from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
@@ -224,9 +225,20 @@ def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: i
 
 
 # ------------------------------------------------------------------------------------------------ with a corpus
-def open_parts(config: ConfigDict, log: Callable[[str], None], leg: Leg = WHOLE) -> tuple[Corpus, Parts, np.ndarray]:
-    """(corpus, the parts of the run, how often each token occurs in the training text [V])."""
-    corpus = open_of(config.data, log)
+def open_parts(
+    config: ConfigDict, log: Callable[[str], None], leg: Leg = WHOLE, directory: str = ""
+) -> tuple[Corpus, Parts, np.ndarray]:
+    """(corpus, the parts of the run, how often each token occurs in the training text [V]).
+
+    directory: a workdir, whose prepared corpus serves where the text itself cannot be read any more.
+    """
+    try:
+        corpus = open_of(config.data, log)
+    except DataError as error:
+        corpus = kept_corpus(directory) if directory else None
+        if corpus is None:
+            raise
+        log(f"{error}: the run goes on with the corpus it has prepared, {corpus.directory}")
     same = int(xxhash.xxh32_hexdigest(corpus.fingerprint.encode()), 16)
     if len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1:
         raise DataError(

@@ -7,12 +7,15 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.data import sources, vocabulary
+from steppe.data import manifest, sources, vocabulary
 from steppe.lm.model import attention
 from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import DurationError, duration_steps
+
+# keys of config.data that a prepared directory knows
+DESCRIBED = ("task", "held_out", "held_out_fraction", "text_field", "seqio_module", "shards")
 
 
 def check(config: ConfigDict, *, device_count: int, process_count: int = 1, backend: str | None = None) -> None:
@@ -101,6 +104,25 @@ def _check_data(config: ConfigDict) -> None:
     sources.parse(config.data.task)
     sources.held_out_sources(config.data.task, config.data.held_out)
     vocabulary.load_tokenizer(config.data.vocabulary)
+    described(config)
+
+
+def described(config: ConfigDict) -> dict[str, Any]:
+    """What config.data.directory was prepared from, by the names of config.data; empty without one.
+
+    Raises ConfigError for a key that says otherwise; one at its default says nothing.
+    """
+    if not config.data.directory:
+        return {}
+    prepared = manifest.recipe(config.data.directory)
+    for name in DESCRIBED:
+        value, known = config.data[name], prepared.get(name, "")
+        known = tuple(known) if isinstance(known, list) else known
+        prepared[name] = known
+        if value not in (known, base.keys()[f"data.{name}"].default):
+            accepted = f"{known!r}, from which config.data.directory was prepared, or left out"
+            raise ConfigError(f"data.{name}", value, accepted)
+    return {name: prepared[name] for name in DESCRIBED}
 
 
 def _check_method(config: ConfigDict) -> None:

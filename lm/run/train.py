@@ -17,6 +17,7 @@ from steppe.lm.measure.in_training import make_measurement, twice_differentiable
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run import anomaly, generate
 from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, report_parts
+from steppe.lm.run.check import described
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.leg import WHOLE, Leg, leg_of
 from steppe.lm.run.signals import StopSignals
@@ -35,7 +36,8 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
     """
     primary = jax.process_index() == 0
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
-    corpus, parts, counts = open_parts(config, log)
+    config.data.update(described(config))
+    corpus, parts, counts = open_parts(config, log, directory=directory)
     # before the workdir is taken, in case one of them cannot be used
     place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
     if config.init_from and workdir.is_new(directory):
@@ -55,6 +57,8 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
         if until is not None and until <= here.done < here.total:
             log(f"stopped     after step {here.done} already, and it was to be {until}")
             return STOPPED
+        if primary:
+            workdir.keep_corpus(directory, corpus)
         here.tracker = here.open_tracker()
         stack.callback(lambda: here.tracker.close(here.ended))
         here.begin(counts, changed)
@@ -105,7 +109,7 @@ class Run:
     def follow(self, leg: Leg) -> None:
         """Goes on with sizes that are not those of all steps before: the parts count and schedule by what happened."""
         if leg != self.leg:
-            _, self.parts, _ = open_parts(self.config, lambda text: None, leg)
+            _, self.parts, _ = open_parts(self.config, lambda text: None, leg, self.directory)
             self.plan(leg)
             self.checkpoints.retain(self.steps(self.config.checkpoint.keep_every), self.checkpoint_every)
 
