@@ -8,7 +8,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,23 +87,18 @@ def opened(path: str) -> BinaryIO:
     return fsspec.open(path, "rb").open()
 
 
-def matching(pattern: str) -> list[str]:
-    """The files that a pattern matches (~ and ** too), sorted; an address through fsspec.
+def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list[str]:
+    """The files (or what else is of the `kind`) that a pattern matches (~ and ** too), sorted; an address by fsspec.
 
     A name that exists is that name, whatever brackets, stars or question marks are in it.
     """
     if not is_remote(pattern):
         pattern = os.path.expanduser(pattern)
-        literal = [""]  # the longest beginning that exists as it is written
         parts = pattern.split(os.sep)
-        for i, part in enumerate(parts):
-            if part and not os.path.lexists(os.sep.join([*parts[:i], part])):
-                break
-            literal.append(os.sep.join(parts[: i + 1]))
-        beginning = literal[-1]
-        return sorted(
-            filter(os.path.isfile, glob.glob(glob.escape(beginning) + pattern[len(beginning) :], recursive=True))
-        )
+        starts = [os.sep.join(parts[:n]) for n in range(len(parts) + 1)]
+        literal = next(start for start in reversed(starts) if not start or os.path.lexists(start))
+        found = glob.glob(glob.escape(literal) + pattern[len(literal) :], recursive=True)
+        return sorted(filter(kind, found))
     import fsspec
 
     system, inside = fsspec.core.url_to_fs(pattern)

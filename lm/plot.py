@@ -4,11 +4,14 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+
 from steppe.lm.run import tracking
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by lightness and dash, in grey print
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 BLACK, GREY, PALE = "#000000", "#555555", "#999999"
+DRAWN = 10_000  # points of a line, at most
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -45,28 +48,24 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
     sharpness that the method sees. Losses are nats per token.
     """
     records = tracking.read(workdir)
-    train = [record for record in records if record["kind"] == "train"]
-    if not train:
+    train, runs = records.train, records.of("run")
+    if not len(train.step):
         return None
-    runs = [record for record in records if record["kind"] == "run"]
     baselines = runs[-1]["baselines"] if runs and "baselines" in runs[-1] else {}
     title = runs[-1]["title"] if runs and "title" in runs[-1] else Path(workdir).resolve().name
 
-    gap = [
-        (record["step"], record["perturbed_loss"] - record["loss"])
-        for record in train
-        if "perturbed_loss" in record and record["perturbed_loss"] != record["loss"]
-    ]
+    gap = train.perturbed_loss - train.loss
     with styled():
-        drawn = figure(7, 5.2 if gap else 4)
-        ratios = [3, 1] if gap else [1]
+        perturbed = bool(np.any(gap != 0, where=~np.isnan(gap)))
+        drawn = figure(7, 5.2 if perturbed else 4)
+        ratios = [3, 1] if perturbed else [1]
         axes = drawn.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
-        _losses(axes[0, 0], train, records, baselines)
+        _losses(axes[0, 0], train, records.of("evaluate"), baselines)
         axes[0, 0].set_title(title, fontsize=10, loc="left")
-        if gap:
-            _sharpness(axes[1, 0], gap)
+        if perturbed:
+            _sharpness(axes[1, 0], train.step[~np.isnan(gap)], gap[~np.isnan(gap)])
         axes[-1, 0].set_xlabel("step")
-        axes[-1, 0].set_xlim(0, train[-1]["step"] * 1.01)
+        axes[-1, 0].set_xlim(0, train.step[-1] * 1.01)
         path = Path(workdir) / "loss.png"
         drawn.savefig(path, dpi=160)
     return path
@@ -87,14 +86,15 @@ def _smoothing(count: int) -> float:
     return 1 - 1 / max(1.0, count / 50)
 
 
-def _losses(axes, train, records, baselines):
-    steps, losses = [record["step"] for record in train], [record["loss"] for record in train]
-    smooth = running_mean(losses, _smoothing(len(losses)))
-    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7)
-    axes.plot(steps, smooth, color=BLUE, label=f"training {smooth[-1]:.3f}")
-    names = dict.fromkeys(record["name"] for record in records if record["kind"] == "evaluate")
+def _losses(axes, train, evaluations, baselines):
+    steps, losses = train.step, train.loss
+    smooth = running_mean(losses.tolist(), _smoothing(len(losses)))
+    thin = slice(None, None, -(-len(steps) // DRAWN))
+    axes.plot(steps[thin], losses[thin], color=BLUE, alpha=0.25, linewidth=0.7)
+    axes.plot(steps[thin], smooth[thin], color=BLUE, label=f"training {smooth[-1]:.3f}")
+    names = dict.fromkeys(record["name"] for record in evaluations)
     for name, marker in zip(names, "osD^vP*X" * len(names), strict=False):
-        points = [(r["step"], r["loss"]) for r in records if r["kind"] == "evaluate" and r["name"] == name]
+        points = [(r["step"], r["loss"]) for r in evaluations if r["name"] == name]
         label = f"held-out {name} {points[-1][1]:.3f}"
         axes.plot(*zip(*points, strict=True), color=VERMILION, marker=marker, markersize=4, linestyle="--", label=label)
     for (name, value), dash in zip(
@@ -104,7 +104,7 @@ def _losses(axes, train, records, baselines):
 
     # the first steps, at log(vocabulary), would flatten all the rest
     settled = [value for value in smooth[len(smooth) // 20 :] if math.isfinite(value)]
-    late = [record for record in records if record["kind"] == "evaluate" and record["step"] > steps[len(steps) // 20]]
+    late = [record for record in evaluations if record["step"] > steps[len(steps) // 20]]
     held_out = [record["loss"] for record in late if math.isfinite(record["loss"])]
     shown = [*settled, *held_out, *baselines.values()]
     if shown:
@@ -114,11 +114,10 @@ def _losses(axes, train, records, baselines):
     axes.legend(fontsize=9)
 
 
-def _sharpness(axes, gap):
-    steps, values = zip(*gap, strict=True)
-    axes.plot(steps, values, color=GREEN, alpha=0.25, linewidth=0.7)
-    smooth = running_mean(list(values), _smoothing(len(values)))
-    axes.plot(steps, smooth, color=GREEN)
+def _sharpness(axes, steps, values):
+    smooth, thin = running_mean(values.tolist(), _smoothing(len(values))), slice(None, None, -(-len(steps) // DRAWN))
+    axes.plot(steps[thin], values[thin], color=GREEN, alpha=0.25, linewidth=0.7)
+    axes.plot(steps[thin], smooth[thin], color=GREEN)
     settled = sorted(value for value in smooth[len(smooth) // 20 :] if math.isfinite(value))
     if settled:
         low, high = min(0.0, settled[0]), max(0.0, settled[-1])

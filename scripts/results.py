@@ -9,18 +9,21 @@ workdir of steppe train, and in each `outcome.json` once the run has ended for g
 import json
 import math
 import os
-import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from steppe.configs.base import FREE, with_defaults
 from steppe.configs.keys import flatten
+from steppe.data import files
 from steppe.lm.run import tracking
 from steppe.scripts.command import UsageError
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
 STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
+RISEN = 1.05  # a loss this many times its lowest has risen
 # Keys that model.size sets: they vary with it and are not named beside it.
 OF_SIZE = ("model.layers", "model.width", "model.heads", "model.mlp_width")
 
@@ -43,8 +46,9 @@ class Result(NamedTuple):
     """One run. What is not known (yet) is NaN, 0 or empty.
 
     config: {"optim.rho": 0.03, ...}, every key. varied: those that differ between the runs read together.
-    status: finished | diverged | failed | pruned | unfinished; why: its reason, "" for finished. A run that was to
-    finish and whose loss is not finite, or above that of a unigram model, has diverged.
+    status: finished | diverged | failed | pruned | unfinished; why: its reason. A run that was to
+    finish has diverged if its loss is not finite, or above a unigram model's and risen by more than a twentieth from
+    its lowest; one that is merely above has finished, and `why` says so.
     parameters: non-embedding. steps, tokens, flops, adamw_flops: of the whole run as planned, the last two in FLOPs of
     the method and of plain AdamW. seconds: of training so far, without compiling, evaluating and saving.
     loss, bits_per_byte: after the last step, on the whole first held-out set (nats a token; bits). curve: held-out
@@ -67,18 +71,41 @@ class Result(NamedTuple):
     loss: float
     bits_per_byte: float
     curve: list[Point]
-    train_curve: list[Point]
+    train_curve: tracking.Train
     code: str = ""
 
 
-def read(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Result]:
-    """The runs of a sweep's directory, of one workdir, or of several workdirs. ResultsError where there are none."""
-    if isinstance(runs, (str, os.PathLike)):
-        found = _of_directory(Path(runs))
-    else:
-        found = [_of_workdir(str(directory), Path(directory), {}) for directory in runs]
+def read(
+    runs: str | os.PathLike | Iterable[str | os.PathLike], left_out: Callable[[str], None] | None = None
+) -> list[Result]:
+    """The runs of a sweep's directory, of one workdir, or of several workdirs or patterns of them.
+
+    ResultsError where there are none, and for one that holds what no run writes: unless left_out is given, which then
+    hears of it, and of every measurement that cannot be read.
+    """
+    found, directories = [], []
+    for given in map(os.fspath, [runs] if isinstance(runs, (str, os.PathLike)) else runs):
+        directories += files.matching(given, os.path.isdir) or [os.path.expanduser(given)]
+    places = [(each, _places(Path(each), alone=len(directories) == 1)) for each in directories]
+    for each, listed in places:
+        if not listed:
+            remedy = "must be the directory of a sweep, or the workdir of a run, with a config.json"
+            raise ResultsError(f"{each}: {remedy}; there is no run in it")
+    for name, directory, planned in [place for _, listed in places for place in listed]:
+        try:
+            found.append(_of_workdir(name, directory, planned))
+        except ResultsError as error:
+            if left_out is None:
+                raise
+            left_out(f"{error}; the run is left out")
+    for result in found if left_out else ():
+        for path in (*sorted((result.directory / "curvature").glob("*.json")), result.directory / "retention.json"):
+            try:
+                read_json(path)
+            except ResultsError as error:
+                left_out(f"{error}; the measurement is left out")
     if not found:
-        raise ResultsError(f"{runs}: must be the directory of a sweep, or workdirs of runs; there is no run in it")
+        raise ResultsError(f"{', '.join(directories)}: no run could be read")
     flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
     varying = varying_keys(flats)
     varied = [{key: flat.get(key) for key in varying} for flat in flats]
@@ -86,13 +113,44 @@ def read(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Result]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that Steppe wrote; {} where there is none. ResultsError for a damaged one."""
+    """A JSON object that Steppe wrote; {} where there is no file. ResultsError for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ResultsError(f"{path}: is damaged ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ResultsError(f"{path}: is damaged ({' '.join(str(error).split())[:200]})") from None
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not isinstance(value, dict) or not isinstance(value.get("summary", {}), dict):
+        raise ResultsError(f"{path}: is no JSON object as Steppe writes it; remove it, or write it anew")
+    return value
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """The numbers of a file that curvature or retention wrote, and its step; {} of one that cannot be read."""
+    try:
+        found = read_json(path)
+        return {"step": int(found["step"]), **found["summary"]}
+    except (ResultsError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def read_sweep(directory: Path) -> dict:
+    """The sweep.json of a directory, {} where there is none. ResultsError if it is none or its names lead elsewhere."""
+    path = directory / SWEEP
+    found = read_json(path)
+    if not found:
+        return {}
+    base, resolved, runs = (found.get(key) for key in ("base", "resolved", "runs"))
+    sound = isinstance(found.get("config"), str)
+    sound = sound and all(isinstance(part, dict) for part in (base, resolved, runs))
+    if not sound or not all(isinstance(resolved.get(name), dict) for name in runs):
+        raise ResultsError(f"{path}: is no record of a sweep as Steppe writes it; choose another --out")
+    for name in runs:
+        if Path(name).name != name or name in (".", ".."):
+            raise ResultsError(f"{path}: its run {name!r} must be the name of a directory below {RUNS}")
+    return found
 
 
 def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
@@ -116,38 +174,51 @@ def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
     return telling if different(telling) == different(found) else found
 
 
-def _of_directory(directory: Path) -> list[Result]:
-    sweep = read_json(directory / SWEEP)
+def _places(directory: Path, alone: bool) -> list[tuple[str, Path, dict[str, Any]]]:
+    """(name, workdir, flat config if it has not begun) of the runs of a sweep, a workdir, or a folder of workdirs."""
+    sweep = read_sweep(directory)
     if sweep:
         configs = {name: {**sweep["base"], **sweep["resolved"][name]} for name in sweep["runs"]}
-        return [_of_workdir(name, directory / RUNS / name, config) for name, config in configs.items()]
+        return [(name, directory / RUNS / name, config) for name, config in configs.items()]
     if (directory / "config.json").exists():
-        return [_of_workdir(directory.name, directory, {})]
-    return [_of_workdir(path.parent.name, path.parent, {}) for path in sorted(directory.glob("*/config.json"))]
+        return [(directory.name if alone else str(directory), directory, {})]
+    return [(path.parent.name, path.parent, {}) for path in sorted(directory.glob("*/config.json"))]
 
 
 def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
     """The Result of one run, `varied` left empty; planned: its flat config if it has not begun."""
+    try:
+        return _result(name, directory, planned)
+    except OSError as error:
+        raise ResultsError(f"{error.filename or directory}: cannot be read ({error.strerror or error})") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ResultsError(f"{directory}: holds what no run writes ({reason})") from None
+
+
+def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
     config = flatten(read_json(directory / "config.json")) or planned
     config = config and with_defaults(config)
     if not config:
         raise ResultsError(f"{directory}: must be the workdir of a run, with a config.json")
     outcome = read_json(directory / OUTCOME)
-    records = tracking.read(directory) if (directory / tracking.METRICS).exists() else []
-    runs = [record for record in records if record["kind"] == "run"]
+    records = tracking.read(directory)
+    train, runs = records.train, records.of("run")
     about = runs[-1] if runs else {}
-    steps, seconds = about.get("steps", 0), _seconds(records)
-    seen = {record["step"]: record["tokens"] for record in records if record["kind"] == "train" and "tokens" in record}
+    steps = about.get("steps", 0)
+    train = train._replace(seconds=_seconds(train))
 
     def point(record: dict) -> Point:
         step = record["step"]
-        return Point(step, seen.get(step, 0), _flops(runs, step), seconds.get(step, 0.0), float(record["loss"]))
+        at = int(np.searchsorted(train.step, step))
+        tokens, spent = (train.tokens[at], train.seconds[at]) if train.step[at : at + 1] == [step] else (0, 0.0)
+        return Point(step, int(tokens), _flops(runs, step), float(spent), float(record["loss"]))
 
-    evaluations = [record for record in records if record["kind"] == "evaluate"]
+    evaluations = records.of("evaluate")
     first = evaluations[0]["name"] if evaluations else ""
     evaluations = [record for record in evaluations if record["name"] == first]
-    last = evaluations[-1] if evaluations and steps and evaluations[-1]["step"] == steps else {}
-    status, why = _status(outcome, records, last, _unigram(about, first))
+    last = _last(evaluations, steps)
+    status, why = _status(outcome, records, evaluations, steps, _unigram(about, first))
     parameters = about.get("parameters", {})
     return Result(
         name=name,
@@ -162,11 +233,11 @@ def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         tokens=about.get("tokens", 0),
         flops=about.get("flops", about.get("flops_per_step", 0.0) * steps),
         adamw_flops=about.get("adamw_flops", about.get("adamw_flops_per_step", 0.0) * steps),
-        seconds=max(seconds.values(), default=0.0),
+        seconds=float(max(train.seconds, default=0.0)),
         loss=float(last.get("loss", math.nan)),
         bits_per_byte=float(last.get("bits_per_byte", math.nan)),
         curve=[point(record) for record in evaluations],
-        train_curve=[point(record) for record in records if record["kind"] == "train"],
+        train_curve=train,
         code=about.get("versions", {}).get("code", ""),
     )
 
@@ -180,17 +251,18 @@ def _flops(runs: list[dict], step: int) -> float:
     return total
 
 
-def _status(outcome: dict, records: list[dict], last: dict, unigram: float) -> tuple[str, str]:
+def _status(outcome: dict, records: tracking.Records, evaluations: list[dict], steps: int, unigram: float):
     """(status, why) from what the sweep recorded, or else from what the run itself recorded."""
-    status, why = outcome.get("status", ""), outcome.get("why", "")
+    status, why, last = outcome.get("status", ""), outcome.get("why", ""), _last(evaluations, steps)
     if not status:
-        stops = [record for record in records if record["kind"] == "anomaly" and record.get("decision") == "stop"]
+        stops = [record for record in records.of("anomaly") if record.get("decision") == "stop"]
+        reached = max([*records.train.step[-1:].tolist(), *(record["step"] for record in records.others)], default=-1)
         if last:
             status = "finished"
-        elif stops and stops[-1]["step"] >= max(record["step"] for record in records):
+        elif stops and stops[-1]["step"] >= reached:
             status, why = "diverged", f"{stops[-1]['what']} at step {stops[-1]['step']}"
         else:
-            status, why = "unfinished", f"after step {records[-1]['step']}" if records else "not begun"
+            status, why = "unfinished", f"after step {reached}" if reached >= 0 else "not begun"
     if status == "finished":
         if not last:
             return "failed", "its metrics.jsonl has no evaluation after the last step"
@@ -198,8 +270,15 @@ def _status(outcome: dict, records: list[dict], last: dict, unigram: float) -> t
         if not math.isfinite(loss):
             return "diverged", f"held-out loss {loss}"
         if loss > unigram:
-            return "diverged", f"held-out loss {loss:.4f} above the unigram model's {unigram:.4f}"
+            said = f"held-out loss {loss:.4f} above the unigram model's {unigram:.4f}"
+            lowest = min(float(record["loss"]) for record in evaluations)
+            return ("diverged", f"{said}, and it was {lowest:.4f}") if loss > RISEN * lowest else (status, said)
     return status, why
+
+
+def _last(evaluations: list[dict], steps: int) -> dict:
+    """The evaluation after the last step; empty if there is none."""
+    return evaluations[-1] if evaluations and steps and evaluations[-1]["step"] == steps else {}
 
 
 def _unigram(about: dict, name: str) -> float:
@@ -208,22 +287,13 @@ def _unigram(about: dict, name: str) -> float:
     return float(known.get(f"unigram {name}", known.get("unigram", math.inf)))
 
 
-def _seconds(records: list[dict]) -> dict[int, float]:
-    """{step: seconds of training until then}.
+def _seconds(train: tracking.Train) -> np.ndarray:
+    """Seconds of training until each step.
 
     The clock of a run starts anew with each of its starts and also runs while it evaluates and saves; so a step with
     anything else recorded before it counts as the median of the others.
     """
-    gaps, before = [], None  # (step, seconds, or None where something else happened)
-    for record in records:
-        if record["kind"] == "train":
-            gap = record["seconds"] - before if before is not None else None
-            gaps.append((record["step"], gap if gap is None or gap > 0 else None))
-        before = record["seconds"] if record["kind"] == "train" else None
-    clean = [gap for _, gap in gaps if gap is not None]
-    typical = statistics.median(clean) if clean else 0.0
-    found, total = {}, 0.0
-    for step, gap in gaps:
-        total += typical if gap is None else gap
-        found[step] = total
-    return found
+    gaps = np.diff(train.seconds, prepend=0.0)
+    known = ~train.apart & (gaps > 0)
+    typical = float(np.median(gaps[known])) if known.any() else 0.0
+    return np.cumsum(np.where(known, gaps, typical))

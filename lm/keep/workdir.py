@@ -105,6 +105,11 @@ def kept_corpus(workdir: str) -> Corpus | None:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise WorkdirError(f"{path}: is damaged ({error}); remove it to take the config given") from None
+    except OSError as error:
+        raise WorkdirError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not isinstance(found, dict):
+        raise WorkdirError(f"{path}: is no config, but {type(found).__name__}; remove it to take the config given")
+    return found

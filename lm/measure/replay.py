@@ -40,8 +40,8 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
             state, meta = create_from(parts.abstract, parts.optimizer, params), {}
         else:
             state, meta = create(parts.mesh, parts.initialise), {}
-    for change in tracking.read(directory):
-        if change["kind"] == "change" and change["step"] > int(state.step) and "." in change["key"]:
+    for change in tracking.read(directory).of("change"):
+        if change["step"] > int(state.step) and "." in change["key"]:
             since = f"config.{change['key']} is {change['after']!r} since step {change['step']}"
             raise Unusable(
                 f"--replay_step={number}: must be a step with a checkpoint before it as the config is: {since}"

@@ -2,22 +2,26 @@
 
 Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
 `evaluate`, `curvature`, `checkpoint`, `anomaly` (a bad step), `rollback`, and `change` (of a config key, by a restart
-after `step`); each has the `step` it belongs to, the number of updates made. NaN and infinities are the strings "nan",
-"inf" and "-inf", since JSON has no others.
+after `step`); each has the `step` it belongs to, the number of updates made. NaN is null, infinities are the strings
+"inf" and "-inf", since JSON has no others; what a method does not compute is left out.
 """
 
+import array
 import collections
 import errno
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.data import files
@@ -69,7 +73,7 @@ class Tracker:
 
         self._workdir.mkdir(parents=True, exist_ok=True)
         # wandb cannot take back what it has: rows that a run makes again after a kill are the same, and sent once
-        self._sent = last_steps(self._workdir / METRICS)
+        self._sent = last_steps(self._workdir) if config.log.wandb != "disabled" else {}
         problems = rewind(self._workdir / METRICS, start_step or -1)
         self._open()
         if self._stream.isatty():
@@ -95,12 +99,13 @@ class Tracker:
         then, before = self._marks[0]
         if now > then:
             self._rate = (step - before) / (now - then)
-        tokens = self._tokens(step)
+        tokens, sound = self._tokens(step), not metrics.get("nonfinite")
         rate = self._rate * self._tokens_per_step
-        self._write(
-            "train", step, {"tokens": tokens, "seconds": now - self._begin, "tokens_per_second": rate, **metrics}
-        )
-        self._send_row("train", "", step, {f"train/{k}": v for k, v in metrics.items()})
+        # NaN in a sound step is what its method does not compute
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        known = {name: n for name, n in numbers.items() if not (sound and isinstance(n, float) and math.isnan(n))}
+        self._write("train", step, {"tokens": tokens, "seconds": now - self._begin, "tokens_per_second": rate, **known})
+        self._send_row("train", "", step, {f"train/{k}": v for k, v in known.items()})
         line = self._line(now, step, metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line)
@@ -276,17 +281,79 @@ class Tracker:
             self.note(f"wandb failed and is left out from here on; metrics.jsonl has everything ({reason[:200]})")
 
 
-def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, in order, NaN and infinities as floats, without torn lines."""
-    return [_restore(record) for _, record in _records(Path(workdir) / METRICS)[0]]
+class Train(NamedTuple):
+    """The training steps of a record, in order, as arrays [n]; NaN where a step has no such number.
+
+    apart: whether something else was recorded right before the step, or nothing: its clock then also ran for that.
+    """
+
+    step: np.ndarray
+    tokens: np.ndarray
+    seconds: np.ndarray
+    loss: np.ndarray
+    perturbed_loss: np.ndarray
+    apart: np.ndarray
 
 
-def last_steps(path: Path) -> dict[tuple[str, str], int]:
-    """{(kind, name): the last step recorded} of a metrics.jsonl; name is that of a held-out set, or ""."""
-    if not path.exists():
-        return {}
-    found = {}
-    for _, record in _records(path)[0]:
+class Records(NamedTuple):
+    """What a metrics.jsonl holds: its training steps, and every other record in order."""
+
+    train: Train
+    others: list[dict[str, Any]]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The other records of one kind."""
+        return [record for record in self.others if record["kind"] == kind]
+
+
+# The numbers of a line as `step` writes it: parsing the whole of it takes several times as long.
+_NUMBERS = re.compile(rb'"(step|tokens|seconds|loss|perturbed_loss)": ([^,}]+)')
+
+
+def _step(line: bytes) -> tuple[float, ...] | None:
+    """The numbers of a training step's line, as Train has them; None of another line, or of one to be looked at."""
+    if not (line.startswith(b'{"kind": "train", ') and line.rstrip().endswith(b"}")):
+        return None
+    found = dict(_NUMBERS.findall(line))
+    try:
+        own = (float(found[name]) for name in (b"step", b"tokens", b"seconds", b"loss"))
+        return *own, float(found.get(b"perturbed_loss", b"nan"))
+    except (KeyError, ValueError):
+        return None
+
+
+def read(workdir: str | os.PathLike) -> Records:
+    """The records of a run's metrics.jsonl, without torn or damaged lines; no records where there is none.
+
+    Numbers that are not finite are floats again.
+    """
+    rows, others, apart = array.array("d"), [], True
+    path = Path(workdir) / METRICS
+    if path.exists():
+        with open(path, "rb") as handle:
+            for line in handle:
+                numbers = _step(line)
+                if numbers:
+                    rows.extend((*numbers, apart))
+                    apart = False
+                elif (record := _record(line)) is not None:
+                    record = _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
+                    if record["kind"] == "train":
+                        numbers = (record.get(name) for name in Train._fields[1:-1])
+                        rows.extend((record["step"], *(math.nan if n is None else n for n in numbers), apart))
+                    else:
+                        others.append(record)
+                    apart = record["kind"] != "train"
+    columns = np.frombuffer(rows, np.float64).reshape(-1, len(Train._fields)).T
+    step, tokens, *numbers, apart = columns
+    return Records(Train(step.astype(np.int64), np.nan_to_num(tokens).astype(np.int64), *numbers, apart > 0), others)
+
+
+def last_steps(workdir: str | os.PathLike) -> dict[tuple[str, str], int]:
+    """{(kind, name): the last step recorded} of a run; name is that of a held-out set, or ""."""
+    train, others = read(workdir)
+    found = {("train", ""): int(train.step.max())} if len(train.step) else {}
+    for record in others:
         key = record["kind"], record.get("name", "")
         found[key] = max(record["step"], found.get(key, -1))
     return found
@@ -295,42 +362,76 @@ def last_steps(path: Path) -> dict[tuple[str, str], int]:
 def rewind(path: Path, step: int) -> list[str]:
     """Cuts metrics.jsonl back to what was known after `step` updates (-1: empties it); returns what a reader must know.
 
-    Written aside and moved into place, so that a kill leaves the old file or the new one.
+    Read from its end, as far as what is cut. A kill leaves the old file or the new one.
     """
     if not path.exists():
         return []
-    records, torn, broken = _records(path)
+    begin = _tail(path, step)
+    with open(path, "rb") as handle:
+        handle.seek(begin)
+        tail = handle.read()
+    *lines, end = tail.split(b"\n")
+    records = [(line, _record(line)) for line in lines]
+    torn = len(end)
+    if not torn and records and records[-1][1] is None:  # zeros, or half a line, where a block was never written
+        torn = len(records.pop()[0])
+    broken = sum(record is None for _, record in records)
     problems = [f"{path.name}: dropped a torn last line of {torn} bytes"] if torn else []
     problems += [f"{path.name}: dropped {broken} damaged lines"] if broken else []
     # a change belongs to the restart that made it: restarted from the same step, it is recorded anew
-    kept = [
-        (line, record)
+    kept = b"".join(
+        line + b"\n"
         for line, record in records
-        if record["step"] < step or (record["step"] == step and record["kind"] != "change")
-    ]
-    if torn or broken or len(kept) < len(records):
-        files.write(path, b"".join(line + b"\n" for line, _ in kept))
+        if record and (record["step"] < step or (record["step"] == step and record["kind"] != "change"))
+    )
+    if tail.startswith(kept):
+        if len(kept) < len(tail):
+            os.truncate(path, begin + len(kept))
+            files.sync(path)
+    else:
+        with files.replacing(path) as aside:
+            shutil.copyfile(path, aside)
+            os.truncate(aside, begin)
+            with open(aside, "ab") as handle:
+                handle.write(kept)
     if step > 0:
-        missing = step - len({record["step"] for _, record in kept if record["kind"] == "train"})
-        if missing:
+        missing = step - _count(path, b'{"kind": "train"')
+        if missing > 0:
             problems.append(f"{path.name}: {missing} of the {step} steps before this start are not in it")
     return problems
 
 
-def _records(path: Path) -> tuple[list[tuple[bytes, dict]], int, int]:
-    """([(line, record)], bytes of a torn end, damaged lines before it): a kill cuts a line short or leaves zeros."""
-    *lines, end = path.read_bytes().split(b"\n")
-    found, damaged = [], 0
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            found.append((line, {**record, "kind": str(record["kind"]), "step": int(record["step"])}))
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines) - 1 and not end:
-                end = line
-            else:
-                damaged += 1
-    return found, len(end), damaged
+_BLOCK = 1 << 20
+
+
+def _tail(path: Path, step: int) -> int:
+    """Where the part of a metrics.jsonl begins in which something may be of a step >= `step`: steps only grow."""
+    position = path.stat().st_size
+    with open(path, "rb") as handle:
+        while position > 0 and step > 0:
+            position = max(0, position - _BLOCK)
+            handle.seek(position)
+            if position:
+                position += len(handle.readline())
+            first = _record(handle.readline())
+            if first is not None and first["step"] < step:
+                break
+    return position if step > 0 else 0
+
+
+def _count(path: Path, start: bytes) -> int:
+    """Lines of a file that begin so."""
+    with open(path, "rb") as handle:
+        return sum(line.startswith(start) for line in handle)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None of one that is damaged: a kill cuts a line short or leaves zeros."""
+    try:
+        record = json.loads(line)
+        return {**record, "kind": str(record["kind"]), "step": int(record["step"])}
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _number(value: Any) -> Any:
@@ -345,15 +446,18 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     value = _number(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value
 
 
-def _restore(value: Any) -> Any:
+def _restore(value: Any, nothing: float | None) -> Any:
+    """A value as it was recorded. nothing: what null stands for."""
     if isinstance(value, dict):
-        return {key: _restore(item) for key, item in value.items()}
+        return {key: _restore(item, nothing) for key, item in value.items()}
     if isinstance(value, list):
-        return [_restore(item) for item in value]
+        return [_restore(item, nothing) for item in value]
+    if value is None:
+        return nothing
     return _NONFINITE.get(value, value) if isinstance(value, str) else value
 
 

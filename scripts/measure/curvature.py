@@ -6,8 +6,8 @@ Writes DIR/curvature/STEP.json and its plots beside it. Runs of equal shapes sha
 the first held-out set's first batches, at theta, in the run's own loss.
 """
 
-import glob
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -84,11 +84,10 @@ def checkpoints(options) -> list[tuple[str, int]]:
 
     found = []
     for pattern in options.workdir:
-        workdirs = [pattern]
-        if glob.has_magic(pattern):
-            workdirs = [path for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
+        found_here = files.matching(pattern, os.path.isdir)
+        workdirs = [path for path in found_here if (Path(path) / "config.json").exists()]
         if not workdirs:
-            raise WorkdirError(f"--workdir={pattern}: must match the workdirs of runs")
+            raise WorkdirError(f"--workdir={pattern}: must be the workdir of a run, or match those of several")
         for workdir in workdirs:
             steps = saved.steps(workdir)
             if options.step.isdecimal():

@@ -1,10 +1,10 @@
 """Pictures of what steppe curvature measured: spectra, slices, and what becomes of them over training."""
 
-import json
 from pathlib import Path
 
 from steppe.lm import plot
 from steppe.lm.run import tracking
+from steppe.scripts.results import read_json
 
 _COLOURS = {"hessian": plot.BLUE, "ggn": plot.VERMILION, "nme": plot.GREEN}
 _NAMES = {"hessian": "H", "ggn": "GGN", "nme": "NME"}
@@ -12,7 +12,7 @@ _NAMES = {"hessian": "H", "ggn": "GGN", "nme": "NME"}
 
 def of_checkpoint(path: Path) -> list[Path]:
     """Draws spectra-STEP.png and, where there are slices, slices-STEP.png beside STEP.json; returns their paths."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     title = f"{path.parents[1].resolve().name}, step {found['step']}"
     with _styled():
         drawn = [_spectra(found, title, path.with_name(f"spectra-{found['step']}.png"))]
@@ -23,15 +23,19 @@ def of_checkpoint(path: Path) -> list[Path]:
 
 def over_training(workdir: str | Path) -> Path | None:
     """Draws curvature/training.png from every STEP.json and the run's curvature records; None where there are none."""
-    files = sorted(Path(workdir).glob("curvature/*.json"), key=lambda path: int(path.stem))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    recorded = [r for r in tracking.read(workdir) if r["kind"] == "curvature"]
+    files = sorted(filter(lambda path: path.stem.isdecimal(), Path(workdir).glob("curvature/*.json")), key=_step)
+    found = [measured for path in files if {"step", "summary"} <= (measured := read_json(path)).keys()]
+    recorded = tracking.read(workdir).of("curvature")
     if not found and not recorded:
         return None
     path = Path(workdir) / "curvature" / "training.png"
     path.parent.mkdir(exist_ok=True)
     with _styled():
         return _training(found, recorded, Path(workdir).resolve().name, path)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem)
 
 
 def _styled():

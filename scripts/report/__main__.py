@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     directories = options.directories
     if options.out is None and len(directories) > 1:
         return command.fail("--out is missing: of several runs, it must say where the report goes")
-    found = results.read(directories[0] if len(directories) == 1 else directories)
+    found = results.read(directories, left_out=lambda line: print(line, file=sys.stderr))
     out = options.out or Path(directories[0]) / "report"
     name = Path(directories[0]).resolve().name if len(directories) == 1 else f"{len(directories)} runs"
     path = write(found, out, name)

@@ -5,7 +5,7 @@ import statistics
 
 from steppe.scripts.report import statistics as st
 from steppe.scripts.report.groups import Cell, Run, Study, Variant
-from steppe.scripts.results import read_json
+from steppe.scripts.results import summary
 
 EQUAL_FLOPS = 0.1  # runs within this share of each other's FLOPs count as equal compute
 # measures that are drawn and shown at once where there are many; tables of data and correlations have all
@@ -162,8 +162,8 @@ def measures(study: Study) -> dict[str, dict[str, dict[str, float]]]:
         newest = max(steps, key=lambda path: int(path.stem), default=None)
         files = {"curvature": newest, "retention": run.result.directory / "retention.json"}
         for source, path in files.items():
-            for measure, value in (read_json(path).get("summary", {}) if path else {}).items():
-                if measure == "loss" or measure.endswith(("_error", "_residual")):
+            for measure, value in (summary(path) if path else {}).items():
+                if measure in ("loss", "step") or measure.endswith(("_error", "_residual")):
                     continue
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                     found[source].setdefault(measure, {})[run.result.name] = float(value)
@@ -175,14 +175,14 @@ def over_training(study: Study) -> list[dict]:
     rows = []
     for cell in study.cells:
         for run in cell.runs:
-            found = [read_json(path) for path in (run.result.directory / "curvature").glob("*.json")]
-            found = sorted((f for f in found if "step" in f and "summary" in f), key=lambda f: f["step"])
+            found = [summary(path) for path in (run.result.directory / "curvature").glob("*.json")]
+            found = sorted(filter(None, found), key=lambda f: f["step"])
             if len(found) < 2 or not run.result.steps:
                 continue
             rows += [
                 {"cell": cell.label, "variant": run.variant, "run": run.result.name, "measure": measure,
-                 "tokens": f["step"] / run.result.steps * run.result.tokens, "value": f["summary"][measure]}
-                for f in found for measure in _FOLLOWED if isinstance(f["summary"].get(measure), (int, float))
+                 "tokens": f["step"] / run.result.steps * run.result.tokens, "value": f[measure]}
+                for f in found for measure in _FOLLOWED if isinstance(f.get(measure), (int, float))
             ]  # fmt: skip
     return rows
 

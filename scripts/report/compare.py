@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from steppe.scripts import command
 
 
@@ -38,13 +40,10 @@ def differing(a, b) -> list[tuple[str, str, str]]:
 
 def first_difference(a, b) -> tuple[int | None, int]:
     """(first step whose training losses differ in any bit, steps that both have); None if no common step does."""
-    own, other = ({point.step: point.loss for point in run.train_curve} for run in (a, b))
-    common = sorted(set(own) & set(other))
-    for step in common:
-        x, y = own[step], other[step]
-        if x != y and not (math.isnan(x) and math.isnan(y)):
-            return step, len(common)
-    return None, len(common)
+    common, own, other = np.intersect1d(a.train_curve.step, b.train_curve.step, return_indices=True)
+    x, y = a.train_curve.loss[own], b.train_curve.loss[other]
+    differ = np.flatnonzero((x != y) & ~(np.isnan(x) & np.isnan(y)))
+    return (int(common[differ[0]]) if len(differ) else None), len(common)
 
 
 def numbers(a, b) -> list[tuple[str, str, str, str]]:
@@ -65,7 +64,7 @@ def numbers(a, b) -> list[tuple[str, str, str, str]]:
         rows.append(
             (f"held-out loss at step {shared[-1]}", *(f"{loss:.4f}" for loss in pair), _signed(pair[1] - pair[0]))
         )
-    paces = [run.train_curve[-1].seconds / len(run.train_curve) if run.train_curve else 0.0 for run in (a, b)]
+    paces = [run.seconds / max(1, len(run.train_curve.step)) for run in (a, b)]
     rows.append(("seconds a step", *(f"{pace:.3g}" for pace in paces), _ratio(paces[1], paces[0])))
     rows.append(("seconds of training", *(f"{run.seconds:.1f}" for run in (a, b)), _ratio(b.seconds, a.seconds)))
     rows.append(("FLOPs", *(f"{run.flops:.3g}" for run in (a, b)), _ratio(b.flops, a.flops)))
@@ -129,11 +128,15 @@ def _drawing(name: str, pair):
     figure, panels = dr.grid([(0, axis) for axis in ("step", "seconds")], 4.2, 3.4, sharey="row")
     rows = []
     for label, run, (colour, marker, dash) in zip("AB", pair, styles, strict=True):
-        every = max(1, len(run.train_curve) // 400)
-        for kind, points in (("training", run.train_curve[::every]), ("held-out", run.curve)):
-            rows += [{"run": label, "kind": kind, "step": p.step, "seconds": p.seconds, "loss": p.loss} for p in points]
-            for axis in ("step", "seconds"):
-                line = [(getattr(p, axis), p.loss) for p in points if p.step]
+        train = run.train_curve
+        thin = slice(None, None, max(1, len(train.step) // 400))
+        training = [
+            *zip(train.step[thin].tolist(), train.seconds[thin].tolist(), train.loss[thin].tolist(), strict=True)
+        ]
+        for kind, points in (("training", training), ("held-out", [(p.step, p.seconds, p.loss) for p in run.curve])):
+            rows += [{"run": label, "kind": kind, "step": p[0], "seconds": p[1], "loss": p[2]} for p in points]
+            for number, axis in enumerate(("step", "seconds")):
+                line = [(p[number], p[2]) for p in points if p[0]]
                 kept = dict(alpha=0.35, linewidth=0.8) if kind == "training" else dict(marker=marker, linestyle=dash)
                 if line:
                     panels[0, axis].plot(*zip(*line, strict=True), color=colour, label=f"{label} {kind}", **kept)

@@ -66,7 +66,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     assignments, halving = _assignments(options)
     if halving is not None and options.launcher != "local":
         raise command.UsageError(f"--launcher={options.launcher}: must be local with --halving, which compares runs")
-    record = results.read_json(options.out / results.SWEEP)
+    record = results.read_sweep(options.out)
     if record and record["config"] != path:
         raise command.UsageError(f"--config = {path}: must be {record['config']}, with which {options.out} began")
 
@@ -210,7 +210,7 @@ def _chosen(runs: list, wanted: dict[str, list[str]]) -> list:
 
 def _grown(out: Path, record: dict, runs: list) -> dict:
     """sweep.json with these runs; what it has is kept, whoever wrote it since it was read."""
-    record = results.read_json(out / results.SWEEP) or record
+    record = results.read_sweep(out) or record
     for run in runs:
         base = record["base"]
         record["runs"].setdefault(run.name, dict(run.overrides))

@@ -71,10 +71,8 @@ def rung_step(run: Run, fraction: float) -> int:
 
 def loss_at(run: Run, step: int) -> float:
     """Held-out loss of a run after this step, on the first held-out set; infinite if it did not get there soundly."""
-    if not (run.directory / tracking.METRICS).exists():
-        return math.inf
-    for record in tracking.read(run.directory):
-        if record["kind"] == "evaluate" and record["step"] == step:
+    for record in tracking.read(run.directory).of("evaluate"):
+        if record["step"] == step:
             loss = float(record["loss"])
             return loss if math.isfinite(loss) else math.inf
     return math.inf
@@ -110,8 +108,7 @@ def saved(runs: Sequence[Run]) -> str:
     tokens = flops = 0.0
     pruned = [run for run in runs if results.read_json(run.directory / results.OUTCOME).get("status") == "pruned"]
     for run in pruned:
-        records = tracking.read(run.directory)
-        rest = 1 - max((record["step"] for record in records), default=0) / run.steps
+        rest = 1 - max(tracking.read(run.directory).train.step, default=0) / run.steps
         tokens, flops = tokens + rest * run.tokens, flops + rest * run.flops
     whole = sum(run.flops for run in runs)
     return (

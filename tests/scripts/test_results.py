@@ -31,7 +31,7 @@ def write_run(directory, *, steps=4, done=None, loss=2.0, rho=0.1, seed=0, outco
     clock = 100.0  # compiling
     for step in range(1, done + 1):
         clock += 2.0
-        records.append({"kind": "train", "step": step, "seconds": clock, "loss": 4.0 - 0.1 * step})
+        records.append({"kind": "train", "step": step, "tokens": 16 * step, "seconds": clock, "loss": 4.0 - 0.1 * step})
         if step in (steps // 2, steps):
             evaluation(step, loss if step == steps else 4.0)
             clock += 50.0  # evaluating
@@ -49,7 +49,7 @@ def test_a_finished_run_in_numbers(tmp_path):
     assert (found.flops, found.adamw_flops) == (800.0, 400.0)
     assert (found.loss, found.bits_per_byte) == (2.0, 1.5)
     assert found.curve == [(0, 0, 0.0, 0.0, 5.0), (2, 32, 400.0, 4.0, 4.0), (4, 64, 800.0, 8.0, 2.0)]
-    assert [point.loss for point in found.train_curve] == pytest.approx([3.9, 3.8, 3.7, 3.6])
+    assert found.train_curve.loss.tolist() == pytest.approx([3.9, 3.8, 3.7, 3.6])
     assert found.seconds == 8.0  # four steps of two seconds: neither compiling nor evaluating
     written = {"seed": 0, "model.size": "", "model.width": 8, "optim.rho": 0.1, "optim.perturb": [".*"]}
     assert {key: found.config[key] for key in written} == written
@@ -59,12 +59,12 @@ def test_a_finished_run_in_numbers(tmp_path):
 def test_seconds_go_on_after_a_restart(tmp_path):
     again = [
         {"kind": "run", "step": 4, "parameters": {}, "steps": 6, "tokens": 96, "flops_per_step": 200.0},
-        {"kind": "train", "step": 5, "seconds": 60.0, "loss": 3.0},
-        {"kind": "train", "step": 6, "seconds": 62.0, "loss": 3.0},
+        {"kind": "train", "step": 5, "tokens": 80, "seconds": 60.0, "loss": 3.0},
+        {"kind": "train", "step": 6, "tokens": 96, "seconds": 62.0, "loss": 3.0},
     ]
     write_run(tmp_path / "a", steps=4, extra=again)
     (found,) = results.read(tmp_path / "a")
-    assert found.train_curve[-1].seconds == found.seconds == 12.0
+    assert found.train_curve.seconds[-1] == found.seconds == 12.0
 
 
 def test_statuses(tmp_path):
@@ -78,14 +78,16 @@ def test_statuses(tmp_path):
     write_run(tmp_path / "6", done=3, outcome={"status": "pruned", "exit": 0, "why": "not among the best"})
     write_run(tmp_path / "7", done=3, outcome={"status": "finished", "exit": 0, "why": ""})
     write_run(tmp_path / "8", loss=2.9, outcome={"status": "finished", "exit": 0, "why": ""})
+    write_run(tmp_path / "10", loss=4.5)
     (tmp_path / "9").mkdir()
     (tmp_path / "9" / "config.json").write_text(json.dumps({"seed": 9}))
     found = {result.name: result for result in results.read(tmp_path)}
     assert {name: result.status for name, result in found.items()} == {
-        "1": "diverged", "2": "diverged", "3": "diverged", "4": "unfinished", "5": "failed", "6": "pruned",
-        "7": "failed", "8": "finished", "9": "unfinished",
+        "1": "finished", "10": "diverged", "2": "diverged", "3": "diverged", "4": "unfinished", "5": "failed",
+        "6": "pruned", "7": "failed", "8": "finished", "9": "unfinished",
     }  # fmt: skip
     assert found["1"].why == "held-out loss 3.1000 above the unigram model's 3.0000"
+    assert found["10"].why == "held-out loss 4.5000 above the unigram model's 3.0000, and it was 4.0000"
     assert found["2"].why == "held-out loss nan"
     assert found["3"].why == "nonfinite at step 3"
     assert found["4"].why == "after step 3"
@@ -125,13 +127,44 @@ def test_several_workdirs_and_places_without_runs(tmp_path):
     assert len({result.name for result in found}) == 2
     with pytest.raises(results.ResultsError, match="there is no run in it"):
         results.read(tmp_path)
-    with pytest.raises(results.ResultsError, match=r"config\.json"):
-        results.read([tmp_path / "a"])
-    (tmp_path / "a" / "run" / "config.json").write_text("{")
-    with pytest.raises(results.ResultsError, match="damaged"):
-        results.read([tmp_path / "a" / "run"])
+    folders = results.read([tmp_path / "a", tmp_path / "*" / "run"])  # a folder of workdirs, a pattern
+    assert sorted({str(result.directory) for result in folders}) == [f"{tmp_path}/a/run", f"{tmp_path}/b/run"]
+    with pytest.raises(results.ResultsError, match=r"absent: must be .*config\.json"):
+        results.read([tmp_path / "a", tmp_path / "absent"])
 
 
 def test_reading_imports_no_jax():
-    code = "import sys; from steppe.scripts import results; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys; from steppe.scripts import results; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", '{"a":', '"text"', "{}", '{"model": 3}', '{"optim": {"method": []}}', None]
+)
+@pytest.mark.parametrize("name", ["config.json", "outcome.json", "metrics.jsonl", "retention.json", "curvature/4.json"])
+def test_files_of_another_shape_leave_their_run_out_in_one_line(tmp_path, name, content):
+    """None: a directory in the file's place. Whatever it is, the other run is read, and at most one line said."""
+    write_run(tmp_path / "good", seed=1)
+    write_run(tmp_path / "bad", seed=2)
+    path = tmp_path / "bad" / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if content is None else path.write_text(content)
+    said = []
+    found = {result.name: result for result in results.read(tmp_path, left_out=said.append)}
+    assert found["good"].status == "finished"
+    assert len(said) <= 1
+    assert not any("\n" in line for line in said)
+    assert all("left out" in line and str(tmp_path / "bad") in line for line in said)
+    assert said or content == "{}" or name == "metrics.jsonl" or "bad" in found
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "3", '{"runs": ["a"]}', '{"config": "x", "base": {}, "runs": {"a": {}}, "resolved": {}}',
+     '{"config": "x", "base": {}, "runs": {"../a": {}}, "resolved": {"../a": {}}}'],
+)  # fmt: skip
+def test_a_sweep_of_another_shape_is_one_line(tmp_path, content):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(results.ResultsError, match=r"^[^\n]*sweep\.json[^\n]*$"):
+        results.read(tmp_path)

@@ -54,22 +54,30 @@ def _lines(workdir):
 def test_every_step_is_one_strict_json_line_of_exact_values(tmp_path, config):
     tracker = _track(tmp_path, config)
     tracker.run(0, {"parameters": 7, "mesh": (1, 2), "nested": {"flops": np.float64(2.5)}})
-    tracker.step(1, {"loss": np.float32(0.1), "gradient_norm": float("nan"), "epsilon_norm": np.float32("inf"), "n": 3})
+    bad = {"nonfinite": 1.0, "gradient_norm": float("nan"), "epsilon_norm": np.float32("inf"), "n": 3}
+    tracker.step(1, {"loss": np.float32(0.1), **bad})
+    tracker.step(2, {"loss": np.float32(0.2), "nonfinite": 0.0, "perturbed_loss": float("nan")})
     tracker.evaluation(1, "books", {"loss": -math.inf})
     tracker.checkpoint(1, {"path": "checkpoints/1"})
     lines = _lines(tmp_path)  # readable while the run is still open
     assert [(line["kind"], line["step"]) for line in lines] == [
-        ("run", 0), ("train", 1), ("evaluate", 1), ("checkpoint", 1),
+        ("run", 0), ("train", 1), ("train", 2), ("evaluate", 1), ("checkpoint", 1),
     ]  # fmt: skip
     assert lines[0]["nested"] == {"flops": 2.5}
     assert lines[0]["mesh"] == [1, 2]
     assert np.float32(lines[1]["loss"]) == np.float32(0.1)
-    assert (lines[1]["gradient_norm"], lines[1]["epsilon_norm"], lines[1]["n"]) == ("nan", "inf", 3)
+    assert (lines[1]["gradient_norm"], lines[1]["epsilon_norm"], lines[1]["n"]) == (None, "inf", 3)
     assert lines[1]["tokens"] == 1000
-    assert (lines[2]["name"], lines[2]["loss"]) == ("books", "-inf")
-    back = tracking.read(tmp_path)
-    assert math.isnan(back[1]["gradient_norm"])
-    assert back[2]["loss"] == -math.inf
+    assert "perturbed_loss" not in lines[2]  # which a method without a second pass does not compute
+    assert (lines[3]["name"], lines[3]["loss"]) == ("books", "-inf")
+    train, others = tracking.read(tmp_path)
+    assert train.step.tolist() == [1, 2]
+    assert train.tokens.tolist() == [1000, 2000]
+    assert train.loss.astype(np.float32).tolist() == [np.float32(0.1), np.float32(0.2)]
+    assert np.isnan(train.perturbed_loss).all()
+    assert train.apart.tolist() == [True, False]
+    assert [record["kind"] for record in others] == ["run", "evaluate", "checkpoint"]
+    assert others[1]["loss"] == -math.inf
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"kind": "train", "st', b"\0\0\0\0", b'{"kind": "train", "step": 1\n'])
@@ -101,6 +109,19 @@ def test_a_fresh_start_empties_the_file_and_a_gap_is_reported(tmp_path, config):
     stream = io.StringIO()
     _track(tmp_path, config, start_step=5, stream=stream)
     assert "3 of the 5 steps before this start are not in it" in stream.getvalue()
+
+
+def test_a_long_record_is_cut_from_its_end(tmp_path, config, monkeypatch):
+    """Blocks smaller than the file, whatever they cut through; a damaged line before what is cut is not looked at."""
+    monkeypatch.setattr(tracking, "_BLOCK", 300)
+    for start in range(0, 41, 8):
+        tracker = _track(tmp_path, config)
+        _steps(tracker, 1, 40)
+        tracker.evaluation(40, "books", {"loss": 1.0})
+        before = (tmp_path / METRICS).read_bytes()
+        assert tracking.rewind(tmp_path / METRICS, start or -1) == []
+        lines = before.splitlines(keepends=True)
+        assert (tmp_path / METRICS).read_bytes() == b"".join(lines[:start] if start < 40 else lines)
 
 
 def test_a_measurement_between_steps_slows_no_step(tmp_path, config):

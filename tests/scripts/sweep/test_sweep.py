@@ -316,7 +316,7 @@ def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(co
     names = ["method=sam,rho=0.001", "method=sam,rho=100.0", "method=sam,rho=1.0", "method=adamw"]
     assert list(found) == names
     assert [found[name].status for name in names] == ["finished", "pruned", "pruned", "finished"]
-    assert [found[name].train_curve[-1].step for name in names] == [150, 50, 100, 150]
+    assert [found[name].train_curve.step[-1] for name in names] == [150, 50, 100, 150]
     assert "place 3 of 3" in found[names[1]].why
     assert "stopped 2 of 4 runs early" in printed
     # 100 and 50 of 150 steps of runs that cost twice what adamw's does
@@ -326,7 +326,7 @@ def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(co
     flags = ("--grid", "optim.method=sam", "--grid", "optim.rho=0.001", "--grid", "seed=0")
     assert sweep_runs.run(config, alone, *flags)[0] == 0
     (undisturbed,) = results.read(alone)
-    assert [point.loss for point in undisturbed.train_curve] == [point.loss for point in found[names[0]].train_curve]
+    assert undisturbed.train_curve.loss.tolist() == found[names[0]].train_curve.loss.tolist()
     assert undisturbed.loss == found[names[0]].loss
     # done is done: neither a pruned run nor a finished one begins again
     before = {name: attempts(found[name].directory) for name in names}
