@@ -55,9 +55,12 @@ def sources_of(recipe: Recipe) -> dict[str, tuple[sources.Source, ...]]:
 
 def identity(recipe: Recipe) -> dict:
     """What must be equal for two preparations to be one: recipe, vocabulary, state of the sources, format."""
-    listed = sources_of(recipe)
+    listed, known = sources_of(recipe), recipe._asdict()
+    if not recipe.seqio_module:  # which came later: corpora that do not need it are those they were
+        del known["seqio_module"]
     return {
-        **recipe._replace(vocabulary=load_tokenizer(recipe.vocabulary).fingerprint)._asdict(),
+        **known,
+        "vocabulary": load_tokenizer(recipe.vocabulary).fingerprint,
         "held_out": list(recipe.held_out),
         "sources": {
             f"{source.kind}:{source.where}": readers.of(source.kind).fingerprint(source, recipe.reading)

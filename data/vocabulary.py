@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from steppe.data import files
-from steppe.data.errors import DataError
+from steppe.data.errors import DataError, refused
 
 PAD_ID = 0
 PART = 1 << 15  # bytes of a long text that are tokenised at a time, where the vocabulary allows it
@@ -207,9 +207,9 @@ def read_model(spec: str) -> bytes:
     try:
         with open(os.path.expanduser(spec), "rb") as handle:
             return handle.read()
-    except OSError as error:
-        accepted = 'accepted: "bytes" or the path of a SentencePiece model'
-        raise DataError(f"config.data.vocabulary={spec!r}: {error.strerror or error}; {accepted}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that none can have
+        reason = getattr(error, "strerror", None) or error
+        raise refused("data.vocabulary", spec, f'"bytes" or the path of a SentencePiece model ({reason})') from error
 
 
 def train_sentencepiece(

@@ -94,9 +94,16 @@ def _losses(axes, train, evaluations, baselines):
     axes.plot(steps[thin], smooth[thin], color=BLUE, label=f"training {smooth[-1]:.3f}")
     names = dict.fromkeys(record["name"] for record in evaluations)
     for name, marker in zip(names, "osD^vP*X" * len(names), strict=False):
-        points = [(r["step"], r["loss"]) for r in evaluations if r["name"] == name]
-        label = f"held-out {name} {points[-1][1]:.3f}"
-        axes.plot(*zip(*points, strict=True), color=VERMILION, marker=marker, markersize=4, linestyle="--", label=label)
+        found = [r for r in evaluations if r["name"] == name]
+        label = f"held-out {name} {found[-1]['loss']:.3f}"
+        part = [(r["step"], r["loss"]) for r in found if r.get("tokens") == found[0].get("tokens")]
+        whole = [(r["step"], r["loss"]) for r in found if r.get("tokens") != found[0].get("tokens")]
+        style = {"color": VERMILION, "marker": marker, "markersize": 4}
+        axes.plot(*zip(*part, strict=True), **style, linestyle="--", label=label if not whole else None)
+        if whole:  # on more of the set than the others: no step of the same line
+            axes.plot(
+                *zip(*whole, strict=True), **{**style, "markersize": 7}, linestyle="", fillstyle="none", label=label
+            )
     for (name, value), dash in zip(
         baselines.items(), [":", "-.", (0, (6, 2)), (0, (1, 3))] * len(baselines), strict=False
     ):

@@ -308,6 +308,8 @@ def call(flag: str, text: str, function: str, package: str) -> Any:
         raise
     except SyntaxError as error:
         raise UsageError(f"{flag} = {name}: line {error.lineno}: {error.msg}") from None
+    except SystemExit as error:
+        raise UsageError(f"{flag} = {text}: it ended the program (SystemExit: {error}); it must return") from None
     except Exception as error:  # whatever a user's file raises is about that file, so say where in it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f"line {lines[-1]}: " if lines else ""
@@ -358,12 +360,22 @@ def _with_types_of_base(config: ConfigDict, path: str) -> ConfigDict:
         if key not in have:
             raise UsageError(f"config.{key} is missing in {path}: start from configs/base.py, which holds every key")
         section, name = _place(typed, key)
+        value = plain(have[key])
         try:
-            section[name] = have[key]
+            if isinstance(value, bool) and section.get_type(name) is not bool:
+                raise TypeError
+            if value is None and want[key] is not None:
+                raise TypeError
+            section[name] = value
         except TypeError:
             accepted = _accepted(section.get_type(name), want[key] is None)
-            raise UsageError(f"config.{key} = {have[key]!r} in {path}: must be {accepted}") from None
+            raise UsageError(f"config.{key} = {value!r} in {path}: must be {accepted}") from None
     return typed.lock()
+
+
+def plain(value: Any) -> Any:
+    """A numpy scalar as the Python value it stands for; anything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
 def _place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:

@@ -22,7 +22,10 @@ def main(argv: Sequence[str]) -> int:
         "--replay_step", type=int, metavar="K", help="look into step K of the run in --workdir, writing nothing"
     )
     parser.add_argument(
-        "--until", type=int, metavar="K", help="stop with a checkpoint after step K; run again without it to go on"
+        "--until",
+        type=int,
+        metavar="K",
+        help="stop after step K with a checkpoint, exit status 0; run again without it to go on",
     )
     hosts = parser.add_argument_group("several processes, one per host or GPU, each started with the same command")
     hosts.add_argument(

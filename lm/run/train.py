@@ -55,8 +55,8 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
         if here.done:
             here.say_where()
         if until is not None and until <= here.done < here.total:
-            log(f"stopped     after step {here.done} already, and it was to be {until}")
-            return STOPPED
+            log(f"stopped     after step {here.done} already, and it was to be {until}; without --until it goes on")
+            return FINISHED
         if primary:
             workdir.keep_corpus(directory, corpus)
         here.tracker = here.open_tracker()
@@ -99,6 +99,7 @@ class Run:
         """Where the run ends, and what it does on the way, given the leg that it is on."""
         config, self.leg, self.total = self.config, leg, self.parts.budget.steps
         self.checkpoint_every = max(1, self.steps(config.checkpoint.every))
+        self.keep_every = self.steps(config.checkpoint.keep_every)
         # (when, what): what is done after a step for which when(step) holds, in this order
         self.events = [
             (self.each(config.curvature.every), self.measure),
@@ -111,7 +112,7 @@ class Run:
         if leg != self.leg:
             _, self.parts, _ = open_parts(self.config, lambda text: None, leg, self.directory)
             self.plan(leg)
-            self.checkpoints.retain(self.steps(self.config.checkpoint.keep_every), self.checkpoint_every)
+            self.checkpoints.retain(self.keep_every, self.checkpoint_every)
 
     def say_where(self) -> None:
         """Says where the run goes on, and what jumps there."""
@@ -140,7 +141,7 @@ class Run:
         return checkpoint.Checkpoints(
             place,
             keep=self.config.checkpoint.keep,
-            keep_every=self.steps(self.config.checkpoint.keep_every),
+            keep_every=self.keep_every,
             period=self.checkpoint_every,
             run=run_id,
             log=self.log,
@@ -325,7 +326,7 @@ class Run:
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint follows this step; every process gives the same answer and must ask after every step."""
-        regular = step % self.checkpoint_every == 0 or step == self.total or self.stop
+        regular = self.each(self.checkpoint_every, last=True)(step) or self.each(self.keep_every)(step) or self.stop
         return regular or self.timer.due(step)
 
     def save(self) -> None:
@@ -353,6 +354,9 @@ class Run:
     # -------------------------------------------------------------------------------------------------------- ending
     def stopped(self) -> int:
         """Says so; the exit status."""
+        if self.done == self.until and not self.owes_evaluation:
+            self.ended = f"stopped after step {self.done}, as --until says; without it the same command goes on"
+            return FINISHED
         self.ended = f"stopped after step {self.done}; run the same command again to continue"
         return STOPPED
 

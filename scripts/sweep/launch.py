@@ -208,6 +208,8 @@ def run_local(
             for job in list(jobs):
                 status, cpu_seconds = poll(job.process)
                 if status is not None:
+                    if status == FINISHED and (until or {}).get(job.run.name, job.run.steps) < job.run.steps:
+                        status = STOPPED  # where it was told to
                     jobs.remove(job)
                     free.append(job.slot)
                     outcome = end_attempt(job.run.directory, status, cpu_seconds)

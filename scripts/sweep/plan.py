@@ -170,6 +170,10 @@ def usable_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int) -> str:
     """The plan for a reader: runs in groups (all but rho and seed alike), what is done, and what remains."""
     varying = [
@@ -177,7 +181,7 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
     ]  # fmt: skip
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(run.flat[key] for key in varying), []).append(run)
+        groups.setdefault(tuple(_shown(run.flat[key]) for key in varying), []).append(run)
     lines = [[*(key.removeprefix("model.").removeprefix("optim.") for key in varying), "rho", "seeds"]]
     lines[0] += ["runs", "done", "parameters", "steps", "tokens", "FLOPs", "time"]
     for key, members in groups.items():
@@ -186,7 +190,7 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
         seeds = len({run.flat["seed"] for run in members})
         lines.append(
             [
-                *(str(value) for value in key),
+                *key,
                 "-" if not rhos else f"{rhos[0]:g}" if len(rhos) == 1 else f"{rhos[0]:g}..{rhos[-1]:g} ({len(rhos)})",
                 str(seeds),
                 str(len(members)),

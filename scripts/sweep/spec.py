@@ -23,7 +23,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steppe.scripts.command import UsageError, call
+from steppe.configs.keys import named
+from steppe.scripts.command import UsageError, call, plain
 
 _PARTS = ("set", "grid", "zip", "list", "where", "only", "exclude")
 PACKAGE = "steppe.configs.sweeps"
@@ -64,16 +65,38 @@ def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:
                 raise UsageError(f"{flag} {text}: must be KEY=VALUE,VALUE,..., such as optim.rho=0.01,0.03")
             if key in found:
                 raise UsageError(f"{flag} {key}: must be given once, with all its values")
-            found[key.removeprefix("config.")] = [value.strip() for value in values.split(",")]
+            found[key.removeprefix("config.")] = split(values)
         return found
 
     return {"grid": read("--grid", grids), "zip": read("--zip", zips)}
 
 
+def split(text: str) -> list[str]:
+    """A text cut at its commas, but for those within quotes or brackets that close again."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+        if depth < 0:
+            break
+    if depth or quote:
+        return [part.strip() for part in text.split(",")]
+    return [part.strip() for part in (*parts, text[start:])]
+
+
 def filters(texts: Sequence[str]) -> dict[str, list[str]]:
     """{key: values} of --only=KEY=VALUE,VALUE,KEY=VALUE flags: a run must match all. Raises UsageError."""
     found = {}
-    for piece in [piece for text in texts for piece in text.split(",")]:
+    for piece in [piece for text in texts for piece in split(text)]:
         key, equals, value = piece.partition("=")
         if equals:
             key, piece = key.strip().removeprefix("config."), value
@@ -87,7 +110,22 @@ def filters(texts: Sequence[str]) -> dict[str, list[str]]:
 def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
     """{key: text as on the command line} of every run of the blocks, in their order, each once. Raises UsageError."""
     found = [run for number, block in enumerate(blocks, 1) for run in _expand_block(block, f"block {number}")]
+    found = [_own(run, blocks) for run in found]
     return list({tuple(sorted(run.items())): run for run in reversed(found)}.values())[::-1]
+
+
+def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
+    """A run without the options that vary but that its method does not take: adamw in a grid over rho is one run."""
+    method = run.get("optim.method", "")
+    if method not in named("optim.methods:METHODS"):
+        return run
+    row = named("optim.methods:row_of")(method)
+    options = {f"optim.{name}" for name in named("optim.methods:OPTIONS")}
+    foreign = options - {f"optim.{name}" for name in (row.declared() if row else ())}
+    ranged = {
+        key.removeprefix("config.") for block in blocks for part in ("grid", "zip") for key in block.get(part) or ()
+    }
+    return {key: text for key, text in run.items() if key not in foreign & ranged}
 
 
 def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -97,6 +135,7 @@ def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) ->
 
 def text_of(value: Any) -> str:
     """A config value as text for the command line. Raises UsageError for what no key can be."""
+    value = plain(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -162,6 +201,8 @@ def _texts(values: Mapping, where: str) -> dict[str, str]:
 
 
 def _values(key: str, values: Any, where: str) -> Sequence:
+    if type(values).__module__ == "numpy" and getattr(values, "ndim", 0) == 1:
+        values = values.tolist()
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise UsageError(f"{where} of the sweep: {key} = {values!r}: must be a list of values")
     return values

@@ -50,7 +50,7 @@ def rates(place):
 
 def test_a_larger_batch_reads_on_where_the_smaller_one_ended(corpus, tmp_path, rows, capsys):
     place = tmp_path / "run"
-    assert go(corpus, place, until=7, **TOKENS) == train.STOPPED
+    assert go(corpus, place, until=7, **TOKENS) == train.FINISHED
     capsys.readouterr()
     assert go(corpus, place, ["train.batch_size"], **TOKENS, **LARGER) == train.FINISHED
     said = capsys.readouterr().out
@@ -83,9 +83,9 @@ def test_a_larger_batch_reads_on_where_the_smaller_one_ended(corpus, tmp_path, r
 def test_a_leg_is_resumed_bit_for_bit(corpus, tmp_path, rows):
     for name, stops in (("whole", ()), ("stopped", (9, 12))):
         rows.clear()
-        assert go(corpus, tmp_path / name, until=7, **TOKENS) == train.STOPPED
+        assert go(corpus, tmp_path / name, until=7, **TOKENS) == train.FINISHED
         for until in stops:
-            assert go(corpus, tmp_path / name, ["train.batch_size"], until, **TOKENS, **LARGER) == train.STOPPED
+            assert go(corpus, tmp_path / name, ["train.batch_size"], until, **TOKENS, **LARGER) == train.FINISHED
         assert go(corpus, tmp_path / name, ["train.batch_size"], **TOKENS, **LARGER) == train.FINISHED
         assert [row for batch in rows for row in batch] == list(range(7 * 8 + 7 * 16))
     assert lm_runs.losses(tmp_path / "whole") == lm_runs.losses(tmp_path / "stopped")
@@ -93,7 +93,7 @@ def test_a_leg_is_resumed_bit_for_bit(corpus, tmp_path, rows):
 
 
 def test_a_duration_in_steps_stays_one(corpus, tmp_path, capsys):
-    assert go(corpus, tmp_path, until=7) == train.STOPPED
+    assert go(corpus, tmp_path, until=7) == train.FINISHED
     before = rates(tmp_path)
     assert go(corpus, tmp_path, ["train.batch_size"], **LARGER) == train.FINISHED
     assert lm_runs.records(tmp_path, "train")[-1]["tokens"] == 7 * 128 + 13 * 256
@@ -104,7 +104,7 @@ def test_a_duration_in_steps_stays_one(corpus, tmp_path, capsys):
 
 def test_another_sequence_length_counts_the_same_tokens_as_read(corpus, tmp_path, rows, capsys):
     longer = {"data__sequence_length": 32, "model__style": "modern"}
-    assert go(corpus, tmp_path, until=7, model__style="modern", **TOKENS) == train.STOPPED
+    assert go(corpus, tmp_path, until=7, model__style="modern", **TOKENS) == train.FINISHED
     rows.clear()
     allowed = ["data.sequence_length", "corpus"]
     assert go(corpus, tmp_path, allowed, **TOKENS, **longer) == train.FINISHED
@@ -113,9 +113,9 @@ def test_another_sequence_length_counts_the_same_tokens_as_read(corpus, tmp_path
 
 
 def test_a_rate_that_jumps_is_said_with_both_values(corpus, tmp_path, capsys):
-    assert go(corpus, tmp_path, until=7) == train.STOPPED
+    assert go(corpus, tmp_path, until=7) == train.FINISHED
     capsys.readouterr()
-    assert go(corpus, tmp_path, ["train.duration"], until=8, train__duration="200 steps") == train.STOPPED
+    assert go(corpus, tmp_path, ["train.duration"], until=8, train__duration="200 steps") == train.FINISHED
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed     learning_rate")]
     (line,) = said
     before, now = (float(word) for word in line.replace(",", "").split() if word[0].isdigit())

@@ -68,10 +68,11 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(corpus, who
     assert ends[0] == ends[1]
 
 
-def test_a_run_stops_where_it_is_told_to_and_goes_on_to_the_same_end(corpus, whole, tmp_path):
+def test_a_run_stops_where_it_is_told_to_and_goes_on_to_the_same_end(corpus, whole, tmp_path, capsys):
     config = lm_runs.config(*corpus, **METHOD)
     for until in (7, 5):  # it is past 5 by then: nothing to do
-        assert train.run(config, str(tmp_path), until=until) == train.STOPPED
+        assert train.run(config, str(tmp_path), until=until) == train.FINISHED
+        assert "without" in capsys.readouterr().out.splitlines()[-1]
         assert [r["step"] for r in lm_runs.records(tmp_path, "train")] == list(range(1, 8))
         assert checkpoint.Checkpoints(f"{tmp_path}/checkpoints", read_only=True).newest() == 7
     assert train.run(config, str(tmp_path), until=50) == train.FINISHED
@@ -288,7 +289,7 @@ def test_a_workdir_from_before_a_key_existed_goes_on(corpus, tmp_path):
     whole, old = tmp_path / "whole", tmp_path / "old"
     config = lm_runs.config(*corpus)
     assert train.run(config, str(whole)) == train.FINISHED
-    assert train.run(config, str(old), until=10) == train.STOPPED
+    assert train.run(config, str(old), until=10) == train.FINISHED
     written = json.loads((old / "config.json").read_text())
     del written["optim"]["clip_order"], written["model"]["label_smoothing"]
     (old / "config.json").write_text(json.dumps(written))
