@@ -1,6 +1,7 @@
 """Eight simulated devices for every test: set before jax starts, since its backend is made once."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -8,8 +9,12 @@ import tempfile
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+FLAGS = {"xla_force_host_platform_device_count": "8"}
+# Programs this small take longer to compile than to run, and longest in these; another jaxlib may not know the flags.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS |= {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{k}={v}" for k, v in FLAGS.items() if k not in given)]).strip()
 
 # Tests compile the same small programs again and again, also in processes of their own.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -17,8 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Little optimization: programs this small take longer to compile than to run. Tests that look at what XLA makes of a
-# program ask for the fixture `optimized`.
+# Little optimization, for the same reason. Tests that look at what XLA makes of a program ask for `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 

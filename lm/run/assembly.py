@@ -265,7 +265,7 @@ def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable
 
 
 def batch_reader(
-    config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable[[int], int], leg: Leg
+    config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable[[int], int], leg: Leg = WHOLE
 ) -> Callable:
     """read(step) -> the batch of the step after `step` updates, on the mesh."""
     batch_size = config.train.batch_size
