@@ -165,11 +165,22 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 
 def writable_directory(text: str) -> Path:
-    """An argparse type: the path of a directory that can be written to, or made."""
-    place = next(folder for folder in (Path(text), *Path(text).absolute().parents) if folder.exists())
-    if not text or not place.is_dir() or not os.access(place, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a writable directory, or one that can be made")
-    return Path(text)
+    """An argparse type: the path of a local directory that can be written to, or made; ~ is the user's own."""
+    refused = argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a writable directory, or one that can be made")
+    if "://" in text:
+        address = "config.checkpoint.directory may be an address"
+        raise argparse.ArgumentTypeError(f"{text}: must be a directory of this machine's file system; {address}")
+    try:
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
+        place = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        usable = bool(text) and place.is_dir() and os.access(place, os.W_OK)
+    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown user, a null byte
+        raise refused from None
+    if not usable:
+        raise refused
+    return path
 
 
 def summary(module: str) -> str:

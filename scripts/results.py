@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from steppe.configs.base import FREE, with_defaults
 from steppe.configs.keys import flatten
 from steppe.data import files
@@ -131,8 +129,8 @@ def summary(path: Path) -> dict[str, Any]:
     """The numbers of a file that curvature or retention wrote, and its step; {} of one that cannot be read."""
     try:
         found = read_json(path)
-        return {"step": int(found["step"]), **found["summary"]}
-    except (ResultsError, KeyError, TypeError, ValueError):
+        return {"step": int(found.get("step", 0)), **found.get("summary", {})} if found else {}
+    except (ResultsError, TypeError, ValueError):
         return {}
 
 
@@ -210,8 +208,9 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
 
     def point(record: dict) -> Point:
         step = record["step"]
-        at = int(np.searchsorted(train.step, step))
-        tokens, spent = (train.tokens[at], train.seconds[at]) if train.step[at : at + 1] == [step] else (0, 0.0)
+        at = int(train.step.searchsorted(step))
+        recorded = at < len(train.step) and train.step[at] == step
+        tokens, spent = (train.tokens[at], train.seconds[at]) if recorded else (0, 0.0)
         return Point(step, int(tokens), _flops(runs, step), float(spent), float(record["loss"]))
 
     evaluations = records.of("evaluate")
@@ -287,12 +286,14 @@ def _unigram(about: dict, name: str) -> float:
     return float(known.get(f"unigram {name}", known.get("unigram", math.inf)))
 
 
-def _seconds(train: tracking.Train) -> np.ndarray:
-    """Seconds of training until each step.
+def _seconds(train: tracking.Train) -> Any:
+    """Seconds of training until each step, [n].
 
     The clock of a run starts anew with each of its starts and also runs while it evaluates and saves; so a step with
     anything else recorded before it counts as the median of the others.
     """
+    import numpy as np  # here: commands that only plan and launch read no run
+
     gaps = np.diff(train.seconds, prepend=0.0)
     known = ~train.apart & (gaps > 0)
     typical = float(np.median(gaps[known])) if known.any() else 0.0

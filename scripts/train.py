@@ -3,6 +3,7 @@
 steppe train --config=quickstart --workdir=runs/quickstart [--config.optim.rho=0.1 ...]
 """
 
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
             f"--coordinator={options.coordinator} --num_processes={options.num_processes} "
             f"--process_id={options.process_id}: must be given together, with 0 <= process_id < num_processes"
         )
+    if options.coordinator and (problem := _unreachable(options.coordinator)):
+        return command.fail(f"--coordinator={options.coordinator}: must be HOST:PORT of process 0; {problem}")
     if options.until is not None and options.until < 1:
         return command.fail(f"--until={options.until}: must be an integer >= 1")
     import jax
@@ -75,6 +78,18 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         command.fail(f"stopped: {error}; what is on disk is sound, run the same command again once this is mended")
         return exits.STORAGE
+
+
+def _unreachable(coordinator: str) -> str:
+    """What is wrong with HOST:PORT, before JAX, which may end the process over it."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        return "PORT is a number from 1 to 65535"
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (OSError, UnicodeError) as error:
+        return f"{host} is not known here ({' '.join(str(error).split())})"
+    return ""
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten
 from steppe.data import files
-from steppe.data.loader import Corpus, open_corpus
 from steppe.lm.keep.exits import WorkdirError
+
+if TYPE_CHECKING:
+    from steppe.data.loader import Corpus
 
 CONFIG, RUN, LOCK, CORPUS = "config.json", "run_id", "lock", "corpus.json"
 
@@ -49,7 +52,10 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
         raise WorkdirError(f"--allow_change={unknown[0]}: must name keys of the config, or corpus")
     with ExitStack() as stack:
         if primary:
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise WorkdirError(f"{directory}: cannot be made ({error.strerror or error})") from None
             try:
                 stack.enter_context(files.lock(directory / LOCK))
             except files.Held as held:
@@ -82,14 +88,16 @@ def config_of(workdir: str) -> ConfigDict:
     return base.completed(_read(path))
 
 
-def keep_corpus(workdir: str, corpus: Corpus) -> None:
+def keep_corpus(workdir: str, corpus: "Corpus") -> None:
     """Records which prepared directory a run reads."""
     place = os.path.abspath(corpus.directory)
     files.write_json(Path(workdir) / CORPUS, {"directory": place, "fingerprint": corpus.fingerprint})
 
 
-def kept_corpus(workdir: str) -> Corpus | None:
+def kept_corpus(workdir: str) -> "Corpus | None":
     """The prepared corpus that a run has read, if it is still there and the same; its raw text may be gone."""
+    from steppe.data.loader import open_corpus  # here: commands that open no corpus do without its packages
+
     try:
         kept = json.loads((Path(workdir) / CORPUS).read_text())
         corpus = open_corpus(kept["directory"])

@@ -1,5 +1,6 @@
 """From a checked config to the parts of a run: every command that touches a model starts here."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -250,7 +251,23 @@ def open_parts(
     padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
     frequency = np.pad(counts, (0, padded - vocabulary)) / counts.sum()
     frequency = jnp.asarray(frequency, jnp.float32)
-    return corpus, assemble(config, vocabulary, corpus.epoch_tokens, frequency, leg=leg), counts
+    parts = assemble(config, vocabulary, corpus.epoch_tokens, frequency, leg=leg)
+    must_fit(config, parts)
+    return corpus, parts, counts
+
+
+def must_fit(config: ConfigDict, parts: Parts) -> None:
+    """Raises ConfigError where not even the state and a gradient fit a device: a bound from below, before compiling."""
+
+    def bytes_of(tree) -> int:
+        return sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(tree))
+
+    device = parts.mesh.devices.flat[0]
+    needed, memory = bytes_of(parts.abstract) + bytes_of(parts.abstract.params), chip_of(device, parts.mesh.size).memory
+    if memory and needed > memory:
+        sizes = f"{parts.budget.parameters.total:,} parameters on {parts.mesh.size} devices"
+        accepted = f"a model whose state and gradient fit a device: {sizes} are {needed / 1e9:,.1f} GB on each"
+        raise ConfigError("model.size", config.model.size, f"{accepted}, which has {memory / 1e9:,.1f} GB")
 
 
 def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:

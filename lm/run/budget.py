@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from steppe.configs.keys import ConfigError
 from steppe.lm.model import parameters
 from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.check import method_options
@@ -12,6 +13,8 @@ from steppe.lm.run.chips import Chip
 from steppe.lm.run.leg import WHOLE, Leg
 from steppe.optim import Rule, methods
 from steppe.optim.schedules import duration_steps, in_steps
+
+MOST_STEPS = 2**31 - 1  # which the state counts in int32
 
 
 class Parameters(NamedTuple):
@@ -158,8 +161,12 @@ def total_steps(train, parameters: Parameters, sequence_length: int, epoch_token
     tokens_per_step = train.batch_size * sequence_length
     if train.duration == "chinchilla":
         counted = parameters.total if train.parameter_count == "total" else parameters.non_embedding
-        return max(1, math.ceil(train.tokens_per_parameter * counted / tokens_per_step))
-    return duration_steps(train.duration, tokens_per_step=tokens_per_step, tokens_per_epoch=epoch_tokens)
+        steps = max(1, math.ceil(train.tokens_per_parameter * counted / tokens_per_step))
+    else:
+        steps = duration_steps(train.duration, tokens_per_step=tokens_per_step, tokens_per_epoch=epoch_tokens)
+    if steps > MOST_STEPS:
+        raise ConfigError("train.duration", train.duration, f"at most {MOST_STEPS:,} steps, and it is {steps:.3g}")
+    return steps
 
 
 def length(config, params: Any, epoch_tokens: int, leg: Leg = WHOLE) -> Length:

@@ -19,12 +19,14 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.data import files
+
+if TYPE_CHECKING:
+    import numpy as np
 
 METRICS = "metrics.jsonl"
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -287,12 +289,12 @@ class Train(NamedTuple):
     apart: whether something else was recorded right before the step, or nothing: its clock then also ran for that.
     """
 
-    step: np.ndarray
-    tokens: np.ndarray
-    seconds: np.ndarray
-    loss: np.ndarray
-    perturbed_loss: np.ndarray
-    apart: np.ndarray
+    step: "np.ndarray"
+    tokens: "np.ndarray"
+    seconds: "np.ndarray"
+    loss: "np.ndarray"
+    perturbed_loss: "np.ndarray"
+    apart: "np.ndarray"
 
 
 class Records(NamedTuple):
@@ -327,6 +329,8 @@ def read(workdir: str | os.PathLike) -> Records:
 
     Numbers that are not finite are floats again.
     """
+    import numpy as np  # here: commands that read no run do without it
+
     rows, others, apart = array.array("d"), [], True
     path = Path(workdir) / METRICS
     if path.exists():

@@ -115,7 +115,7 @@ def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
 
 
 def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
-    """A run without the options that vary but that its method does not take: adamw in a grid over rho is one run."""
+    """A run with None for options that vary but that its method does not take: adamw in a grid over rho is one run."""
     method = run.get("optim.method", "")
     if method not in named("optim.methods:METHODS"):
         return run
@@ -125,7 +125,7 @@ def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
     ranged = {
         key.removeprefix("config.") for block in blocks for part in ("grid", "zip") for key in block.get(part) or ()
     }
-    return {key: text for key, text in run.items() if key not in foreign & ranged}
+    return {key: "None" if key in foreign & ranged else text for key, text in run.items()}
 
 
 def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[dict[str, str]]:

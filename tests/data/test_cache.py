@@ -1,7 +1,9 @@
 """The cache: prepared once, by another process, whatever the number of runs that ask for it."""
 
+import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,40 @@ def test_errors_of_the_preparing_process_arrive_as_they_are(tmp_path):
     config.directory = str(tmp_path / "absent")
     with pytest.raises(CorpusDamaged, match="absent' does not exist"):
         ensure(config)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_a_preparation_ends_with_its_parent_and_the_next_start_does_it_again(tmp_path):
+    """The parent killed alone, while the first shard is being written."""
+    (tmp_path / "text.txt").write_bytes(
+        b"".join(b"%d some line of text that is not short\n" % i for i in range(250_000))
+    )
+    arguments = [str(tmp_path / "cache"), f"lines:{tmp_path}/text.txt"]
+    parent = subprocess.Popen([sys.executable, "-c", RUN, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("train/*/*.tmp")) and time.monotonic() < deadline and parent.poll() is None:
+        time.sleep(0.01)
+    (child,) = preparing(tmp_path)
+    parent.kill()
+    parent.wait()
+    while preparing(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert child not in preparing(tmp_path)
+    assert not list(tmp_path.rglob("manifest.json"))
+    again = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0, again.stderr
+    assert "continuing the preparation" in again.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def preparing(place) -> list[int]:
+    """The processes that prepare a corpus below a directory."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes()
+            if b"steppe.data.prepare" in line and str(place).encode() in line:
+                found.append(int(folder.name))
+    return found

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from helpers import processes
+
 CONFIG = """
 from steppe.configs import base
 
@@ -33,16 +35,11 @@ def write_config(place: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """One device for the runs, and the compiled programs of all tests."""
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-
-
 def start(config: pathlib.Path, out: pathlib.Path, *arguments: str, **pipes) -> subprocess.Popen:
     """`steppe sweep ...` begun."""
     command = [sys.executable, "-P", "-m", "steppe.scripts.sweep", f"--config={config}", f"--out={out}", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **pipes}
-    return subprocess.Popen(command, env=environment(), **pipes)
+    return subprocess.Popen(command, env=processes.environment(), **pipes)
 
 
 def run(config: pathlib.Path, out: pathlib.Path, *arguments: str) -> tuple[int, str]:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from helpers import processes
 from steppe.configs import base
 from steppe.configs.keys import flatten
 from steppe.scripts import cli
@@ -170,9 +171,8 @@ def test_a_sweep_and_its_report_where_the_user_has_files_of_our_names(small, tmp
     (tmp_path / "small.py").write_text((ROOT / CONFIG).read_text())
 
     def steppe(*words: str) -> str:
-        environment = {**os.environ, "XLA_FLAGS": ""}
         command = [sys.executable, "-P", "-m", "steppe.scripts.cli", *words]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=processes.environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

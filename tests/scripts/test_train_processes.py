@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import lm_runs
+from helpers import lm_runs, processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -40,9 +40,8 @@ def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subproc
         *(f"--config.train.duration={steps} steps", "--config.evaluate.every=100%", "--config.evaluate.batches=1"),
         *("--config.log.every=1", "--config.checkpoint.every=5 steps", "--config.sample.tokens=0"),
     ]
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, text=True, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env=processes.environment(devices), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -166,7 +166,7 @@ def test_within_measures_a_group(run, found):
         (["--densities=3", "--probes=2"], "--densities=3: must be at most --probes=2"),
         (["--step=first"], "--step=first: must be a number of steps, or all"),
         (["--step=3"], "must be one of its checkpoints, which are 2, 4"),
-        (["--workdir=/nothing/*"], "must match the workdirs of runs"),
+        (["--workdir=/nothing/*"], "or match those of several"),
         (["--within=^nothing"], "--within=^nothing: pattern '^nothing' matches no parameter"),
     ],
 )

@@ -290,7 +290,7 @@ def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_pat
         (["a", "b"], "--out is missing"),
         ([], "DIR is missing"),
         (["compare", "a"], "RUN is missing"),
-        (["compare", "a", "b"], "a: must be the workdir of a run"),
+        (["compare", "a", "b"], "a: must be the directory of a sweep, or the workdir of a run"),
         (["compare", "a", "b", "--out=x.txt"], "--out: x.txt: must be a file that ends in .html"),
     ],
 )

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from helpers import lm_runs, sweep_runs
+from helpers import lm_runs, processes, sweep_runs
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
@@ -51,7 +51,7 @@ def test_xla_takes_as_many_threads_as_the_mask_has_cores():
     assert threads == sorted(set(threads))  # more of them with every core
 
 
-ENV = {**sweep_runs.environment(), "JAX_COMPILATION_CACHE_DIR": ""}
+ENV = {**processes.environment(), "JAX_COMPILATION_CACHE_DIR": ""}
 
 
 def test_printed_commands_run_by_themselves(config, tmp_path):
@@ -63,7 +63,7 @@ def test_printed_commands_run_by_themselves(config, tmp_path):
     assert "2 (2 unfinished)" in planned
     lines = printed.splitlines()
     assert len(lines) == 2
-    assert subprocess.run(lines[1], shell=True, env=sweep_runs.environment(), capture_output=True).returncode == 0
+    assert subprocess.run(lines[1], shell=True, env=processes.environment(), capture_output=True).returncode == 0
     # the sweep sees what another scheduler has done
     process = sweep_runs.start(config, out, *flags, "--launcher=print", stderr=subprocess.PIPE)
     again, planned = process.communicate(timeout=60)

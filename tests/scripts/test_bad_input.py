@@ -1,0 +1,154 @@
+"""Whatever is wrong with a command line: one line that names it, status 2, and nothing left behind."""
+
+import contextlib
+import io
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steppe.configs import base
+from steppe.lm.keep.exits import REFUSALS
+from steppe.lm.run.check import check
+from steppe.scripts import cli, command
+
+TRAIN = ["train", "--config=quickstart", "--workdir=run"]
+PREPARE = ["prepare_data", "--config=quickstart"]
+TABLE = [
+    # (command line, what the line must name)
+    ([*TRAIN[:2], "--workdir=gs://bucket/run"], "--workdir: gs://bucket/run: must be a directory of this machine"),
+    ([*TRAIN[:2], "--workdir=" + "x" * 300], "must be a writable directory"),
+    ([*TRAIN[:2], "--workdir=a\0b"], "must be a writable directory"),
+    ([*TRAIN[:2], "--workdir=here.txt"], "must be a writable directory"),
+    ([*TRAIN[:2], "--workdir=here.txt/run"], "must be a writable directory"),
+    ([*TRAIN[:2], "--workdir=dangling"], "must be a writable directory"),
+    ([*TRAIN[:2], "--workdir=~nobody_of_this_name/run"], "must be a writable directory"),
+    ([*TRAIN[:2], "--workdir=/proc/run"], "/proc/run: "),
+    ([*TRAIN, "--coordinator=nonsense"], "--coordinator=nonsense"),
+    ([*TRAIN, "--coordinator=a.b:x", "--num_processes=2", "--process_id=0"], "PORT is a number from 1 to 65535"),
+    ([*TRAIN, "--coordinator=no.such.host.:9", "--num_processes=2", "--process_id=0"], "is not known here"),
+    ([*TRAIN, "--allow_change=sead"], "--allow_change=sead"),
+    ([*TRAIN, "--until=0"], "--until=0"),
+    ([*TRAIN, "--until=x"], "--until"),
+    ([*TRAIN, "--replay_step=3"], "run: must be the workdir of a run"),
+    ([*TRAIN, "--config.train.duration=1e300 tokens"], "config.train.duration = '1e300 tokens'"),
+    ([*TRAIN, "--config.model.width=1048576", "--config.model.size="], "a model whose state and gradient fit a device"),
+    ([*TRAIN, "--config.data.task=lines:absent"], "lines:absent matches no file"),
+    ([*TRAIN, "--config.data.task=lines:."], "lines:. is a directory"),
+    ([*TRAIN, "--config.data.directory=absent"], "config.data.directory='absent' does not exist"),
+    ([*TRAIN, "--config.data.directory=here.txt"], "config.data.directory='here.txt' is a file"),
+    ([*TRAIN, "--config.data.cache=here.txt"], "config.data.cache='here.txt'"),
+    ([*TRAIN, "--config.init_from=absent"], "absent: holds no checkpoint"),
+    ([*TRAIN, "--config.checkpoint.directory=nosuchscheme://x/y"], "nosuchscheme://x/y"),
+    (["train", "--config=ends.py", "--workdir=run"], "--config = ends.py: it ended the program"),
+    (["train", "--config=array.py", "--workdir=run"], "array.py: get_config must return a ConfigDict"),
+    (["train", "--config=truth.py", "--workdir=run"], "config.train.batch_size = True in truth.py"),
+    (["train", "--config=none.py", "--workdir=run"], "config.train.batch_size = None in none.py"),
+    (["evaluate"], "--workdir"),
+    (["evaluate", "--workdir=absent"], "absent: must be the workdir of a run"),
+    (["evaluate", "--workdir=here.txt"], "here.txt"),
+    (["evaluate", "--workdir=list"], "config.json: is no config, but list"),
+    (["evaluate", "--workdir=absent", "--batches=-1"], "--batches=-1"),
+    (["evaluate", "--workdir=absent", "--config.seed=1"], "--config: must be left out"),
+    (["generate", "--workdir=absent"], "absent: must be the workdir of a run"),
+    (["generate", "--workdir=absent", "--tokens=0"], "--tokens=0"),
+    (["generate", "--workdir=absent", "--temperature=nan"], "--temperature=nan"),
+    (["generate", "--workdir=absent", "--prompt=\ud800"], "--prompt="),
+    ([*PREPARE, "--out=here.txt"], "here.txt"),
+    ([*PREPARE, "--out=o", "--workers=0"], "--workers=0"),
+    ([*PREPARE, "--out=o", "--shards=0"], "config.data.shards=0"),
+    ([*PREPARE, "--out=o", "--config.data.task=jsonl:array.json"], "a JSON array"),
+    ([*PREPARE, "--out=o", "--config.data.vocabulary=here.txt"], "not a SentencePiece model"),
+    (["prepare_data", "show", "absent"], "absent"),
+    (["prepare_data", "show", "absent", "--step=-1"], "--step=-1"),
+    (["prepare_data", "vocabulary", "--config=quickstart", "--out=v.model", "--size=3"], "--size=3"),
+    (["sweep", "--config=quickstart", "--out=o"], "--grid"),
+    (["sweep", "--config=quickstart", "--out=o", "--grid", "optim.rho="], "--grid optim.rho="),
+    (["sweep", "--config=quickstart", "--out=o", "--grid", "optim.ro=1"], "config.optim.ro"),
+    (["sweep", "--config=quickstart", "--out=list", "--grid", "seed=0,1"], "sweep.json"),
+    (["sweep", "--config=quickstart", "--out=o", "--sweep=array.py"], "array.py"),
+    (["sweep", "--config=quickstart", "--out=o", "--grid", "seed=0", "--jobs=-1"], "--jobs=-1"),
+    (["report", "absent"], "absent: must be the directory of a sweep"),
+    (["report", "list"], "sweep.json"),
+    (["report", "here.txt"], "here.txt"),
+    (["curvature", "--workdir=absent"], "--workdir=absent"),
+    (["curvature", "--workdir=absent", "--batches=0"], "--batches"),
+    (["retention", "--workdir=absent"], "absent"),
+    (["plan", "--config=quickstart"], "--topology"),
+    (["plan", "--config=quickstart", "--topology=moon:8"], "--topology"),
+    (["bench", "nothing"], "nothing"),
+    (["config", "nothing"], "nothing"),
+    (["docs", "nothing"], "nothing"),
+    (["nothing"], "nothing"),
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a few things that are not what they are named for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPPE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here.txt").write_text("text\n")
+    (tmp_path / "array.json").write_text('[{"text": "a"},\n{"text": "b"}]\n')
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    (tmp_path / "list" / "sweep.json").write_text("[1]")
+    head = "import sys\nfrom steppe.configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
+    (tmp_path / "ends.py").write_text(f"{head}    sys.exit(3)\n")
+    (tmp_path / "array.py").write_text("def get_config():\n    return []\n\n\ndef get_spec():\n    return [3]\n")
+    for name, value in (("truth", True), ("none", None)):
+        change = f"    with config.ignore_type():\n        config.train.batch_size = {value}\n    return config\n"
+        (tmp_path / f"{name}.py").write_text(head + change)
+    return tmp_path
+
+
+def ended(argv) -> int:
+    try:
+        return cli.main(argv)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"), TABLE, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else ""
+)
+def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, argv, named):
+    before = sorted(here.rglob("*"))
+    assert ended(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    assert named in said
+    left = [path for path in sorted(here.rglob("*")) if path not in before and "cache" not in path.parts]
+    assert not left
+
+
+WORDS = [
+    "", "0", "-1", "1e300", "-1e300", "nan", "inf", "None", "true", "1e-300", "9" * 30, "()", "(,)", "[]", "{}", "(",
+    "('a',)", "'", "\\", "a" * 5000, "1e300 epochs", "1e300 tokens", "5%", "101%", "0%", "9999999999 steps",
+    "chinchilla", "bytes", "/", "/proc", "~", "~nobody", "gs://x/y", "://", "text:/", "text:*", "jsonl:/dev/null",
+    "tfds:x", "seqio:x", "0.5 embedded + 0.5 topics", "embedded + topics", "[", "*", "layers/", "sam", "\0", "\n", "漢",
+    "\ud800", "1,2", "a=b", "=", "--", "@", "embedded@x", "1_000", "0x10",
+]  # fmt: skip
+ASSIGNED = st.tuples(st.sampled_from(list(base.keys())), st.one_of(st.sampled_from(WORDS), st.text(max_size=20)))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.sampled_from(["quickstart", "base", "study", "paper:24m,sam,fixed"]),
+    st.lists(ASSIGNED, min_size=1, max_size=3),
+    st.sampled_from([1, 8]),
+)
+def test_any_values_are_taken_or_refused_in_one_line(config, assigned, devices):
+    argv = [f"--config={config}", *(f"--config.{key}={value}" for key, value in assigned)]
+    said, status = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, _ = command.parse(argv, command.parser("train", ""))
+            check(parsed, device_count=devices, backend="cpu")
+    except SystemExit as stop:
+        status = stop.code
+    except REFUSALS as error:
+        status = 2
+        said.write(f"{error}\n")
+    assert (status, said.getvalue().count("\n")) in ((0, 0), (2, 1))
