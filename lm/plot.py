@@ -40,6 +40,16 @@ def figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def save(drawn, path, **options) -> None:
+    """Writes a figure. What stands in it is text: names of runs and files hold dollars that are no mathematics."""
+    from matplotlib.text import Text
+
+    for text in drawn.findobj(Text):
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():  # of ticks, matplotlib's own
+            text.set_parse_math(False)
+    drawn.savefig(path, **options)
+
+
 def loss_curve(workdir: str | os.PathLike) -> Path | None:
     """Draws loss.png in the workdir and returns its path; None where no step has been recorded.
 
@@ -67,7 +77,7 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
         axes[-1, 0].set_xlabel("step")
         axes[-1, 0].set_xlim(0, train.step[-1] * 1.01)
         path = Path(workdir) / "loss.png"
-        drawn.savefig(path, dpi=160)
+        save(drawn, path, dpi=160)
     return path
 
 
@@ -101,9 +111,8 @@ def _losses(axes, train, evaluations, baselines):
         style = {"color": VERMILION, "marker": marker, "markersize": 4}
         axes.plot(*zip(*part, strict=True), **style, linestyle="--", label=label if not whole else None)
         if whole:  # on more of the set than the others: no step of the same line
-            axes.plot(
-                *zip(*whole, strict=True), **{**style, "markersize": 7}, linestyle="", fillstyle="none", label=label
-            )
+            style |= {"markersize": 7, "fillstyle": "none", "label": f"{label}, whole set"}
+            axes.plot(*zip(*whole, strict=True), **style, linestyle="")
     for (name, value), dash in zip(
         baselines.items(), [":", "-.", (0, (6, 2)), (0, (1, 3))] * len(baselines), strict=False
     ):
@@ -129,4 +138,4 @@ def _sharpness(axes, steps, values):
     if settled:
         low, high = min(0.0, settled[0]), max(0.0, settled[-1])
         axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
-    axes.set_ylabel("perturbed\n$-$ clean")
+    axes.set_ylabel("perturbed\n− clean")

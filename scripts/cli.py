@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "train": ("steppe.scripts.train", "--config=quickstart --workdir=runs/quickstart"),
     "evaluate": ("steppe.scripts.evaluate", "--workdir=runs/quickstart"),
+    "plot": ("steppe.scripts.plot", "runs/quickstart"),
     "generate": ("steppe.scripts.generate", "--workdir=runs/quickstart --prompt='def '"),
     "sweep": ("steppe.scripts.sweep.__main__", "--config=quickstart --sweep=rho_by_scale:0.1m --out=sweeps/rho"),
     "report": ("steppe.scripts.report.__main__", "sweeps/rho"),

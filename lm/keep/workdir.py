@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from steppe.data.loader import Corpus
 
 CONFIG, RUN, LOCK, CORPUS = "config.json", "run_id", "lock", "corpus.json"
+WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies")  # below a workdir
 
 
 def changes(before: Mapping, now: Mapping) -> dict[str, list]:
@@ -56,6 +57,9 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise WorkdirError(f"{directory}: cannot be made ({error.strerror or error})") from None
+            for name in WRITTEN:
+                if (directory / name).is_symlink():
+                    raise WorkdirError(f"{directory / name}: is a link, and a run would write through it; remove it")
             try:
                 stack.enter_context(files.lock(directory / LOCK))
             except files.Held as held:

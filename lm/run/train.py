@@ -216,6 +216,7 @@ class Run:
         while self.done < self.total:  # once, and once more after every rollback
             bad = self.advance()
             if bad and not self.roll_back(bad):
+                self.draw()
                 return ANOMALY
             if self.stop and (self.done < self.total or self.owes_evaluation):
                 self.checkpoints.wait()
@@ -353,7 +354,8 @@ class Run:
 
     # -------------------------------------------------------------------------------------------------------- ending
     def stopped(self) -> int:
-        """Says so; the exit status."""
+        """Draws what there is, and says where the run stopped; the exit status."""
+        self.draw()
         if self.done == self.until and not self.owes_evaluation:
             self.ended = f"stopped after step {self.done}, as --until says; without it the same command goes on"
             return FINISHED
@@ -375,9 +377,13 @@ class Run:
             self.tracker.note(f"result      {name}: {values['bits_per_byte']:.3f} bits per byte ({beside})")
         if self.config.sample.tokens:
             self.tracker.note(f"\nsample\n------\n{self.sample()}\n------")
-        if self.primary:
-            self.tracker.note(f"loss curve  {plot.loss_curve(self.directory)}")
+        self.draw()
         self.ended = "finished"
+
+    def draw(self) -> None:
+        """The loss curve of the run so far."""
+        if self.primary and (picture := plot.loss_curve(self.directory)):
+            self.tracker.note(f"loss curve  {picture}")
 
     def sample(self) -> str:
         """A text by the model, after config.sample.prompt."""

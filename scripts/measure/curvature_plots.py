@@ -92,7 +92,7 @@ def _panels(width: float, height: float, rows: int, columns: int, **shared):
 
 def _save(figure, title: str, path: Path) -> Path:
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    plot.save(figure, path, dpi=150)
     return path
 
 

@@ -114,7 +114,7 @@ def draw(path: Path, found: dict[str, dict], groups: dict[str, list[str]]) -> Pa
             _frontier(axes[2], found, groups, styles)
         if len(groups) > 1:
             figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=9)
-        figure.savefig(path, dpi=160)
+        plot.save(figure, path, dpi=160)
     return path
 
 

@@ -41,10 +41,10 @@ def styled(**changes):
 def save(drawing: Drawing, directory: Path) -> str:
     """Writes NAME.png and returns the figure as an <svg> element that stands alone in a page."""
     with styled(svg_hashsalt=drawing.name):  # ids differ between figures, not between calls
-        drawing.figure.savefig(directory / f"{drawing.name}.png", dpi=140)
+        plot.save(drawing.figure, directory / f"{drawing.name}.png", dpi=140)
         drawing.figure.set_layout_engine("none")  # it stays as it has been laid out
         text = StringIO()
-        drawing.figure.savefig(text, format="svg", metadata={"Date": None})
+        plot.save(drawing.figure, text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     # within HTML the namespaces are known; ids of glyphs are shared by all figures and mean the same in each

@@ -23,6 +23,7 @@ TABLE = [
     ([*TRAIN[:2], "--workdir=here.txt/run"], "must be a writable directory"),
     ([*TRAIN[:2], "--workdir=dangling"], "must be a writable directory"),
     ([*TRAIN[:2], "--workdir=~nobody_of_this_name/run"], "must be a writable directory"),
+    ([*TRAIN[:2], "--workdir=linked"], "linked/metrics.jsonl: is a link, and a run would write through it"),
     ([*TRAIN[:2], "--workdir=/proc/run"], "/proc/run: "),
     ([*TRAIN, "--coordinator=nonsense"], "--coordinator=nonsense"),
     ([*TRAIN, "--coordinator=a.b:x", "--num_processes=2", "--process_id=0"], "PORT is a number from 1 to 65535"),
@@ -71,6 +72,7 @@ TABLE = [
     (["report", "absent"], "absent: must be the directory of a sweep"),
     (["report", "list"], "sweep.json"),
     (["report", "here.txt"], "here.txt"),
+    (["plot", "absent"], "absent: must be the directory of a sweep"),
     (["curvature", "--workdir=absent"], "--workdir=absent"),
     (["curvature", "--workdir=absent", "--batches=0"], "--batches"),
     (["retention", "--workdir=absent"], "absent"),
@@ -91,6 +93,8 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "here.txt").write_text("text\n")
     (tmp_path / "array.json").write_text('[{"text": "a"},\n{"text": "b"}]\n')
     (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "metrics.jsonl").symlink_to("../here.txt")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
     (tmp_path / "list" / "sweep.json").write_text("[1]")

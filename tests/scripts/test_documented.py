@@ -90,6 +90,22 @@ def test_train_continues_what_it_began_and_looks_into_a_step(steppe, run, small)
     assert "step 2" in "".join(steppe("train", *small, f"--workdir={run}", "--replay_step=2"))
 
 
+def test_plot_draws_what_there_is(steppe, run):
+    (run / "loss.png").unlink()
+    assert steppe("plot", str(run))[0].splitlines() == [f"{run}/loss.png"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_text_is_evaluated_with_the_run_s_vocabulary(steppe, run):
+    said, _ = steppe(
+        "evaluate", f"--workdir={run}", f"--task=notes=lines:{ROOT}/LICENSE + 0.5 topics@held_out", status=2
+    )
+    said, _ = steppe("evaluate", f"--workdir={run}", f"--task=1 notes=lines:{ROOT}/LICENSE + 1 topics@held_out")
+    notes, topics = (line.split() for line in said.splitlines()[-2:])
+    assert (notes[0], topics[0]) == ("notes", "topics")
+    assert int(notes[-1].replace(",", "")) > 10_000
+
+
 def test_evaluate_and_generate(steppe, run):
     said, _ = steppe("evaluate", f"--workdir={run}")
     name, loss, *_ = said.splitlines()[-1].split()

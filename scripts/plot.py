@@ -1,0 +1,29 @@
+"""The loss curve of a run, finished or not: draws DIR/loss.png from its metrics.jsonl.
+
+steppe plot DIR [DIR ...]
+"""
+
+import sys
+from collections.abc import Sequence
+
+from steppe.scripts import command
+
+
+@command.refusing
+def main(argv: Sequence[str]) -> int:
+    """Draws each run's picture and prints where it is; returns the exit status, 2 for bad input."""
+    parser = command.parser("plot", __doc__, config=False)
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="a workdir, or a pattern of workdirs")
+    options = command.options_of(argv, parser)
+
+    from steppe.lm import plot
+    from steppe.scripts import results
+
+    for run in results.read(options.directories):
+        picture = plot.loss_curve(run.directory)
+        print(picture or f"{run.directory}: no step has been recorded ({run.why or run.status})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
