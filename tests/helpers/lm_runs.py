@@ -1,9 +1,18 @@
 """Small real runs for tests: a text, a config of a few thousand parameters, and what they recorded."""
 
 import json
+import os
 import pathlib
 
 from steppe.configs import base
+
+
+def write_text(place: pathlib.Path) -> tuple[str, str]:
+    """Real text for `config`: (folder, cache)."""
+    source = pathlib.Path(os.__file__).read_text()
+    (place / "train.txt").write_text(source[:20_000])
+    (place / "val.txt").write_text(source[20_000:25_000])
+    return str(place), str(place / "cache")
 
 
 def config(text: str, cache: str, **overrides):

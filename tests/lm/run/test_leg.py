@@ -1,8 +1,5 @@
 """Runs that go on with another batch or sequence length: what they read, count, schedule and say is what happened."""
 
-import os
-import pathlib
-
 import pytest
 
 from helpers import lm_runs
@@ -20,10 +17,7 @@ LARGER = {"train__batch_size": 16}
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     place = tmp_path_factory.mktemp("corpus")
-    source = pathlib.Path(os.__file__).read_text()
-    (place / "train.txt").write_text(source[:20_000])
-    (place / "val.txt").write_text(source[20_000:25_000])
-    return str(place), str(place / "cache")
+    return lm_runs.write_text(place)
 
 
 @pytest.fixture

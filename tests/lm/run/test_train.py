@@ -1,8 +1,6 @@
 """Whole runs in small: resume, refusal, non-finite steps, what is left in the workdir."""
 
 import json
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -34,10 +32,7 @@ METHOD = {"optim__method": "precond_functional_sam", "optim__rho": 0.05}
 def corpus(tmp_path_factory):
     """(folder, cache) of a few hundred lines of real text."""
     place = tmp_path_factory.mktemp("corpus")
-    source = pathlib.Path(os.__file__).read_text()
-    (place / "train.txt").write_text(source[:20_000])
-    (place / "val.txt").write_text(source[20_000:25_000])
-    return str(place), str(place / "cache")
+    return lm_runs.write_text(place)
 
 
 @pytest.fixture(scope="module")
