@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -308,20 +308,32 @@ class Records(NamedTuple):
         return [record for record in self.others if record["kind"] == kind]
 
 
-# The numbers of a line as `step` writes it: parsing the whole of it takes several times as long.
-_NUMBERS = re.compile(rb'"(step|tokens|seconds|loss|perturbed_loss)": ([^,}]+)')
+# The numbers of lines as `step` writes them, in their order: parsing the whole of them takes several times as long.
+_BLOCK = 1 << 20  # bytes read at a time
+_NUMBERS = re.compile(rb'"(?:step|tokens|seconds|loss|perturbed_loss)": ([^,}]+)')
+_STEPS = re.compile(rb'(?:\{"kind": "train", [^{}\n]*\}\n)+')
 
 
-def _step(line: bytes) -> tuple[float, ...] | None:
-    """The numbers of a training step's line, as Train has them; None of another line, or of one to be looked at."""
-    if not (line.startswith(b'{"kind": "train", ') and line.rstrip().endswith(b"}")):
+def _numbers(lines: bytes) -> "np.ndarray | None":
+    """[n, 5] of the lines of steps, as Train has them but for `apart`; None of lines that have to be looked at."""
+    import numpy as np
+
+    count, found = lines.count(b"\n"), _NUMBERS.findall(lines)
+    if len(found) not in (4 * count, 5 * count):
         return None
-    found = dict(_NUMBERS.findall(line))
     try:
-        own = (float(found[name]) for name in (b"step", b"tokens", b"seconds", b"loss"))
-        return *own, float(found.get(b"perturbed_loss", b"nan"))
-    except (KeyError, ValueError):
+        rows = np.array(found).astype(np.float64).reshape(count, -1)
+    except ValueError:
         return None
+    return np.pad(rows, ((0, 0), (0, 5 - rows.shape[1])), constant_values=np.nan)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file in parts of whole lines; nothing where there is none."""
+    if path.exists():
+        with open(path, "rb") as handle:
+            while block := handle.read(_BLOCK):
+                yield block + handle.readline()
 
 
 def read(workdir: str | os.PathLike) -> Records:
@@ -332,22 +344,28 @@ def read(workdir: str | os.PathLike) -> Records:
     import numpy as np  # here: commands that read no run do without it
 
     rows, others, apart = array.array("d"), [], True
-    path = Path(workdir) / METRICS
-    if path.exists():
-        with open(path, "rb") as handle:
-            for line in handle:
-                numbers = _step(line)
-                if numbers:
-                    rows.extend((*numbers, apart))
-                    apart = False
-                elif (record := _record(line)) is not None:
-                    record = _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
-                    if record["kind"] == "train":
-                        numbers = (record.get(name) for name in Train._fields[1:-1])
-                        rows.extend((record["step"], *(math.nan if n is None else n for n in numbers), apart))
-                    else:
-                        others.append(record)
-                    apart = record["kind"] != "train"
+    for content in _blocks(Path(workdir) / METRICS):
+        position = 0
+        while position < len(content):
+            match = _STEPS.match(content, position)
+            block = _numbers(match.group()) if match else None
+            if block is not None:
+                first = np.zeros((len(block), 1))
+                first[0], apart, position = apart, False, match.end()
+                rows.frombytes(np.hstack([block, first]).tobytes())
+                continue
+            end = content.find(b"\n", position) + 1 or len(content)
+            record = _record(content[position:end])
+            position = end
+            if record is None:
+                continue
+            record = _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
+            if record["kind"] == "train":
+                numbers = (record.get(name) for name in Train._fields[1:-1])
+                rows.extend((record["step"], *(math.nan if n is None else n for n in numbers), apart))
+            else:
+                others.append(record)
+            apart = record["kind"] != "train"
     columns = np.frombuffer(rows, np.float64).reshape(-1, len(Train._fields)).T
     step, tokens, *numbers, apart = columns
     return Records(Train(step.astype(np.int64), np.nan_to_num(tokens).astype(np.int64), *numbers, apart > 0), others)
@@ -403,9 +421,6 @@ def rewind(path: Path, step: int) -> list[str]:
         if missing > 0:
             problems.append(f"{path.name}: {missing} of the {step} steps before this start are not in it")
     return problems
-
-
-_BLOCK = 1 << 20
 
 
 def _tail(path: Path, step: int) -> int:
