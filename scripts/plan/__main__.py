@@ -232,10 +232,19 @@ def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool
     best, worst = found.seconds
     print(f"step        {best:.3g} s ({found.mfu[0]:.0%} MFU) if traffic hides behind products, {worst:.3g} s "
           f"({found.mfu[1]:.0%}) if nothing overlaps")  # fmt: skip
-    print(f"run         {best * parts.budget.steps / 86400:.3g} to {worst * parts.budget.steps / 86400:.3g} days")
+    print(f"run         {span(best * parts.budget.steps, worst * parts.budget.steps)}")
     print(f"assumes     {chip.flops / 1e12:.3g} TFLOP/s (bfloat16 peak), {chip.bandwidth / 1e9:.0f} GB/s of memory, "
           f"{chip.link / 1e9:.0f} GB/s a ring; no input, evaluation or checkpoint time")  # fmt: skip
     return fits
+
+
+_UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+
+
+def span(low: float, high: float) -> str:
+    """Two times in seconds, in the unit that fits the longer: "3.2 to 4 hours"."""
+    unit, name = next((unit, name) for unit, name in _UNITS if high >= 2 * unit or unit == 1)
+    return f"{low / unit:.3g} to {high / unit:.3g} {name}"
 
 
 def table(sizes: Sequence[str], methods: Sequence[str]) -> int:

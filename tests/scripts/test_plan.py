@@ -127,7 +127,7 @@ def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
     status = plan.main(["--config=quickstart", "--topology=cpu:8", "--config.mesh.fsdp=2"])
     printed = capsys.readouterr().out
     assert status == 0
-    for part in ("parameters", "optimizer", "anchor", "temporary", "all-reduce", "MFU", "days", "fits"):
+    for part in ("parameters", "optimizer", "anchor", "temporary", "all-reduce", "MFU", "run  ", "fits"):
         assert part in printed
 
 
@@ -164,3 +164,9 @@ def test_a_machine_that_is_not_here_is_planned_for_or_what_that_needs_is_said(ki
         assert done.returncode == 0, done.stderr
         for part in ("fsdp 8", "temporary", "reduce", "fits"):
             assert part in done.stdout
+
+
+def test_times_have_the_unit_that_fits():
+    assert [plan.span(*pair) for pair in ((5, 6), (100, 148), (3600, 9000), (1e5, 1e6))] == [
+        "5 to 6 seconds", "1.67 to 2.47 minutes", "1 to 2.5 hours", "1.16 to 11.6 days"
+    ]  # fmt: skip
