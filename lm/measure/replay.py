@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from steppe.lm.keep import workdir
 from steppe.lm.keep.checkpoint import Checkpoints, directory_of, load_params
 from steppe.lm.keep.exits import Unusable, WorkdirError
+from steppe.lm.keep.leg import WHOLE, leg_of
 from steppe.lm.model import parameters
 from steppe.lm.run import anomaly, tracking
 from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
-from steppe.lm.run.leg import WHOLE, leg_of
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import compile_step
 

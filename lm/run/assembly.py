@@ -17,6 +17,7 @@ from steppe.data import baselines, loader
 from steppe.data.cache import open_of
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus
+from steppe.lm.keep.leg import WHOLE, Leg
 from steppe.lm.keep.workdir import kept_corpus
 from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
@@ -26,7 +27,6 @@ from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, estimate_memory, length
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
-from steppe.lm.run.leg import WHOLE, Leg
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective
 from steppe.optim.base import base

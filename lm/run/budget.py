@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 
 from steppe.configs.keys import ConfigError
+from steppe.lm.keep.leg import WHOLE, Leg
 from steppe.lm.model import parameters
 from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.check import method_options
 from steppe.lm.run.chips import Chip
-from steppe.lm.run.leg import WHOLE, Leg
 from steppe.optim import Rule, methods
 from steppe.optim.schedules import duration_steps, in_steps
 

@@ -13,13 +13,13 @@ from steppe.data import baselines, loader
 from steppe.lm import plot
 from steppe.lm.keep import checkpoint, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
+from steppe.lm.keep.leg import WHOLE, Leg, leg_of
 from steppe.lm.measure.in_training import make_measurement, twice_differentiable
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run import anomaly, generate
 from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, report_parts
 from steppe.lm.run.check import described
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
-from steppe.lm.run.leg import WHOLE, Leg, leg_of
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import create, create_from
 from steppe.lm.run.step import compile_step

@@ -74,6 +74,12 @@ def test_a_run_stops_where_it_is_told_to_and_goes_on_to_the_same_end(corpus, who
     assert lm_runs.losses(tmp_path) == lm_runs.losses(whole)
 
 
+def test_steps_to_keep_are_saved_wherever_they_lie(corpus, tmp_path):
+    changes = {"checkpoint__every": "10 steps", "checkpoint__keep_every": "7 steps", "checkpoint__keep": 1}
+    assert train.run(lm_runs.config(*corpus, **changes), str(tmp_path)) == train.FINISHED
+    assert saved.steps(str(tmp_path)) == [7, 14, 20]
+
+
 def test_a_run_learns_and_leaves_its_evidence(whole):
     losses = lm_runs.losses(whole)
     assert len(losses) == 20

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from helpers import lm_runs, sweep_runs
@@ -45,6 +46,22 @@ def test_a_block_expands_to_grid_times_zip_times_list():
         _run("adamw", "None", "0"),
         {**_run("adamw", "None", "1"), "optim.every": "2", "optim.peak_learning_rate": "0.001"},
     ]
+
+
+def test_an_option_that_a_method_does_not_take_varies_without_it():
+    """adamw in a grid over rho is one run; what is set for it by name is refused later, not passed over."""
+    grid = {"optim.method": ["adamw", "sam"], "optim.rho": np.array([0.01, 0.03]), "seed": [np.int64(1)]}
+    found = [(run["optim.method"], run["optim.rho"]) for run in sweep_spec.expand([{"grid": grid}])]
+    assert found == [("adamw", "None"), ("sam", "0.01"), ("sam", "0.03")]
+    named = {"set": {"optim.method": "adamw", "optim.rho": 0.01}}
+    assert [run["optim.rho"] for run in sweep_spec.expand([named])] == ["0.01"]
+
+
+def test_values_of_a_flag_are_cut_outside_brackets_and_quotes():
+    assert sweep_spec.split("('a/', 'b,c'), [1,2],x") == ["('a/', 'b,c')", "[1,2]", "x"]
+    assert sweep_spec.split("a(b,c") == ["a(b", "c"]  # brackets that do not close mean nothing
+    block = sweep_spec.from_flags(["optim.perturb=('layers/',),('embed/','mlp/')"], [])
+    assert block["grid"] == {"optim.perturb": ["('layers/',)", "('embed/','mlp/')"]}
 
 
 def _run(method, rho, seed):
