@@ -139,7 +139,9 @@ _KEYS = {
     "optim.ascent_fraction": Key(
         1.0, "with subset: fraction of each microbatch's sequences used for the ascent", number(above=0, most=1)
     ),
-    "optim.perturb": Key((".*",), "regexes over parameter paths: a parameter is perturbed if one matches", patterns()),
+    "optim.perturb": Key(
+        (".*",), "regexes over parameter paths: a parameter is perturbed if one matches", patterns(least=1)
+    ),
     "optim.layerwise_rho": Key(
         "none",
         "scaling of rho per parameter: norm by |theta_l|, width by 1 / sqrt(fan-in)",

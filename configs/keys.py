@@ -87,16 +87,16 @@ def named(reference: str) -> Any:
     return getattr(importlib.import_module(f"steppe.{module}"), name)
 
 
-def patterns(of: str = r".+", what: str = "regular expressions over parameter paths") -> Accepted:
-    """A tuple of regular expressions; `of`: what each must match besides."""
+def patterns(of: str = r".+", what: str = "regular expressions over parameter paths", least: int = 0) -> Accepted:
+    """A tuple of at least so many regular expressions; `of`: what each must match besides."""
 
     def allows(value: tuple) -> bool:
         try:
-            return all(re.compile(pattern) and re.fullmatch(of, pattern) for pattern in value)
+            return len(value) >= least and all(re.compile(pattern) and re.fullmatch(of, pattern) for pattern in value)
         except re.error:
             return False
 
-    return Accepted(tuple, lambda: what, allows)
+    return Accepted(tuple, lambda: f"at least {least} of {what}" if least else what, allows)
 
 
 FLAG = Accepted(bool, lambda: "true or false", names=lambda: ["true", "false"])

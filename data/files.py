@@ -28,7 +28,7 @@ class Held(RuntimeError):
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """The name of a file beside `path` to write to, which takes its place, durably, once the block is left in order."""
-    aside = f"{os.fspath(path)}.{os.getpid()}{ASIDE}"
+    aside = f"{os.fspath(path)}.{socket.gethostname()}-{os.getpid()}{ASIDE}"  # several hosts may write one directory
     try:
         yield aside
         sync(aside)
@@ -115,15 +115,17 @@ def content_hash(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+def lock(path: str | os.PathLike, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Holds an advisory lock, which the kernel drops when its holder dies. Held if another has it and wait is false.
+
+    shared: beside others that hold it so.
 
     OSError on a file system without locks, rather than run unprotected.
     """
     number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(number, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise

@@ -3,6 +3,7 @@
 `prepare` may be interrupted at any point and run again; data/cache.py calls it for a run that names no directory.
 """
 
+import contextlib
 import glob
 import itertools
 import json
@@ -11,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 
 import xxhash
@@ -19,13 +20,15 @@ import xxhash
 from steppe.data import files, readers, shards, sources
 from steppe.data import manifest as manifests
 from steppe.data import workers as workers_of
-from steppe.data.errors import BadRecords, CorpusMismatch, DataError, refused, to_json
+from steppe.data.errors import BadRecords, CorpusMismatch, DataError, from_json, refused, to_json
 from steppe.data.packing import PACKINGS, token_dtype
 from steppe.data.shards import Job, Recipe
 from steppe.data.vocabulary import load_tokenizer, read_model
 
 PLAN = "preparation.json"  # the plan of an unfinished preparation
 LOCK = ".lock"
+BAD = "refused.json"  # why one of several processes gave up, for the others
+POLL = 1.0  # seconds between looks at what others have finished
 REFUSED = 3  # exit status of the process that prepares; its last line on stderr is the error, as JSON
 
 
@@ -76,49 +79,97 @@ def prepare(
     workers: int = 1,
     log: Callable[[str], None] = print,
     report: Callable[[dict], None] = lambda state: None,
+    *,
     wait: bool = False,
+    together: bool = False,
 ) -> dict:
     """Prepares `recipe` in directory `out` and returns the manifest; an interrupted preparation is continued.
 
     Work is spread over `workers` processes, shard by shard; the result does not depend on their number. `report` is
     called about twice a second with the counts {shards, of, documents, tokens, bytes}. wait: for another process that
-    is at it, which is an error otherwise. A finished directory is never written again: the same recipe verifies it,
-    another is CorpusMismatch.
+    is at it, which is an error otherwise. together: beside others, of this host or of any that sees `out`: each takes
+    shards that no other has, and the manifest, written when there is none left, is the one of a process alone. A
+    finished directory is never written again: the same recipe verifies it, another is CorpusMismatch.
     """
     expected = identity(recipe)
     if os.path.exists(os.path.join(out, manifests.NAME)):
         return _already(out, expected, log)
-    if os.path.isdir(out) and not os.path.exists(os.path.join(out, PLAN)) and set(os.listdir(out)) - {LOCK}:
+    if os.path.isdir(out) and not os.path.exists(os.path.join(out, PLAN)) and _foreign(out):
         raise DataError(f"--out={out}: exists and is no preparation; choose an empty or new directory")
     tokenizer = load_tokenizer(recipe.vocabulary)
     for source in {(s.kind, s.where, s.split): s for part in sources_of(recipe).values() for s in part}.values():
         readers.of(source.kind).check(source, recipe.reading)
+    created = not os.path.exists(out)
     try:
-        created = not os.path.exists(out)
         os.makedirs(out, exist_ok=True)
-        with files.lock(os.path.join(out, LOCK), wait=wait):
-            if os.path.exists(os.path.join(out, manifests.NAME)):
-                return _already(out, expected, log)
-            try:
-                _start(out, expected, log)
-                manifest = _run(recipe, out, tokenizer, expected, workers, log, report)
-            except KeyboardInterrupt:
-                _remove_leftovers(out)
-                raise
-            except (DataError, OSError) as error:
-                _remove_leftovers(out)
-                # Bad input leaves nothing behind; what interrupts a good preparation leaves its finished shards.
-                if isinstance(error, BadRecords) or not _any_shard(out):
-                    _clear(out, created)
-                raise
-            os.unlink(os.path.join(out, LOCK))
-            return manifest
+        return (_beside_others if together else _alone)(
+            out,
+            expected,
+            log,
+            created,
+            wait,
+            lambda: _run(recipe, out, tokenizer, expected, workers, log, report, together),
+        )
     except files.Held:
-        raise DataError(f"--out={out}: another process is preparing it") from None
+        raise DataError(
+            f"--out={out}: another process is preparing it; wait for it, or work beside it with --together"
+        ) from None
     except OSError as error:
         raise DataError(
             f"cannot write {out}: {error.strerror or error}; finished shards are kept, run again"
         ) from error
+
+
+def _alone(out: str, expected: dict, log, created: bool, wait: bool, work: Callable[[], dict]) -> dict:
+    with files.lock(os.path.join(out, LOCK), wait=wait):
+        if os.path.exists(os.path.join(out, manifests.NAME)):
+            return _already(out, expected, log)
+        try:
+            _start(out, expected, log)
+            manifest = work()
+        except KeyboardInterrupt:
+            _remove_leftovers(out)
+            raise
+        except (DataError, OSError) as error:
+            _remove_leftovers(out)
+            # Bad input leaves nothing behind; what interrupts a good preparation leaves its finished shards.
+            if isinstance(error, BadRecords) or not _any_shard(out):
+                _clear(out, created)
+            raise
+        _tidy(out, manifest)
+        return manifest
+
+
+def _beside_others(out: str, expected: dict, log, created: bool, wait: bool, work: Callable[[], dict]) -> dict:
+    """The lock is shared by those at work; whoever holds it alone, the first to come or the last to go, may tidy up."""
+    lock, bad = os.path.join(out, LOCK), os.path.join(out, BAD)
+    with contextlib.suppress(files.Held), files.lock(lock):
+        if not os.path.exists(os.path.join(out, manifests.NAME)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(bad)
+            _start(out, expected, log)
+    try:
+        with files.lock(lock, wait=True, shared=True):
+            if os.path.exists(os.path.join(out, manifests.NAME)):
+                return _already(out, expected, log)
+            _refuse_what_others_refused(out)
+            _compare(f"{out} holds an unfinished part of", manifests.read_json(os.path.join(out, PLAN)), expected)
+            try:
+                return work()
+            except BadRecords as error:
+                files.write_json(bad, to_json(error))
+                raise
+    finally:
+        with contextlib.suppress(files.Held, FileNotFoundError), files.lock(lock):
+            if os.path.exists(os.path.join(out, manifests.NAME)):
+                _tidy(out, manifests.read(out))
+            elif os.path.exists(bad) or not _any_shard(out):
+                _clear(out, created)
+
+
+def _refuse_what_others_refused(out: str) -> None:
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(out, BAD), encoding="utf-8") as handle:
+        raise from_json(json.load(handle))
 
 
 def _already(out: str, expected: dict, log: Callable[[str], None]) -> dict:
@@ -135,6 +186,10 @@ def _compare(prefix: str, have: dict, expected: dict) -> None:
         if (have.get(key) or "") != (expected.get(key) or "") and key not in ("bad_records", "checksum"):
             change = f"{key} is {have.get(key)!r} there, {expected.get(key)!r} now"
             raise CorpusMismatch(f"{prefix} another preparation: {change}; choose another directory")
+
+
+def _foreign(out: str) -> list[str]:
+    return [name for name in os.listdir(out) if name != LOCK and not name.endswith(files.ASIDE)]
 
 
 def _start(out: str, expected: dict, log: Callable[[str], None]) -> None:
@@ -164,14 +219,14 @@ def _clear(out: str, created: bool) -> None:
         os.rmdir(out)
 
 
-def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log, report) -> dict:
+def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log, report, together: bool) -> dict:
     began = time.time()
     dtype = token_dtype(tokenizer.vocab_size)
     parts = {}
     for part, listed in sources_of(recipe).items():
         count = recipe.shards if part == "train" else 1
         jobs = [Job(part, source, shard, count) for source in listed for shard in range(count)]
-        done = _run_jobs(recipe, out, jobs, dtype, workers, report)
+        done = _run_jobs(recipe, out, jobs, dtype, workers, report, together)
         parts[part] = [_component(recipe, part, source, done[source.name], log) for source in listed]
         _refuse_bad(recipe, part, parts)
     manifest = {
@@ -187,13 +242,16 @@ def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log,
             "spec": recipe.vocabulary,
             "fingerprint": tokenizer.fingerprint,
             "size": tokenizer.vocab_size,
-            "file": _copy_vocabulary(recipe.vocabulary, out),
+            "file": None,
         },
         **parts,
         "identity": expected,
     }
     manifest["fingerprint"] = _fingerprint(manifest)
-    _finish(out, manifest)
+    with files.lock(os.path.join(out, manifests.NAME + LOCK), wait=True):
+        if not os.path.exists(os.path.join(out, manifests.NAME)):
+            manifest["vocabulary"]["file"] = _copy_vocabulary(recipe.vocabulary, out)
+            manifests.write_json(os.path.join(out, manifests.NAME), manifest)
     log(f"prepared {out} in {time.time() - began:.1f} s")
     return manifests.read(out)
 
@@ -277,15 +335,15 @@ def _copy_vocabulary(spec: str, out: str) -> dict | None:
     return {"file": manifests.VOCABULARY, "size": len(model), "hash": files.content_hash(path)}
 
 
-def _finish(out: str, manifest: dict) -> None:
-    manifests.write_json(os.path.join(out, manifests.NAME), manifest)
-    keep = {entry["file"] for entry in manifests.shards(manifest)} | {manifests.NAME, manifests.VOCABULARY, LOCK}
+def _tidy(out: str, manifest: dict) -> None:
+    """Leaves of a finished preparation only what its manifest names, read-only. Its lock must be held."""
+    keep = {entry["file"] for entry in manifests.shards(manifest)} | {manifests.NAME, manifests.VOCABULARY}
     for folder, _, names in os.walk(out):
         for name in names:
             path = os.path.join(folder, name)
             if os.path.relpath(path, out) not in keep:
                 os.unlink(path)
-            elif name != LOCK:
+            else:
                 os.chmod(path, 0o444)
 
 
@@ -297,37 +355,36 @@ def code_version() -> str:
         return "unknown"
 
 
-def _run_jobs(recipe: Recipe, out: str, jobs: list[Job], dtype: str, workers: int, report) -> dict[str, list[dict]]:
-    entries = {job: shards.finished(out, job) for job in jobs}
-    waiting = [job for job in jobs if entries[job] is None]
+def _run_jobs(
+    recipe: Recipe, out: str, jobs: list[Job], dtype: str, workers: int, report, together: bool
+) -> dict[str, list[dict]]:
+    # what others have just written is compared by its size: every host would read the whole corpus otherwise
+    known = shards.written if together else shards.finished
+    entries = {job: known(out, job) for job in jobs}
     counts = [0, 0, 0]
 
-    def tell() -> None:
+    def tell(totals: Sequence[int]) -> None:
         done = sum(entry is not None for entry in entries.values())
-        report({"shards": done, "of": len(jobs), **dict(zip(("documents", "tokens", "bytes"), counts, strict=True))})
+        report({"shards": done, "of": len(jobs), **dict(zip(("documents", "tokens", "bytes"), totals, strict=True))})
 
-    if min(workers, len(waiting)) <= 1:
-        told = time.monotonic()
+    while waiting := [job for job in jobs if entries[job] is None]:
+        free = [job for job in waiting if not shards.is_taken(out, job)]
+        before = tuple(counts)
 
-        def count(*more: int) -> None:
-            nonlocal told
-            counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
-            if time.monotonic() - told > 0.5:
-                told = time.monotonic()
-                tell()
+        def tell_more(more: Sequence[int], before=before) -> None:
+            counts[:] = [a + b for a, b in zip(before, more, strict=True)]
+            tell(counts)
 
-        for job in waiting:
-            entries[job] = shards.write(out, recipe, job, dtype, count)
-            tell()
-    else:
-
-        def tell_counts(totals: list[int]) -> None:
-            counts[:] = totals
-            tell()
-
-        for job, entry in workers_of.run(out, recipe, waiting, dtype, workers, tell_counts):
+        run = workers_of.run if min(workers, len(free)) > 1 else workers_of.run_here
+        for job, entry in run(out, recipe, free, dtype, workers, tell_more):
             entries[job] = entry
-    tell()
+            _refuse_what_others_refused(out)
+        if not free:
+            tell(counts)
+            time.sleep(POLL)
+            _refuse_what_others_refused(out)
+        entries.update({job: shards.written(out, job) for job in waiting if entries[job] is None})
+    tell(counts)
     listed: dict[str, list[dict]] = {}
     for job in jobs:
         listed.setdefault(job.source.name, []).append(entries[job])

@@ -16,6 +16,7 @@ from steppe.data.sources import Reading, Record, Source
 from steppe.data.vocabulary import PART, Tokenizer, load_tokenizer
 
 OPTIONS = "group_size:1,zstd:3"  # one record per group: random access reads nothing else
+LOCK = ".lock"  # beside a shard: held by whoever writes it
 GIVE_UP = 1000  # a shard whose first records are all bad is not read to its end
 
 
@@ -53,13 +54,42 @@ class Job(NamedTuple):
         return f"{self.part}/{self.source.name}/{self.shard:05d}-of-{self.shards:05d}.array_record"
 
 
-def finished(directory: str, job: Job) -> dict | None:
-    """What an earlier, interrupted preparation recorded of this shard; None if it must be written (again)."""
+def written(directory: str, job: Job) -> dict | None:
+    """What was recorded of this shard once it was written; None if it is not, or not of that size."""
     path = os.path.join(directory, job.file)
     try:
         entry = manifests.read_json(path + ".json")
-        return entry if files.content_hash(path) == entry["hash"] else None
+        return entry if os.stat(path).st_size == entry["size"] else None
     except (OSError, CorpusDamaged):
+        return None
+
+
+def finished(directory: str, job: Job) -> dict | None:
+    """The same, its contents compared; the record of a damaged one is removed."""
+    path = os.path.join(directory, job.file)
+    entry = written(directory, job)
+    with contextlib.suppress(OSError):
+        if entry and files.content_hash(path) == entry["hash"]:
+            return entry
+        os.unlink(path + ".json")
+    return None
+
+
+def is_taken(directory: str, job: Job) -> bool:
+    """Whether a process is writing this shard now."""
+    return files.is_held(os.path.join(directory, job.file) + LOCK)
+
+
+def take(
+    directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable[[int, int, int], None] = lambda *_: None
+) -> dict | None:
+    """The entry of a shard, which is written unless it is already; None if another process is at it."""
+    path = os.path.join(directory, job.file)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with files.lock(path + LOCK):
+            return written(directory, job) or write(directory, recipe, job, dtype, count)
+    except files.Held:
         return None
 
 

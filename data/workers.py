@@ -18,8 +18,10 @@ from steppe.data.shards import Job, Recipe
 
 def run(
     directory: str, recipe: Recipe, jobs: list[Job], dtype: str, workers: int, tell: Callable[[list[int]], None]
-) -> Iterator[tuple[Job, dict]]:
-    """Yields (job, its entry) as shards are finished; `tell` gets [documents, tokens, bytes] so far, twice a second.
+) -> Iterator[tuple[Job, dict | None]]:
+    """Yields (job, its entry) as shards are finished, None of one that another process has.
+
+    `tell` gets [documents, tokens, bytes] so far, twice a second.
 
     Whatever ends this early, an error, an interrupt or the death of this process, ends the workers within a second.
     """
@@ -57,6 +59,24 @@ def run(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def run_here(
+    directory: str, recipe: Recipe, jobs: list[Job], dtype: str, workers: int, tell: Callable[[list[int]], None]
+) -> Iterator[tuple[Job, dict | None]]:
+    """The same in this process, one shard after the other."""
+    counts, told = [0, 0, 0], time.monotonic()
+
+    def count(*more: int) -> None:
+        nonlocal told
+        counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
+        if time.monotonic() - told > 0.5:
+            told = time.monotonic()
+            tell(counts)
+
+    for job in jobs:
+        yield job, shards.take(directory, recipe, job, dtype, count)
+        tell(counts)
+
+
 @contextmanager
 def _interrupts_held():
     """An interrupt that arrives meanwhile is delivered afterwards; to processes started meanwhile, never."""
@@ -87,9 +107,9 @@ def follow(parent: int, stopped: Callable[[], bool] = lambda: False) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(directory: str, recipe: Recipe, job: Job, dtype: str, index: int) -> dict:
+def _work(directory: str, recipe: Recipe, job: Job, dtype: str, index: int) -> dict | None:
     def count(*more: int) -> None:
         for kind, value in enumerate(more):
             _counts[3 * index + kind] += value
 
-    return shards.write(directory, recipe, job, dtype, count)
+    return shards.take(directory, recipe, job, dtype, count)

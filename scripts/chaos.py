@@ -18,10 +18,16 @@ TESTS = Path(__file__).parents[1] / "tests"
 def main(argv: Sequence[str]) -> int:
     """Runs every scenario in turn until --runs or --minutes are used up; returns 1 if any run was not as it must be."""
     parser = command.parser("chaos", __doc__, config=False)
-    parser.add_argument("--runs", type=int, default=60, metavar="N", help="disturbed runs")
-    parser.add_argument("--minutes", type=float, default=40.0, metavar="M", help="begin no run after so many minutes")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and files that are hit")
-    parser.add_argument("--flips", type=int, default=400, metavar="N", help="single bits flipped in a checkpoint")
+    parser.add_argument("--runs", type=command.integer(1), default=60, metavar="N", help="disturbed runs")
+    parser.add_argument(
+        "--minutes", type=command.number(), default=40.0, metavar="M", help="begin no run after so many minutes"
+    )
+    parser.add_argument(
+        "--seed", type=command.integer(), default=0, metavar="N", help="of the moments and files that are hit"
+    )
+    parser.add_argument(
+        "--flips", type=command.integer(), default=400, metavar="N", help="single bits flipped in a checkpoint"
+    )
     parser.add_argument("--only", default="", metavar="NAME", help="the scenarios whose name contains this")
     options = command.options_of(argv, parser)
     if not (TESTS / "exhaustive" / "chaos.py").exists():

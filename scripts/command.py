@@ -16,6 +16,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import inspect
+import math
 import os
 import re
 import sys
@@ -71,6 +72,49 @@ def parser(name: str, summary: str, *, config: bool = True) -> argparse.Argument
     made.error = _raise_usage
     made.takes_config = config
     return made
+
+
+MOST = 2**31 - 1  # of a number on the command line, unless it says otherwise: what an index of an array can be
+
+
+def integer(low: int = 0, high: int = MOST) -> Callable[[str], int]:
+    """What reads a whole number from low to high, for add_argument(type=...)."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
+            bound = f">= {low}" if high == MOST else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be an integer {bound}")
+        return int(text)
+
+    return read
+
+
+def number(low: float = 0.0, *, above: bool = False) -> Callable[[str], float]:
+    """What reads a finite number of at least `low`, or above it."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf or (above and value == low):
+            bound = f"{'>' if above else '>='} {low:g}"
+            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a finite number {bound}")
+        return value
+
+    return read
+
+
+def of_key(key: str) -> Callable[[str], str]:
+    """What reads a text that a config key accepts."""
+
+    def read(text: str) -> str:
+        accepted = base.keys()[key].accepted
+        if not accepted.allows(text):
+            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be {accepted.text()}")
+        return text
+
+    return read
 
 
 def parse(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[ConfigDict, argparse.Namespace]:

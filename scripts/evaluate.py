@@ -14,14 +14,16 @@ def main(argv: Sequence[str]) -> int:
     """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
     parser = command.parser("evaluate", __doc__.splitlines()[0], config=False)
     parser.add_argument("--workdir", required=True, help="the run")
-    parser.add_argument("--step", type=int, metavar="K", help="its checkpoint after K steps; default: the newest")
-    parser.add_argument("--batches", type=int, default=0, metavar="N", help="only N batches of each set; 0: all")
+    parser.add_argument(
+        "--step", type=command.integer(), metavar="K", help="its checkpoint after K steps; default: the newest"
+    )
+    parser.add_argument(
+        "--batches", type=command.integer(), default=0, metavar="N", help="only N batches of each set; 0: all"
+    )
     parser.add_argument(
         "--task", metavar="SOURCE", help="other text, as config.data.task; default: the run's held-out sets"
     )
     options = command.options_of(argv, parser)
-    if options.batches < 0:
-        return command.fail(f"--batches={options.batches}: must be an integer >= 0")
 
     import jax
 

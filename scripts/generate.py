@@ -3,7 +3,6 @@
 steppe generate --workdir=DIR [--prompt=TEXT] [--tokens=N] [--temperature=X] [--seed=N] [--step=K]
 """
 
-import math
 import sys
 from collections.abc import Sequence
 
@@ -16,16 +15,16 @@ def main(argv: Sequence[str]) -> int:
     """Prints the sample; returns the exit status, 2 for bad input."""
     parser = command.parser("generate", __doc__.splitlines()[0], config=False)
     parser.add_argument("--workdir", required=True, help="the run")
-    parser.add_argument("--step", type=int, metavar="K", help="its checkpoint after K steps; default: the newest")
+    parser.add_argument(
+        "--step", type=command.integer(), metavar="K", help="its checkpoint after K steps; default: the newest"
+    )
     parser.add_argument("--prompt", help="default: config.sample.prompt of the run")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: greedy (default 0.8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another sample")
+    parser.add_argument("--tokens", type=command.integer(1), default=200, metavar="N", help="at most (default 200)")
+    parser.add_argument(
+        "--temperature", type=command.number(), default=0.8, metavar="X", help="0: greedy (default 0.8)"
+    )
+    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="another seed, another sample")
     options = command.options_of(argv, parser)
-    if options.tokens < 1:
-        return command.fail(f"--tokens={options.tokens}: must be an integer > 0")
-    if not 0 <= options.temperature < math.inf:
-        return command.fail(f"--temperature={options.temperature}: must be a finite number >= 0")
     if options.prompt is not None and not TEXT.allows(options.prompt):
         return command.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
 

@@ -1,11 +1,14 @@
 """Prepare a corpus once, train a vocabulary, or look at a batch.
 
     steppe prepare_data --config=FILE --out=DIR [--shards=N] [--workers=N]
+    steppe prepare_data --config=FILE --out=DIR --hosts=N --launcher=slurm|print
     steppe prepare_data vocabulary --config=FILE --out=FILE.model --size=N [--model_type=bpe]
     steppe prepare_data show DIR --step=K [--batch_size=N] [--seed=N] [--held_out=NAME]
 
-The first writes the corpus of config.data to DIR; run it again after an interruption. The second trains a SentencePiece
-model on the task of config.data. The third prints the text of batch K as the model will see it.
+The first writes the corpus of config.data to DIR; run it again after an interruption. The second has several hosts
+that see DIR share the work, as jobs of SLURM or by the command lines it prints, one a host; the corpus is the same. The
+third trains a SentencePiece model on the task of config.data. The fourth prints the text of batch K as the model will
+see it.
 """
 
 import functools
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 from steppe.scripts import command
+from steppe.scripts.sweep.__main__ import LAUNCHERS
 
 
 @command.refusing
@@ -34,20 +38,57 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data", __doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to prepare, new or interrupted")
-    parser.add_argument("--shards", type=int, metavar="N", help="files per training source (config.data.shards)")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes, each working on one shard"
+        "--shards", type=command.integer(1, 99_999), metavar="N", help="files per training source (config.data.shards)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=command.integer(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes, each working on one shard",
+    )
+    parser.add_argument("--together", action="store_true", help="beside the same command on other hosts")
+    parser.add_argument("--launcher", default="local", choices=LAUNCHERS, help="who starts the hosts' processes")
+    parser.add_argument(
+        "--hosts", type=command.integer(1), default=1, metavar="N", help="with slurm and print (default 1)"
+    )
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="NAME=VALUE,...", help="of submitit: partition, time..."
     )
     config, options = command.parse(argv, parser)
-    if options.workers < 1:
-        return command.fail(f"--workers={options.workers}: must be an integer > 0")
+    if options.launcher == "local" and (options.hosts > 1 or options.slurm):
+        given = f"--hosts={options.hosts}" if options.hosts > 1 else f"--slurm={','.join(options.slurm)}"
+        return command.fail(f"{given}: needs --launcher=slurm or print")
     from steppe.data.prepare import prepare, recipe_of
 
     shards = config.data.shards if options.shards is None else options.shards
     recipe = recipe_of(config.data, shards=shards)
+    if options.launcher != "local":
+        return _launch(argv, options)
     with _progress() as (log, report):
-        manifest = prepare(recipe, options.out, options.workers, log, report)
+        manifest = prepare(recipe, options.out, options.workers, log, report, together=options.together)
     _summary(manifest, options.out)
+    return 0
+
+
+def _launch(argv: Sequence[str], options) -> int:
+    """Starts, or prints, the command of each host."""
+    from steppe.scripts.sweep import slurm
+
+    kept, skip = [], False
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        if not skip and name not in ("--launcher", "--hosts", "--slurm", "--together"):
+            kept.append(argument)
+        skip = not skip and not equals and name in ("--launcher", "--hosts", "--slurm")
+    line = [sys.executable, "-P", "-m", "steppe.scripts.prepare_data", *kept, "--together"]
+    if options.launcher == "print":
+        print("\n".join([shlex.join(line)] * options.hosts))
+        return 0
+    print(
+        slurm.submit_preparation(line, options.out, options.hosts, options.workers, slurm.parameters_of(options.slurm))
+    )
     return 0
 
 
@@ -97,9 +138,13 @@ def _progress():
 def _vocabulary(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data vocabulary", "Train a SentencePiece model on the task of config.data.")
     parser.add_argument("--out", required=True, metavar="FILE", help="the model to write")
-    parser.add_argument("--size", type=int, required=True, metavar="N", help="pieces, the 256 bytes among them")
+    parser.add_argument(
+        "--size", type=command.integer(1), required=True, metavar="N", help="pieces, the 256 bytes among them"
+    )
     parser.add_argument("--model_type", default="bpe", help="bpe or unigram")
-    parser.add_argument("--characters", type=float, default=1e8, metavar="N", help="how much text to learn from")
+    parser.add_argument(
+        "--characters", type=command.number(1), default=1e8, metavar="N", help="how much text to learn from"
+    )
     config, options = command.parse(argv, parser)
     if os.path.exists(options.out):
         return command.fail(f"--out={options.out}: exists; choose a new file")
@@ -119,14 +164,13 @@ def _vocabulary(argv: Sequence[str]) -> int:
 def _show(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data show", "Print a batch of a prepared directory, decoded.", config=False)
     parser.add_argument("directory", metavar="DIR", help="a prepared directory")
-    parser.add_argument("--step", type=int, default=0, metavar="K", help="which batch")
-    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="rows per batch, as in the run")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="config.seed of the run")
+    parser.add_argument("--step", type=command.integer(), default=0, metavar="K", help="which batch")
+    parser.add_argument(
+        "--batch_size", type=command.integer(1), default=4, metavar="N", help="rows per batch, as in the run"
+    )
+    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="config.seed of the run")
     parser.add_argument("--held_out", metavar="NAME", help="show this held-out set instead of training text")
     options = command.options_of(argv, parser)
-    for name, lowest in (("step", 0), ("batch_size", 1), ("seed", 0)):
-        if getattr(options, name) < lowest:
-            return command.fail(f"--{name}={getattr(options, name)}: must be an integer >= {lowest}")
     from steppe.data.loader import held_out_rows, open_corpus, training_rows
 
     corpus = open_corpus(options.directory)

@@ -20,11 +20,14 @@ def main(argv: Sequence[str]) -> int:
         "--allow_change", default="", metavar="KEY,KEY", help="config keys that may differ from what the run had so far"
     )
     parser.add_argument(
-        "--replay_step", type=int, metavar="K", help="look into step K of the run in --workdir, writing nothing"
+        "--replay_step",
+        type=command.integer(1),
+        metavar="K",
+        help="look into step K of the run in --workdir, writing nothing",
     )
     parser.add_argument(
         "--until",
-        type=int,
+        type=command.integer(1),
         metavar="K",
         help="stop after step K with a checkpoint, exit status 0; run again without it to go on",
     )
@@ -33,10 +36,18 @@ def main(argv: Sequence[str]) -> int:
         "--distributed", action="store_true", help="join the processes that SLURM or the TPU pod started"
     )
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="join the processes that meet at process 0, there")
-    hosts.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator: how many there are")
-    hosts.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
     hosts.add_argument(
-        "--heartbeat", type=int, default=60, metavar="S", help="seconds of silence after which a process is lost"
+        "--num_processes", type=command.integer(1), metavar="N", help="with --coordinator: how many there are"
+    )
+    hosts.add_argument(
+        "--process_id", type=command.integer(), metavar="I", help="with --coordinator: which one this is, from 0"
+    )
+    hosts.add_argument(
+        "--heartbeat",
+        type=command.integer(1),
+        default=60,
+        metavar="S",
+        help="seconds of silence after which a process is lost",
     )
     config, options = command.parse(argv, parser)
 
@@ -48,8 +59,6 @@ def main(argv: Sequence[str]) -> int:
         )
     if options.coordinator and (problem := _unreachable(options.coordinator)):
         return command.fail(f"--coordinator={options.coordinator}: must be HOST:PORT of process 0; {problem}")
-    if options.until is not None and options.until < 1:
-        return command.fail(f"--until={options.until}: must be an integer >= 1")
     import jax
 
     if options.coordinator or options.distributed:

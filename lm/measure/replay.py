@@ -1,7 +1,12 @@
 """One step of a run again, looked at closely: norms per layer, and where the first NaN comes from."""
 
+import contextlib
+import io
+import os
 import re
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +23,26 @@ from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import compile_step
 
+_HOUSE = str(Path(anomaly.__file__).parents[2])
+
 
 def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str], None] = print) -> dict[str, float]:
     """Repeats step `number` of the run in `directory` from the newest checkpoint before it; returns its metrics.
 
     The steps between are run again too, so the state is bit for bit that of the run on the same mesh. Prints a table of
-    norms per parameter and layer, then runs the gradient under jax's NaN checks. Writes nothing. ConfigError,
-    WorkdirError or Unusable where that cannot be done.
+    norms per parameter and layer, then runs the gradient under jax's NaN checks. Writes nothing. A step from which the
+    run was rolled back is that bad step, with the batches that led to it. ConfigError, WorkdirError or Unusable where
+    that cannot be done.
     """
     differing = workdir.changes(workdir.config_of(directory), config)
     if differing:
         key, (before, after) = next(iter(differing.items()))
         raise WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
     corpus, parts, _ = open_parts(config, log, directory=directory)
+    recorded = tracking.read(directory)
+    windows, newest_of = _windows(recorded, number)
     with Checkpoints(directory_of(config, directory), read_only=True, log=log) as checkpoints:
-        newest = checkpoints.newest(before=number)
+        newest = checkpoints.newest(before=newest_of)
         if newest is not None:
             state, meta = checkpoints.restore(newest, parts.abstract)
         elif config.init_from:
@@ -40,7 +50,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
             state, meta = create_from(parts.abstract, parts.optimizer, params), {}
         else:
             state, meta = create(parts.mesh, parts.initialise), {}
-    for change in tracking.read(directory).of("change"):
+    for change in recorded.of("change"):
         if change["step"] > int(state.step) and "." in change["key"]:
             since = f"config.{change['key']} is {change['after']!r} since step {change['step']}"
             raise Unusable(
@@ -54,6 +64,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     log(f"replaying   step {number}, from the state after step {int(state.step)}")
 
     watch = anomaly.Watch(config, meta["watch"] if meta else None)
+    watch.windows = watch.windows if windows is None else windows
     read = batch_reader(config, corpus, parts, watch.batch_index, leg)
     step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
     while int(state.step) < number - 1:
@@ -86,6 +97,18 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     return metrics
 
 
+def _windows(recorded: tracking.Records, number: int) -> tuple[list | None, int]:
+    """(batches that were left out when step `number` ran, None if those are its checkpoint's; the step that its
+    checkpoint must be before)."""
+    back = recorded.of("rollback")
+    if not any(found["step"] == number for found in recorded.of("anomaly")):
+        for found in reversed(back):
+            if found["because"]["step"] == number:
+                return found["windows"][:-1], found["to"] + 1
+    behind = [found["windows"] for found in back if found["to"] < number]
+    return (behind[-1] if behind else None), number
+
+
 def table(params, clean, returned, after) -> str:
     """Norms per parameter and, where layers are stacked, per layer: theta, clean and returned gradient, update.
 
@@ -115,12 +138,25 @@ def _norms(name: str, leaf: jax.Array) -> jax.Array:
 
 
 def first_nan(gradient: Callable, state: State, batch: dict) -> str:
-    """What jax's NaN checks find in gradient(state, batch): the operation that made the first NaN."""
+    """What jax's NaN checks find in gradient(state, batch): the operation that made the first NaN, and our line."""
     with jax.debug_nans(True), jax.debug_infs(True):
         try:
-            jax.block_until_ready(gradient(state, batch))
-        except FloatingPointError as error:
-            return "NaN checks  " + " ".join(str(error).split())
+            with contextlib.redirect_stdout(io.StringIO()):  # what jax prints of its own way there
+                jax.block_until_ready(gradient(state, batch))
+        except FloatingPointError:
+            try:
+                with jax.disable_jit():  # one operation after the other, also those inside the scan over layers
+                    jax.block_until_ready(gradient(state, batch))
+            except FloatingPointError as found:
+                error = found
+            # what jax traced before it ran has its place in the cause
+            tracebacks = (cause.__traceback__ for cause in (error, error.__cause__) if cause)
+            frames = [frame for found in tracebacks for frame in traceback.extract_tb(found)]
+            ours = [frame for frame in frames if frame.filename.startswith(_HOUSE)]
+            place = (
+                f" in {os.path.relpath(ours[-1].filename, _HOUSE)}:{ours[-1].lineno}: {ours[-1].line}" if ours else ""
+            )
+            return "NaN checks  " + " ".join(str(error).split()) + place
     return "NaN checks  every number of both gradients is finite"
 
 

@@ -156,6 +156,14 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple
     return sum(seconds), sum(memory[:4])
 
 
+def fixed_memory(config, vocabulary_size: int) -> float:
+    """Bytes of parameters, optimizer state and gradients, over all devices by estimate: what no batch size changes."""
+    shape_ = shape(config.model, vocabulary_size, config.data.sequence_length, "")
+    parameters = shape_.layers * 12 * shape_.width**2 + shape_.vocabulary * shape_.width
+    state, gradients, *_ = estimate_memory(shape_, parameters, 0, 0, (1, 1, 1), False)
+    return state + gradients
+
+
 def total_steps(train, parameters: Parameters, sequence_length: int, epoch_tokens: int) -> int:
     """Steps of config.train.duration; "chinchilla" is tokens_per_parameter x the chosen count of parameters."""
     tokens_per_step = train.batch_size * sequence_length

@@ -18,12 +18,14 @@ COLUMNS = "method | FLOPs | predicted | temporary MiB | over AdamW | FLOPs, deri
 def main(argv: Sequence[str]) -> int:
     """Prints the table as Markdown; returns the exit status."""
     parser = command.parser("bench methods", __doc__, config=False)
-    parser.add_argument("--layers", type=int, default=4, help="Transformer blocks")
-    parser.add_argument("--width", type=int, default=240, help="width; the MLP is four times as wide")
-    parser.add_argument("--vocabulary", type=int, default=32128, help="vocabulary, tied to the readout")
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences")
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--chunks", type=int, default=8, help="pieces of the readout, when memory is measured")
+    parser.add_argument("--layers", type=command.integer(1), default=4, help="Transformer blocks")
+    parser.add_argument("--width", type=command.integer(1), default=240, help="width; the MLP is four times as wide")
+    parser.add_argument("--vocabulary", type=command.integer(1), default=32128, help="vocabulary, tied to the readout")
+    parser.add_argument("--batch_size", type=command.integer(1), default=16, help="sequences")
+    parser.add_argument("--sequence_length", type=command.integer(1), default=256, help="tokens of a sequence")
+    parser.add_argument(
+        "--chunks", type=command.integer(1), default=8, help="pieces of the readout, when memory is measured"
+    )
     parser.add_argument("methods", nargs="*", help="names of optim/methods.py; none: all")
     options = command.options_of(argv, parser)
     from steppe.optim.methods import METHODS, canonical

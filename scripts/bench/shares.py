@@ -10,6 +10,7 @@ hour.
 import sys
 from collections.abc import Iterator, Sequence
 
+from steppe.configs.sizes import SIZES
 from steppe.scripts import command
 
 STALE = {"optim.precond_moment": "stale"}
@@ -30,8 +31,10 @@ DIRECTIONS = {
 def main(argv: Sequence[str]) -> int:
     """Prints the table, a row as soon as it is known; returns the exit status."""
     parser = command.parser("bench shares", __doc__, config=False)
-    parser.add_argument("--size", default="0.4m", help="a name of configs/sizes.py")
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 5, 20, 60, 120], help="that are looked at")
+    parser.add_argument("--size", default="0.4m", choices=list(SIZES), help="a name of configs/sizes.py")
+    parser.add_argument(
+        "--steps", nargs="+", type=command.integer(1), default=[1, 5, 20, 60, 120], help="that are looked at"
+    )
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=list(DIRECTIONS), metavar="NAME")
     parser.add_argument("vocabularies", nargs="*", help="values of data.vocabulary; none: bytes")
     options = command.options_of(argv, parser)

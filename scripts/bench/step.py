@@ -33,9 +33,9 @@ def main(argv: Sequence[str]) -> int:
     """Prints one table per size; returns the exit status."""
     parser = turns.parser("bench step", __doc__, turns=7)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
-    parser.add_argument("--layers", type=int, help="instead of the size's own")
+    parser.add_argument("--layers", type=command.integer(1), help="instead of the size's own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of products")
-    parser.add_argument("--chunk", type=int, default=0, help="as config.model.readout_chunk")
+    parser.add_argument("--chunk", type=command.integer(), default=0, help="as config.model.readout_chunk")
     parser.add_argument("--against", action="store_true", help="also measure the straightforward reference")
     options = command.options_of(argv, parser)
     from steppe.optim.methods import canonical

@@ -21,11 +21,13 @@ def parser(name: str, summary: str, turns: int) -> argparse.ArgumentParser:
     """A parser with the options that config_of and batch_of read."""
     made = command.parser(name, summary, config=False)
     made.add_argument("--sizes", nargs="+", default=["24m"], choices=list(sizes.SIZES), help="of configs/sizes.py")
-    made.add_argument("--batch_size", type=int, default=4, help="sequences")
-    made.add_argument("--sequence_length", type=int, default=512, help="tokens of a sequence")
-    made.add_argument("--vocabulary_size", type=int, default=32100, help="tokens of the vocabulary")
-    made.add_argument("--remat", default="dots", help="as config.model.remat")
-    made.add_argument("--runs", type=int, default=turns, help="turns of each program, after one to warm up; 0: none")
+    made.add_argument("--batch_size", type=command.integer(1), default=4, help="sequences")
+    made.add_argument("--sequence_length", type=command.integer(1), default=512, help="tokens of a sequence")
+    made.add_argument("--vocabulary_size", type=command.integer(1), default=32100, help="tokens of the vocabulary")
+    made.add_argument("--remat", default="dots", type=command.of_key("model.remat"), help="as config.model.remat")
+    made.add_argument(
+        "--runs", type=command.integer(), default=turns, help="turns of each program, after one to warm up; 0: none"
+    )
     return made
 
 

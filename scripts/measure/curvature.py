@@ -6,7 +6,6 @@ Writes DIR/curvature/STEP.json and its plots beside it. Runs of equal shapes sha
 the first held-out set's first batches, at theta, in the run's own loss.
 """
 
-import math
 import os
 import sys
 import time
@@ -21,7 +20,6 @@ SHOWN = {
     "nme_trace": "NME trace", "delta_func_share": "δ_func share", "sam_sharpness": "worst case",
     "functional_sharpness": "functional", "average_sharpness": "average",
 }  # fmt: skip
-COUNTS = {"batches": 1, "probes": 1, "densities": 1, "lanczos": 2, "ascent": 0, "draws": 1, "slices": 0, "seed": 0}
 
 
 @command.refusing
@@ -32,27 +30,39 @@ def main(argv: Sequence[str]) -> int:
         "--workdir", required=True, action="append", help="a run, or a pattern of runs; may be repeated"
     )
     parser.add_argument("--step", default="last", metavar="K|all", help="checkpoints to measure; default: the newest")
-    parser.add_argument("--batches", type=int, default=2, metavar="N", help="held-out batches of the run's size")
-    parser.add_argument("--probes", type=int, default=4, metavar="N", help="random vectors that traces are taken of")
-    parser.add_argument("--densities", type=int, default=2, metavar="N", help="of which so many run Lanczos")
-    parser.add_argument("--lanczos", type=int, default=20, metavar="N", help="products of one Lanczos run")
-    parser.add_argument("--rho", type=float, default=0.05, metavar="X", help="radius of the worst case, l2")
-    parser.add_argument("--ascent", type=int, default=5, metavar="N", help="ascent steps after SAM's own")
-    parser.add_argument("--noise", type=float, default=1.0, metavar="X", help="norm of the average case's noise, l2")
-    parser.add_argument("--draws", type=int, default=6, metavar="N", help="mirrored pairs of noise")
-    parser.add_argument("--slices", type=int, default=7, metavar="N", help="points of a line of the slices; 0: none")
+    parser.add_argument(
+        "--batches", type=command.integer(1), default=2, metavar="N", help="held-out batches of the run's size"
+    )
+    parser.add_argument(
+        "--probes", type=command.integer(1), default=4, metavar="N", help="random vectors that traces are taken of"
+    )
+    parser.add_argument(
+        "--densities", type=command.integer(1), default=2, metavar="N", help="of which so many run Lanczos"
+    )
+    parser.add_argument(
+        "--lanczos", type=command.integer(2), default=20, metavar="N", help="products of one Lanczos run"
+    )
+    parser.add_argument(
+        "--rho", type=command.number(above=True), default=0.05, metavar="X", help="radius of the worst case, l2"
+    )
+    parser.add_argument("--ascent", type=command.integer(), default=5, metavar="N", help="ascent steps after SAM's own")
+    parser.add_argument(
+        "--noise",
+        type=command.number(above=True),
+        default=1.0,
+        metavar="X",
+        help="norm of the average case's noise, l2",
+    )
+    parser.add_argument("--draws", type=command.integer(1), default=6, metavar="N", help="mirrored pairs of noise")
+    parser.add_argument(
+        "--slices", type=command.integer(), default=7, metavar="N", help="points of a line of the slices; 0: none"
+    )
     parser.add_argument(
         "--within", action="append", default=[], metavar="REGEX", help="spectra of these parameters only"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random vector")
+    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="of every random vector")
     parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
     options = command.options_of(argv, parser)
-    for name, least in COUNTS.items():
-        if getattr(options, name) < least:
-            return command.fail(f"--{name}={getattr(options, name)}: must be an integer >= {least}")
-    for name in ("rho", "noise"):
-        if not 0 < getattr(options, name) < math.inf:
-            return command.fail(f"--{name}={getattr(options, name)}: must be a finite number > 0")
     if options.densities > options.probes:
         return command.fail(f"--densities={options.densities}: must be at most --probes={options.probes}")
     if options.step not in ("last", "all") and not options.step.isdecimal():

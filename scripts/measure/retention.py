@@ -77,26 +77,44 @@ def _parser() -> argparse.ArgumentParser:
     parser = command.parser("retention", __doc__.splitlines()[0], config=False)
     add = parser.add_argument
     add("--workdir", action="append", required=True, help="a run, or a sweep, of which all that finished; repeatable")
-    add("--step", type=int, metavar="K", help="the checkpoints after K steps; default: the newest")
+    add("--step", type=command.integer(), metavar="K", help="the checkpoints after K steps; default: the newest")
     add(
         "--noise", type=_numbers(0), default=(0.02, 0.05, 0.1, 0.2), metavar="S,S,...",
         help="Gaussian noise of S times the rms of each tensor (default 0.02,0.05,0.1,0.2)",
     )  # fmt: skip
-    add("--samples", type=_integer(1), default=3, metavar="N", help="pairs of opposite draws at each scale (default 3)")
+    add(
+        "--samples",
+        type=command.integer(1),
+        default=3,
+        metavar="N",
+        help="pairs of opposite draws at each scale (default 3)",
+    )
     add("--bits", type=_numbers(2, 8, whole=True), default=(8, 4), metavar="B,B", help="integer widths (default 8,4)")
-    add("--group", type=_integer(1), default=64, metavar="N", help="inputs that share a scale (default 64)")
+    add("--group", type=command.integer(1), default=64, metavar="N", help="inputs that share a scale (default 64)")
     add("--embedding", action="store_true", help="also round embedding, positions and readout with the matrices")
     add(
         "--fine_tune", default="topics", metavar="TASK",
         help="the second text, as config.data.task (default topics); none: no fine-tuning",
     )  # fmt: skip
-    add("--fine_tune_steps", type=_integer(1), default=120, metavar="N", help="steps of fine-tuning (default 120)")
+    add(
+        "--fine_tune_steps",
+        type=command.integer(1),
+        default=120,
+        metavar="N",
+        help="steps of fine-tuning (default 120)",
+    )
     add(
         "--fine_tune_rates", type=_numbers(0), default=(3e-4, 1e-3, 3e-3), metavar="R,R,...",
         help="peak learning rates of AdamW (default 3e-4,1e-3,3e-3)",
     )  # fmt: skip
-    add("--batch_size", type=_integer(1), default=8, metavar="N", help="sequences of every batch (default 8)")
-    add("--batches", type=_integer(0), default=32, metavar="N", help="batches of a held-out set (default 32; 0: all)")
+    add("--batch_size", type=command.integer(1), default=8, metavar="N", help="sequences of every batch (default 8)")
+    add(
+        "--batches",
+        type=command.integer(0),
+        default=32,
+        metavar="N",
+        help="batches of a held-out set (default 32; 0: all)",
+    )
     add("--again", action="store_true", help="measure also what has been measured")
     add("--out", type=command.writable_directory, metavar="DIR", help="where table and plots of the comparison go")
     return parser
@@ -113,15 +131,6 @@ def _numbers(low: float, high: float = math.inf, whole: bool = False) -> Callabl
         if not all(low <= value <= high and math.isfinite(value) for value in values):
             raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be {kind}, with commas between them")
         return tuple(dict.fromkeys(values))
-
-    return read
-
-
-def _integer(low: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be an integer >= {low}")
-        return int(text)
 
     return read
 

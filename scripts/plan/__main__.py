@@ -9,7 +9,6 @@ estimate and compiles the cheapest that should fit, until one does. --table plan
 the machine TABLE gives it.
 """
 
-import itertools
 import math
 import os
 import re
@@ -71,12 +70,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--topology", metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4, h100:8, a100:4x8"
     )
-    parser.add_argument("--vocabulary_size", type=int, metavar="N", help="instead of reading config.data.vocabulary")
-    parser.add_argument("--epoch_tokens", type=int, default=0, metavar="N", help="of the corpus, for runs in epochs")
+    parser.add_argument(
+        "--vocabulary_size", type=command.integer(1), metavar="N", help="instead of reading config.data.vocabulary"
+    )
+    parser.add_argument(
+        "--epoch_tokens",
+        type=command.integer(0, 10**18),
+        default=0,
+        metavar="N",
+        help="of the corpus, for runs in epochs",
+    )
     parser.add_argument("--search", action="store_true", help="also choose config.model.remat and config.mesh")
     parser.add_argument("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
     parser.add_argument("--sizes", nargs="+", default=list(TABLE), choices=list(TABLE), help="of --table")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of --table")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), type=command.of_key("optim.method"), help="of --table"
+    )
     path, overrides, options = command.parse_unread(argv, parser)
     if options.table:
         return table(options.sizes, options.methods)
@@ -92,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
     devices = described(options.topology)
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.run.check import check
+    from steppe.scripts.plan import search
 
     config.unlock()
     if options.vocabulary_size:
@@ -100,8 +110,11 @@ def main(argv: Sequence[str]) -> int:
     check(config, device_count=len(devices), process_count=processes, backend=devices[0].platform)
     size = options.vocabulary_size or load_tokenizer(config.data.vocabulary).vocab_size
     if not options.search:
-        return 0 if show(config, size, options.epoch_tokens, devices) else 1
-    return search(config, size, options.epoch_tokens, devices)
+        fits = show(config, size, options.epoch_tokens, devices)
+        if not fits:
+            print("remedies    the same command with --search chooses remat, mesh and microbatches that fit")
+        return 0 if fits else 1
+    return search.search(config, size, options.epoch_tokens, devices, show)
 
 
 def described(topology: str) -> list:
@@ -279,45 +292,6 @@ def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
             ]  # fmt: skip
             print(f"| {' | '.join(cells)} |", flush=True)
     return 0
-
-
-def candidates(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> list[tuple[float, str, tuple]]:
-    """[(seconds by estimate, remat, mesh)] of everything that should fit, cheapest first."""
-    from steppe.configs.keys import ConfigError
-    from steppe.lm.run.budget import step_traffic
-    from steppe.lm.run.check import check
-    from steppe.lm.run.chips import chip_of
-
-    chip, count, found = chip_of(devices[0], len(devices)), len(devices), []
-    processes = len({device.process_index for device in devices})
-    remats = ("none", "dots", "full") if chip.name == "cpu" else ("none", "dots", "offload", "full")
-    sizes = [size for size in (2**n for n in range(count.bit_length())) if count % size == 0]
-    for remat, fsdp, tensor in itertools.product(remats, sizes, sizes):
-        if count % (fsdp * tensor) or tensor > 16:
-            continue
-        config.model.remat, mesh = remat, (count // fsdp // tensor, fsdp, tensor)
-        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
-        try:
-            check(config, device_count=count, process_count=processes, backend=devices[0].platform)
-        except ConfigError:
-            continue
-        seconds, memory = step_traffic(config, vocabulary_size, mesh, chip)
-        if memory < chip.memory:
-            found.append((seconds, remat, mesh))
-    return sorted(found)
-
-
-def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, tries: int = 4) -> int:
-    """Compiles the cheapest candidates in turn until one fits; returns the exit status."""
-    found = candidates(config, vocabulary_size, epoch_tokens, devices)
-    print(f"search      {len(found)} combinations of remat and mesh should fit")
-    for _, remat, mesh in found[:tries]:
-        config.model.remat = remat
-        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
-        if show(config, vocabulary_size, epoch_tokens, devices):
-            return 0
-    print("search      nothing fits: use more devices, a smaller train.batch_size or more train.microbatches")
-    return 1
 
 
 def _gib(size: float) -> str:

@@ -41,8 +41,12 @@ def main(argv: Sequence[str]) -> int:
         "--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs whose rho loses early (2:0.25,0.5)"
     )
     parser.add_argument("--launcher", default="local", choices=LAUNCHERS)
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: cores / --cores)")
-    parser.add_argument("--cores", type=int, default=1, metavar="N", help="cores of a run, its own (default 1)")
+    parser.add_argument(
+        "--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time (default: cores / --cores)"
+    )
+    parser.add_argument(
+        "--cores", type=command.integer(1), default=1, metavar="N", help="cores of a run, its own (default 1)"
+    )
     parser.add_argument(
         "--slurm",
         action="append",
@@ -51,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         help="of submitit: partition, time (minutes)...",
     )
     parser.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="of a run, with slurm and print (default 1)"
+        "--devices", type=command.integer(1), default=1, metavar="N", help="of a run, with slurm and print (default 1)"
     )
     parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="which runs come first")
     path, overrides, options = command.parse_unread(argv, parser)
@@ -60,9 +64,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _sweep(path: str | None, overrides: list, options: Any) -> int:
     path = command.required(path)
-    for flag, low in (("jobs", 0), ("cores", 1), ("devices", 1)):
-        if getattr(options, flag) < low:
-            raise command.UsageError(f"--{flag}={getattr(options, flag)}: must be an integer >= 1")
     assignments, halving = _assignments(options)
     if halving is not None and options.launcher != "local":
         raise command.UsageError(f"--launcher={options.launcher}: must be local with --halving, which compares runs")

@@ -1,4 +1,4 @@
-"""Runs of a sweep as a SLURM job array, through submitit.
+"""Runs of a sweep, or the hosts of a preparation, as a SLURM job array, through submitit.
 
 A job runs steppe train and records its outcome. Shortly before its time is up, or when it is preempted, SLURM signals
 it; the run saves and stops, and the job goes back into the queue and continues there.
@@ -70,6 +70,37 @@ class TrainJob:
             time.sleep(0.5)
 
 
+class PrepareJob:
+    """One host of a preparation: the command, which continues what an earlier one of it left."""
+
+    def __init__(self, command: Sequence[str]):
+        self.command = list(command)
+        self._process: subprocess.Popen | None = None
+
+    def __call__(self) -> None:
+        self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
+        while self._process.poll() is None:
+            time.sleep(0.5)
+        if self._process.returncode:
+            raise RuntimeError(f"exit status {self._process.returncode}; the lines above say why")
+
+    def checkpoint(self) -> Any:
+        """Called when SLURM takes the job's place away: finished shards stay, the rest goes back into the queue."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None:
+            self._process.kill()
+        return DelayedSubmission(PrepareJob(self.command))
+
+
+def submit_preparation(line: Sequence[str], out: str, hosts: int, cores: int, parameters: dict[str, Any]) -> str:
+    """Submits one job a host, each the command `line`; returns what was done. Raises UsageError."""
+    folder = Path(f"{Path(out).resolve()}{FOLDER}")  # beside it: nothing foreign belongs in a preparation
+    settings = {"job_name": Path(out).name, "cpus_per_task": cores, "array_parallelism": hosts}
+    submitted = _submitted([PrepareJob(line) for _ in range(hosts)], folder, {**settings, **parameters})
+    return f"submitted {hosts} hosts as job {submitted[0].job_id.split('_')[0]}; logs in {folder}"
+
+
 def parameters_of(texts: Sequence[str]) -> dict[str, Any]:
     """{name: value} of --slurm=NAME=VALUE,NAME=VALUE flags, as submitit takes them. Raises UsageError."""
     found = {}
@@ -86,30 +117,34 @@ def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, p
 
     parameters: of submitit's SlurmExecutor, time in minutes. Raises UsageError for what SLURM or submitit refuse.
     """
-    try:
-        from submitit import SlurmExecutor
-    except ImportError:
-        raise UsageError("--launcher=slurm: needs submitit: pip install 'steppe[slurm]'") from None
     queued = _queued()
     left = [run for run in runs if results.read_json(run.directory / JOB).get("job") not in queued]
     said = [f"{len(runs) - len(left)} runs have a job in the queue"] if len(left) < len(runs) else []
     if not left:
         return said
     settings = {"job_name": out.resolve().name, "cpus_per_task": cores, "array_parallelism": jobs or len(left)}
-    settings["additional_parameters"] = {"requeue": True}
     left = [run._replace(directory=run.directory.resolve()) for run in left]
-    try:
-        executor = SlurmExecutor(folder=out.resolve() / FOLDER, max_num_timeout=MOST_TIMEOUTS)
-        executor.update_parameters(**{**settings, **parameters})
-        with executor.batch():
-            tasks = [TrainJob(run.directory, sweep_launch.command_line(run, config)) for run in left]
-            submitted = [executor.submit(task) for task in tasks]
-    except Exception as error:  # submitit's errors have many classes, and all are about the cluster or the parameters
-        raise UsageError(f"--launcher=slurm: {type(error).__name__}: {error}") from None
+    tasks = [TrainJob(run.directory, sweep_launch.command_line(run, config)) for run in left]
+    submitted = _submitted(tasks, out.resolve() / FOLDER, {**settings, **parameters})
     for run, job in zip(left, submitted, strict=True):
         run.directory.mkdir(parents=True, exist_ok=True)
         files.write_json(run.directory / JOB, {"job": job.job_id})
     return [*said, f"submitted {len(left)} runs as job {submitted[0].job_id.split('_')[0]}; logs in {out / FOLDER}"]
+
+
+def _submitted(tasks: Sequence, folder: Path, parameters: dict[str, Any]) -> list:
+    """submitit's jobs of an array of tasks. Raises UsageError."""
+    try:
+        from submitit import SlurmExecutor
+    except ImportError:
+        raise UsageError("--launcher=slurm: needs submitit: pip install 'steppe[slurm]'") from None
+    try:
+        executor = SlurmExecutor(folder=folder, max_num_timeout=MOST_TIMEOUTS)
+        executor.update_parameters(**{"additional_parameters": {"requeue": True}, **parameters})
+        with executor.batch():
+            return [executor.submit(task) for task in tasks]
+    except Exception as error:  # submitit's errors have many classes, and all are about the cluster or the parameters
+        raise UsageError(f"--launcher=slurm: {type(error).__name__}: {error}") from None
 
 
 def _queued() -> set[str]:

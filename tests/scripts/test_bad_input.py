@@ -1,5 +1,6 @@
 """Whatever is wrong with a command line: one line that names it, status 2, and nothing left behind."""
 
+import argparse
 import contextlib
 import io
 
@@ -29,7 +30,7 @@ TABLE = [
     ([*TRAIN, "--coordinator=a.b:x", "--num_processes=2", "--process_id=0"], "PORT is a number from 1 to 65535"),
     ([*TRAIN, "--coordinator=no.such.host.:9", "--num_processes=2", "--process_id=0"], "is not known here"),
     ([*TRAIN, "--allow_change=sead"], "--allow_change=sead"),
-    ([*TRAIN, "--until=0"], "--until=0"),
+    ([*TRAIN, "--until=0"], "--until: 0: must be an integer >= 1"),
     ([*TRAIN, "--until=x"], "--until"),
     ([*TRAIN, "--replay_step=3"], "run: must be the workdir of a run"),
     ([*TRAIN, "--config.train.duration=1e300 tokens"], "config.train.duration = '1e300 tokens'"),
@@ -49,26 +50,26 @@ TABLE = [
     (["evaluate", "--workdir=absent"], "absent: must be the workdir of a run"),
     (["evaluate", "--workdir=here.txt"], "here.txt"),
     (["evaluate", "--workdir=list"], "config.json: is no config, but list"),
-    (["evaluate", "--workdir=absent", "--batches=-1"], "--batches=-1"),
+    (["evaluate", "--workdir=absent", "--batches=-1"], "--batches: -1: must be"),
     (["evaluate", "--workdir=absent", "--config.seed=1"], "--config: must be left out"),
     (["generate", "--workdir=absent"], "absent: must be the workdir of a run"),
-    (["generate", "--workdir=absent", "--tokens=0"], "--tokens=0"),
-    (["generate", "--workdir=absent", "--temperature=nan"], "--temperature=nan"),
+    (["generate", "--workdir=absent", "--tokens=0"], "--tokens: 0: must be"),
+    (["generate", "--workdir=absent", "--temperature=nan"], "--temperature: nan: must be"),
     (["generate", "--workdir=absent", "--prompt=\ud800"], "--prompt="),
     ([*PREPARE, "--out=here.txt"], "here.txt"),
-    ([*PREPARE, "--out=o", "--workers=0"], "--workers=0"),
-    ([*PREPARE, "--out=o", "--shards=0"], "config.data.shards=0"),
+    ([*PREPARE, "--out=o", "--workers=0"], "--workers: 0: must be"),
+    ([*PREPARE, "--out=o", "--shards=0"], "--shards: 0: must be an integer from 1 to 99999"),
     ([*PREPARE, "--out=o", "--config.data.task=jsonl:array.json"], "a JSON array"),
     ([*PREPARE, "--out=o", "--config.data.vocabulary=here.txt"], "not a SentencePiece model"),
     (["prepare_data", "show", "absent"], "absent"),
-    (["prepare_data", "show", "absent", "--step=-1"], "--step=-1"),
+    (["prepare_data", "show", "absent", "--step=-1"], "--step: -1: must be"),
     (["prepare_data", "vocabulary", "--config=quickstart", "--out=v.model", "--size=3"], "--size=3"),
     (["sweep", "--config=quickstart", "--out=o"], "--grid"),
     (["sweep", "--config=quickstart", "--out=o", "--grid", "optim.rho="], "--grid optim.rho="),
     (["sweep", "--config=quickstart", "--out=o", "--grid", "optim.ro=1"], "config.optim.ro"),
     (["sweep", "--config=quickstart", "--out=list", "--grid", "seed=0,1"], "sweep.json"),
     (["sweep", "--config=quickstart", "--out=o", "--sweep=array.py"], "array.py"),
-    (["sweep", "--config=quickstart", "--out=o", "--grid", "seed=0", "--jobs=-1"], "--jobs=-1"),
+    (["sweep", "--config=quickstart", "--out=o", "--grid", "seed=0", "--jobs=-1"], "--jobs: -1: must be"),
     (["report", "absent"], "absent: must be the directory of a sweep"),
     (["report", "list"], "sweep.json"),
     (["report", "here.txt"], "here.txt"),
@@ -78,7 +79,13 @@ TABLE = [
     (["retention", "--workdir=absent"], "absent"),
     (["plan", "--config=quickstart"], "--topology"),
     (["plan", "--config=quickstart", "--topology=moon:8"], "--topology"),
+    (["plan", "--table", "--methods", "samm"], "--methods: samm: must be one of"),
     (["bench", "nothing"], "nothing"),
+    (["bench", "step", "--runs=-1"], "--runs: -1: must be an integer >= 0"),
+    (["bench", "step", "--remat=some"], "--remat: some: must be one of"),
+    (["bench", "shares", "--steps", "5", "x"], "--steps: x: must be an integer >= 1"),
+    ([*TRAIN, "--config.optim.perturb=()"], "config.optim.perturb"),
+    ([*PREPARE, "--out=o", "--hosts=2"], "--hosts=2: needs --launcher=slurm or print"),
     (["config", "nothing"], "nothing"),
     (["docs", "nothing"], "nothing"),
     (["nothing"], "nothing"),
@@ -125,6 +132,35 @@ def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, argv, named):
     assert named in said
     left = [path for path in sorted(here.rglob("*")) if path not in before and "cache" not in path.parts]
     assert not left
+
+
+COMMANDS = [[name, *kind] for name in cli.COMMANDS for kind in [[], *([each] for each in cli.KINDS.get(name, ()))]]
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
+def test_every_number_of_a_command_line_is_bounded(monkeypatch, line):
+    """As its declaration says: no number is negative, none is too large for an array, none is no number."""
+    parsers = []
+
+    def seen(self, *arguments):
+        parsers.append(self)
+        raise command.UsageError("seen")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", seen)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", seen)
+    with contextlib.suppress(SystemExit, command.UsageError):
+        cli.main([*line, "--nothing"])
+    numbers = [action for parser in parsers for action in parser._actions if is_number(action.type)]
+    for action in numbers:
+        for text in ("-1", "nan", "", "9" * 400):
+            with pytest.raises(argparse.ArgumentTypeError):
+                action.type(text)
+
+
+def is_number(read) -> bool:
+    with contextlib.suppress(Exception):
+        return type(read("5")) in (int, float)
+    return False
 
 
 WORDS = [

@@ -1,6 +1,7 @@
 """What a step holds and exchanges, read from its compiled program: the promises about memory, traffic and FLOPs."""
 
 import argparse
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from steppe.configs import base, sizes
 from steppe.lm.model.mesh import make_mesh
+from steppe.lm.run import chips
 from steppe.lm.run.assembly import assemble
 from steppe.lm.run.budget import step_flops
 from steppe.optim.methods import Cost
@@ -129,6 +131,23 @@ def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
     assert status == 0
     for part in ("parameters", "optimizer", "anchor", "temporary", "all-reduce", "MFU", "run  ", "fits"):
         assert part in printed
+
+
+@pytest.mark.parametrize(("megabytes", "status"), [(24, 0), (4, 1)])
+def test_a_search_ends_with_flags_that_fit_or_with_what_is_missing(capsys, request, monkeypatch, megabytes, status):
+    monkeypatch.chdir(request.config.rootpath)
+    small = chips.chip_of(jax.devices()[0])._replace(memory=megabytes * 1e6)
+    monkeypatch.setattr(chips, "chip_of", lambda device, devices_here=1: small)
+    line = ["--config=quickstart", "--config.model.size=0.1m", "--config.train.batch_size=64", "--topology=cpu:1"]
+    assert plan.main(line) == 1
+    assert "--search chooses" in capsys.readouterr().out
+    assert plan.main([*line, "--search"]) == status
+    last = capsys.readouterr().out.splitlines()[-1]
+    if status == 0:
+        assert "--config.train.microbatches=" in last
+        assert plan.main([*line, *last.removeprefix("use it with ").split()]) == 0
+    else:
+        assert re.search(r"alone take 0\.00\d+ GiB, .* use 2 or more devices, or a smaller config\.model\.size", last)
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def test_vocabulary_then_prepare_then_show(texts, tmp_path, capsys, monkeypatch)
     [
         (["--out=x"], "--config is missing"),
         (["--config=base"], "--out is missing"),
-        (["--config=base", "--out=x", "--workers=0"], "--workers=0: must be an integer > 0"),
-        (["--config=base", "--out=x", "--shards=0"], "config.data.shards=0: accepted is an integer from 1"),
+        (["--config=base", "--out=x", "--workers=0"], "--workers: 0: must be an integer >= 1"),
+        (["--config=base", "--out=x", "--shards=0"], "--shards: 0: must be an integer from 1 to 99999"),
         (["--config=base", "--out=x", "--config.data.task=web"], "config.data.task='web': accepted is "),
         (["show", "absent"], "config.data.directory='absent' does not exist"),
-        (["show", "absent", "--step=-1"], "--step=-1: must be an integer >= 0"),
+        (["show", "absent", "--step=-1"], "--step: -1: must be an integer >= 0"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch):

@@ -182,6 +182,11 @@ def test_a_spike_rolls_back_past_its_data_also_when_interrupted(corpus, tmp_path
     with np.load(tmp_path / "one" / anomaly.FOLDER / f"step-{bad['step']}.npz", allow_pickle=False) as batch:
         assert batch["targets"].shape == (8, 16)
 
+    metrics = replay.replay(rolling, str(tmp_path / "one"), bad["step"], lambda line: None)
+    assert (metrics["spike"], metrics["loss"]) == (1, bad["loss"])  # the step that was left, not the one in its place
+    last = lm_runs.records(tmp_path / "one", "train")[-1]
+    assert replay.replay(rolling, str(tmp_path / "one"), 20, lambda line: None)["loss"] == last["loss"]
+
     # stopped twice, before and after rollbacks, which leaves checkpoints in between; then continued
     for calls in (to + 2, 4):
         with monkeypatch.context() as patched:

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from helpers import lm_runs, processes, sweep_runs
-from steppe.scripts import results
+from steppe.scripts import prepare_data, results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep import slurm as sweep_slurm
@@ -169,7 +169,7 @@ def slurm(tmp_path_factory):
 def test_slurm_runs_an_array_and_continues_a_requeued_run(slurm, config, tmp_path):
     pytest.importorskip("submitit")
     out = tmp_path / "out"
-    long = "--config.train.duration=300 steps"
+    long = "--config.train.duration=2000 steps"
     flags = ("--grid", "seed=0,1", long, "--launcher=slurm", "--slurm=partition=main,time=20", "--jobs=2")
     status, printed = sweep_runs.run(config, out, *flags)
     assert status == 0, printed
@@ -196,4 +196,20 @@ def test_slurm_runs_an_array_and_continues_a_requeued_run(slurm, config, tmp_pat
     assert "stopping after this step" in (first / "train.log").read_text()
     assert "continuing  after step" in (first / "train.log").read_text()
     assert [len(json.loads((place / "attempts.json").read_text())["attempts"]) for place in (first, second)] == [2, 1]
-    assert [record["step"] for record in lm_runs.records(first, "train")] == list(range(1, 301))
+    assert [record["step"] for record in lm_runs.records(first, "train")] == list(range(1, 2001))
+
+
+def test_slurm_prepares_a_corpus_on_several_hosts(slurm, tmp_path, capsys):
+    pytest.importorskip("submitit")
+    arguments = ["--config=base", "--config.data.task=embedded", "--shards=4", "--workers=1"]
+    out = tmp_path / "corpus"
+    flags = ["--hosts=2", "--launcher=slurm", "--slurm=partition=main,time=20"]
+    assert prepare_data.main([*arguments, f"--out={out}", *flags]) == 0
+    assert "submitted 2 hosts as job" in capsys.readouterr().out
+    end = time.monotonic() + 120
+    while not (out / "manifest.json").exists():
+        assert time.monotonic() < end, "\n".join(path.read_text() for path in tmp_path.glob("corpus.slurm/*.err"))
+        time.sleep(0.2)
+    assert prepare_data.main([*arguments, f"--out={tmp_path / 'alone'}"]) == 0
+    shards = [sorted(place.rglob("*.array_record")) for place in (out, tmp_path / "alone")]
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
