@@ -1,4 +1,4 @@
-"""Runs disturbed in every way of `disturbances`, continued, and compared with an undisturbed one."""
+"""Runs and preparations disturbed in every way, continued, and compared with undisturbed ones."""
 
 import collections
 import os
@@ -24,7 +24,10 @@ from exhaustive.disturbances import (
     start,
     wait_until,
 )
+from exhaustive.preparations import PREPARATIONS
+from exhaustive.preparations import difference as corpus_difference
 
+ALL = {**SCENARIOS, **PREPARATIONS}
 CLOCKS = ("seconds", "tokens_per_second", "data_wait", "stall")  # of a record, what two equal runs need not share
 
 
@@ -36,7 +39,7 @@ def disturb(runs: int, minutes: float, seed: int, flipped: int, only: str = "") 
     began, chance = time.monotonic(), random.Random(seed)
     rows, failures = collections.defaultdict(list), []
     with bench() as (made, whole):
-        chosen = [item for item in SCENARIOS.items() if only in item[0]]
+        chosen = [item for item in ALL.items() if only in item[0]]
         for number in range(runs if chosen else 0):
             if time.monotonic() - began > minutes * 60:
                 failures.append(f"{runs - number} runs were not made: the time was up")
@@ -46,7 +49,8 @@ def disturb(runs: int, minutes: float, seed: int, flipped: int, only: str = "") 
             try:
                 with scenario_folder(made, name, workdir):
                     statuses, hit = scenario(made, workdir, chance)
-                    problem = difference(whole, workdir)
+                    prepared = name in PREPARATIONS
+                    problem = corpus_difference(made, workdir) if prepared else difference(whole, workdir)
             except Exception as error:
                 statuses, hit, problem = [], False, f"{type(error).__name__}: {error}"
             rows[name].append((statuses, hit, problem))

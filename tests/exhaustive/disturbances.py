@@ -75,10 +75,10 @@ def bench() -> Iterator[tuple[Bench, Path]]:
 @contextlib.contextmanager
 def scenario_folder(made: Bench, name: str, workdir: Path) -> Iterator[None]:
     """A tmpfs as workdir for the scenarios that fill the disk."""
+    workdir.mkdir()
     if not name.startswith("disk full"):
         yield
         return
-    workdir.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(workdir)], check=True)
     try:
         yield

@@ -5,10 +5,9 @@ import os
 import pytest
 
 from exhaustive import chaos
-from exhaustive.disturbances import SCENARIOS
 
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system is mounted, to be filled")
 def test_disturbed_runs_end_as_undisturbed_ones():
-    assert chaos.disturb(runs=len(SCENARIOS), minutes=20, seed=0, flipped=100) == []
+    assert chaos.disturb(runs=len(chaos.ALL), minutes=20, seed=0, flipped=100) == []
