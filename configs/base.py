@@ -255,13 +255,15 @@ def get_config() -> ConfigDict:
 FREE = frozenset(name for name, key in _KEYS.items() if key.free)
 
 
+_DEFAULTS = flatten({name: key.default for name, key in _KEYS.items() if name != _METHOD_OPTIONS})
+
+
 def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
     """A flat config of some version of Steppe with the keys it did not have yet; absent options of methods are None.
 
     An option left to its method whose default has changed since is at what it then was.
     """
-    known = {name: key.default for name, key in _KEYS.items() if name != _METHOD_OPTIONS}
-    found = flatten(known) | dict(flat)
+    found = _DEFAULTS | dict(flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(found["optim.method"], options).items():
         if found.get(f"optim.{option}") is None:

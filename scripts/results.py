@@ -76,7 +76,7 @@ class Result(NamedTuple):
 def read(
     runs: str | os.PathLike | Iterable[str | os.PathLike], left_out: Callable[[str], None] | None = None
 ) -> list[Result]:
-    """The runs of a sweep's directory, of one workdir, or of several workdirs or patterns of them.
+    """The runs of a sweep's directory, of one workdir, or of several workdirs or patterns of them, each once.
 
     ResultsError where there are none, and for one that holds what no run writes: unless left_out is given, which then
     hears of it, and of every measurement that cannot be read.
@@ -89,7 +89,10 @@ def read(
         if not listed:
             remedy = "must be the directory of a sweep, or the workdir of a run, with a config.json"
             raise ResultsError(f"{each}: {remedy}; there is no run in it")
-    for name, directory, planned in [place for _, listed in places for place in listed]:
+    once: dict[str, tuple] = {}
+    for place in [place for _, listed in places for place in listed]:
+        once.setdefault(os.path.realpath(place[1]), place)
+    for name, directory, planned in once.values():
         try:
             found.append(_of_workdir(name, directory, planned))
         except ResultsError as error:

@@ -311,18 +311,31 @@ class Records(NamedTuple):
 # The numbers of lines as `step` writes them, in their order: parsing the whole of them takes several times as long.
 _BLOCK = 1 << 20  # bytes read at a time
 _NUMBERS = re.compile(rb'"(?:step|tokens|seconds|loss|perturbed_loss)": ([^,}]+)')
-_STEPS = re.compile(rb'(?:\{"kind": "train", [^{}\n]*\}\n)+')
+_STEP, _END_OF_STEPS = b'{"kind": "train", ', re.compile(rb'\n(?!\{"kind": "train", )')
+
+
+def _steps_from(content: bytes, position: int) -> bytes:
+    """The whole lines of steps that follow one another from a position on."""
+    if not content.startswith(_STEP, position):
+        return b""
+    end = _END_OF_STEPS.search(content, position)
+    return content[position : end.end()] if end else b""
 
 
 def _numbers(lines: bytes) -> "np.ndarray | None":
     """[n, 5] of the lines of steps, as Train has them but for `apart`; None of lines that have to be looked at."""
     import numpy as np
 
-    count, found = lines.count(b"\n"), _NUMBERS.findall(lines)
+    text = np.frombuffer(lines, np.uint8)  # in which numpy counts several times as fast as Python
+    ends = np.flatnonzero(text == ord("\n"))
+    count = len(ends)
+    if np.count_nonzero(text == ord("{")) != count or (text[ends - 1] != ord("}")).any():  # torn, or of something else
+        return None
+    found = _NUMBERS.findall(lines)
     if len(found) not in (4 * count, 5 * count):
         return None
     try:
-        rows = np.array(found).astype(np.float64).reshape(count, -1)
+        rows = np.fromiter(map(float, found), np.float64, len(found)).reshape(count, -1)
     except ValueError:
         return None
     return np.pad(rows, ((0, 0), (0, 5 - rows.shape[1])), constant_values=np.nan)
@@ -347,11 +360,11 @@ def read(workdir: str | os.PathLike) -> Records:
     for content in _blocks(Path(workdir) / METRICS):
         position = 0
         while position < len(content):
-            match = _STEPS.match(content, position)
-            block = _numbers(match.group()) if match else None
+            lines = _steps_from(content, position)
+            block = _numbers(lines) if lines else None
             if block is not None:
                 first = np.zeros((len(block), 1))
-                first[0], apart, position = apart, False, match.end()
+                first[0], apart, position = apart, False, position + len(lines)
                 rows.frombytes(np.hstack([block, first]).tobytes())
                 continue
             end = content.find(b"\n", position) + 1 or len(content)

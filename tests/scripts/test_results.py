@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from helpers import report_runs
 from steppe.scripts import results
 
 
@@ -168,3 +169,11 @@ def test_a_sweep_of_another_shape_is_one_line(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(results.ResultsError, match=r"^[^\n]*sweep\.json[^\n]*$"):
         results.read(tmp_path)
+
+
+def test_a_run_given_twice_is_read_once(tmp_path):
+    runs = {name: (overrides, 2.0) for name, overrides in (report_runs.plan("sam", rho) for rho in (0.01, 0.02))}
+    report_runs.write_sweep(tmp_path, runs)
+    other, one = sorted((tmp_path / "runs").iterdir())
+    found = results.read([str(one), str(tmp_path / "runs" / "*"), f"{one}/../{one.name}"])
+    assert [result.directory.resolve() for result in found] == [one, other]
