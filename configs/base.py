@@ -49,7 +49,8 @@ _KEYS = {
     ),
     "model.layers": Key(4, "Transformer blocks", integer(1)),
     "model.width": Key(128, "D, features of the residual stream", integer(1)),
-    "model.heads": Key(4, "H, query heads; D / H is the head width", integer(1)),
+    "model.heads": Key(4, "H, query heads", integer(1)),
+    "model.head_width": Key(0, "K, features of a head; 0: D / H", integer(0)),
     "model.kv_heads": Key(0, "key/value heads, divides heads; 0: as many as heads", integer(0)),
     "model.mlp_width": Key(512, "F, hidden features of the MLP", integer(1)),
     "model.qk_norm": Key(False, "normalise queries and keys per head", FLAG),
@@ -89,7 +90,9 @@ _KEYS = {
         "of a source's documents that make its held-out split, where it has none of its own",
         number(above=0, below=1),
     ),
-    "data.vocabulary": Key("bytes", "bytes | path of a SentencePiece model", TEXT),
+    "data.vocabulary": Key(
+        "bytes", "bytes | path of a SentencePiece model, a tokenizer.json or a .tiktoken file", TEXT
+    ),
     "data.sequence_length": Key(256, "T, tokens predicted per sequence", integer(1)),
     "data.packing": Key(
         "concat",

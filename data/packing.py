@@ -36,15 +36,18 @@ class Segment(NamedTuple):
     bytes: int
 
 
-def rows(documents: Iterable[Documents], packing: str, sequence_length: int) -> Iterator[list[Segment]]:
-    """Packs documents into rows; every token of every document is the target of exactly one position of one row."""
+def rows(documents: Iterable[Documents], packing: str, sequence_length: int, begin: int = 0) -> Iterator[list[Segment]]:
+    """Packs documents into rows; every token of every document is the target of exactly one position of one row.
+
+    begin: the input before the first token of a stream.
+    """
     pack = _concat if packing == "concat" else _bestfit
-    return pack(documents, sequence_length)
+    return pack(documents, sequence_length, begin)
 
 
-def _concat(documents: Iterable[Documents], length: int) -> Iterator[list[Segment]]:
-    """One stream cut every `length` tokens; rows overlap by one, the first begins with 0, the last may be short."""
-    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), 0
+def _concat(documents: Iterable[Documents], length: int, begin: int) -> Iterator[list[Segment]]:
+    """One stream cut every `length` tokens; rows overlap by one, the first begins with `begin`."""
+    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), begin
     for more in documents:
         ids, sizes = np.concatenate([ids, more.ids]), np.concatenate([sizes, more.lengths])
         used = len(ids) // length * length
@@ -57,13 +60,13 @@ def _concat(documents: Iterable[Documents], length: int) -> Iterator[list[Segmen
         yield [Segment(ids, first, int(sizes.sum(dtype=np.int64)))]
 
 
-def _bestfit(documents: Iterable[Documents], length: int) -> Iterator[list[Segment]]:
+def _bestfit(documents: Iterable[Documents], length: int, begin: int) -> Iterator[list[Segment]]:
     """Best-fit decreasing over windows of segments: each goes to the fullest row that still has room for it.
 
     A document longer than a row is cut; the rest continues in another row, whose first input is the token before it.
     """
     window: list[Segment] = []
-    for ended, *pieces in _segments(documents, length):
+    for ended, *pieces in _segments(documents, length, begin):
         window += pieces
         if ended and len(window) >= WINDOW:
             yield from _pack_window(window, length)
@@ -71,9 +74,9 @@ def _bestfit(documents: Iterable[Documents], length: int) -> Iterator[list[Segme
     yield from _pack_window(window, length)
 
 
-def _segments(documents: Iterable[Documents], length: int) -> Iterator[tuple[bool, *tuple[Segment, ...]]]:
+def _segments(documents: Iterable[Documents], length: int, opening: int) -> Iterator[tuple[bool, *tuple[Segment, ...]]]:
     """(whether a document ends here, segments of one document that are complete by now)."""
-    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), 0  # of the document that goes on
+    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), opening  # of the document that goes on
     for more in documents:
         total = np.concatenate([[0], np.cumsum(more.lengths, dtype=np.int64)])
         begin = 0
@@ -81,7 +84,7 @@ def _segments(documents: Iterable[Documents], length: int) -> Iterator[tuple[boo
             if begin == end:
                 continue
             if ended and not len(ids) and end - begin <= length:
-                yield True, Segment(more.ids[begin:end], 0, int(total[end] - total[begin]))
+                yield True, Segment(more.ids[begin:end], opening, int(total[end] - total[begin]))
                 begin = end
                 continue
             ids, sizes = np.concatenate([ids, more.ids[begin:end]]), np.concatenate([sizes, more.lengths[begin:end]])
@@ -91,7 +94,9 @@ def _segments(documents: Iterable[Documents], length: int) -> Iterator[tuple[boo
                 targets = ids[start : min(start + length, used)]
                 pieces.append(Segment(targets, first, int(sizes[start : start + len(targets)].sum(dtype=np.int64))))
                 first = int(targets[-1])
-            ids, sizes, first = (ids[:0], sizes[:0], 0) if ended else (ids[used:].copy(), sizes[used:].copy(), first)
+            ids, sizes, first = (
+                (ids[:0], sizes[:0], opening) if ended else (ids[used:].copy(), sizes[used:].copy(), first)
+            )
             yield ended, *pieces
 
 

@@ -109,7 +109,8 @@ def write(
     documents = _documents(_groups(tally.good(records)), tokenizer, tally, count)
 
     with files.replacing(path) as partial:
-        rows, content = _write_rows(partial, packing.rows(documents, recipe.packing, recipe.sequence_length), dtype)
+        packed = packing.rows(documents, recipe.packing, recipe.sequence_length, tokenizer.begin_id)
+        rows, content = _write_rows(partial, packed, dtype)
         _read_back(partial, rows, content)
         entry = {
             "file": job.file,

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("steppe.scripts.evaluate", "--workdir=runs/quickstart"),
     "plot": ("steppe.scripts.plot", "runs/quickstart"),
     "generate": ("steppe.scripts.generate", "--workdir=runs/quickstart --prompt='def '"),
+    "export": ("steppe.scripts.export", "--workdir=runs/quickstart --out=models/quickstart"),
     "sweep": ("steppe.scripts.sweep.__main__", "--config=quickstart --sweep=rho_by_scale:0.1m --out=sweeps/rho"),
     "report": ("steppe.scripts.report.__main__", "sweeps/rho"),
     "curvature": ("steppe.scripts.measure.curvature", "--workdir=runs/quickstart --step=all"),

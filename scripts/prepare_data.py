@@ -203,7 +203,7 @@ def _print_row(number: int, row: dict, tokenizer) -> None:
         else:
             ends = (targets[begin:] == eos_id).nonzero()[0]
             end = begin + int(ends[0]) + 1 if len(ends) else used
-        starts = "document" if inputs[begin] in (0, eos_id) else "rest of a document"
+        starts = "document" if inputs[begin] in (tokenizer.begin_id, eos_id) else "rest of a document"
         stops = "ends" if targets[end - 1] == eos_id else "continues elsewhere"
         print(f"--- positions {begin} to {end - 1}: {starts}, {stops}")
         print(tokenizer.decode(targets[begin:end].tolist()))

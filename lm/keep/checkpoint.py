@@ -8,7 +8,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +229,45 @@ def load_params(path: str, abstract_params: Any, log: Callable[[str], None] = pr
 def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], None] = print) -> dict[str, Any]:
     """Parts of a checkpoint's State by name ("params", "optimizer"), placed as `abstract_parts` says.
 
-    path: a step directory, a directory of them, or a run's workdir; of several the newest sound one. Every byte of it
-    is verified. Unusable if there is none, or if paths, dtypes or shapes differ.
+    Every byte of it is verified. Unusable if there is none, or if paths, dtypes or shapes differ.
     """
+    start = find(path, log)
+    named = tuple(f"{name}/" for name in abstract_parts)
+    saved = {name: entry for name, entry in seal.read(start)["tree"].items() if name.startswith(named)}
+    _compare(start, saved, seal.tree_of(abstract_parts))
+    log(f"parameters  of {start}")
+    return _restore(start, abstract_parts, ocp.checkpoint_utils.construct_restore_args(abstract_parts))
+
+
+def load_arrays(start: epath.Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Some leaves of the State of a checkpoint that `find` gave, as {"params/embed/embedding": array} in this host's
+    memory; nothing else of it is read."""
+    item: dict[str, Any] = {}
+    for name in names:
+        inside = item
+        *above, last = name.split("/")
+        for part in above:
+            inside = inside.setdefault(part, {})
+        inside[last] = np.zeros(())
+    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    found = jax.tree_util.tree_leaves_with_path(_restore(start, item, arguments))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in found}
+
+
+def shapes_of(start: epath.Path) -> dict[str, tuple[int, ...]]:
+    """{"params/embed/embedding": shape} of a checkpoint that `find` gave."""
+    return {name: tuple(entry[1]) for name, entry in seal.read(start)["tree"].items()}
+
+
+def _restore(start: epath.Path, item: Any, arguments: Any) -> Any:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        return reader.restore(start / "state", args=args)
+
+
+def find(path: str, log: Callable[[str], None] = print) -> epath.Path:
+    """The step directory that `path` names: itself one, a directory of them, or a run's workdir; of several the newest
+    sound one. Every byte of it is verified. Unusable if there is none."""
     start = place(path)
     if start.name.isdecimal() and (start / seal.NAME).exists():
         try:
@@ -245,17 +281,7 @@ def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], N
         if newest is None:
             raise Unusable(f"{start}: holds no checkpoint")
         start = found / str(newest)
-    named = tuple(f"{name}/" for name in abstract_parts)
-    saved = {name: entry for name, entry in seal.read(start)["tree"].items() if name.startswith(named)}
-    _compare(start, saved, seal.tree_of(abstract_parts))
-    log(f"parameters  of {start}")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        args = ocp.args.PyTreeRestore(
-            item=abstract_parts,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_parts),
-            partial_restore=True,
-        )
-        return reader.restore(start / "state", args=args)
+    return start
 
 
 class Timer:

@@ -1,18 +1,21 @@
 """A model out of a run's checkpoint, for commands that look at what was trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
 from steppe.lm.keep import seal
-from steppe.lm.keep.checkpoint import directory_of, load_parts, place
+from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
 from steppe.lm.keep.workdir import config_of, kept_corpus
 from steppe.lm.run.assembly import Parts, assemble
 from steppe.optim.methods import OPTIONS
+
+PARAMS = "params/"  # of the names of parameters in a checkpoint
 
 
 class Saved(NamedTuple):
@@ -26,6 +29,39 @@ class Saved(NamedTuple):
     parts: Parts
     params: Any
     optimizer: Any = None
+
+
+class Unread(NamedTuple):
+    """A checkpoint of a run, whose parameters are read as they are asked for.
+
+    directory: the run's. shapes: {path: shape} of every parameter. read(paths): {path: array, in this host's memory}.
+    """
+
+    directory: str
+    config: ConfigDict
+    corpus: Corpus
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[Collection[str]], dict[str, np.ndarray]]
+
+
+def unread(directory: str, step: int | None = None, log: Callable[[str], None] = print) -> Unread:
+    """The run of `directory` after `step` steps, by default at its newest sound checkpoint, nothing of it in memory.
+
+    WorkdirError, Unusable or DataError, each one line, where that cannot be.
+    """
+    config = config_of(directory)
+    corpus = kept_corpus(directory) or open_of(config.data, log)
+    found = directory_of(config, directory)
+    start = find(found if step is None else f"{found}/{step}", log)
+    shapes = {name: shape for name, shape in shapes_of(start).items() if name.startswith(PARAMS)}
+
+    def read(paths: Collection[str]) -> dict[str, np.ndarray]:
+        arrays = load_arrays(start, [PARAMS + path for path in paths])
+        return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
+
+    names = {name.removeprefix(PARAMS): shape for name, shape in shapes.items()}
+    return Unread(directory, config, corpus, int(start.name), names, read)
 
 
 def load(directory: str, step: int | None = None, log: Callable[[str], None] = print, optimizer: bool = False) -> Saved:

@@ -38,10 +38,16 @@ class Shape(NamedTuple):
     tie_embeddings: bool = True
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-6
+    head_width: int = 0  # 0: width / heads
     init: str = "steppe"
     dtype: str = "float32"
     kernel: str = "einsum"
     remat: str = "dots"
+
+    @property
+    def features(self) -> int:
+        """K, the width of a head."""
+        return self.head_width or self.width // self.heads
 
 
 def padded_vocabulary(size: int, multiple: int) -> int:
@@ -223,7 +229,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
         s = self.shape
-        D, H, G, K = s.width, s.heads, s.kv_heads, s.width // s.heads
+        D, H, G, K = s.width, s.heads, s.kv_heads, s.features
         draw = _matrix(s.init, (0,))
         query = project("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), draw, s.dtype, name="query")())
         key = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="key")())

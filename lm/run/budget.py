@@ -71,7 +71,7 @@ def count_parameters(params: Any) -> Parameters:
 def forward_flops(shape: Shape) -> Flops:
     """Multiply-adds count two. Norms, softmax and activations are left out (a few per cent at width 128)."""
     D, F, H, G = shape.width, shape.mlp_width, shape.heads, shape.kv_heads
-    K = D // H
+    K = shape.features
     projections = 2 * D * K * (2 * H + 2 * G)
     mlp = 2 * D * F * (3 if shape.style == "modern" else 2)
     square = 2 * 2 * shape.sequence_length * H * K  # scores, then their product with the values

@@ -72,16 +72,18 @@ def _check_model(config: ConfigDict, backend: str | None) -> None:
         kernel_of(config, backend)
         accepted = "none, full or dots on a CPU, whose memory is the host's already"
         _need(model.remat != "offload" or backend != "cpu", config, "model.remat", accepted)
-    accepted = f"a divisor of model.width = {model.width}"
-    _need(model.width % model.heads == 0, config, "model.heads", accepted)
+    accepted = f"a divisor of model.width = {model.width}, or any number with model.head_width set"
+    _need(model.head_width or model.width % model.heads == 0, config, "model.heads", accepted)
     if model.style == "nanodo":
         accepted = "0 in style nanodo, whose heads are never grouped (style modern groups them)"
         _need(model.kv_heads in (0, model.heads), config, "model.kv_heads", accepted)
     else:
         accepted = f"0 or a divisor of model.heads = {model.heads}"
         _need(model.kv_heads == 0 or model.heads % model.kv_heads == 0, config, "model.kv_heads", accepted)
+        if model.head_width:
+            _need(model.head_width % 2 == 0, config, "model.head_width", "an even number, as RoPE turns pairs")
         accepted = f"such that model.width / model.heads = {model.width // model.heads} is even, as RoPE turns pairs"
-        _need(model.width // model.heads % 2 == 0, config, "model.heads", accepted)
+        _need(model.head_width or model.width // model.heads % 2 == 0, config, "model.heads", accepted)
 
 
 def kernel_of(config: ConfigDict, backend: str) -> str:

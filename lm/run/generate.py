@@ -41,7 +41,7 @@ def generate(
     next_token: a compiled make_next_token; length: its T. The window is recomputed for each token, which costs T times
     what a cache would: meant for a look at a model, not for serving.
     """
-    ids = [tokenizer.pad_id, *tokenizer.encode(prompt)]  # documents begin after id 0, as in training
+    ids = [tokenizer.begin_id, *tokenizer.encode(prompt)]  # as documents begin in training
     start = len(ids)
     for key in jax.random.split(jax.random.key(seed), tokens):
         window = ids[-length:]

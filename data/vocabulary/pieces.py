@@ -1,12 +1,6 @@
-"""Vocabularies: bytes, a SentencePiece file, and training one.
-
-Preparation, training, evaluation and generation share one `Tokenizer`, which never imports tensorflow; its ids are
-those of seqio's ByteVocabulary and SentencePieceVocabulary. Id 0 begins every stream and fills padding, `eos_id` ends
-a document.
-"""
+"""SentencePiece models: ids, their source bytes, and training one."""
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -14,58 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 from steppe.data import files
-from steppe.data.errors import DataError, refused
+from steppe.data.errors import DataError
+from steppe.data.vocabulary.tokenizer import PAD_ID, PART, Tokenizer, Tokens
 
-PAD_ID = 0
-PART = 1 << 15  # bytes of a long text that are tokenised at a time, where the vocabulary allows it
 _WHITE = bytes.maketrans(b"\t\n\r", b"   ")  # what a normaliser may take for blanks
 _NEAR = 1 << 10  # how far before the end of a part a blank is looked for first
 _SPACE = "\u2581"  # SentencePiece's mark of a blank
 _BLANK = re.compile(rb"[!-~] (?=[!-~])")  # a single one, nothing near it that a normaliser could join to it
-BYTE_OFFSET = 3  # seqio.ByteVocabulary: 0 padding, 1 end of document, 2 unknown, then the 256 bytes
 
 
-class Tokens(NamedTuple):
-    """Several texts as tokens: ids [n], the source bytes [n] behind each id, and how many ids [texts] each text has."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    counts: np.ndarray
-
-
-class Tokenizer(NamedTuple):
-    """Text <-> ids. `decode` drops padding and end-of-document ids; it is lossless where the vocabulary is.
-
-    measure(texts): the Tokens of UTF-8 texts. cuts(text): the text in parts of which the tokens, one after the other,
-    are those of the whole.
-    """
-
-    spec: str
-    fingerprint: str  # equal for two tokenizers exactly if they give the same ids
-    vocab_size: int
-    pad_id: int
-    eos_id: int
-    encode: Callable[[str], list[int]]
-    decode: Callable[[Iterable[int]], str]
-    measure: Callable[[list[bytes]], Tokens]
-    cuts: Callable[[bytes], Iterator[bytes]]
-
-
-def load_tokenizer(spec: str) -> Tokenizer:
-    """Loads `spec`, "bytes" or the path of a SentencePiece model, without tensorflow."""
-    if spec == "bytes":
-        return Tokenizer(
-            spec=spec,
-            fingerprint=spec,
-            vocab_size=256 + BYTE_OFFSET,
-            pad_id=PAD_ID,
-            eos_id=1,
-            encode=_encode_bytes,
-            decode=_decode_bytes,
-            measure=_measure_bytes,
-            cuts=_cut_bytes,
-        )
-    model = read_model(spec)
+def load(spec: str, model: bytes) -> Tokenizer:
+    """The vocabulary of a model's bytes. DataError where they are none."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -85,32 +38,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
         spec=spec,
         fingerprint=f"sentencepiece-{digest}",
         vocab_size=size,
-        pad_id=PAD_ID,
+        begin_id=PAD_ID,
         eos_id=eos_id,
         encode=processor.EncodeAsIds,
         decode=decode,
         **_measuring(processor)._asdict(),
     )
-
-
-def _encode_bytes(text: str) -> list[int]:
-    return [byte + BYTE_OFFSET for byte in text.encode("utf-8")]
-
-
-def _decode_bytes(ids: Iterable[int]) -> str:
-    kept = bytes(int(i) - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < 256 + BYTE_OFFSET)
-    return kept.decode("utf-8", errors="ignore")  # as seqio: a character cut at a row's end is dropped
-
-
-def _measure_bytes(texts: list[bytes]) -> Tokens:
-    ids = np.frombuffer(texts[0] if len(texts) == 1 else b"".join(texts), np.uint8).astype(np.uint16)
-    ids += BYTE_OFFSET
-    return Tokens(ids, np.ones(len(ids), np.uint8), np.array([len(text) for text in texts]))
-
-
-def _cut_bytes(text: bytes) -> Iterator[bytes]:
-    for start in range(0, len(text), PART):
-        yield text[start : start + PART]
 
 
 class _Measuring(NamedTuple):
@@ -202,16 +135,6 @@ def _measuring(processor) -> _Measuring:
     return _Measuring(measure, cuts)
 
 
-def read_model(spec: str) -> bytes:
-    """Bytes of the SentencePiece file `spec`."""
-    try:
-        with open(os.path.expanduser(spec), "rb") as handle:
-            return handle.read()
-    except (OSError, ValueError) as error:  # ValueError: a name that none can have
-        reason = getattr(error, "strerror", None) or error
-        raise refused("data.vocabulary", spec, f'"bytes" or the path of a SentencePiece model ({reason})') from error
-
-
 def train_sentencepiece(
     documents: Iterable[str], path: str, size: int, model_type: str = "bpe", characters: int = 100_000_000
 ) -> Tokenizer:
@@ -250,7 +173,8 @@ def train_sentencepiece(
             )
     except RuntimeError as error:
         raise DataError(f"--size={size}: SentencePiece refuses: {' '.join(str(error).split())}") from error
-    return load_tokenizer(path)
+    with open(path, "rb") as handle:
+        return load(path, handle.read())
 
 
 def _sentences(documents: Iterable[str], characters: int) -> Iterator[str]:

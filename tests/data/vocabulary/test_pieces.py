@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steppe.data import vocabulary
 from steppe.data.errors import DataError
 from steppe.data.readers.built_in import embedded_documents
-from steppe.data.vocabulary import load_tokenizer, train_sentencepiece
+from steppe.data.vocabulary import byte, load_tokenizer, pieces, train_sentencepiece
 
-C4_MODEL = Path(__file__).parents[3] / "shared" / "t5_cc_all_32000_100extra.model"
+C4_MODEL = Path(__file__).parents[4] / "shared" / "t5_cc_all_32000_100extra.model"
 TEXTS = ["", "plain", "tab\tand\nnewline  two spaces ", "naïve Ünïcode 漢字 🎉", "\x00\x7f", "▁ lower one eighth block"]
 
 
@@ -24,7 +23,7 @@ def test_bytes_agree_with_seqio():
     import seqio
 
     ours, theirs = load_tokenizer("bytes"), seqio.ByteVocabulary()
-    assert (ours.vocab_size, ours.pad_id, ours.eos_id) == (theirs.vocab_size, theirs.pad_id, theirs.eos_id)
+    assert (ours.vocab_size, ours.begin_id, ours.eos_id) == (theirs.vocab_size, theirs.pad_id, theirs.eos_id)
     for text in [*TEXTS, *documents(50)]:
         ids = ours.encode(text)
         assert ids == theirs.encode(text) == theirs.encode_tf(text).numpy().tolist()
@@ -42,7 +41,7 @@ def test_sentencepiece_agrees_with_the_library_and_seqio_on_1000_documents():
     library = sentencepiece.SentencePieceProcessor(model_file=str(C4_MODEL))
     ours, theirs = load_tokenizer(str(C4_MODEL)), seqio.SentencePieceVocabulary(str(C4_MODEL), extra_ids=0)
     assert ours.vocab_size == theirs.vocab_size == library.get_piece_size()
-    assert (ours.pad_id, ours.eos_id) == (theirs.pad_id, theirs.eos_id) == (0, 1)
+    assert (ours.begin_id, ours.eos_id) == (theirs.pad_id, theirs.eos_id) == (0, 1)
     # Documents of one module each, then distinct slices of them, which begin and end anywhere.
     chosen = documents(400)
     generator = random.Random(0)
@@ -99,7 +98,8 @@ def test_parts_of_a_long_text_are_encoded_as_the_whole(tmp_path, monkeypatch, mo
     if model in ("bpe", "unigram"):
         train_sentencepiece([text[:3000] for text in documents(150)], path, 600, model, characters=200_000)
     tokenizer = load_tokenizer(path)
-    monkeypatch.setattr(vocabulary, "PART", 100)
+    for module in (byte, pieces):
+        monkeypatch.setattr(module, "PART", 100)
     for text in [*TEXTS, *documents(20), "x" * 500, " " * 500, "é漢 " * 99]:
         parts = list(tokenizer.cuts(text.encode()))
         assert b"".join(parts) == text.encode()

@@ -1,0 +1,44 @@
+"""The bytes themselves: seqio's ByteVocabulary, which is ByT5's."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from steppe.data.vocabulary.tokenizer import PAD_ID, PART, Tokenizer, Tokens
+
+BYTE_OFFSET = 3  # 0 padding, 1 end of document, 2 unknown, then the 256 bytes
+
+
+def load() -> Tokenizer:
+    """The byte vocabulary."""
+    return Tokenizer(
+        spec="bytes",
+        fingerprint="bytes",
+        vocab_size=256 + BYTE_OFFSET,
+        begin_id=PAD_ID,
+        eos_id=1,
+        encode=_encode_bytes,
+        decode=_decode_bytes,
+        measure=_measure_bytes,
+        cuts=_cut_bytes,
+    )
+
+
+def _encode_bytes(text: str) -> list[int]:
+    return [byte + BYTE_OFFSET for byte in text.encode("utf-8")]
+
+
+def _decode_bytes(ids: Iterable[int]) -> str:
+    kept = bytes(int(i) - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < 256 + BYTE_OFFSET)
+    return kept.decode("utf-8", errors="ignore")  # as seqio: a character cut at a row's end is dropped
+
+
+def _measure_bytes(texts: list[bytes]) -> Tokens:
+    ids = np.frombuffer(texts[0] if len(texts) == 1 else b"".join(texts), np.uint8).astype(np.uint16)
+    ids += BYTE_OFFSET
+    return Tokens(ids, np.ones(len(ids), np.uint8), np.array([len(text) for text in texts]))
+
+
+def _cut_bytes(text: bytes) -> Iterator[bytes]:
+    for start in range(0, len(text), PART):
+        yield text[start : start + PART]

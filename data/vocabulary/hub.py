@@ -1,0 +1,194 @@
+"""Vocabularies of other frameworks: Hugging Face's tokenizer.json (tokenizers), and tiktoken's files of ranks.
+
+Either needs more than its file says: which ids begin and end a text, which pattern cuts it. So it is joined with that
+into one JSON object, {"tokenizer": ...} or {"tiktoken": ...} with "begin" and "end", which is what is kept and hashed.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from unittest import mock
+
+import numpy as np
+
+from steppe.data.errors import DataError, refused
+from steppe.data.vocabulary.tokenizer import Tokenizer, Tokens
+
+# What ends a text, where nothing beside the file names it; the first that a vocabulary has
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+
+
+def joined(spec: str, path: str, content: bytes) -> bytes:
+    """The vocabulary in a file, with what stands beside it; what is no such vocabulary, as it is. DataError."""
+    if path.endswith(".tiktoken"):
+        return _join_tiktoken(spec, path, content)
+    if content[:1] != b"{" or is_joined(content):
+        return content
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"config.data.vocabulary={spec!r}: no tokenizer.json ({error})") from None
+    if not isinstance(found.get("model"), dict):
+        raise refused("data.vocabulary", spec, "a tokenizer.json of the tokenizers library, with a model in it")
+    said = _beside(path, "tokenizer_config.json")
+    named = {name: _text(said.get(f"{name}_token")) for name in ("bos", "eos")}
+    ids = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+    vocabulary = found["model"].get("vocab", {})
+    ids = {**(vocabulary if isinstance(vocabulary, dict) else {v[0]: i for i, v in enumerate(vocabulary)}), **ids}
+    end = named["eos"] or next((token for token in _ENDS if token in ids), "")
+    if end not in ids:
+        accepted = f"a tokenizer with an end of text: eos_token in the tokenizer_config.json beside it, or {_ENDS[0]}"
+        raise refused("data.vocabulary", spec, accepted)
+    begin = ids.get(named["bos"] or "", ids[end])
+    return _packed({"tokenizer": found, "begin": begin, "end": ids[end]})
+
+
+def is_joined(content: bytes) -> bool:
+    """Whether these are the bytes that `joined` makes."""
+    return content.startswith((b'{"begin":', b'{"end":'))
+
+
+def load(spec: str, content: bytes) -> Tokenizer:
+    """The vocabulary of what `joined` made. DataError where its library is missing, or refuses it."""
+    found = json.loads(content)
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    kind = "tokenizer" if "tokenizer" in found else "tiktoken"
+    library = {"tokenizer": "tokenizers", "tiktoken": "tiktoken"}[kind]
+    try:
+        made = _fast(found["tokenizer"]) if kind == "tokenizer" else _ranked(found)
+    except ImportError:
+        remedy = f"needs {library}: pip install 'steppe[hub]'"
+        raise DataError(f"config.data.vocabulary={spec!r}: {remedy}") from None
+    except Exception as error:  # of the library's own kinds
+        reason = " ".join(f"{error}".split())[:200]
+        raise DataError(f"config.data.vocabulary={spec!r}: {library} refuses it ({reason})") from None
+    return Tokenizer(
+        spec=spec, fingerprint=f"{library}-{digest}", begin_id=found["begin"], eos_id=found["end"], cuts=_whole, **made
+    )
+
+
+def _fast(found: dict) -> dict:
+    import tokenizers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # shards are what is worked on side by side
+    library = tokenizers.Tokenizer.from_str(json.dumps(found))
+    library.no_truncation()
+    library.no_padding()
+    added = {token["id"] for token in found.get("added_tokens", []) if token.get("special")}
+
+    def decode(ids: Iterable[int]) -> str:
+        return library.decode([int(i) for i in ids if i not in added], skip_special_tokens=False)
+
+    def measure(texts: list[bytes]) -> Tokens:
+        encoded = library.encode_batch([text.decode() for text in texts], add_special_tokens=False)
+        counts = np.array([len(each.ids) for each in encoded])
+        ids = np.array([i for each in encoded for i in each.ids], np.int32)
+        lengths = [_lengths(text, each.offsets) for text, each in zip(texts, encoded, strict=True)]
+        return Tokens(ids, np.concatenate([*lengths, np.zeros(0, np.int32)]), counts)
+
+    return {
+        "vocab_size": 1 + max(library.get_vocab(with_added_tokens=True).values()),
+        "encode": lambda text: library.encode(text, add_special_tokens=False).ids,
+        "decode": decode,
+        "measure": measure,
+    }
+
+
+def _lengths(text: bytes, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """The source bytes of each token, [n]; offsets: its (first, past the last) character.
+
+    Of a character in several tokens, the last stands for all of its bytes; text that no token covers counts with the
+    next one, and at the end with the last.
+    """
+    if not offsets:
+        return np.zeros(0, np.int32)
+    whole = np.frombuffer(text, np.uint8)
+    begins = np.append(np.flatnonzero((whole & 0xC0) != 0x80), len(whole))  # of each character
+    starts, ends = np.array(offsets).T
+    ends[:-1] = np.minimum(ends[:-1], np.maximum(starts[1:], starts[:-1]))
+    ends[-1] = len(begins) - 1
+    return np.diff(begins[np.maximum.accumulate(ends)], prepend=0).astype(np.int32)
+
+
+def _ranked(found: dict) -> dict:
+    import tiktoken
+
+    ranks = {base64.b64decode(token): rank for token, rank in found["tiktoken"].items()}
+    encoding = tiktoken.Encoding(
+        "steppe", pat_str=found["pattern"], mergeable_ranks=ranks, special_tokens=found["special"]
+    )
+    sizes = np.zeros(encoding.n_vocab, np.int32)
+    for token, rank in ranks.items():
+        sizes[rank] = len(token)
+    special = {found["begin"], found["end"]}
+
+    def measure(texts: list[bytes]) -> Tokens:
+        encoded = encoding.encode_ordinary_batch([text.decode() for text in texts], num_threads=1)
+        ids = np.array([i for each in encoded for i in each], np.int32)
+        return Tokens(ids, sizes[ids], np.array([len(each) for each in encoded]))
+
+    return {
+        "vocab_size": encoding.n_vocab,
+        "encode": encoding.encode_ordinary,
+        "decode": lambda ids: encoding.decode([int(i) for i in ids if i not in special]),
+        "measure": measure,
+    }
+
+
+def _join_tiktoken(spec: str, path: str, content: bytes) -> bytes:
+    """Pattern and special tokens stand in FILE.tiktoken.json, or are those of the encoding that FILE is named for."""
+    try:
+        ranks = {token.decode(): int(rank) for token, rank in (line.split() for line in content.splitlines() if line)}
+    except ValueError:
+        raise DataError(
+            f"config.data.vocabulary={spec!r}: no tiktoken file, a base64 token and its rank a line"
+        ) from None
+    said = _beside(path, os.path.basename(path) + ".json") or _known_encoding(
+        os.path.basename(path)[: -len(".tiktoken")]
+    )
+    special = said.get("special_tokens", {})
+    end = next((token for token in _ENDS if token in special), "")
+    if not said.get("pat_str") or not end:
+        accepted = f"a file of one of tiktoken's own encodings, or with a {os.path.basename(path)}.json beside it: "
+        raise refused("data.vocabulary", spec, accepted + '{"pat_str": ..., "special_tokens": {"<|endoftext|>": ID}}')
+    kept = {"tiktoken": ranks, "pattern": said["pat_str"], "special": special}
+    return _packed({**kept, "begin": special[end], "end": special[end]})
+
+
+def _known_encoding(name: str) -> dict:
+    """What tiktoken itself says of an encoding that it knows by name, without its ranks, which it would download."""
+    try:
+        from tiktoken_ext import openai_public
+    except ImportError:
+        return {}
+    make = openai_public.ENCODING_CONSTRUCTORS.get(name)
+    if make is None:
+        return {}
+    with (
+        mock.patch.object(openai_public, "load_tiktoken_bpe", return_value={}),
+        mock.patch.object(openai_public, "data_gym_to_mergeable_bpe_ranks", return_value={}),
+    ):
+        return make()
+
+
+def _beside(path: str, name: str) -> dict:
+    try:
+        with open(os.path.join(os.path.dirname(path), name), encoding="utf-8") as handle:
+            found = json.load(handle)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(token) -> str:
+    return (token.get("content") if isinstance(token, dict) else token) or ""
+
+
+def _packed(value: dict) -> bytes:
+    return json.dumps({key: value[key] for key in sorted(value)}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _whole(text: bytes) -> Iterator[bytes]:
+    yield text

@@ -1,0 +1,136 @@
+"""A checkpoint written as a Hugging Face directory: weights, configs, tokenizer and a card that says where it is from.
+
+Parameters are read from the checkpoint one after the other, and written as soon as a file of them is full.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from steppe.data import files
+from steppe.lm.hub import families, tokenizers
+from steppe.lm.hub.families import Family
+from steppe.lm.keep.saved import Unread
+from steppe.lm.run import tracking
+from steppe.optim.methods import OPTIONS
+
+MOST = 5 << 30  # bytes of a file of weights
+PARTIAL = ".partial"  # how a directory ends that is being written
+
+
+def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
+    """Writes the model of `run` to directory `out`, which appears when it is whole.
+
+    ConfigError by key where no family is that model. OSError leaves nothing.
+    """
+    family = families.of_config(run.config)
+    tokenizer = run.corpus.tokenizer
+    aside = Path(f"{out}{PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        config = families.theirs(family, run.config, tokenizer.vocab_size, tokenizer.begin_id, tokenizer.eos_id)
+        files.write_json(aside / "config.json", config)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        files.write_json(aside / "generation_config.json", {**ids, "do_sample": True, "temperature": 1.0})
+        _write_weights(aside, run, family, log)
+        tokenizers.write(aside, run.corpus, run.config.data.sequence_length, log)
+        files.write(aside / "README.md", card(run))
+        for path in aside.iterdir():
+            files.sync(path)
+        if os.path.isdir(out):  # an empty one
+            os.rmdir(out)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str], None]) -> None:
+    from safetensors.numpy import save_file
+
+    names: dict[str, str] = {}  # their tensor: its file
+    held: dict[str, np.ndarray] = {}
+    written = total = 0
+
+    def flush() -> None:
+        nonlocal written, held
+        if held:
+            written += 1
+            file = f"part-{written}.safetensors"
+            save_file(held, folder / file, metadata={"format": "pt"})
+            names.update(dict.fromkeys(held, file))
+            held = {}
+
+    for name, array in tensors(run, family):
+        if sum(each.nbytes for each in held.values()) + array.nbytes > MOST:
+            flush()
+        held[name] = np.ascontiguousarray(array)
+        total += array.nbytes
+    flush()
+    final = {f"part-{n}.safetensors": f"model-{n:05d}-of-{written:05d}.safetensors" for n in range(1, written + 1)}
+    if written == 1:
+        final = {"part-1.safetensors": "model.safetensors"}
+    else:
+        where = {name: final[file] for name, file in sorted(names.items())}
+        files.write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+        )
+    for before, after in final.items():
+        (folder / before).rename(folder / after)
+    log(f"wrote {len(names)} tensors, {total / 1e6:,.1f} MB, in {written} {'file' if written == 1 else 'files'}")
+
+
+def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
+    """(their name, array) of every tensor of the model, read from the checkpoint as they are asked for."""
+    vocabulary, layers = run.corpus.tokenizer.vocab_size, run.config.model.layers
+    biases: dict[str, list[str]] = {}
+    for bias, path in family.zeros.items():
+        biases.setdefault(path, []).append(bias)
+    for name, paths in family.names.items():
+        if not all(path in run.shapes for path in paths):  # a tied model has no readout
+            continue
+        arrays = run.read(paths)
+        stacked = "{}" in name
+        for layer in range(layers if stacked else 1):
+            parts = [
+                families.to_theirs(family, path, arrays[path][layer] if stacked else arrays[path]) for path in paths
+            ]
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0 if family.linear else 1)
+            if paths[0] in ("embed/embedding", "readout/kernel"):
+                array = array[:vocabulary]
+            yield name.format(layer), array
+            for bias in biases.get(paths[0], ()):
+                yield bias.format(layer), np.zeros(array.shape[-1], np.float32)
+
+
+def card(run: Unread) -> str:
+    """The text of a model card: what the model is, how it was trained, and its held-out losses."""
+    config, step, begin = run.config, run.step, run.corpus.tokenizer.begin_id
+    records = tracking.read(run.directory)
+    at = records.train.step.searchsorted(step)
+    tokens = int(records.train.tokens[at]) if at < len(records.train.step) else 0
+    options = {key: value for key, value in config.optim.items() if value is not None and key in ("rho", *OPTIONS)}
+    method = ", ".join([config.optim.method, *(f"{key} {value}" for key, value in options.items())])
+    text = config.data.task or f"the corpus {config.data.directory}"
+    lines = ["---", "library_name: transformers", "tags:", "- steppe", f"- {config.optim.method}", "---", ""]
+    lines += [f"# {Path(run.directory).resolve().name}", ""]
+    lines += [f"A decoder-only language model ({architecture(run)}), pretrained by Steppe.", ""]
+    lines += [f"- method: {method}, on {config.optim.base}"]
+    lines += [f"- trained on {tokens:,} tokens of {text} in {step:,} steps, seed {config.seed}"]
+    lines += [f"- {config.data.sequence_length:,} tokens at a time, id {begin} before the first"]
+    for record in records.of("evaluate"):
+        if record["step"] == step:
+            losses = f"{record['loss']:.4f} nats a token, {record['bits_per_byte']:.4f} bits a byte"
+            lines.append(f"- held-out {record['name']}: {losses}")
+    lines += ["", "The whole configuration of the run:", "", "```json"]
+    lines += [json.dumps(files.plain(config.to_dict()), indent=1), "```", ""]
+    return "\n".join(lines)
+
+
+def architecture(run: Unread) -> str:
+    """The class that the model is there."""
+    return families.of_config(run.config).architecture

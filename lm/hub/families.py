@@ -1,0 +1,218 @@
+"""The families of Hugging Face models that ours are exactly: a name for each parameter, and for each config key.
+
+modern is Llama, modern with qk_norm Qwen3, nanodo GPT-2 with biases of zero. Nothing is permuted: RoPE pairs halves
+there as here. Which axes of a kernel are summed over stands in the parameter table (lm/model/parameters.py).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from steppe.configs.keys import ConfigError
+from steppe.lm.keep.exits import Unusable
+from steppe.lm.model import parameters
+
+
+class Family(NamedTuple):
+    """names: {theirs: our paths}, {} for the layer, several where theirs joins kernels along what they write.
+
+    linear: whether kernels are [out, in], as torch's Linear has them, rather than [in, out]. zeros: {theirs: our path
+    whose written size it has}, biases that we do not have. keys: {our key: (their keys)}, the first of which is read.
+    fixed: their keys that must have, and are given, these values; absent ones have them.
+    """
+
+    kind: str
+    architecture: str
+    style: str
+    qk_norm: bool
+    linear: bool
+    names: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, tuple[str, ...]]
+    fixed: Mapping[str, Any]
+    zeros: Mapping[str, str] = {}
+
+
+_LLAMA = {
+    "model.embed_tokens.weight": ("embed/embedding",),
+    "model.norm.weight": ("final_norm/scale",),
+    "lm_head.weight": ("readout/kernel",),
+    "model.layers.{}.input_layernorm.weight": ("layers/attention_norm/scale",),
+    "model.layers.{}.post_attention_layernorm.weight": ("layers/mlp_norm/scale",),
+    "model.layers.{}.self_attn.q_proj.weight": ("layers/attention/query/kernel",),
+    "model.layers.{}.self_attn.k_proj.weight": ("layers/attention/key/kernel",),
+    "model.layers.{}.self_attn.v_proj.weight": ("layers/attention/value/kernel",),
+    "model.layers.{}.self_attn.o_proj.weight": ("layers/attention/out/kernel",),
+    "model.layers.{}.mlp.gate_proj.weight": ("layers/mlp/gate/kernel",),
+    "model.layers.{}.mlp.up_proj.weight": ("layers/mlp/up/kernel",),
+    "model.layers.{}.mlp.down_proj.weight": ("layers/mlp/down/kernel",),
+}
+_LLAMA_KEYS = {
+    "model.layers": ("num_hidden_layers",),
+    "model.width": ("hidden_size",),
+    "model.heads": ("num_attention_heads",),
+    "model.kv_heads": ("num_key_value_heads",),
+    "model.head_width": ("head_dim",),
+    "model.mlp_width": ("intermediate_size",),
+    "model.norm_epsilon": ("rms_norm_eps",),
+    "model.rope_base": ("rope_theta",),
+    "model.tie_embeddings": ("tie_word_embeddings",),
+    "data.sequence_length": ("max_position_embeddings",),
+}
+_LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+
+FAMILIES = (
+    Family("llama", "LlamaForCausalLM", "modern", False, True, _LLAMA, _LLAMA_KEYS, _LLAMA_FIXED),
+    Family(
+        "qwen3", "Qwen3ForCausalLM", "modern", True, True,
+        {
+            **_LLAMA,
+            "model.layers.{}.self_attn.q_norm.weight": ("layers/attention/query_norm/scale",),
+            "model.layers.{}.self_attn.k_norm.weight": ("layers/attention/key_norm/scale",),
+        },
+        _LLAMA_KEYS,
+        {**_LLAMA_FIXED, "use_sliding_window": False},
+    ),
+    Family(
+        "gpt2", "GPT2LMHeadModel", "nanodo", False, False,
+        {
+            "transformer.wte.weight": ("embed/embedding",),
+            "transformer.wpe.weight": ("position/embedding",),
+            "transformer.ln_f.weight": ("final_norm/scale",),
+            "lm_head.weight": ("readout/kernel",),
+            "transformer.h.{}.ln_1.weight": ("layers/attention_norm/scale",),
+            "transformer.h.{}.ln_2.weight": ("layers/mlp_norm/scale",),
+            "transformer.h.{}.attn.c_attn.weight": tuple(
+                f"layers/attention/{name}/kernel" for name in ("query", "key", "value")
+            ),
+            "transformer.h.{}.attn.c_proj.weight": ("layers/attention/out/kernel",),
+            "transformer.h.{}.mlp.c_fc.weight": ("layers/mlp/up/kernel",),
+            "transformer.h.{}.mlp.c_proj.weight": ("layers/mlp/down/kernel",),
+        },
+        {
+            "model.layers": ("n_layer",),
+            "model.width": ("n_embd",),
+            "model.heads": ("n_head",),
+            "model.mlp_width": ("n_inner",),
+            "model.norm_epsilon": ("layer_norm_epsilon",),
+            "model.tie_embeddings": ("tie_word_embeddings",),
+            "data.sequence_length": ("n_positions",),
+        },
+        {
+            "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+        },
+        {
+            "transformer.ln_f.bias": "final_norm/scale",
+            "transformer.h.{}.ln_1.bias": "layers/attention_norm/scale",
+            "transformer.h.{}.ln_2.bias": "layers/mlp_norm/scale",
+            "transformer.h.{}.attn.c_attn.bias": "layers/attention/query/kernel",
+            "transformer.h.{}.attn.c_proj.bias": "layers/attention/out/kernel",
+            "transformer.h.{}.mlp.c_fc.bias": "layers/mlp/up/kernel",
+            "transformer.h.{}.mlp.c_proj.bias": "layers/mlp/down/kernel",
+        },
+    ),
+)  # fmt: skip
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")  # of training there; any value will do
+
+
+def of_config(config: ConfigDict) -> Family:
+    """The family that a run's model is. ConfigError, by key, where it is none."""
+    model = config.model
+    if model.logit_soft_cap:
+        raise ConfigError("model.logit_soft_cap", model.logit_soft_cap, "0 to be exported: no family caps its logits")
+    for family in FAMILIES:
+        if (family.style, family.qk_norm) == (model.style, model.qk_norm):
+            break
+    else:
+        raise ConfigError("model.qk_norm", model.qk_norm, f"false to be exported in style {model.style}")
+    if "model.head_width" not in family.keys and model.head_width not in (0, model.width // model.heads):
+        raise ConfigError("model.head_width", model.head_width, f"0 to be exported as {family.architecture}")
+    return family
+
+
+def theirs(family: Family, config: ConfigDict, vocabulary: int, begin: int, end: int) -> dict[str, Any]:
+    """The config.json of a model. vocabulary: ids that mean something; begin, end: those that open and close a text."""
+    model = config.model
+    ours = {
+        **{f"model.{name}": value for name, value in model.items()},
+        "model.kv_heads": model.kv_heads or model.heads,
+        "model.head_width": model.head_width or model.width // model.heads,
+        "data.sequence_length": config.data.sequence_length,
+    }
+    found = {name: ours[key] for key, names in family.keys.items() for name in names}
+    if "rope_theta" in found:
+        found["rope_parameters"] = {"rope_type": "default", "rope_theta": found["rope_theta"]}
+    ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": begin}
+    return {
+        "architectures": [family.architecture], "model_type": family.kind, "vocab_size": vocabulary, **found,
+        **family.fixed, **ids, "dtype": "float32", "torch_dtype": "float32", "use_cache": True,
+    }  # fmt: skip
+
+
+def of_theirs(found: Mapping[str, Any], place: str) -> Family:
+    """The family of a config.json. Unusable, by key, where none computes the same."""
+    names = found.get("architectures") or []
+    family = next((each for each in FAMILIES if names == [each.architecture]), None)
+    if family is None:
+        known = ", ".join(each.architecture for each in FAMILIES)
+        raise Unusable(f"{place}: architectures = {names}: must be one of {known}")
+    for key, value in family.fixed.items():
+        if key not in _DROPOUTS and found.get(key, value) != value:
+            raise Unusable(
+                f"{place}: {key} = {found[key]!r}: must be {value!r}, as Steppe's {family.style} model has it"
+            )
+    rope = {**(found.get("rope_parameters") or {}), **(found.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise Unusable(f"{place}: rope_type = {kind!r}: must be 'default'; Steppe scales no positions")
+    return family
+
+
+def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """{our key: value} of a config.json, complete but for text and training."""
+    known = {**(found.get("rope_parameters") or {}), **{k: v for k, v in found.items() if v is not None}}
+    known.setdefault("tie_word_embeddings", family.kind == "gpt2")
+    known.setdefault("n_inner", 4 * known.get("n_embd", 0))
+    known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+    known.setdefault("head_dim", 0)
+    known.setdefault("rope_theta", 10000.0)
+    missing = [names[0] for names in family.keys.values() if names[0] not in known]
+    if missing:
+        raise Unusable(f"{place}: {missing[0]}: is missing")
+    values = {key: known[names[0]] for key, names in family.keys.items()}
+    if values.get("model.head_width", 0) * values["model.heads"] == values["model.width"]:
+        values["model.head_width"] = 0
+    return {"model.size": "", "model.style": family.style, "model.qk_norm": family.qk_norm, **values}
+
+
+def to_theirs(family: Family, path: str, array: np.ndarray) -> np.ndarray:
+    """One of our parameters, of one layer, as theirs has it."""
+    line = parameters.of(path)
+    if line.kind != "matrix":
+        return array
+    flat = array.reshape(math.prod(_read(line, array.shape, array.ndim)), -1)
+    return flat.T if family.linear else flat
+
+
+def to_ours(family: Family, path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse; shape: of our parameter, of one layer."""
+    if parameters.of(path).kind == "matrix":
+        array = array.T if family.linear else array
+    return array.reshape(shape)
+
+
+def written(path: str, shape: tuple[int, ...]) -> int:
+    """How many features a parameter of one layer writes: what theirs joins kernels along."""
+    line = parameters.of(path)
+    if line.kind != "matrix":
+        return shape[-1]
+    return math.prod(shape) // math.prod(_read(line, shape, len(shape)))
+
+
+def _read(line: parameters.Parameter, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The sizes of the axes that a kernel sums over; the table counts the axis of layers, which is not here."""
+    stacked = len(line.spec) - ndim
+    return tuple(shape[axis - stacked] for axis in line.reads)

@@ -1,0 +1,45 @@
+"""A run's model as a Hugging Face directory, for lm-eval, vLLM, quantisers and fine-tuning.
+
+steppe export --workdir=DIR --out=HF_DIR [--step=K]
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from steppe.scripts import command
+
+
+@command.refusing
+def main(argv: Sequence[str]) -> int:
+    """Writes the directory; returns the exit status, 2 for bad input."""
+    parser = command.parser("export", __doc__.splitlines()[0], config=False)
+    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_argument(
+        "--step", type=command.integer(), metavar="K", help="its checkpoint after K steps; default: the newest"
+    )
+    parser.add_argument(
+        "--out", required=True, type=command.writable_directory, metavar="HF_DIR", help="a directory that is not there"
+    )
+    options = command.options_of(argv, parser)
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        return command.fail(f"--out={options.out}: must be a new or empty directory")
+    try:
+        import safetensors  # noqa: F401
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        return command.fail(f"export needs {error.name}: pip install 'steppe[hub]'")
+
+    from steppe.lm.hub import export
+    from steppe.lm.keep import saved
+
+    run = saved.unread(options.workdir, options.step, log=lambda line: print(line, flush=True))
+    export.export(run, str(options.out), log=lambda line: print(line, flush=True))
+    shown = Path(options.out)
+    print(f"{shown} holds {run.config.model.style} as {export.architecture(run)}; load it with")
+    print(f"  transformers.AutoModelForCausalLM.from_pretrained({str(shown)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

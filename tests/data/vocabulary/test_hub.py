@@ -1,0 +1,151 @@
+"""Vocabularies of tokenizers and tiktoken: the library's own ids, every source byte counted once, kept in one file."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+
+from steppe.configs.base import get_config
+from steppe.data.errors import DataError
+from steppe.data.loader import open_corpus, training_rows
+from steppe.data.prepare import prepare, recipe_of
+from steppe.data.readers.built_in import embedded_documents, topic_documents
+from steppe.data.vocabulary import load_tokenizer, read_model
+
+tokenizers = pytest.importorskip("tokenizers", reason="steppe[hub] is not installed")
+tiktoken = pytest.importorskip("tiktoken", reason="steppe[hub] is not installed")
+
+TEXTS = ["", "plain", "tab\tand\nnewline  two spaces ", "naïve Ünïcode 漢字 🎉🎉", "\x00\x7f", "▁ lower", "  漢  "]
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def documents():
+    return [*TEXTS, *(text.decode() for _, text in [*embedded_documents()[:20], *topic_documents()[:40]])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """bytes.json: byte-level BPE with one end of text, as GPT-2; words.json: a unigram with Metaspace, a normaliser and
+    a beginning of text; ranks.tiktoken: the former's merges as ranks."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(documents(), trainer)
+    (folder / "bytes").mkdir()
+    made.save(str(folder / "bytes" / "tokenizer.json"))
+
+    words = tokenizers.Tokenizer(models.Unigram())
+    words.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.NFKC()])
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    words.train_from_iterator(
+        documents(), trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token="<unk>")
+    )
+    (folder / "words").mkdir()
+    words.save(str(folder / "words" / "tokenizer.json"))
+    said = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    (folder / "words" / "tokenizer_config.json").write_text(json.dumps(said))
+
+    alphabet = {character: byte for byte, character in byte_characters().items()}
+    ranks = {
+        bytes(alphabet[c] for c in token): rank - 1
+        for token, rank in made.get_vocab().items()
+        if token != "<|endoftext|>"
+    }
+    lines = [
+        f"{base64.b64encode(token).decode()} {rank}" for token, rank in sorted(ranks.items(), key=lambda kv: kv[1])
+    ]
+    (folder / "ranks.tiktoken").write_text("\n".join(lines))
+    beside = {"pat_str": PATTERN, "special_tokens": {"<|endoftext|>": len(ranks)}}
+    (folder / "ranks.tiktoken.json").write_text(json.dumps(beside))
+    return folder
+
+
+def byte_characters():
+    """{byte: the character that a byte-level vocabulary writes for it} (GPT-2's table)."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in kept]
+    return {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
+
+
+@pytest.mark.parametrize("name", ["bytes/tokenizer.json", "words", "ranks.tiktoken"])
+def test_ids_are_the_librarys_and_every_byte_is_counted_once(folder, name):
+    tokenizer = load_tokenizer(str(folder / name))
+    texts = documents()
+    found = tokenizer.measure([text.encode() for text in texts])
+    ends = np.cumsum(found.counts)
+    for text, end, count in zip(texts, ends, found.counts, strict=True):
+        ids, lengths = found.ids[end - count : end], found.lengths[end - count : end]
+        assert ids.tolist() == tokenizer.encode(text)
+        assert lengths.min(initial=0) >= 0
+        assert lengths.sum() == (len(text.encode()) if count else 0)
+        if name != "words":
+            assert tokenizer.decode([tokenizer.begin_id, *ids, tokenizer.eos_id]) == text
+    assert tokenizer.eos_id < tokenizer.vocab_size
+    assert int(found.ids.max()) < tokenizer.vocab_size
+
+
+def test_bytes_of_prefixes_are_those_of_their_text(folder):
+    """Of byte-level tokens, cut anywhere, the decoded text says how many bytes they stand for."""
+    tokenizer = load_tokenizer(str(folder / "bytes"))
+    for text in documents()[:30]:
+        ids, lengths, _ = tokenizer.measure([text.encode()])
+        for cut in range(0, len(ids), 7):
+            whole = tokenizer.decode(ids[:cut]).rstrip("\ufffd").encode()  # a character cut in two counts with its end
+            if text.startswith(whole.decode()):
+                assert lengths[:cut].sum() == len(whole)
+
+
+def test_begin_and_end_of_a_text_are_those_of_the_files(folder):
+    words, fast, ranks = (load_tokenizer(str(folder / name)) for name in ("words", "bytes", "ranks.tiktoken"))
+    assert (words.begin_id, words.eos_id) == (1, 2)
+    assert fast.begin_id == fast.eos_id == 0
+    assert ranks.begin_id == ranks.eos_id == ranks.vocab_size - 1
+
+
+@pytest.mark.parametrize(("name", "packing"), [("words", "concat"), ("ranks.tiktoken", "bestfit")])
+def test_a_corpus_keeps_the_whole_vocabulary_in_one_file(folder, tmp_path, name, packing):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents() if text.strip())
+    )
+    task = f"jsonl:{tmp_path}/a.jsonl"
+    options = {"vocabulary": str(folder / name), "held_out_fraction": 0.1, "packing": packing, "sequence_length": 32}
+    manifest = prepare(recipe_of(get_config().data, task=task, **options), str(tmp_path / "out"), log=lambda line: None)
+    kept, given = open_corpus(str(tmp_path / "out")), load_tokenizer(str(folder / name))
+    assert kept.tokenizer.fingerprint == given.fingerprint == manifest["vocabulary"]["fingerprint"]
+    assert (tmp_path / "out" / "vocabulary.model").read_bytes() == read_model(str(folder / name))
+    batch = training_rows(kept, 0, 0, manifest["train"][0]["rows"])  # an epoch
+    assert (batch["inputs"][:, 0] == given.begin_id).any()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "no tokenizer.json"),
+        ('{"model": 3}', "with a model in it"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "with an end of text"),
+        ('{"model": {"type": "XXX", "vocab": {"</s>": 0}}}', "tokenizers refuses it"),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused_in_a_line(tmp_path, content, said):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=rf"^config\.data\.vocabulary=[^\n]*{said}[^\n]*$"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_tiktoken_file_says_its_pattern_or_is_named_for_an_encoding(folder, tmp_path):
+    (tmp_path / "mine.tiktoken").write_text((folder / "ranks.tiktoken").read_text())
+    with pytest.raises(DataError, match=r"accepted is a file of one of tiktoken's own encodings, or with a"):
+        load_tokenizer(str(tmp_path / "mine.tiktoken"))
+    (tmp_path / "cl100k_base.tiktoken").write_text((folder / "ranks.tiktoken").read_text())
+    assert load_tokenizer(str(tmp_path / "cl100k_base.tiktoken")).eos_id == 100257
+    (tmp_path / "bad.tiktoken").write_text("no ranks here")
+    with pytest.raises(DataError, match="no tiktoken file"):
+        load_tokenizer(str(tmp_path / "bad.tiktoken"))
