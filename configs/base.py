@@ -33,7 +33,9 @@ _KEYS = {
     "seed": Key(
         0, "seeds initialisation and data order; runs that share it see the same tokens", integer(0, 2**32 - 1)
     ),
-    "init_from": Key("", 'checkpoint or workdir whose parameters a new run starts from; "": fresh ones', TEXT),
+    "init_from": Key(
+        "", 'checkpoint, workdir or Hugging Face directory whose parameters a new run starts from; "": fresh ones', TEXT
+    ),
     "model.size": Key(
         "", 'a name of configs/sizes.py, which sets layers, width, heads and mlp_width; "" keeps those below', TEXT
     ),

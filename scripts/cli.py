@@ -34,7 +34,7 @@ COMMANDS = {
 
 # commands within a command
 KINDS = {
-    "config": ("diff",),
+    "config": ("diff", "from-hf"),
     "prepare_data": ("show", "vocabulary"),
     "report": ("compare",),
     "bench": ("step", "data", "methods", "curvature", "shares"),

@@ -2,8 +2,10 @@
 
     steppe config [NAME] [--config.key=value ...]
     steppe config diff A B
+    steppe config from-hf HF_DIR [--out=FILE]
 
-NAME, A and B are configs as --config takes them; A and B may also be workdirs of runs.
+NAME, A and B are configs as --config takes them; A and B may also be workdirs of runs. The third writes a config whose
+model is exactly that of a Hugging Face directory, with its weights and vocabulary.
 """
 
 import os
@@ -15,15 +17,19 @@ from typing import Any
 
 from steppe.configs import base
 from steppe.configs.keys import flatten
+from steppe.data import files
 from steppe.lm.keep import workdir
 from steppe.scripts import command
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the keys, or a difference; returns the exit status: of diff 1 if there is one, 2 for bad input."""
-    if argv and argv[0] == "diff":
-        return diff(argv[1:])
+    actions = {"diff": diff, "from-hf": from_hf}
+    if argv and argv[0] in actions:
+        return actions[argv[0]](argv[1:])
     parser = command.parser("config", __doc__)
     chosen = parser.add_argument("config", nargs="?", metavar="NAME", help="default: base")
     chosen.completer = command.names("steppe.configs", "get_config", "diff")
@@ -60,6 +66,38 @@ def diff(argv: Sequence[str]) -> int:
     if not differing:
         print("no key differs")
     return 1 if differing else 0
+
+
+def from_hf(argv: Sequence[str]) -> int:
+    """`config from-hf HF_DIR`: a config file that continues its model."""
+    parser = command.parser("config from-hf", "A config of a Hugging Face model.", config=False)
+    parser.add_argument("directory", metavar="HF_DIR", help="with config.json and safetensors")
+    parser.add_argument("--out", metavar="FILE", help="a new file; default: to print it")
+    options = command.options_of(argv, parser)
+    if options.out and os.path.exists(options.out):
+        return command.fail(f"--out={options.out}: exists; choose a new file")
+
+    from steppe.lm.hub import families, load
+
+    directory = os.path.abspath(os.path.expanduser(options.directory))
+    found, family = load.read_config(directory)
+    tokenizer = next((name for name in TOKENIZERS if os.path.exists(os.path.join(directory, name))), "")
+    named = {"init_from": directory}
+    if tokenizer:
+        named["data.vocabulary"] = os.path.join(directory, tokenizer)
+    nested: dict[str, Any] = {}
+    for key, value in {**families.ours(family, found, directory), **named}.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    text = command.shown(base.completed(nested)) + "\n"
+    if options.out:
+        files.write(options.out, text)
+        print(f"wrote {options.out}; use it with --config={options.out}")
+    else:
+        print(text, end="")
+    if not tokenizer:
+        print(f"{directory} has none of {', '.join(TOKENIZERS)}: set config.data.vocabulary", file=sys.stderr)
+    return 0
 
 
 def read(text: str):

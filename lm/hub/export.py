@@ -62,6 +62,7 @@ def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str
             written += 1
             file = f"part-{written}.safetensors"
             save_file(held, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)
             names.update(dict.fromkeys(held, file))
             held = {}
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import workdir
-from steppe.lm.keep.checkpoint import Checkpoints, directory_of, load_params
+from steppe.lm.keep.checkpoint import Checkpoints, directory_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.leg import WHOLE, leg_of
 from steppe.lm.model import parameters
@@ -46,7 +47,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
         if newest is not None:
             state, meta = checkpoints.restore(newest, parts.abstract)
         elif config.init_from:
-            params = load_params(config.init_from, parts.abstract.params, log)
+            params = initial_params(config, parts, log)
             state, meta = create_from(parts.abstract, parts.optimizer, params), {}
         else:
             state, meta = create(parts.mesh, parts.initialise), {}

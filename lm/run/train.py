@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from steppe.data import baselines, loader
 from steppe.lm import plot
+from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import checkpoint, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
@@ -41,7 +42,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
     # before the workdir is taken, in case one of them cannot be used
     place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
     if config.init_from and workdir.is_new(directory):
-        given = checkpoint.load_params(config.init_from, parts.abstract.params, log)
+        given = initial_params(config, parts, log)
     with ExitStack() as stack:
         run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
         stopping = stack.enter_context(StopSignals())
@@ -154,7 +155,7 @@ class Run:
             self.state, self.meta = self.checkpoints.restore(newest, self.parts.abstract)
         else:
             if self.config.init_from and given is None:
-                given = checkpoint.load_params(self.config.init_from, self.parts.abstract.params, self.log)
+                given = initial_params(self.config, self.parts, self.log)
             parts = self.parts
             fresh = given is None
             self.state = (

@@ -1,0 +1,151 @@
+"""Parameters that a new run starts from: those of a checkpoint, or of a Hugging Face directory, placed on the mesh."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from steppe.configs.keys import ConfigError
+from steppe.lm.hub import families
+from steppe.lm.hub.families import Family
+from steppe.lm.keep import checkpoint
+from steppe.lm.keep.exits import Unusable
+from steppe.lm.model import parameters
+from steppe.lm.run.assembly import Parts
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def initial_params(config: ConfigDict, parts: Parts, log: Callable[[str], None] = print) -> Any:
+    """The parameters that config.init_from names, placed as `parts` says.
+
+    Unusable or ConfigError, each one line, where they do not fit the config.
+    """
+    abstract_params = parts.abstract.params
+    if not is_hub(config.init_from):
+        return checkpoint.load_params(config.init_from, abstract_params, log)
+    found, family = read_config(config.init_from)
+    _same(config, families.ours(family, found, config.init_from), config.init_from)
+    with _Tensors(config.init_from) as tensors:
+        arrays = dict(_arrays(family, tensors, config, _shapes(abstract_params), parts.options.vocabulary))
+    log(f"parameters  of {config.init_from} ({family.architecture})")
+
+    def place(path, leaf):
+        array = arrays.pop(parameters.name_of(path))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+    return jax.tree_util.tree_map_with_path(place, abstract_params)
+
+
+def is_hub(path: str) -> bool:
+    """Whether a path is a directory that transformers could load a model from."""
+    return (Path(path).expanduser() / "config.json").exists() and any(
+        (Path(path).expanduser() / name).exists() for name in (INDEX, SINGLE)
+    )
+
+
+def read_config(directory: str) -> tuple[dict[str, Any], Family]:
+    """(config.json of a Hugging Face directory, its family). Unusable where it is none that is ours."""
+    place = Path(directory).expanduser() / "config.json"
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unusable(f"{place}: must be the config of a Hugging Face model ({reason})") from None
+    if not isinstance(found, dict):
+        raise Unusable(f"{place}: must be the config of a Hugging Face model, and is {type(found).__name__}")
+    return found, families.of_theirs(found, str(place))
+
+
+def _same(config: ConfigDict, wanted: dict[str, Any], place: str) -> None:
+    model = config.model
+    have = {
+        **{f"model.{name}": value for name, value in model.items()},
+        "model.kv_heads": model.kv_heads or model.heads,
+        "model.head_width": model.head_width if model.head_width * model.heads != model.width else 0,
+    }
+    for key, value in wanted.items():
+        if key not in ("model.size", "data.sequence_length") and have[key] != value:
+            raise ConfigError(key, have[key], f"{value!r}, as in {place}; steppe config from-hf writes such a config")
+
+
+class _Tensors:
+    """The tensors of a directory's safetensors files by name, read as they are asked for."""
+
+    def __init__(self, directory: str):
+        self._folder, self._open = Path(directory).expanduser(), {}
+
+    def __enter__(self) -> "_Tensors":
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            raise Unusable(f"{self._folder}: needs safetensors: pip install 'steppe[hub]'") from None
+        try:
+            if (self._folder / INDEX).exists():
+                where = json.loads((self._folder / INDEX).read_text())["weight_map"]
+            else:
+                with safe_open(self._folder / SINGLE, "numpy") as file:
+                    where = dict.fromkeys(file.keys(), SINGLE)
+            # through jax, since numpy has no bfloat16
+            files = {name: safe_open(self._folder / name, "flax") for name in sorted(set(where.values()))}
+        except Exception as error:  # of the library's own kind
+            raise Unusable(f"{self._folder}: its weights cannot be read ({' '.join(str(error).split())})") from None
+        self._where, self._open = where, files
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._open.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._where:
+            raise Unusable(f"{self._folder}: has no tensor {name}")
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return np.asarray(self._open[self._where[name]].get_tensor(name), np.float32)
+
+
+def _shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:
+    return {parameters.name_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params)}
+
+
+def _arrays(
+    family: Family, tensors: _Tensors, config: ConfigDict, shapes: dict, vocabulary: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(our path, float32 array) of every parameter. Rows that only pad the vocabulary, here or there, are dropped."""
+    layers = config.model.layers
+    for name, paths in family.names.items():
+        if not all(path in shapes for path in paths):
+            continue
+        stacked = "{}" in name
+        each = {path: shapes[path][1:] if stacked else shapes[path] for path in paths}
+        made = {path: np.zeros(shapes[path], np.float32) for path in paths}
+        edges = np.cumsum([families.written(path, shape) for path, shape in each.items()])[:-1]
+        for layer in range(layers if stacked else 1):
+            array = tensors[name.format(layer)]
+            parts = np.split(array, edges, axis=0 if family.linear else 1) if len(paths) > 1 else [array]
+            for (path, shape), part in zip(each.items(), parts, strict=True):
+                target = made[path][layer] if stacked else made[path]
+                try:
+                    if parameters.of(path).kind == "table":
+                        target[: len(part)] = part[: len(target)]
+                    else:
+                        target[...] = families.to_ours(family, path, part, shape)
+                except ValueError:
+                    raise Unusable(f"{name.format(layer)}: has shape {array.shape}, which does not fit") from None
+                if path.startswith("position") and len(part) < len(target):
+                    accepted = f"at most {len(part)}, the positions of {config.init_from}"
+                    raise ConfigError("data.sequence_length", len(target), accepted)
+                if parameters.of(path).kind == "table" and len(part) < min(vocabulary, len(target)):
+                    accepted = f"a vocabulary of at most {len(part):,} tokens, as {config.init_from} has"
+                    raise ConfigError("data.vocabulary", config.data.vocabulary, accepted)
+        yield from made.items()
+    for name in family.zeros:
+        for layer in range(layers if "{}" in name else 1):
+            if name.format(layer) in tensors and tensors[name.format(layer)].any():
+                raise Unusable(f"{name.format(layer)}: must be zero, as Steppe's models have no biases")

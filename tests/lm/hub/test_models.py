@@ -1,0 +1,181 @@
+"""Exported models are the same functions in transformers, and come back bit for bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from helpers import lm_runs
+from steppe.configs.keys import ConfigError
+from steppe.data import cache
+from steppe.data.loader import open_corpus
+from steppe.lm.hub import export, families, load
+from steppe.lm.keep.exits import Unusable
+from steppe.lm.keep.saved import Unread
+from steppe.lm.model import parameters
+from steppe.lm.model.objective import readout_kernel
+from steppe.lm.run import generate
+from steppe.lm.run.assembly import assemble
+from steppe.lm.run.state import create
+
+pytest.importorskip("safetensors", reason="steppe[hub] is not installed")
+
+MODELS = {
+    "nanodo": {},
+    "nanodo, untied": {"tie_embeddings": False},
+    "modern": {"style": "modern", "rope_base": 500.0},
+    "modern, untied, grouped": {"style": "modern", "tie_embeddings": False, "heads": 4, "kv_heads": 2},
+    "modern, wide heads": {"style": "modern", "head_width": 6},
+    "qk_norm, grouped, wide heads": {
+        "style": "modern", "qk_norm": True, "heads": 4, "kv_heads": 1, "head_width": 10, "norm_epsilon": 1e-5
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return lm_runs.write_text(tmp_path_factory.mktemp("text"))
+
+
+def made(text, model):
+    """(parts, params, a run that is read from those params), every parameter far from its initial value."""
+    config = lm_runs.config(*text, **{f"model__{key}": value for key, value in model.items()})
+    corpus = open_corpus(cache.ensure(config.data, log=lambda line: None))
+    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=jax.devices()[:1])
+    params = create(parts.mesh, parts.initialise).params
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * noise.standard_normal(leaf.shape, np.float32), params)
+    arrays = {parameters.name_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {path: array.shape for path, array in arrays.items()}
+    return parts, params, Unread(text[0], config, corpus, 20, shapes, lambda paths: {p: arrays[p] for p in paths})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_computes_the_same_logits_and_the_same_continuation(text, tmp_path, name):
+    torch = pytest.importorskip("torch", reason="steppe[hub] is not installed")
+    transformers = pytest.importorskip("transformers", reason="steppe[hub] is not installed")
+    parts, params, run = made(text, MODELS[name])
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert type(model).__name__ == export.architecture(run)
+    vocabulary = run.corpus.tokenizer.vocab_size
+    ids = np.random.default_rng(1).integers(0, vocabulary, (3, 16))
+    hidden = parts.objective.trunk(params, {"inputs": ids})
+    ours = np.asarray(hidden @ readout_kernel(params, parts.shape).T)[..., :vocabulary]
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    assert theirs.shape == ours.shape
+    np.testing.assert_allclose(theirs, ours, atol=1e-5 * np.abs(ours).max())  # sums of float32 in another order
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompt = tokenizer("import é", return_tensors="pt")
+    assert prompt.input_ids[0].tolist() == [0, *run.corpus.tokenizer.encode("import é")]
+    said = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0]
+    next_token = jax.jit(generate.make_next_token(parts.objective, parts.shape, vocabulary))
+    expected = generate.generate(
+        next_token, params, run.corpus.tokenizer, "import é", tokens=6, temperature=0.0, length=16, seed=0
+    )
+    assert run.corpus.tokenizer.decode(said.tolist()) == expected  # also of bytes that are no text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_comes_back_bit_for_bit(text, tmp_path, name, monkeypatch):
+    parts, params, run = made(text, MODELS[name])
+    monkeypatch.setattr(export, "MOST", 20_000)  # bytes: several files
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    config = run.config.copy_and_resolve_references().unlock()
+    config.init_from = str(tmp_path / "hf")
+    back = load.initial_params(config, parts, log=lambda line: None)
+    used = run.corpus.tokenizer.vocab_size
+    for (path, leaf), given in zip(jax.tree_util.tree_leaves_with_path(back), jax.tree.leaves(params), strict=True):
+        rows = slice(used) if parameters.name_of(path) in ("embed/embedding", "readout/kernel") else slice(None)
+        assert np.asarray(leaf)[rows].tobytes() == np.asarray(given)[rows].tobytes(), path
+        assert leaf.sharding == given.sharding
+
+
+def test_what_no_family_expresses_is_refused_by_key(text, tmp_path):
+    for model, key in (({"logit_soft_cap": 5.0}, "logit_soft_cap"), ({"qk_norm": True}, "qk_norm"),
+                       ({"head_width": 6}, "head_width")):  # fmt: skip
+        config = lm_runs.config(*text, **{f"model__{name}": value for name, value in model.items()})
+        with pytest.raises(ConfigError, match=rf"^config\.model\.{key} = "):
+            families.of_config(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "must be one of LlamaForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+    ],
+)
+def test_a_model_that_is_not_ours_is_refused_by_key(text, tmp_path, change, said):
+    _, _, run = made(text, MODELS["modern"])
+    family = families.of_config(run.config)
+    found = {**families.theirs(family, run.config, 259, 0, 1), **change}
+    with pytest.raises(Unusable, match=said):
+        families.ours(families.of_theirs(found, "HF"), found, "HF")
+
+
+def test_a_directory_that_does_not_fit_is_refused_by_key(text, tmp_path):
+    parts, _, run = made(text, MODELS["nanodo"])
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    config = run.config.copy_and_resolve_references().unlock()
+    config.init_from = str(tmp_path / "hf")
+
+    def refusal(error):
+        return pytest.raises(error, match=r"^[^\n]*$")
+
+    changed = config.copy_and_resolve_references()
+    changed.model.mlp_width = 64
+    with refusal(ConfigError) as caught:
+        load.initial_params(changed, parts)
+    assert "config.model.mlp_width = 64: must be 32" in str(caught.value)
+    # more positions than it was trained with, biases, a cut file, nothing that can be read
+    longer = lm_runs.config(*text, data__sequence_length=32)
+    longer_parts = assemble(longer, 259, 10_000, devices=jax.devices()[:1])
+    with refusal(ConfigError) as caught:
+        load.initial_params(config, longer_parts)
+    assert "config.data.sequence_length = 32: must be at most 16" in str(caught.value)
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file({**tensors, "transformer.h.1.mlp.c_fc.bias": np.ones(32, np.float32)}, tmp_path / "hf/model.safetensors")
+    with refusal(Unusable) as caught:
+        load.initial_params(config, parts)
+    assert "transformer.h.1.mlp.c_fc.bias: must be zero" in str(caught.value)
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"short")
+    with refusal(Unusable) as caught:
+        load.initial_params(config, parts)
+    assert "its weights cannot be read" in str(caught.value)
+
+
+def test_an_interrupted_export_leaves_nothing(text, tmp_path):
+    _, _, run = made(text, MODELS["nanodo"])
+
+    def broken(paths):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        export.export(run._replace(read=broken), str(tmp_path / "hf"), log=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_from_hf_reads_as_the_run(text, tmp_path, capsys):
+    from steppe.scripts import command, config
+
+    _, _, run = made(text, MODELS["qk_norm, grouped, wide heads"])
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["head_dim"] == 10
+    assert config.main(["from-hf", str(tmp_path / "hf"), f"--out={tmp_path / 'mine.py'}"]) == 0
+    read = command.read_config(str(tmp_path / "mine.py"))
+    same = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "qk_norm", "style", "norm_epsilon")
+    assert {name: read.model[name] for name in same} == {name: run.config.model[name] for name in same}
+    assert (read.init_from, read.data.vocabulary) == (str(tmp_path / "hf"), str(tmp_path / "hf" / "tokenizer.json"))
+    assert config.main(["from-hf", str(tmp_path)]) == 2
+    assert "must be the config of a Hugging Face model" in capsys.readouterr().err
