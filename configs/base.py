@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from steppe.configs.keys import (
     DURATION,
     FLAG,
+    STEPS,
     TEXT,
     TEXTS,
     Accepted,
@@ -223,6 +224,9 @@ _KEYS = {
     "log.project": Key("steppe", "wandb project", TEXT, free=True),
     "log.group": Key("", "wandb group", TEXT, free=True),
     "log.name": Key("", 'wandb run name; "": the name of the workdir', TEXT, free=True),
+    "log.tags": Key((), "wandb tags", TEXTS, free=True),
+    "log.tensorboard": Key(False, "TensorBoard's event files in WORKDIR/tensorboard", FLAG, free=True),
+    "log.profile": Key("", 'traced steps, as "steps 20-25", into WORKDIR/profile; "": none', STEPS, free=True),
     "mesh.data": Key(
         -1, "devices along which the batch is split, parameters replicated; -1: all that remain", integer(-1), free=True
     ),

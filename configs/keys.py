@@ -102,6 +102,14 @@ def patterns(of: str = r".+", what: str = "regular expressions over parameter pa
 FLAG = Accepted(bool, lambda: "true or false", names=lambda: ["true", "false"])
 
 
+def _are_steps(text: str) -> bool:
+    first, _, last = text.removeprefix("steps ").partition("-")
+    return not text or (bool(re.fullmatch(r"steps [1-9]\d{0,8}-[1-9]\d{0,8}", text)) and int(first) <= int(last))
+
+
+STEPS = Accepted(str, lambda: 'like "steps 20-25", or empty', _are_steps)
+
+
 def _encodable(text: str) -> bool:
     try:
         text.encode()

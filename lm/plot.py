@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steppe.lm.run import tracking
+from steppe.lm.track import lines
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by lightness and dash, in grey print
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -57,7 +57,7 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
     (`baselines`: {name: nats per token}) as a line. Below, where the method perturbs: perturbed minus clean loss, the
     sharpness that the method sees. Losses are nats per token.
     """
-    records = tracking.read(workdir)
+    records = lines.read(workdir)
     train, runs = records.train, records.of("run")
     if not len(train.step):
         return None

@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "train": ("steppe.scripts.train", "--config=quickstart --workdir=runs/quickstart"),
     "evaluate": ("steppe.scripts.evaluate", "--workdir=runs/quickstart"),
+    "watch": ("steppe.scripts.watch", "sweeps/rho"),
     "plot": ("steppe.scripts.plot", "runs/quickstart"),
     "generate": ("steppe.scripts.generate", "--workdir=runs/quickstart --prompt='def '"),
     "export": ("steppe.scripts.export", "--workdir=runs/quickstart --out=models/quickstart"),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from steppe.configs.base import FREE, with_defaults
 from steppe.configs.keys import flatten
 from steppe.data import files
-from steppe.lm.run import tracking
+from steppe.lm.track import lines
 from steppe.scripts.command import UsageError
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
@@ -69,7 +69,7 @@ class Result(NamedTuple):
     loss: float
     bits_per_byte: float
     curve: list[Point]
-    train_curve: tracking.Train
+    train_curve: lines.Train
     code: str = ""
 
 
@@ -81,14 +81,8 @@ def read(
     ResultsError where there are none, and for one that holds what no run writes: unless left_out is given, which then
     hears of it, and of every measurement that cannot be read.
     """
-    found, directories = [], []
-    for given in map(os.fspath, [runs] if isinstance(runs, (str, os.PathLike)) else runs):
-        directories += files.matching(given, os.path.isdir) or [os.path.expanduser(given)]
-    places = [(each, _places(Path(each), alone=len(directories) == 1)) for each in directories]
-    for each, listed in places:
-        if not listed:
-            remedy = "must be the directory of a sweep, or the workdir of a run, with a config.json"
-            raise ResultsError(f"{each}: {remedy}; there is no run in it")
+    found = []
+    directories, places = _found(runs)
     once: dict[str, tuple] = {}
     for place in [place for _, listed in places for place in listed]:
         once.setdefault(os.path.realpath(place[1]), place)
@@ -111,6 +105,24 @@ def read(
     varying = varying_keys(flats)
     varied = [{key: flat.get(key) for key in varying} for flat in flats]
     return [result._replace(varied=some) for result, some in zip(found, varied, strict=True)]
+
+
+def places(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[tuple[str, Path]]:
+    """(name, workdir) of the runs that `read` would read, also of those that have not begun. ResultsError as there."""
+    return [(name, directory) for _, listed in _found(runs)[1] for name, directory, _ in listed]
+
+
+def _found(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[str], list[tuple]]:
+    """(the directories that are meant, (directory, its runs) of each)."""
+    directories: list[str] = []
+    for given in map(os.fspath, [runs] if isinstance(runs, (str, os.PathLike)) else runs):
+        directories += files.matching(given, os.path.isdir) or [os.path.expanduser(given)]
+    listed = [(each, _places(Path(each), alone=len(directories) == 1)) for each in directories]
+    for each, inside in listed:
+        if not inside:
+            remedy = "must be the directory of a sweep, or the workdir of a run, with a config.json"
+            raise ResultsError(f"{each}: {remedy}; there is no run in it")
+    return directories, listed
 
 
 def read_json(path: Path) -> dict:
@@ -203,7 +215,7 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
     if not config:
         raise ResultsError(f"{directory}: must be the workdir of a run, with a config.json")
     outcome = read_json(directory / OUTCOME)
-    records = tracking.read(directory)
+    records = lines.read(directory)
     train, runs = records.train, records.of("run")
     about = runs[-1] if runs else {}
     steps = about.get("steps", 0)
@@ -253,7 +265,7 @@ def _flops(runs: list[dict], step: int) -> float:
     return total
 
 
-def _status(outcome: dict, records: tracking.Records, evaluations: list[dict], steps: int, unigram: float):
+def _status(outcome: dict, records: lines.Records, evaluations: list[dict], steps: int, unigram: float):
     """(status, why) from what the sweep recorded, or else from what the run itself recorded."""
     status, why, last = outcome.get("status", ""), outcome.get("why", ""), _last(evaluations, steps)
     if not status:
@@ -289,7 +301,7 @@ def _unigram(about: dict, name: str) -> float:
     return float(known.get(f"unigram {name}", known.get("unigram", math.inf)))
 
 
-def _seconds(train: tracking.Train) -> Any:
+def _seconds(train: lines.Train) -> Any:
     """Seconds of training until each step, [n].
 
     The clock of a run starts anew with each of its starts and also runs while it evaluates and saves; so a step with

@@ -15,7 +15,7 @@ from steppe.data import files
 from steppe.lm.hub import families, tokenizers
 from steppe.lm.hub.families import Family
 from steppe.lm.keep.saved import Unread
-from steppe.lm.run import tracking
+from steppe.lm.track import lines as lines_of
 from steppe.optim.methods import OPTIONS
 
 MOST = 5 << 30  # bytes of a file of weights
@@ -111,7 +111,7 @@ def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
 def card(run: Unread) -> str:
     """The text of a model card: what the model is, how it was trained, and its held-out losses."""
     config, step, begin = run.config, run.step, run.corpus.tokenizer.begin_id
-    records = tracking.read(run.directory)
+    records = lines_of.read(run.directory)
     at = records.train.step.searchsorted(step)
     tokens = int(records.train.tokens[at]) if at < len(records.train.step) else 0
     options = {key: value for key, value in config.optim.items() if value is not None and key in ("rho", *OPTIONS)}

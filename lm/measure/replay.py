@@ -19,10 +19,11 @@ from steppe.lm.keep.checkpoint import Checkpoints, directory_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.leg import WHOLE, leg_of
 from steppe.lm.model import parameters
-from steppe.lm.run import anomaly, tracking
+from steppe.lm.run import anomaly
 from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import compile_step
+from steppe.lm.track import lines
 
 _HOUSE = str(Path(anomaly.__file__).parents[2])
 
@@ -40,7 +41,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
         key, (before, after) = next(iter(differing.items()))
         raise WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
     corpus, parts, _ = open_parts(config, log, directory=directory)
-    recorded = tracking.read(directory)
+    recorded = lines.read(directory)
     windows, newest_of = _windows(recorded, number)
     with Checkpoints(directory_of(config, directory), read_only=True, log=log) as checkpoints:
         newest = checkpoints.newest(before=newest_of)
@@ -98,7 +99,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     return metrics
 
 
-def _windows(recorded: tracking.Records, number: int) -> tuple[list | None, int]:
+def _windows(recorded: lines.Records, number: int) -> tuple[list | None, int]:
     """(batches that were left out when step `number` ran, None if those are its checkpoint's; the step that its
     checkpoint must be before)."""
     back = recorded.of("rollback")

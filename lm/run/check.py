@@ -1,6 +1,7 @@
 """Refuses a config that cannot run, before anything is compiled or written."""
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,6 +32,8 @@ def check(config: ConfigDict, *, device_count: int, process_count: int = 1, back
     _check_method(config)
     _check_durations(config)
     _check_mesh(config, device_count, process_count)
+    accepted = "false, or tensorboardX must be installed: pip install 'steppe[tensorboard]'"
+    _need(not config.log.tensorboard or bool(find_spec("tensorboardX")), config, "log.tensorboard", accepted)
 
 
 def mesh_shape(config: ConfigDict, device_count: int) -> tuple[int, int, int]:

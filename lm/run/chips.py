@@ -27,6 +27,12 @@ CHIPS = {
 }
 
 
+def peak_flops(mesh) -> float:
+    """FLOP/s of all devices of a mesh together, in bfloat16; 0 where a device's are not known, as a CPU's."""
+    device = mesh.devices.flat[0]
+    return CHIPS[device.device_kind].flops * mesh.size if device.device_kind in CHIPS else 0.0
+
+
 def chip_of(device, devices_here: int = 1) -> Chip:
     """The Chip of a JAX device, also of one that is only described. Unknown kinds get what the device itself reports.
 

@@ -17,14 +17,15 @@ from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
 from steppe.lm.measure.in_training import make_measurement, twice_differentiable
 from steppe.lm.model.mesh import local_rows, place_batch
-from steppe.lm.run import anomaly, generate
+from steppe.lm.run import anomaly, chips, generate
 from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, report_parts
 from steppe.lm.run.check import described
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import create, create_from
 from steppe.lm.run.step import compile_step
-from steppe.lm.run.tracking import Tracker
+from steppe.lm.track.profile import Profile
+from steppe.lm.track.tracker import Tracker
 from steppe.optim.schedules import duration_steps
 
 
@@ -64,6 +65,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
         stack.callback(lambda: here.tracker.close(here.ended))
         here.begin(counts, changed)
         here.compile()
+        stack.callback(here.profile.end)
         return here.train()
 
 
@@ -92,6 +94,7 @@ class Run:
         self.pending, self.latest, self.measured = [], {}, []
         self.stop = self.owes_evaluation = False
         self.ended = "failed"
+        self.profile = Profile(config.log.profile, directory, log)
         self.timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
         self.plan(WHOLE)
 
@@ -106,6 +109,8 @@ class Run:
             (self.each(config.curvature.every), self.measure),
             (self.each(max(1, self.steps(config.evaluate.every)), last=True), self.evaluate),
             (self.saves, self.save),
+            (self.profile.ends, lambda: self.profile.end(lambda: jax.block_until_ready(self.state))),
+            (self.profile.starts, self.profile.start),
         ]
 
     def follow(self, leg: Leg) -> None:
@@ -175,6 +180,7 @@ class Run:
             tokens_before=self.leg.tokens_after(0, self.parts.budget.tokens_per_step),
             start_step=self.done,
             flops_per_step=self.parts.budget.flops,
+            peak_flops=chips.peak_flops(self.parts.mesh),
             wandb_id=self.meta["wandb_id"] if self.meta else "",
             primary=self.primary,
         )
@@ -214,6 +220,8 @@ class Run:
             self.evaluate()
             if self.owes_evaluation:
                 return self.stopped()
+        if self.profile.starts(self.done):
+            self.profile.start()
         while self.done < self.total:  # once, and once more after every rollback
             bad = self.advance()
             if bad and not self.roll_back(bad):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from steppe.lm import plot
-from steppe.lm.run import tracking
+from steppe.lm.track import lines
 from steppe.scripts.results import read_json
 
 _COLOURS = {"hessian": plot.BLUE, "ggn": plot.VERMILION, "nme": plot.GREEN}
@@ -25,7 +25,7 @@ def over_training(workdir: str | Path) -> Path | None:
     """Draws curvature/training.png from every STEP.json and the run's curvature records; None where there are none."""
     files = sorted(filter(lambda path: path.stem.isdecimal(), Path(workdir).glob("curvature/*.json")), key=_step)
     found = [measured for path in files if {"step", "summary"} <= (measured := read_json(path)).keys()]
-    recorded = tracking.read(workdir).of("curvature")
+    recorded = lines.read(workdir).of("curvature")
     if not found and not recorded:
         return None
     path = Path(workdir) / "curvature" / "training.png"

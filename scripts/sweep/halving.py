@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steppe.lm.run import tracking
+from steppe.lm.track import lines
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
@@ -71,7 +71,7 @@ def rung_step(run: Run, fraction: float) -> int:
 
 def loss_at(run: Run, step: int) -> float:
     """Held-out loss of a run after this step, on the first held-out set; infinite if it did not get there soundly."""
-    for record in tracking.read(run.directory).of("evaluate"):
+    for record in lines.read(run.directory).of("evaluate"):
         if record["step"] == step:
             loss = float(record["loss"])
             return loss if math.isfinite(loss) else math.inf
@@ -108,7 +108,7 @@ def saved(runs: Sequence[Run]) -> str:
     tokens = flops = 0.0
     pruned = [run for run in runs if results.read_json(run.directory / results.OUTCOME).get("status") == "pruned"]
     for run in pruned:
-        rest = 1 - max(tracking.read(run.directory).train.step, default=0) / run.steps
+        rest = 1 - max(lines.read(run.directory).train.step, default=0) / run.steps
         tokens, flops = tokens + rest * run.tokens, flops + rest * run.flops
     whole = sum(run.flops for run in runs)
     return (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from steppe.lm.run.tracking import clock_face
+from steppe.lm.track.tracker import clock_face
 from steppe.scripts.sweep.launch import STOPPED, Job
 from steppe.scripts.sweep.plan import Run, Speed, makespan
 

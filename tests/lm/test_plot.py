@@ -8,7 +8,7 @@ import pytest
 
 from steppe.configs import base
 from steppe.lm import plot
-from steppe.lm.run.tracking import Tracker
+from steppe.lm.track.tracker import Tracker
 
 BLUE, VERMILION, GREEN = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)
 

@@ -17,7 +17,7 @@ from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.run.assembly import assemble
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.state import create
-from steppe.lm.run.tracking import Tracker
+from steppe.lm.track.tracker import Tracker
 from steppe.scripts.measure import retention, retention_figures
 
 BRIEF = ["--noise=0,0.5", "--samples=2", "--bits=8,4", "--group=8", "--fine_tune_steps=8", "--batch_size=4"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import lm_runs, sweep_runs
-from steppe.lm.run.tracking import clock_face
+from steppe.lm.track.tracker import clock_face
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import __main__ as sweep

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from steppe.configs import base
-from steppe.lm.run import tracking
-from steppe.lm.run.tracking import METRICS, Tracker
+from steppe.lm.track import lines as metrics_file
+from steppe.lm.track.lines import METRICS
+from steppe.lm.track.tracker import Tracker
 
 
 class Clock:
@@ -70,7 +72,7 @@ def test_every_step_is_one_strict_json_line_of_exact_values(tmp_path, config):
     assert lines[1]["tokens"] == 1000
     assert "perturbed_loss" not in lines[2]  # which a method without a second pass does not compute
     assert (lines[3]["name"], lines[3]["loss"]) == ("books", "-inf")
-    train, others = tracking.read(tmp_path)
+    train, others = metrics_file.read(tmp_path)
     assert train.step.tolist() == [1, 2]
     assert train.tokens.tolist() == [1000, 2000]
     assert train.loss.astype(np.float32).tolist() == [np.float32(0.1), np.float32(0.2)]
@@ -113,15 +115,15 @@ def test_a_fresh_start_empties_the_file_and_a_gap_is_reported(tmp_path, config):
 
 def test_a_long_record_is_cut_from_its_end(tmp_path, config, monkeypatch):
     """Blocks smaller than the file, whatever they cut through; a damaged line before what is cut is not looked at."""
-    monkeypatch.setattr(tracking, "_BLOCK", 300)
+    monkeypatch.setattr(metrics_file, "_BLOCK", 300)
     for start in range(0, 41, 8):
         tracker = _track(tmp_path, config)
         _steps(tracker, 1, 40)
         tracker.evaluation(40, "books", {"loss": 1.0})
         before = (tmp_path / METRICS).read_bytes()
-        assert tracking.rewind(tmp_path / METRICS, start or -1) == []
-        lines = before.splitlines(keepends=True)
-        assert (tmp_path / METRICS).read_bytes() == b"".join(lines[:start] if start < 40 else lines)
+        assert metrics_file.rewind(tmp_path / METRICS, start or -1) == []
+        kept = before.splitlines(keepends=True)
+        assert (tmp_path / METRICS).read_bytes() == b"".join(kept[:start] if start < 40 else kept)
 
 
 def test_a_measurement_between_steps_slows_no_step(tmp_path, config):
@@ -246,7 +248,7 @@ def test_an_outage_in_mid_run_costs_one_line(tmp_path, config):
 
 
 def test_tracking_imports_nothing_heavy():
-    code = "import sys, steppe.lm.run.tracking; print([m for m in ('jax', 'wandb', 'rich') if m in sys.modules])"
+    code = "import sys, steppe.lm.track.tracker; print([m for m in ('jax', 'wandb', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -320,3 +322,48 @@ def test_wandb_gets_no_row_twice_after_a_kill(tmp_path, config):
     again.close("finished")
     assert sent == list(range(1, 10))
     assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 10))
+
+
+def test_mfu_and_its_axes_go_everywhere(tmp_path, config):
+    """3 GFLOP a step at the fake clock's rate; TensorBoard and metrics.jsonl have the same numbers."""
+    config.log.tensorboard = True
+    now = iter(np.arange(0.0, 1000.0, 0.5))
+    tracker = _track(tmp_path, config, clock=lambda: float(next(now)), flops_per_step=3e9, peak_flops=12e9)
+    _steps(tracker, 1, 5)
+    tracker.evaluation(5, "books", {"loss": 1.5})
+    tracker.close("finished")
+    train = [line for line in _lines(tmp_path) if line["kind"] == "train"]
+    assert train[-1]["mfu"] == pytest.approx(3e9 * 2 / 12e9)
+    found = events(tmp_path / "tensorboard")
+    assert found["train/loss"] == [(line["step"], pytest.approx(line["loss"])) for line in train]
+    assert found["mfu"][-1] == (5, pytest.approx(train[-1]["mfu"]))
+    assert found["held_out/books/loss"] == [(5, 1.5)]
+    assert [step for step, _ in found["tokens"]] == [1, 2, 3, 4, 5, 5]
+
+
+def events(folder):
+    """{name: [(step, value)]} of TensorBoard's event files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in sorted(folder.iterdir()):
+        content, position = path.read_bytes(), 0
+        while position < len(content):
+            (size,) = struct.unpack_from("<Q", content, position)
+            event = Event.FromString(content[position + 12 : position + 12 + size])
+            position += 16 + size
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_latest_reads_from_the_end(tmp_path, config, monkeypatch):
+    tracker = _track(tmp_path, config)
+    tracker.run(0, {"steps": 40})
+    _steps(tracker, 1, 40)
+    tracker.evaluation(40, "books", {"loss": 1.5})
+    for size in (1 << 20, 100, 7):
+        monkeypatch.setattr(metrics_file, "_BLOCK", size)
+        found = metrics_file.latest(tmp_path)
+        assert (found["run"]["steps"], found["train"]["step"], found["evaluate"]["loss"]) == (40, 40, 1.5)
+    assert metrics_file.latest(tmp_path / "nothing") == {}

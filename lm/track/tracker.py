@@ -1,0 +1,256 @@
+"""What a run shows and keeps: progress on the terminal, metrics.jsonl, and wandb where it is wanted.
+
+Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
+`evaluate`, `curvature`, `checkpoint`, `anomaly` (a bad step), `rollback`, and `change` (of a config key, by a restart
+after `step`); each has the `step` it belongs to, the number of updates made. NaN is null, infinities are the strings
+"inf" and "-inf", since JSON has no others; what a method does not compute is left out.
+"""
+
+import collections
+import errno
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from ml_collections import ConfigDict
+
+from steppe.lm.track.lines import METRICS, number, plain, rewind
+from steppe.lm.track.sinks import Sinks
+
+
+class Tracker:
+    """Records one run in `workdir`, continuing after `start_step` updates.
+
+    tokens_per_step: predicted tokens of one step over all devices; tokens_before: those beyond so many for every step.
+    flops_per_step: FLOPs of one step over all devices, 0 where unknown. peak_flops: FLOP/s of all devices together, 0
+    where unknown, for the MFU. wandb_id: the id a checkpoint brought, "" for the one in the workdir or a new one.
+    primary: False makes every method do nothing (all processes but the first). clock: seconds that only grow. stream:
+    where progress goes; live if it is a terminal.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: ConfigDict,
+        *,
+        total_steps: int,
+        tokens_per_step: int,
+        tokens_before: int = 0,
+        start_step: int = 0,
+        flops_per_step: float = 0.0,
+        peak_flops: float = 0.0,
+        wandb_id: str = "",
+        primary: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        stream: TextIO | None = None,
+    ):
+        self.wandb_id = wandb_id
+        self._primary = primary
+        if not primary:
+            return
+        self._workdir, self._config = Path(workdir), config
+        self._total, self._tokens_per_step, self._tokens_before = total_steps, tokens_per_step, tokens_before
+        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self._clock, self._stream = clock, stream or sys.stdout
+        self._begin = clock()
+        self._first: tuple[float, int] | None = None  # when the first step of this start was seen, for the ETA
+        self._marks = collections.deque(maxlen=32)  # (time, step) since the last pause, for the rate
+        self._rate = 0.0  # steps per second
+        self._held_out: tuple[str, float] | None = None  # the first held-out set and its latest loss
+        self._bar = self._task = None
+
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        notes: list[str] = []
+        self._sinks = Sinks(self._workdir, config, start_step, wandb_id, notes.append)
+        self._sinks.note = self.note
+        self.wandb_id = self._sinks.wandb_id
+        problems = rewind(self._workdir / METRICS, start_step or -1)
+        self._open()
+        if self._stream.isatty():
+            self._start_bar(start_step)
+        for problem in [*problems, *notes]:
+            self.note(problem)
+
+    def run(self, step: int, facts: dict[str, Any]) -> None:
+        """Records what this run is (parameters, tokens, FLOPs, versions, baselines ...), once per start."""
+        if self._primary:
+            self._write("run", step, facts)
+            self._sinks.facts(plain(facts))
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records the metrics of the step that made update number `step`; values are numbers or scalar arrays."""
+        if not self._primary:
+            return
+        now = self._clock()
+        self._first = self._first or (now, step)
+        self._marks.append((now, step))
+        then, before = self._marks[0]
+        if now > then:
+            self._rate = (step - before) / (now - then)
+        tokens, sound = self._tokens(step), not metrics.get("nonfinite")
+        pace = {"tokens": tokens, "seconds": now - self._begin, "tokens_per_second": self._rate * self._tokens_per_step}
+        if self._peak_flops:
+            pace["mfu"] = self._rate * self._flops_per_step / self._peak_flops
+        # NaN in a sound step is what its method does not compute
+        numbers = {name: number(value) for name, value in metrics.items()}
+        known = {name: n for name, n in numbers.items() if not (sound and isinstance(n, float) and math.isnan(n))}
+        self._write("train", step, {**pace, **known})
+        rows = {f"train/{name}": value for name, value in known.items()}
+        self._sinks.row("train", "", step, {**pace, **rows})
+        line = self._line(now, step, metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, line=line)
+        elif step % self._config.log.every == 0 or step == self._total:
+            self._print(f"step {step}/{self._total}  {line}")
+
+    def evaluation(self, step: int, name: str, metrics: dict[str, Any]) -> None:
+        """Records an evaluation on the held-out set `name` of the parameters after `step` updates."""
+        if not self._primary:
+            return
+        self._pause(step)
+        if "loss" in metrics and (self._held_out is None or self._held_out[0] == name):
+            self._held_out = name, number(metrics["loss"])
+        self._write("evaluate", step, {"name": name, **metrics})
+        rows = {f"held_out/{name}/{key}": value for key, value in metrics.items()}
+        axes = {"tokens": self._tokens(step), "seconds": self._clock() - self._begin}
+        self._sinks.row("evaluate", name, step, {**axes, **rows})
+        shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
+        self.note(f"step {step}  held-out {name}  {shown}")
+
+    def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
+        """Records that a checkpoint of `step` was begun."""
+        if self._primary:
+            self._pause(step)
+            self._write("checkpoint", step, facts or {})
+
+    def event(self, kind: str, step: int, facts: dict[str, Any]) -> None:
+        """Records something rare: an `anomaly`, a `rollback`, a `change`."""
+        if self._primary:
+            self._write(kind, step, facts)
+
+    def measurement(self, kind: str, step: int, facts: dict[str, Any]) -> None:
+        """Records what was measured between steps; the time it took stays out of the rate of steps."""
+        if self._primary:
+            self._pause(step)
+            self._write(kind, step, facts)
+
+    def sync(self) -> None:
+        """Returns once everything recorded is safely on disk, as it must be before a checkpoint that follows it."""
+        if self._primary:
+            os.fsync(self._file.fileno())
+
+    def roll_back(self, step: int) -> None:
+        """Forgets what was recorded after `step` updates: the run goes on from there."""
+        if self._primary:
+            self._file.close()
+            rewind(self._workdir / METRICS, step)
+            self._open()
+            self._first = None
+            self._pause(step)
+
+    def note(self, text: str) -> None:
+        """Shows one line to the reader; it is kept nowhere."""
+        if self._primary:
+            self._print(text)
+
+    def close(self, status: str) -> None:
+        """Ends the record; `status` (finished, stopped, failed ...) is shown and goes to wandb. Safe to call twice."""
+        if not self._primary or self._file.closed:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        try:
+            self._file.close()
+        except OSError as error:  # a full disk: its last line was not written, and whoever wrote it has heard
+            status = f"{status} ({error})"
+        self._sinks.close(status.startswith(("finished", "stopped")))
+        self._print(status)
+
+    def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
+        parts = [f"tokens {_si(self._tokens(step))}"]
+        if "loss" in metrics:
+            parts.append(f"loss {number(metrics['loss']):.4f}")
+        if self._held_out is not None:
+            parts.append(f"held-out {self._held_out[1]:.4f}")
+        if self._rate:
+            parts.append(f"{_si(self._rate * self._tokens_per_step)} tokens/s")
+            flops = self._rate * self._flops_per_step
+            if flops and self._peak_flops:
+                parts.append(f"MFU {flops / self._peak_flops:.1%}")
+            elif flops:
+                parts.append(f"{_si(flops, ' ')}FLOP/s")
+        if step > self._first[1]:
+            parts.append(f"ETA {clock_face((self._total - step) * (now - self._first[0]) / (step - self._first[1]))}")
+        return "  ".join(parts)
+
+    def _tokens(self, step: int) -> int:
+        return self._tokens_before + step * self._tokens_per_step
+
+    def _pause(self, step: int) -> None:
+        """Keeps time spent outside steps out of the rate (the ETA, which measures the whole, keeps it)."""
+        self._marks.clear()
+        self._marks.append((self._clock(), step))
+
+    def _open(self) -> None:
+        self._file = open(self._workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._inode = os.fstat(self._file.fileno()).st_ino
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        path = self._workdir / METRICS
+        if not path.exists() or path.stat().st_ino != self._inode:  # else lines would go to a file that nobody sees
+            raise OSError(errno.ENOENT, "was removed or replaced while the run was on", str(path))
+        self._file.write(json.dumps({"kind": kind, "step": step, **plain(values)}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _start_bar(self, start_step: int) -> None:
+        from rich import progress
+        from rich.console import Console
+        from rich.table import Column
+
+        self._bar = progress.Progress(
+            # where the terminal is narrow the text wraps; bar and count stay
+            progress.BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
+            progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            progress.TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=False)),
+            console=Console(file=self._stream),
+            get_time=self._clock,
+            redirect_stdout=sys.stdout.isatty(),  # what else is printed there goes above the live line
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task("", total=self._total, completed=start_step, line="compiling")
+        self._bar.start()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _si(number: float, gap: str = "") -> str:
+    """Three digits and a metric letter: 12.3k, 4.56M."""
+    for letter in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or letter == "P":
+            break
+        number /= 1000
+    digits = 0 if letter == "" and number == int(number) else max(0, 2 - len(str(int(number))) + 1)
+    return f"{number:.{digits}f}{gap}{letter}"
+
+
+def clock_face(seconds: float) -> str:
+    """1:02:03 or 2:03; ? where unknown."""
+    if math.isnan(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,118 @@
+"""A run or sweep that runs elsewhere, live in this terminal: steps, losses, rate, time left.
+
+steppe watch DIR [--every=SECONDS] [--once]
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from steppe.lm.track import lines
+from steppe.lm.track.tracker import clock_face
+from steppe.scripts import command, results
+
+SILENT = 120  # seconds without a line after which that is said
+MOST = 40  # runs shown, those that changed last
+
+
+class Row(NamedTuple):
+    """What is shown of a run. seconds: since its last line, NaN before the first."""
+
+    name: str
+    state: str
+    step: str
+    loss: str
+    held_out: str
+    rate: str
+    left: str
+    seconds: float
+
+
+@command.refusing
+def main(argv: Sequence[str]) -> int:
+    """Shows the runs until interrupted, or until all have ended; returns the exit status."""
+    parser = command.parser("watch", __doc__.splitlines()[0], config=False)
+    parser.add_argument("directory", metavar="DIR", help="of a sweep, or a run's workdir")
+    parser.add_argument(
+        "--every", type=command.number(above=True), default=2.0, metavar="S", help="seconds between looks (default 2)"
+    )
+    parser.add_argument("--once", action="store_true", help="print the table once")
+    options = command.options_of(argv, parser)
+    rows(options.directory)
+    if options.once:
+        _console().print(table(rows(options.directory)))
+        return 0
+    from rich.live import Live
+
+    try:
+        with Live(console=_console(), auto_refresh=False) as live:
+            while True:
+                found = rows(options.directory)
+                live.update(table(found), refresh=True)
+                if all(row.state in results.STATUSES[:4] for row in found):
+                    return 0
+                time.sleep(options.every)
+    except KeyboardInterrupt:
+        return 0
+
+
+def rows(directory: str) -> list[Row]:
+    """What is known now of every run, those that changed last first. Reads only the ends of their files."""
+    places = results.places(directory)
+    return sorted(
+        (_row(name, Path(place)) for name, place in places), key=lambda row: (math.isnan(row.seconds), row.seconds)
+    )
+
+
+def _row(name: str, place: Path) -> Row:
+    found, path = lines.latest(place), place / lines.METRICS
+    about, train, evaluation = (found.get(kind, {}) for kind in ("run", "train", "evaluate"))
+    step, steps = train.get("step", 0), about.get("steps", 0)
+    since = time.time() - path.stat().st_mtime if path.exists() else math.nan
+    outcome = results.read_json(place / results.OUTCOME)
+    ended = evaluation.get("step") == steps > 0
+    state = outcome.get("status") or ("finished" if ended else "waiting" if not found else "running")
+    if state == "running" and since > SILENT:
+        state = f"silent for {clock_face(since)}"
+    pace = train.get("tokens_per_second", 0.0)
+    per_step = about.get("tokens_per_step", 0)
+    left = (steps - step) * per_step / pace if pace and state == "running" else math.nan
+    return Row(
+        name, state, f"{step:,}/{steps:,}" if steps else "", _shown(train.get("loss")), _shown(evaluation.get("loss")),
+        f"{pace:,.0f}" if pace else "", clock_face(left) if left == left else "", since,
+    )  # fmt: skip
+
+
+def table(found: list[Row]):
+    """The rows as a table of rich."""
+    from rich.table import Table
+
+    counts = {state: sum(row.state.startswith(state) for row in found) for state in ("running", "silent", "waiting")}
+    ended = len(found) - sum(counts.values())
+    said = ", ".join(f"{count} {state}" for state, count in [*counts.items(), ("ended", ended)] if count)
+    shown = Table(title=said, title_justify="left", box=None, header_style="bold")
+    for column, justify in (("run", "left"), ("state", "left"), ("step", "right"), ("loss", "right"),
+                            ("held-out", "right"), ("tokens/s", "right"), ("left", "right")):  # fmt: skip
+        shown.add_column(column, justify=justify, no_wrap=column == "step")
+    for row in found[:MOST]:
+        shown.add_row(*row[:-1])
+    if len(found) > MOST:
+        shown.add_row(f"and {len(found) - MOST} more")
+    return shown
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False)
+
+
+def _shown(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
