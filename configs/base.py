@@ -37,6 +37,9 @@ _KEYS = {
     "init_from": Key(
         "", 'checkpoint, workdir or Hugging Face directory whose parameters a new run starts from; "": fresh ones', TEXT
     ),
+    "branch_from": Key(
+        "", 'run whose state and place in the text a new run goes on from, as RUN or RUN@STEP; "": none', TEXT
+    ),
     "model.size": Key(
         "", 'a name of configs/sizes.py, which sets layers, width, heads and mlp_width; "" keeps those below', TEXT
     ),

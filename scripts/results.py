@@ -51,6 +51,7 @@ class Result(NamedTuple):
     the method and of plain AdamW. seconds: of training so far, without compiling, evaluating and saving.
     loss, bits_per_byte: after the last step, on the whole first held-out set (nats a token; bits). curve: held-out
     losses of that set on the way; train_curve: those of every training step. code: a hash of the sources that ran.
+    branch: the run and step that it goes on from, as NAME@STEP, whose steps are counted and shown as its own.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Result(NamedTuple):
     curve: list[Point]
     train_curve: lines.Train
     code: str = ""
+    branch: str = ""
 
 
 def read(
@@ -253,6 +255,7 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         curve=[point(record) for record in evaluations],
         train_curve=train,
         code=about.get("versions", {}).get("code", ""),
+        branch=next((f"{Path(r['parent']).name}@{r['step']}" for r in reversed(records.of("branch"))), ""),
     )
 
 

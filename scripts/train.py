@@ -17,6 +17,9 @@ def main(argv: Sequence[str]) -> int:
         "--workdir", required=True, type=command.writable_directory, help="where the run lives: metrics, checkpoints"
     )
     parser.add_argument(
+        "--branch_from", metavar="RUN[@STEP]", help="a new run that goes on from another's state: config.branch_from"
+    )
+    parser.add_argument(
         "--allow_change", default="", metavar="KEY,KEY", help="config keys that may differ from what the run had so far"
     )
     parser.add_argument(
@@ -50,6 +53,10 @@ def main(argv: Sequence[str]) -> int:
         help="seconds of silence after which a process is lost",
     )
     config, options = command.parse(argv, parser)
+    if options.branch_from is not None:
+        if config.branch_from:
+            return command.fail(f"--branch_from={options.branch_from}: must be left out with --config.branch_from")
+        config.branch_from = options.branch_from
 
     placed = (options.coordinator, options.num_processes, options.process_id)
     if placed != (None, None, None) and (None in placed or not 0 <= options.process_id < options.num_processes):

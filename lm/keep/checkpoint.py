@@ -232,8 +232,8 @@ def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], N
     Every byte of it is verified. Unusable if there is none, or if paths, dtypes or shapes differ.
     """
     start = find(path, log)
-    named = tuple(f"{name}/" for name in abstract_parts)
-    saved = {name: entry for name, entry in seal.read(start)["tree"].items() if name.startswith(named)}
+    tree = seal.read(start)["tree"]
+    saved = {name: entry for name, entry in tree.items() if name.partition("/")[0] in abstract_parts}
     _compare(start, saved, seal.tree_of(abstract_parts))
     log(f"parameters  of {start}")
     return _restore(start, abstract_parts, ocp.checkpoint_utils.construct_restore_args(abstract_parts))

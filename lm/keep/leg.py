@@ -29,11 +29,14 @@ class Leg(NamedTuple):
 WHOLE = Leg()  # a run whose sizes never changed
 
 
-def leg_of(step: int, meta: Mapping[str, Any], config: Mapping[str, Any]) -> Leg:
-    """The Leg of a run that goes on from the checkpoint of `step` updates, whose meta this is, with `config`."""
+def leg_of(step: int, meta: Mapping[str, Any], config: Mapping[str, Any], branched: bool = False) -> Leg:
+    """The Leg of a run that goes on from the checkpoint of `step` updates, whose meta this is, with `config`.
+
+    branched: from another run's checkpoint, whose method may cost something else.
+    """
     leg, before = Leg(**meta.get("leg", {})), base.completed(meta["config"])
     old, new = ((c["train"]["batch_size"], c["data"]["sequence_length"]) for c in (before, config))
-    if old == new:
+    if old == new and not branched:
         return leg
     batches = batch_index(meta["watch"]["windows"], step)
     rows = leg.rows + (batches - leg.batches) * old[0]

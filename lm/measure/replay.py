@@ -13,15 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import workdir
 from steppe.lm.keep.checkpoint import Checkpoints, directory_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.leg import WHOLE, leg_of
 from steppe.lm.model import parameters
-from steppe.lm.run import anomaly
+from steppe.lm.run import anomaly, train
 from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
-from steppe.lm.run.state import State, create, create_from
+from steppe.lm.run.state import State
 from steppe.lm.run.step import compile_step
 from steppe.lm.track import lines
 
@@ -47,11 +46,8 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
         newest = checkpoints.newest(before=newest_of)
         if newest is not None:
             state, meta = checkpoints.restore(newest, parts.abstract)
-        elif config.init_from:
-            params = initial_params(config, parts, log)
-            state, meta = create_from(parts.abstract, parts.optimizer, params), {}
         else:
-            state, meta = create(parts.mesh, parts.initialise), {}
+            state, meta, _ = train.begin(config, parts, log)
     for change in recorded.of("change"):
         if change["step"] > int(state.step) and "." in change["key"]:
             since = f"config.{change['key']} is {change['after']!r} since step {change['step']}"

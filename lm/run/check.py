@@ -28,6 +28,7 @@ def check(config: ConfigDict, *, device_count: int, process_count: int = 1, back
     _check_data(config)
     for name, key in base.keys().items():
         key.check(name, _value(config, name))
+    _need(not (config.init_from and config.branch_from), config, "init_from", '"" with branch_from, which brings all')
     _check_model(config, backend)
     _check_method(config)
     _check_durations(config)

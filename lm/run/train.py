@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from steppe.data import baselines, loader
 from steppe.lm import plot
 from steppe.lm.hub.load import initial_params
-from steppe.lm.keep import checkpoint, record, workdir
+from steppe.lm.keep import branch, checkpoint, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
 from steppe.lm.measure.in_training import make_measurement, twice_differentiable
@@ -22,7 +22,7 @@ from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_par
 from steppe.lm.run.check import described
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.signals import StopSignals
-from steppe.lm.run.state import create, create_from
+from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import compile_step
 from steppe.lm.track.profile import Profile
 from steppe.lm.track.tracker import Tracker
@@ -42,8 +42,8 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
     corpus, parts, counts = open_parts(config, log, directory=directory)
     # before the workdir is taken, in case one of them cannot be used
     place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
-    if config.init_from and workdir.is_new(directory):
-        given = initial_params(config, parts, log)
+    if (config.init_from or config.branch_from) and workdir.is_new(directory):
+        given = begin(config, parts, log)
     with ExitStack() as stack:
         run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
         stopping = stack.enter_context(StopSignals())
@@ -51,8 +51,8 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
         here.checkpoints = stack.enter_context(here.open_checkpoints(place, run_id))
         here.restore(given)
         del given
-        changed = record.changes(here.meta, here.now, allow_change) if here.meta else {}
-        here.follow(leg_of(here.done, here.meta, here.now["config"]) if here.meta else WHOLE)
+        changed = record.changes(here.meta, here.now, {"corpus"} if here.parent else allow_change) if here.meta else {}
+        here.follow(here.leg_now() if here.meta else WHOLE)
         report_parts(config, here.parts, corpus, log)
         if here.done:
             here.say_where()
@@ -61,12 +61,25 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
             return FINISHED
         if primary:
             workdir.keep_corpus(directory, corpus)
+            if here.parent:
+                branch.copy_record(here.parent, directory)
         here.tracker = here.open_tracker()
         stack.callback(lambda: here.tracker.close(here.ended))
         here.begin(counts, changed)
+        if here.parent:
+            here.save()  # from now on it needs its parent no more
         here.compile()
         stack.callback(here.profile.end)
         return here.train()
+
+
+def begin(config: ConfigDict, parts: Parts, log: Callable[[str], None]) -> tuple[State, dict, branch.Parent | None]:
+    """(State before anything of a run is saved, meta and parent where it branches off another)."""
+    if config.branch_from:
+        return branch.take(config.branch_from, parts.abstract, parts.optimizer, log)
+    if config.init_from:
+        return create_from(parts.abstract, parts.optimizer, initial_params(config, parts, log)), {}, None
+    return create(parts.mesh, parts.initialise), {}, None
 
 
 class Run:
@@ -93,7 +106,7 @@ class Run:
         self.now = {"config": config.to_dict(), "versions": record.versions(), "corpus": corpus.fingerprint}
         self.pending, self.latest, self.measured = [], {}, []
         self.stop = self.owes_evaluation = False
-        self.ended = "failed"
+        self.ended, self.parent = "failed", None
         self.profile = Profile(config.log.profile, directory, log)
         self.timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
         self.plan(WHOLE)
@@ -153,22 +166,21 @@ class Run:
             log=self.log,
         )
 
-    def restore(self, given=None, before: int | None = None) -> None:
-        """Takes the newest sound checkpoint (before a step), or begins: from given parameters where there are any."""
+    def restore(self, given: tuple | None = None, before: int | None = None) -> None:
+        """Takes the newest sound checkpoint (before a step), or what `begin` gave, or gives now."""
         newest = self.checkpoints.newest(before)
         if newest is not None:
             self.state, self.meta = self.checkpoints.restore(newest, self.parts.abstract)
         else:
-            if self.config.init_from and given is None:
-                given = initial_params(self.config, self.parts, self.log)
-            parts = self.parts
-            fresh = given is None
-            self.state = (
-                create(parts.mesh, parts.initialise) if fresh else create_from(parts.abstract, parts.optimizer, given)
-            )
-            self.meta = {}
+            self.state, self.meta, self.parent = given or begin(self.config, self.parts, self.log)
         self.done = int(self.state.step)
         self.watch = anomaly.Watch(self.config, self.meta["watch"] if self.meta else None)
+
+    def leg_now(self) -> Leg:
+        """The part of the run that begins here; on other text than its parent's, a branch reads from its beginning."""
+        leg = leg_of(self.done, self.meta, self.now["config"], branched=self.parent is not None)
+        other = self.parent is not None and self.meta["corpus"] != self.now["corpus"]
+        return leg._replace(rows=0) if other else leg
 
     def open_tracker(self) -> Tracker:
         """The run's record, continued."""
@@ -190,6 +202,9 @@ class Run:
         names = self.corpus.held_out if self.primary else ()
         self.references = {name: baselines.baselines(self.corpus, name, counts) for name in names}
         self.tracker.run(self.done, record.of_run(self.config, self.parts, self.references))
+        if self.parent:
+            facts = {"parent": self.parent.directory, "parent_run": self.parent.run}
+            self.tracker.event("branch", self.done, facts)
         for key, (before, after) in changed.items():
             self.tracker.note(f"changed     {key}: {before!r} until step {self.done}, {after!r} from here on")
             self.tracker.event("change", self.done, {"key": key, "before": before, "after": after})

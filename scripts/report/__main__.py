@@ -165,6 +165,13 @@ def summary(study, compared) -> list[str]:
             f"Seconds a token of runs that do the same work differ by up to a factor of {unsteady:.2g}: the machine "
             "did other things meanwhile, so measured times and their ratios say little; FLOPs are exact."
         )
+    branches = sorted({run.result.branch for run in study.runs} - {""})
+    if branches:
+        count = sum(bool(run.result.branch) for run in study.runs)
+        said.append(
+            f"{count} runs are branches of others ({', '.join(branches)}): tokens, FLOPs and curves begin with "
+            "those of the trunk, which they share."
+        )
     return said + study.notes
 
 

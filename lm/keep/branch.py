@@ -1,0 +1,84 @@
+"""Where a run branches off another: its state, its place in the text, and what it had recorded, after some step."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from steppe.configs.keys import ConfigError
+from steppe.data import files
+from steppe.lm.keep import checkpoint, seal, workdir
+from steppe.lm.keep.checkpoint import Checkpoints
+from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.run.state import Optimizer, State
+from steppe.lm.track.lines import METRICS, rewind
+
+KEY = "branch_from"
+
+
+class Parent(NamedTuple):
+    """The run that another continues: its workdir and id, and after how many updates."""
+
+    directory: str
+    run: str
+    step: int
+
+
+def named(text: str) -> tuple[str, int | None]:
+    """(workdir, step or None) of RUN or RUN@STEP; a path that exists is itself, whatever @ is in it."""
+    path = os.path.expanduser(text)
+    directory, at, step = path.rpartition("@")
+    if at and step.isdecimal() and not os.path.exists(path):
+        return directory, int(step)
+    return path, None
+
+
+def take(
+    text: str, abstract: State, optimizer: Optimizer, log: Callable[[str], None] = print
+) -> tuple[State, dict[str, Any], Parent]:
+    """(State placed as `abstract` says, meta of the checkpoint, parent) that a run branching from `text` begins with.
+
+    Parameters and the base optimizer's state are the parent's, and so is the rule's where the methods share it; else
+    the rule begins anew, which is said. ConfigError or Unusable, each one line, where that cannot be.
+    """
+    directory, step = named(text)
+    try:
+        config = workdir.config_of(directory)
+    except WorkdirError:
+        raise ConfigError(KEY, text, f"the workdir of a run, or RUN@STEP; there is no run in {directory}") from None
+    place = checkpoint.directory_of(config, directory)
+    start = checkpoint.find(place if step is None else f"{place}/{step}", lambda line: None)
+    step = int(start.name)
+    shared = _of_rule(seal.read(start)["tree"]) == _of_rule(seal.tree_of(abstract))
+    with Checkpoints(place, read_only=True, log=log) as checkpoints:
+        meta = checkpoints.meta(step)
+    wanted = {"step": abstract.step, "params": abstract.params, "optimizer": abstract.optimizer}
+    if shared and _of_rule(seal.tree_of(abstract)):
+        state = State(**checkpoint.load_parts(str(start), {**wanted, "rule": abstract.rule}, lambda line: None))
+    else:
+        found = checkpoint.load_parts(str(start), wanted, lambda line: None)
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract.rule)
+        state = State(rule=jax.jit(optimizer.rule.init, out_shardings=places)(found["params"]), **found)
+    if not shared:
+        method = meta["config"]["optim"]["method"]
+        log(f"branch      what {method} kept beside the optimizer's state is left behind; another begins anew")
+    run = (Path(directory) / workdir.RUN).read_text().strip()
+    log(f"branch      of {directory}, after step {step}")
+    # a wandb run of its own, and what the parent owed is not this run's
+    return state, {**meta, "wandb_id": "", "owes_evaluation": False}, Parent(os.path.abspath(directory), run, step)
+
+
+def copy_record(parent: Parent, directory: str) -> None:
+    """Begins metrics.jsonl with what the parent had recorded by then."""
+    mine, theirs = Path(directory) / METRICS, Path(parent.directory) / METRICS
+    if theirs.exists() and not mine.exists():
+        with files.replacing(mine) as aside:
+            shutil.copyfile(theirs, aside)
+            rewind(Path(aside), parent.step)
+
+
+def _of_rule(tree: Mapping[str, list]) -> dict[str, list]:
+    return {name: entry for name, entry in tree.items() if name.startswith("rule/")}

@@ -1,0 +1,115 @@
+"""Branches: the parent's own future where nothing differs, another schedule, method or text where it does."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from helpers import lm_runs
+from steppe.configs.keys import ConfigError
+from steppe.data import cache, loader
+from steppe.lm.keep.exits import Unusable
+from steppe.lm.keep.workdir import RUN
+from steppe.lm.run import train
+from steppe.scripts import results
+
+METHOD = {"optim__method": "look_sam", "optim__rho": 0.05, "optim__schedule": "wsd", "optim__cooldown": "0 steps"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return lm_runs.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def trunk(text, tmp_path_factory):
+    place = tmp_path_factory.mktemp("trunk")
+    assert train.run(lm_runs.config(*text, **METHOD, checkpoint__keep=9), str(place)) == train.FINISHED
+    return place
+
+
+def test_a_branch_that_changes_nothing_is_the_trunk_bit_for_bit(text, trunk, tmp_path):
+    config = lm_runs.config(*text, **METHOD, branch_from=f"{trunk}@10")
+    assert train.run(config, str(tmp_path / "b"), until=15) == train.FINISHED
+    # it needs its parent no more
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir() if path.name == "10"]
+    hidden = trunk.rename(trunk.parent / "hidden")
+    try:
+        assert train.run(config, str(tmp_path / "b")) == train.FINISHED
+    finally:
+        hidden.rename(trunk)
+    assert lm_runs.losses(tmp_path / "b") == lm_runs.losses(trunk)
+    (found,) = lm_runs.records(tmp_path / "b", "branch")
+    assert (found["step"], found["parent"], found["parent_run"]) == (10, str(trunk), (trunk / RUN).read_text())
+    assert (tmp_path / "b" / RUN).read_text() != (trunk / RUN).read_text()
+    (result,) = results.read(tmp_path / "b")
+    assert (result.status, result.branch, len(result.train_curve.step)) == ("finished", f"{trunk.name}@10", 20)
+
+
+def test_three_cooldowns_share_a_trunk(text, trunk, tmp_path):
+    ends = {}
+    for steps in (12, 16, 20):
+        config = lm_runs.config(
+            *text,
+            **{**METHOD, "optim__cooldown": "2 steps"},
+            branch_from=f"{trunk}@10",
+            train__duration=f"{steps} steps",
+        )
+        assert train.run(config, str(tmp_path / str(steps))) == train.FINISHED
+        rates = [record["learning_rate"] for record in lm_runs.records(tmp_path / str(steps), "train")]
+        trunk_rates = [record["learning_rate"] for record in lm_runs.records(trunk, "train")]
+        assert rates[: steps - 1] == trunk_rates[: steps - 1]
+        assert rates[-1] < 0.6 * rates[-3]
+        ends[steps] = lm_runs.losses(tmp_path / str(steps))
+    assert ends[12][:10] == ends[20][:10] == lm_runs.losses(trunk)[:10]
+
+
+def test_another_method_begins_anew_beside_the_same_optimizer(text, trunk, tmp_path):
+    late = {**METHOD, "optim__method": "functional_sam"}
+    assert train.run(lm_runs.config(*text, **late, branch_from=f"{trunk}@10"), str(tmp_path)) == train.FINISHED
+    record = lm_runs.records(tmp_path, "train")[10]
+    assert record["loss"] == lm_runs.losses(trunk)[10]  # the loss at theta, of the same parameters and batch
+    about = lm_runs.records(tmp_path, "run")[-1]
+    before = lm_runs.records(trunk, "run")[-1]["flops_per_step"]
+    assert about["flops"] == pytest.approx(10 * before + 10 * about["flops_per_step"])
+    assert lm_runs.records(tmp_path, "change")[0]["before"] != lm_runs.records(tmp_path, "change")[0]["after"]
+
+
+def test_other_text_is_read_from_its_beginning(text, trunk, tmp_path):
+    (tmp_path / "other.txt").write_text("0123456789 " * 900)
+    config = lm_runs.config(*text, **METHOD, branch_from=f"{trunk}@10", data__task=f"text:{tmp_path}/other.txt@all")
+    assert train.run(config, str(tmp_path / "b"), until=11) == train.FINISHED
+    corpus = loader.open_corpus(cache.ensure(config.data, log=lambda line: None))
+    first = loader.training_rows(corpus, config.seed, 0, 8)
+    alone = lm_runs.config(
+        *text, **METHOD, data__task=f"text:{tmp_path}/other.txt@all", init_from=f"{trunk}/checkpoints/10"
+    )
+    assert train.run(alone, str(tmp_path / "alone"), until=1) == train.FINISHED
+    assert lm_runs.losses(tmp_path / "b")[10] == lm_runs.losses(tmp_path / "alone")[0]  # the same first batch
+    assert np.isfinite(first["inputs"]).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"branch_from": "nothing"}, ConfigError, "config.branch_from = 'nothing'"),
+        ({"branch_from": "{trunk}@7"}, Unusable, "holds no checkpoint"),
+        ({"branch_from": "{trunk}", "model__width": 32}, Unusable, "does not fit this config"),
+        ({"branch_from": "{trunk}", "optim__base": "sgd"}, Unusable, "does not fit this config"),
+    ],
+)
+def test_what_cannot_be_branched_from_is_refused_and_leaves_nothing(text, trunk, tmp_path, changed, error, said):
+    changed["branch_from"] = changed["branch_from"].replace("{trunk}", str(trunk))
+    with pytest.raises(error, match=said):
+        train.run(lm_runs.config(*text, **{**METHOD, **changed}), str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_damaged_parent_is_named(text, trunk, tmp_path):
+    shutil.copytree(trunk, tmp_path / "trunk")
+    state = next(
+        path for path in (tmp_path / "trunk/checkpoints/10").rglob("*") if path.is_file() and path.name != "SEAL"
+    )
+    state.write_bytes(state.read_bytes() + b"x")
+    with pytest.raises(Unusable, match="was altered"):
+        train.run(lm_runs.config(*text, **METHOD, branch_from=f"{tmp_path}/trunk@10"), str(tmp_path / "b"))
