@@ -1,10 +1,15 @@
-"""Text sampled from a run's model, as a continuation of a prompt.
+"""Text sampled from a run's model, as continuations of prompts.
 
-steppe generate --workdir=DIR [--prompt=TEXT] [--tokens=N] [--temperature=X] [--seed=N] [--step=K]
+    steppe generate --workdir=DIR [--prompt=TEXT] [--tokens=N] [--temperature=X] [--seed=N] [--step=K]
+    steppe generate --workdir=DIR --prompts=FILE [--out=FILE.jsonl]
+
+FILE has a prompt a line, or, as .jsonl, an object with "prompt". Prompt i draws as it would alone with seed + i.
 """
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from steppe.configs.keys import TEXT
 from steppe.scripts import command
@@ -18,7 +23,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--step", type=command.integer(), metavar="K", help="its checkpoint after K steps; default: the newest"
     )
-    parser.add_argument("--prompt", help="default: config.sample.prompt of the run")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="default: config.sample.prompt of the run")
+    prompts.add_argument("--prompts", metavar="FILE", help="many: a line each, or objects with prompt")
+    parser.add_argument("--out", metavar="FILE", help="write objects with prompt and text, rather than print")
+    parser.add_argument("--batch_size", type=command.integer(1), default=32, metavar="N", help="prompts at a time")
     parser.add_argument("--tokens", type=command.integer(1), default=200, metavar="N", help="at most (default 200)")
     parser.add_argument(
         "--temperature", type=command.number(), default=0.8, metavar="X", help="0: greedy (default 0.8)"
@@ -28,26 +37,57 @@ def main(argv: Sequence[str]) -> int:
     if options.prompt is not None and not TEXT.allows(options.prompt):
         return command.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
 
-    import jax
+    prompts = [options.prompt] if options.prompts is None else _prompts(options.prompts)
 
+    from steppe.data import files
     from steppe.lm.keep import saved
     from steppe.lm.run import generate
 
     run = saved.load(options.workdir, options.step, log=lambda line: None)
     tokenizer, cap = run.corpus.tokenizer, run.config.model.logit_soft_cap
-    next_token = jax.jit(generate.make_next_token(run.parts.objective, run.parts.shape, tokenizer.vocab_size, cap))
-    text = generate.generate(
-        next_token,
-        run.params,
-        tokenizer,
-        prompt=run.config.sample.prompt if options.prompt is None else options.prompt,
-        tokens=options.tokens,
-        temperature=options.temperature,
-        length=run.config.data.sequence_length,
-        seed=options.seed,
-    )
-    print(text)
+    decoder = generate.make_decoder(run.parts.shape, tokenizer.vocab_size, cap)
+    prompts = [run.config.sample.prompt if prompt is None else prompt for prompt in prompts]
+    texts = []
+    for start in range(0, len(prompts), options.batch_size):
+        texts += generate.generate(
+            decoder,
+            run.params,
+            tokenizer,
+            prompts[start : start + options.batch_size],
+            tokens=options.tokens,
+            temperature=options.temperature,
+            seed=options.seed + start,
+        )
+        if options.out is None:
+            for prompt, text in zip(prompts[start:], texts[start:], strict=False):
+                print(f"=== {prompt!r}\n{text}" if options.prompts else text, flush=True)
+    if options.out is not None:
+        rows = ({"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True))
+        files.write(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"wrote {len(texts)} texts to {options.out}")
     return 0
+
+
+def _prompts(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise command.UsageError(
+            f"--prompts={path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if path.endswith(".jsonl"):
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, TypeError, KeyError):
+                line = None
+        if not isinstance(line, str) or not TEXT.allows(line):
+            raise command.UsageError(f"--prompts={path}: line {number} must be an object with a text as prompt")
+        found.append(line)
+    if not found:
+        raise command.UsageError(f"--prompts={path}: must hold a prompt")
+    return found
 
 
 if __name__ == "__main__":

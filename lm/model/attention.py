@@ -51,6 +51,9 @@ def differentiable(sequence_length: int) -> str:
     return "einsum" if sequence_length <= 256 else "blockwise"
 
 
+CACHED = "cached"  # not a kernel of training: keys and values of earlier tokens are kept, and looked up
+
+
 def attention(
     query_BxTxHxK: jax.Array,
     key_BxTxGxK: jax.Array,
@@ -72,6 +75,23 @@ def attention(
     else:
         mixed = _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel)
     return checkpoint_name(mixed, MIXED)
+
+
+def cached_attention(
+    query_BxNxHxK: jax.Array, key_BxTxGxK: jax.Array, value_BxTxGxK: jax.Array, positions_BxN: jax.Array
+) -> jax.Array:
+    """Attention of N new tokens of each sequence, at these positions, over the T that are kept, as far as each may see.
+
+    Result [B, N, H, K]; what lies behind a token's own position is not seen, whatever is kept there.
+    """
+    B, N, H, K = query_BxNxHxK.shape
+    T, G = key_BxTxGxK.shape[1:3]
+    wide = jnp.promote_types(jnp.float32, query_BxNxHxK.dtype)
+    grouped = query_BxNxHxK.reshape(B, N, G, H // G, K)
+    scores = jnp.einsum("bngrk,btgk->bgrnt", grouped, key_BxTxGxK, preferred_element_type=wide) * (K**-0.5)
+    seen = positions_BxN[:, None, None, :, None] >= jnp.arange(T)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(value_BxTxGxK.dtype)
+    return jnp.einsum("bgrnt,btgk->bngrk", weights, value_BxTxGxK).reshape(B, N, H, K)
 
 
 def query_block(sequence_length: int) -> int:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from steppe.lm.model.attention import MIXED, attention, unsplit
+from steppe.lm.model.attention import CACHED, MIXED, attention, cached_attention, unsplit
 from steppe.lm.model.mesh import Placement
 
 STYLES = ("nanodo", "modern")
@@ -239,9 +239,22 @@ class Attention(nn.Module):
             query, key = Norm(s, name="query_norm")(query), Norm(s, name="key_norm")(key)
         if s.style == "modern":
             query, key = rotate(query, positions_BxT, s.rope_base), rotate(key, positions_BxT, s.rope_base)
-        mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain)
+        if s.kernel == CACHED:
+            mixed = cached_attention(query, *self.kept(key, value, positions_BxT), positions_BxT)
+        else:
+            mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain)
         out = Kernel((H, K, D), _matrix(s.init, (0, 1), 1 / (2 * s.layers)), s.dtype, name="out")()
         return jnp.einsum("bthk,hkd->btd", mixed, out)
+
+    def kept(self, key_BxNxGxK, value_BxNxGxK, positions_BxN):
+        """(keys, values) [B, T, G, K] of all tokens so far, from the collection "cache", with these put in place."""
+        rows, found = jnp.arange(positions_BxN.shape[0])[:, None], []
+        for name, new in (("keys", key_BxNxGxK), ("values", value_BxNxGxK)):
+            shape = (new.shape[0], self.shape.sequence_length, *new.shape[2:])
+            store = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+            store.value = store.value.at[rows, positions_BxN].set(new)
+            found.append(store.value)
+        return found
 
 
 class Mlp(nn.Module):
@@ -330,7 +343,11 @@ class Trunk(nn.Module):
         if s.remat != "none":
             block = nn.remat(Block, policy=_remat_policy(s.remat), prevent_cse=False)
         layers = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=s.layers
+            block,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=s.layers,
         )
         x_BxTxD, _ = layers(s, place, name="layers")(place(x_BxTxD, "hidden"), positions_BxT, segments_BxT)
         return Norm(s, name="final_norm")(x_BxTxD)

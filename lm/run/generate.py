@@ -1,54 +1,113 @@
-"""Text sampled from a model: a continuation of a prompt, one token at a time within the last T."""
+"""Text sampled from a model: continuations of prompts, a token of each at a time, keys and values kept.
 
-from collections.abc import Callable
+Within the T tokens that a model was trained on at a time, earlier tokens are not computed again. Beyond them the window
+slides, every position changes, and each token costs a whole pass.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from steppe.data.vocabulary import Tokenizer
+from steppe.lm.model.attention import CACHED
 from steppe.lm.model.objective import readout_kernel
-from steppe.lm.model.transformer import Shape
-from steppe.optim import Objective
+from steppe.lm.model.transformer import Shape, Trunk
 
 
-def make_next_token(objective: Objective, shape: Shape, vocabulary: int, soft_cap: float = 0.0) -> Callable:
-    """next_token(params, tokens [1, T], length, key, temperature) -> the id that follows the first `length` tokens."""
+class Decoder(NamedTuple):
+    """Compiled parts of generation, all for B prompts at a time; ids [B], keys [B], temperature a number.
 
-    def next_token(params, tokens_1xT, length, key, temperature):
-        hidden = objective.trunk(params, {"inputs": tokens_1xT})[0, length - 1]
-        logits_V = jnp.matmul(readout_kernel(params, shape), hidden.astype(jnp.float32))
-        logits_V = soft_cap * jnp.tanh(logits_V / soft_cap) if soft_cap else logits_V
-        logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < vocabulary, logits_V, -jnp.inf)
-        drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
+    first(params, tokens [B, N], lengths [B], keys, temperature) -> (ids that follow the first `lengths` tokens, cache)
+    next(params, cache, ids, positions [B], keys, temperature) -> (ids that follow, cache). again: as `first`, without a
+    cache. vocabulary: ids that are drawn from; length: T.
+    """
 
-    return next_token
+    first: Callable
+    next: Callable
+    again: Callable
+    length: int
+
+
+def make_decoder(shape: Shape, vocabulary: int, soft_cap: float = 0.0) -> Decoder:
+    """The Decoder of a model; soft_cap: as config.model.logit_soft_cap."""
+    plain = shape._replace(remat="none", kernel="einsum")
+    whole, cached = Trunk(plain), Trunk(plain._replace(kernel=CACHED))
+
+    def draw(params, hidden_BxD, keys_B, temperature):
+        logits_BxV = jnp.matmul(hidden_BxD.astype(jnp.float32), readout_kernel(params, shape).T)
+        logits_BxV = soft_cap * jnp.tanh(logits_BxV / soft_cap) if soft_cap else logits_BxV
+        logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[1]) < vocabulary, logits_BxV, -jnp.inf)
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BxV / jnp.maximum(temperature, 1e-6))
+        return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BxV, axis=1))
+
+    def at(hidden_BxNxD, index_B):
+        return jnp.take_along_axis(hidden_BxNxD, index_B[:, None, None], axis=1)[:, 0]
+
+    def first(params, tokens_BxN, lengths_B, keys_B, temperature):
+        places = jnp.broadcast_to(jnp.arange(tokens_BxN.shape[1]), tokens_BxN.shape)
+        hidden, kept = cached.apply({"params": params}, tokens_BxN, places, mutable=["cache"])
+        return draw(params, at(hidden, lengths_B - 1), keys_B, temperature), kept["cache"]
+
+    def following(params, cache, ids_B, positions_B, keys_B, temperature):
+        variables = {"params": params, "cache": cache}
+        hidden, kept = cached.apply(variables, ids_B[:, None], positions_B[:, None], mutable=["cache"])
+        return draw(params, hidden[:, 0], keys_B, temperature), kept["cache"]
+
+    def again(params, tokens_BxT, lengths_B, keys_B, temperature):
+        hidden = whole.apply({"params": params}, tokens_BxT)
+        return draw(params, at(hidden, lengths_B - 1), keys_B, temperature)
+
+    return Decoder(jax.jit(first), jax.jit(following, donate_argnums=1), jax.jit(again), shape.sequence_length)
 
 
 def generate(
-    next_token: Callable,
+    decoder: Decoder,
     params,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
+    *,
     tokens: int,
     temperature: float,
-    length: int,
     seed: int,
-) -> str:
-    """The prompt and up to `tokens` sampled tokens, as text; stops at the end of a document.
+    cache: bool = True,
+) -> list[str]:
+    """Each prompt and up to `tokens` sampled tokens, as text; a text stops at the end of a document.
 
-    next_token: a compiled make_next_token; length: its T. The window is recomputed for each token, which costs T times
-    what a cache would: meant for a look at a model, not for serving.
+    temperature: 0 takes the most likely token. Prompt i draws as it would alone with seed + i, whatever stands beside
+    it. cache: False computes every token from the whole window, to the same end.
     """
-    ids = [tokenizer.begin_id, *tokenizer.encode(prompt)]  # as documents begin in training
-    start = len(ids)
-    for key in jax.random.split(jax.random.key(seed), tokens):
-        window = ids[-length:]
-        padded = np.zeros((1, length), np.int32)
-        padded[0, : len(window)] = window
-        following = int(next_token(params, padded, np.int32(len(window)), key, np.float32(temperature)))
-        if following == tokenizer.eos_id:
+    T = decoder.length
+    texts = [[tokenizer.begin_id, *tokenizer.encode(prompt)] for prompt in prompts]  # as documents begin in training
+    starts, ended = [len(ids) for ids in texts], [False] * len(texts)
+    draws = jnp.stack([jax.random.split(jax.random.key(seed + row), tokens) for row in range(len(texts))], axis=1)
+    kept, temperature = None, np.float32(temperature)
+    for keys in draws:
+        longest = max(map(len, texts))
+        if cache and longest <= T:
+            if kept is None:
+                window, lengths = _windows(texts, min(T, -(-longest // 64) * 64))
+                found, kept = decoder.first(params, window, lengths, keys, temperature)
+            else:
+                last = np.array([ids[-1] for ids in texts], np.int32)
+                places = np.array([len(ids) - 1 for ids in texts], np.int32)
+                found, kept = decoder.next(params, kept, last, places, keys, temperature)
+        else:
+            found = decoder.again(params, *_windows(texts, T), keys, temperature)
+        for row, token in enumerate(np.asarray(found).tolist()):
+            ended[row] = ended[row] or token == tokenizer.eos_id
+            if not ended[row]:
+                texts[row].append(token)
+        if all(ended):
             break
-        ids.append(following)
-    return prompt + tokenizer.decode(ids[start:])
+    return [prompt + tokenizer.decode(ids[start:]) for prompt, ids, start in zip(prompts, texts, starts, strict=True)]
+
+
+def _windows(texts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the last `length` tokens of each text [B, length], how many there are [B])."""
+    window = np.zeros((len(texts), length), np.int32)
+    for row, ids in enumerate(texts):
+        window[row, : len(ids[-length:])] = ids[-length:]
+    return window, np.array([min(len(ids), length) for ids in texts], np.int32)

@@ -413,14 +413,13 @@ class Run:
         """A text by the model, after config.sample.prompt."""
         sample, vocabulary = self.config.sample, self.corpus.tokenizer.vocab_size
         cap = self.config.model.logit_soft_cap
-        next_token = jax.jit(generate.make_next_token(self.parts.objective, self.parts.shape, vocabulary, cap))
-        return generate.generate(
-            next_token,
+        (text,) = generate.generate(
+            generate.make_decoder(self.parts.shape, vocabulary, cap),
             self.state.params,
             self.corpus.tokenizer,
-            prompt=sample.prompt,
+            [sample.prompt],
             tokens=sample.tokens,
             temperature=sample.temperature,
-            length=self.config.data.sequence_length,
             seed=self.config.seed,
         )
+        return text

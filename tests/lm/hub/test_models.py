@@ -72,10 +72,8 @@ def test_transformers_computes_the_same_logits_and_the_same_continuation(text, t
     prompt = tokenizer("import é", return_tensors="pt")
     assert prompt.input_ids[0].tolist() == [0, *run.corpus.tokenizer.encode("import é")]
     said = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0]
-    next_token = jax.jit(generate.make_next_token(parts.objective, parts.shape, vocabulary))
-    expected = generate.generate(
-        next_token, params, run.corpus.tokenizer, "import é", tokens=6, temperature=0.0, length=16, seed=0
-    )
+    decoder, tokenizer = generate.make_decoder(parts.shape, vocabulary), run.corpus.tokenizer
+    (expected,) = generate.generate(decoder, params, tokenizer, ["import é"], tokens=6, temperature=0.0, seed=0)
     assert run.corpus.tokenizer.decode(said.tolist()) == expected  # also of bytes that are no text
 
 

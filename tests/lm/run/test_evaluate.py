@@ -13,7 +13,7 @@ from helpers import lm_runs
 from steppe.data import baselines, cache, loader
 from steppe.lm.run.assembly import assemble
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
-from steppe.lm.run.generate import generate, make_next_token
+from steppe.lm.run.generate import generate, make_decoder
 from steppe.lm.run.state import create
 
 
@@ -61,8 +61,9 @@ def test_held_out_loss_is_plain_cross_entropy_over_every_token_once(run):
 
 def test_greedy_sampling_follows_the_most_likely_token(run):
     _, corpus, parts, state = run
-    next_token = jax.jit(make_next_token(parts.objective, parts.shape, corpus.tokenizer.vocab_size, 5.0))
-    text = generate(next_token, state.params, corpus.tokenizer, "import os", 12, 0.0, 16, seed=0)
+    decoder = make_decoder(parts.shape, corpus.tokenizer.vocab_size, 5.0)
+    drawn = {"tokens": 12, "temperature": 0.0, "seed": 0}
+    (text,) = generate(decoder, state.params, corpus.tokenizer, ["import os"], **drawn)
     ids = [0, *corpus.tokenizer.encode("import os")]
     for _ in range(12):  # past the window of 16, so that it slides
         window = np.zeros((1, 16), np.int32)
@@ -72,6 +73,27 @@ def test_greedy_sampling_follows_the_most_likely_token(run):
             break
         ids.append(best)
     assert text == "import os" + corpus.tokenizer.decode(ids[10:])
+
+
+@pytest.mark.parametrize("model", [{}, {"style": "modern", "heads": 4, "kv_heads": 2, "qk_norm": True}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_kept_keys_and_values_change_no_token_nor_do_neighbours(tmp_path, model, temperature):
+    """Prompts of all lengths at once, some sliding past the window of 48, against each alone and without a cache."""
+    config = lm_runs.config(
+        *lm_runs.write_text(tmp_path), data__sequence_length=48, **{f"model__{name}": v for name, v in model.items()}
+    )
+    corpus = loader.open_corpus(cache.ensure(config.data))
+    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=jax.devices()[:1])
+    params = jax.tree.map(lambda leaf: 2 * leaf, create(parts.mesh, parts.initialise).params)
+    decoder = make_decoder(parts.shape, corpus.tokenizer.vocab_size)
+    prompts = ["", "import os", "x" * 30, "y" * 47, "z" * 60]
+    drawn = {"tokens": 25, "temperature": temperature}
+    together = generate(decoder, params, corpus.tokenizer, prompts[:3], seed=7, **drawn)
+    for row, prompt in enumerate(prompts):
+        (alone,) = generate(decoder, params, corpus.tokenizer, [prompt], seed=7 + row, **drawn)
+        (slow,) = generate(decoder, params, corpus.tokenizer, [prompt], seed=7 + row, cache=False, **drawn)
+        assert alone == slow
+        assert row >= 3 or alone == together[row]
 
 
 def test_baselines_of_a_text_that_can_be_computed_by_hand(run):

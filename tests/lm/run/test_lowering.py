@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from helpers import lm_runs
@@ -15,7 +14,7 @@ from steppe.lm.model.objective import objective
 from steppe.lm.run import state as states
 from steppe.lm.run.assembly import Parts, assemble
 from steppe.lm.run.evaluate import make_evaluation_step
-from steppe.lm.run.generate import make_next_token
+from steppe.lm.run.generate import make_decoder
 from steppe.lm.run.step import lower_step
 from steppe.optim import methods
 
@@ -97,14 +96,15 @@ def test_creation_evaluation_and_sampling(platform):
     params, batch = parts.abstract.params, batch_of(parts, bytes=jnp.int32)
     text = lower(platform, make_evaluation_step(parts.objective, parts.shape, parts.options), params, batch)
     assert (kernels(text) > 0) == (platform == "tpu")
-    next_token = make_next_token(parts.objective, parts.shape, VOCABULARY)
-    one = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    arguments = (params, one, np.int32(3), jax.random.key(0), np.float32(0.5))
-    if platform == "tpu":  # one sequence cannot be split over four devices: said aloud, not left to fail
-        with pytest.warns(UserWarning, match="attention: einsum in place of splash for a batch of 1"):
-            assert kernels(lower(platform, next_token, *arguments)) == 0
-    else:
-        lower(platform, next_token, *arguments)
+    decoder, ids = make_decoder(parts.shape, VOCABULARY), jax.ShapeDtypeStruct((3,), jnp.int32)
+    window, keys = jax.ShapeDtypeStruct((3, LENGTH), jnp.int32), jax.random.split(jax.random.key(0), 3)
+    _, cache = jax.eval_shape(decoder.first, params, window, ids, keys, jnp.float32(0.5))
+    for program, *arguments in (
+        (decoder.first, window, ids),
+        (decoder.next, cache, ids, ids),
+        (decoder.again, window, ids),
+    ):
+        assert kernels(lower(platform, program.__wrapped__, params, *arguments, keys, jnp.float32(0.5))) == 0
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
