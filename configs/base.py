@@ -197,6 +197,12 @@ _KEYS = {
     "evaluate.batches": Key(
         0, "held-out batches per evaluation, 0: all; the evaluation after the last step takes all", integer(0)
     ),
+    "evaluate.choices": Key(
+        (),
+        'multiple choice, scored beside held-out loss, as ("name=jsonl:items.jsonl",); lm/README.md',
+        TEXTS,
+        free=True,
+    ),
     "evaluate.batch_size": Key(0, "sequences; 0: train.batch_size", integer(0)),
     "curvature.every": Key(
         0,

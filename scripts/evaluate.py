@@ -1,6 +1,6 @@
 """Held-out loss of a finished or running run, beside its baselines.
 
-steppe evaluate --workdir=DIR [--step=K] [--batches=N] [--task=SOURCE]
+steppe evaluate --workdir=DIR [--step=K] [--batches=N] [--task=SOURCE] [--choices=name=jsonl:FILE ...]
 """
 
 import sys
@@ -23,6 +23,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--task", metavar="SOURCE", help="other text, as config.data.task; default: the run's held-out sets"
     )
+    parser.add_argument(
+        "--choices", action="append", metavar="NAME=jsonl:FILE", help="multiple choice; default: the run's own"
+    )
     options = command.options_of(argv, parser)
 
     import jax
@@ -30,9 +33,12 @@ def main(argv: Sequence[str]) -> int:
     from steppe.data import baselines
     from steppe.data.cache import held_out_of
     from steppe.lm.keep import saved
+    from steppe.lm.measure import choices
     from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 
+    questions = choices.read(options.choices or ())
     run = saved.load(options.workdir, options.step)
+    questions = questions or choices.read(run.config.evaluate.choices)
     step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
     corpus = run.corpus if options.task is None else held_out_of(run.config.data, options.task)
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
@@ -51,6 +57,15 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "
             f"{reference['gzip']:>8.4f} {found['tokens']:>12,}"
+        )
+    scores, length = choices.make_scores(run.parts), run.config.data.sequence_length
+    for name, items in questions.items():
+        rows = choices.rows(items, run.corpus.tokenizer, length)
+        batch_size = run.config.train.batch_size
+        found = choices.measure(scores, run.params, items, rows, run.parts.mesh, batch_size)
+        print(
+            f"choices {name}: accuracy {found['accuracy']:.4f}, per byte {found['accuracy_per_byte']:.4f}, "
+            f"of {len(items):,} items"
         )
     return 0
 

@@ -46,7 +46,7 @@ def check(source: Source, reading: Reading) -> None:
     """Raises DataError if the source's files, or the first records of them, cannot be what it says."""
     paths = files(source)
     for path in paths if not is_remote(source.where) else paths[:REMOTE_HEADS]:
-        with _opened(path, source.kind):
+        with opened_text(path, source.kind):
             pass
     seen: dict[str, None] = {}
     first = None
@@ -108,12 +108,12 @@ def _every_record(
     read = {"text": _whole, "lines": _lines, "jsonl": _objects, "parquet": _rows}[source.kind]
     for index, path in enumerate(paths):
         chosen = None if mine is None else (lambda number, index=index: mine(index, number))
-        with _opened(path, source.kind) as handle:
+        with opened_text(path, source.kind) as handle:
             yield from read(handle, path, reading.text_field, chosen, seen)
 
 
 @contextmanager
-def _opened(path: str, kind: str) -> Iterator[BinaryIO]:
+def opened_text(path: str, kind: str) -> Iterator[BinaryIO]:
     """The text of a file, decompressed, from its first byte that is no byte-order mark. Parquet as it is.
 
     Whatever goes wrong inside a decoder while it is open becomes one line that names the file.

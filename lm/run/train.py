@@ -15,6 +15,7 @@ from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import branch, checkpoint, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
+from steppe.lm.measure import choices
 from steppe.lm.measure.in_training import make_measurement, twice_differentiable
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run import anomaly, chips, generate
@@ -39,6 +40,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
     primary = jax.process_index() == 0
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
     config.data.update(described(config))
+    questions = choices.read(config.evaluate.choices)
     corpus, parts, counts = open_parts(config, log, directory=directory)
     # before the workdir is taken, in case one of them cannot be used
     place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
@@ -47,7 +49,10 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
     with ExitStack() as stack:
         run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
         stopping = stack.enter_context(StopSignals())
-        here = Run(config, directory, corpus=corpus, parts=parts, stopping=stopping, until=until, log=log)
+        here = Run(
+            config, directory,
+            corpus=corpus, parts=parts, stopping=stopping, questions=questions, until=until, log=log,
+        )  # fmt: skip
         here.checkpoints = stack.enter_context(here.open_checkpoints(place, run_id))
         here.restore(given)
         del given
@@ -97,6 +102,7 @@ class Run:
         corpus: loader.Corpus,
         parts: Parts,
         stopping: StopSignals,
+        questions: dict[str, list[choices.Item]],
         until: int | None = None,
         log: Callable[[str], None] = print,
     ):
@@ -107,6 +113,8 @@ class Run:
         self.pending, self.latest, self.measured = [], {}, []
         self.stop = self.owes_evaluation = False
         self.ended, self.parent = "failed", None
+        tokenizer, length = corpus.tokenizer, config.data.sequence_length
+        self.questions = {name: (items, choices.rows(items, tokenizer, length)) for name, items in questions.items()}
         self.profile = Profile(config.log.profile, directory, log)
         self.timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
         self.plan(WHOLE)
@@ -215,6 +223,7 @@ class Run:
         like = abstract_batch(parts, self.corpus, size)
         self.step = compile_step(parts, like)
         self.evaluation_step = jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options))
+        self.scores = choices.make_scores(parts)
         if self.config.curvature.every:
             groups, microbatches = self.config.curvature.groups, self.config.train.microbatches
             measurement = make_measurement(twice_differentiable(parts), groups, microbatches)
@@ -340,6 +349,9 @@ class Run:
         for name, values in found.items():
             self.tracker.evaluation(self.done, name, values)
         self.latest.update(found)
+        for name, (items, rows) in self.questions.items():
+            params, mesh = self.state.params, self.parts.mesh
+            self.tracker.choices(self.done, name, choices.measure(self.scores, params, items, rows, mesh, sequences))
 
     def measure(self) -> None:
         """Records how the loss bends at theta on one held-out batch, the same all through the run."""

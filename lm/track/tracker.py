@@ -122,6 +122,18 @@ class Tracker:
         shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
         self.note(f"step {step}  held-out {name}  {shown}")
 
+    def choices(self, step: int, name: str, metrics: dict[str, Any]) -> None:
+        """Records the share of questions `name` that the parameters after `step` updates answer."""
+        if not self._primary:
+            return
+        self._pause(step)
+        self._write("choices", step, {"name": name, **metrics})
+        rows = {f"choices/{name}/{key}": value for key, value in metrics.items()}
+        axes = {"tokens": self._tokens(step), "seconds": self._clock() - self._begin}
+        self._sinks.row("choices", name, step, {**axes, **rows})
+        shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
+        self.note(f"step {step}  choices {name}  {shown}")
+
     def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
         """Records that a checkpoint of `step` was begun."""
         if self._primary:

@@ -1,0 +1,133 @@
+"""Multiple choice: which continuation of a query a model finds most likely, in all or per byte, as lm-eval counts it.
+
+A file has an object a line: {"query", "choices", "gold"}, joined as they stand, or HellaSwag's {"ctx", "endings",
+"label"}, joined by a blank.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from steppe.data import files
+from steppe.data.errors import DataError, refused
+from steppe.data.readers.plain import opened_text
+from steppe.data.vocabulary import Tokenizer
+from steppe.lm.model.mesh import local_rows, place_batch
+from steppe.lm.model.objective import readout_kernel
+from steppe.lm.model.readout import cross_entropy
+from steppe.lm.run.assembly import Parts
+
+KEY = "evaluate.choices"
+_FIELDS = (("query", "choices", "gold", ""), ("ctx", "endings", "label", " "))  # and what joins the first two
+
+
+class Item(NamedTuple):
+    """A question: what its choices continue, them, and the index of the right one."""
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+def read(sources: Sequence[str]) -> dict[str, list[Item]]:
+    """{name: items} of "name=jsonl:FILE" texts, compressed or not. DataError with file and line for what is none."""
+    found: dict[str, list[Item]] = {}
+    for source in sources:
+        name, equals, place = source.partition("=")
+        kind, colon, path = place.partition(":")
+        if not (name and equals and colon and path) or kind != "jsonl" or name in found:
+            raise refused(KEY, source, "like name=jsonl:items.jsonl, every name once")
+        found[name] = _items(path)
+    return found
+
+
+def _items(path: str) -> list[Item]:
+    try:
+        (place,) = files.matching(path)
+    except ValueError:
+        raise refused(KEY, path, "a file") from None
+    items = []
+    with opened_text(place, "jsonl") as handle:
+        for number, line in enumerate(handle, 1):
+            if line.strip():
+                try:
+                    items.append(_item(json.loads(line)))
+                except (ValueError, TypeError, KeyError, IndexError):
+                    fields = " or ".join("{" + ", ".join(names[:3]) + "}" for names in _FIELDS)
+                    raise DataError(f"config.{KEY}: {place}:{number} is no item: an object with {fields}") from None
+    if not items:
+        raise refused(KEY, path, "a file with items")
+    return items
+
+
+def _item(value: Any) -> Item:
+    query, choices, gold, between = next(names for names in _FIELDS if names[0] in value)
+    texts = tuple(between + choice for choice in value[choices])
+    right = int(value[gold])
+    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError
+    return Item(str(value[query]), texts, range(len(texts)).index(right))
+
+
+class Rows(NamedTuple):
+    """Every choice of every item as a row [n, T]: weight 1 where a token of the choice is predicted; its bytes [n]."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    bytes: np.ndarray
+
+
+def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
+    """The Rows of items: a query is cut at its beginning where the whole is longer than `length`."""
+    count = sum(len(item.choices) for item in items)
+    made = Rows(*(np.zeros((count, length), kind) for kind in (np.int32, np.int32, np.float32)), np.zeros(count))
+    texts = ((item.query, choice) for item in items for choice in item.choices)
+    for row, (query, choice) in enumerate(texts):
+        before = len(tokenizer.encode(query))
+        ids = [tokenizer.begin_id, *tokenizer.encode(query + choice)]
+        first = max(before, len(ids) - 1 - length)  # of the targets that count
+        kept = ids[-(length + 1) :]
+        n, cut = len(kept) - 1, len(ids) - len(kept)
+        made.inputs[row, :n], made.targets[row, :n] = kept[:-1], kept[1:]
+        made.weights[row, first - cut : n] = 1
+        made.bytes[row] = len(choice.encode())
+    return made
+
+
+def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:
+    """scores(params, batch of Rows) -> log-likelihood of each row's choice [B], nats, on every process."""
+    plain = parts.options._replace(smoothing=0.0, z_loss=0.0, keep=False)
+
+    def scores(params, batch):
+        hidden = parts.objective.trunk(params, {"inputs": batch["inputs"]})
+        kernel = readout_kernel(params, parts.shape)
+        _, means, _ = cross_entropy(plain, kernel, hidden, batch["targets"], batch["weights"])
+        return -means * jnp.sum(batch["weights"] > 0, axis=1)
+
+    return jax.jit(scores, out_shardings=NamedSharding(parts.mesh, PartitionSpec()))
+
+
+def measure(scores: Callable, params, items: Sequence[Item], made: Rows, mesh, batch_size: int) -> dict[str, float]:
+    """{accuracy, accuracy_per_byte, items}: of the choices that are likeliest, as they are and per byte."""
+    mine, found = local_rows(mesh, batch_size), []
+    for start in range(0, len(made.bytes), batch_size):
+        batch = {}
+        for name in ("inputs", "targets", "weights"):
+            part = getattr(made, name)[start : start + batch_size]
+            whole = np.pad(part, ((0, batch_size - len(part)), (0, 0)))
+            batch[name] = whole[mine]
+        found.append(np.asarray(scores(params, place_batch(mesh, batch_size, mine, batch))))
+    likely = np.concatenate(found)[: len(made.bytes)]
+    right, per_byte, at = 0, 0, 0
+    for item in items:
+        part = slice(at, at + len(item.choices))
+        right += int(np.argmax(likely[part]) == item.gold)
+        per_byte += int(np.argmax(likely[part] / made.bytes[part]) == item.gold)
+        at = part.stop
+    return {"accuracy": right / len(items), "accuracy_per_byte": per_byte / len(items), "items": len(items)}

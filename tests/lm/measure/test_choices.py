@@ -1,0 +1,125 @@
+"""Multiple choice: likelihoods against sums written out and against lm-eval on the exported model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import lm_runs
+from steppe.data.errors import DataError
+from steppe.lm.keep import saved
+from steppe.lm.measure import choices
+from steppe.lm.run import train
+from steppe.scripts import evaluate, export
+
+ITEMS = [
+    {"query": "import o", "choices": ["s\n", "zq\n"], "gold": 0},
+    {"query": "", "choices": ["def", "\u00e9\u00e9", "x"], "gold": "2"},
+    {"ctx": "for i in " * 5, "endings": ["range(3):", "!!"], "label": 1},  # longer than the window
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    text = lm_runs.write_text(place)
+    (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    config = lm_runs.config(*text, data__sequence_length=24, evaluate__choices=(f"mine=jsonl:{place}/items.jsonl",))
+    assert train.run(config, str(place / "run")) == train.FINISHED
+    return place
+
+
+def likelihood(found, query, choice):
+    """Sum of log-probabilities of a choice, token by token, each from the last 24 tokens before its end."""
+    tokenizer = found.corpus.tokenizer
+    ids = [tokenizer.begin_id, *tokenizer.encode(query + choice)][-25:]
+    hidden = found.parts.objective.trunk(found.params, {"inputs": np.array([ids[:-1]])})[0]
+    log_p = jax.nn.log_softmax(hidden @ found.params["embed"]["embedding"].T[:, : tokenizer.vocab_size])
+    n = len(tokenizer.encode(choice))
+    return float(sum(log_p[t, ids[t + 1]] for t in range(len(ids) - 1 - n, len(ids) - 1)))
+
+
+def test_likelihoods_are_the_sums_and_the_likeliest_is_the_answer(run, capsys):
+    found = saved.load(str(run / "run"), log=lambda line: None)
+    items = choices.read((f"mine=jsonl:{run}/items.jsonl",))["mine"]
+    rows = choices.rows(items, found.corpus.tokenizer, 24)
+    batch = {name: jnp.asarray(getattr(rows, name)) for name in ("inputs", "targets", "weights")}
+    scores = np.asarray(choices.make_scores(found.parts)(found.params, batch))
+    expected = [likelihood(found, item.query, choice) for item in items for choice in item.choices]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)  # order of sums in float32
+    right = per_byte = at = 0
+    for item in items:
+        mine, sizes = expected[at : at + len(item.choices)], [len(choice.encode()) for choice in item.choices]
+        right += int(np.argmax(mine)) == item.gold
+        per_byte += int(np.argmax(np.divide(mine, sizes))) == item.gold
+        at += len(item.choices)
+    recorded = lm_runs.records(run / "run", "choices")
+    assert [record["step"] for record in recorded] == [0, 10, 20]
+    assert (recorded[-1]["accuracy"], recorded[-1]["accuracy_per_byte"]) == (right / 3, per_byte / 3)
+    assert evaluate.main([f"--workdir={run / 'run'}"]) == 0
+    assert f"choices mine: accuracy {right / 3:.4f}, per byte {per_byte / 3:.4f}, of 3 items" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "said"),
+    [
+        ("items.jsonl", "", "accepted is like name=jsonl"),
+        ("mine=text:items.jsonl", "", "accepted is like name=jsonl"),
+        ("mine=jsonl:absent.jsonl", "", "accepted is a file"),
+        ("mine=jsonl:items.jsonl", "", "accepted is a file with items"),
+        ("mine=jsonl:items.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 2}', ":1 is no item"),
+        ("mine=jsonl:items.jsonl", '\n{"query": "a", "choices": ["b"], "gold": 0}', ":2 is no item"),
+        ("mine=jsonl:items.jsonl", "[1]", "JSON array"),
+    ],
+)
+def test_what_is_no_question_is_refused_with_its_place(tmp_path, monkeypatch, source, content, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "items.jsonl").write_text(content)
+    with pytest.raises(DataError, match=rf"^[^\n]*{re.escape(said)}[^\n]*$"):
+        choices.read((source,))
+
+
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs:
+  data_files: {folder}/plain.jsonl
+test_split: train
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+
+
+def test_lm_eval_finds_the_same_likelihoods(run, tmp_path):
+    pytest.importorskip("lm_eval", reason="steppe[hub] is not installed")
+    pytest.importorskip("accelerate", reason="steppe[hub] is not installed")
+    items = [item for item in ITEMS if item.get("query")]
+    items.append({"query": "class A(object)", "choices": [":\n", "zzz"], "gold": 0})
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "mine.yaml").write_text(TASK.format(folder=tmp_path))
+    assert export.main([f"--workdir={run / 'run'}", f"--out={tmp_path / 'hf'}"]) == 0
+    line = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--tasks", "mine", "--log_samples"]
+    line += ["--model_args", f"pretrained={tmp_path / 'hf'},dtype=float32", "--include_path", str(tmp_path)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    subprocess.run(
+        [*line, "--output_path", str(tmp_path / "out")],
+        check=True, capture_output=True, env={**os.environ, **offline}, cwd=tmp_path,
+    )  # fmt: skip
+    (path,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    found = saved.load(str(run / "run"), log=lambda text: None)
+    for sample in map(json.loads, path.read_text().splitlines()):
+        theirs = [float(response[0][0]) for response in sample["resps"]]
+        item = items[sample["doc_id"]]
+        ours = [likelihood(found, item["query"], choice) for choice in item["choices"]]
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4)  # printed and computed in float32
