@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
-from steppe.data import errors, files, sources
+from steppe.data import errors, files, remote, sources
 from steppe.data import manifest as manifests
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus, open_corpus
@@ -16,17 +16,18 @@ from steppe.data.shards import Recipe
 
 
 def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
-    """The prepared directory of config.data: `directory` if set, else the cache's, prepared on first use.
+    """The prepared directory of config.data: `directory` if set, else the cache's, prepared on first use. One behind an
+    address is fetched into the cache.
 
     Two processes that ask at once prepare it once. Never imports tensorflow: the preparation is a process of its own.
     """
     if data_config["directory"]:
         directory = os.path.expanduser(data_config["directory"])
+        if files.is_remote(directory):
+            return remote.fetch(directory, cache_of(data_config), log)
         manifests.read(directory)
         return directory
-    recipe = recipe_of(data_config)
-    cache = data_config["cache"] or os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe")
-    cache = os.path.expanduser(cache)
+    recipe, cache = recipe_of(data_config), cache_of(data_config)
     listed = sources_of(recipe)
     name = "+".join(source.name for source in listed["train"] or listed["held_out"])[:60]
     directory = os.path.join(cache, f"{name}-{manifests.checksum(identity(recipe))[:16]}")
@@ -41,6 +42,12 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
     except OSError as error:
         raise DataError(f"config.data.cache={cache!r}: {error.strerror or error}") from error
     return directory
+
+
+def cache_of(data_config: Mapping) -> str:
+    """Where corpora are kept that no config names."""
+    cache = data_config["cache"] or os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe")
+    return os.path.expanduser(cache)
 
 
 def open_of(data_config: Mapping, log: Callable[[str], None] = print) -> Corpus:

@@ -82,9 +82,10 @@ def opened(path: str) -> BinaryIO:
     """A file to read from; an address through fsspec."""
     if not is_remote(path):
         return open(path, "rb", buffering=1 << 20)
-    import fsspec
+    from steppe.data import remote
 
-    return fsspec.open(path, "rb").open()
+    system, inside = remote.reached(path)
+    return system.open(inside, "rb")
 
 
 def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list[str]:
@@ -99,10 +100,13 @@ def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list
         literal = next(start for start in reversed(starts) if not start or os.path.lexists(start))
         found = glob.glob(glob.escape(literal) + pattern[len(literal) :], recursive=True)
         return sorted(filter(kind, found))
-    import fsspec
+    from steppe.data import remote
 
-    system, inside = fsspec.core.url_to_fs(pattern)
-    return sorted(system.unstrip_protocol(path) for path in system.glob(inside) if system.isfile(path))
+    system, inside = remote.reached(pattern)
+    try:
+        return sorted(system.unstrip_protocol(path) for path in system.glob(inside) if system.isfile(path))
+    except Exception as error:
+        raise remote.unreachable(pattern, error) from error
 
 
 def content_hash(path: str | os.PathLike) -> str:

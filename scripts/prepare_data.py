@@ -60,14 +60,25 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.launcher == "local" and (options.hosts > 1 or options.slurm):
         given = f"--hosts={options.hosts}" if options.hosts > 1 else f"--slurm={','.join(options.slurm)}"
         return command.fail(f"{given}: needs --launcher=slurm or print")
+    from steppe.data import cache, files, remote
     from steppe.data.prepare import prepare, recipe_of
 
     shards = config.data.shards if options.shards is None else options.shards
     recipe = recipe_of(config.data, shards=shards)
+    address = options.out if files.is_remote(options.out) else ""
+    if address and (options.together or options.launcher != "local"):
+        return command.fail(f"--out={address}: must be a directory that several hosts see, to prepare it on several")
     if options.launcher != "local":
         return _launch(argv, options)
     with _progress() as (log, report):
+        if address:
+            remote.reached(address)
+            options.out = remote.staged(address, cache.cache_of(config.data))
         manifest = prepare(recipe, options.out, options.workers, log, report, together=options.together)
+        if address:
+            remote.publish(options.out, address, log)
+            remote.discard(options.out)
+            options.out = address
     _summary(manifest, options.out)
     return 0
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.data import manifest, sources, vocabulary
+from steppe.data import cache, manifest, sources, vocabulary
 from steppe.lm.model import attention
 from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
@@ -120,7 +120,7 @@ def described(config: ConfigDict) -> dict[str, Any]:
     """
     if not config.data.directory:
         return {}
-    prepared = manifest.recipe(config.data.directory)
+    prepared = manifest.recipe(cache.ensure(config.data))
     for name in DESCRIBED:
         value, known = config.data[name], prepared.get(name, "")
         known = tuple(known) if isinstance(known, list) else known

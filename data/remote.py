@@ -1,0 +1,108 @@
+"""Prepared corpora behind addresses (s3://, gs://, hf://, memory://), through fsspec: fetched once, published whole."""
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+
+from steppe.data import files
+from steppe.data import manifest as manifests
+from steppe.data.errors import CorpusDamaged, DataError
+
+
+def reached(address: str) -> tuple[Any, str]:
+    """(fsspec's file system, the path in it) of an address. DataError where its driver is missing, or refuses."""
+    try:
+        return fsspec.core.url_to_fs(address)
+    except Exception as error:  # a missing package, an unknown scheme, no credentials: every store has its own
+        raise unreachable(address, error) from error
+
+
+def unreachable(address: str, error: Exception) -> DataError:
+    """The error of an address that a driver could not serve."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return DataError(f"{address}: cannot be reached ({reason[:200]})")
+
+
+def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:
+    """The local copy, below `cache`, of a prepared directory behind an address; what is there and whole is not fetched
+    again. Several processes fetch it once. CorpusDamaged where it is none."""
+    system, path = reached(address)
+    place = os.path.join(cache, f"fetched-{manifests.checksum({'address': address})[:16]}")
+    try:
+        os.makedirs(place, exist_ok=True)
+        with files.lock(f"{place}.lock", wait=True):
+            aside = os.path.join(place, f"{manifests.NAME}.remote")
+            try:
+                system.get_file(f"{path}/{manifests.NAME}", aside)
+            except FileNotFoundError:
+                raise CorpusDamaged(f"{address} has no {manifests.NAME}; it is no prepared directory") from None
+            manifest = manifests.read_json(aside)
+            here = os.path.join(place, manifests.NAME)  # there once all was whole
+            if os.path.exists(here) and manifests.read_json(here) == manifest:
+                os.unlink(aside)
+                return place
+            missing = [entry for entry in _entries(manifest) if not _whole(place, entry)]
+            if missing:
+                size = sum(entry["size"] for entry in missing)
+                log(f"fetching {len(missing)} files, {size / 1e6:,.1f} MB, of {address} to {place}, once")
+            for entry in missing:
+                target = os.path.join(place, entry["file"])
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with files.replacing(target) as partial:
+                    system.get_file(f"{path}/{entry['file']}", partial)
+                if not _whole(place, entry):
+                    raise CorpusDamaged(f"{address}/{entry['file']} is not what its manifest says; publish it again")
+            os.replace(aside, here)
+    except (DataError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{place}: {error.strerror or error}") from error
+    except Exception as error:
+        raise unreachable(address, error) from error
+    return place
+
+
+def publish(directory: str, address: str, log: Callable[[str], None] = print) -> None:
+    """Copies a finished prepared directory to an address, the manifest last: no manifest, no corpus there."""
+    system, path = reached(address)
+    manifest = manifests.read(directory)
+    names = [*(entry["file"] for entry in _entries(manifest)), manifests.NAME]
+    try:
+        for name in names:
+            source = os.path.join(directory, name)
+            if name == manifests.NAME or not _has(system, f"{path}/{name}", os.stat(source).st_size):
+                system.makedirs(os.path.dirname(f"{path}/{name}"), exist_ok=True)
+                system.put_file(source, f"{path}/{name}")
+    except Exception as error:
+        raise unreachable(address, error) from error
+    log(f"published {len(names)} files at {address}")
+
+
+def staged(address: str, cache: str) -> str:
+    """Where a corpus is prepared that is then published at an address; its own, so that it can be continued."""
+    return os.path.join(cache, f"staged-{manifests.checksum({'address': address})[:16]}")
+
+
+def discard(directory: str) -> None:
+    """Removes a staged directory that was published."""
+    shutil.rmtree(directory)
+
+
+def _entries(manifest: dict) -> list[dict]:
+    copied = manifest["vocabulary"]["file"]
+    return [*manifests.shards(manifest), *([copied] if copied else [])]
+
+
+def _whole(place: str, entry: dict) -> bool:
+    path = os.path.join(place, entry["file"])
+    return os.path.exists(path) and os.stat(path).st_size == entry["size"] and files.content_hash(path) == entry["hash"]
+
+
+def _has(system, path: str, size: int) -> bool:
+    try:
+        return system.info(path)["size"] == size
+    except FileNotFoundError:
+        return False
