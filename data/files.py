@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +29,8 @@ class Held(RuntimeError):
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """The name of a file beside `path` to write to, which takes its place, durably, once the block is left in order."""
-    aside = f"{os.fspath(path)}.{socket.gethostname()}-{os.getpid()}{ASIDE}"  # several hosts may write one directory
+    writer = f"{socket.gethostname()}-{threading.get_native_id()}"  # several hosts may write one directory
+    aside = f"{os.fspath(path)}.{writer}{ASIDE}"
     try:
         yield aside
         sync(aside)

@@ -94,7 +94,7 @@ def prepare(
     expected = identity(recipe)
     if os.path.exists(os.path.join(out, manifests.NAME)):
         return _already(out, expected, log)
-    if os.path.isdir(out) and not os.path.exists(os.path.join(out, PLAN)) and _foreign(out):
+    if os.path.isdir(out) and _foreign(out):
         raise DataError(f"--out={out}: exists and is no preparation; choose an empty or new directory")
     tokenizer = load_tokenizer(recipe.vocabulary)
     for source in {(s.kind, s.where, s.split): s for part in sources_of(recipe).values() for s in part}.values():
@@ -142,29 +142,32 @@ def _alone(out: str, expected: dict, log, created: bool, wait: bool, work: Calla
 
 def _beside_others(out: str, expected: dict, log, created: bool, wait: bool, work: Callable[[], dict]) -> dict:
     """The lock is shared by those at work; whoever holds it alone, the first to come or the last to go, may tidy up."""
-    lock, bad = os.path.join(out, LOCK), os.path.join(out, BAD)
-    with contextlib.suppress(files.Held), files.lock(lock):
-        if not os.path.exists(os.path.join(out, manifests.NAME)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(bad)
-            _start(out, expected, log)
+    lock, bad, done = (os.path.join(out, name) for name in (LOCK, BAD, manifests.NAME))
     try:
-        with files.lock(lock, wait=True, shared=True):
-            if os.path.exists(os.path.join(out, manifests.NAME)):
-                return _already(out, expected, log)
-            _refuse_what_others_refused(out)
-            _compare(f"{out} holds an unfinished part of", manifests.read_json(os.path.join(out, PLAN)), expected)
-            try:
-                return work()
-            except BadRecords as error:
-                files.write_json(bad, to_json(error))
-                raise
+        while True:
+            with contextlib.suppress(files.Held), files.lock(lock):
+                if not os.path.exists(done):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(bad)
+                    _start(out, expected, log)
+            with files.lock(lock, wait=True, shared=True):
+                if os.path.exists(done):
+                    return _already(out, expected, log)
+                if not os.path.exists(os.path.join(out, PLAN)):
+                    continue  # others gave up and cleared it meanwhile
+                _refuse_what_others_refused(out)
+                _compare(f"{out} holds an unfinished part of", manifests.read_json(os.path.join(out, PLAN)), expected)
+                try:
+                    return work()
+                except BadRecords as error:
+                    files.write_json(bad, to_json(error))
+                    raise
     finally:
-        with contextlib.suppress(files.Held, FileNotFoundError), files.lock(lock):
-            if os.path.exists(os.path.join(out, manifests.NAME)):
+        with contextlib.suppress(files.Held), files.lock(lock):
+            if os.path.exists(done):
                 _tidy(out, manifests.read(out))
             elif os.path.exists(bad) or not _any_shard(out):
-                _clear(out, created)
+                _clear(out, created=False, kept=(LOCK,))  # for which others may be waiting
 
 
 def _refuse_what_others_refused(out: str) -> None:
@@ -188,8 +191,10 @@ def _compare(prefix: str, have: dict, expected: dict) -> None:
             raise CorpusMismatch(f"{prefix} another preparation: {change}; choose another directory")
 
 
-def _foreign(out: str) -> list[str]:
-    return [name for name in os.listdir(out) if name != LOCK and not name.endswith(files.ASIDE)]
+def _foreign(out: str) -> bool:
+    """Whether a directory holds something, and is no preparation."""
+    names = [name for name in os.listdir(out) if name != LOCK and not name.endswith(files.ASIDE)]
+    return bool(names) and not {PLAN, manifests.NAME} & {*names}
 
 
 def _start(out: str, expected: dict, log: Callable[[str], None]) -> None:
@@ -211,8 +216,8 @@ def _any_shard(out: str) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(out), "*", "*", "*.array_record.json")))
 
 
-def _clear(out: str, created: bool) -> None:
-    for name in os.listdir(out):
+def _clear(out: str, created: bool, kept: Sequence[str] = ()) -> None:
+    for name in sorted(set(os.listdir(out)) - {*kept}, key=lambda name: name == PLAN):  # which says what this is, last
         path = os.path.join(out, name)
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
     if created:
