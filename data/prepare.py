@@ -102,14 +102,11 @@ def prepare(
     created = not os.path.exists(out)
     try:
         os.makedirs(out, exist_ok=True)
-        return (_beside_others if together else _alone)(
-            out,
-            expected,
-            log,
-            created,
-            wait,
-            lambda: _run(recipe, out, tokenizer, expected, workers, log, report, together),
-        )
+        work = lambda: _run(recipe, out, tokenizer, expected, workers, log, report, together)  # noqa: E731
+        if together:
+            return _beside_others(out, expected, log, work)
+        with files.lock(os.path.join(out, LOCK), wait=wait):
+            return _alone(out, expected, log, created, work)
     except files.Held:
         raise DataError(
             f"--out={out}: another process is preparing it; wait for it, or work beside it with --together"
@@ -120,27 +117,26 @@ def prepare(
         ) from error
 
 
-def _alone(out: str, expected: dict, log, created: bool, wait: bool, work: Callable[[], dict]) -> dict:
-    with files.lock(os.path.join(out, LOCK), wait=wait):
-        if os.path.exists(os.path.join(out, manifests.NAME)):
-            return _already(out, expected, log)
-        try:
-            _start(out, expected, log)
-            manifest = work()
-        except KeyboardInterrupt:
-            _remove_leftovers(out)
-            raise
-        except (DataError, OSError) as error:
-            _remove_leftovers(out)
-            # Bad input leaves nothing behind; what interrupts a good preparation leaves its finished shards.
-            if isinstance(error, BadRecords) or not _any_shard(out):
-                _clear(out, created)
-            raise
-        _tidy(out, manifest)
-        return manifest
+def _alone(out: str, expected: dict, log, created: bool, work: Callable[[], dict]) -> dict:
+    if os.path.exists(os.path.join(out, manifests.NAME)):
+        return _already(out, expected, log)
+    try:
+        _start(out, expected, log)
+        manifest = work()
+    except KeyboardInterrupt:
+        _remove_leftovers(out)
+        raise
+    except (DataError, OSError) as error:
+        _remove_leftovers(out)
+        # Bad input leaves nothing behind; what interrupts a good preparation leaves its finished shards.
+        if isinstance(error, BadRecords) or not _any_shard(out):
+            _clear(out, created)
+        raise
+    _tidy(out, manifest)
+    return manifest
 
 
-def _beside_others(out: str, expected: dict, log, created: bool, wait: bool, work: Callable[[], dict]) -> dict:
+def _beside_others(out: str, expected: dict, log, work: Callable[[], dict]) -> dict:
     """The lock is shared by those at work; whoever holds it alone, the first to come or the last to go, may tidy up."""
     lock, bad, done = (os.path.join(out, name) for name in (LOCK, BAD, manifests.NAME))
     try:
@@ -175,9 +171,14 @@ def _refuse_what_others_refused(out: str) -> None:
         raise from_json(json.load(handle))
 
 
+def same(out: str, manifest: dict, expected: dict) -> None:
+    """CorpusMismatch if a finished directory holds something else than the recipe of this `identity`."""
+    _compare(f"{out} is finished and holds", manifest["identity"], expected)
+
+
 def _already(out: str, expected: dict, log: Callable[[str], None]) -> dict:
     manifest = manifests.read(out)
-    _compare(f"{out} is finished and holds", manifest["identity"], expected)
+    same(out, manifest, expected)
     manifests.verify(out, manifest, "full")
     log(f"{out} is already prepared and intact")
     return manifest

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,21 @@ def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:
     except Exception as error:
         raise unreachable(address, error) from error
     return place
+
+
+def published(address: str) -> dict | None:
+    """The manifest of a prepared directory behind an address, None where there is none."""
+    system, path = reached(address)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            system.get_file(f"{path}/{manifests.NAME}", os.path.join(folder, manifests.NAME))
+            return manifests.read(folder)
+    except FileNotFoundError:
+        return None
+    except DataError:
+        raise
+    except Exception as error:
+        raise unreachable(address, error) from error
 
 
 def publish(directory: str, address: str, log: Callable[[str], None] = print) -> None:

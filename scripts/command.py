@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from steppe.configs import base, sizes
-from steppe.lm.keep.exits import REFUSALS
+from steppe.lm.keep.exits import REFUSALS, STORAGE
 
 _HELP = """
 config:
@@ -41,7 +41,8 @@ config:
 
 
 def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """A command's main that answers bad input of any kind, of the line or of what it names, with one line and 2."""
+    """A command's main that answers bad input of any kind, of the line or of what it names, with one line and 2, and
+    storage that fails with one line and 74."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
@@ -49,6 +50,11 @@ def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
             return main(argv)
         except (UsageError, *REFUSALS) as error:
             return fail(error)
+        except BrokenPipeError:  # whoever reads the output has seen enough: cli.main knows
+            raise
+        except OSError as error:
+            fail(f"{error.filename or 'storage'}: {error.strerror or error}")
+            return STORAGE
 
     return guarded
 
@@ -71,6 +77,14 @@ def parser(name: str, summary: str, *, config: bool = True) -> argparse.Argument
     )
     made.error = _raise_usage
     made.takes_config = config
+    return made
+
+
+def run_parser(name: str, summary: str) -> argparse.ArgumentParser:
+    """A parser of a command that asks something of one run's model: --workdir and --step."""
+    made = parser(name, summary, config=False)
+    made.add_argument("--workdir", required=True, help="the run")
+    made.add_argument("--step", type=integer(), metavar="K", help="its checkpoint after K steps; default: the newest")
     return made
 
 

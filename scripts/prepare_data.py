@@ -61,7 +61,7 @@ def _prepare(argv: Sequence[str]) -> int:
         given = f"--hosts={options.hosts}" if options.hosts > 1 else f"--slurm={','.join(options.slurm)}"
         return command.fail(f"{given}: needs --launcher=slurm or print")
     from steppe.data import cache, files, remote
-    from steppe.data.prepare import prepare, recipe_of
+    from steppe.data.prepare import identity, prepare, recipe_of, same
 
     shards = config.data.shards if options.shards is None else options.shards
     recipe = recipe_of(config.data, shards=shards)
@@ -70,9 +70,14 @@ def _prepare(argv: Sequence[str]) -> int:
         return command.fail(f"--out={address}: must be a directory that several hosts see, to prepare it on several")
     if options.launcher != "local":
         return _launch(argv, options)
+    manifest = remote.published(address) if address else None
+    if manifest:
+        same(address, manifest, identity(recipe))
+        print(f"{address} is already prepared")
+        _summary(manifest, address)
+        return 0
     with _progress() as (log, report):
         if address:
-            remote.reached(address)
             options.out = remote.staged(address, cache.cache_of(config.data))
         manifest = prepare(recipe, options.out, options.workers, log, report, together=options.together)
         if address:

@@ -3,6 +3,7 @@
 Parameters are read from the checkpoint one after the other, and written as soon as a file of them is full.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -50,6 +51,7 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
 
 
 def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str], None]) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     names: dict[str, str] = {}  # their tensor: its file
@@ -61,7 +63,10 @@ def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str
         if held:
             written += 1
             file = f"part-{written}.safetensors"
-            save_file(held, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(held, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(errno.EIO, " ".join(str(error).split()), str(folder / file)) from error
             (folder / file).chmod(0o644)
             names.update(dict.fromkeys(held, file))
             held = {}

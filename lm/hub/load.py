@@ -90,8 +90,7 @@ class _Tensors:
             else:
                 with safe_open(self._folder / SINGLE, "numpy") as file:
                     where = dict.fromkeys(file.keys(), SINGLE)
-            # through jax, since numpy has no bfloat16
-            files = {name: safe_open(self._folder / name, "flax") for name in sorted(set(where.values()))}
+            files = {name: safe_open(self._folder / name, "numpy") for name in sorted(set(where.values()))}
         except Exception as error:  # of the library's own kind
             raise Unusable(f"{self._folder}: its weights cannot be read ({' '.join(str(error).split())})") from None
         self._where, self._open = where, files
@@ -106,8 +105,7 @@ class _Tensors:
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._where:
             raise Unusable(f"{self._folder}: has no tensor {name}")
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return np.asarray(self._open[self._where[name]].get_tensor(name), np.float32)
+        return self._open[self._where[name]].get_tensor(name).astype(np.float32)
 
 
 def _shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """Where a run branches off another: its state, its place in the text, and what it had recorded, after some step."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -72,12 +73,18 @@ def take(
 
 
 def copy_record(parent: Parent, directory: str) -> None:
-    """Begins metrics.jsonl with what the parent had recorded by then."""
+    """Begins metrics.jsonl with what the parent had recorded by then, and with whose record that is; once."""
     mine, theirs = Path(directory) / METRICS, Path(parent.directory) / METRICS
-    if theirs.exists() and not mine.exists():
-        with files.replacing(mine) as aside:
+    if mine.exists():
+        return
+    with files.replacing(mine) as aside:
+        Path(aside).touch()
+        if theirs.exists():
             shutil.copyfile(theirs, aside)
             rewind(Path(aside), parent.step)
+        branched = {"kind": "branch", "step": parent.step, "parent": parent.directory, "parent_run": parent.run}
+        with open(aside, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(branched) + "\n")
 
 
 def _of_rule(tree: Mapping[str, list]) -> dict[str, list]:

@@ -210,9 +210,6 @@ class Run:
         names = self.corpus.held_out if self.primary else ()
         self.references = {name: baselines.baselines(self.corpus, name, counts) for name in names}
         self.tracker.run(self.done, record.of_run(self.config, self.parts, self.references))
-        if self.parent:
-            facts = {"parent": self.parent.directory, "parent_run": self.parent.run}
-            self.tracker.event("branch", self.done, facts)
         for key, (before, after) in changed.items():
             self.tracker.note(f"changed     {key}: {before!r} until step {self.done}, {after!r} from here on")
             self.tracker.event("change", self.done, {"key": key, "before": before, "after": after})

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from steppe.lm.track.lines import last_steps, number
+from steppe.lm.track.lines import number
 
 
 class Sink(Protocol):
@@ -84,14 +84,23 @@ class TensorBoard:
 
 
 class Sinks:
-    """All that config.log asks for. note(line): what a reader must know. wandb_id: of a checkpoint, or ""."""
+    """All that config.log asks for. wandb_id: of a checkpoint, or "". sent: {(kind, name): the last step of it that an
+    earlier start recorded}. note(line): what a reader must know.
+    """
 
-    def __init__(self, workdir: Path, config: ConfigDict, start_step: int, wandb_id: str, note: Callable[[str], None]):
-        self.wandb_id, self.note, self._sinks = wandb_id, note, []
+    def __init__(
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        *,
+        start_step: int,
+        wandb_id: str,
+        sent: dict[tuple[str, str], int],
+        note: Callable[[str], None],
+    ):
         # wandb cannot take back what it has: rows that a run makes again after a kill are the same, and sent once
-        self._sent = {}
+        self.wandb_id, self._sent, self._note, self._sinks = wandb_id, dict(sent), note, []
         if config.log.wandb != "disabled":
-            self._sent = last_steps(workdir)
             self.wandb_id = _id(workdir, wandb_id)
             self._start(lambda: Wandb(workdir, config, self.wandb_id), "wandb")
         if config.log.tensorboard:
@@ -128,7 +137,7 @@ class Sinks:
 
     def _drop(self, name: str, error: Exception) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self.note(f"{name} failed and is left out from here on; metrics.jsonl has everything ({reason[:200]})")
+        self._note(f"{name} failed and is left out from here on; metrics.jsonl has everything ({reason[:200]})")
 
 
 def _id(workdir: Path, given: str) -> str:

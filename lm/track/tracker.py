@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from steppe.lm.track.lines import METRICS, number, plain, rewind
+from steppe.lm.track.lines import METRICS, last_steps, number, plain, rewind
 from steppe.lm.track.sinks import Sinks
 
 
@@ -65,16 +65,15 @@ class Tracker:
         self._bar = self._task = None
 
         self._workdir.mkdir(parents=True, exist_ok=True)
-        notes: list[str] = []
-        self._sinks = Sinks(self._workdir, config, start_step, wandb_id, notes.append)
-        self._sinks.note = self.note
-        self.wandb_id = self._sinks.wandb_id
+        sent = last_steps(self._workdir) if config.log.wandb != "disabled" else {}
         problems = rewind(self._workdir / METRICS, start_step or -1)
         self._open()
         if self._stream.isatty():
             self._start_bar(start_step)
-        for problem in [*problems, *notes]:
+        for problem in problems:
             self.note(problem)
+        self._sinks = Sinks(self._workdir, config, start_step=start_step, wandb_id=wandb_id, sent=sent, note=self.note)
+        self.wandb_id = self._sinks.wandb_id
 
     def run(self, step: int, facts: dict[str, Any]) -> None:
         """Records what this run is (parameters, tokens, FLOPs, versions, baselines ...), once per start."""
@@ -115,24 +114,14 @@ class Tracker:
         self._pause(step)
         if "loss" in metrics and (self._held_out is None or self._held_out[0] == name):
             self._held_out = name, number(metrics["loss"])
-        self._write("evaluate", step, {"name": name, **metrics})
-        rows = {f"held_out/{name}/{key}": value for key, value in metrics.items()}
-        axes = {"tokens": self._tokens(step), "seconds": self._clock() - self._begin}
-        self._sinks.row("evaluate", name, step, {**axes, **rows})
-        shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
-        self.note(f"step {step}  held-out {name}  {shown}")
+        self._found("evaluate", "held-out", step, name, metrics)
 
     def choices(self, step: int, name: str, metrics: dict[str, Any]) -> None:
         """Records the share of questions `name` that the parameters after `step` updates answer."""
         if not self._primary:
             return
         self._pause(step)
-        self._write("choices", step, {"name": name, **metrics})
-        rows = {f"choices/{name}/{key}": value for key, value in metrics.items()}
-        axes = {"tokens": self._tokens(step), "seconds": self._clock() - self._begin}
-        self._sinks.row("choices", name, step, {**axes, **rows})
-        shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
-        self.note(f"step {step}  choices {name}  {shown}")
+        self._found("choices", "choices", step, name, metrics)
 
     def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
         """Records that a checkpoint of `step` was begun."""
@@ -183,6 +172,14 @@ class Tracker:
             status = f"{status} ({error})"
         self._sinks.close(status.startswith(("finished", "stopped")))
         self._print(status)
+
+    def _found(self, kind: str, title: str, step: int, name: str, metrics: dict[str, Any]) -> None:
+        self._write(kind, step, {"name": name, **metrics})
+        rows = {f"{title.replace('-', '_')}/{name}/{key}": value for key, value in metrics.items()}
+        axes = {"tokens": self._tokens(step), "seconds": self._clock() - self._begin}
+        self._sinks.row(kind, name, step, {**axes, **rows})
+        shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
+        self.note(f"step {step}  {title} {name}  {shown}")
 
     def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
         parts = [f"tokens {_si(self._tokens(step))}"]

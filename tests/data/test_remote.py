@@ -76,6 +76,10 @@ def test_a_corpus_is_published_and_fetched_once(tmp_path, store, capsys):
     assert prepare_data.main([*line, f"--out={store}/corpus", "--workers=1"]) == 0
     assert f"--config.data.directory={store}/corpus" in capsys.readouterr().out
     assert not list((tmp_path / "cache").glob("staged-*"))
+    assert prepare_data.main([*line, f"--out={store}/corpus"]) == 0
+    assert "is already prepared" in capsys.readouterr().out
+    assert prepare_data.main([*line, f"--out={store}/corpus", "--config.data.sequence_length=32"]) == 2
+    assert "holds another preparation: sequence_length is 256 there, 32 now" in capsys.readouterr().err
     config = get_config()
     config.data.update(directory=f"{store}/corpus", cache=str(tmp_path / "other"))
     assert described(config)["task"] == "topics"

@@ -9,8 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from steppe.configs import base
-from steppe.scripts import cli, command, evaluate, train
+from steppe.scripts import cli, command, train
 from steppe.scripts import config as config_command
+from steppe.scripts.model import evaluate
 
 CONFIG = "--config=base"
 _EXTRA = "from steppe.configs import base\ndef get_config():\n  c = base.get_config()\n  "

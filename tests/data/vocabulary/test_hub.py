@@ -131,7 +131,7 @@ def test_a_corpus_keeps_the_whole_vocabulary_in_one_file(folder, tmp_path, name,
         ("{", "no tokenizer.json"),
         ('{"model": 3}', "with a model in it"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "with an end of text"),
-        ('{"model": {"type": "XXX", "vocab": {"</s>": 0}}}', "tokenizers refuses it"),
+        ('{"model": {"type": "Unheard", "vocab": {"</s>": 0}}}', "tokenizers refuses it"),
     ],
 )
 def test_what_is_no_vocabulary_is_refused_in_a_line(tmp_path, content, said):

@@ -1,6 +1,8 @@
 """Exported models are the same functions in transformers, and come back bit for bit."""
 
 import json
+import os
+import subprocess
 
 import jax
 import numpy as np
@@ -11,14 +13,14 @@ from steppe.configs.keys import ConfigError
 from steppe.data import cache
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus
 from steppe.lm.hub import export, families, load
-from steppe.lm.keep.exits import Unusable
+from steppe.lm.keep.exits import STORAGE, Unusable
 from steppe.lm.keep.saved import Unread
 from steppe.lm.model import parameters
 from steppe.lm.model.objective import readout_kernel
 from steppe.lm.run import generate, train
 from steppe.lm.run.assembly import assemble
 from steppe.lm.run.state import create
-from steppe.scripts import export as export_script
+from steppe.scripts.model import export as export_script
 
 pytest.importorskip("safetensors", reason="steppe[hub] is not installed")
 
@@ -163,6 +165,23 @@ def test_an_interrupted_export_leaves_nothing(text, tmp_path):
     with pytest.raises(OSError, match="No space"):
         export.export(run._replace(read=broken), str(tmp_path / "hf"), log=lambda line: None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_one_line_and_leaves_nothing(text, tmp_path, capsys):
+    assert train.run(lm_runs.config(*text), str(tmp_path / "run")) == train.FINISHED
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path / "disk")]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        status = export_script.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'disk' / 'hf'}"])
+        said = capsys.readouterr().err
+        assert (status, said.count("\n")) == (STORAGE, 1), said
+        assert "No space left" in said
+        assert not list((tmp_path / "disk").iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
 def test_a_config_from_hf_reads_as_the_run(text, tmp_path, capsys):

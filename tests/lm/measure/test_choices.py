@@ -16,7 +16,7 @@ from steppe.data.errors import DataError
 from steppe.lm.keep import saved
 from steppe.lm.measure import choices
 from steppe.lm.run import train
-from steppe.scripts import evaluate, export
+from steppe.scripts.model import evaluate, export
 
 ITEMS = [
     {"query": "import o", "choices": ["s\n", "zq\n"], "gold": 0},

@@ -16,7 +16,7 @@ from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.measure import replay
 from steppe.lm.run import anomaly, train
-from steppe.scripts import evaluate, generate
+from steppe.scripts.model import evaluate, generate
 
 
 def stop_at(step):

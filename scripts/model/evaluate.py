@@ -12,11 +12,7 @@ from steppe.scripts import command
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
-    parser = command.parser("evaluate", __doc__.splitlines()[0], config=False)
-    parser.add_argument("--workdir", required=True, help="the run")
-    parser.add_argument(
-        "--step", type=command.integer(), metavar="K", help="its checkpoint after K steps; default: the newest"
-    )
+    parser = command.run_parser("evaluate", __doc__.splitlines()[0])
     parser.add_argument(
         "--batches", type=command.integer(), default=0, metavar="N", help="only N batches of each set; 0: all"
     )

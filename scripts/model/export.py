@@ -13,11 +13,7 @@ from steppe.scripts import command
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Writes the directory; returns the exit status, 2 for bad input."""
-    parser = command.parser("export", __doc__.splitlines()[0], config=False)
-    parser.add_argument("--workdir", required=True, help="the run")
-    parser.add_argument(
-        "--step", type=command.integer(), metavar="K", help="its checkpoint after K steps; default: the newest"
-    )
+    parser = command.run_parser("export", __doc__.splitlines()[0])
     parser.add_argument(
         "--out", required=True, type=command.writable_directory, metavar="HF_DIR", help="a directory that is not there"
     )
