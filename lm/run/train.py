@@ -74,7 +74,7 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
         if here.parent:
             here.save()  # from now on it needs its parent no more
         here.compile()
-        stack.callback(here.profile.end)
+        stack.callback(here.end_profile)
         return here.train()
 
 
@@ -130,8 +130,8 @@ class Run:
             (self.each(config.curvature.every), self.measure),
             (self.each(max(1, self.steps(config.evaluate.every)), last=True), self.evaluate),
             (self.saves, self.save),
-            (self.profile.ends, lambda: self.profile.end(lambda: jax.block_until_ready(self.state))),
-            (self.profile.starts, self.profile.start),
+            (self.profile.ends, self.end_profile),
+            (self.profile.starts, lambda: self.profile.start(self.done)),
         ]
 
     def follow(self, leg: Leg) -> None:
@@ -242,7 +242,7 @@ class Run:
             if self.owes_evaluation:
                 return self.stopped()
         if self.profile.starts(self.done):
-            self.profile.start()
+            self.profile.start(self.done)
         while self.done < self.total:  # once, and once more after every rollback
             bad = self.advance()
             if bad and not self.roll_back(bad):
@@ -349,6 +349,11 @@ class Run:
         for name, (items, rows) in self.questions.items():
             params, mesh = self.state.params, self.parts.mesh
             self.tracker.choices(self.done, name, choices.measure(self.scores, params, items, rows, mesh, sequences))
+
+    def end_profile(self) -> None:
+        """Writes the trace of steps that is under way, if one is."""
+        jax.block_until_ready(self.state)
+        self.profile.end(self.done)
 
     def measure(self) -> None:
         """Records how the loss bends at theta on one held-out batch, the same all through the run."""

@@ -13,35 +13,36 @@ def steps_of(text: str) -> tuple[int, int] | None:
 
 
 class Profile:
-    """Traces the steps that `text` names into WORKDIR/profile. note(line): what a reader must know."""
+    """Traces the steps that `text` names into WORKDIR/profile; of a run that goes on among them, those that are left.
+
+    note(line): what a reader must know.
+    """
 
     def __init__(self, text: str, workdir: str, note: Callable[[str], None]):
-        self._steps, self._folder, self._note, self._on = steps_of(text), str(Path(workdir) / FOLDER), note, False
+        self._steps, self._folder, self._note = steps_of(text), str(Path(workdir) / FOLDER), note
+        self._first: int | None = None  # the first step that is traced, while it is
 
     def starts(self, done: int) -> bool:
-        """Whether the trace begins after so many steps."""
-        return self._steps is not None and done == self._steps[0] - 1
+        """Whether a trace begins after so many steps."""
+        return self._steps is not None and self._first is None and self._steps[0] - 1 <= done < self._steps[1]
 
     def ends(self, done: int) -> bool:
         """Whether it ends after so many steps."""
-        return self._on and done >= self._steps[1]
+        return self._first is not None and done >= self._steps[1]
 
-    def start(self) -> None:
-        """Begins the trace."""
+    def start(self, done: int) -> None:
+        """Begins a trace after so many steps."""
         import jax
 
         jax.profiler.start_trace(self._folder)
-        self._on = True
+        self._first = done + 1
 
-    def end(self, ready: Callable[[], object] = lambda: None) -> None:
-        """Writes it, if it was begun; ready(): returns once the steps are done."""
-        if self._on:
+    def end(self, done: int) -> None:
+        """Writes the trace that was begun, if one was; the steps must be done."""
+        if self._first is not None:
             import jax
 
-            ready()
             jax.profiler.stop_trace()
-            self._on = False
-            first, last = self._steps
-            self._note(
-                f"profile     steps {first} to {last} in {self._folder}; see it with xprof --logdir={self._folder}"
-            )
+            where = f"{self._folder}; see it with xprof --logdir={self._folder}"
+            self._note(f"profile     steps {self._first} to {done} in {where}")
+            self._first = None

@@ -41,7 +41,7 @@ def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, show:
     from steppe.lm.model.mesh import AXES
 
     begun = config.train.microbatches
-    for microbatches in _more(config, len(devices)):
+    for microbatches in _more(config):
         config.train.microbatches = microbatches
         found = candidates(config, vocabulary_size, devices)
         said = f" with {microbatches} microbatches" if microbatches > begun else ""
@@ -58,8 +58,8 @@ def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, show:
     return 1
 
 
-def _more(config, devices: int) -> list[int]:
-    """Numbers of microbatches to try: the present one, and its doubles that leave every device a sequence."""
+def _more(config) -> list[int]:
+    """Numbers of microbatches to try: the present one, and its doubles that divide the batch."""
     numbers, batch = [config.train.microbatches], config.train.batch_size
     while batch % (2 * numbers[-1]) == 0:
         numbers.append(2 * numbers[-1])

@@ -140,6 +140,17 @@ def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch
     np.testing.assert_allclose(lm_runs.losses(tmp_path), lm_runs.losses(whole), atol=1e-5)
 
 
+def test_named_steps_are_traced_also_those_that_a_stop_leaves_for_later(corpus, tmp_path, capsys):
+    config = lm_runs.config(*corpus, log__profile="steps 5-8")
+    assert train.run(config, str(tmp_path), until=6) == train.FINISHED
+    assert "profile     steps 5 to 6 in" in capsys.readouterr().out
+    assert train.run(config, str(tmp_path)) == train.FINISHED
+    assert "profile     steps 7 to 8 in" in capsys.readouterr().out
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len({trace.parent for trace in traces}) == len(traces) >= 1
+    assert all(trace.stat().st_size > 10_000 for trace in traces)
+
+
 def test_non_finite_steps_change_nothing(corpus, tmp_path):
     """A learning rate that breaks the run: stop names the step; skip goes on until max_skips, parameters unmoved."""
     broken = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e15, "optim__warmup": "0%"}

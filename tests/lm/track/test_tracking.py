@@ -223,13 +223,14 @@ def test_a_missing_wandb_costs_one_line(tmp_path, config, monkeypatch):
 
 def test_an_outage_in_mid_run_costs_one_line(tmp_path, config):
     wandb = importlib.import_module("wandb")
-    config.log.wandb = "offline"
+    config.log.wandb, config.log.tags = "offline", ("flat", "small")
     stream = io.StringIO()
     tracker = _track(tmp_path, config, stream=stream)
     _steps(tracker, 1, 2)
     run = wandb.run
     assert run.id == tracker.wandb_id
-    assert run.project == "steppe"
+    assert (run.project, run.tags) == ("steppe", ("flat", "small"))
+    assert run.summary["tokens"] == 2000
     assert run.config["optim"]["method"] == "adamw"
     assert (run.summary["train/loss"], run.summary["step"]) == (0.5, 2)
     run.finish()  # from here on every log call raises, as it does when wandb's own process is gone
