@@ -26,7 +26,7 @@ def config(text: str, cache: str, **overrides):
     small.evaluate.update(every="10 steps", batches=2, batch_size=8)
     small.checkpoint.every = "10 steps"
     small.log.every = 1000
-    small.sample.tokens = 4
+    small.sample.tokens = 0
     for key, value in overrides.items():
         section, _, name = key.partition("__")
         if name:

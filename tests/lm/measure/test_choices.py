@@ -1,5 +1,6 @@
 """Multiple choice: likelihoods against sums written out and against lm-eval on the exported model."""
 
+import functools
 import json
 import os
 import re
@@ -35,12 +36,19 @@ def run(tmp_path_factory):
     return place
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def log_probabilities(trunk, vocabulary, params, inputs):
+    hidden = trunk(params, {"inputs": inputs})[0]
+    return jax.nn.log_softmax(hidden @ params["embed"]["embedding"].T[:, :vocabulary])
+
+
 def likelihood(found, query, choice):
     """Sum of log-probabilities of a choice, token by token, each from the last 24 tokens before its end."""
     tokenizer = found.corpus.tokenizer
     ids = [tokenizer.begin_id, *tokenizer.encode(query + choice)][-25:]
-    hidden = found.parts.objective.trunk(found.params, {"inputs": np.array([ids[:-1]])})[0]
-    log_p = jax.nn.log_softmax(hidden @ found.params["embed"]["embedding"].T[:, : tokenizer.vocab_size])
+    inputs = np.zeros((1, 24), np.int32)
+    inputs[0, : len(ids) - 1] = ids[:-1]
+    log_p = np.asarray(log_probabilities(found.parts.objective.trunk, tokenizer.vocab_size, found.params, inputs))
     n = len(tokenizer.encode(choice))
     return float(sum(log_p[t, ids[t + 1]] for t in range(len(ids) - 1 - n, len(ids) - 1)))
 
