@@ -227,7 +227,7 @@ _KEYS = {
     "checkpoint.minutes": Key(0.0, "also after so many minutes without one; 0: never", number(least=0), free=True),
     "checkpoint.keep": Key(2, "newest checkpoints kept", integer(1), free=True),
     "checkpoint.keep_every": Key("0%", 'duration whose multiples are kept for good; "0%": none', DURATION, free=True),
-    "checkpoint.directory": Key("", 'where they lie, also gs:// or s3://; "": WORKDIR/checkpoints', TEXT),
+    "checkpoint.directory": Key("", 'where they lie, also gs://; "": WORKDIR/checkpoints', TEXT),
     "log.every": Key(10, "steps between lines of progress (metrics.jsonl has every step)", integer(1), free=True),
     "log.wandb": Key("disabled", "where wandb records go", one_of("online", "offline", "disabled"), free=True),
     "log.project": Key("steppe", "wandb project", TEXT, free=True),

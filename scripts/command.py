@@ -29,6 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from steppe.configs import base, sizes
+from steppe.data import files
 from steppe.lm.keep.exits import REFUSALS, STORAGE
 
 _HELP = """
@@ -225,8 +226,8 @@ def complete(parser: argparse.ArgumentParser) -> None:
 def writable_directory(text: str) -> Path:
     """An argparse type: the path of a local directory that can be written to, or made; ~ is the user's own."""
     refused = argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a writable directory, or one that can be made")
-    if "://" in text:
-        address = "config.checkpoint.directory may be an address"
+    if files.is_remote(text):
+        address = "the --workdir of a run may be an address"
         raise argparse.ArgumentTypeError(f"{text}: must be a directory of this machine's file system; {address}")
     try:
         path = Path(text).expanduser()
@@ -239,6 +240,18 @@ def writable_directory(text: str) -> Path:
     if not usable:
         raise refused
     return path
+
+
+def workdir(text: str) -> str:
+    """An argparse type: where a run lives, a writable directory or an address that fsspec knows the driver of."""
+    if not files.is_remote(text):
+        return str(writable_directory(text))
+    import fsspec  # here: no other command line needs it
+
+    scheme = text.partition("://")[0]
+    if scheme not in fsspec.available_protocols() or not text.partition("://")[2].strip("/"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a directory, or an address such as s3://bucket/run")
+    return text
 
 
 def summary(module: str) -> str:

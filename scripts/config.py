@@ -102,7 +102,10 @@ def from_hf(argv: Sequence[str]) -> int:
 
 def read(text: str):
     """The config of a workdir, or of what --config takes."""
-    return workdir.config_of(text) if os.path.isdir(text) else command.read_config(text)
+    from steppe.lm.keep import mirror
+
+    here = mirror.here(text)
+    return workdir.config_of(here) if os.path.isdir(here) else command.read_config(text)
 
 
 if __name__ == "__main__":

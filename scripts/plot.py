@@ -17,10 +17,12 @@ def main(argv: Sequence[str]) -> int:
     options = command.options_of(argv, parser)
 
     from steppe.lm import plot
+    from steppe.lm.keep import mirror
     from steppe.scripts import results
 
     for run in results.read(options.directories):
         picture = plot.loss_curve(run.directory)
+        mirror.add(run.directory, "loss.png")
         print(picture or f"{run.directory}: no step has been recorded ({run.why or run.status})")
     return 0
 

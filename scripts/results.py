@@ -118,7 +118,12 @@ def _found(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[
     """(the directories that are meant, (directory, its runs) of each)."""
     directories: list[str] = []
     for given in map(os.fspath, [runs] if isinstance(runs, (str, os.PathLike)) else runs):
-        directories += files.matching(given, os.path.isdir) or [os.path.expanduser(given)]
+        if files.is_remote(given):
+            from steppe.lm.keep import mirror  # here: it needs jax, which commands that read files do without
+
+            directories.append(mirror.here(given))
+        else:
+            directories += files.matching(given, os.path.isdir) or [os.path.expanduser(given)]
     listed = [(each, _places(Path(each), alone=len(directories) == 1)) for each in directories]
     for each, inside in listed:
         if not inside:

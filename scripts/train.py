@@ -14,7 +14,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs or continues a training run; returns the exit status, 2 for bad input."""
     parser = command.parser("train", __doc__.splitlines()[0])
     parser.add_argument(
-        "--workdir", required=True, type=command.writable_directory, help="where the run lives: metrics, checkpoints"
+        "--workdir",
+        required=True,
+        type=command.workdir,
+        help="where the run lives: metrics, checkpoints; a directory, or an address such as s3://bucket/run",
     )
     parser.add_argument(
         "--branch_from", metavar="RUN[@STEP]", help="a new run that goes on from another's state: config.branch_from"

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from steppe.configs.keys import ConfigError
 from steppe.lm.hub import families
 from steppe.lm.hub.families import Family
-from steppe.lm.keep import checkpoint
+from steppe.lm.keep import checkpoint, mirror
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.model import parameters
 from steppe.lm.run.assembly import Parts
@@ -25,12 +25,12 @@ def initial_params(config: ConfigDict, parts: Parts, log: Callable[[str], None] 
 
     Unusable or ConfigError, each one line, where they do not fit the config.
     """
-    abstract_params = parts.abstract.params
-    if not is_hub(config.init_from):
-        return checkpoint.load_params(config.init_from, abstract_params, log)
-    found, family = read_config(config.init_from)
-    _same(config, families.ours(family, found, config.init_from), config.init_from)
-    with _Tensors(config.init_from) as tensors:
+    abstract_params, source = parts.abstract.params, mirror.here(config.init_from, checkpoints=True)
+    if not is_hub(source):
+        return checkpoint.load_params(source, abstract_params, log)
+    found, family = read_config(source)
+    _same(config, families.ours(family, found, source), config.init_from)
+    with _Tensors(source) as tensors:
         arrays = dict(_arrays(family, tensors, config, _shapes(abstract_params), parts.options.vocabulary))
     log(f"parameters  of {config.init_from} ({family.architecture})")
 

@@ -11,7 +11,7 @@ import jax
 
 from steppe.configs.keys import ConfigError
 from steppe.data import files
-from steppe.lm.keep import checkpoint, seal, workdir
+from steppe.lm.keep import checkpoint, mirror, seal, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.run.state import Optimizer, State
@@ -21,9 +21,10 @@ KEY = "branch_from"
 
 
 class Parent(NamedTuple):
-    """The run that another continues: its workdir and id, and after how many updates."""
+    """The run that another continues: its directory here, its workdir as recorded, its id, after how many updates."""
 
     directory: str
+    workdir: str
     run: str
     step: int
 
@@ -32,7 +33,7 @@ def named(text: str) -> tuple[str, int | None]:
     """(workdir, step or None) of RUN or RUN@STEP; a path that exists is itself, whatever @ is in it."""
     path = os.path.expanduser(text)
     directory, at, step = path.rpartition("@")
-    if at and step.isdecimal() and not os.path.exists(path):
+    if at and step.isdecimal() and not os.path.exists(path):  # an address holds no @K of its own
         return directory, int(step)
     return path, None
 
@@ -45,7 +46,8 @@ def take(
     Parameters and the base optimizer's state are the parent's, and so is the rule's where the methods share it; else
     the rule begins anew, which is said. ConfigError or Unusable, each one line, where that cannot be.
     """
-    directory, step = named(text)
+    parent, step = named(text)
+    directory = mirror.here(parent, checkpoints=True)
     try:
         config = workdir.config_of(directory)
     except WorkdirError:
@@ -67,9 +69,10 @@ def take(
         method = meta["config"]["optim"]["method"]
         log(f"branch      what {method} kept beside the optimizer's state is left behind; another begins anew")
     run = (Path(directory) / workdir.RUN).read_text().strip()
-    log(f"branch      of {directory}, after step {step}")
+    log(f"branch      of {parent}, after step {step}")
+    recorded = parent if files.is_remote(parent) else os.path.abspath(parent)
     # a wandb run of its own, and what the parent owed is not this run's
-    return state, {**meta, "wandb_id": "", "owes_evaluation": False}, Parent(os.path.abspath(directory), run, step)
+    return state, {**meta, "wandb_id": "", "owes_evaluation": False}, Parent(directory, recorded, run, step)
 
 
 def copy_record(parent: Parent, directory: str) -> None:
@@ -82,7 +85,7 @@ def copy_record(parent: Parent, directory: str) -> None:
         if theirs.exists():
             shutil.copyfile(theirs, aside)
             rewind(Path(aside), parent.step)
-        branched = {"kind": "branch", "step": parent.step, "parent": parent.directory, "parent_run": parent.run}
+        branched = {"kind": "branch", "step": parent.step, "parent": parent.workdir, "parent_run": parent.run}
         with open(aside, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(branched) + "\n")
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
-from steppe.lm.keep import seal
+from steppe.lm.keep import mirror, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
 from steppe.lm.keep.workdir import config_of, kept_corpus
 from steppe.lm.run.assembly import Parts, assemble
@@ -50,6 +50,7 @@ def unread(directory: str, step: int | None = None, log: Callable[[str], None] =
 
     WorkdirError, Unusable or DataError, each one line, where that cannot be.
     """
+    directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
     corpus = kept_corpus(directory) or open_of(config.data, log)
     found = directory_of(config, directory)
@@ -70,6 +71,7 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
     Whatever mesh it was trained on, it is spread over all devices here (fsdp) if they divide its batch and width, else
     it goes to the first. WorkdirError, Unusable or DataError, each one line, where that cannot be.
     """
+    directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
     devices = jax.devices()
     if config.train.batch_size % len(devices) or config.model.width % len(devices):
@@ -86,6 +88,7 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
 
 def steps(directory: str) -> list[int]:
     """The steps that the run of `directory` has sealed checkpoints of, in order. WorkdirError if it is no run."""
+    directory = mirror.here(directory, checkpoints=True)
     found = place(directory_of(config_of(directory), directory))
     names = [path.name for path in found.iterdir()] if found.exists() else []
     return sorted(int(name) for name in names if name.isdecimal() and (found / name / seal.NAME).exists())

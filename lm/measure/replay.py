@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from steppe.lm.keep import workdir
+from steppe.lm.keep import mirror, workdir
 from steppe.lm.keep.checkpoint import Checkpoints, directory_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.leg import WHOLE, leg_of
@@ -35,6 +35,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     run was rolled back is that bad step, with the batches that led to it. ConfigError, WorkdirError or Unusable where
     that cannot be done.
     """
+    directory = mirror.here(directory, checkpoints=True)
     differing = workdir.changes(workdir.config_of(directory), config)
     if differing:
         key, (before, after) = next(iter(differing.items()))

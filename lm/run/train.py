@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from steppe.data import baselines, loader
+from steppe.configs.keys import ConfigError
+from steppe.data import baselines, files, loader
 from steppe.lm import plot
 from steppe.lm.hub.load import initial_params
-from steppe.lm.keep import branch, checkpoint, record, workdir
+from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
 from steppe.lm.measure import choices
@@ -31,7 +32,8 @@ from steppe.optim.schedules import duration_steps
 
 
 def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), until: int | None = None) -> int:
-    """Runs or continues the run of `directory` to its end; returns the exit status, see lm.keep.exits.
+    """Runs or continues the run of `directory`, which may be an address, to its end; returns the exit status, see
+    lm.keep.exits.
 
     allow_change: config keys (or "corpus") that may differ from what the run had so far. until: stops after this step,
     as if asked to; schedules stay those of the whole run. Raises, before anything is compiled, one of exits.REFUSALS
@@ -41,12 +43,16 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
     config.data.update(described(config))
     questions = choices.read(config.evaluate.choices)
-    corpus, parts, counts = open_parts(config, log, directory=directory)
-    # before the workdir is taken, in case one of them cannot be used
-    place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
-    if (config.init_from or config.branch_from) and workdir.is_new(directory):
-        given = begin(config, parts, log)
+    if files.is_remote(directory) and jax.process_count() > 1 and not config.checkpoint.directory:
+        accepted = "storage that all processes write to, such as gs://…, where --workdir is an address"
+        raise ConfigError("checkpoint.directory", "", accepted)
     with ExitStack() as stack:
+        directory = stack.enter_context(mirror.kept(directory, primary, log))
+        corpus, parts, counts = open_parts(config, log, directory=directory)
+        # before the workdir is taken, in case one of them cannot be used
+        place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
+        if (config.init_from or config.branch_from) and workdir.is_new(directory):
+            given = begin(config, parts, log)
         run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
         stopping = stack.enter_context(StopSignals())
         here = Run(

@@ -1,6 +1,6 @@
 """Throughput of preparing and loading data, beside what training steps consume on this machine.
 
-    steppe bench data [--vocabulary=FILE] [--size=24m] [--steps=N]
+    steppe bench data [--vocabulary=FILE ...] [--size=24m] [--steps=N]
 
 Preparation is measured in CPU seconds, so its rates are those of one core even while others are busy; "tokenizer's" is
 the share of them that encoding the texts alone takes. What C4 (365 million documents, 750 GB of text) and ten times
@@ -29,7 +29,8 @@ C4 = 750e9  # bytes of text of C4's English part
 def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns the exit status."""
     parser = command.parser("bench data", __doc__, config=False)
-    parser.add_argument("--vocabulary", metavar="FILE", help="a SentencePiece model to prepare with, beside bytes")
+    help_of = "a SentencePiece model, tokenizer.json or tiktoken file to prepare with, beside bytes; repeatable"
+    parser.add_argument("--vocabulary", action="append", default=[], metavar="FILE", help=help_of)
     parser.add_argument("--size", default="24m", choices=list(SIZES), help="of the model beside the quickstart's")
     parser.add_argument("--steps", type=command.integer(1), default=20, metavar="N", help="training steps measured")
     parser.add_argument(
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
     folder = tempfile.mkdtemp(prefix="steppe-bench-")
     try:
-        _bench_preparation(folder, ["bytes", *filter(None, [options.vocabulary])])
+        _bench_preparation(folder, ["bytes", *options.vocabulary])
         _bench_loading(folder, options.size, options.seconds, options.steps)
     except DataError as error:
         return command.fail(error)
@@ -80,7 +81,7 @@ def _bench_preparation(folder: str, vocabularies: list[str]) -> None:
 
     print("preparation                            documents/s     tokens/s   MB/s  tokenizer's  tokens/byte")
     for vocabulary in vocabularies:
-        name = "bytes" if vocabulary == "bytes" else "sentencepiece"
+        name = Path(vocabulary).name[:14]
         for task, what in text.items():
             for packing in ("concat", "bestfit"):
                 entry, spent, alone = _preparation(folder, task, vocabulary, packing)
@@ -92,7 +93,7 @@ def _bench_preparation(folder: str, vocabularies: list[str]) -> None:
                     flush=True,
                 )
     for vocabulary in vocabularies:
-        name = "bytes" if vocabulary == "bytes" else "sentencepiece"
+        name = Path(vocabulary).name[:14]
         peaks = [_peak(folder, f"jsonl:{path}@all", vocabulary) for path in (Path(folder, "few.jsonl"), large)]
         size = large.stat().st_size - len(few)
         times = (peaks[1] - peaks[0]) / size

@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     if options.step not in ("last", "all") and not options.step.isdecimal():
         return command.fail(f"--step={options.step}: must be a number of steps, or all")
 
+    from steppe.lm.keep import mirror
     from steppe.lm.keep.exits import Unusable
     from steppe.scripts.measure import curvature_plots
 
@@ -83,18 +84,20 @@ def main(argv: Sequence[str]) -> int:
                 passed_over = 1
     for directory in dict.fromkeys(directory for directory, _, _ in rows):
         curvature_plots.over_training(directory)
+        mirror.add(directory, "curvature")
     print(table(rows))
     return passed_over
 
 
 def checkpoints(options) -> list[tuple[str, int]]:
     """The (workdir, step) pairs asked for. WorkdirError where there are none."""
-    from steppe.lm.keep import saved
+    from steppe.lm.keep import mirror, saved
     from steppe.lm.keep.exits import WorkdirError
 
     found = []
     for pattern in options.workdir:
-        found_here = files.matching(pattern, os.path.isdir)
+        remote = files.is_remote(pattern)
+        found_here = [mirror.here(pattern)] if remote else files.matching(pattern, os.path.isdir)
         workdirs = [path for path in found_here if (Path(path) / "config.json").exists()]
         if not workdirs:
             raise WorkdirError(f"--workdir={pattern}: must be the workdir of a run, or match those of several")

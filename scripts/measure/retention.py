@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, writes WORKDIR/retention.json, prints a table; returns the exit status, 2 for bad input."""
     options = command.options_of(argv, _parser())
 
+    from steppe.lm.keep import mirror
     from steppe.scripts.measure import retention_figures
 
     began = time.monotonic()
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     compare(found)
     for target in targets:
         files.write_json(target.directory / NAME, found[target.name])
+        mirror.add(target.directory, NAME)
     rows = retention_figures.table(found, {target.name: target.config for target in targets})
     print(rows.text)
     out = options.out or (targets[0].directory if len(targets) == 1 else None)
@@ -70,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         for path in retention_figures.save(out, found, rows):
             print(f"wrote {path}")
+            mirror.add(out, Path(path).name)
     return 0
 
 
@@ -146,7 +149,8 @@ def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) 
     listed = []
     for workdir in workdirs:
         for result in results.read(workdir):
-            if result.directory != Path(workdir) and result.status != "finished":
+            alone = files.is_remote(workdir) or result.directory == Path(workdir)
+            if not alone and result.status != "finished":
                 log(f"left out  {result.name}: {result.status} {result.why}".rstrip())
             elif result.directory.resolve() not in [known.directory.resolve() for known in listed]:
                 listed.append(result)

@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
     from steppe.scripts import results
 
     directories = options.directories
-    if options.out is None and len(directories) > 1:
-        return command.fail("--out is missing: of several runs, it must say where the report goes")
+    if options.out is None and (len(directories) > 1 or files.is_remote(directories[0])):
+        return command.fail("--out is missing: of several runs, and of an address, it must say where the report goes")
     found = results.read(directories, left_out=lambda line: print(line, file=sys.stderr))
     out = options.out or Path(directories[0]) / "report"
     name = Path(directories[0]).resolve().name if len(directories) == 1 else f"{len(directories)} runs"

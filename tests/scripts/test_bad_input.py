@@ -17,7 +17,17 @@ TRAIN = ["train", "--config=quickstart", "--workdir=run"]
 PREPARE = ["prepare_data", "--config=quickstart"]
 TABLE = [
     # (command line, what the line must name)
-    ([*TRAIN[:2], "--workdir=gs://bucket/run"], "--workdir: gs://bucket/run: must be a directory of this machine"),
+    (
+        [*TRAIN[:2], "--workdir=nosuchscheme://bucket/run"],
+        "nosuchscheme://bucket/run: must be a directory, or an address",
+    ),
+    ([*TRAIN[:2], "--workdir=s3://"], "--workdir: s3://: must be a directory, or an address such as"),
+    (
+        ["sweep", "--config=quickstart", "--sweep=rho", "--out=s3://b/x"],
+        "s3://b/x: must be a directory of this machine",
+    ),
+    (["evaluate", "--workdir=memory://nothing/here"], "memory://nothing/here: must be the workdir of a run"),
+    (["report", "memory://nothing/here"], "--out is missing"),
     ([*TRAIN[:2], "--workdir=" + "x" * 300], "must be a writable directory"),
     ([*TRAIN[:2], "--workdir=a\0b"], "must be a writable directory"),
     ([*TRAIN[:2], "--workdir=here.txt"], "must be a writable directory"),
