@@ -8,14 +8,17 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
 import numpy as np
 
 from steppe.data.errors import DataError, refused
-from steppe.data.vocabulary.tokenizer import Tokenizer, Tokens
+from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
 
+_NEAR = 400  # bytes on either side of a cut that must be encoded as without it
+_BETWEEN = re.compile(rb"[a-z](?= [a-z])")
 # What ends a text, where nothing beside the file names it; the first that a vocabulary has
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
@@ -64,9 +67,7 @@ def load(spec: str, content: bytes) -> Tokenizer:
     except Exception as error:  # of the library's own kinds
         reason = " ".join(f"{error}".split())[:200]
         raise DataError(f"config.data.vocabulary={spec!r}: {library} refuses it ({reason})") from None
-    return Tokenizer(
-        spec=spec, fingerprint=f"{library}-{digest}", begin_id=found["begin"], eos_id=found["end"], cuts=_whole, **made
-    )
+    return Tokenizer(spec=spec, fingerprint=f"{library}-{digest}", begin_id=found["begin"], eos_id=found["end"], **made)
 
 
 def _fast(found: dict) -> dict:
@@ -93,7 +94,39 @@ def _fast(found: dict) -> dict:
         "encode": lambda text: library.encode(text, add_special_tokens=False).ids,
         "decode": decode,
         "measure": measure,
+        "cuts": _cuts(lambda text: library.encode(text, add_special_tokens=False).ids) if _by_words(found) else _whole,
     }
+
+
+def _by_words(found: dict) -> bool:
+    """Whether a tokenizer.json first cuts the text by patterns, and changes none of it: what is far apart is encoded
+    apart."""
+    first = found.get("pre_tokenizer") or {}
+    steps = first.get("pretokenizers", [first])
+    kinds = {step.get("type") for step in steps}
+    cut = any(step.get("use_regex", True) for step in steps if step.get("type") in ("ByteLevel", "Split"))
+    return cut and kinds <= {"ByteLevel", "Split", "Digits", "Punctuation"} and not found.get("normalizer")
+
+
+def _cuts(encode: Callable[[str], list[int]]) -> Callable[[bytes], Iterator[bytes]]:
+    """Parts of a text between a word and a blank, where what is near is encoded alike in two parts."""
+
+    def alike(left: bytes, right: bytes) -> bool:
+        texts = left.decode(errors="ignore"), right.decode(errors="ignore")
+        return encode("".join(texts)) == [*encode(texts[0]), *encode(texts[1])]
+
+    def cuts(text: bytes) -> Iterator[bytes]:
+        start = 0
+        while len(text) - start > PART:
+            places = (found.start() + 1 for found in _BETWEEN.finditer(text, start + PART))
+            place = next((at for at in places if alike(text[at - _NEAR : at], text[at : at + _NEAR])), None)
+            if place is None:
+                break
+            yield text[start:place]
+            start = place
+        yield text[start:]
+
+    return cuts
 
 
 def _lengths(text: bytes, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -134,6 +167,7 @@ def _ranked(found: dict) -> dict:
         "encode": encoding.encode_ordinary,
         "decode": lambda ids: encoding.decode([int(i) for i in ids if i not in special]),
         "measure": measure,
+        "cuts": _cuts(encoding.encode_ordinary),
     }
 
 

@@ -11,7 +11,7 @@ from steppe.data.errors import DataError
 from steppe.data.loader import open_corpus, training_rows
 from steppe.data.prepare import prepare, recipe_of
 from steppe.data.readers.built_in import embedded_documents, topic_documents
-from steppe.data.vocabulary import load_tokenizer, read_model
+from steppe.data.vocabulary import PART, load_tokenizer, read_model
 
 tokenizers = pytest.importorskip("tokenizers", reason="steppe[hub] is not installed")
 tiktoken = pytest.importorskip("tiktoken", reason="steppe[hub] is not installed")
@@ -154,3 +154,16 @@ def test_a_tiktoken_file_says_its_pattern_or_is_named_for_an_encoding(folder, tm
     (tmp_path / "bad.tiktoken").write_text("no ranks here")
     with pytest.raises(DataError, match="no tiktoken file"):
         load_tokenizer(str(tmp_path / "bad.tiktoken"))
+
+
+@pytest.mark.parametrize(("name", "cut"), [("bytes", True), ("ranks.tiktoken", True), ("words", False)])
+def test_a_long_text_is_encoded_in_parts_as_if_whole(folder, name, cut):
+    tokenizer = load_tokenizer(str(folder / name))
+    text = "\n\n".join(documents()).encode()
+    parts = list(tokenizer.cuts(text))
+    assert b"".join(parts) == text
+    assert len(parts) > len(text) // (2 * PART) if cut else parts == [text]
+    assert max(map(len, parts)) < 2 * PART or not cut
+    whole, apart = tokenizer.measure([text]), tokenizer.measure(parts)
+    np.testing.assert_array_equal(apart.ids, whole.ids)
+    np.testing.assert_array_equal(apart.lengths, whole.lengths)
