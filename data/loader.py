@@ -6,6 +6,7 @@ restarts.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from steppe.data.errors import CorpusDamaged, CorpusMismatch, DataError
 from steppe.data.packing import to_batch
 from steppe.data.vocabulary import Tokenizer, load_tokenizer
 
+READ_AHEAD = 256  # rows read at once where batches are smaller: a call costs as much as a hundred of its rows
 HELD_OUT_SEED = 0  # the fixed order of held-out rows, so that a prefix of them is a fair sample
+
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,32 @@ def training_rows(
 
     before: rows of the stream that batches of another size took before step 0.
     """
+    rows = tuple(_checked(rows, batch_size))
+    steps = max(1, READ_AHEAD // max(1, len(rows)))
+    block, place = divmod(step, steps)
+    first = before + block * steps * batch_size
+    if steps == 1:
+        return _batch(corpus, _training_records(corpus, seed, first, batch_size, rows, 1))
+    with _one_at_a_time:  # of several threads that want the same block, one reads it
+        records = _training_block(corpus, seed, first, batch_size, rows, steps)
+    return _batch(corpus, records[place * len(rows) : (place + 1) * len(rows)])
+
+
+def _training_records(
+    corpus: Corpus, seed: int, first: int, batch_size: int, rows: tuple[int, ...], steps: int
+) -> list[bytes]:
+    """Rows `rows` of so many batches from row `first` of the stream on."""
     stream = _stream(corpus, seed)
-    picked = [stream[before + step * batch_size + r] for r in _checked(rows, batch_size)]
-    records: list[bytes | None] = [None] * len(picked)
+    picked = [stream[first + step * batch_size + row] for step in range(steps) for row in rows]
+    records: list[bytes] = [b""] * len(picked)
     for number, part in enumerate(corpus.train):
         places = [place for place, (owner, _) in enumerate(picked) if owner == number]
         for place, record in zip(places, _read(part, [picked[place][1] for place in places]), strict=True):
             records[place] = record
-    return _batch(corpus, records)
+    return records
+
+
+_training_block = lru_cache(maxsize=4)(_training_records)
 
 
 @lru_cache(maxsize=8)
@@ -165,10 +188,22 @@ def held_out_rows(
 ) -> dict[str, np.ndarray]:
     """Rows of batch `index` of a held-out set, in one fixed order; the last batch is filled up with empty rows."""
     part = _held_out(corpus, name)
-    order = _held_out_order(part.rows)
     numbers = [index * batch_size + r for r in _checked(rows, batch_size)]
-    records = iter(_read(part, [int(order[n]) for n in numbers if n < part.rows]))
-    return _batch(corpus, [next(records) if n < part.rows else None for n in numbers])
+    if batch_size >= READ_AHEAD:
+        order = _held_out_order(part.rows)
+        records = iter(_read(part, [int(order[n]) for n in numbers if n < part.rows]))
+        return _batch(corpus, [next(records) if n < part.rows else None for n in numbers])
+    places = [divmod(n, READ_AHEAD) if n < part.rows else None for n in numbers]
+    return _batch(corpus, [at and _held_out_block(corpus, name, at[0])[at[1]] for at in places])
+
+
+@lru_cache(maxsize=8)
+def _held_out_block(corpus: Corpus, name: str, block: int) -> Sequence[bytes]:
+    """Rows of a held-out set, in the fixed order, that are read at once."""
+    part = corpus.held_out[name]
+    order = _held_out_order(part.rows)
+    last = min(part.rows, (block + 1) * READ_AHEAD)
+    return _read(part, [int(order[n]) for n in range(block * READ_AHEAD, last)])
 
 
 @lru_cache(maxsize=8)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from steppe.scripts import command
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs or continues a training run; returns the exit status, 2 for bad input."""
+def main(argv: Sequence[str], memo=None) -> int:
+    """Runs or continues a training run; returns the exit status, 2 for bad input. memo: see lm.run.memo."""
     parser = command.parser("train", __doc__.splitlines()[0])
     parser.add_argument(
         "--workdir",
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
             replay.replay(config, options.workdir, options.replay_step)
             return 0
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
-        return train.run(config, options.workdir, allowed, options.until)
+        return train.run(config, options.workdir, allowed, options.until, memo)
     except exits.REFUSALS as error:
         return command.fail(error) if jax.process_index() == 0 else exits.REFUSED
     except OSError as error:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from steppe.configs.keys import ConfigError
+from steppe.configs.keys import ConfigError, flatten
 from steppe.data import baselines, loader
 from steppe.data.cache import open_of
 from steppe.data.errors import DataError
@@ -27,6 +27,7 @@ from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, estimate_memory, length
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
+from steppe.lm.run.memo import Memo
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective
 from steppe.optim.base import base
@@ -226,13 +227,32 @@ def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: i
 
 
 # ------------------------------------------------------------------------------------------------ with a corpus
+# what no program holds: it takes them as operands, or they are about the run alone
+OUTSIDE_PROGRAMS = ("seed", "optim.peak_learning_rate", "optim.rho", "log.", "checkpoint.", "sample.")
+
+
+def program_key(config: ConfigDict, corpus: Corpus, leg: Leg = WHOLE) -> tuple:
+    """Equal of runs whose compiled programs are the same."""
+    held = {key: value for key, value in flatten(config.to_dict()).items() if not key.startswith(OUTSIDE_PROGRAMS)}
+    return repr(sorted(held.items())), corpus.fingerprint, leg, tuple(_scalars(config))
+
+
+def _other_run(parts: Parts, config: ConfigDict) -> Parts:
+    """The parts of a run with the same programs as another's."""
+    scalars = _scalars(config)
+    start = jax.tree_util.Partial(parts.initialise.func, np.uint32(config.seed))
+    return parts._replace(scalars=scalars, optimizer=parts.optimizer_at(**scalars), initialise=start)
+
+
 def open_parts(
-    config: ConfigDict, log: Callable[[str], None], leg: Leg = WHOLE, directory: str = ""
+    config: ConfigDict, log: Callable[[str], None], leg: Leg = WHOLE, directory: str = "", memo: Memo | None = None
 ) -> tuple[Corpus, Parts, np.ndarray]:
     """(corpus, the parts of the run, how often each token occurs in the training text [V]).
 
-    directory: a workdir, whose prepared corpus serves where the text itself cannot be read any more.
+    directory: a workdir, whose prepared corpus serves where the text itself cannot be read any more. memo: of this
+    process, where it has had other runs.
     """
+    memo = memo or Memo()
     try:
         corpus = open_of(config.data, log)
     except DataError as error:
@@ -247,13 +267,17 @@ def open_parts(
             "prepare it once and give all of them that config.data.directory"
         )
     vocabulary = corpus.tokenizer.vocab_size
-    counts = baselines.token_counts(corpus, vocabulary)
+    counts = memo.once("counts", corpus.fingerprint, lambda: baselines.token_counts(corpus, vocabulary))
     padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
     frequency = np.pad(counts, (0, padded - vocabulary)) / counts.sum()
     frequency = jnp.asarray(frequency, jnp.float32)
-    parts = assemble(config, vocabulary, corpus.epoch_tokens, frequency, leg=leg)
+    parts = memo.once(
+        "parts",
+        program_key(config, corpus, leg),
+        lambda: assemble(config, vocabulary, corpus.epoch_tokens, frequency, leg=leg),
+    )
     must_fit(config, parts)
-    return corpus, parts, counts
+    return corpus, _other_run(parts, config), counts
 
 
 def must_fit(config: ConfigDict, parts: Parts) -> None:

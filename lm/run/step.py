@@ -54,7 +54,12 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
 
 def compile_step(parts: Parts, batch: dict) -> Callable:
     """The compiled step(state, batch, limit), which takes the state's memory."""
-    compiled, scalars = lower_step(parts, batch).compile(), _scalars(parts)
+    return with_scalars(lower_step(parts, batch).compile(), parts)
+
+
+def with_scalars(compiled: Callable, parts: Parts) -> Callable:
+    """step(state, batch, limit) of a run out of a program of `lower_step`, its own or that of another run like it."""
+    scalars = _scalars(parts)
     return lambda state, batch, limit: compiled(state, batch, limit, scalars)
 
 

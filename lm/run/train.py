@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +21,53 @@ from steppe.lm.measure import choices
 from steppe.lm.measure.in_training import make_measurement, twice_differentiable
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run import anomaly, chips, generate
-from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, report_parts
+from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, program_key, report_parts
 from steppe.lm.run.check import described
 from steppe.lm.run.evaluate import evaluate, make_evaluation_step
+from steppe.lm.run.memo import Memo
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import State, create, create_from
-from steppe.lm.run.step import compile_step
+from steppe.lm.run.step import lower_step, with_scalars
 from steppe.lm.track.profile import Profile
 from steppe.lm.track.tracker import Tracker
 from steppe.optim.schedules import duration_steps
 
 
-def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), until: int | None = None) -> int:
+class Compiled(NamedTuple):
+    """What a run repeats, compiled. measurement: of the curvature in training, None where there is none."""
+
+    step: Callable
+    evaluation: Callable
+    scores: Callable
+    measurement: Callable | None
+
+
+def run(
+    config: ConfigDict,
+    directory: str,
+    allow_change: Collection[str] = (),
+    until: int | None = None,
+    memo: Memo | None = None,
+) -> int:
     """Runs or continues the run of `directory`, which may be an address, to its end; returns the exit status, see
     lm.keep.exits.
 
     allow_change: config keys (or "corpus") that may differ from what the run had so far. until: stops after this step,
-    as if asked to; schedules stay those of the whole run. Raises, before anything is compiled, one of exits.REFUSALS
-    for what cannot run; and OSError when the workdir or the checkpoints cannot be written any more.
+    as if asked to; schedules stay those of the whole run. memo: of a process that has run after run. Raises, before
+    anything is compiled, one of exits.REFUSALS for what cannot run; and OSError when the workdir or the checkpoints
+    cannot be written any more.
     """
     primary = jax.process_index() == 0
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
     config.data.update(described(config))
+    memo = memo or Memo()
     questions = choices.read(config.evaluate.choices)
     if files.is_remote(directory) and jax.process_count() > 1 and not config.checkpoint.directory:
         accepted = "storage that all processes write to, such as gs://…, where --workdir is an address"
         raise ConfigError("checkpoint.directory", "", accepted)
     with ExitStack() as stack:
         directory = stack.enter_context(mirror.kept(directory, primary, log))
-        corpus, parts, counts = open_parts(config, log, directory=directory)
+        corpus, parts, counts = open_parts(config, log, directory=directory, memo=memo)
         # before the workdir is taken, in case one of them cannot be used
         place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
         if (config.init_from or config.branch_from) and workdir.is_new(directory):
@@ -56,9 +75,16 @@ def run(config: ConfigDict, directory: str, allow_change: Collection[str] = (), 
         run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
         stopping = stack.enter_context(StopSignals())
         here = Run(
-            config, directory,
-            corpus=corpus, parts=parts, stopping=stopping, questions=questions, until=until, log=log,
-        )  # fmt: skip
+            config,
+            directory,
+            corpus=corpus,
+            parts=parts,
+            stopping=stopping,
+            questions=questions,
+            until=until,
+            memo=memo,
+            log=log,
+        )
         here.checkpoints = stack.enter_context(here.open_checkpoints(place, run_id))
         here.restore(given)
         del given
@@ -110,10 +136,11 @@ class Run:
         stopping: StopSignals,
         questions: dict[str, list[choices.Item]],
         until: int | None = None,
+        memo: Memo,
         log: Callable[[str], None] = print,
     ):
         self.config, self.directory, self.corpus, self.parts = config, directory, corpus, parts
-        self.stopping, self.until, self.log = stopping, until, log
+        self.stopping, self.until, self.memo, self.log = stopping, until, memo, log
         self.primary = jax.process_index() == 0
         self.now = {"config": config.to_dict(), "versions": record.versions(), "corpus": corpus.fingerprint}
         self.pending, self.latest, self.measured = [], {}, []
@@ -143,7 +170,7 @@ class Run:
     def follow(self, leg: Leg) -> None:
         """Goes on with sizes that are not those of all steps before: the parts count and schedule by what happened."""
         if leg != self.leg:
-            _, self.parts, _ = open_parts(self.config, lambda text: None, leg, self.directory)
+            _, self.parts, _ = open_parts(self.config, lambda text: None, leg, self.directory, self.memo)
             self.plan(leg)
             self.checkpoints.retain(self.keep_every, self.checkpoint_every)
 
@@ -214,29 +241,44 @@ class Run:
     def begin(self, counts: np.ndarray, changed: dict[str, list]) -> None:
         """Records what the run is, and what has changed since the checkpoint that it continues."""
         names = self.corpus.held_out if self.primary else ()
-        self.references = {name: baselines.baselines(self.corpus, name, counts) for name in names}
+        self.references = self.memo.once(
+            "references",
+            (self.corpus.fingerprint, self.primary),
+            lambda: {name: baselines.baselines(self.corpus, name, counts) for name in names},
+        )
         self.tracker.run(self.done, record.of_run(self.config, self.parts, self.references))
         for key, (before, after) in changed.items():
             self.tracker.note(f"changed     {key}: {before!r} until step {self.done}, {after!r} from here on")
             self.tracker.event("change", self.done, {"key": key, "before": before, "after": after})
 
     def compile(self) -> None:
-        """Compiles what the run repeats, and opens its batches."""
+        """Compiles what the run repeats, unless a run before it in this process did, and opens its batches."""
         began, parts, size = time.monotonic(), self.parts, self.config.train.batch_size
-        like = abstract_batch(parts, self.corpus, size)
-        self.step = compile_step(parts, like)
-        self.evaluation_step = jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options))
-        self.scores = choices.make_scores(parts)
-        if self.config.curvature.every:
-            groups, microbatches = self.config.curvature.groups, self.config.train.microbatches
-            measurement = make_measurement(twice_differentiable(parts), groups, microbatches)
-            self.measurement = measurement.lower(parts.abstract.params, like).compile()
+        compiled = self.memo.once("compiled", program_key(self.config, self.corpus, self.leg), self.compiled)
+        self.step, self.scores = with_scalars(compiled.step, parts), compiled.scores
+        self.evaluation_step, self.measurement = compiled.evaluation, compiled.measurement
+        if self.measurement:
             rows, first = local_rows(parts.mesh, size), next(iter(self.corpus.held_out))
             batch = loader.held_out_rows(self.corpus, first, 0, size, rows)
             batch.pop("bytes")
             self.held_out_batch = lambda: place_batch(parts.mesh, size, rows, batch)
         self.read = batch_reader(self.config, self.corpus, parts, self.watch.batch_index, self.leg)
         self.log(f"compiled    in {time.monotonic() - began:.1f} s")
+
+    def compiled(self) -> Compiled:
+        """The programs that the run repeats."""
+        parts, curvature = self.parts, self.config.curvature
+        like, measurement = abstract_batch(parts, self.corpus, self.config.train.batch_size), None
+        if curvature.every:
+            microbatches = self.config.train.microbatches
+            measurement = make_measurement(twice_differentiable(parts), curvature.groups, microbatches)
+            measurement = measurement.lower(parts.abstract.params, like).compile()
+        return Compiled(
+            lower_step(parts, like).compile(),
+            jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),
+            choices.make_scores(parts),
+            measurement,
+        )
 
     # ------------------------------------------------------------------------------------------------------ training
     def train(self) -> int:

@@ -1,7 +1,8 @@
 """Starting the runs of a sweep on this machine, so many at a time, and recording how each ended.
 
-Every run is a process `steppe train`, which resumes by itself whatever its workdir holds. `outcome.json`
-appears once a run has ended for good; `attempts.json` counts the time of all attempts until then.
+Every run is a `steppe train`, which resumes by itself whatever its workdir holds, in a worker process that has one run
+after the other. `outcome.json` appears once a run has ended for good; `attempts.json` counts the time of all attempts
+until then.
 """
 
 import contextlib
@@ -9,7 +10,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ from steppe.data import files
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep.plan import Run
+from steppe.scripts.sweep.worker import Worker
 
 LOG, ATTEMPTS, LOCK = "train.log", "attempts.json", "lock"
 FINISHED, DIVERGED, STORAGE, STOPPED = 0, 3, 74, 75  # exit statuses of steppe train
@@ -27,26 +28,22 @@ POLL = 0.2  # seconds between polls of the processes
 
 
 class Job(NamedTuple):
-    """A run under way: its process, the slot (a list of cores) it holds, and when it began."""
+    """A run under way: the worker that has it, and when it began."""
 
     run: Run
-    process: subprocess.Popen
-    slot: list[int]
+    worker: Worker
     began: float
 
 
 def command_line(run: Run, config: str) -> list[str]:
     """The command of a run, complete: any scheduler may start it, and start it again to continue."""
+    return [sys.executable, "-P", "-m", "steppe.scripts.train", *arguments(run, config)]
+
+
+def arguments(run: Run, config: str) -> list[str]:
+    """What `steppe train` is given for a run."""
     overrides = [f"--config.{key}={text}" for key, text in run.overrides]
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "steppe.scripts.train",
-        f"--config={config}",
-        *overrides,
-        f"--workdir={run.directory}",
-    ]
+    return [f"--config={config}", *overrides, f"--workdir={run.directory}"]
 
 
 def shell_line(run: Run, config: str) -> str:
@@ -55,7 +52,7 @@ def shell_line(run: Run, config: str) -> str:
 
 
 def environment(compiled: Path | None) -> dict[str, str]:
-    """Of a run's process. compiled: where runs share compiled programs, unless the user has a cache of their own."""
+    """Of a worker. compiled: where runs share compiled programs, unless the user has a cache of their own."""
     found = {**os.environ}
     if compiled is not None and "JAX_COMPILATION_CACHE_DIR" not in found:
         # a program is only sure to run on the kind of machine that compiled it
@@ -177,16 +174,18 @@ def run_local(
 ) -> bool:
     """Runs them in order, one on each slot of cores at a time; True if all were tried, False if a signal stopped it.
 
+    Each slot has a worker, which has run after run; one that died is replaced.
+
     A signal (SIGINT, SIGTERM, SIGHUP) goes on to the runs as SIGTERM, which makes them save and stop; a second one ends
     them at once. view is told of every start, end and moment between: started(job), ended(run, outcome, status),
     tick(jobs, waiting). until: {name: step} at which a run stops.
     """
-    waiting, jobs, free, signals = list(runs), [], list(slots), []
+    waiting, jobs, free, signals = list(runs), [], [*slots], []  # free: slots, or workers that wait on theirs
 
     def stop(number, frame) -> None:
         signals.append(number)
         for job in jobs:
-            job.process.send_signal(signal.SIGTERM)
+            job.worker.signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -200,55 +199,49 @@ def run_local(
                 if outcome:
                     view.ended(ready, outcome, outcome["exit"])
                     continue
-                job = _start(ready, config, free.pop(0), environment, (until or {}).get(ready.name))
+                worker = free.pop(0)
+                if not isinstance(worker, Worker):
+                    worker = Worker(worker, environment)
+                job = _start(ready, config, worker, (until or {}).get(ready.name))
                 jobs.append(job)
                 view.started(job)
                 if signals:  # one that came while it was being started
-                    job.process.send_signal(signal.SIGTERM)
+                    job.worker.signal(signal.SIGTERM)
             for job in list(jobs):
-                status, cpu_seconds = poll(job.process)
-                if status is not None:
+                found = job.worker.poll()
+                if found is not None:
+                    status, cpu_seconds = found
                     if status == FINISHED and (until or {}).get(job.run.name, job.run.steps) < job.run.steps:
                         status = STOPPED  # where it was told to
                     jobs.remove(job)
-                    free.append(job.slot)
+                    free.append(_next(job.worker, bool(waiting)))
                     outcome = end_attempt(job.run.directory, status, cpu_seconds)
                     view.ended(job.run, outcome, status)
             view.tick(jobs, waiting)
             time.sleep(POLL)
     finally:
         for job in jobs:  # only after an error here
-            job.process.terminate()
+            job.worker.signal(signal.SIGTERM)
+        for worker in [job.worker for job in jobs] + [each for each in free if isinstance(each, Worker)]:
+            worker.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     return not signals
 
 
-def _start(run: Run, config: str, slot: list[int], environment: dict[str, str], until: int | None) -> Job:
-    command = command_line(run, config) + ([f"--until={until}"] if until else [])
-    begin_attempt(run.directory, command)
-    # the child inherits the mask of this thread, and XLA makes as many threads as the mask has cores
-    mask = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
-    try:
-        if mask:
-            os.sched_setaffinity(0, slot)
-        with open(run.directory / LOG, "ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-    finally:
-        if mask:
-            os.sched_setaffinity(0, mask)
-    return Job(run, process, slot, time.time())
+def _start(run: Run, config: str, worker: Worker, until: int | None) -> Job:
+    more = [f"--until={until}"] if until else []
+    begin_attempt(run.directory, [*command_line(run, config), *more])
+    worker.start([*arguments(run, config), *more], run.directory / LOG)
+    return Job(run, worker, time.time())
 
 
-def poll(process: subprocess.Popen) -> tuple[int | None, float]:
-    """(exit status or None, CPU seconds) of a child."""
-    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-    if pid == 0:
-        return None, 0.0
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_utime + usage.ru_stime
+def _next(worker: Worker, needed: bool) -> Worker | list[int]:
+    """The worker for the next run, or its slot where it has died, or is to end as no run is left for it."""
+    if needed and worker.alive():
+        return worker
+    worker.close()
+    return worker.slot
 
 
 def slots_of(jobs: int, cores: int, usable: Sequence[int]) -> list[list[int]]:

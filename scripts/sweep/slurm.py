@@ -17,6 +17,7 @@ from steppe.scripts import results
 from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep.plan import Run
+from steppe.scripts.sweep.worker import ended
 
 FOLDER, JOB = ".slurm", "slurm.json"  # logs and pickles of the jobs, in the sweep; the job's number, in a run
 MOST_TIMEOUTS = 1000  # times that a job may run out of time; only a number, as every time is progress
@@ -64,7 +65,7 @@ class TrainJob:
         """The outcome once the process has ended, {} if it is to be continued."""
         while True:
             # not Popen.wait, whose lock `checkpoint` would find taken by the call it interrupts
-            status, cpu_seconds = sweep_launch.poll(self._process)
+            status, cpu_seconds = ended(self._process)
             if status is not None:
                 return sweep_launch.end_attempt(self.directory, status, cpu_seconds)
             time.sleep(0.5)

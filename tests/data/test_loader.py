@@ -63,6 +63,22 @@ def test_the_stream_does_not_depend_on_how_it_is_cut_into_steps(corpus):
     long = training_rows(corpus, 3, 0, 48)
     for step in range(6):
         assert (training_rows(corpus, 3, step, 8)["targets"] == long["targets"][8 * step : 8 * step + 8]).all()
+    many = 2 * loader.READ_AHEAD + 40  # read in one call, and by blocks of several small batches
+    long = training_rows(corpus, 3, 1, many, before=5)["targets"]
+    for step in (0, 1, loader.READ_AHEAD // 8, many // 8 - 1):
+        found = training_rows(corpus, 3, step, 8, before=5 + many)["targets"]
+        assert (found == long[8 * step : 8 * step + 8]).all()
+
+
+def test_held_out_rows_do_not_depend_on_how_they_are_cut_into_batches(corpus):
+    name = max(corpus.held_out, key=lambda name: corpus.held_out[name].rows)
+    whole = held_out_rows(corpus, name, 0, loader.READ_AHEAD)["targets"]
+    assert corpus.held_out[name].rows > 20
+    for index in range(-(-len(whole) // 12)):
+        part = held_out_rows(corpus, name, index, 12)["targets"]
+        expected = whole[12 * index : 12 * index + 12]
+        assert (part[: len(expected)] == expected).all()
+        assert not part[len(expected) :].any()
 
 
 def test_seeds_and_steps_differ(corpus):
