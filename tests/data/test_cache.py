@@ -22,6 +22,7 @@ from steppe.data.cache import ensure
 from steppe.data.loader import open_corpus, training_rows
 config = get_config().data
 config.cache, config.task, config.sequence_length = sys.argv[1], sys.argv[2], 32
+config.held_out_fraction = 0.2
 directory = ensure(config, log=lambda line: print(line, file=sys.stderr))
 corpus = open_corpus(directory, config.vocabulary, config.sequence_length, config.packing, config.verify)
 batch = training_rows(corpus, 0, 0, 4)
@@ -43,6 +44,7 @@ def test_two_processes_prepare_the_cache_once_and_never_import_tensorflow(tmp_pa
     assert sum("prepared" in line for _, log in outputs for line in log.splitlines()) == 1
     config = get_config().data
     config.cache, config.task, config.sequence_length = str(tmp_path / "cache"), f"text:{tmp_path}/texts/*", 32
+    config.held_out_fraction = 0.2
     assert ensure(config, log=pytest.fail) == outputs[0][0].split()[0]
 
 

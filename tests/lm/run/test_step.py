@@ -199,7 +199,8 @@ def test_the_rate_and_rho_that_are_logged_are_those_applied_after_refused_steps(
         state, metrics = step(state, tokens_of(number), np.float32(-1 if number in refused else np.inf))
         assert int(before.step) == number
         assert metrics["spike"] == (number in refused)
-        assert metrics["learning_rate"] == parts.optimizer.learning_rate(number)
+        # two float32 roundings: a compiled schedule may multiply in another order than one that runs op by op
+        assert metrics["learning_rate"] == pytest.approx(float(parts.optimizer.learning_rate(number)), rel=2.4e-7)
         moved = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), state.params, before.params)
         length = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(moved)))
         if number in refused:
