@@ -46,8 +46,7 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
 
 def cache_of(data_config: Mapping) -> str:
     """Where corpora are kept that no config names."""
-    cache = data_config["cache"] or os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe")
-    return os.path.expanduser(cache)
+    return os.path.expanduser(data_config["cache"] or files.user_cache())
 
 
 def open_of(data_config: Mapping, log: Callable[[str], None] = print) -> Corpus:

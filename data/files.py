@@ -75,6 +75,11 @@ def sync(path: str | os.PathLike) -> None:
         os.close(number)
 
 
+def user_cache() -> str:
+    """Where Steppe keeps what it can make again, unless it is told another place: STEPPE_CACHE, or ~/.cache/steppe."""
+    return os.path.expanduser(os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe"))
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is an address, such as gs://bucket/file."""
     return "://" in path

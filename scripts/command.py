@@ -4,7 +4,7 @@
 
 reads `--config=NAME[:ARGUMENT] --config.section.key=value ...` through ml_collections' config flags and everything else
 through the argparse `parser`. Bad input of any kind ends the process with status 2 and one line on standard error that
-names the key, the value and what is accepted; only a bug shows a traceback. Nothing here imports jax.
+names the key, the value and what is accepted; only a bug shows a traceback. Importing this imports no jax.
 """
 
 import argparse
@@ -13,12 +13,14 @@ import contextlib
 import copy
 import difflib
 import functools
+import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
 import math
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -252,6 +254,28 @@ def workdir(text: str) -> str:
     if scheme not in fsspec.available_protocols() or not text.partition("://")[2].strip("/"):
         raise argparse.ArgumentTypeError(f"{text}: must be a directory, or an address such as s3://bucket/run")
     return text
+
+
+COMPILED = 2 << 30  # bytes of compiled programs that are kept, those that were used last
+
+
+def keep_programs() -> None:
+    """Has jax keep what it compiles in the user's cache, by kind of processor, unless JAX_COMPILATION_CACHE_DIR is set:
+    to another place, or to nothing."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    try:  # a program is only sure to run on the kind of processor that it was compiled on
+        said = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        kind = "\n".join(line for line in said if line.startswith(("model name", "flags", "Features", "CPU part")))
+    except OSError:
+        kind = socket.gethostname()
+    place = Path(files.user_cache()) / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_compilation_cache_max_size", COMPILED)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def summary(module: str) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from steppe.data import files, remote
-from steppe.data.cache import cache_of
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
 from steppe.lm.keep.exits import StorageError, WorkdirError
@@ -79,7 +78,7 @@ def add(directory: str | os.PathLike, *written: str) -> None:
 def _place(address: str) -> Path:
     """Where what is behind an address lives on this machine: of the same last name, in a folder with its locks."""
     address = address.rstrip("/")
-    folder = Path(cache_of({"cache": ""})) / "runs" / checksum({"address": address})[:16]
+    folder = Path(files.user_cache()) / "runs" / checksum({"address": address})[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     )
     options = command.options_of(argv, parser)
 
+    command.keep_programs()
     import jax
 
     from steppe.data import baselines

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
     prompts = [options.prompt] if options.prompts is None else _prompts(options.prompts)
 
+    command.keep_programs()
     from steppe.data import files
     from steppe.lm.keep import saved
     from steppe.lm.run import generate

@@ -112,13 +112,12 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
             for line in sweep_slurm.submit(left, path, options.out, options.jobs, options.cores, slurm):
                 print(line, flush=True)
             return 0
-        environment = sweep_launch.environment(options.out / ".compiled")
         slots = sweep_launch.slots_of(jobs, options.cores, usable)
 
         def launch(some: list, until: dict[str, int]) -> bool:
             ended = {run.name: outcome for run in runs if (outcome := _outcome(run))}
             with View(runs, ended, speed, jobs, until) as view:
-                return sweep_launch.run_local(some, path, slots, environment, view, until=until)
+                return sweep_launch.run_local(some, path, slots, view, until=until)
 
         complete = halving is None or _halve(runs, left, halving, launch)
         complete = complete and launch([run for run in left if not _outcome(run)], {})

@@ -6,10 +6,8 @@ until then.
 """
 
 import contextlib
-import os
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,17 +47,6 @@ def arguments(run: Run, config: str) -> list[str]:
 def shell_line(run: Run, config: str) -> str:
     """The same, quoted for a shell, from the present directory."""
     return shlex.join(command_line(run, config))
-
-
-def environment(compiled: Path | None) -> dict[str, str]:
-    """Of a worker. compiled: where runs share compiled programs, unless the user has a cache of their own."""
-    found = {**os.environ}
-    if compiled is not None and "JAX_COMPILATION_CACHE_DIR" not in found:
-        # a program is only sure to run on the kind of machine that compiled it
-        found["JAX_COMPILATION_CACHE_DIR"] = str(compiled / socket.gethostname())
-        found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        found.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-    return found
 
 
 @contextlib.contextmanager
@@ -169,9 +156,7 @@ def _last_lines(path: Path, size: int = 4000) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the launcher
-def run_local(
-    runs: Sequence[Run], config: str, slots: Sequence[list[int]], environment: dict[str, str], view, *, until=None
-) -> bool:
+def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view, *, until=None) -> bool:
     """Runs them in order, one on each slot of cores at a time; True if all were tried, False if a signal stopped it.
 
     Each slot has a worker, which has run after run; one that died is replaced.
@@ -201,7 +186,7 @@ def run_local(
                     continue
                 worker = free.pop(0)
                 if not isinstance(worker, Worker):
-                    worker = Worker(worker, environment)
+                    worker = Worker(worker)
                 job = _start(ready, config, worker, (until or {}).get(ready.name))
                 jobs.append(job)
                 view.started(job)

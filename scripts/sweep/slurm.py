@@ -37,14 +37,12 @@ class TrainJob:
             return outcome["status"]
         sweep_launch.begin_attempt(self.directory, self.command)
         with open(self.directory / sweep_launch.LOG, "ab") as log:
-            environment = sweep_launch.environment(None)
             # SLURM signals every process of a job; what the signal means is this one's to say
             self._process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
         outcome = self._wait()

@@ -22,7 +22,7 @@ KEEP = 4  # kinds of run whose programs it keeps
 class Worker:
     """The sweep's end of a worker: starts it on a slot of cores, gives it runs, hears how they ended."""
 
-    def __init__(self, slot: Sequence[int], environment: dict[str, str]):
+    def __init__(self, slot: Sequence[int], environment: dict[str, str] | None = None):
         self.slot = list(slot)
         # the child inherits the mask of this thread, and XLA makes as many threads as the mask has cores
         mask = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
