@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from steppe.configs.base import FREE, with_defaults
 from steppe.configs.keys import flatten
 from steppe.data import files
+from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
 from steppe.scripts.command import UsageError
 
@@ -52,6 +53,7 @@ class Result(NamedTuple):
     loss, bits_per_byte: after the last step, on the whole first held-out set (nats a token; bits). curve: held-out
     losses of that set on the way; train_curve: those of every training step. code: a hash of the sources that ran.
     branch: the run and step that it goes on from, as NAME@STEP, whose steps are counted and shown as its own.
+    goodput: the share of the wall-clock of all its starts that went into steps.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Result(NamedTuple):
     train_curve: lines.Train
     code: str = ""
     branch: str = ""
+    goodput: float = math.nan
 
 
 def read(
@@ -260,8 +263,15 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         curve=[point(record) for record in evaluations],
         train_curve=train,
         code=about.get("versions", {}).get("code", ""),
+        goodput=_goodput(records),
         branch=next((f"{Path(r['parent']).name}@{r['step']}" for r in reversed(records.of("branch"))), ""),
     )
+
+
+def _goodput(records: lines.Records) -> float:
+    """The share of the wall-clock that went into steps, as the run last recorded it; NaN where it never did."""
+    found = [record["goodput"] for record in records.of("goodput")]
+    return goodputs.share({kind: float(seconds) for kind, seconds in found[-1].items()}) if found else math.nan
 
 
 def _flops(runs: list[dict], step: int) -> float:

@@ -28,6 +28,7 @@ from steppe.lm.run.memo import Memo
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import lower_step, with_scalars
+from steppe.lm.track.goodput import Goodput
 from steppe.lm.track.profile import Profile
 from steppe.lm.track.tracker import Tracker
 from steppe.optim.schedules import duration_steps
@@ -60,7 +61,7 @@ def run(
     primary = jax.process_index() == 0
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
     config.data.update(described(config))
-    memo = memo or Memo()
+    memo, goodput = memo or Memo(), Goodput()
     questions = choices.read(config.evaluate.choices)
     if files.is_remote(directory) and jax.process_count() > 1 and not config.checkpoint.directory:
         accepted = "storage that all processes write to, such as gs://…, where --workdir is an address"
@@ -83,6 +84,7 @@ def run(
             questions=questions,
             until=until,
             memo=memo,
+            goodput=goodput,
             log=log,
         )
         here.checkpoints = stack.enter_context(here.open_checkpoints(place, run_id))
@@ -107,7 +109,8 @@ def run(
             here.save()  # from now on it needs its parent no more
         here.compile()
         stack.callback(here.end_profile)
-        return here.train()
+        with goodput.spending("other"):
+            return here.train()
 
 
 def begin(config: ConfigDict, parts: Parts, log: Callable[[str], None]) -> tuple[State, dict, branch.Parent | None]:
@@ -137,10 +140,11 @@ class Run:
         questions: dict[str, list[choices.Item]],
         until: int | None = None,
         memo: Memo,
+        goodput: Goodput,
         log: Callable[[str], None] = print,
     ):
         self.config, self.directory, self.corpus, self.parts = config, directory, corpus, parts
-        self.stopping, self.until, self.memo, self.log = stopping, until, memo, log
+        self.stopping, self.until, self.memo, self.goodput, self.log = stopping, until, memo, goodput, log
         self.primary = jax.process_index() == 0
         self.now = {"config": config.to_dict(), "versions": record.versions(), "corpus": corpus.fingerprint}
         self.pending, self.latest, self.measured = [], {}, []
@@ -236,6 +240,7 @@ class Run:
             peak_flops=chips.peak_flops(self.parts.mesh),
             wandb_id=self.meta["wandb_id"] if self.meta else "",
             primary=self.primary,
+            goodput=self.goodput,
         )
 
     def begin(self, counts: np.ndarray, changed: dict[str, list]) -> None:
@@ -254,7 +259,8 @@ class Run:
     def compile(self) -> None:
         """Compiles what the run repeats, unless a run before it in this process did, and opens its batches."""
         began, parts, size = time.monotonic(), self.parts, self.config.train.batch_size
-        compiled = self.memo.once("compiled", program_key(self.config, self.corpus, self.leg), self.compiled)
+        with self.goodput.spending("compile"):
+            compiled = self.memo.once("compiled", program_key(self.config, self.corpus, self.leg), self.compiled)
         self.step, self.scores = with_scalars(compiled.step, parts), compiled.scores
         self.evaluation_step, self.measurement = compiled.evaluation, compiled.measurement
         if self.measurement:
@@ -285,6 +291,7 @@ class Run:
         """Trains to the end, or to where it is to stop; the exit status."""
         self.timer.restart()
         self.began = time.monotonic()
+        self.goodput.mark(self.done)
         if self.done == 0 or self.meta["owes_evaluation"]:
             self.evaluate()
             if self.owes_evaluation:
@@ -295,6 +302,7 @@ class Run:
             bad = self.advance()
             if bad and not self.roll_back(bad):
                 self.draw()
+                self.tracker.spent(self.done)
                 return ANOMALY
             if self.stop and (self.done < self.total or self.owes_evaluation):
                 self.checkpoints.wait()
@@ -305,11 +313,15 @@ class Run:
     def advance(self) -> dict | None:
         """Takes step after step until the end, a stop, or a bad step that is not simply skipped, which it returns."""
         data = self.config.data
-        with loader.prefetch(self.read, self.done, self.total, data.prefetch, data.workers) as batches:
+        with (
+            loader.prefetch(self.read, self.done, self.total, data.prefetch, data.workers) as batches,
+            self.goodput.spending("step"),
+        ):
             for index, batch in batches:
                 self.state, metrics = self.step(self.state, batch, self.watch.limit(index + 1))
                 bad = self.settle()
                 self.pending.append((index + 1, metrics, batches.last_wait))
+                self.goodput.move(batches.last_wait, "step", "data")
                 self.done = index + 1
                 self.stop, self.owes_evaluation = self.stopping.requested() or self.done == self.until, False
                 due = [what for when, what in self.events if when(self.done)]
@@ -364,6 +376,7 @@ class Run:
                 f"--allow_change=train.on_{bad['what']} may set another policy"
             )
             return False
+        self.goodput.back(self.done)
         self.read = batch_reader(self.config, self.corpus, self.parts, self.watch.batch_index, self.leg)
         self.checkpoints.forget(self.done)
         self.tracker.roll_back(self.done)
@@ -375,6 +388,10 @@ class Run:
     # ------------------------------------------------------------------------------------------------- between steps
     def evaluate(self) -> None:
         """Evaluates at theta, every set or, if a signal to stop comes first, none: the run then owes it."""
+        with self.goodput.spending("evaluate"):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         found, config = {}, self.config
         sequences, batches = config.evaluate.batch_size or config.train.batch_size, config.evaluate.batches
         for name in self.corpus.held_out:
@@ -407,7 +424,8 @@ class Run:
         """Records how the loss bends at theta on one held-out batch, the same all through the run."""
         jax.block_until_ready(self.state)  # steps still under way are not the measurement's
         since = time.monotonic()
-        found = jax.tree.map(float, jax.device_get(self.measurement(self.state.params, self.held_out_batch())))
+        with self.goodput.spending("curvature"):
+            found = jax.tree.map(float, jax.device_get(self.measurement(self.state.params, self.held_out_batch())))
         self.measured.append(time.monotonic() - since)
         self.tracker.measurement("curvature", self.done, {**found, "seconds": self.measured[-1]})
 
@@ -434,7 +452,9 @@ class Run:
             "flops_per_step": [budget.flops, budget.adamw_flops],
             "next": self.following(),
         }
-        stall = self.checkpoints.save(self.done, self.state, {**meta, "owes_evaluation": self.owes_evaluation})
+        with self.goodput.spending("save"):
+            stall = self.checkpoints.save(self.done, self.state, {**meta, "owes_evaluation": self.owes_evaluation})
+        self.goodput.mark(self.done)
         self.tracker.checkpoint(self.done, {"stall": stall})
         self.timer.restart()
 
@@ -442,6 +462,7 @@ class Run:
     def stopped(self) -> int:
         """Draws what there is, and says where the run stopped; the exit status."""
         self.draw()
+        self.tracker.spent(self.done)
         if self.done == self.until and not self.owes_evaluation:
             self.ended = f"stopped after step {self.done}, as --until says; without it the same command goes on"
             return FINISHED
@@ -450,7 +471,8 @@ class Run:
 
     def conclude(self) -> None:
         """Shows what the model has learned."""
-        self.checkpoints.wait()
+        with self.goodput.spending("save"):
+            self.checkpoints.wait()
         if self.measured:
             spent = sum(self.measured)
             share = spent / (time.monotonic() - self.began)
@@ -464,6 +486,7 @@ class Run:
         if self.config.sample.tokens:
             self.tracker.note(f"\nsample\n------\n{self.sample()}\n------")
         self.draw()
+        self.tracker.spent(self.done)
         self.ended = "finished"
 
     def draw(self) -> None:

@@ -1,9 +1,10 @@
 """What a run shows and keeps: progress on the terminal, metrics.jsonl, and wandb where it is wanted.
 
 Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
-`evaluate`, `curvature`, `checkpoint`, `anomaly` (a bad step), `rollback`, and `change` (of a config key, by a restart
-after `step`); each has the `step` it belongs to, the number of updates made. NaN is null, infinities are the strings
-"inf" and "-inf", since JSON has no others; what a method does not compute is left out.
+`evaluate`, `curvature`, `checkpoint`, `anomaly` (a bad step), `rollback`, `change` (of a config key, by a restart after
+`step`) and `goodput` (at the end of a start: what the wall-clock went into); each has the `step` it belongs to, the
+number of updates made. NaN is null, infinities are the strings "inf" and "-inf", since JSON has no others; what a
+method does not compute is left out.
 """
 
 import collections
@@ -19,7 +20,8 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from steppe.lm.track.lines import METRICS, last_steps, number, plain, rewind
+from steppe.lm.track.goodput import Goodput, described, earlier, share
+from steppe.lm.track.lines import METRICS, last_steps, number, plain, read, rewind
 from steppe.lm.track.sinks import Sinks
 
 
@@ -29,6 +31,7 @@ class Tracker:
     tokens_per_step: predicted tokens of one step over all devices; tokens_before: those beyond so many for every step.
     flops_per_step: FLOPs of one step over all devices, 0 where unknown. peak_flops: FLOP/s of all devices together, 0
     where unknown, for the MFU. wandb_id: the id a checkpoint brought, "" for the one in the workdir or a new one.
+    goodput: what the run has spent its time on; earlier starts are added to it.
     primary: False makes every method do nothing (all processes but the first). clock: seconds that only grow. stream:
     where progress goes; live if it is a terminal.
     """
@@ -46,10 +49,11 @@ class Tracker:
         peak_flops: float = 0.0,
         wandb_id: str = "",
         primary: bool = True,
+        goodput: Goodput | None = None,
         clock: Callable[[], float] = time.monotonic,
         stream: TextIO | None = None,
     ):
-        self.wandb_id = wandb_id
+        self.wandb_id, self.goodput = wandb_id, goodput or Goodput(clock)
         self._primary = primary
         if not primary:
             return
@@ -66,6 +70,7 @@ class Tracker:
 
         self._workdir.mkdir(parents=True, exist_ok=True)
         sent = last_steps(self._workdir) if config.log.wandb != "disabled" else {}
+        self.goodput.add(earlier(read(self._workdir), start_step))
         problems = rewind(self._workdir / METRICS, start_step or -1)
         self._open()
         if self._stream.isatty():
@@ -78,7 +83,7 @@ class Tracker:
     def run(self, step: int, facts: dict[str, Any]) -> None:
         """Records what this run is (parameters, tokens, FLOPs, versions, baselines ...), once per start."""
         if self._primary:
-            self._write("run", step, facts)
+            self._write("run", step, {**facts, "goodput": self.goodput.seconds()})
             self._sinks.facts(plain(facts))
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -127,7 +132,7 @@ class Tracker:
         """Records that a checkpoint of `step` was begun."""
         if self._primary:
             self._pause(step)
-            self._write("checkpoint", step, facts or {})
+            self._write("checkpoint", step, {**(facts or {}), "goodput": self.goodput.seconds()})
 
     def event(self, kind: str, step: int, facts: dict[str, Any]) -> None:
         """Records something rare: an `anomaly`, a `rollback`, a `change`."""
@@ -139,6 +144,18 @@ class Tracker:
         if self._primary:
             self._pause(step)
             self._write(kind, step, facts)
+
+    def spent(self, step: int) -> None:
+        """Records and shows what all starts of the run have spent their time on, at the end of this one."""
+        if not self._primary:
+            return
+        seconds = self.goodput.seconds()
+        flops = step * self._flops_per_step
+        mfu = flops / self._peak_flops / seconds["step"] if self._peak_flops and seconds["step"] else 0.0
+        self._write("goodput", step, {"goodput": seconds, **({"mfu": mfu} if mfu else {})})
+        rows = {"goodput": share(seconds), **{f"goodput/{kind}": spent for kind, spent in seconds.items()}}
+        self._sinks.row("goodput", "", step, rows)
+        self.note(f"goodput     {described(seconds, mfu)}")
 
     def sync(self) -> None:
         """Returns once everything recorded is safely on disk, as it must be before a checkpoint that follows it."""

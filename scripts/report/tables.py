@@ -324,16 +324,19 @@ def runs(study: gr.Study) -> Table:
         {"run": run.result.name, "status": run.result.status, "why": run.result.why, "scale": run.scale,
          "budget": run.budget, "variant": run.variant, "rho": run.rho, "seed": run.seed,
          "parameters": run.result.parameters, "tokens": run.result.tokens, "flops": run.result.flops,
-         "seconds": run.result.seconds, "loss": run.result.loss, "bits_per_byte": run.result.bits_per_byte}
+         "seconds": run.result.seconds, "goodput": run.result.goodput, "loss": run.result.loss,
+         "bits_per_byte": run.result.bits_per_byte}
         for run in study.runs
     ]  # fmt: skip
     return Table(
-        "runs", "All runs", "Failed, diverged and missing runs are listed too; seconds are those of training.",
+        "runs", "All runs",
+        "Failed, diverged and missing runs are listed too; seconds are those of training, goodput is their share of "
+        "the wall-clock of all starts: the rest went into compiling, evaluations, checkpoints and steps done again.",
         [
             Column("run", "run", number=False), Column("status", "status", number=False),
             Column("why", "why", number=False), Column("rho", "rho", rho), Column("seed", "seed"),
             Column("tokens", "tokens", style.si), Column("flops", "FLOPs", style.si),
-            Column("seconds", "seconds", decimals(0)),
+            Column("seconds", "seconds", decimals(0)), Column("goodput", "goodput", decimals(2)),
             Column("loss", "loss, nats per token", decimals(4)),
         ],
         rows,
