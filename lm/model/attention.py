@@ -61,10 +61,12 @@ def attention(
     segments_BxT: jax.Array | None = None,
     kernel: str = "einsum",
     place: Placement = Placement(),  # noqa: B008
+    lean: bool = False,
 ) -> jax.Array:
     """Causal softmax attention with H a multiple of G (grouped queries); tokens attend within their own segment.
 
-    Softmax in float32 or better, result [B, T, H, K] in the inputs' dtype. Scaled by 1/sqrt(K).
+    Softmax in float32 or better, result [B, T, H, K] in the inputs' dtype. Scaled by 1/sqrt(K). lean: the backward pass
+    of einsum and blockwise reads the weights alone, another rounding of the same gradient.
     """
     if kernel == "cudnn":
         mixed = jax.nn.dot_product_attention(
@@ -73,7 +75,9 @@ def attention(
     elif kernel == "splash":
         mixed = _splash(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, place)
     else:
-        mixed = _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel)
+        mixed = _rows_of_queries(
+            query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel, _softmax if lean else jax.nn.softmax
+        )
     return checkpoint_name(mixed, MIXED)
 
 
@@ -99,7 +103,19 @@ def query_block(sequence_length: int) -> int:
     return min(512, max(64, -(-sequence_length // 4)))
 
 
-def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel):
+@jax.custom_jvp
+def _softmax(scores: jax.Array) -> jax.Array:
+    """Softmax over the last axis, whose derivative is written in its result: jax's own keeps the exponentials too."""
+    return jax.nn.softmax(scores)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    weights, tangent = _softmax(*primals), tangents[0]
+    return weights, weights * (tangent - (weights * tangent).sum(-1, keepdims=True))
+
+
+def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel, softmax):
     B, T, H, K = query_BxTxHxK.shape
     G = key_BxTxGxK.shape[2]
     grouped = query_BxTxHxK.reshape(B, T, G, H // G, K)
@@ -117,7 +133,7 @@ def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, ke
             same = segments_BxT[:, start : start + size, None] == segments_BxT[:, None, :keys]
             seen = seen & same[:, None, None]
         # A finite floor: a padded row that sees nothing but itself must not become NaN.
-        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(value_BxTxGxK.dtype)
+        weights = softmax(jnp.where(seen, scores, -1e30)).astype(value_BxTxGxK.dtype)
         return jnp.einsum("bgrqt,btgk->bqgrk", weights, value_BxTxGxK[:, :keys])
 
     if kernel == "einsum":

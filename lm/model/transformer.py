@@ -43,6 +43,7 @@ class Shape(NamedTuple):
     dtype: str = "float32"
     kernel: str = "einsum"
     remat: str = "dots"
+    small: bool = False  # a step is many small kernels: blocks are not looped over, and softmax keeps one array
 
     @property
     def features(self) -> int:
@@ -64,6 +65,7 @@ def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Sha
         "sequence_length": sequence_length,
         "dtype": model.compute_dtype,
         "kernel": kernel,
+        "small": model.width <= 128 and model.layers <= 4,
     }
     return Shape(**{**own, **given})
 
@@ -242,7 +244,7 @@ class Attention(nn.Module):
         if s.kernel == CACHED:
             mixed = cached_attention(query, *self.kept(key, value, positions_BxT), positions_BxT)
         else:
-            mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain)
+            mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain, s.small)
         out = Kernel((H, K, D), _matrix(s.init, (0, 1), 1 / (2 * s.layers)), s.dtype, name="out")()
         return jnp.einsum("bthk,hkd->btd", mixed, out)
 
@@ -348,6 +350,7 @@ class Trunk(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=s.layers,
+            unroll=s.layers if s.small else 1,
         )
         x_BxTxD, _ = layers(s, place, name="layers")(place(x_BxTxD, "hidden"), positions_BxT, segments_BxT)
         return Norm(s, name="final_norm")(x_BxTxD)

@@ -24,6 +24,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 # The three spellings of who takes part: [groups,size]<=..., {{0,1},...}, and named axes of a mesh of its own.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
@@ -74,14 +75,23 @@ def array_shapes(text: str) -> set[tuple[int, ...]]:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective an execution reaches, loops multiplied by their trip counts; of branches the dearest."""
-    found, entry = computations(text)
+    """Every collective an execution reaches, loops multiplied by their trip counts; of branches the dearest.
 
-    def within(name: str, times: int) -> list[Collective]:
+    What a TPU spreads over a start, other work and a done has one channel, and is one.
+    """
+    found, entry = computations(text)
+    channels: set[str] = set()
+
+    def within(name: str, times: int, fused: bool = False) -> list[Collective]:
         result = []
         for instruction in found.get(name, []):
             kind = instruction.operation.removesuffix("-start")
             if kind in _KINDS:
+                channel = _CHANNEL.search(instruction.rest)
+                if fused and channel:
+                    if channel[1] in channels:
+                        continue
+                    channels.add(channel[1])
                 # TPU's fusion of an all-reduce with the slice each device keeps of it is a reduce-scatter on the wire.
                 scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 result.append(_collective(kind, instruction, times, scatters))
@@ -90,7 +100,7 @@ def collectives(text: str) -> list[Collective]:
             if instruction.operation == "while":
                 inner = times * _trips(instruction, found)
             for called in _CALLED.findall(instruction.rest):
-                result += within(called, inner)
+                result += within(called, inner, instruction.operation == "fusion")
             if branches := _BRANCHES.search(instruction.rest):
                 names = [part.strip().lstrip("%") for group in branches.groups() if group for part in group.split(",")]
                 result += max((within(n, times) for n in names), key=lambda cs: sum(c.bytes for c in cs))

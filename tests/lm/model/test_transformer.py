@@ -171,6 +171,22 @@ def test_remat_changes_memory_not_numbers(remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # recomputed in another order
 
 
+@pytest.mark.parametrize("kernel", ["einsum", "blockwise"])
+@pytest.mark.parametrize("style", STYLES)
+def test_small_models_compute_what_looped_ones_do(style, kernel, float64):
+    """Unrolled blocks and the lean softmax: the same hidden states, gradient and product with the Hessian."""
+    looped = STYLES[style]._replace(dtype="float64", kernel=kernel)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(looped))
+    along = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=jnp.float64)).reshape(leaf.shape), params)
+
+    def all_of(shape):
+        gradient = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(Trunk(shape).apply({"params": p}, tokens()))))
+        return jax.jit(lambda p: jax.jvp(gradient, (p,), (along,)))(params)
+
+    for a, b in zip(*(jax.tree.leaves(all_of(looped._replace(small=small))) for small in (False, True)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
 def test_choice_of_kernel():
     assert attention.choose("auto", "cpu", 256, "float32", segmented=False) == "einsum"
     assert attention.choose("auto", "cpu", 512, "float32", segmented=False) == "blockwise"

@@ -1,0 +1,110 @@
+"""Bytes that a device sends in a training step, by kind and method, beside the least that sharded parameters allow.
+
+    steppe bench collectives [--topology=v5e:8x8 h100:8x8] [--size=118m] [--methods adamw sam ...] [--sources]
+
+The step is compiled here for devices that are not (pip install '.[plan]' for TPUs, '.[gpu]' for GPUs), with parameters
+and state sharded over all of them (fsdp). The least: each pass gathers every sharded parameter for its forward and once
+more for its backward part, in the dtype of products, as none is kept whole; and sends its gradient once to where it is
+kept, in float32, or in bfloat16 where only the ascent direction comes of it. --sources lists what the bytes are for.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from steppe.scripts import command
+from steppe.scripts.plan import __main__ as plan
+from steppe.scripts.plan import hlo
+
+METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam", "msam", "functional_msam")
+GIB = 2**30
+
+
+class Least(NamedTuple):
+    """Bytes that one device must send: of gathered parameters, and of gradients on their way to their shards."""
+
+    gather: float
+    scatter: float
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a table for each topology; returns the exit status."""
+    parser = command.parser("bench collectives", __doc__, config=False)
+    parser.add_argument(
+        "--topology", nargs="+", default=["v5e:8x8", "h100:8x8"], metavar="KIND:SIZE", help="as of plan"
+    )
+    parser.add_argument("--size", default="118m", type=command.of_key("model.size"), help="of the model")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        type=command.of_key("optim.method"),
+        help="default: one of a kind",
+    )
+    parser.add_argument("--batch_size", type=command.integer(1), default=512, metavar="N", help="sequences of 512")
+    parser.add_argument("--sources", action="store_true", help="list what most bytes of a step are for")
+    options = command.options_of(argv, parser)
+    for topology in options.topology:
+        devices = plan.described(topology)
+        tokens = f"{options.batch_size} x 512 tokens"
+        print(f"\n{options.size} on {len(devices)} devices of {topology}, fsdp, bfloat16, {tokens}")
+        print("| method | gathered GiB | least | scattered GiB | least | reduced GiB | other GiB | all / least |")
+        print("|---|---|---|---|---|---|---|---|")
+        for method in options.methods:
+            parts, program = _compiled(method, options, devices)
+            found = hlo.collectives(program.as_text())
+            print(_row(method, found, least(method, parts)), flush=True)
+            if options.sources:
+                _print_sources(found)
+    return 0
+
+
+def _compiled(method: str, options: Any, devices: list) -> tuple[Any, Any]:
+    from steppe.configs import base
+    from steppe.configs.sizes import resolve
+
+    config = base.get_config()
+    config.model.size, config.model.compute_dtype, config.optim.method = options.size, "bfloat16", method
+    resolve(config)
+    config.data.sequence_length, config.train.batch_size = 512, options.batch_size
+    config.train.duration, config.mesh.data, config.mesh.fsdp = "1000 steps", 1, len(devices)
+    return plan.compiled_step(config, 32100, 10**9, devices)
+
+
+def least(method: str, parts: Any) -> Least:
+    """The Least of a step of these parts, on their mesh."""
+    import jax
+
+    from steppe.optim.methods import cost
+
+    width = 2 if parts.shape.dtype == "bfloat16" else 4
+    shards = parts.mesh.shape["fsdp"]
+    share = (shards - 1) / shards
+    sharded = [s for s in jax.tree.leaves(parts.abstract.params) if s.sharding.shard_shape(s.shape) != s.shape]
+    numbers = sum(math.prod(leaf.shape) for leaf in sharded)
+    passes = cost(method)
+    return Least((passes.forwards + passes.backwards) * numbers * width * share, passes.backwards * numbers * 4 * share)
+
+
+def _row(method: str, found: list[hlo.Collective], needed: Least) -> str:
+    sent: Counter = Counter()
+    for each in found:
+        sent[each.kind] += each.bytes
+    gathered, scattered, reduced = (sent.pop(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
+    other = sum(sent.values())
+    numbers = gathered, needed.gather, scattered, needed.scatter, reduced, other
+    ratio = (gathered + scattered + reduced + other) / sum(needed)
+    return f"| {method} | {' | '.join(f'{number / GIB:.3f}' for number in numbers)} | {ratio:.2f} |"
+
+
+def _print_sources(found: list[hlo.Collective], most: int = 12) -> None:
+    """The instructions that send most, with the operation that they serve."""
+    for each in sorted(found, key=lambda one: -one.bytes)[:most]:
+        shape = each.shape[:60]
+        print(f"    {each.bytes / GIB:8.4f} GiB  {each.kind:<16} x{each.times:<4} {shape:<60} {each.source[-70:]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
