@@ -38,7 +38,7 @@ KINDS = {
     "config": ("diff", "from-hf"),
     "prepare_data": ("show", "vocabulary"),
     "report": ("compare",),
-    "bench": ("step", "data", "methods", "curvature", "shares", "sweep", "collectives"),
+    "bench": ("step", "data", "methods", "curvature", "shares", "sweep", "collectives", "gpu"),
 }
 
 

@@ -24,6 +24,7 @@ CHIPS = {
     "TPU v6 lite": Chip("v6e", 31.25 * 2**30, 918e12, 1.640e12, 1.8e11),
     "NVIDIA A100-SXM4-80GB": Chip("A100", 79e9, 312e12, 2.039e12, 3.0e11),
     "NVIDIA H100 80GB HBM3": Chip("H100", 79e9, 989e12, 3.35e12, 4.5e11),
+    "NVIDIA H200": Chip("H200", 139e9, 989e12, 4.8e12, 4.5e11),
 }
 
 

@@ -1,6 +1,6 @@
 """Measurements on this machine: what a step, data, methods, curvature products and runs cost, and where epsilon lies.
 
-steppe bench step|data|methods|curvature|shares|sweep|collectives [--help] ...
+steppe bench step|data|methods|curvature|shares|sweep|collectives|gpu [--help] ...
 """
 
 import sys

@@ -70,3 +70,18 @@ def take(programs: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, Tim
 def ratio(mine: list[float], base: list[float]) -> float:
     """Median over the turns of what one program took over what another took in that turn."""
     return statistics.median(a / b for a, b in zip(mine, base, strict=True))
+
+
+def repeat(step: Callable[[], None], seconds: float, finish: Callable[[], None]) -> float:
+    """Seconds of a step: after three to warm up, as many as fit."""
+    for _ in range(3):
+        step()
+    finish()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds or count < 3:
+        step()
+        count += 1
+        if count % 4 == 0:
+            finish()
+    finish()
+    return (time.perf_counter() - began) / count

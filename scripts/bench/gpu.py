@@ -1,0 +1,246 @@
+"""What a GPU makes of Steppe, in one call of under eight minutes: kernels, steps, where time goes, and torch beside.
+
+    steppe bench gpu [--sizes 118m 1.2b] [--methods adamw sam functional_sam:keep ...] [--seconds=6]
+
+Steps are compiled for one GPU in bfloat16 over float32 weights. MFU counts the FLOPs of the model, as `steppe plan`
+does, against the chip's dense bfloat16 peak. The torch steps are torch.compile'd, of the same shapes (torch_step.py),
+in a process of their own before jax takes the memory. --anywhere runs all of it on what there is, slowly: to see that
+it runs.
+"""
+
+import argparse
+import glob
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from steppe.configs import sizes
+from steppe.scripts import command
+from steppe.scripts.bench import turns
+
+METHODS = (
+    *("adamw", "sam", "functional_sam:rebuild", "functional_sam:keep", "precond_functional_sam:keep", "msam"),
+    "functional_msam",
+)
+SEQUENCES = {"118m": 32, "1.2b": 16}  # a step, of 1,024 tokens; other sizes: 64
+VOCABULARY = 32_128
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints tables in Markdown; returns the exit status."""
+    parser = command.parser("bench gpu", __doc__, config=False)
+    add = parser.add_argument
+    add("--sizes", nargs="+", default=["118m", "1.2b"], choices=list(sizes.SIZES), help="of configs/sizes.py")
+    add("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
+    add("--seconds", type=command.number(above=True), default=6.0, metavar="S", help="of every measurement")
+    add("--batch_size", type=command.integer(1), metavar="N", help="sequences of a step; default: by size")
+    add("--sequence_length", type=command.integer(1), default=1024, metavar="N", help="tokens of a sequence")
+    add("--remat", default="dots", type=command.of_key("model.remat"), help="as config.model.remat")
+    add("--anywhere", action="store_true", help="also where there is no GPU")
+    add("--torch_only", help=argparse.SUPPRESS)
+    options = command.options_of(argv, parser)
+    if options.torch_only:
+        print(json.dumps(_torch(options.torch_only, options)))
+        return 0
+    if not options.anywhere and not _has_gpu():
+        return command.fail(
+            "steppe bench gpu: needs a GPU that jax can use (pip install '.[gpu]'); --anywhere runs it here"
+        )
+    began = time.monotonic()
+    beside = {size: _torch_apart(size, options) for size in options.sizes}
+    import jax
+
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}, bfloat16, remat {options.remat}")
+    _print_kernels(options)
+    for size in options.sizes:
+        _print_steps(size, beside[size], options)
+    _print_quickstart()
+    print(f"\nall of it took {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def _has_gpu() -> bool:
+    """Asked of another process: this one must not take the GPU's memory yet."""
+    line = "import jax; print(jax.default_backend())"
+    found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
+    return found.stdout.strip() == "gpu"
+
+
+def _print_kernels(options: Any) -> None:
+    """Every kernel that can run here against einsum in float32: norms of differences over norms."""
+    import jax
+    import jax.numpy as jnp
+
+    from steppe.lm.model import attention
+
+    def of(kernel, dtype, arrays):
+        def total(*qkv):
+            return jnp.sum(jnp.sin(attention.attention(*qkv, None, kernel).astype(jnp.float32)))
+
+        value, gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*(a.astype(dtype) for a in arrays))
+        return [jnp.asarray(leaf, jnp.float32) for leaf in (value, *gradient)]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, (2, options.sequence_length, 8, 64)) for key in keys]
+    exact = of("einsum", jnp.float32, arrays)
+    print("\n| attention kernel | dtype | total | query's gradient | key's | value's |\n|---|---|---|---|---|---|")
+    for kernel in attention.KERNELS:
+        for dtype in ("float32", "bfloat16"):
+            try:
+                name = attention.choose(kernel, jax.default_backend(), options.sequence_length, dtype, segmented=False)
+            except attention.NoKernel as reason:
+                print(f"| {kernel} | {dtype} | {reason} | | | |")
+                continue
+            found = of(name, dtype, arrays)
+            apart = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(found, exact, strict=True)]
+            label = f"{kernel} ({name})" if name != kernel else kernel
+            print(f"| {label} | {dtype} | {' | '.join(f'{one:.1e}' for one in apart)} |", flush=True)
+
+
+def _batch_size(size: str, options: Any) -> int:
+    return options.batch_size or SEQUENCES.get(size, 64)
+
+
+def _config(size: str, method: str, options: Any):
+    from steppe.configs import base
+
+    config = base.get_config()
+    config.model.size = size
+    config.optim.method, _, readout = method.partition(":")
+    sizes.resolve(config)
+    config.model.update(compute_dtype="bfloat16", functional_readout=readout or "auto", remat=options.remat)
+    config.train.batch_size, config.data.sequence_length = _batch_size(size, options), options.sequence_length
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    return config
+
+
+class _Step:
+    """A compiled step, its state and a batch. compiling: seconds; used: bytes of arguments and temporaries."""
+
+    def __init__(self, size: str, method: str, options: Any):
+        import jax
+        import jax.numpy as jnp
+
+        from steppe.lm.run.state import create
+        from steppe.lm.run.step import with_scalars
+        from steppe.scripts.plan.__main__ import compiled_step
+
+        config, since = _config(size, method, options), time.monotonic()
+        self.parts, program = compiled_step(config, VOCABULARY, 10**9, jax.devices()[:1])
+        self.compiling = time.monotonic() - since
+        memory = program.memory_analysis()
+        self.used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        self._step, self._state = with_scalars(program, self.parts), create(self.parts.mesh, self.parts.initialise)
+        shape = (config.train.batch_size, options.sequence_length)
+        numbers = jax.random.randint(jax.random.key(1), (shape[0], shape[1] + 1), 0, VOCABULARY)
+        self._batch = {"inputs": numbers[:, :-1], "targets": numbers[:, 1:], "weights": jnp.ones(shape, jnp.float32)}
+
+    def once(self) -> None:
+        """Dispatches it."""
+        self._state, _ = self._step(self._state, self._batch, math.inf)
+
+    def finish(self) -> None:
+        """Returns once all that was dispatched is done."""
+        import jax
+
+        jax.block_until_ready(self._state)
+
+
+def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
+    """One table: Steppe's steps, and those of torch, which were measured before."""
+    from steppe.lm.run.chips import peak_flops
+
+    sequences, length = _batch_size(size, options), options.sequence_length
+    print(f"\n{size}: {sequences} x {length} tokens a step, {options.seconds:g} s each\n")
+    print("| step | tokens/s | time / adamw | FLOPs / adamw | MFU | GiB | compile s |\n|---|---|---|---|---|---|---|")
+    first = trace = None
+
+    def line(name: str, spent: float, flops: float, used: float, compiling: str = "") -> None:
+        base, adamw_flops, peak = first
+        mfu = f"{flops / spent / peak:.1%}" if peak else "?"
+        cells = [name, f"{sequences * length / spent:,.0f}", f"{spent / base:.2f}", f"{flops / adamw_flops:.2f}", mfu]
+        print(f"| {' | '.join(cells)} | {used / 2**30:.1f} | {compiling} |", flush=True)
+
+    for method in options.methods:
+        step = _Step(size, method, options)
+        spent, budget = turns.repeat(step.once, options.seconds, step.finish), step.parts.budget
+        first = first or (spent, budget.adamw_flops, peak_flops(step.parts.mesh))
+        line(method, spent, budget.flops, step.used, f"{step.compiling:.0f}")
+        trace = trace or _trace(step.once, step.finish)
+        del step
+    for name, (spent, used) in beside.get("steps", {}).items():
+        line(name, spent, first[1] * (2 if "SAM" in name else 1), used)
+    if "error" in beside:
+        print(f"\nno torch step: {beside['error']}")
+    print(f"\nwhere the time of {options.methods[0]} goes, ms of a step:")
+    for name, spent in trace:
+        print(f"  {spent:8.3f}  {name[:100]}")
+
+
+def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, float]]:
+    """(operation, ms of a step) of those that take most, as jax.profiler sees the device; of a CPU its threads."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                once()
+            finish()
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        spent: Counter = Counter()
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            for line in plane.lines:
+                if ("GPU" in plane.name and "Stream" in line.name) or "XLAEigen" in line.name:
+                    for event in line.events:
+                        spent[event.name] += event.duration_ns / 1e6 / steps
+        return spent.most_common(most)
+
+
+def _torch_apart(size: str, options: Any) -> dict[str, Any]:
+    """What `_torch` finds, in a process that gives the memory back when it ends."""
+    line = [sys.executable, "-P", "-m", __spec__.name, f"--torch_only={size}", f"--seconds={options.seconds}"]
+    line += [f"--batch_size={_batch_size(size, options)}", f"--sequence_length={options.sequence_length}"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _torch(size: str, options: Any) -> dict[str, Any]:
+    from steppe.lm.model.transformer import Shape
+    from steppe.scripts.bench import torch_step
+
+    shape = Shape(
+        **sizes.SIZES[size],
+        style="nanodo",
+        kv_heads=sizes.SIZES[size]["heads"],
+        vocabulary=VOCABULARY,
+        sequence_length=options.sequence_length,
+    )
+    found = {}
+    for name, sam in (("torch.compile adamw", False), ("torch.compile SAM", True)):
+        found[name] = torch_step.measure(shape, _batch_size(size, options), sam, options.seconds, bfloat16=True)
+    return {"steps": found}
+
+
+def _print_quickstart() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-P", "-m", "steppe.scripts.train", "--config=quickstart", f"--workdir={folder}/run"]
+        began = time.monotonic()
+        done = subprocess.run(
+            [*line, "--config.train.duration=300 steps", "--config.sample.tokens=0"], capture_output=True, text=True
+        )
+        said = [text for text in done.stdout.splitlines() if text.startswith(("goodput", "result"))]
+        print(f"\nquickstart, 300 steps: {time.monotonic() - began:.1f} s, exit status {done.returncode}")
+        print("\n".join(said or done.stderr.splitlines()[-1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
