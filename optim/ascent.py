@@ -115,6 +115,27 @@ def momentum() -> Ascent:
     return Ascent(lambda given: (jax.tree.map(jnp.negative, given.moments.first), None, given.state), ("first",))
 
 
+def update(
+    update_length: Annotated[
+        str, Option("what rho counts: the l2 norm of epsilon, or steps of the base", *one_of("l2", "steps"))
+    ] = "l2",
+) -> Ascent:
+    """The way the base is going: what it would add to the parameters now if this gradient were zero, without decay.
+
+    Of Adam -D^-1 m with both moments as they are, of Lion -sign(m), of Muon its orthogonalised momentum; m and v hold
+    the same gradients, so no entry explodes, and it costs no gradient. update_length: "l2" gives |epsilon|_2 = rho;
+    with "steps" epsilon is rho times that update, so its radius follows learning rate and update.
+    """
+
+    def direction(given):
+        if given.moments.update is None:
+            raise OptionError("base", None, "an optim.base.Base, whose update this direction follows")
+        vector = given.moments.update(given.step)
+        return vector, jnp.ones(()) if update_length == "steps" else None, given.state
+
+    return Ascent(direction, ("first", "update"))
+
+
 def adaptive(
     unscaled: Annotated[str, Option('regex over the paths of parameters with T = 1; "": none', *PATTERN)] = "",
 ) -> Ascent:

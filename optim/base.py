@@ -15,13 +15,15 @@ from steppe.optim.rule import OptionError, Tree, ratio
 class Moments(NamedTuple):
     """Moments of the base before this step's update: first, second (bias-corrected), the count of updates so far.
 
-    fresh(gradient) -> the bias-corrected second moment as it will be once this gradient has entered it.
+    fresh(gradient) -> the bias-corrected second moment as it will be once this gradient has entered it. update(step) ->
+    what the base would add to the parameters now, without decay, if the gradient were zero; None unless of a Base.
     """
 
     first: Tree = None
     second: Tree = None
     count: jax.Array | None = None
     fresh: Callable | None = None
+    update: Callable | None = None
 
 
 class Base(NamedTuple):
@@ -124,9 +126,9 @@ class Settings(NamedTuple):
         """The learning rate, with the sign of descent."""
         return optax.scale_by_learning_rate(self.learning_rate)
 
-    def adam(self) -> optax.GradientTransformation:
-        """Adam's direction."""
-        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+    def adam(self, nesterov: bool = False) -> optax.GradientTransformation:
+        """Adam's direction, or NAdam's (Dozat 2016)."""
+        return optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=nesterov)
 
 
 class Kind(NamedTuple):
@@ -161,6 +163,7 @@ def _adafactor(s: Settings) -> list[optax.GradientTransformation]:
 # Adam, lion and sgd have none.
 BASES = {
     "adamw": Kind(("first", "second"), lambda s: [s.adam(), s.decay(), s.rate()]),
+    "nadamw": Kind(("first", "second"), lambda s: [s.adam(nesterov=True), s.decay(), s.rate()]),
     "adam": Kind(("first", "second"), lambda s: [s.decay(), s.adam(), s.rate()]),
     "sgd": Kind(("first",), lambda s: [s.decay(), optax.trace(s.b1), s.rate()]),
     "lion": Kind(("first",), lambda s: [optax.scale_by_lion(s.b1, s.b2), s.decay(), s.rate()]),
@@ -183,8 +186,8 @@ def base(
 ) -> Base:
     """A base optimizer by name; see BASES.
 
-    adamw, lion, adafactor: decoupled decay. adam, sgd: the decay is added to the gradient (L2). muon: orthogonalised
-    momentum and decoupled decay on matrices, Adam on the rest. b1 is the momentum of sgd and muon.
+    adamw, nadamw, lion, adafactor: decoupled decay. adam, sgd: the decay is added to the gradient (L2). muon:
+    orthogonalised momentum and decoupled decay on matrices, Adam on the rest. b1 is the momentum of sgd and muon.
     clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
     optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
     """
@@ -196,4 +199,11 @@ def base(
     )  # fmt: skip
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     transform = optax.chain(*clip, *BASES[name].parts(settings))
-    return Base(name, transform, lambda state, params: moments(state, params, b2))
+
+    def read(state: Any, params: Tree) -> Moments:
+        nothing = jax.tree.map(jnp.zeros_like, params)  # of parameters of zero nothing decays
+        return moments(state, params, b2)._replace(
+            update=lambda step: transform.update(nothing, at_step(state, step), nothing)[0]
+        )
+
+    return Base(name, transform, read)

@@ -4,8 +4,8 @@
 
 The step is compiled here for devices that are not (pip install '.[plan]' for TPUs, '.[gpu]' for GPUs), with parameters
 and state sharded over all of them (fsdp). The least: each pass gathers every sharded parameter for its forward and once
-more for its backward part, in the dtype of products, as none is kept whole; and sends its gradient once to where it is
-kept, in float32, or in bfloat16 where only the ascent direction comes of it. --sources lists what the bytes are for.
+more for its backward part, as none is kept whole, and sends its gradient once to where it is kept; all in the dtype of
+products. --sources lists what the bytes are for.
 """
 
 import math
@@ -85,7 +85,8 @@ def least(method: str, parts: Any) -> Least:
     sharded = [s for s in jax.tree.leaves(parts.abstract.params) if s.sharding.shard_shape(s.shape) != s.shape]
     numbers = sum(math.prod(leaf.shape) for leaf in sharded)
     passes = cost(method)
-    return Least((passes.forwards + passes.backwards) * numbers * width * share, passes.backwards * numbers * 4 * share)
+    sent = numbers * width * share
+    return Least((passes.forwards + passes.backwards) * sent, passes.backwards * sent)
 
 
 def _row(method: str, found: list[hlo.Collective], needed: Least) -> str:

@@ -128,9 +128,10 @@ def _collective(kind: str, instruction: Instruction, times: int, scatters: bool)
         math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, 4)
         for dtype, dims in _ARRAY.findall(instruction.type)
     ]
-    # A start holds operand and result, of which the result is the larger, or the smaller when it scatters.
+    # A start holds its operands and then its results, of several arrays where they travel together.
     if instruction.operation.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":
-        arrays = [(min if kind == "reduce-scatter" else max)(arrays[:2])]
+        pairs = kind in ("all-gather", "reduce-scatter")
+        arrays = arrays[len(arrays) // 2 :] if pairs else [max(arrays[:2])]
     whole = sum(arrays)
     share = (size - 1) / size
     sent = {

@@ -9,6 +9,7 @@ from helpers import optim_problems as problems
 from steppe import optim
 from steppe.optim import methods
 from steppe.optim.ascent import AscentInput, filled
+from steppe.optim.base import at_step
 from steppe.optim.options import options
 from steppe.optim.two_pass import shares
 
@@ -132,3 +133,74 @@ def test_an_equinox_like_module_is_refused_with_the_remedy():
         optim.method("adamw").init({"activation": jax.nn.gelu, "weight": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"parameter size is int"):
         optim.method("sam", rho=0.1).init({"size": 3, "weight": jnp.ones(2)})
+
+
+def _driven(name, steps=4):
+    """(base, its state after some gradients, params, the gradients) in float64."""
+    base = optim.base(name, lambda step: 0.01 * (1 + step), b1=0.9, b2=B2, eps=1e-8, weight_decay=0.3)
+    keys = jax.random.split(jax.random.key(1), 2 * steps + 2)
+    shapes = {"matrix": (6, 4), "scale": (5,)}
+
+    def drawn(at):
+        return {
+            name: jax.random.normal(k, s, jnp.float64)
+            for k, (name, s) in zip(keys[at : at + 2], shapes.items(), strict=True)
+        }
+
+    params, gradients = drawn(0), [drawn(2 + 2 * i) for i in range(steps)]
+    state = base.transform.init(params)
+    for gradient in gradients:
+        _, state = base.transform.update(gradient, state, params)
+    return base, state, params, gradients
+
+
+def _orthogonal(momentum):
+    """U V^T of a matrix."""
+    left, _, right = np.linalg.svd(momentum, full_matrices=False)
+    return left @ right
+
+
+@pytest.mark.parametrize("name", ["adamw", "nadamw", "adam", "lion", "sgd", "muon"])
+def test_the_way_the_base_is_going_against_its_formula(name, float64):
+    """From the gradients alone, in NumPy: D^-1 m of Adam and NAdam, -sign(m), -m, and of Muon U V^T."""
+    base, state, params, gradients = _driven(name)
+    made = DIRECTIONS["update"]()
+    given = AscentInput(gradients[0], params, base.moments(state, params), made.init(params), jnp.int32(4))
+    vector, length, _ = made.direction(given)
+    assert length is None
+    for leaf in params:
+        # decay that is added to the gradient is in the moments of adam and sgd, as it is in theirs
+        seen = [
+            np.asarray(g[leaf]) + (0.3 * np.asarray(params[leaf]) if name in ("adam", "sgd") else 0) for g in gradients
+        ]
+        first, second, trace, slow = 0.0, 0.0, 0.0, 0.0
+        for g in seen:
+            first, second = 0.9 * first + 0.1 * g, B2 * second + (1 - B2) * g**2
+            trace, slow = 0.9 * trace + g, B2 * slow + (1 - B2) * g
+        adam = (first / (1 - 0.9**4)) / (np.sqrt(second / (1 - B2**4)) + 1e-8)
+        expected = {"lion": np.sign(slow), "sgd": trace}.get(name, adam)
+        found = -np.asarray(vector[leaf])
+        if name == "muon" and leaf == "matrix":
+            expected = _orthogonal(first)
+        cosine = np.sum(found * expected) / np.linalg.norm(found) / np.linalg.norm(expected)
+        # eps beside moments a step older: 1e-8 of them; five Newton-Schulz steps leave singular values in 0.7 to 1.2
+        assert cosine > (0.97 if name == "muon" and leaf == "matrix" else 1 - 1e-12)
+
+
+def test_radius_in_steps_of_the_base_and_none_before_the_first(float64):
+    base, state, params, gradients = _driven("adamw")
+    made = DIRECTIONS["update"](update_length="steps")
+
+    def at(state, step):
+        given = AscentInput(gradients[0], params, base.moments(state, params), (), jnp.int32(step))
+        return made.direction(given)
+
+    vector, length, _ = at(state, 7)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    again, _ = base.transform.update(nothing, at_step(state, jnp.int32(7)), nothing)
+    assert length == 1
+    for a, b in zip(jax.tree.leaves(vector), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert optim.rule.norm(vector) == pytest.approx(2 * optim.rule.norm(at(state, 3)[0]))  # 0.08 and 0.04 a step
+    fresh, _, _ = at(base.transform.init(params), 0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh))

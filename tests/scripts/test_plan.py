@@ -46,6 +46,36 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
     assert found.bytes == 5 * 2 * (16 * 32 * 4) * 3 / 4  # in a ring, all but a device's own part travels twice
 
 
+_OF_A_GPU = """
+ENTRY %main (a: bf16[20,64]) -> bf16[1280,64] {
+  %g = ((bf16[20,64]{1,0}, bf16[20,128]{1,0}), (bf16[1280,64]{1,0}, bf16[1280,128]{1,0})) all-gather-start(%a, %b), channel_id=2, replica_groups={{REPLICAS}}, dimensions={0}
+  %s = ((f32[1280,64]{1,0}), f32[20,64]{1,0}) reduce-scatter-start(%c), channel_id=3, replica_groups={{REPLICAS}}, dimensions={0}
+  ROOT %d = (bf16[1280,64]{1,0}, bf16[1280,128]{1,0}) all-gather-done(%g)
+}
+"""  # noqa: E501
+_OF_A_TPU = """
+%begins (p: bf16[20,64]) -> bf16[1280,64] {
+  ROOT %ag.1 = bf16[1280,64]{1,0} all-gather(%p), channel_id=54, replica_groups={{REPLICAS}}, dimensions={0}
+}
+%ends (q: bf16[20,64]) -> bf16[1280,64] {
+  ROOT %ag.2 = bf16[1280,64]{1,0} all-gather(%q), channel_id=54, replica_groups={{REPLICAS}}, dimensions={0}
+}
+ENTRY %main (a: bf16[20,64]) -> bf16[1280,64] {
+  %start = bf16[1280,64]{1,0} fusion(%a), kind=kCustom, calls=%begins
+  ROOT %done = bf16[1280,64]{1,0} fusion(%start), kind=kCustom, calls=%ends
+}
+"""
+
+
+def test_what_travels_together_or_in_parts_counts_once():
+    replicas = ",".join(map(str, range(64)))
+    gathered, scattered = hlo.collectives(_OF_A_GPU.replace("REPLICAS", replicas))
+    assert (gathered.kind, gathered.bytes) == ("all-gather", 1280 * (64 + 128) * 2 * 63 / 64)
+    assert (scattered.kind, scattered.bytes) == ("reduce-scatter", 1280 * 64 * 4 * 63 / 64)
+    (gathered,) = hlo.collectives(_OF_A_TPU.replace("REPLICAS", replicas))
+    assert (gathered.times, gathered.bytes) == (1, 1280 * 64 * 2 * 63 / 64)
+
+
 @pytest.fixture(scope="module")
 def wide():
     """Two layers of the 1.2b model's width on 2 x 2 x 2 devices: the layer loop's body is that of all 24.
