@@ -3,9 +3,9 @@
     steppe bench gpu [--sizes 118m 1.2b] [--methods adamw sam functional_sam:keep ...] [--seconds=6]
 
 Steps are compiled for one GPU in bfloat16 over float32 weights. MFU counts the FLOPs of the model, as `steppe plan`
-does, against the chip's dense bfloat16 peak. The torch steps are torch.compile'd, of the same shapes (torch_step.py),
-in a process of their own before jax takes the memory. --anywhere runs all of it on what there is, slowly: to see that
-it runs.
+does, against the chip's dense bfloat16 peak. The torch steps are torch.compile'd, of the same shapes (see
+against/torch_step.py), in a process of their own before jax takes the memory. --anywhere runs all of it on what there
+is, slowly: to see that it runs.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def _torch_apart(size: str, options: Any) -> dict[str, Any]:
 
 def _torch(size: str, options: Any) -> dict[str, Any]:
     from steppe.lm.model.transformer import Shape
-    from steppe.scripts.bench import torch_step
+    from steppe.scripts.bench.against import torch_step
 
     shape = Shape(
         **sizes.SIZES[size],

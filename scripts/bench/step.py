@@ -83,7 +83,7 @@ def reference(size: str, sam: bool, options) -> Variant:
 
     from steppe.configs.sizes import SIZES
     from steppe.lm.model.transformer import Shape, padded_vocabulary
-    from steppe.scripts.bench.reference import make
+    from steppe.scripts.bench.against.flax_step import make
 
     shape = Shape(
         **{**SIZES[size], "layers": options.layers or SIZES[size]["layers"]},
