@@ -136,7 +136,7 @@ _KEYS = {
     "optim.*": Key(None, "the options of methods, from the rows of optim/methods.py", TEXT),
     "optim.rho_schedule": Key(
         "constant",
-        "shape of rho over the run; learning_rate: in proportion to it",
+        "shape of rho over the run; learning_rate: in proportion to it; late: only in the last optim.cooldown",
         one_of("optim.schedules:RHO_SCHEDULES"),
     ),
     "optim.start": Key("0%", "duration before which the method is its base optimizer", DURATION),

@@ -11,7 +11,7 @@ import optax
 from steppe.optim.rule import OptionError
 
 SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "wsd")
-RHO_SCHEDULES = ("constant", "warmup", "cosine", "learning_rate")
+RHO_SCHEDULES = ("constant", "warmup", "cosine", "linear", "rsqrt", "wsd", "late", "learning_rate")
 _UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _DURATION = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([kKMBGT]?)\s*(%|steps?|tokens?|epochs?|)\s*")
 ACCEPTED_DURATION = 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"'
@@ -87,7 +87,7 @@ def learning_rate(
         after = optax.constant_schedule(peak)
     elif name == "rsqrt":
         scale = max(1, warmup_steps)
-        after = lambda count: peak * jnp.sqrt(scale / (count + scale))  # noqa: E731
+        after = lambda count: peak * jnp.sqrt(scale / (jnp.maximum(count, 0) + scale))  # noqa: E731
     elif name == "wsd":
         stable = max(0, left - cooldown_steps)
         decay = optax.linear_schedule(peak, floor, max(1, cooldown_steps))
@@ -99,11 +99,20 @@ def learning_rate(
     return optax.join_schedules([optax.linear_schedule(floor, peak, warmup_steps), after], [warmup_steps])
 
 
-def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rate: Callable | None = None):
+def rho(
+    name: str,
+    value: float,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+    rate: Callable | None = None,
+):
     """rho as a constant (the value itself, which may be traced) or a function of the step.
 
-    warmup rises linearly from 0 over warmup_steps; cosine also falls to 0 at total_steps; learning_rate is
-    value * rate(step) / max(rate), as GSAM ties it.
+    warmup rises linearly from 0 over warmup_steps; cosine, linear, rsqrt and wsd are the learning rate's shapes from 0
+    to the value and, but for rsqrt, to 0 again; late is 0 until the last cooldown_steps, and the value in them, where
+    a wsd learning rate decays; learning_rate is value * rate(step) / max(rate), as GSAM ties it.
     """
     if name == "constant":
         return value
@@ -111,6 +120,10 @@ def rho(name: str, value: float, total_steps: int, *, warmup_steps: int = 0, rat
         unit = optax.linear_schedule(0.0, 1.0, max(1, warmup_steps))
     elif name == "cosine":
         unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, total_steps)
+    elif name in ("linear", "rsqrt", "wsd"):
+        unit = learning_rate(name, 1.0, total_steps, warmup_steps=warmup_steps, end=0.0, cooldown_steps=cooldown_steps)
+    elif name == "late":
+        unit = lambda step: jnp.where(jnp.asarray(step) >= total_steps - cooldown_steps, 1.0, 0.0)  # noqa: E731
     elif name == "learning_rate":
         if rate is None:
             raise OptionError("rho_schedule", name, "another where the learning rate is not given, as rate")

@@ -152,7 +152,11 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
     def optimizer_at(peak_learning_rate, rho=0.0) -> Optimizer:
         rate = moved(rate_of(peak_learning_rate))
         if perturbs(optim.method, rho):
-            rho = moved(rho_schedule(optim.rho_schedule, rho, total, warmup_steps=warmup, rate=rate_of(1.0)))
+            rho = rho_schedule(
+                optim.rho_schedule, rho, total,
+                warmup_steps=warmup, cooldown_steps=steps(optim.cooldown), rate=rate_of(1.0),
+            )  # fmt: skip
+            rho = moved(rho)
         the_base = base(
             optim.base,
             rate,

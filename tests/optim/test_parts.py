@@ -147,13 +147,16 @@ def test_learning_rates_start_low_peak_once_and_end_where_they_say(name, total, 
 @pytest.mark.parametrize("name", schedules.RHO_SCHEDULES)
 def test_rho_schedules(name):
     rate = schedules.learning_rate("cosine", 3e-4, 100, warmup_steps=10)
-    rho = schedules.rho(name, 0.2, 100, warmup_steps=10, rate=rate)
+    rho = schedules.rho(name, 0.2, 100, warmup_steps=10, cooldown_steps=20, rate=rate)
     values = [float(rho(step)) if callable(rho) else rho for step in (0, 10, 55, 100)]
     wanted = {
         "constant": [0.2] * 4, "warmup": [0, 0.2, 0.2, 0.2], "cosine": [0, 0.2, 0.1, 0],
-        "learning_rate": [0.02, 0.2, 0.11, 0.02],
+        "learning_rate": [0.02, 0.2, 0.11, 0.02], "linear": [0, 0.2, 0.1, 0], "wsd": [0, 0.2, 0.2, 0],
+        "rsqrt": [0, 0.2, 0.2 * (10 / 55) ** 0.5, 0.2 * 0.1**0.5], "late": [0, 0, 0, 0.2],
     }[name]  # fmt: skip
     np.testing.assert_allclose(values, wanted, atol=1e-6)
+    if name == "late":
+        assert [float(rho(step)) for step in (79, 80, 99)] == pytest.approx([0, 0.2, 0.2])
 
 
 def test_rho_tied_to_no_learning_rate_is_refused():

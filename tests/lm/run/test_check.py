@@ -40,7 +40,7 @@ BAD = [
         "None with optim.method = j_sam, which takes rho",
     ),
     ({"optim.method": "precond_sam", "optim.precond_norm": "l1"}, "optim.precond_norm", "'l1'", "one of l2, ellipsoid"),
-    ({"optim.method": "precond_sam", "optim.base": "lion"}, "optim.base", "'lion'", "one of adamw, adam"),
+    ({"optim.method": "precond_sam", "optim.base": "lion"}, "optim.base", "'lion'", "one of adamw, nadamw, adam"),
     ({"optim.base": "rmsprop"}, "optim.base", "'rmsprop'", "one of adamw"),
     ({"optim.rho_schedule": "step"}, "optim.rho_schedule", "'step'", "one of constant"),
     ({"optim.schedule": "poly"}, "optim.schedule", "'poly'", "one of cosine"),
