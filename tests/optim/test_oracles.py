@@ -282,6 +282,20 @@ def test_preconditioned_ascent(problem, moment, scaled):
         close(np.asarray(ravel_pytree(got)[0]), problem.gradient(problem.theta + rho * unit(g1)))
 
 
+def test_ascent_along_the_update_of_the_base(problem):
+    """One step after another: gradients at theta - rho u/|u|, u = D^-1 m of Adam's moments of those gradients."""
+    b1, b2, eps, rate, decay, rho = 0.8, 0.9, 1e-8, 1e-2, 0.3, 0.2
+    made = optim.base("adamw", rate, b1=b1, b2=b2, eps=eps, weight_decay=decay)
+    theta, first, second = problem.theta, 0.0, 0.0
+    for step in range(1, 4):
+        u = 0.0 if step == 1 else (first / (1 - b1 ** (step - 1))) / (np.sqrt(second / (1 - b2 ** (step - 1))) + eps)
+        g = problem.gradient(theta - (rho * unit(u) if step > 1 else 0.0))
+        first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
+        theta = theta - rate * ((first / (1 - b1**step)) / (np.sqrt(second / (1 - b2**step)) + eps) + decay * theta)
+    _, got = problem.run("precond_msam", steps=3, transform=made.transform, base=made, rho=rho)
+    close(got, theta, 1e-7)  # eps stands beside moments that are a step older
+
+
 def test_adafactor_second_moment_is_the_one_adafactor_divides_by():
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = {"matrix": (130, 140), "stack": (3, 128, 131), "flipped": (150, 2, 129), "vector": (7,)}
@@ -302,7 +316,10 @@ def test_adafactor_second_moment_is_the_one_adafactor_divides_by():
 
 
 def test_every_method_has_an_oracle_here():
-    covered = {"adamw", "random_sam", "functional_msam", "precond_functional_sam"}  # the last two: parts tested above
+    covered = {"adamw", "random_sam"}
+    # of which the parts are tested above
+    covered |= {"functional_msam", "precond_functional_sam", "precond_functional_msam"}
     covered |= {"sam", "functional_sam", "logit_sam", "mixture_sam", "penalty_sam", "precond_sam", "asam", "msam"}
+    covered |= {"precond_msam"}
     covered |= {"k_sam", "cr_sam", "focal_sam", "look_sam", "friendly_sam", "gsam"}
     assert covered == set(methods.METHODS)
