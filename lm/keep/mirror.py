@@ -70,15 +70,20 @@ def add(directory: str | os.PathLike, *written: str) -> None:
     """Copies to its address what a command wrote into a directory that `here` gave, files or folders of it; nothing
     for directories that have no address."""
     place = Path(directory)
-    if (place.parent / ADDRESS).exists():
+    if place.parent.parent == _runs() and (place.parent / ADDRESS).exists():
         known = {name: mark for name, mark in _local(place).items() if name.split("/")[0] not in written}
         _Store((place.parent / ADDRESS).read_text()).copy(place, known)
+
+
+def _runs() -> Path:
+    """Where the runs behind addresses live on this machine."""
+    return Path(files.user_cache()) / "runs"
 
 
 def _place(address: str) -> Path:
     """Where what is behind an address lives on this machine: of the same last name, in a folder with its locks."""
     address = address.rstrip("/")
-    folder = Path(files.user_cache()) / "runs" / checksum({"address": address})[:16]
+    folder = _runs() / checksum({"address": address})[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,7 +135,10 @@ class _Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Replaces a small file."""
-        self._asked(lambda system: system.pipe_file(self._path(name), content))
+        try:
+            self._asked(lambda system: system.pipe_file(self._path(name), content))
+        except FileNotFoundError as error:  # there is no such bucket
+            raise StorageError(f"{self.address}: {error}") from error
 
     def remove(self, name: str) -> None:
         """Removes a file, which may be gone."""
@@ -166,8 +174,7 @@ class _Store:
             if name in sent and Path(name).name == seal.NAME:  # the step was saved anew: till it is whole, it is none
                 self.remove(name)
         for name in changed:
-            with suppress(FileNotFoundError):  # removed meanwhile
-                self._put(place / name, name)
+            if self._put(place / name, name):
                 sent[name] = now[name]
         for name in sorted(set(sent) - set(now), key=_seal_last, reverse=True):
             self.remove(name)
@@ -180,14 +187,20 @@ class _Store:
             with files.replacing(target) as aside:
                 self._asked(lambda system, name=name, aside=aside: system.get_file(self._path(name), str(aside)))
 
-    def _put(self, source: Path, name: str) -> None:
-        os.stat(source)
+    def _put(self, source: Path, name: str) -> bool:
+        """Copies a local file; False where it was removed meanwhile."""
 
         def put(system):
             system.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
             system.put_file(str(source), self._path(name))
 
-        self._asked(put)
+        try:
+            self._asked(put)
+        except FileNotFoundError as error:  # of the file, or of a bucket
+            if source.exists():
+                raise StorageError(f"{self.address}: {error}") from error
+            return False
+        return True
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

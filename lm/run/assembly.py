@@ -231,14 +231,15 @@ def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: i
 
 
 # ------------------------------------------------------------------------------------------------ with a corpus
-# what no program holds: it takes them as operands, or they are about the run alone
-OUTSIDE_PROGRAMS = ("seed", "optim.peak_learning_rate", "optim.rho", "log.", "checkpoint.", "sample.")
+# what no program holds: operands of it, and sections about the run alone
+OPERANDS, OUTSIDE = ("seed", "optim.peak_learning_rate", "optim.rho"), ("log", "checkpoint", "sample")
 
 
-def program_key(config: ConfigDict, corpus: Corpus, leg: Leg = WHOLE) -> tuple:
-    """Equal of runs whose compiled programs are the same."""
-    held = {key: value for key, value in flatten(config.to_dict()).items() if not key.startswith(OUTSIDE_PROGRAMS)}
-    return repr(sorted(held.items())), corpus.fingerprint, leg, tuple(_scalars(config))
+def program_key(config: ConfigDict, fingerprint: str, leg: Leg = WHOLE) -> tuple:
+    """Equal of runs whose compiled programs are the same. fingerprint: of the corpus."""
+    flat = flatten(config.to_dict())
+    held = [(key, flat[key]) for key in sorted(flat) if key not in OPERANDS and key.split(".")[0] not in OUTSIDE]
+    return repr(held), fingerprint, leg, tuple(_scalars(config))
 
 
 def _other_run(parts: Parts, config: ConfigDict) -> Parts:
@@ -277,7 +278,7 @@ def open_parts(
     frequency = jnp.asarray(frequency, jnp.float32)
     parts = memo.once(
         "parts",
-        program_key(config, corpus, leg),
+        program_key(config, corpus.fingerprint, leg),
         lambda: assemble(config, vocabulary, corpus.epoch_tokens, frequency, leg=leg),
     )
     must_fit(config, parts)

@@ -260,7 +260,9 @@ class Run:
         """Compiles what the run repeats, unless a run before it in this process did, and opens its batches."""
         began, parts, size = time.monotonic(), self.parts, self.config.train.batch_size
         with self.goodput.spending("compile"):
-            compiled = self.memo.once("compiled", program_key(self.config, self.corpus, self.leg), self.compiled)
+            compiled = self.memo.once(
+                "compiled", program_key(self.config, self.corpus.fingerprint, self.leg), self.compiled
+            )
         self.step, self.scores = with_scalars(compiled.step, parts), compiled.scores
         self.evaluation_step, self.measurement = compiled.evaluation, compiled.measurement
         if self.measurement:

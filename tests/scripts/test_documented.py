@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from helpers import processes
@@ -156,6 +157,20 @@ def test_bench_step(steppe):
     assert [row[0] for row in table] == [*methods, "plain adamw", "optax.contrib.sam"]
     assert all(float(row[1].replace(",", "")) > 0 for row in table)
     steppe("bench", "step", *TINY, "--methods", "samm", status=2)
+
+
+def test_bench_collectives(steppe):
+    sizes = ("--size=0.01m", "--batch_size=8", "--topology", "cpu:8")
+    out, _ = steppe("bench", "collectives", *sizes, "--methods", "adamw", "sam", "--sources")
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("| ")}
+    assert float(rows["adamw"][-1]) >= 0.9
+    assert float(rows["sam"][1]) == pytest.approx(2 * float(rows["adamw"][1]), abs=2e-3)
+    assert "all-gather" in out
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU to measure")
+def test_bench_gpu_needs_one(steppe):
+    assert "needs a GPU that jax can use" in steppe("bench", "gpu", status=2)[1]
 
 
 def test_bench_methods(steppe):

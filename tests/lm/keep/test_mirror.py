@@ -125,6 +125,42 @@ def test_what_cannot_be_copied_is_said_and_tried_again(machine, address, monkeyp
         assert os.listdir(place) == [], "the address is the run"
 
 
+def test_a_bucket_that_goes_is_said_and_a_file_that_goes_is_not(machine, address, monkeypatch):
+    machine("first")
+    with mirror.kept(address, True, print, seconds=1000) as place:
+        write(place, "a.txt", "a")
+        write(place, "b.txt", "b")
+        store = type(fsspec.filesystem("memory"))
+        put = store.put_file
+
+        def removed_meanwhile(self, source, target, **more):
+            if source.endswith("b.txt"):
+                os.unlink(source)
+            put(self, source, target, **more)
+
+        monkeypatch.setattr(store, "put_file", removed_meanwhile)
+    assert names(address) == {"a.txt"}
+    run = ExitStack()
+    place = run.enter_context(mirror.kept(address, True, print, seconds=1000))
+
+    def no_bucket(self, source, target, **more):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(store, "put_file", no_bucket)
+    write(place, "c.txt", "c")
+    with pytest.raises(StorageError, match="bucket does not exist"):
+        run.close()
+
+
+def test_a_folder_beside_a_file_called_address_is_its_own(machine, tmp_path):
+    machine("first")
+    (tmp_path / "address").write_text("memory://bucket/elsewhere")
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run", "a.txt", "a")
+    mirror.add(tmp_path / "run", "a.txt")
+    assert not fsspec.filesystem("memory").exists("/bucket/elsewhere")
+
+
 def test_a_step_saved_anew_is_none_until_it_is_whole(machine, address, monkeypatch):
     machine("first")
     order = []

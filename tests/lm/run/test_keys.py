@@ -10,7 +10,7 @@ import pytest
 from steppe.configs import base
 from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.run.anomaly import Watch
-from steppe.lm.run.assembly import assemble
+from steppe.lm.run.assembly import assemble, program_key
 from steppe.lm.run.step import lower_step
 
 SAM = {"optim.method": "sam"}
@@ -99,6 +99,12 @@ def both(key: str, value, context: dict) -> tuple:
     return lowered(tuple(context.items())), lowered(tuple({**context, key: value}.items()))
 
 
+def keyed(key: str, value, context: dict) -> bool:
+    """Whether the programs of two runs, without and with a key turned, are kept under one key."""
+    before, after = (program_key(config_of(changes), "of the text") for changes in (context, {**context, key: value}))
+    return before == after
+
+
 def judged(changes: dict) -> list:
     """What a watch makes of a made-up run with a spike, two steps that are not finite, and a quiet end."""
     config = config_of({"train.spike_score": 6.0, "train.spike_window": 8, "train.max_skips": 3, **changes})
@@ -122,9 +128,11 @@ def test_each_key_changes_what_runs(key):
         (program, before), (same, after) = both(key, *OPERANDS[key])
         assert program == same
         assert before != after
+        assert keyed(key, *OPERANDS[key]), "a worker takes the program of a run before it"
     if key in STEP or key not in OPERANDS:
         (program, _), (other, _) = both(key, *STEP[key])
         assert program != other
+        assert not keyed(key, *STEP[key])
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
