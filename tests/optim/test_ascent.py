@@ -161,7 +161,8 @@ def _orthogonal(momentum):
 
 
 @pytest.mark.parametrize("name", ["adamw", "nadamw", "adam", "lion", "sgd", "muon"])
-def test_the_way_the_base_is_going_against_its_formula(name, float64):
+@jax.enable_x64(True)  # here alone: the fixture would leave the rest of the module in double precision
+def test_the_way_the_base_is_going_against_its_formula(name):
     """From the gradients alone, in NumPy: D^-1 m of Adam and NAdam, -sign(m), -m, and of Muon U V^T."""
     base, state, params, gradients = _driven(name)
     made = DIRECTIONS["update"]()
@@ -187,7 +188,8 @@ def test_the_way_the_base_is_going_against_its_formula(name, float64):
         assert cosine > (0.97 if name == "muon" and leaf == "matrix" else 1 - 1e-12)
 
 
-def test_radius_in_steps_of_the_base_and_none_before_the_first(float64):
+@jax.enable_x64(True)
+def test_radius_in_steps_of_the_base_and_none_before_the_first():
     base, state, params, gradients = _driven("adamw")
     made = DIRECTIONS["update"](update_length="steps")
 

@@ -173,7 +173,8 @@ def test_remat_changes_memory_not_numbers(remat):
 
 @pytest.mark.parametrize("kernel", ["einsum", "blockwise"])
 @pytest.mark.parametrize("style", STYLES)
-def test_small_models_compute_what_looped_ones_do(style, kernel, float64):
+@jax.enable_x64(True)  # here alone: the fixture would leave the rest of the module in double precision
+def test_small_models_compute_what_looped_ones_do(style, kernel):
     """Unrolled blocks and the lean softmax: the same hidden states, gradient and product with the Hessian."""
     looped = STYLES[style]._replace(dtype="float64", kernel=kernel)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(looped))
