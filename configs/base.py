@@ -27,6 +27,7 @@ from steppe.configs.keys import (
     number,
     one_of,
     patterns,
+    several_of,
 )
 
 _METHOD_OPTIONS = "optim.*"  # where the options of methods stand among the keys
@@ -173,6 +174,11 @@ _KEYS = {
     "optim.eps": Key(1e-9, "added to the root of the second moment", number(above=0)),
     "optim.weight_decay": Key(0.1, "decoupled, times the learning rate", number(least=0)),
     "optim.decay_mask": Key(("^(?!.*(norm|scale|bias|position)).*$",), "regexes of the decayed parameters", patterns()),
+    "average.weights": Key(
+        (), "averages of the weights that a run keeps and evaluates beside them", several_of("optim.averaging:AVERAGES")
+    ),
+    "average.horizon": Key("1%", "duration over which an average goes back", DURATION),
+    "average.snapshots": Key(5, "lawa: parameters in the average, a copy each", integer(1)),
     "train.duration": Key("1000 steps", 'also in epochs, or "chinchilla"', DURATION),
     "train.tokens_per_parameter": Key(20.0, "with chinchilla", number(above=0)),
     "train.parameter_count": Key("non_embedding", "what chinchilla counts", one_of("total", "non_embedding")),

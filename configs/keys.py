@@ -81,6 +81,16 @@ def one_of(*names: str) -> Accepted:
     return Accepted(str, lambda: "one of " + ", ".join(known()), lambda value: value in known(), known)
 
 
+def several_of(*names: str) -> Accepted:
+    """A tuple of these texts, each at most once; names as one_of takes them."""
+    single = one_of(*names)
+
+    def allows(value: tuple) -> bool:
+        return len(set(value)) == len(value) and all(map(single.allows, value))
+
+    return Accepted(tuple, lambda: f"some of {', '.join(single.names())}, each at most once", allows)
+
+
 def named(reference: str) -> Any:
     """What "module:NAME" refers to, the module's name without "steppe."."""
     module, _, name = reference.partition(":")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax.contrib import MuonState
+from optax.contrib import MuonState, ScheduleFreeState
 
 from steppe.optim.rule import OptionError, Tree, ratio
 
@@ -34,7 +34,8 @@ class Base(NamedTuple):
     moments: Callable[[Any, Tree], Moments]
 
 
-_KINDS = (optax.ScaleByAdamState, optax.ScaleByLionState, optax.TraceState, optax.FactoredState, MuonState)
+_Rms = type(optax.scale_by_rms(bias_correction=True).init(()))  # Adam without a first moment; optax exports no name
+_KINDS = (optax.ScaleByAdamState, _Rms, optax.ScaleByLionState, optax.TraceState, optax.FactoredState, MuonState)
 
 
 def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
@@ -50,7 +51,7 @@ def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
             f"the optimizer state holds {len(found)} moment estimates, exactly one is needed: use a base with one"
         )
     (inside,) = found
-    if isinstance(inside, optax.ScaleByAdamState):
+    if isinstance(inside, optax.ScaleByAdamState | _Rms):
         return _adam(inside, b2)
     if isinstance(inside, optax.FactoredState):
         return _factored(inside, params)
@@ -62,10 +63,14 @@ def at_step(state: Any, step: jax.Array) -> Any:
 
     Counts of moments stay: those are of the gradients that have entered them.
     """
-    scheduled = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
-    return jax.tree.map(
-        lambda x: x._replace(count=step.astype(x.count.dtype)) if scheduled(x) else x, state, is_leaf=scheduled
-    )
+
+    def moved(x):
+        if isinstance(x, ScheduleFreeState):  # it counts from 1, and holds another state
+            return x._replace(step_count=step + 1, base_optimizer_state=at_step(x.base_optimizer_state, step))
+        return x._replace(count=step.astype(x.count.dtype)) if isinstance(x, optax.ScaleByScheduleState) else x
+
+    scheduled = (ScheduleFreeState, optax.ScaleByScheduleState)
+    return jax.tree.map(moved, state, is_leaf=lambda x: isinstance(x, scheduled))
 
 
 def _merge(a: Tree, b: Tree) -> Tree:
@@ -73,7 +78,7 @@ def _merge(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(lambda x, y: y if masked(x) else x, a, b, is_leaf=masked)
 
 
-def _adam(inside: optax.ScaleByAdamState, b2: float) -> Moments:
+def _adam(inside: optax.ScaleByAdamState | _Rms, b2: float) -> Moments:
     def corrected(second, count):
         # Before the first update both are zero; directions then use D = 1.
         return jax.tree.map(lambda v: v / jnp.where(count > 0, 1 - b2**count, 1.0).astype(v.dtype), second)
@@ -82,7 +87,7 @@ def _adam(inside: optax.ScaleByAdamState, b2: float) -> Moments:
         second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, inside.nu, gradient)
         return corrected(second, inside.count + 1)
 
-    return Moments(inside.mu, corrected(inside.nu, inside.count), inside.count, fresh)
+    return Moments(getattr(inside, "mu", None), corrected(inside.nu, inside.count), inside.count, fresh)
 
 
 def _factored(inside: optax.FactoredState, params: Tree) -> Moments:
@@ -131,11 +136,23 @@ class Settings(NamedTuple):
         return optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=nesterov)
 
 
+class Evaluated(NamedTuple):
+    """Where a base is to be evaluated, if not at the parameters that it steps: at(b1, parameter, what its state keeps
+    of that parameter in a tree called `beside`)."""
+
+    beside: str
+    at: Callable[[float, jax.Array, jax.Array], jax.Array]
+
+
 class Kind(NamedTuple):
-    """A row of BASES. moments: what it keeps that a direction can use; parts(Settings) -> its optax transforms."""
+    """A row of BASES. moments: what it keeps that a direction can use; parts(Settings) -> its optax transforms.
+
+    evaluated: None where the parameters that it steps are those it trains for.
+    """
 
     moments: tuple[str, ...]
     parts: Callable[[Settings], list[optax.GradientTransformation]]
+    evaluated: Evaluated | None = None
 
 
 def _muon(s: Settings) -> list[optax.GradientTransformation]:
@@ -159,6 +176,17 @@ def _adafactor(s: Settings) -> list[optax.GradientTransformation]:
     return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), s.decay(), s.rate()]
 
 
+def _schedule_free(s: Settings) -> list[optax.GradientTransformation]:
+    second = optax.scale_by_rms(s.b2, s.eps, eps_in_sqrt=False, bias_correction=True)
+    steps = optax.chain(second, s.decay(), s.rate())
+    return [optax.contrib.schedule_free(steps, s.learning_rate, s.b1)]
+
+
+def _averaged(b1: float, y: jax.Array, z: jax.Array) -> jax.Array:
+    """x of y = (1 - b1) z + b1 x."""
+    return (y - (1 - b1) * z) / b1
+
+
 # adafactor's second moment is its factored estimate, row x column. muon has a second moment only where it falls back to
 # Adam, lion and sgd have none.
 BASES = {
@@ -169,6 +197,7 @@ BASES = {
     "lion": Kind(("first",), lambda s: [optax.scale_by_lion(s.b1, s.b2), s.decay(), s.rate()]),
     "adafactor": Kind(("second",), _adafactor),
     "muon": Kind(("first",), _muon),
+    "schedule_free": Kind(("second",), _schedule_free, Evaluated("/z", _averaged)),
 }
 
 
@@ -187,12 +216,16 @@ def base(
     """A base optimizer by name; see BASES.
 
     adamw, nadamw, lion, adafactor: decoupled decay. adam, sgd: the decay is added to the gradient (L2). muon:
-    orthogonalised momentum and decoupled decay on matrices, Adam on the rest. b1 is the momentum of sgd and muon.
+    orthogonalised momentum and decoupled decay on matrices, Adam on the rest. schedule_free: AdamW without momentum,
+    averaged (Defazio et al. 2024, arXiv 2405.15682), to be evaluated at BASES[name].evaluated; for a constant rate.
+    b1 is the momentum of sgd and muon, of schedule_free the weight of the average in the point of the gradient.
     clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
     optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
     """
     if name not in BASES:
         raise OptionError("base", name, f"one of {', '.join(BASES)}")
+    if name == "schedule_free" and not b1 > 0:
+        raise OptionError("b1", b1, "a number > 0 with schedule_free")
     settings = Settings(
         learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, decay_mask=decay_mask,
         matrix_axes=matrix_axes,

@@ -88,7 +88,14 @@ def run_parser(name: str, summary: str) -> argparse.ArgumentParser:
     made = parser(name, summary, config=False)
     made.add_argument("--workdir", required=True, help="the run")
     made.add_argument("--step", type=integer(), metavar="K", help="its checkpoint after K steps; default: the newest")
+    add_weights(made)
     return made
+
+
+def add_weights(made: argparse.ArgumentParser) -> None:
+    """The option that says which of a run's weights are meant."""
+    help = "last, an average it keeps (ema, lawa), or the average of its base; default: those it is judged by"
+    made.add_argument("--weights", metavar="NAME", help=help)
 
 
 MOST = 2**31 - 1  # of a number on the command line, unless it says otherwise: what an index of an array can be

@@ -54,6 +54,8 @@ class Result(NamedTuple):
     losses of that set on the way; train_curve: those of every training step. code: a hash of the sources that ran.
     branch: the run and step that it goes on from, as NAME@STEP, whose steps are counted and shown as its own.
     goodput: the share of the wall-clock of all its starts that went into steps.
+    averages: a Result for each average of the weights that the run keeps, as if it were a run of its own, `weights`
+    its name; its directory is where what is measured of that average stands.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Result(NamedTuple):
     code: str = ""
     branch: str = ""
     goodput: float = math.nan
+    weights: str = ""
+    averages: tuple["Result", ...] = ()
 
 
 def read(
@@ -108,8 +112,17 @@ def read(
         raise ResultsError(f"{', '.join(directories)}: no run could be read")
     flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
     varying = varying_keys(flats)
-    varied = [{key: flat.get(key) for key in varying} for flat in flats]
-    return [result._replace(varied=some) for result, some in zip(found, varied, strict=True)]
+
+    def told_apart(result: Result) -> Result:
+        varied = {key: result.config.get(key) for key in varying}
+        return result._replace(varied=varied, averages=tuple(map(told_apart, result.averages)))
+
+    return [told_apart(result) for result in found]
+
+
+def with_averages(found: Iterable[Result]) -> list[Result]:
+    """Results, and after each those of its averages."""
+    return [each for result in found for each in (result, *result.averages)]
 
 
 def places(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[tuple[str, Path]]:
@@ -244,7 +257,7 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
     last = _last(evaluations, steps)
     status, why = _status(outcome, records, evaluations, steps, _unigram(about, first))
     parameters = about.get("parameters", {})
-    return Result(
+    whole = Result(
         name=name,
         directory=directory,
         config=config,
@@ -265,6 +278,28 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         code=about.get("versions", {}).get("code", ""),
         goodput=_goodput(records),
         branch=next((f"{Path(r['parent']).name}@{r['step']}" for r in reversed(records.of("branch"))), ""),
+    )
+    averages: dict[str, list[dict]] = {}
+    for record in records.of("average"):
+        if record["name"] == first:
+            averages.setdefault(record["weights"], []).append(record)
+    return whole._replace(averages=tuple(_average(whole, *each, point, records) for each in averages.items()))
+
+
+def _average(whole: Result, weights: str, evaluations: list[dict], point: Callable, records: lines.Records) -> Result:
+    """The Result of an average of a run's weights."""
+    last = _last(evaluations, whole.steps)
+    outcome = {"status": whole.status, "why": whole.why}
+    status, why = _status(outcome, records, evaluations, whole.steps, math.inf)
+    return whole._replace(
+        name=f"{whole.name} {weights}",
+        directory=whole.directory / lines.AVERAGES / weights,
+        status=status,
+        why=why,
+        loss=float(last.get("loss", math.nan)),
+        bits_per_byte=float(last.get("bits_per_byte", math.nan)),
+        curve=[point(record) for record in evaluations],
+        weights=weights,
     )
 
 

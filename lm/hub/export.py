@@ -16,6 +16,7 @@ from steppe.data import files
 from steppe.lm.hub import families, tokenizers
 from steppe.lm.hub.families import Family
 from steppe.lm.keep.saved import Unread
+from steppe.lm.run.weights import LAST, weights_of
 from steppe.lm.track import lines as lines_of
 from steppe.optim.methods import OPTIONS
 
@@ -128,8 +129,11 @@ def card(run: Unread) -> str:
     lines += [f"- method: {method}, on {config.optim.base}"]
     lines += [f"- trained on {tokens:,} tokens of {text} in {step:,} steps, seed {config.seed}"]
     lines += [f"- {config.data.sequence_length:,} tokens at a time, id {begin} before the first"]
-    for record in records.of("evaluate"):
-        if record["step"] == step:
+    judged = run.weights == next(iter(weights_of(config)))
+    if not judged or run.weights != LAST:
+        lines.append(f"- the weights are {run.weights}: averaged, not those of the last step")
+    for record in records.of("evaluate" if judged else "average"):
+        if record["step"] == step and (judged or record["weights"] == run.weights):
             losses = f"{record['loss']:.4f} nats a token, {record['bits_per_byte']:.4f} bits a byte"
             lines.append(f"- held-out {record['name']}: {losses}")
     lines += ["", "The whole configuration of the run:", "", "```json"]

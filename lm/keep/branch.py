@@ -43,8 +43,9 @@ def take(
 ) -> tuple[State, dict[str, Any], Parent]:
     """(State placed as `abstract` says, meta of the checkpoint, parent) that a run branching from `text` begins with.
 
-    Parameters and the base optimizer's state are the parent's, and so is the rule's where the methods share it; else
-    the rule begins anew, which is said. ConfigError or Unusable, each one line, where that cannot be.
+    Parameters and the base optimizer's state are the parent's, and so are the rule's and the averages where both runs
+    keep the same; else these begin anew, which is said of a rule. ConfigError or Unusable, each one line, where that
+    cannot be.
     """
     parent, step = named(text)
     directory = mirror.here(parent, checkpoints=True)
@@ -55,17 +56,19 @@ def take(
     place = checkpoint.directory_of(config, directory)
     start = checkpoint.find(place if step is None else f"{place}/{step}", lambda line: None)
     step = int(start.name)
-    shared = _of_rule(seal.read(start)["tree"]) == _of_rule(seal.tree_of(abstract))
+    theirs, ours = seal.read(start)["tree"], seal.tree_of(abstract)
+    shared = {field: _within(theirs, field) == _within(ours, field) for field in ("rule", "averages")}
     with Checkpoints(place, read_only=True, log=log) as checkpoints:
         meta = checkpoints.meta(step)
     wanted = {"step": abstract.step, "params": abstract.params, "optimizer": abstract.optimizer}
-    if shared and _of_rule(seal.tree_of(abstract)):
-        state = State(**checkpoint.load_parts(str(start), {**wanted, "rule": abstract.rule}, lambda line: None))
-    else:
-        found = checkpoint.load_parts(str(start), wanted, lambda line: None)
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract.rule)
-        state = State(rule=jax.jit(optimizer.rule.init, out_shardings=places)(found["params"]), **found)
-    if not shared:
+    wanted |= {field: getattr(abstract, field) for field in shared if shared[field] and _within(ours, field)}
+    found = checkpoint.load_parts(str(start), wanted, lambda line: None)
+    for field, begin in (("rule", optimizer.rule.init), ("averages", optimizer.averages.init)):
+        if field not in found:
+            places = jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract, field))
+            found[field] = jax.jit(begin, out_shardings=places)(found["params"])
+    state = State(**found)
+    if not shared["rule"]:
         method = meta["config"]["optim"]["method"]
         log(f"branch      what {method} kept beside the optimizer's state is left behind; another begins anew")
     run = (Path(directory) / workdir.RUN).read_text().strip()
@@ -90,5 +93,5 @@ def copy_record(parent: Parent, directory: str) -> None:
             handle.write(json.dumps(branched) + "\n")
 
 
-def _of_rule(tree: Mapping[str, list]) -> dict[str, list]:
-    return {name: entry for name, entry in tree.items() if name.startswith("rule/")}
+def _within(tree: Mapping[str, list], field: str) -> dict[str, list]:
+    return {name: entry for name, entry in tree.items() if name.startswith(f"{field}/")}

@@ -115,9 +115,9 @@ class Checkpoints:
         """
         path = self.directory / str(step)
         _compare(path, seal.read(path)["tree"], seal.tree_of(abstract))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_written(abstract)), meta=ocp.args.JsonRestore())
         restored = self._orbax.restore(path, args=args)
-        return restored["state"], restored["meta"]
+        return State(**{"averages": {}, **restored["state"]}), restored["meta"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """The meta of a step that `newest` gave."""
@@ -144,7 +144,7 @@ class Checkpoints:
         began = time.monotonic()
         self.wait()
         path, tree = self.directory / str(step), seal.tree_of(state)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_written(state)), meta=ocp.args.JsonSave(meta))
         try:
             self._orbax.save(path, args=args)
         except Exception as error:  # tensorstore and jax raise errors of many kinds for a full disk
@@ -219,6 +219,12 @@ class Checkpoints:
         for step in steps:
             name = next(n for k in range(10**6) if not (aside / (n := f"{step}.{k}" if k else str(step))).exists())
             (self.directory / str(step)).rename(aside / name)
+
+
+def _written(state: State) -> dict[str, Any]:
+    """A State as a checkpoint holds it: without averages where a run keeps none, as before there were any."""
+    fields = state._asdict()
+    return fields if fields["averages"] else {name: fields[name] for name in fields if name != "averages"}
 
 
 def load_params(path: str, abstract_params: Any, log: Callable[[str], None] = print) -> Any:

@@ -1,6 +1,7 @@
 """A model out of a run's checkpoint, for commands that look at what was trained."""
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,11 @@ from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
 from steppe.lm.keep import mirror, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
+from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.keep.workdir import config_of, kept_corpus
 from steppe.lm.run.assembly import Parts, assemble
+from steppe.lm.run.weights import LAST, Weights, of_state, weights_of
+from steppe.lm.track.lines import AVERAGES
 from steppe.optim.methods import OPTIONS
 
 PARAMS = "params/"  # of the names of parameters in a checkpoint
@@ -21,7 +25,8 @@ PARAMS = "params/"  # of the names of parameters in a checkpoint
 class Saved(NamedTuple):
     """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
 
-    optimizer: the state of the base optimizer, where it was asked for.
+    optimizer: the state of the base optimizer, where it was asked for. weights: whose the parameters are, a name that
+    lm.run.weights knows.
     """
 
     config: ConfigDict
@@ -29,12 +34,14 @@ class Saved(NamedTuple):
     parts: Parts
     params: Any
     optimizer: Any = None
+    weights: str = LAST
 
 
 class Unread(NamedTuple):
     """A checkpoint of a run, whose parameters are read as they are asked for.
 
     directory: the run's. shapes: {path: shape} of every parameter. read(paths): {path: array, in this host's memory}.
+    weights: whose they are, a name that lm.run.weights knows.
     """
 
     directory: str
@@ -43,33 +50,62 @@ class Unread(NamedTuple):
     step: int
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[Collection[str]], dict[str, np.ndarray]]
+    weights: str = LAST
 
 
-def unread(directory: str, step: int | None = None, log: Callable[[str], None] = print) -> Unread:
+def unread(
+    directory: str, step: int | None = None, log: Callable[[str], None] = print, weights: str | None = None
+) -> Unread:
     """The run of `directory` after `step` steps, by default at its newest sound checkpoint, nothing of it in memory.
 
-    WorkdirError, Unusable or DataError, each one line, where that cannot be.
+    weights: by name, default those that the run is judged by. WorkdirError, Unusable or DataError, each one line,
+    where that cannot be.
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
     corpus = kept_corpus(directory) or open_of(config.data, log)
     found = directory_of(config, directory)
     start = find(found if step is None else f"{found}/{step}", log)
-    shapes = {name: shape for name, shape in shapes_of(start).items() if name.startswith(PARAMS)}
+    known, (name, chosen) = shapes_of(start), choose(directory, config, weights)
+    shapes = {name.removeprefix(PARAMS): shape for name, shape in known.items() if name.startswith(PARAMS)}
 
     def read(paths: Collection[str]) -> dict[str, np.ndarray]:
-        arrays = load_arrays(start, [PARAMS + path for path in paths])
-        return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
+        sources = {path: chosen.names(path, known) for path in paths}
+        arrays = load_arrays(start, [name for names in sources.values() for name in names])
+        return {path: chosen.combine(*(arrays[name] for name in names)) for path, names in sources.items()}
 
-    names = {name.removeprefix(PARAMS): shape for name, shape in shapes.items()}
-    return Unread(directory, config, corpus, int(start.name), names, read)
+    return Unread(directory, config, corpus, int(start.name), shapes, read, name)
 
 
-def load(directory: str, step: int | None = None, log: Callable[[str], None] = print, optimizer: bool = False) -> Saved:
+def choose(directory: str, config: ConfigDict, name: str | None) -> tuple[str, Weights]:
+    """(name, Weights) of a run: those it is judged by where none are named. WorkdirError for such as it has not."""
+    known = weights_of(config)
+    name = next(iter(known)) if name is None else name
+    if name not in known:
+        kept = f"{', '.join(known)}; config.average.weights says which averages a run keeps"
+        raise WorkdirError(f"{directory}: --weights={name}: must be one of those it has, which are {kept}")
+    return name, known[name]
+
+
+def measured_in(directory: str, weights: str | None) -> Path:
+    """Where measurements of these weights of a run stand: in its directory those of what it is judged by."""
+    config = config_of(directory)
+    name, _ = choose(directory, config, weights)
+    return Path(directory) if name == next(iter(weights_of(config))) else Path(directory) / AVERAGES / name
+
+
+def load(
+    directory: str,
+    step: int | None = None,
+    log: Callable[[str], None] = print,
+    optimizer: bool = False,
+    weights: str | None = None,
+) -> Saved:
     """The run of `directory` after `step` steps, by default at its newest sound checkpoint.
 
-    Whatever mesh it was trained on, it is spread over all devices here (fsdp) if they divide its batch and width, else
-    it goes to the first. WorkdirError, Unusable or DataError, each one line, where that cannot be.
+    weights: by name, default those that the run is judged by. Whatever mesh it was trained on, it is spread over all
+    devices here (fsdp) if they divide its batch and width, else it goes to the first. WorkdirError, Unusable or
+    DataError, each one line, where that cannot be.
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
@@ -82,8 +118,12 @@ def load(directory: str, step: int | None = None, log: Callable[[str], None] = p
     corpus = kept_corpus(directory) or open_of(config.data, log)
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
     found = directory_of(config, directory)
-    wanted = {"params": parts.abstract.params, **({"optimizer": parts.abstract.optimizer} if optimizer else {})}
-    return Saved(config, corpus, parts, **load_parts(found if step is None else f"{found}/{step}", wanted, log))
+    name, chosen = choose(directory, config, weights)
+    fields = chosen.sections | ({"optimizer"} if optimizer else set())
+    wanted = {field: getattr(parts.abstract, field) for field in fields}
+    state = load_parts(found if step is None else f"{found}/{step}", wanted, log)
+    params = of_state(chosen, state, parts.abstract.params)
+    return Saved(config, corpus, parts, params, state["optimizer"] if optimizer else None, name)
 
 
 def steps(directory: str) -> list[int]:

@@ -30,6 +30,7 @@ from steppe.lm.run.chips import chip_of
 from steppe.lm.run.memo import Memo
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective
+from steppe.optim.averaging import Averages
 from steppe.optim.base import base
 from steppe.optim.masks import mask
 from steppe.optim.methods import is_frozen, method, options_of, perturbs, row_of
@@ -140,6 +141,7 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
     def moved(schedule):
         return (lambda step: schedule(step + offset)) if offset and callable(schedule) else schedule
 
+    averages = Averages(tuple(config.average.weights), max(1, steps(config.average.horizon)), config.average.snapshots)
     row, warmup, stop = row_of(optim.method), steps(optim.warmup), steps(optim.stop)
     met = {need: surroundings[need] for need in (row.needs() if row else ())}
 
@@ -186,7 +188,7 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
             **{**method_options(config), "rho": rho},
             **met,
         )
-        return Optimizer(the_base, rule, rate, rho if callable(rho) else lambda step: rho)
+        return Optimizer(the_base, rule, rate, rho if callable(rho) else lambda step: rho, averages)
 
     return optimizer_at
 

@@ -13,25 +13,34 @@ from jax.sharding import PartitionSpec as P
 from steppe.lm.model.mesh import parameter_shardings, state_shardings
 from steppe.lm.model.transformer import Shape, Trunk
 from steppe.optim import Rule
+from steppe.optim.averaging import Averages
 from steppe.optim.base import Base
 
 
 class Optimizer(NamedTuple):
-    """What turns a gradient into an update; learning_rate(step) and rho(step) are what the two of them follow."""
+    """What turns a gradient into an update, and what averages the result.
+
+    learning_rate(step) and rho(step) are what base and rule follow.
+    """
 
     base: Base
     rule: Rule
     learning_rate: Callable[[jax.Array], jax.Array]
     rho: Callable[[jax.Array], jax.Array]
+    averages: Averages = Averages()
 
 
 class State(NamedTuple):
-    """Everything a step changes: step int32 (batches seen), params float32, the optimizer's and the rule's state."""
+    """Everything a step changes: step int32 (batches seen), params float32, the optimizer's and the rule's state.
+
+    averages: {name: {slot: tree like params}}, see optim.averaging; empty where a run keeps none.
+    """
 
     step: jax.Array
     params: Any
     optimizer: Any
     rule: Any
+    averages: Any
 
 
 def init_params(shape: Shape, key: jax.Array) -> Any:
@@ -46,7 +55,8 @@ def parameter_shapes(shape: Shape) -> Any:
 
 def start(optimizer: Optimizer, params: Any) -> State:
     """The State at step 0 of given parameters."""
-    return State(jnp.zeros((), jnp.int32), params, optimizer.base.transform.init(params), optimizer.rule.init(params))
+    base, rule, averages = optimizer.base.transform, optimizer.rule, optimizer.averages
+    return State(jnp.zeros((), jnp.int32), params, base.init(params), rule.init(params), averages.init(params))
 
 
 def initialiser(shape: Shape, optimizer: Optimizer, seed: int) -> Callable[[], State]:
@@ -69,6 +79,7 @@ def shardings(mesh: Mesh, state: State) -> State:
         parameter_shardings(mesh, state.params),
         state_shardings(mesh, state.optimizer, state.params),
         state_shardings(mesh, state.rule, state.params),
+        state_shardings(mesh, state.averages, state.params),
     )
 
 

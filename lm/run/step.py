@@ -34,9 +34,9 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
         length, spike = norm(updates), report["loss"] > limit
         sound = (report["nonfinite"] == 0) & jnp.isfinite(length)
         good = sound & ~spike
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, optimizer_state, rule_state), tuple(state[1:])
-        )
+        before = state.params, state.optimizer, state.rule
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, optimizer_state, rule_state), before)
+        averages = optimizer.averages.update(state.averages, kept[0], state.step, good)
         metrics = {
             **report,
             "nonfinite": jnp.where(report["nonfinite"] > 0, 1.0, jnp.where(jnp.isfinite(length), 0.0, UPDATE)),
@@ -47,7 +47,7 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
             "learning_rate": jnp.asarray(optimizer.learning_rate(state.step), jnp.float32),
             "rho": jnp.asarray(optimizer.rho(state.step), jnp.float32),
         }
-        return State(state.step + 1, *kept), metrics
+        return State(state.step + 1, *kept, averages), metrics
 
     return step
 

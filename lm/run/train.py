@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from steppe.lm.run.memo import Memo
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import lower_step, with_scalars
+from steppe.lm.run.weights import of_state, weights_of
 from steppe.lm.track.goodput import Goodput
 from steppe.lm.track.profile import Profile
 from steppe.lm.track.tracker import Tracker
@@ -151,6 +152,8 @@ class Run:
         self.stop = self.owes_evaluation = False
         self.ended, self.parent = "failed", None
         tokenizer, length = corpus.tokenizer, config.data.sequence_length
+        self.weights = weights_of(config)
+        self.judged = next(iter(self.weights))
         self.questions = {name: (items, choices.rows(items, tokenizer, length)) for name, items in questions.items()}
         self.profile = Profile(config.log.profile, directory, log)
         self.timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
@@ -389,33 +392,39 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- between steps
     def evaluate(self) -> None:
-        """Evaluates at theta, every set or, if a signal to stop comes first, none: the run then owes it."""
+        """Evaluates all weights of the run, every set or, if a signal to stop comes first, none: it then owes it."""
         with self.goodput.spending("evaluate"):
             self._evaluate()
 
     def _evaluate(self) -> None:
         found, config = {}, self.config
         sequences, batches = config.evaluate.batch_size or config.train.batch_size, config.evaluate.batches
-        for name in self.corpus.held_out:
-            found[name] = evaluate(
-                self.evaluation_step,
-                self.state.params,
-                self.corpus,
-                name,
-                mesh=self.parts.mesh,
-                batch_size=sequences,
-                batches=0 if self.done == self.total else batches,
-                stop=self.stopping.asked,
-            )
-            if found[name] is None:
-                self.stop = self.owes_evaluation = True
-                return
-        for name, values in found.items():
-            self.tracker.evaluation(self.done, name, values)
+        for kind in self.weights:
+            params = self.params(kind)
+            for name in self.corpus.held_out:
+                found[kind, name] = evaluate(
+                    self.evaluation_step,
+                    params,
+                    self.corpus,
+                    name,
+                    mesh=self.parts.mesh,
+                    batch_size=sequences,
+                    batches=0 if self.done == self.total else batches,
+                    stop=self.stopping.asked,
+                )
+                if found[kind, name] is None:
+                    self.stop = self.owes_evaluation = True
+                    return
+        for (kind, name), values in found.items():
+            self.tracker.evaluation(self.done, name, values, "" if kind == self.judged else kind)
         self.latest.update(found)
+        params, mesh = self.params(self.judged), self.parts.mesh
         for name, (items, rows) in self.questions.items():
-            params, mesh = self.state.params, self.parts.mesh
             self.tracker.choices(self.done, name, choices.measure(self.scores, params, items, rows, mesh, sequences))
+
+    def params(self, kind: str) -> Any:
+        """The parameters of this name now, of those that lm.run.weights knows."""
+        return of_state(self.weights[kind], self.state._asdict(), self.state.params)
 
     def end_profile(self) -> None:
         """Writes the trace of steps that is under way, if one is."""
@@ -427,7 +436,8 @@ class Run:
         jax.block_until_ready(self.state)  # steps still under way are not the measurement's
         since = time.monotonic()
         with self.goodput.spending("curvature"):
-            found = jax.tree.map(float, jax.device_get(self.measurement(self.state.params, self.held_out_batch())))
+            measured = self.measurement(self.params(self.judged), self.held_out_batch())
+            found = jax.tree.map(float, jax.device_get(measured))
         self.measured.append(time.monotonic() - since)
         self.tracker.measurement("curvature", self.done, {**found, "seconds": self.measured[-1]})
 
@@ -481,10 +491,11 @@ class Run:
             self.tracker.note(
                 f"curvature   {len(self.measured)} times, {spent:.1f} s, {share:.1%} of this start's time"
             )
-        for name, values in self.latest.items():
+        for (kind, name), values in self.latest.items():
             known = self.references.get(name, {})
-            beside = ", ".join(f"{kind} {known[key]:.3f}" for key, kind in baselines.NAMES.items() if known)
-            self.tracker.note(f"result      {name}: {values['bits_per_byte']:.3f} bits per byte ({beside})")
+            beside = ", ".join(f"{of} {known[key]:.3f}" for key, of in baselines.NAMES.items() if known)
+            whose = "" if kind == self.judged else f" with {kind}"
+            self.tracker.note(f"result      {name}{whose}: {values['bits_per_byte']:.3f} bits per byte ({beside})")
         if self.config.sample.tokens:
             self.tracker.note(f"\nsample\n------\n{self.sample()}\n------")
         self.draw()
@@ -502,7 +513,7 @@ class Run:
         cap = self.config.model.logit_soft_cap
         (text,) = generate.generate(
             generate.make_decoder(self.parts.shape, vocabulary, cap),
-            self.state.params,
+            self.params(self.judged),
             self.corpus.tokenizer,
             [sample.prompt],
             tokens=sample.tokens,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 METRICS = "metrics.jsonl"
+AVERAGES = "averages"  # the folder of a workdir for what is measured of the averages that the run keeps
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -121,11 +122,11 @@ def read(workdir: str | os.PathLike) -> Records:
 
 
 def last_steps(workdir: str | os.PathLike) -> dict[tuple[str, str], int]:
-    """{(kind, name): the last step recorded} of a run; name is that of a held-out set, or ""."""
+    """{(kind, name): the last step recorded} of a run; name: of a held-out set, SET/WEIGHTS of an average's, or ""."""
     train, others = read(workdir)
     found = {("train", ""): int(train.step.max())} if len(train.step) else {}
     for record in others:
-        key = record["kind"], record.get("name", "")
+        key = record["kind"], "/".join(filter(None, (record.get("name", ""), record.get("weights", ""))))
         found[key] = max(record["step"], found.get(key, -1))
     return found
 

@@ -1,10 +1,11 @@
 """What a run shows and keeps: progress on the terminal, metrics.jsonl, and wandb where it is wanted.
 
 Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
-`evaluate`, `curvature`, `checkpoint`, `anomaly` (a bad step), `rollback`, `change` (of a config key, by a restart after
-`step`) and `goodput` (at the end of a start: what the wall-clock went into); each has the `step` it belongs to, the
-number of updates made. NaN is null, infinities are the strings "inf" and "-inf", since JSON has no others; what a
-method does not compute is left out.
+`evaluate`, `average` (the evaluation of other weights than those the run is judged by: `weights`), `curvature`,
+`checkpoint`, `anomaly` (a bad step), `rollback`, `change` (of a config key, by a restart after `step`) and `goodput`
+(at the end of a start: what the wall-clock went into); each has the `step` it belongs to, the number of updates made.
+NaN is null, infinities are the strings "inf" and "-inf", since JSON has no others; what a method does not compute is
+left out.
 """
 
 import collections
@@ -112,11 +113,17 @@ class Tracker:
         elif step % self._config.log.every == 0 or step == self._total:
             self._print(f"step {step}/{self._total}  {line}")
 
-    def evaluation(self, step: int, name: str, metrics: dict[str, Any]) -> None:
-        """Records an evaluation on the held-out set `name` of the parameters after `step` updates."""
+    def evaluation(self, step: int, name: str, metrics: dict[str, Any], weights: str = "") -> None:
+        """Records an evaluation on the held-out set `name` of the parameters after `step` updates.
+
+        weights: whose it is, if not those that the run is judged by.
+        """
         if not self._primary:
             return
         self._pause(step)
+        if weights:
+            self._found("average", "held-out", step, name, metrics, weights)
+            return
         if "loss" in metrics and (self._held_out is None or self._held_out[0] == name):
             self._held_out = name, number(metrics["loss"])
         self._found("evaluate", "held-out", step, name, metrics)
@@ -190,8 +197,9 @@ class Tracker:
         self._sinks.close(status.startswith(("finished", "stopped")))
         self._print(status)
 
-    def _found(self, kind: str, title: str, step: int, name: str, metrics: dict[str, Any]) -> None:
-        self._write(kind, step, {"name": name, **metrics})
+    def _found(self, kind: str, title: str, step: int, name: str, metrics: dict[str, Any], weights: str = "") -> None:
+        self._write(kind, step, {"name": name, **({"weights": weights} if weights else {}), **metrics})
+        name = f"{name}/{weights}" if weights else name
         rows = {f"{title.replace('-', '_')}/{name}/{key}": value for key, value in metrics.items()}
         axes = {"tokens": self._tokens(step), "seconds": self._clock() - self._begin}
         self._sinks.row(kind, name, step, {**axes, **rows})

@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="of every random vector")
     parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
+    command.add_weights(parser)
     options = command.options_of(argv, parser)
     if options.densities > options.probes:
         return command.fail(f"--densities={options.densities}: must be at most --probes={options.probes}")
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     command.keep_programs()
     from steppe.lm.keep import mirror
     from steppe.lm.keep.exits import Unusable
+    from steppe.lm.track.lines import AVERAGES
     from steppe.scripts.measure import curvature_plots
 
     todo, rows, passed_over, made = checkpoints(options), [], 0, {}
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
                 passed_over = 1
     for directory in dict.fromkeys(directory for directory, _, _ in rows):
         curvature_plots.over_training(directory)
-        mirror.add(directory, "curvature")
+        mirror.add(directory, "curvature" if options.weights is None else AVERAGES)
     print(table(rows))
     return passed_over
 
@@ -115,13 +117,15 @@ def checkpoints(options) -> list[tuple[str, int]]:
                 )
             found += [(workdir, step) for step in wanted]
     if options.skip_done:
-        found = [(workdir, step) for workdir, step in found if not path_of(workdir, step).exists()]
+        found = [each for each in found if not path_of(*each, options.weights).exists()]
     return found
 
 
-def path_of(directory: str, step: int) -> Path:
-    """Where the results of a checkpoint stand."""
-    return Path(directory) / "curvature" / f"{step}.json"
+def path_of(directory: str, step: int, weights: str | None = None) -> Path:
+    """Where the results of a checkpoint stand, of weights by name."""
+    from steppe.lm.keep import saved
+
+    return saved.measured_in(directory, weights) / "curvature" / f"{step}.json"
 
 
 def examine(directory: str, step: int, options, made: dict, progress: "Progress") -> dict[str, float]:
@@ -146,7 +150,7 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
         within=tuple(options.within),
     )
     progress.begin(f"{directory} step {step}", len(sharpness.stages(settings)))
-    run = saved.load(directory, step, log=lambda line: None, optimizer=True)
+    run = saved.load(directory, step, log=lambda line: None, optimizer=True, weights=options.weights)
     if jax.tree.reduce(lambda bad, leaf: bad or not bool(jnp.all(jnp.isfinite(leaf))), run.params, False):
         raise Unusable(f"{directory}: the checkpoint of step {step} holds parameters that are not finite")
     name, size = next(iter(run.corpus.held_out)), run.config.train.batch_size
@@ -170,14 +174,15 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     found = {
         "summary": summary,
         "step": step,
+        "weights": run.weights,
         "held_out": name,
         "tokens": int(np.sum(rows["weights"] > 0)),
         "settings": {**settings._asdict(), "batches": batches, "devices": run.parts.mesh.size},
         "seconds": time.perf_counter() - began,
         **details,
     }
-    path = path_of(directory, step)
-    path.parent.mkdir(exist_ok=True)
+    path = path_of(directory, step, options.weights)
+    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, found, digits=6)
     curvature_plots.of_checkpoint(path)
     progress.end(f"{path}  {found['seconds']:.1f} s")

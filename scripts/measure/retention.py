@@ -28,12 +28,17 @@ SHARE = 0.8  # of what every run gains: runs are compared there, not where the w
 
 
 class Target(NamedTuple):
-    """A run to measure: its name in tables, its workdir, its flat config, the step of its checkpoint."""
+    """What to measure: its name in tables, the run's workdir, its flat config, the step of its checkpoint.
+
+    weights: by name, None for those the run is judged by. directory: where its numbers go.
+    """
 
     name: str
-    directory: Path
+    workdir: Path
     config: dict
     step: int
+    weights: str | None
+    directory: Path
 
 
 @command.refusing
@@ -50,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     def log(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
 
-    targets = find(options.workdir, options.step, log)
+    targets = find(options.workdir, options.step, options.weights or [None], log)
     settings = settings_of(options)
     found, programs, first = {}, {}, None
     for number, target in enumerate(targets, 1):
@@ -58,13 +63,14 @@ def main(argv: Sequence[str]) -> int:
         log(f"{number} of {len(targets)}  {target.name}" + (": already measured" if record else ""))
         if record is None:
             record = measure(target, settings, programs, first, lambda text: log(f"        {text}"))
+            target.directory.mkdir(parents=True, exist_ok=True)
             files.write_json(target.directory / NAME, record)
         first = _same_text(target, first, record["held_out"]["corpus"], record["fine_tune"])
         found[target.name] = record
     compare(found)
     for target in targets:
         files.write_json(target.directory / NAME, found[target.name])
-        mirror.add(target.directory, NAME)
+        mirror.add(target.workdir, (target.directory / NAME).relative_to(target.workdir).parts[0])
     rows = retention_figures.table(found, {target.name: target.config for target in targets})
     print(rows.text)
     out = options.out or (targets[0].directory if len(targets) == 1 else None)
@@ -82,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--workdir", action="append", required=True, help="a run, or a sweep, of which all that finished; repeatable")
     add("--step", type=command.integer(), metavar="K", help="the checkpoints after K steps; default: the newest")
+    add(
+        "--weights", action="append", metavar="NAME",
+        help="last, an average the runs keep, or that of their base; repeatable; default: those they are judged by",
+    )  # fmt: skip
     add(
         "--noise", type=_numbers(0), default=(0.02, 0.05, 0.1, 0.2), metavar="S,S,...",
         help="Gaussian noise of S times the rms of each tensor (default 0.02,0.05,0.1,0.2)",
@@ -140,10 +150,13 @@ def _numbers(low: float, high: float = math.inf, whole: bool = False) -> Callabl
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
-def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) -> list[Target]:
+def find(
+    workdirs: Sequence[str], step: int | None, weights: Sequence[str | None], log: Callable[[str], None]
+) -> list[Target]:
     """The runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
+    from steppe.lm.keep import saved
     from steppe.lm.keep.checkpoint import Checkpoints, directory_of
-    from steppe.lm.keep.exits import Unusable
+    from steppe.lm.keep.exits import Unusable, WorkdirError
     from steppe.lm.keep.workdir import config_of
     from steppe.scripts import results
 
@@ -169,7 +182,18 @@ def find(workdirs: Sequence[str], step: int | None, log: Callable[[str], None]) 
             if chosen is None:
                 raise Unusable(f"{checkpoints}: holds no checkpoint")
         name = result.name if names.count(result.name) == 1 else str(result.directory)
-        targets.append(Target(name, result.directory, result.config, chosen))
+        for each in weights:
+            try:
+                directory = saved.measured_in(str(result.directory), each)
+            except WorkdirError as error:  # other runs may have them
+                log(f"left out  {error}")
+                continue
+            shown = name if each is None or len(weights) == 1 else f"{name} {each}"
+            targets.append(
+                Target(shown, result.directory, result.config, step=chosen, weights=each, directory=directory)
+            )
+    if not targets:
+        raise command.UsageError(f"--weights = {', '.join(map(str, weights))}: must be weights that some run has")
     return targets
 
 
@@ -194,7 +218,7 @@ def _same_text(target: Target, first: tuple | None, corpus: str, second: dict | 
     texts = (corpus, second and second["corpus"])
     if first not in (None, texts):
         raise command.UsageError(
-            f"--workdir = {target.directory}: must be of the same text, vocabulary and sequence length as the first "
+            f"--workdir = {target.workdir}: must be of the same text, vocabulary and sequence length as the first "
             f"(corpora {', '.join(map(str, texts))} here, {', '.join(map(str, first))} there)"
         )
     return texts
@@ -211,7 +235,7 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
     from steppe.lm.measure import retention
     from steppe.lm.run.assembly import assemble
 
-    run = saved.load(str(target.directory), target.step, log=lambda text: None)
+    run = saved.load(str(target.workdir), target.step, log=lambda text: None, weights=target.weights)
     devices, batch_size = list(run.parts.mesh.devices.flat), settings["batch_size"]
     if batch_size % len(devices):
         raise command.UsageError(f"--batch_size = {batch_size}: must be a multiple of the {len(devices)} devices here")
@@ -251,6 +275,7 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
     log("quantisation  " + _line(summary, "int"))
     record = {
         "step": target.step,
+        "weights": run.weights,
         "loss": base,
         "held_out": {"name": name, "corpus": run.corpus.fingerprint, "tokens": tokens},
         "fine_tune": None,

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 
     questions = choices.read(options.choices or ())
-    run = saved.load(options.workdir, options.step)
+    run = saved.load(options.workdir, options.step, weights=options.weights)
     questions = questions or choices.read(run.config.evaluate.choices)
     step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
     corpus = run.corpus if options.task is None else held_out_of(run.config.data, options.task)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from steppe.lm.keep import saved
     from steppe.lm.run import generate
 
-    run = saved.load(options.workdir, options.step, log=lambda line: None)
+    run = saved.load(options.workdir, options.step, log=lambda line: None, weights=options.weights)
     tokenizer, cap = run.corpus.tokenizer, run.config.model.logit_soft_cap
     decoder = generate.make_decoder(run.parts.shape, tokenizer.vocab_size, cap)
     prompts = [run.config.sample.prompt if prompt is None else prompt for prompt in prompts]

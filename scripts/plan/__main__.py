@@ -195,7 +195,7 @@ def plan(config, parts, program, devices: list) -> Plan:
         if parts.options.keep:
             anchor = rows * shape.sequence_length * shape.vocabulary * 2 // parts.mesh.shape["tensor"]
     memory = program.memory_analysis()
-    parameters, optimizer = local(parts.abstract.params), local((parts.abstract.optimizer, parts.abstract.rule))
+    parameters, optimizer = local(parts.abstract.params), local(tuple(parts.abstract)[2:])
     found = hlo.collectives(program.as_text())
     chip = chip_of(devices[0], len(devices))
     activations = shape.layers * hidden * 8

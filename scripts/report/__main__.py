@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 def write(found: list, out: Path, name: str) -> Path:
     """Writes the report of results.read(...) into a directory; returns the path of its page."""
+    from steppe.scripts import results
     from steppe.scripts.report import analysis as an
     from steppe.scripts.report import drawing as report_drawing
     from steppe.scripts.report import figures as report_figures
@@ -53,6 +54,7 @@ def write(found: list, out: Path, name: str) -> Path:
     from steppe.scripts.report import page as report_page
     from steppe.scripts.report import tables as report_tables
 
+    found = results.with_averages(found)
     study = report_groups.analyse(found)
     laws = an.power_laws(study)
     scaling, refused = an.scaling_laws(study)

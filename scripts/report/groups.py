@@ -112,7 +112,9 @@ def analyse(results: list[Result]) -> Study:
 def _run(result: Result) -> Run:
     config = result.config
     method = {"base": BASE}.get(config["optim.method"], config["optim.method"])
-    rho = 0.0 if method == BASE else math.nan if config["optim.rho"] is None else float(config["optim.rho"])
+    alone = method == BASE
+    method = f"{method} {result.weights}" if result.weights else method
+    rho = 0.0 if alone else math.nan if config["optim.rho"] is None else float(config["optim.rho"])
     duration = str(config["train.duration"])
     if duration == "chinchilla":
         duration = f"{config['train.tokens_per_parameter']:g} tokens a parameter"

@@ -18,7 +18,7 @@ from steppe.lm.run.state import State
 
 def state(step, width=4, dtype=jnp.float32):
     params = {"embed": {"embedding": jnp.arange(3.0 * width).reshape(3, width).astype(dtype)}}
-    return State(jnp.int32(step), params, (params, jnp.int32(step)), ())
+    return State(jnp.int32(step), params, (params, jnp.int32(step)), (), {})
 
 
 def abstract(of):

@@ -1,0 +1,68 @@
+"""Which weights of a run are meant: those that its steps change (last), or an average of them, by name."""
+
+import fnmatch
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from steppe.lm.model.parameters import name_of
+from steppe.optim.averaging import AVERAGES
+from steppe.optim.base import BASES
+
+LAST = "last"
+NAMES = (LAST, *AVERAGES, *(name for name, kind in BASES.items() if kind.evaluated))
+
+
+class Weights(NamedTuple):
+    """Weights as a function of a run's State: of a parameter, combine(*leaves) of the leaves with these names.
+
+    sources: names of leaves of the State as its checkpoints have them, {} standing for the parameter's path and * for
+    what lies around it.
+    """
+
+    sources: tuple[str, ...]
+    combine: Callable[..., Any]
+
+    @property
+    def sections(self) -> set[str]:
+        """The fields of a State that they are made of."""
+        return {source.partition("/")[0] for source in self.sources}
+
+    def names(self, path: str, known: Collection[str]) -> list[str]:
+        """The leaves of a State, whose names are `known`, that the parameter at `path` is made of."""
+        found = []
+        for source in self.sources:
+            name = source.format(path)
+            (match,) = [name] if "*" not in name else fnmatch.filter(known, name)
+            found.append(match)
+        return found
+
+
+def weights_of(config) -> dict[str, Weights]:
+    """{name: Weights} that a run of this config has; the first are those it trains for and is judged by."""
+    optim, average = config.optim, config.average
+    found = {LAST: Weights(("params/{}",), lambda leaf: leaf)}
+    for name in average.weights:
+        slots = AVERAGES[name].slots(average.snapshots)
+        found[name] = Weights(tuple(f"averages/{name}/{slot}/{{}}" for slot in range(slots)), _mean)
+    own = BASES[optim.base].evaluated
+    if own:
+        judged = Weights(("params/{}", f"optimizer/*{own.beside}/{{}}"), partial(own.at, optim.b1))
+        found = {optim.base: judged, **found}
+    return found
+
+
+def of_state(chosen: Weights, state: Mapping[str, Any], like: Any) -> Any:
+    """A tree of parameters, shaped like `like`, out of the fields of a State that `chosen` is made of."""
+    leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dict(state))}
+
+    def one(path, _):
+        return chosen.combine(*(leaves[name] for name in chosen.names(name_of(path), leaves)))
+
+    return jax.tree_util.tree_map_with_path(one, like)
+
+
+def _mean(first: Any, *others: Any) -> Any:
+    return sum(others, first) / (1 + len(others)) if others else first
