@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from steppe.configs.keys import (
     DURATION,
+    FACTORS,
     FLAG,
     STEPS,
     TEXT,
@@ -157,12 +158,23 @@ _KEYS = {
         "scaling of rho per parameter: norm by |theta_l|, width by 1 / sqrt(fan-in)",
         one_of("optim.two_pass:LAYERWISE"),
     ),
+    "optim.rho_factors": Key(
+        (), 'rho of parameters apart, as ("^embed=0.1",): each rule a group, perturbed by so many times rho', FACTORS
+    ),
+    "optim.rho_budget": Key(
+        0.0,
+        "nats that the perturbation may add to the loss, to first order: else it is shortened; 0: any",
+        number(least=0),
+    ),
     "optim.clip_order": Key(
         "after", "after: clip the returned gradient | before: also clip the ascent gradient", one_of("after", "before")
     ),
     "optim.clip_norm": Key(1.0, "global l2 norm; 0: no clipping", number(least=0)),
     "optim.base": Key("adamw", "a name of optim/base.py", one_of("optim.base:BASES")),
     "optim.peak_learning_rate": Key(1e-3, "per step", number(above=0)),
+    "optim.rate_factors": Key(
+        (), 'learning rates of parameters apart, as ("attention/=0.5",): so many times the common one', FACTORS
+    ),
     "optim.end_learning_rate": Key(0.1, "fraction of the peak at the end of the run", number(least=0, most=1)),
     "optim.schedule": Key(
         "cosine", "shape of the learning rate after a linear warm-up", one_of("optim.schedules:SCHEDULES")

@@ -109,6 +109,8 @@ def patterns(of: str = r".+", what: str = "regular expressions over parameter pa
     return Accepted(tuple, lambda: f"at least {least} of {what}" if least else what, allows)
 
 
+# as optim.masks.factors reads them
+FACTORS = patterns(r".+=\d+(\.\d+)?(e[+-]?\d+)?", "rules REGEX=FACTOR over parameter paths, FACTOR >= 0")
 FLAG = Accepted(bool, lambda: "true or false", names=lambda: ["true", "false"])
 
 

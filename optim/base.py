@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonState, ScheduleFreeState
 
+from steppe.optim.masks import factors
 from steppe.optim.rule import OptionError, Tree, ratio
 
 
@@ -122,14 +123,23 @@ class Settings(NamedTuple):
     weight_decay: float
     decay_mask: Tree | Callable | None
     matrix_axes: Callable | None
+    rate_factors: tuple[str, ...] = ()
 
     def decay(self) -> optax.GradientTransformation:
         """Weight decay where there is any."""
         return optax.add_decayed_weights(self.weight_decay, self.decay_mask) if self.weight_decay else optax.identity()
 
     def rate(self) -> optax.GradientTransformation:
-        """The learning rate, with the sign of descent."""
-        return optax.scale_by_learning_rate(self.learning_rate)
+        """The learning rate of every parameter, with the sign of descent."""
+        common, own = optax.scale_by_learning_rate(self.learning_rate), self.factors()
+        return optax.chain(common, *own) if own else common
+
+    def factors(self) -> list[optax.GradientTransformation]:
+        """What multiplies the updates of parameters whose learning rate is another."""
+        if not self.rate_factors:
+            return []
+        scaled = lambda updates, _: jax.tree.map(jnp.multiply, updates, factors(updates, self.rate_factors)[1])  # noqa: E731
+        return [optax.stateless(scaled)]
 
     def adam(self, nesterov: bool = False) -> optax.GradientTransformation:
         """Adam's direction, or NAdam's (Dozat 2016)."""
@@ -168,7 +178,8 @@ def _muon(s: Settings) -> list[optax.GradientTransformation]:
             adam_weight_decay=0.0,
             muon_weight_dimension_numbers=s.matrix_axes,
             consistent_rms=0.2,  # one learning rate then suits both parts (Liu et al. 2025, arXiv 2502.16982)
-        )
+        ),
+        *s.factors(),
     ]
 
 
@@ -212,6 +223,7 @@ def base(
     decay_mask: Tree | Callable | None = None,
     clip_norm: float = 0.0,
     matrix_axes: Callable | None = None,
+    rate_factors: tuple[str, ...] = (),
 ) -> Base:
     """A base optimizer by name; see BASES.
 
@@ -221,6 +233,7 @@ def base(
     b1 is the momentum of sgd and muon, of schedule_free the weight of the average in the point of the gradient.
     clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
     optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
+    rate_factors: rules of masks.factors, which multiply the learning rate of the parameters that they match.
     """
     if name not in BASES:
         raise OptionError("base", name, f"one of {', '.join(BASES)}")
@@ -228,7 +241,7 @@ def base(
         raise OptionError("b1", b1, "a number > 0 with schedule_free")
     settings = Settings(
         learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, decay_mask=decay_mask,
-        matrix_axes=matrix_axes,
+        matrix_axes=matrix_axes, rate_factors=tuple(rate_factors),
     )  # fmt: skip
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     transform = optax.chain(*clip, *BASES[name].parts(settings))

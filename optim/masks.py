@@ -25,6 +25,23 @@ def mask(tree: Tree, patterns: tuple[str, ...]) -> Tree:
     return jax.tree.map(lambda name: any(re.search(pattern, name) for pattern in patterns), names)
 
 
+def factors(tree: Tree, rules: tuple[str, ...]) -> tuple[Tree, Tree]:
+    """(group, factor) of every leaf, by rules "REGEX=FACTOR": those of the first that matches its path.
+
+    Groups are numbered from 1; leaves that no rule matches are group 0, of factor 1. ValueError if a rule matches no
+    path.
+    """
+    parts = [rule.rpartition("=") for rule in rules]
+    patterns, values = [regex for regex, _, _ in parts], [1.0, *(float(value) for _, _, value in parts)]
+    mask(tree, tuple(patterns))
+
+    def group(name):
+        return next((number for number, regex in enumerate(patterns, 1) if re.search(regex, name)), 0)
+
+    groups = jax.tree.map(group, path_names(tree))
+    return groups, jax.tree.map(lambda number: values[number], groups)
+
+
 def matrix_axes(rules: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]) -> Callable[[Tree], Tree]:
     """The function optim.base and layerwise rho take, from (regex, reduced axes, output axes); the first match decides.
 

@@ -1,6 +1,7 @@
 """Every named method as first pass x ascent x second pass: the table that code, configs and help read."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -353,6 +354,8 @@ def method(
     ascent_fraction: float = 1.0,
     perturb: tuple[str, ...] = (".*",),
     layerwise_rho: str = "none",
+    rho_factors: tuple[str, ...] = (),
+    rho_budget: float = 0.0,
     matrix_axes: Callable | None = None,
     clip_norm: float | None = None,
     shards: int = 1,
@@ -378,6 +381,7 @@ def method(
         ("layerwise_rho", layerwise_rho, f"one of {', '.join(LAYERWISE)}", layerwise_rho in LAYERWISE),
         ("every", every, "an integer >= 1", every >= 1),
         ("microbatches", microbatches, "an integer >= 1", microbatches >= 1),
+        ("rho_budget", rho_budget, "a finite number >= 0", 0 <= rho_budget < math.inf),
         ("ascent_fraction", ascent_fraction, "a number > 0 and <= 1", 0 < ascent_fraction <= 1),
     ):
         if not allowed:
@@ -402,6 +406,8 @@ def method(
         ascent_fraction=ascent_fraction,
         perturb=tuple(perturb),
         layerwise_rho=layerwise_rho,
+        rho_factors=tuple(rho_factors),
+        rho_budget=rho_budget,
         matrix_axes=matrix_axes,
         clip_norm=clip_norm,
         groups=groups,
@@ -413,6 +419,8 @@ def method(
             raise OptionError(need, None, f"given, as {name} needs it: see optim.methods.Method.needs")
     values |= {need: value for need, value in needed.items() if value is not None} | {"shards": shards}
     up, down = make(row.ascent, values), make(row.second, values)
+    if rho_budget and "gradient" not in up.needs:
+        raise OptionError("rho_budget", rho_budget, f"0 with {name}, whose direction knows no gradient")
     return TwoPass(
         ascent=up,
         second=down,

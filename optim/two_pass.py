@@ -15,13 +15,14 @@ from optax.contrib import MuonDimensionNumbers
 from steppe.optim.ascent import Ascent, AscentInput
 from steppe.optim.base import Moments
 from steppe.optim.first_pass import FirstPass, Residuals, whole
-from steppe.optim.masks import mask, path_names
+from steppe.optim.masks import factors, mask, path_names
 from steppe.optim.rule import (
     Objective,
     Tree,
     accumulate,
     check_floating,
     cosine,
+    inner,
     microbatched,
     norm,
     plain_gradient,
@@ -42,9 +43,12 @@ class Switches(NamedTuple):
     microbatches: parts in which the batch is processed. ascent_over: "global" one epsilon from the whole batch,
     "microbatch" one per part (m-sharpness), "subset" one from ascent_fraction of the sequences.
     perturb: regexes over parameter paths, one must match. layerwise_rho: scales each parameter's share of epsilon.
-    matrix_axes: see layer_scale. clip_norm: bound on the gradient climbed and on the one returned, each by itself;
-    None leaves both, for a base that clips what it is given. groups: {name: regex over parameter paths} of which the
-    report says what share of |epsilon|^2 they have.
+    rho_factors: rules of masks.factors: the parameters that one matches are a group, perturbed by its factor times rho
+    along the direction within it. rho_budget: epsilon is shortened where it would raise the loss by more, to first
+    order (LE-SAM, arXiv 2605.10183: rho = min(budget / |g|, rho)); 0 for no bound. matrix_axes: see layer_scale.
+    clip_norm: bound on the gradient climbed and on the one returned, each by itself; None leaves both, for a base that
+    clips what it is given. groups: {name: regex over parameter paths} of which the report says what share of
+    |epsilon|^2 they have.
     """
 
     rho: float | Callable = 0.0
@@ -56,6 +60,8 @@ class Switches(NamedTuple):
     ascent_fraction: float = 1.0
     perturb: tuple[str, ...] = (".*",)
     layerwise_rho: str = "none"
+    rho_factors: tuple[str, ...] = ()
+    rho_budget: float = 0.0
     matrix_axes: Callable | None = None
     clip_norm: float | None = None
     groups: Mapping[str, str] = {}
@@ -128,6 +134,7 @@ class TwoPass(NamedTuple):
         """The state before the first step. Raises ValueError for parameters it cannot take."""
         check_floating(params)
         mask(params, self.switches.perturb)
+        factors(params, self.switches.rho_factors)
         return self.ascent.init(params), jax.tree.map(jnp.zeros_like, params) if self.second.remember else ()
 
     def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
@@ -230,8 +237,27 @@ def perturbation(ascent: Ascent, known: AscentInput, rho: jax.Array, switches: S
     vector = masked(vector)
     if switches.layerwise_rho != "none":
         vector, length = layer_scale(switches.layerwise_rho, vector, known.params, switches.matrix_axes), None
-    scale = ratio(rho, norm(vector) if length is None else length, 0.0)
-    return jax.tree.map(lambda v, p: (scale * v).astype(p.dtype), vector, known.params), state
+    scales = _scales(vector, length, rho, switches.rho_factors)
+    if switches.rho_budget:
+        rise = inner(known.gradient, jax.tree.map(jnp.multiply, scales, vector))
+        allowed = jnp.minimum(1.0, ratio(switches.rho_budget, jnp.maximum(rise, 0.0)))
+        scales = jax.tree.map(lambda scale: scale * allowed, scales)
+    return jax.tree.map(lambda s, v, p: (s * v).astype(p.dtype), scales, vector, known.params), state
+
+
+def _scales(vector: Tree, length: jax.Array | None, rho: jax.Array, rules: tuple[str, ...]) -> Tree:
+    """What each leaf of the direction is multiplied by.
+
+    length None: a group of leaves has the l2 length factor x rho. Else lengths are relative to the one given.
+    """
+    groups, each = factors(vector, rules)
+    leaves = list(zip(jax.tree.leaves(vector), jax.tree.leaves(groups), strict=True))
+    found = {
+        group: norm([leaf for leaf, number in leaves if number == group]) if length is None else length
+        for group in sorted({number for _, number in leaves})
+    }
+    scales = {group: ratio(rho, long, 0.0) for group, long in found.items()}
+    return jax.tree.map(lambda group, factor: scales[group] * factor if factor != 1 else scales[group], groups, each)
 
 
 def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | None = None) -> Tree:

@@ -32,7 +32,7 @@ from steppe.lm.run.state import Optimizer, State, abstract, initialiser, paramet
 from steppe.optim import Objective
 from steppe.optim.averaging import Averages
 from steppe.optim.base import base
-from steppe.optim.masks import mask
+from steppe.optim.masks import factors, mask
 from steppe.optim.methods import is_frozen, method, options_of, perturbs, row_of
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import duration_steps, learning_rate
@@ -131,6 +131,8 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
     optim = config.optim
     decay_mask = _matching(config, "optim.decay_mask", params)
     _matching(config, "optim.perturb", params)
+    for key in ("optim.rho_factors", "optim.rate_factors"):
+        _matching(config, key, params, lambda tree, rules: factors(tree, rules)[1])
 
     offset = long.offset
     total = max(1, round(long.steps + offset))  # in steps of the size they have now
@@ -168,6 +170,7 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
             weight_decay=optim.weight_decay,
             decay_mask=decay_mask,
             matrix_axes=MATRIX_AXES,
+            rate_factors=tuple(optim.rate_factors),
             clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
         )
         rule = method(
@@ -181,6 +184,8 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
             ascent_fraction=optim.ascent_fraction,
             perturb=tuple(optim.perturb),
             layerwise_rho=optim.layerwise_rho,
+            rho_factors=tuple(optim.rho_factors),
+            rho_budget=optim.rho_budget,
             matrix_axes=MATRIX_AXES,
             clip_norm=optim.clip_norm if optim.clip_order == "before" else None,
             shards=shards,
@@ -209,11 +214,11 @@ def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, par
     )
 
 
-def _matching(config: ConfigDict, key: str, params) -> Any:
-    """The mask of a key's patterns; ConfigError where one matches no parameter, before a run is trained without it."""
+def _matching(config: ConfigDict, key: str, params, reader: Callable = mask) -> Any:
+    """What a key's patterns say of each parameter; ConfigError where one matches none, before anything is trained."""
     section, name = key.split(".")
     try:
-        return mask(params, tuple(config[section][name]))
+        return reader(params, tuple(config[section][name]))
     except ValueError as error:
         raise ConfigError(key, tuple(config[section][name]), f"patterns of parameter paths: {error}") from None
 

@@ -140,10 +140,11 @@ def _check_method(config: ConfigDict) -> None:
     try:
         methods.method(
             optim.method,
-            base=base_optimizer(optim.base, optim.peak_learning_rate),
+            base=base_optimizer(optim.base, optim.peak_learning_rate, b1=optim.b1),
             every=optim.every,
             ascent_over=optim.ascent_over,
             ascent_fraction=optim.ascent_fraction,
+            rho_budget=optim.rho_budget,
             **method_options(config),
             **dict.fromkeys(row.needs() if row else (), 1),  # what they are is known later
         )

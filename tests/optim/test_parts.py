@@ -372,3 +372,78 @@ def test_costs():
     assert cost("logit_sam", microbatches=2) == (3, 2, 6)
     assert cost("msam") == (1, 1, 3)
     assert cost("functional_msam") == (2, 1, 4)
+
+
+def climbed(switches, rho=0.3, vector=lambda g: g, length=None):
+    """(gradient, epsilon) of a direction along `vector` of it, in float64."""
+    params = problems.parameters(jnp.float64)
+    made = problems.language_model()
+    g = jax.grad(lambda p: made.readout(p, made.trunk(p, problems.batch()), problems.batch())[0])(params)
+    known = AscentInput(gradient=g, params=params, moments=Moments(), state=(), step=jnp.int32(0))
+    up = ascent.Ascent(lambda given: (jax.tree.map(vector, given.gradient), length, ()))
+    return g, perturbation(up, known, rho, switches)[0]
+
+
+@jax.enable_x64(True)
+def test_each_group_of_parameters_has_its_own_radius():
+    g, epsilon = climbed(Switches(rho_factors=("^embed=0.25", "(readout|embed)=2", "scale=0")))
+    size = rule.norm(g["embed"])
+    np.testing.assert_allclose(epsilon["embed"], 0.25 * 0.3 * g["embed"] / size, rtol=1e-12)  # the first rule decides
+    np.testing.assert_allclose(rule.norm(epsilon["readout"]), 2 * 0.3, rtol=1e-12)
+    np.testing.assert_allclose(rule.norm(epsilon["layers"]), 0.3, rtol=1e-12)
+    assert not np.any(epsilon["norm"]["scale"])
+
+
+@jax.enable_x64(True)
+def test_groups_of_a_direction_with_a_length_of_its_own_are_factors_of_it():
+    g, epsilon = climbed(Switches(rho_factors=("^embed=0.25",)), length=jnp.ones(()))
+    np.testing.assert_allclose(epsilon["embed"], 0.25 * 0.3 * g["embed"], rtol=1e-12)
+    np.testing.assert_allclose(epsilon["readout"], 0.3 * g["readout"], rtol=1e-12)
+
+
+@jax.enable_x64(True)
+def test_a_budget_of_loss_shortens_epsilon():
+    g, whole = climbed(Switches())
+    size = rule.norm(g)
+    for budget in (0.1 * 0.3 * size, 10 * size):
+        _, epsilon = climbed(Switches(rho_budget=float(budget)))
+        radius = min(budget / size, 0.3)  # LE-SAM
+        np.testing.assert_allclose(rule.norm(epsilon), radius, rtol=1e-12)
+        np.testing.assert_allclose(epsilon["embed"], radius * g["embed"] / size, rtol=1e-12)
+    _, downhill = climbed(Switches(rho_budget=1e-6), vector=jnp.negative)  # what lowers the loss has no bound
+    np.testing.assert_allclose(rule.norm(downhill), rule.norm(whole), rtol=1e-12)
+    _, nowhere = climbed(Switches(rho_budget=0.1), vector=jnp.zeros_like)
+    assert rule.norm(nowhere) == 0
+
+
+def test_a_budget_needs_a_gradient():
+    with pytest.raises(rule.OptionError, match=r"rho_budget = 0\.1: must be 0 with msam"):
+        optim.method("msam", rho=0.1, rho_budget=0.1)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_rate_factors_are_learning_rates_of_their_own(name):
+    """A group's steps are those of a base at its rate, whatever the base; decoupled decay follows the rate as well."""
+    rules, params = ("^embed=0.5", "kernel=0"), problems.parameters()
+    gradients = [jax.tree.map(lambda p, i=i: jnp.cos(p + i), params) for i in range(3)]
+
+    def run(rate, rate_factors=()):
+        base, now = optim.base(name, rate, weight_decay=0.1, rate_factors=rate_factors), params
+        state = base.transform.init(params)
+        for gradient in gradients[: 1 if name == "schedule_free" else 3]:  # of which the weights of the mean differ
+            updates, state = base.transform.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+        return now
+
+    both, half, whole = run(0.01, rules), run(0.005), run(0.01)
+    np.testing.assert_allclose(both["embed"], half["embed"], rtol=1e-6)
+    np.testing.assert_allclose(both["readout"], whole["readout"], rtol=1e-6)
+    np.testing.assert_allclose(both["layers"]["kernel"], params["layers"]["kernel"], rtol=1e-6)
+
+
+def test_rules_are_read_from_their_end_and_must_match():
+    tree = {"a=b": jnp.ones(2), "c": jnp.ones(3)}
+    groups, values = masks.factors(tree, ("a=b=0.5", "c=1e-2"))
+    assert (groups, values) == ({"a=b": 1, "c": 2}, {"a=b": 0.5, "c": 0.01})
+    with pytest.raises(ValueError, match="matches no parameter"):
+        masks.factors(tree, ("d=1",))
