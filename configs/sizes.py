@@ -22,6 +22,11 @@ SIZES = {
     "42m": dict(layers=6, width=768, heads=12, mlp_width=3072),  # 42,467,328
     "118m": dict(layers=6, width=1280, heads=20, mlp_width=5120),  # 117,964,800
     "1.2b": dict(layers=24, width=2048, heads=32, mlp_width=8192),  # 1,207,959,552
+    # the shapes of Watts et al. (arXiv 2605.02105), which name all parameters, tables included; head width 64
+    "20m": dict(layers=8, width=256, heads=4, mlp_width=1024),  # 6,291,456
+    "60m": dict(layers=8, width=512, heads=8, mlp_width=2048),  # 25,165,824
+    "150m": dict(layers=12, width=768, heads=12, mlp_width=3072),  # 84,934,656
+    "1b": dict(layers=16, width=2048, heads=32, mlp_width=8192),  # 805,306,368
     # the width and head width (128) of the common 8B models, deepened to 40 blocks so that a plain MLP of 4D reaches 8B
     "8b": dict(layers=40, width=4096, heads=32, mlp_width=16384),  # 8,053,063,680
 }

@@ -1,12 +1,16 @@
 """The configs that ship: they hold base's keys, can run, and say what they are."""
 
+import importlib
+import re
+
 import pytest
 
-from steppe.configs import base, paper, quickstart, sizes
+from steppe.configs import base, paper, quickstart, sizes, watts
 from steppe.configs.keys import ConfigError
 from steppe.lm.run.check import check
 from steppe.optim.methods import METHODS
 from steppe.scripts import command
+from steppe.scripts.sweep import spec
 
 
 def _flat(tree, before=""):
@@ -19,7 +23,11 @@ def _check_without_vocabulary(config):
     check(config, device_count=8)
 
 
-@pytest.mark.parametrize("config", [quickstart.get_config(), paper.get_config("24m,sam,fixed")], ids=["quick", "paper"])
+@pytest.mark.parametrize(
+    "config",
+    [quickstart.get_config(), paper.get_config("24m,sam,fixed"), watts.get_config("20m,sam,200")],
+    ids=["quick", "paper", "watts"],
+)
 def test_configs_change_values_of_base_and_add_nothing(config):
     assert sorted(_flat(config.to_dict())) == sorted(_flat(base.get_config().to_dict()))
 
@@ -94,6 +102,10 @@ def test_quickstart_trains_the_method_of_the_project_on_text_at_hand():
         ("42m", 42_467_328),
         ("118m", 117_964_800),
         ("1.2b", 1_207_959_552),
+        ("20m", 6_291_456),
+        ("60m", 25_165_824),
+        ("150m", 84_934_656),
+        ("1b", 805_306_368),
         ("8b", 8_053_063_680),
     ],
 )
@@ -101,7 +113,7 @@ def test_sizes_hold_the_weights_their_comment_says(name, weights, request):
     shape = sizes.SIZES[name]
     assert shape["mlp_width"] == 4 * shape["width"]
     assert shape["width"] % shape["heads"] == 0
-    if name in ("24m", "42m", "118m", "1.2b"):
+    if name in ("24m", "42m", "118m", "1.2b", "20m", "60m", "150m", "1b"):
         assert shape["width"] // shape["heads"] == 64
     assert 12 * shape["layers"] * shape["width"] ** 2 == weights
     assert f'"{name}": dict(' in _line_with(request, f"{weights:,}")
@@ -153,3 +165,38 @@ def test_paper_config_refuses_a_bad_argument_in_one_line(argument, part, request
     assert "\n" not in str(refusal.value)
     with pytest.raises(command.UsageError, match=":ARGUMENT"):
         command.read_config(str(path))
+
+
+@pytest.mark.parametrize("size", ["20m", "60m", "150m", "1b", "small"])
+def test_watts_perturbs_by_device_and_small_has_the_same_ratios(size):
+    config = watts.get_config(f"{size},sam,200")
+    config.data.vocabulary = "bytes"
+    check(config, device_count=1)
+    optim, train = config.optim, config.train
+    assert (optim.method, optim.rho, optim.ascent_over, train.microbatches) == ("sam", 0.05, "microbatch", 8)
+    assert (optim.b2, optim.eps, optim.clip_norm, optim.clip_order) == (0.95, 1e-8, 1.0, "after")
+    assert not config.model.tie_embeddings
+    sequences = {"1b": 128, "small": 4}.get(size, 32)
+    assert train.batch_size // train.microbatches == sequences
+    assert watts.get_config(f"{size},adamw,200").optim.rho is None
+
+
+def test_watts_rates_fall_with_the_budget():
+    rates = [watts.peak_rate(tokens) for tokens in (20, 200, 800, 3200, 10_000)]
+    assert rates == [3e-3, 3e-3, 9.49e-4, 3e-4, 3e-4]  # 800 is half way in the logarithm
+    for argument in ("20m,sam", "20m,sam,x", "20m,sam,-1", "21m,sam,200", "20m,,200"):
+        with pytest.raises(ValueError, match="must be"):
+            watts.get_config(argument)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "runs"),
+    [("late_sam", 63), ("lookahead", 96), ("rivals", 30), ("rho_by_scale", 93), ("equal_compute", 153)],
+)
+def test_ready_sweeps_hold_as_many_runs_as_they_say_all_of_which_can_run(sweep, runs):
+    found = spec.expand(spec.load(sweep).blocks)
+    assert len(found) == runs
+    assert re.search(rf"^{runs} runs", importlib.import_module(f"steppe.configs.sweeps.{sweep}").__doc__, re.MULTILINE)
+    read = command.reader("quickstart")
+    for run in found:
+        check(read(list(run.items())), device_count=1)

@@ -1,0 +1,34 @@
+"""What a sharpness-aware method must beat at one pass a step: averages, high rates, no decay, short anneals, bases.
+
+    steppe sweep --config=quickstart --sweep=rivals --out=sweeps/rivals
+
+30 runs of AdamW's cost, three seeds of each: the config's peak rate and twice and four times it (with EMA and LAWA of
+every run beside it), no weight decay, wsd with a short anneal and a long one, nadamw, muon, lion at a fifth of the rate
+and schedule_free at a constant one. RATE may be given, the peak learning rate: --sweep=rivals:0.004; default 0.003.
+"""
+
+from steppe.configs import sweeps
+
+
+def get_spec(rate: str = "0.003") -> list[dict]:
+    try:
+        peak = float(rate)
+    except ValueError:
+        raise ValueError(f"the argument {rate!r} must be a peak learning rate, such as 0.003") from None
+    variants = [
+        *({"optim.peak_learning_rate": float(f"{factor * peak:.3g}")} for factor in (1, 2, 4)),
+        {"optim.weight_decay": 0.0},
+        {"optim.schedule": "wsd", "optim.cooldown": "5%"},
+        {"optim.schedule": "wsd", "optim.cooldown": "20%"},
+        {"optim.base": "nadamw"},
+        {"optim.base": "muon"},
+        {"optim.base": "lion", "optim.peak_learning_rate": float(f"{0.2 * peak:.3g}")},
+        {"optim.base": "schedule_free", "optim.schedule": "constant"},
+    ]
+    shared = {
+        "optim.method": "adamw",
+        "optim.rho": None,
+        "optim.peak_learning_rate": peak,
+        "average.weights": ("ema", "lawa"),
+    }
+    return [{"set": {**shared, **variant}, "grid": {"seed": sweeps.SEEDS}} for variant in variants]

@@ -1,0 +1,75 @@
+"""The setting of Watts et al. (ICML 2026, arXiv 2605.02105): SAM with an epsilon a device, far beyond Chinchilla.
+
+    steppe train --config=watts:20m,sam,200 --workdir=runs/watts
+    steppe train --config=watts:small,sam,200 --workdir=runs/watts-small
+
+The argument is SIZE,METHOD,TOKENS: 20m, 60m, 150m, 1b or small; a name of optim/methods.py; tokens per parameter,
+theirs from 200 to 3,200. rho is theirs, 0.05, for sam; of other methods it is the default: sweep it.
+
+Facts read from their code: width and layers, RMSNorm, SwiGLU and RoPE, untied tables; sequences of 1,024 tokens, 256 a
+step, in eight parts of one epsilon each (at 1b 2,048 tokens, 1,024 a step); the gradient climbed is not clipped, the
+one returned is, at 1.0; AdamW with b1 0.9, b2 0.95, eps 1e-8 and decay 0.1 on every parameter; cosine to a tenth of the
+peak; warm-up of 1,000, 2,000 and 3,000 steps; bfloat16 compute on float32 parameters.
+
+Inferred: layers of 1b, heads of 64, an MLP of four widths, its warm-up, a vocabulary of 32,000 pieces (the sizes count
+all parameters), and the peak rate between the ends that are known: 3e-3 at 200 tokens a parameter, 3e-4 at 3,200, even
+in the logarithm. `small` has the same ratios of everything to everything, on the embedded corpus by bytes: four layers,
+a sixteenth of the sequence, eight parts of four sequences, the warm-up that 1,000 steps are of 20m's at 200 tokens.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+from steppe.configs import base, sizes
+
+_WARMUP = {"20m": "1000 steps", "60m": "2000 steps", "150m": "3000 steps", "1b": "3000 steps", "small": "6.5%"}
+
+
+def peak_rate(tokens_per_parameter: float) -> float:
+    """3e-3 at 200 tokens a parameter and before, 3e-4 at 3,200 and after, a power law between."""
+    beyond = math.log(tokens_per_parameter / 200) / math.log(3200 / 200)
+    return float(f"{3e-3 * 10 ** -min(1.0, max(0.0, beyond)):.3g}")
+
+
+def get_config(argument: str) -> ConfigDict:
+    """The config of "SIZE,METHOD,TOKENS". Raises ValueError for a bad argument; the method's name is checked later."""
+    parts = [part.strip() for part in argument.split(",")]
+    try:
+        size, method, tokens = parts[0], parts[1], float(parts[2])
+        good = len(parts) == 3 and method and 0 < tokens < math.inf
+    except (ValueError, IndexError):
+        good = False
+    if not good:
+        raise ValueError(f"the argument {argument!r} must be SIZE,METHOD,TOKENS a parameter, such as 20m,sam,200")
+    if size not in _WARMUP:
+        raise ValueError(f"the size {size!r} must be one of {', '.join(_WARMUP)}")
+
+    config = base.get_config()
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    model.style, model.tie_embeddings = "modern", False
+    if size == "small":
+        model.size = "0.05m"
+        data.sequence_length, train.batch_size = 64, 32
+        model.remat = "none"
+    else:
+        model.size = size
+        model.compute_dtype = "bfloat16"
+        data.task, data.vocabulary = "tfds:c4/en", "c4.model"
+        data.sequence_length, train.batch_size = (2048, 1024) if size == "1b" else (1024, 256)
+        config.mesh.data, config.mesh.fsdp = 1, -1
+        config.sample.prompt = "The "
+
+    optim.method = method
+    if method == "sam":
+        optim.rho = 0.05
+    optim.ascent_over, train.microbatches = "microbatch", 8
+    optim.peak_learning_rate = peak_rate(tokens)
+    optim.end_learning_rate, optim.schedule, optim.warmup = 0.1, "cosine", _WARMUP[size]
+    optim.b1, optim.b2, optim.eps = 0.9, 0.95, 1e-8
+    optim.weight_decay, optim.decay_mask = 0.1, (".*",)
+    optim.clip_norm, optim.clip_order = 1.0, "after"
+
+    train.duration, train.tokens_per_parameter, train.parameter_count = "chinchilla", tokens, "total"
+    config.evaluate.batches = 100
+    return sizes.resolve(config)
