@@ -145,7 +145,8 @@ def test_contract(name, base_name, plain_run):
     # Zero gradients: nothing moves, nothing is NaN that a step at rho > 0 reports.
     zero = trap(problems.batch(weights=jnp.zeros((problems.B, problems.T))))
     carry, g, report = run(0.1, 2, lambda i: zero)
-    assert same(carry[0], problems.parameters())
+    # schedule_free finds its mean again from where its gradients are taken: up to rounding
+    close(carry[0], problems.parameters(), 1e-7 if base_name == "schedule_free" else 0)
     assert norm(g) == 0
     nan_keys = {key for key in REPORT if np.isnan(report[key])}
     assert nan_keys == (never if row and name != "look_sam" else ABSENT)
