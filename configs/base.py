@@ -55,6 +55,12 @@ _KEYS = {
         "steppe: normal by fan-in, cut, smaller where a layer ends; nanodo: Xavier-uniform kernels, normal tables",
         one_of("lm.model.transformer:INITS"),
     ),
+    "model.parametrisation": Key(
+        "standard",
+        "mup: initialisation, rates and rho by width, so that their best values stay over widths of one head width",
+        one_of("lm.model.transformer:PARAMETRISATIONS"),
+    ),
+    "model.base_width": Key(128, "with mup: the width at which it is the standard parametrisation", integer(1)),
     "model.layers": Key(4, "Transformer blocks", integer(1)),
     "model.width": Key(128, "D, features of the residual stream", integer(1)),
     "model.heads": Key(4, "H, query heads", integer(1)),

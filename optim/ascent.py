@@ -33,11 +33,17 @@ class Direction(Protocol):
 
 
 class Ascent(NamedTuple):
-    """A direction; `needs` names what must exist for it: gradient, first, second; init(params) -> its state."""
+    """A direction; `needs` names what must exist for it: gradient, first, second; init(params) -> its state.
+
+    widths: under mup, the powers of the width that the direction's entries are multiplied by, in parameters with one
+    long axis and in matrices, so that the former stay as they are and the latter fall as 1 / width. Those of a gradient
+    both fall so: (1, 0), the default, of all that is linear in gradients. None: unknown, refused under mup.
+    """
 
     direction: Direction
     needs: tuple[str, ...] = ("gradient",)
     init: Callable[[Tree], Tree] = lambda params: ()
+    widths: tuple[float, float] | None = (1, 0)
 
 
 def gradient() -> Ascent:
@@ -107,7 +113,9 @@ def preconditioned(
         length = jnp.sqrt(inner(given.gradient, vector)) if precond_norm == "ellipsoid" else None
         return vector, length, given.state
 
-    return Ascent(direction, ("gradient", "second"))
+    # Of D^-1 g the entries are those of g to the power 1 - 2 precond_power.
+    widths = None if precond_norm == "ellipsoid" else (1 - 2 * precond_power, -2 * precond_power)
+    return Ascent(direction, ("gradient", "second"), widths=widths)
 
 
 def momentum() -> Ascent:
@@ -133,7 +141,7 @@ def update(
         vector = given.moments.update(given.step)
         return vector, jnp.ones(()) if update_length == "steps" else None, given.state
 
-    return Ascent(direction, ("first", "update"))
+    return Ascent(direction, ("first", "update"), widths=(0, 0))  # mup scales the base's updates already
 
 
 def adaptive(
@@ -160,7 +168,7 @@ def adaptive(
         scaled = jax.tree.map(jnp.multiply, given.gradient, size)
         return jax.tree.map(jnp.multiply, scaled, size), norm(scaled), given.state
 
-    return Ascent(direction, init=init)
+    return Ascent(direction, init=init, widths=None)
 
 
 def friendly(
@@ -193,4 +201,4 @@ def random(seed: Annotated[int, Option("of the random direction", *NATURAL)] = 0
         noise = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(structure, noise), None, given.state
 
-    return Ascent(direction, ())
+    return Ascent(direction, (), widths=None)

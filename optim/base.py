@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonState, ScheduleFreeState
 
-from steppe.optim.masks import factors
+from steppe.optim.masks import by_width, factors
 from steppe.optim.rule import OptionError, Tree, ratio
 
 
@@ -124,6 +124,7 @@ class Settings(NamedTuple):
     decay_mask: Tree | Callable | None
     matrix_axes: Callable | None
     rate_factors: tuple[str, ...] = ()
+    widening: float = 1.0
 
     def decay(self) -> optax.GradientTransformation:
         """Weight decay where there is any."""
@@ -133,6 +134,18 @@ class Settings(NamedTuple):
         """The learning rate of every parameter, with the sign of descent."""
         common, own = optax.scale_by_learning_rate(self.learning_rate), self.factors()
         return optax.chain(common, *own) if own else common
+
+    def widths(self, vectors: float, matrices: float) -> list[optax.GradientTransformation]:
+        """What multiplies a direction, before decoupled decay, by powers of the widening: mup's learning rates.
+
+        Entries of a matrix's gradient fall as 1 / width, and those of its update are to do so too; all other
+        parameters have one long axis, entries of the gradient that fall alike, and want updates that do not (Yang et
+        al. 2021, arXiv 2203.03466, tables 3 and 8). What has left the gradient's scale behind is told apart only here.
+        """
+        if self.widening == 1:
+            return []
+        scaled = lambda updates, _: by_width(updates, self.matrix_axes, self.widening, vectors, matrices)  # noqa: E731
+        return [optax.stateless(scaled)]
 
     def factors(self) -> list[optax.GradientTransformation]:
         """What multiplies the updates of parameters whose learning rate is another."""
@@ -179,17 +192,18 @@ def _muon(s: Settings) -> list[optax.GradientTransformation]:
             muon_weight_dimension_numbers=s.matrix_axes,
             consistent_rms=0.2,  # one learning rate then suits both parts (Liu et al. 2025, arXiv 2502.16982)
         ),
+        *s.widths(0, -0.5),  # orthogonal, times 0.2 times the root of its longer side
         *s.factors(),
     ]
 
 
 def _adafactor(s: Settings) -> list[optax.GradientTransformation]:
-    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), s.decay(), s.rate()]
+    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *s.widths(0, -1), s.decay(), s.rate()]
 
 
 def _schedule_free(s: Settings) -> list[optax.GradientTransformation]:
     second = optax.scale_by_rms(s.b2, s.eps, eps_in_sqrt=False, bias_correction=True)
-    steps = optax.chain(second, s.decay(), s.rate())
+    steps = optax.chain(second, *s.widths(0, -1), s.decay(), s.rate())
     return [optax.contrib.schedule_free(steps, s.learning_rate, s.b1)]
 
 
@@ -201,11 +215,11 @@ def _averaged(b1: float, y: jax.Array, z: jax.Array) -> jax.Array:
 # adafactor's second moment is its factored estimate, row x column. muon has a second moment only where it falls back to
 # Adam, lion and sgd have none.
 BASES = {
-    "adamw": Kind(("first", "second"), lambda s: [s.adam(), s.decay(), s.rate()]),
-    "nadamw": Kind(("first", "second"), lambda s: [s.adam(nesterov=True), s.decay(), s.rate()]),
-    "adam": Kind(("first", "second"), lambda s: [s.decay(), s.adam(), s.rate()]),
-    "sgd": Kind(("first",), lambda s: [s.decay(), optax.trace(s.b1), s.rate()]),
-    "lion": Kind(("first",), lambda s: [optax.scale_by_lion(s.b1, s.b2), s.decay(), s.rate()]),
+    "adamw": Kind(("first", "second"), lambda s: [s.adam(), *s.widths(0, -1), s.decay(), s.rate()]),
+    "nadamw": Kind(("first", "second"), lambda s: [s.adam(nesterov=True), *s.widths(0, -1), s.decay(), s.rate()]),
+    "adam": Kind(("first", "second"), lambda s: [s.decay(), s.adam(), *s.widths(0, -1), s.rate()]),
+    "sgd": Kind(("first",), lambda s: [s.decay(), optax.trace(s.b1), *s.widths(1, 0), s.rate()]),
+    "lion": Kind(("first",), lambda s: [optax.scale_by_lion(s.b1, s.b2), *s.widths(0, -1), s.decay(), s.rate()]),
     "adafactor": Kind(("second",), _adafactor),
     "muon": Kind(("first",), _muon),
     "schedule_free": Kind(("second",), _schedule_free, Evaluated("/z", _averaged)),
@@ -224,6 +238,7 @@ def base(
     clip_norm: float = 0.0,
     matrix_axes: Callable | None = None,
     rate_factors: tuple[str, ...] = (),
+    widening: float = 1.0,
 ) -> Base:
     """A base optimizer by name; see BASES.
 
@@ -233,7 +248,8 @@ def base(
     b1 is the momentum of sgd and muon, of schedule_free the weight of the average in the point of the gradient.
     clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
     optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
-    rate_factors: rules of masks.factors, which multiply the learning rate of the parameters that they match.
+    rate_factors: rules of masks.factors, which multiply the learning rate of the parameters that they match. widening:
+    the width over that of mup's base, see Settings.widths; 1 for the standard parametrisation.
     """
     if name not in BASES:
         raise OptionError("base", name, f"one of {', '.join(BASES)}")
@@ -241,7 +257,7 @@ def base(
         raise OptionError("b1", b1, "a number > 0 with schedule_free")
     settings = Settings(
         learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, decay_mask=decay_mask,
-        matrix_axes=matrix_axes, rate_factors=tuple(rate_factors),
+        matrix_axes=matrix_axes, rate_factors=tuple(rate_factors), widening=widening,
     )  # fmt: skip
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     transform = optax.chain(*clip, *BASES[name].parts(settings))

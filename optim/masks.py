@@ -42,6 +42,32 @@ def factors(tree: Tree, rules: tuple[str, ...]) -> tuple[Tree, Tree]:
     return groups, jax.tree.map(lambda number: values[number], groups)
 
 
+def default_axes(tree: Tree) -> Tree:
+    """optax.contrib.MuonDimensionNumbers of a tree that says nothing else: all axes but the last are reduced.
+
+    Vectors are no matrices (None).
+    """
+
+    def axes(leaf):
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1) if leaf.ndim > 1 else None
+
+    return jax.tree.map(axes, tree)
+
+
+def dimensions(tree: Tree, axes: Callable[[Tree], Tree] | None) -> list[MuonDimensionNumbers | None]:
+    """Those of every leaf, in order."""
+    found = axes(tree) if axes else default_axes(tree)
+    return jax.tree.leaves(found, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+
+
+def by_width(tree: Tree, axes: Callable | None, widening: float, vectors: float, matrices: float) -> Tree:
+    """The leaves times widening ** matrices where they are matrices, and widening ** vectors elsewhere."""
+    leaves, structure = jax.tree.flatten(tree)
+    powers = [vectors if dims is None else matrices for dims in dimensions(tree, axes)]
+    scaled = [leaf * widening**power if power else leaf for leaf, power in zip(leaves, powers, strict=True)]
+    return jax.tree.unflatten(structure, scaled)
+
+
 def matrix_axes(rules: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]) -> Callable[[Tree], Tree]:
     """The function optim.base and layerwise rho take, from (regex, reduced axes, output axes); the first match decides.
 

@@ -356,6 +356,7 @@ def method(
     layerwise_rho: str = "none",
     rho_factors: tuple[str, ...] = (),
     rho_budget: float = 0.0,
+    widening: float = 1.0,
     matrix_axes: Callable | None = None,
     clip_norm: float | None = None,
     shards: int = 1,
@@ -408,6 +409,7 @@ def method(
         layerwise_rho=layerwise_rho,
         rho_factors=tuple(rho_factors),
         rho_budget=rho_budget,
+        widening=widening,
         matrix_axes=matrix_axes,
         clip_norm=clip_norm,
         groups=groups,
@@ -419,6 +421,10 @@ def method(
             raise OptionError(need, None, f"given, as {name} needs it: see optim.methods.Method.needs")
     values |= {need: value for need, value in needed.items() if value is not None} | {"shards": shards}
     up, down = make(row.ascent, values), make(row.second, values)
+    if widening != 1 and layerwise_rho != "none":
+        raise OptionError("layerwise_rho", layerwise_rho, "none under mup, which scales rho by itself")
+    if widening != 1 and up.widths is None:
+        raise OptionError("method", name, "another under mup, with a direction so defined that its scaling is known")
     if rho_budget and "gradient" not in up.needs:
         raise OptionError("rho_budget", rho_budget, f"0 with {name}, whose direction knows no gradient")
     return TwoPass(

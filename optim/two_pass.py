@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from optax.contrib import MuonDimensionNumbers
 
 from steppe.optim.ascent import Ascent, AscentInput
 from steppe.optim.base import Moments
 from steppe.optim.first_pass import FirstPass, Residuals, whole
-from steppe.optim.masks import factors, mask, path_names
+from steppe.optim.masks import by_width, dimensions, factors, mask, path_names
 from steppe.optim.rule import (
     Objective,
     Tree,
@@ -45,7 +44,8 @@ class Switches(NamedTuple):
     perturb: regexes over parameter paths, one must match. layerwise_rho: scales each parameter's share of epsilon.
     rho_factors: rules of masks.factors: the parameters that one matches are a group, perturbed by its factor times rho
     along the direction within it. rho_budget: epsilon is shortened where it would raise the loss by more, to first
-    order (LE-SAM, arXiv 2605.10183: rho = min(budget / |g|, rho)); 0 for no bound. matrix_axes: see layer_scale.
+    order (LE-SAM, arXiv 2605.10183: rho = min(budget / |g|, rho)); 0 for no bound. widening: the width over that of
+    mup's base, see `widened`; 1 for the standard parametrisation. matrix_axes: see layer_scale.
     clip_norm: bound on the gradient climbed and on the one returned, each by itself; None leaves both, for a base that
     clips what it is given. groups: {name: regex over parameter paths} of which the report says what share of
     |epsilon|^2 they have.
@@ -62,6 +62,7 @@ class Switches(NamedTuple):
     layerwise_rho: str = "none"
     rho_factors: tuple[str, ...] = ()
     rho_budget: float = 0.0
+    widening: float = 1.0
     matrix_axes: Callable | None = None
     clip_norm: float | None = None
     groups: Mapping[str, str] = {}
@@ -237,12 +238,28 @@ def perturbation(ascent: Ascent, known: AscentInput, rho: jax.Array, switches: S
     vector = masked(vector)
     if switches.layerwise_rho != "none":
         vector, length = layer_scale(switches.layerwise_rho, vector, known.params, switches.matrix_axes), None
-    scales = _scales(vector, length, rho, switches.rho_factors)
+    measured = vector
+    if switches.widening != 1:
+        vector, measured = widened(vector, ascent.widths, switches)
+    scales = _scales(measured, length, rho, switches.rho_factors)
     if switches.rho_budget:
         rise = inner(known.gradient, jax.tree.map(jnp.multiply, scales, vector))
         allowed = jnp.minimum(1.0, ratio(switches.rho_budget, jnp.maximum(rise, 0.0)))
         scales = jax.tree.map(lambda scale: scale * allowed, scales)
     return jax.tree.map(lambda s, v, p: (s * v).astype(p.dtype), scales, vector, known.params), state
+
+
+def widened(vector: Tree, widths: tuple[float, float], switches: Switches) -> tuple[Tree, Tree]:
+    """(the direction under mup, the tree whose l2 norm rho is measured in), the direction itself at the base width.
+
+    mu-P^2 (Haas et al. 2024, arXiv 2411.00075): every parameter's perturbation is to act on the network at every width
+    as the updates of mup do: entries of matrices fall as 1 / width, others stay. `widths`, of optim.ascent.Ascent,
+    says which powers do that to a direction. So perturbed a parameter with one long axis has a norm that grows as the
+    root of the width; that is taken out of the measure, in which then no kind of parameter outweighs the others.
+    """
+    vectors, matrices = widths
+    scaled = by_width(vector, switches.matrix_axes, switches.widening, vectors, matrices)
+    return scaled, by_width(scaled, switches.matrix_axes, switches.widening, -0.5, 0)
 
 
 def _scales(vector: Tree, length: jax.Array | None, rho: jax.Array, rules: tuple[str, ...]) -> Tree:
@@ -269,9 +286,6 @@ def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | N
     neither reduced nor output stack matrices. Default: all axes but the last are reduced. Vectors have fan-in 1.
     """
 
-    def axes(p):
-        return MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim > 1 else None
-
     def by_norm(v, p, dims):
         over = None if dims is None else dims_of(dims.reduction_axis) + dims_of(dims.output_axis)
         length = lambda x: jnp.sqrt(jnp.sum(x**2, axis=over, keepdims=True))  # noqa: E731
@@ -285,8 +299,7 @@ def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | N
         return (axis,) if isinstance(axis, int) else tuple(axis)
 
     leaves, structure = jax.tree.flatten(params)
-    found = matrix_axes(params) if matrix_axes else jax.tree.map(axes, params)
-    dims = jax.tree.leaves(found, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    dims = dimensions(params, matrix_axes)
     scaled = map({"norm": by_norm, "width": by_width}[kind], jax.tree.leaves(vector), leaves, dims)
     return jax.tree.unflatten(structure, scaled)
 

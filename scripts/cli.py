@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("steppe.scripts.report.__main__", "sweeps/rho"),
     "curvature": ("steppe.scripts.measure.curvature", "--workdir=runs/quickstart --step=all"),
     "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
+    "coordinates": ("steppe.scripts.measure.coordinates", "--config=quickstart --out=coordinates"),
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
     "chaos": ("steppe.scripts.chaos", "--runs=15"),
 }

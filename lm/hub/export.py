@@ -16,6 +16,7 @@ from steppe.data import files
 from steppe.lm.hub import families, tokenizers
 from steppe.lm.hub.families import Family
 from steppe.lm.keep.saved import Unread
+from steppe.lm.model.transformer import widening_of
 from steppe.lm.run.weights import LAST, weights_of
 from steppe.lm.track import lines as lines_of
 from steppe.optim.methods import OPTIONS
@@ -94,6 +95,7 @@ def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str
 def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
     """(their name, array) of every tensor of the model, read from the checkpoint as they are asked for."""
     vocabulary, layers = run.corpus.tokenizer.vocab_size, run.config.model.layers
+    widening = widening_of(run.config.model)
     biases: dict[str, list[str]] = {}
     for bias, path in family.zeros.items():
         biases.setdefault(path, []).append(bias)
@@ -109,6 +111,8 @@ def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
             array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0 if family.linear else 1)
             if paths[0] in ("embed/embedding", "readout/kernel"):
                 array = array[:vocabulary]
+            if paths[0] == families.LAST_NORM and widening != 1:  # mup divides what it gives to the readout
+                array = array / np.float32(widening)
             yield name.format(layer), array
             for bias in biases.get(paths[0], ()):
                 yield bias.format(layer), np.zeros(array.shape[-1], np.float32)

@@ -15,6 +15,8 @@ from steppe.configs.keys import ConfigError
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.model import parameters
 
+LAST_NORM = "final_norm/scale"  # before the readout
+
 
 class Family(NamedTuple):
     """names: {theirs: our paths}, {} for the layer, several where theirs joins kernels along what they write.
@@ -37,7 +39,7 @@ class Family(NamedTuple):
 
 _LLAMA = {
     "model.embed_tokens.weight": ("embed/embedding",),
-    "model.norm.weight": ("final_norm/scale",),
+    "model.norm.weight": (LAST_NORM,),
     "lm_head.weight": ("readout/kernel",),
     "model.layers.{}.input_layernorm.weight": ("layers/attention_norm/scale",),
     "model.layers.{}.post_attention_layernorm.weight": ("layers/mlp_norm/scale",),
@@ -80,7 +82,7 @@ FAMILIES = (
         {
             "transformer.wte.weight": ("embed/embedding",),
             "transformer.wpe.weight": ("position/embedding",),
-            "transformer.ln_f.weight": ("final_norm/scale",),
+            "transformer.ln_f.weight": (LAST_NORM,),
             "lm_head.weight": ("readout/kernel",),
             "transformer.h.{}.ln_1.weight": ("layers/attention_norm/scale",),
             "transformer.h.{}.ln_2.weight": ("layers/mlp_norm/scale",),
@@ -105,7 +107,7 @@ FAMILIES = (
             "reorder_and_upcast_attn": False, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
         },
         {
-            "transformer.ln_f.bias": "final_norm/scale",
+            "transformer.ln_f.bias": LAST_NORM,
             "transformer.h.{}.ln_1.bias": "layers/attention_norm/scale",
             "transformer.h.{}.ln_2.bias": "layers/mlp_norm/scale",
             "transformer.h.{}.attn.c_attn.bias": "layers/attention/query/kernel",

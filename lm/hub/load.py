@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from steppe.configs.keys import ConfigError
 from steppe.lm.hub import families
-from steppe.lm.hub.families import Family
+from steppe.lm.hub.families import LAST_NORM, Family
 from steppe.lm.keep import checkpoint, mirror
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.model import parameters
+from steppe.lm.model.transformer import widening_of
 from steppe.lm.run.assembly import Parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -142,6 +143,8 @@ def _arrays(
                 if parameters.of(path).kind == "table" and len(part) < min(vocabulary, len(target)):
                     accepted = f"a vocabulary of at most {len(part):,} tokens, as {config.init_from} has"
                     raise ConfigError("data.vocabulary", config.data.vocabulary, accepted)
+        if LAST_NORM in made:
+            made[LAST_NORM] *= np.float32(widening_of(config.model))
         yield from made.items()
     for name in family.zeros:
         for layer in range(layers if "{}" in name else 1):

@@ -20,6 +20,7 @@ from steppe.lm.model.mesh import Placement
 
 STYLES = ("nanodo", "modern")
 INITS = ("steppe", "nanodo")
+PARAMETRISATIONS = ("standard", "mup")
 REMAT = ("none", "full", "dots", "offload")
 
 
@@ -43,7 +44,18 @@ class Shape(NamedTuple):
     dtype: str = "float32"
     kernel: str = "einsum"
     remat: str = "dots"
+    base_width: int = 0  # of mup; 0: the standard parametrisation
     small: bool = False  # a step is many small kernels: blocks are not looped over, and softmax keeps one array
+
+    @property
+    def widening(self) -> float:
+        """The width in units of mup's base, 1 in the standard parametrisation.
+
+        mup (Yang et al. 2021, arXiv 2203.03466, table 8): entries of tables, the readout's among them, are drawn as at
+        the base width, and hidden states are divided by the widening before the readout. Matrices are drawn by their
+        fan-in as ever. Learning rates: optim.base; rho: optim.two_pass.
+        """
+        return self.width / self.base_width if self.base_width else 1.0
 
     @property
     def features(self) -> int:
@@ -65,9 +77,15 @@ def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Sha
         "sequence_length": sequence_length,
         "dtype": model.compute_dtype,
         "kernel": kernel,
+        "base_width": model.base_width if model.parametrisation == "mup" else 0,
         "small": model.width <= 128 and model.layers <= 4,
     }
     return Shape(**{**own, **given})
+
+
+def widening_of(model) -> float:
+    """Shape.widening of config.model."""
+    return model.width / model.base_width if model.parametrisation == "mup" else 1.0
 
 
 def _matrix(init: str, reads: tuple[int, ...], scale: float = 1.0) -> Callable:
@@ -87,11 +105,11 @@ def _matrix(init: str, reads: tuple[int, ...], scale: float = 1.0) -> Callable:
     return initialise
 
 
-def _table(init: str) -> Callable:
-    """Draws rows [R, D] of expected square norm 1: normal, cut at three deviations by steppe, not by nanodo."""
+def _table(init: str, scale: float = 1.0) -> Callable:
+    """Draws rows [R, D] of expected square norm `scale`: normal, cut at three deviations by steppe, not by nanodo."""
     if init == "nanodo":
-        return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (1 / shape[1]) ** 0.5
-    return _matrix(init, (1,))
+        return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (scale / shape[1]) ** 0.5
+    return _matrix(init, (1,), scale)
 
 
 class Norm(nn.Module):
@@ -329,7 +347,7 @@ class Trunk(nn.Module):
             one = f"a batch of {tokens_BxT.shape[0]}, which does not divide over the devices"
             warnings.warn(f"attention: {kernel} in place of {s.kernel} for {one}", stacklevel=2)
             s = s._replace(kernel=kernel)
-        draw = _table(s.init)
+        draw = _table(s.init, s.widening)
         x_BxTxD = lookup(place, "table", s.dtype, Table(s.vocabulary, s.width, draw, name="embed")(), tokens_BxT)
         if s.style == "nanodo":
             places = Table(s.sequence_length, s.width, draw, name="position")()
@@ -353,4 +371,5 @@ class Trunk(nn.Module):
             unroll=s.layers if s.small else 1,
         )
         x_BxTxD, _ = layers(s, place, name="layers")(place(x_BxTxD, "hidden"), positions_BxT, segments_BxT)
-        return Norm(s, name="final_norm")(x_BxTxD)
+        hidden_BxTxD = Norm(s, name="final_norm")(x_BxTxD)
+        return hidden_BxTxD / s.widening if s.base_width else hidden_BxTxD

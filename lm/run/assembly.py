@@ -23,7 +23,7 @@ from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
 from steppe.lm.model.parameters import GROUPS, MATRIX_AXES
-from steppe.lm.model.transformer import Shape, shape
+from steppe.lm.model.transformer import Shape, shape, widening_of
 from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, estimate_memory, length
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
@@ -143,6 +143,7 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
     def moved(schedule):
         return (lambda step: schedule(step + offset)) if offset and callable(schedule) else schedule
 
+    widening = widening_of(config.model)
     averages = Averages(tuple(config.average.weights), max(1, steps(config.average.horizon)), config.average.snapshots)
     row, warmup, stop = row_of(optim.method), steps(optim.warmup), steps(optim.stop)
     met = {need: surroundings[need] for need in (row.needs() if row else ())}
@@ -171,6 +172,7 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
             decay_mask=decay_mask,
             matrix_axes=MATRIX_AXES,
             rate_factors=tuple(optim.rate_factors),
+            widening=widening,
             clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
         )
         rule = method(
@@ -186,6 +188,7 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
             layerwise_rho=optim.layerwise_rho,
             rho_factors=tuple(optim.rho_factors),
             rho_budget=optim.rho_budget,
+            widening=widening,
             matrix_axes=MATRIX_AXES,
             clip_norm=optim.clip_norm if optim.clip_order == "before" else None,
             shards=shards,

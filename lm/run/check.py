@@ -10,6 +10,7 @@ from steppe.configs import base
 from steppe.configs.keys import ConfigError
 from steppe.data import cache, manifest, sources, vocabulary
 from steppe.lm.model import attention
+from steppe.lm.model.transformer import widening_of
 from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
 from steppe.optim.rule import OptionError
@@ -145,6 +146,8 @@ def _check_method(config: ConfigDict) -> None:
             ascent_over=optim.ascent_over,
             ascent_fraction=optim.ascent_fraction,
             rho_budget=optim.rho_budget,
+            layerwise_rho=optim.layerwise_rho,
+            widening=widening_of(config.model),
             **method_options(config),
             **dict.fromkeys(row.needs() if row else (), 1),  # what they are is known later
         )

@@ -1,0 +1,36 @@
+"""Do the best learning rate and rho stay the same as a model is widened? Standard parametrisation beside mup.
+
+    steppe sweep --config=study --sweep=transfer --out=sweeps/transfer
+    python -m steppe.optim.study.transfer sweeps/transfer
+
+120 runs: SAM at four widths of one head width, 300 steps, five peak rates and three rho, in both parametrisations, mup
+with the least width as its base. METHOD may be given, and perturbs instead: --sweep=transfer:precond_functional_sam.
+"""
+
+WIDTHS = [16, 32, 64, 128]
+
+
+def get_spec(method: str = "sam") -> dict:
+    return {
+        "set": {
+            "model.size": "",
+            "model.layers": 2,
+            "model.base_width": WIDTHS[0],
+            "optim.method": method,
+            "train.duration": "300 steps",
+            "evaluate.every": "100%",
+            "checkpoint.every": "100%",
+            "checkpoint.keep_every": "0%",
+        },
+        "zip": {
+            "model.width": WIDTHS,
+            "model.heads": [width // 8 for width in WIDTHS],
+            "model.mlp_width": [4 * width for width in WIDTHS],
+        },
+        "grid": {
+            "model.parametrisation": ["standard", "mup"],
+            "optim.peak_learning_rate": [0.002, 0.004, 0.008, 0.016, 0.032],
+            "optim.rho": [0.01, 0.03, 0.1],
+            "seed": [0],
+        },
+    }
