@@ -6,12 +6,11 @@ al. 2024, arXiv 2411.00075).
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from steppe.lm.model.mesh import Placement
 from steppe.lm.model.objective import readout_kernel
-from steppe.lm.model.transformer import Trunk
 from steppe.lm.run.assembly import Parts
 from steppe.lm.run.state import create
 from steppe.lm.run.step import compile_step
@@ -48,16 +47,18 @@ def measure(parts: Parts, batches: list[dict]) -> dict[str, float]:
 
 
 def _outputs(parts: Parts, params: Any, batch: dict) -> dict[str, jax.Array]:
-    hidden_BxTxD, seen = Trunk(parts.shape, Placement(parts.mesh)).apply(
-        {"params": params},
-        *(batch.get(name) for name in ("inputs", "positions", "segments")),
-        capture_intermediates=lambda module, _: module.name == "layers",
-        mutable=["intermediates"],
-    )
-    ((residual_BxTxD, _),) = seen["intermediates"]["layers"]["__call__"]
+    residual = []
+
+    def catch(function, args, kwargs, context):
+        if context.module.name == "final_norm":
+            residual.append(args[0])
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(catch):
+        hidden_BxTxD = parts.objective.trunk(params, batch)
     kernel_VxD = readout_kernel(params, parts.shape)[: parts.options.vocabulary]
     logits = jnp.einsum("btd,vd->btv", hidden_BxTxD.astype(jnp.float32), kernel_VxD)
-    return {"residual": residual_BxTxD, "logits": logits}
+    return {"residual": residual[0], "logits": logits}
 
 
 def _perturbed(parts: Parts, rule: TwoPass, state: Any, batch: dict) -> Any:

@@ -372,4 +372,4 @@ class Trunk(nn.Module):
         )
         x_BxTxD, _ = layers(s, place, name="layers")(place(x_BxTxD, "hidden"), positions_BxT, segments_BxT)
         hidden_BxTxD = Norm(s, name="final_norm")(x_BxTxD)
-        return hidden_BxTxD / s.widening if s.base_width else hidden_BxTxD
+        return hidden_BxTxD / s.widening if s.widening != 1 else hidden_BxTxD

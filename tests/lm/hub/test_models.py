@@ -30,6 +30,7 @@ MODELS = {
     "nanodo, untied": {"tie_embeddings": False},
     "modern": {"style": "modern", "rope_base": 500.0},
     "modern, untied, grouped": {"style": "modern", "tie_embeddings": False, "heads": 4, "kv_heads": 2},
+    "modern, mup": {"style": "modern", "parametrisation": "mup", "base_width": 8},
     "modern, wide heads": {"style": "modern", "head_width": 6},
     "qk_norm, grouped, wide heads": {
         "style": "modern", "qk_norm": True, "heads": 4, "kv_heads": 1, "head_width": 10, "norm_epsilon": 1e-5
