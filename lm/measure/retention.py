@@ -15,12 +15,14 @@ import optax
 from jax.sharding import Mesh
 
 from steppe.data import loader
+from steppe.lm.measure.in_training import twice_differentiable
 from steppe.lm.model import parameters
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run.assembly import Parts
 from steppe.lm.run.evaluate import make_evaluation_step
 from steppe.lm.run.state import Optimizer, State, start
 from steppe.lm.run.step import make_step
+from steppe.optim.curvature.along import along
 from steppe.optim.masks import path_names
 
 
@@ -29,7 +31,8 @@ class Programs(NamedTuple):
 
     evaluate(params, batch) -> (nats, tokens). noise(params, seed, sigma) -> params.
     quantise(params, bits, group, tables) -> params. start(params) -> State with copies of them.
-    step(state, batch, rate) -> (state, metrics), which takes the state's memory.
+    step(state, batch, rate) -> (state, metrics), which takes the state's memory. along(params, batch, other): of the
+    way from params to others, see optim.curvature.along.
     """
 
     evaluate: Callable
@@ -37,6 +40,7 @@ class Programs(NamedTuple):
     quantise: Callable
     start: Callable
     step: Callable
+    along: Callable
 
 
 def programs(parts: Parts) -> Programs:
@@ -50,6 +54,9 @@ def programs(parts: Parts) -> Programs:
     def step(state, batch, rate):
         return make_step(parts.objective, at_rate(parts.optimizer, rate))(state, batch)
 
+    def along_way(params, batch, other):
+        return along(twice_differentiable(parts), params, batch, jax.tree.map(jnp.subtract, other, params))
+
     return Programs(
         jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),
         jax.jit(
@@ -58,6 +65,7 @@ def programs(parts: Parts) -> Programs:
         jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
         jax.jit(start_copy, out_shardings=places),
         jax.jit(step, donate_argnums=0, out_shardings=(places, None)),  # as they came in: else a second compile
+        jax.jit(along_way),
     )
 
 
@@ -151,8 +159,9 @@ def loss(evaluate: Callable, params: Any, batches: list[dict]) -> tuple[float, i
 def fine_tune(
     run: Programs, params: Any, read: Callable[[int], dict], rate: float, points: Sequence[int],
     measure: Callable[[Any], dict],
-) -> list[dict]:  # fmt: skip
-    """Trains on from `params` at peak learning rate `rate`; {"step", **measure(params)} after each count of `points`.
+) -> tuple[list[dict], Any]:  # fmt: skip
+    """Trains on from `params` at peak learning rate `rate`: ({"step", **measure(params)} after each count of `points`,
+    the parameters at the end).
 
     read(step) -> batch on the mesh, read ahead. The parameters given stay as they are.
     """
@@ -162,7 +171,7 @@ def fine_tune(
             state, _ = run.step(state, batch, rate)
             if step + 1 in points:
                 found.append({"step": step + 1, **measure(state.params)})
-    return found
+    return found, state.params
 
 
 def lost_at(paths: Sequence[Sequence[tuple[float, float]]], gain: float) -> float:

@@ -18,6 +18,7 @@ from steppe.lm.measure.in_training import LAYERS, logit_hessian, twice_different
 from steppe.lm.model.mesh import AXES
 from steppe.lm.run.assembly import Parts
 from steppe.optim.curvature import landscape, products, spectra
+from steppe.optim.curvature.along import along, critical, critical_step
 from steppe.optim.masks import mask
 from steppe.optim.rule import Tree, norm, ratio
 
@@ -59,6 +60,8 @@ class Programs(NamedTuple):
     rise: Callable
     loss_at: Callable
     logits: Callable
+    along: Callable
+    critical: Callable
     start: Callable
     gaussian: Callable
 
@@ -108,6 +111,8 @@ def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
         {name: _waited(partial(action, name)) for name in ("ggn", "nme")},
         **landscape_,
         logits=_waited(lambda params, batch, key: logit_hessian(parts, params, batch, key, microbatches)),
+        along=_waited(partial(along, target, microbatches=microbatches)),
+        critical=_waited(partial(critical_step, target, microbatches=microbatches)),
         start=_waited(lambda key: spectra.signs(view, key, keep)),
         gaussian=_waited(gaussian, out_shardings=places),
     )
@@ -127,12 +132,14 @@ def _waited(function: Callable, **options) -> Callable:
 
 def measure(
     made: Programs, params: Tree, batch: dict, groups: dict[str, str], settings: Settings, scale: Tree | None = None,
+    next_step: Callable[[Tree], tuple[Tree, float]] | None = None, towards: Tree | None = None,
     tick: Callable[[str], None] = lambda stage: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
     """(summary: {name: number}, details) of one checkpoint on one batch; every number is a Python float.
 
-    scale: D of the base's second moment, for what is preconditioned; None leaves that out. tick(stage): called before
-    each stage, len(stages(settings)) times if there is a scale.
+    scale: D of the base's second moment, for what is preconditioned; None leaves that out. next_step: gradient ->
+    (update, learning rate) of the run's base, for its critical sharpness. towards: other parameters, for the curvature
+    along the way there. tick(stage): called before each stage, len(stages(settings)) times if there is a scale.
     """
     key = jax.random.key(settings.seed)
     summary, details = {}, {}
@@ -143,6 +150,13 @@ def measure(
     summary |= {"loss": float(loss), "gradient_norm": float(_norm(gradient)), "parameter_norm": float(_norm(params))}
     logits = made.logits(params, batch, jax.random.fold_in(key, 2))
     summary |= {f"logit_{name}": float(value) for name, value in logits.items()}
+    if next_step is not None:
+        update, rate = next_step(gradient)
+        found = critical(rate, made.critical(params, batch, update))
+        summary |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
+    if towards is not None:
+        way = jax.tree.map(jnp.subtract, towards, params)
+        summary |= {f"towards_{name}": float(value) for name, value in made.along(params, batch, way).items()}
 
     found, tops = _spectra(made, params, batch, settings, scale, jax.random.fold_in(key, 0), tick)
     details["spectra"] = found

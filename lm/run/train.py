@@ -18,7 +18,7 @@ from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
 from steppe.lm.measure import choices
-from steppe.lm.measure.in_training import make_measurement, twice_differentiable
+from steppe.lm.measure.in_training import make_measurement
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run import anomaly, chips, generate
 from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, program_key, report_parts
@@ -269,6 +269,7 @@ class Run:
         self.step, self.scores = with_scalars(compiled.step, parts), compiled.scores
         self.evaluation_step, self.measurement = compiled.evaluation, compiled.measurement
         if self.measurement:
+            self.origin = initial_params(self.config, parts, lambda line: None) if self.config.init_from else None
             rows, first = local_rows(parts.mesh, size), next(iter(self.corpus.held_out))
             batch = loader.held_out_rows(self.corpus, first, 0, size, rows)
             batch.pop("bytes")
@@ -282,8 +283,9 @@ class Run:
         like, measurement = abstract_batch(parts, self.corpus, self.config.train.batch_size), None
         if curvature.every:
             microbatches = self.config.train.microbatches
-            measurement = make_measurement(twice_differentiable(parts), curvature.groups, microbatches)
-            measurement = measurement.lower(parts.abstract.params, like).compile()
+            measurement = make_measurement(parts, curvature.groups, microbatches)
+            params, origin = parts.abstract.params, parts.abstract.params if self.config.init_from else None
+            measurement = measurement.lower(params, parts.abstract, origin, like, parts.scalars).compile()
         return Compiled(
             lower_step(parts, like).compile(),
             jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),
@@ -436,7 +438,8 @@ class Run:
         jax.block_until_ready(self.state)  # steps still under way are not the measurement's
         since = time.monotonic()
         with self.goodput.spending("curvature"):
-            measured = self.measurement(self.params(self.judged), self.held_out_batch())
+            given = self.state, self.origin, self.held_out_batch(), self.parts.scalars
+            measured = self.measurement(self.params(self.judged), *given)
             found = jax.tree.map(float, jax.device_get(measured))
         self.measured.append(time.monotonic() - since)
         self.tracker.measurement("curvature", self.done, {**found, "seconds": self.measured[-1]})

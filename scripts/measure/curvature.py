@@ -6,6 +6,7 @@ Writes DIR/curvature/STEP.json and its plots beside it. Runs of equal shapes sha
 the first held-out set's first batches, at theta, in the run's own loss.
 """
 
+import math
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from steppe.scripts import command
 SHOWN = {
     "loss": "loss", "lambda_max": "λmax", "ggn_lambda_max": "GGN λmax", "nme_lambda_max": "NME λmax", "trace": "trace",
     "nme_trace": "NME trace", "delta_func_share": "δ_func share", "sam_sharpness": "worst case",
-    "functional_sharpness": "functional", "average_sharpness": "average",
+    "functional_sharpness": "functional", "average_sharpness": "average", "critical_sharpness": "critical",
 }  # fmt: skip
 
 
@@ -63,6 +64,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="of every random vector")
     parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
     command.add_weights(parser)
+    parser.add_argument(
+        "--towards", metavar="RUN", help="also the curvature along the way to this run's model, as fine-tuning made it"
+    )
     options = command.options_of(argv, parser)
     if options.densities > options.probes:
         return command.fail(f"--densities={options.densities}: must be at most --probes={options.probes}")
@@ -140,6 +144,7 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     from steppe.lm.measure import sharpness
     from steppe.lm.measure.in_training import named_groups
     from steppe.lm.model.mesh import local_rows, place_batch
+    from steppe.lm.run.weights import LAST
     from steppe.optim.ascent import preconditioner
     from steppe.optim.base import BASES
     from steppe.scripts.measure import curvature_plots
@@ -170,7 +175,17 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
         except ValueError as error:
             raise WorkdirError(f"--within={','.join(options.within)}: {error}") from None
     groups = named_groups(run.config.curvature.groups)
-    summary, details = sharpness.measure(made[key], run.params, batch, groups, settings, scale, progress.tick)
+    summary, details = sharpness.measure(
+        made[key],
+        run.params,
+        batch,
+        groups,
+        settings,
+        scale,
+        next_step=_next_step(run, step) if run.weights == LAST else None,
+        towards=_other(options.towards, run) if options.towards else None,
+        tick=progress.tick,
+    )
     found = {
         "summary": summary,
         "step": step,
@@ -189,6 +204,37 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     return summary
 
 
+def _next_step(run, step: int):
+    """gradient -> (update, learning rate): what the run's base would do with it after so many steps."""
+    import jax
+    import jax.numpy as jnp
+
+    from steppe.optim.base import at_step
+
+    optimizer, now = run.parts.optimizer, jnp.int32(step)
+
+    @jax.jit
+    def taken(gradient, state, params):
+        update, _ = optimizer.base.transform.update(gradient, at_step(state, now), params)
+        return update, optimizer.learning_rate(now)
+
+    return lambda gradient: jax.block_until_ready(taken(gradient, run.optimizer, run.params))
+
+
+def _other(directory: str, run):
+    """The parameters of another run of the same model."""
+    import jax
+
+    from steppe.lm.keep import saved
+    from steppe.lm.keep.exits import WorkdirError
+
+    other = saved.load(directory, log=lambda line: None).params
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, params) for params in (other, run.params)]
+    if shapes[0] != shapes[1]:
+        raise WorkdirError(f"--towards={directory}: must be a run of the same model")
+    return other
+
+
 def table(rows: list[tuple[str, int, dict[str, float]]]) -> str:
     """One line per checkpoint."""
     names = [f"{Path(directory).resolve().name}:{step}" for directory, step, _ in rows]
@@ -196,7 +242,7 @@ def table(rows: list[tuple[str, int, dict[str, float]]]) -> str:
     wide = {key: max(8, len(title)) + 2 for key, title in SHOWN.items()}
     lines = [f"{'run:step':<{width}}" + "".join(f"{title:>{wide[key]}}" for key, title in SHOWN.items())]
     for name, (_, _, summary) in zip(names, rows, strict=True):
-        lines.append(f"{name:<{width}}" + "".join(f"{summary[key]:>{wide[key]}.4g}" for key in SHOWN))
+        lines.append(f"{name:<{width}}" + "".join(f"{summary.get(key, math.nan):>{wide[key]}.4g}" for key in SHOWN))
     return "\n".join(lines)
 
 

@@ -285,10 +285,12 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
     }
     if second is not None:
         record["fine_tune"], details["fine_tune"] = forgetting(
-            run.params, increase, tools, parts, config, second, settings, log
+            run.params, increase, tools, parts, config, second, settings, batches[0], log
         )
         for path in details["fine_tune"]["paths"]:
-            summary[f"fine_tune_lr={path['rate']:g}: lost"] = path["points"][-1]["lost"]
+            name = f"fine_tune_lr={path['rate']:g}"
+            summary[f"{name}: lost"] = path["points"][-1]["lost"]
+            summary[f"{name}: curvature"] = path["along"]["curvature"]
     details["seconds"] = round(time.monotonic() - began, 1)
     # the report takes every entry as a number
     record["summary"] = {key: value for key, value in summary.items() if math.isfinite(value)}
@@ -328,8 +330,11 @@ def open_second(config, log: Callable[[str], None]):
     return loader.open_corpus(cache.ensure(data, log), data.vocabulary, data.sequence_length, data.packing, data.verify)
 
 
-def forgetting(params, increase, tools, parts, config, second, settings: dict, log) -> tuple[dict, dict]:
-    """(what it was measured on, {"loss" there before, "paths": one for each rate of {step, gained, lost}})."""
+def forgetting(params, increase, tools, parts, config, second, settings: dict, batch, log) -> tuple[dict, dict]:
+    """(what it was measured on, {"loss" there before, "paths": one for each rate}).
+
+    A path: its points, {step, gained, lost}, and "along": how a batch of the first text bends along the whole of it.
+    """
     from steppe.lm.measure import retention
     from steppe.lm.run.assembly import batch_reader
 
@@ -344,8 +349,12 @@ def forgetting(params, increase, tools, parts, config, second, settings: dict, l
 
     paths = []
     for rate in settings["fine_tune_rates"]:
-        path = retention.fine_tune(tools, params, read, rate, points, both)
-        paths.append({"rate": rate, "points": path})
+        path, end = retention.fine_tune(tools, params, read, rate, points, both)
+        way = {
+            name: float(value)
+            for name, value in tools.along(params, {k: v for k, v in batch.items() if k != "bytes"}, end).items()
+        }
+        paths.append({"rate": rate, "points": path, "along": way})
         log(f"fine-tuning   rate {rate:g}: gained {path[-1]['gained']:+.4f}, lost {path[-1]['lost']:+.4f}")
     on = {"task": settings["fine_tune"], "name": name, "corpus": second.fingerprint, "tokens": tokens}
     return on, {"loss": before, "paths": paths}

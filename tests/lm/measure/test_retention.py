@@ -156,7 +156,7 @@ def tuned(corpus_and_config, given, rate, points=(2, 8)):
     read = batch_reader(config, corpus, parts, lambda step: step)
     before = retention.loss(run.evaluate, params, batches)[0]
     measure = lambda p: {"gained": before - retention.loss(run.evaluate, p, batches)[0]}  # noqa: E731
-    return retention.fine_tune(run, params, read, rate, points, measure)
+    return retention.fine_tune(run, params, read, rate, points, measure)[0]
 
 
 def test_fine_tuning_at_rate_zero_changes_nothing_and_leaves_what_it_was_given(corpus_and_config, one):

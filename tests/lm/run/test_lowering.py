@@ -122,12 +122,14 @@ def test_curvature(platform):
         (made.rise, params, batch, params, params),
         (made.loss_at, params, batch, (params, params), jnp.ones(2)),
         (made.logits, params, batch, key),
+        (made.along, params, batch, params),
+        (made.critical, params, batch, params),
         (made.start, key),
         (made.gaussian, key),
     ]:
         lower(platform, program.__wrapped__, *arguments)
-    in_step = in_training.make_measurement(in_training.twice_differentiable(parts), ("norms=norm",))
-    lower(platform, in_step, params, batch)
+    in_step = in_training.make_measurement(parts, ("norms=norm",))
+    lower(platform, in_step, params, parts.abstract, params, batch, parts.scalars)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.measure import replay
 from steppe.lm.run import anomaly, train
+from steppe.optim.rule import norm
 from steppe.scripts.model import evaluate, generate
 
 
@@ -97,6 +99,9 @@ def test_a_run_learns_and_leaves_its_evidence(whole):
     bends = lm_runs.records(whole, "curvature")
     assert [record["step"] for record in bends] == [10, 20]
     assert all(0 < record["seconds"] < 60 for record in bends)
+    assert all(record["critical_sharpness"] * record["critical_learning_rate"] == pytest.approx(2) for record in bends)
+    assert all(record["critical_forwards"] < 40 for record in bends)
+    assert "displacement" not in bends[-1]  # it began with parameters of its own
     groups = [bends[-1][name] for name in ("attention", "mlp", "norms", "embeddings")]
     for part in ("logit_share", "functional_share"):
         assert sum(group[part] for group in groups) == pytest.approx(1, rel=1e-4)  # the groups are all there is
@@ -243,10 +248,13 @@ def test_a_step_is_replayed_exactly_and_nothing_is_written(corpus, whole):
 
 
 def test_a_new_run_starts_from_old_weights(corpus, whole, tmp_path):
-    new = {**METHOD, "init_from": str(whole), "evaluate__batches": 0, "seed": 5}
+    new = {**METHOD, "init_from": str(whole), "evaluate__batches": 0, "seed": 5, "curvature__every": 20}
     assert train.run(lm_runs.config(*corpus, **new), str(tmp_path / "new")) == train.FINISHED
     first, last = lm_runs.records(tmp_path / "new", "evaluate")[0], lm_runs.records(whole, "evaluate")[-1]
     assert (first["step"], first["loss"]) == (0, last["loss"])
+    (bends,) = lm_runs.records(tmp_path / "new", "curvature")
+    ends = [saved.load(str(place), log=lambda line: None).params for place in (tmp_path / "new", whole)]
+    assert bends["displacement"]["norm"] == pytest.approx(float(norm(jax.tree.map(jnp.subtract, *ends))), rel=1e-5)
     wider = lm_runs.config(*corpus, **{**new, "model__mlp_width": 64})
     with pytest.raises(Unusable, match=r"does not fit this config: params/layers/mlp/"):
         train.run(wider, str(tmp_path / "wider"))

@@ -16,6 +16,7 @@ from steppe.lm.keep import saved
 from steppe.lm.run import train
 from steppe.optim.ascent import preconditioner
 from steppe.optim.base import moments
+from steppe.optim.rule import norm
 from steppe.scripts.measure import curvature
 
 FLAGS = ["--batches=1", "--probes=3", "--densities=1", "--lanczos=8", "--ascent=1", "--draws=2", "--slices=3"]
@@ -35,7 +36,7 @@ def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     assert train.run(config, str(workdir)) == train.FINISHED
     assert saved.steps(str(workdir)) == [2, 4]
-    assert curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", *FLAGS]) == 0
+    assert curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", f"--towards={workdir}", *FLAGS]) == 0
     return workdir
 
 
@@ -179,3 +180,30 @@ def test_bad_input_is_one_line(run, capsys, flags, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_critical_step_is_where_the_loss_is_again_what_it_was(run, found):
+    """Along the update that the run's own base would make with the batch's gradient."""
+    summary, model = found["summary"], saved.load(str(run), 4, log=lambda line: None, optimizer=True)
+    batch = loader.held_out_rows(model.corpus, "val", 0, 8)
+    batch.pop("bytes")
+    objective, base = model.parts.objective, model.parts.optimizer.base
+    loss = jax.jit(lambda params: objective.readout(params, objective.trunk(params, batch), batch)[0])
+    update = base.transform.update(jax.grad(loss)(model.params), model.optimizer, model.params)[0]
+    rate = float(model.parts.optimizer.learning_rate(4))
+    scale = summary["critical_learning_rate"] / rate
+    at = [
+        loss(jax.tree.map(lambda p, u, s=s: p + s * u, model.params, update)) for s in (0, scale, scale * 2 ** (1 / 16))
+    ]
+    assert at[1] <= at[0] * (1 + 1e-6)  # the order of sums in float32
+    assert at[2] >= at[0] * (1 - 1e-6)
+    assert summary["critical_sharpness"] == pytest.approx(2 / summary["critical_learning_rate"], rel=1e-5)
+
+
+def test_curvature_on_the_way_to_another_run(run):
+    """To itself two steps later: what the loss does between the two checkpoints, measured from the first."""
+    first, last = (json.loads((run / "curvature" / f"{step}.json").read_text())["summary"] for step in (2, 4))
+    assert first["towards_rise"] == pytest.approx(last["loss"] - first["loss"], abs=1e-5)
+    ends = [saved.load(str(run), step, log=lambda line: None).params for step in (2, 4)]
+    assert first["towards_norm"] == pytest.approx(float(norm(jax.tree.map(jnp.subtract, *ends))), rel=1e-5)
+    assert last["towards_norm"] == last["towards_rise"] == 0
