@@ -3,7 +3,7 @@
     steppe sweep --config=study --sweep=transfer --out=sweeps/transfer
     python -m steppe.optim.study.transfer sweeps/transfer
 
-120 runs: SAM at four widths of one head width, 300 steps, five peak rates and three rho, in both parametrisations, mup
+192 runs: SAM at four widths of one head width, 300 steps, six peak rates and four rho, in both parametrisations, mup
 with the least width as its base. METHOD may be given, and perturbs instead: --sweep=transfer:precond_functional_sam.
 """
 
@@ -29,8 +29,8 @@ def get_spec(method: str = "sam") -> dict:
         },
         "grid": {
             "model.parametrisation": ["standard", "mup"],
-            "optim.peak_learning_rate": [0.002, 0.004, 0.008, 0.016, 0.032],
-            "optim.rho": [0.01, 0.03, 0.1],
+            "optim.peak_learning_rate": [0.002, 0.004, 0.008, 0.016, 0.032, 0.064],
+            "optim.rho": [0.003, 0.01, 0.03, 0.1],
             "seed": [0],
         },
     }

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     def log(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
 
-    targets = find(options.workdir, options.step, options.weights or [None], log)
+    targets = find(options.workdir, options.step, log, options.weights or (None,))
     settings = settings_of(options)
     found, programs, first = {}, {}, None
     for number, target in enumerate(targets, 1):
@@ -151,7 +151,7 @@ def _numbers(low: float, high: float = math.inf, whole: bool = False) -> Callabl
 
 # ------------------------------------------------------------------------------------------------------------- the runs
 def find(
-    workdirs: Sequence[str], step: int | None, weights: Sequence[str | None], log: Callable[[str], None]
+    workdirs: Sequence[str], step: int | None, log: Callable[[str], None], weights: Sequence[str | None] = (None,)
 ) -> list[Target]:
     """The runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
     from steppe.lm.keep import saved

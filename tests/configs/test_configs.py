@@ -191,7 +191,14 @@ def test_watts_rates_fall_with_the_budget():
 
 @pytest.mark.parametrize(
     ("sweep", "runs"),
-    [("late_sam", 63), ("lookahead", 96), ("rivals", 30), ("rho_by_scale", 93), ("equal_compute", 153)],
+    [
+        ("late_sam", 63),
+        ("lookahead", 96),
+        ("rivals", 30),
+        ("rho_by_scale", 93),
+        ("equal_compute", 153),
+        ("transfer", 192),
+    ],
 )
 def test_ready_sweeps_hold_as_many_runs_as_they_say_all_of_which_can_run(sweep, runs):
     found = spec.expand(spec.load(sweep).blocks)

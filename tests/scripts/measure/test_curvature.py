@@ -139,7 +139,7 @@ def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, ca
     copy.mkdir()
     for name in ("config.json", "checkpoints", "metrics.jsonl"):
         (copy / name).symlink_to(run / name)
-    assert curvature.main([f"--workdir={copy}", *FLAGS]) == 0
+    assert curvature.main([f"--workdir={copy}", f"--towards={run}", *FLAGS]) == 0
     assert "copy:4" in capsys.readouterr().out
     one = json.loads((copy / "curvature" / "4.json").read_text())
     assert (one["settings"]["devices"], found["settings"]["devices"]) == (1, 8)

@@ -68,7 +68,8 @@ def test_every_measure_is_a_number_in_the_file(measured):
     status, a, b = measured
     assert status == 0
     names = ["noise_0", "noise_0.5", "int8_channel", "int8_group8", "int4_channel", "int4_group8"]
-    names += ["fine_tune_lr=0: lost", "fine_tune_lr=0.01: lost", "forgetting_at_equal_gain", "forgetting_at_equal_loss"]
+    names += [f"fine_tune_lr={rate}: {kind}" for rate in ("0", "0.01") for kind in ("lost", "curvature")]
+    names += ["forgetting_at_equal_gain", "forgetting_at_equal_loss"]
     for record in (a, b):
         assert sorted(record["summary"]) == sorted(names)
         assert all(math.isfinite(value) for value in record["summary"].values())
@@ -80,6 +81,9 @@ def test_every_measure_is_a_number_in_the_file(measured):
         assert [point["step"] for point in still["points"]] == [1, 2, 4, 8]
         assert all((point["gained"], point["lost"]) == (0.0, 0.0) for point in still["points"])
         assert moving["points"][-1]["gained"] > 0
+        assert still["along"]["norm"] == 0
+        assert moving["along"]["norm"] > 0
+        assert moving["along"]["rise"] * moving["points"][-1]["lost"] > 0  # of one batch, and of all
         assert (record["step"], record["held_out"]["tokens"]) == (20, 3 * 4 * 16)
     assert a["loss"] != b["loss"]
     assert a["details"]["equal"] == b["details"]["equal"]
