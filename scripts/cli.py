@@ -38,7 +38,7 @@ COMMANDS = {
 KINDS = {
     "config": ("diff", "from-hf"),
     "prepare_data": ("show", "vocabulary"),
-    "report": ("compare",),
+    "report": ("compare", "rivals", "transfer"),
     "bench": ("step", "data", "methods", "curvature", "shares", "sweep", "collectives", "gpu"),
 }
 

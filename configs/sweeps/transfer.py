@@ -1,7 +1,7 @@
 """Do the best learning rate and rho stay the same as a model is widened? Standard parametrisation beside mup.
 
     steppe sweep --config=study --sweep=transfer --out=sweeps/transfer
-    python -m steppe.optim.study.transfer sweeps/transfer
+    steppe report transfer sweeps/transfer
 
 192 runs: SAM at four widths of one head width, 300 steps, six peak rates and four rho, in both parametrisations, mup
 with the least width as its base. METHOD may be given, and perturbs instead: --sweep=transfer:precond_functional_sam.

@@ -2,6 +2,8 @@
 
     steppe report DIR [RUN ...] [--out=DIR/report]
     steppe report compare RUN_A RUN_B [--out=FILE.html]
+    steppe report rivals DIR [--against=NAME] [--out=DIR/report]
+    steppe report transfer DIR [--out=DIR/report]
 
 DIR is the directory of a sweep, finished or not; several workdirs of runs may stand there instead. OUT takes
 index.html, which needs nothing beside it, and each figure as PNG with the numbers behind figures and tables as CSV.
@@ -26,6 +28,14 @@ def main(argv: Sequence[str]) -> int:
         from steppe.scripts.report import compare as report_compare
 
         return report_compare.compare(argv[1:])
+    if argv and argv[0] == "transfer":
+        from steppe.scripts.report import transfer as report_transfer
+
+        return report_transfer.transfer(argv[1:])
+    if argv and argv[0] == "rivals":
+        from steppe.scripts.report import rivals as report_rivals
+
+        return report_rivals.rivals(argv[1:])
     parser = command.parser("report", __doc__, config=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
     parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")

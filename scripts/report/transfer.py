@@ -1,17 +1,18 @@
 """What a sweep of widths says of transfer: the best learning rate and rho at each width, standard beside mup.
 
     steppe sweep --config=study --sweep=transfer --out=sweeps/transfer
-    python -m steppe.optim.study.transfer sweeps/transfer --out=DIR
+    steppe report transfer sweeps/transfer [--out=DIR]
 
 Writes transfer.csv (every run) and transfer.png: held-out loss over the learning rate, at the best rho of each, and
 over rho at the best rate; a line a width.
 """
 
-import argparse
 import csv
 import math
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from steppe.scripts import command
 
 KEYS = {
     "model.parametrisation": "parametrisation",
@@ -30,7 +31,7 @@ def read(directory: str) -> list[dict]:
         if result.status in ("finished", "diverged"):
             loss = result.loss if result.status == "finished" else math.inf
             rows.append({**{short: result.config[key] for key, short in KEYS.items()}, "loss": loss})
-    return sorted(rows, key=lambda row: tuple(map(str, row.values())))
+    return sorted(rows, key=lambda row: tuple(row.values()))
 
 
 def best(rows: list[dict], axis: str) -> list[tuple[float, float]]:
@@ -76,30 +77,33 @@ def draw(rows: list[dict], path: Path) -> None:
         plot.save(drawn, path, dpi=150)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep")
-    parser.add_argument("--out", type=Path, default=Path("."))
-    options = parser.parse_args()
-    rows = read(options.sweep)
-    with open(options.out / "transfer.csv", "w", newline="") as handle:
+def transfer(argv: Sequence[str]) -> int:
+    """`report transfer SWEEP [--out=DIR]`; returns the exit status, 2 for bad input."""
+    parser = command.parser("report transfer", __doc__, config=False)
+    parser.add_argument("sweep", metavar="SWEEP", help="a sweep's directory")
+    parser.add_argument("--out", type=command.writable_directory, metavar="DIR", help="default: SWEEP/report")
+    options = command.options_of(argv, parser)
+    rows, out = read(options.sweep), options.out or Path(options.sweep) / "report"
+    kinds = {(row["parametrisation"], row["width"]) for row in rows}
+    if len(kinds) < 2:
+        return command.fail(f"{options.sweep}: must hold finished runs of several widths or parametrisations")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "transfer.csv", "w", newline="") as handle:
         writer = csv.DictWriter(handle, [*KEYS.values(), "loss"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "loss": f"{row['loss']:.5f}"} for row in rows)
-    draw(rows, options.out / "transfer.png")
-    for kind in ("standard", "mup"):
-        mine = {
-            w: [r for r in rows if (r["parametrisation"], r["width"]) == (kind, w)] for w in {r["width"] for r in rows}
-        }
-        least = min(mine)
-        chosen = min(mine[least], key=lambda row: row["loss"])
+    draw(rows, out / "transfer.png")
+    for kind in dict.fromkeys(row["parametrisation"] for row in rows):
+        mine: dict[int, list[dict]] = {}
+        for row in rows:
+            if row["parametrisation"] == kind:
+                mine.setdefault(row["width"], []).append(row)
+        chosen = min(mine[min(mine)], key=lambda row: row["loss"])
         for width in sorted(mine):
-            own = min(mine[width], key=lambda row: row["loss"])
-            costs = regret(mine[width], chosen)
-            print(f"{kind:<9} width {width:>4}: best rate {own['rate']:g}, rho {own['rho']:g}, loss {own['loss']:.4f}; "
-                  f"with width {least}'s {costs:+.4f}")  # fmt: skip
+            own, costs = min(mine[width], key=lambda row: row["loss"]), regret(mine[width], chosen)
+            print(
+                f"{kind:<9} width {width:>4}: best rate {own['rate']:g}, rho {own['rho']:g}, loss {own['loss']:.4f}; "
+                f"with those of width {min(mine)} {costs:+.4f}"
+            )
+    print(f"wrote {out / 'transfer.csv'} and {out / 'transfer.png'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

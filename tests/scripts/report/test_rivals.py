@@ -1,0 +1,98 @@
+"""Entries at their best setting, paired by seed; and what a sweep of widths says of transfer."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from helpers import report_runs
+from steppe.scripts import results
+from steppe.scripts.report import __main__ as command
+from steppe.scripts.report import rivals, transfer
+
+
+def runs():
+    """adamw at two rates, nadamw, msam at two rho; the settings that are best on seed 0 also on seeds 1 to 3."""
+    found = {}
+
+    def add(loss, method="adamw", rho=None, seed=0, rate=0.01, **others):
+        name, overrides = report_runs.plan(method, rho, seed=seed, optim__peak_learning_rate=rate, **others)
+        found[name] = overrides, loss
+
+    add(2.5, rate=0.02)
+    add("diverged", rate=0.04)
+    add(2.4, "msam", 0.1)
+    for seed, level in enumerate((0.0, 0.01, -0.02, 0.03)):
+        add(2.45 + level, seed=seed)
+        add(2.44 + level + (0.004 if seed % 2 else -0.004), seed=seed, optim__base="nadamw")
+        add(2.35 + level + (0.001 if seed % 2 else -0.001), "msam", 0.3, seed=seed)
+    return found
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    report_runs.write_sweep(tmp_path / "sweep", runs())
+    for path in (tmp_path / "sweep" / "runs").glob("*method=adamw*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        ends = [line for line in lines if line["kind"] == "evaluate"]
+        kept = [{**line, "kind": "average", "weights": "ema", "loss": line["loss"] - 0.05} for line in ends]
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *kept]))
+    return tmp_path / "sweep"
+
+
+def test_each_entry_takes_its_best_setting_and_is_compared_on_seeds_that_did_not_choose_it(sweep):
+    found = rivals.entries(results.with_averages(results.read(sweep)))
+    assert list(found) == ["msam", "nadamw ema", "adamw ema", "nadamw", "adamw"]
+    assert found["adamw"].choice.rho == (0.01, None)
+    assert (found["msam"].choice.rho, found["msam"].edge()) == ((0.01, 0.3), "rho")
+    assert (found["adamw"].edge(), found["nadamw"].edge()) == ("rate", "")
+    way = rivals.difference(found["msam"], found["adamw"])
+    assert (way.seeds, way.fresh) == (3, True)  # seed 0 chose both
+    assert way.interval.value == pytest.approx(-0.1 + 0.001 / 3)
+    assert way.interval.low < way.interval.value < way.interval.high < 0
+    assert rivals.difference(found["adamw ema"], found["adamw"]).interval.value == pytest.approx(-0.05)
+    assert rivals.difference(found["nadamw"], found["adamw"]).interval.high > 0 > -0.01 + 0.004 / 3
+
+
+def test_the_table_and_the_picture_are_written(sweep, capsys):
+    assert command.main(["rivals", str(sweep)]) == 0
+    assert "msam" in capsys.readouterr().out.splitlines()[1]
+    rows = list(csv.DictReader((sweep / "report" / "rivals.csv").open()))
+    assert rows[0]["entry"] == "msam"
+    assert rows[0]["less adamw"] == "-0.0997"
+    assert rows[0]["pairs"] == "3 fresh"
+    assert (sweep / "report" / "rivals.png").read_bytes().startswith(b"\x89PNG")
+    assert command.main(["rivals", str(sweep), "--against=sam"]) == 2
+    assert "--against=sam: must be one of msam, nadamw ema" in capsys.readouterr().err
+
+
+def test_an_average_is_a_row_of_its_own_in_the_report(sweep):
+    assert command.main([str(sweep)]) == 0
+    rows = list(csv.DictReader((sweep / "report" / "runs_table.csv").open()))
+    assert {"adamw ema", "adamw", "msam"} <= {row["variant"].split(",")[0] for row in rows}
+    assert (sweep / "report" / "index.html").exists()
+
+
+def test_transfer_says_what_the_settings_of_a_narrow_model_cost_a_wide_one(tmp_path, capsys):
+    """Losses by hand: standard wants half the rate at twice the width, mup the same."""
+    found = {}
+    for kind in ("standard", "mup"):
+        for width in (16, 32):
+            for rate in (0.01, 0.02):
+                best = 0.02 if width == 16 or kind == "mup" else 0.01
+                loss = 2.0 + 0.3 * (rate != best) - width / 100
+                name, overrides = report_runs.plan(
+                    "sam", 0.01, size="0.1m", optim__peak_learning_rate=rate, model__width=width,
+                    model__parametrisation=kind,
+                )  # fmt: skip
+                found[name] = overrides, loss
+    report_runs.write_sweep(tmp_path / "sweep", found)
+    assert command.main(["transfer", str(tmp_path / "sweep")]) == 0
+    said = capsys.readouterr().out
+    assert "standard  width   32: best rate 0.01, rho 0.01, loss 1.6800; with those of width 16 +0.3000" in said
+    assert "mup       width   32: best rate 0.02, rho 0.01, loss 1.6800; with those of width 16 +0.0000" in said
+    rows = list(csv.DictReader((tmp_path / "sweep" / "report" / "transfer.csv").open()))
+    assert len(rows) == 8
+    assert (tmp_path / "sweep" / "report" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert transfer.best([{"rate": 1, "loss": math.inf}, {"rate": 1, "loss": 2.0}], "rate") == [(1, 2.0)]
