@@ -1,0 +1,24 @@
+"""What the runs of this study share: byte-level models on English, far beyond 20 tokens a parameter.
+
+    python optim/study/english/text.py TEXT
+    steppe sweep --config=optim/study/english/config.py:TEXT --sweep=optim/study/english/one_pass.py --out=runs/one_pass
+
+The argument is the folder of the text. 1,024 bytes a step in sequences of 128; 200 tokens per non-embedding parameter:
+7,243 steps of size 0.03m. Averages of the weights are kept and evaluated in every run.
+"""
+
+from ml_collections import ConfigDict
+
+from steppe.configs import study
+
+
+def get_config(text: str) -> ConfigDict:
+    config = study.get_config()
+    config.data.task = f"jsonl:{text}/english.jsonl@all"
+    config.data.held_out = (f"english=jsonl:{text}/held_out.jsonl@all",)
+    config.data.sequence_length = 128
+    config.train.batch_size = 8
+    config.train.duration = "chinchilla"
+    config.train.tokens_per_parameter = 200.0
+    config.average.weights = ("ema", "lawa")
+    return config
