@@ -11,6 +11,7 @@ from optax.contrib import MuonState, ScheduleFreeState
 
 from steppe.optim.masks import by_width, factors
 from steppe.optim.rule import OptionError, Tree, ratio
+from steppe.optim.soap import SoapState, scale_by_soap
 
 
 class Moments(NamedTuple):
@@ -36,7 +37,15 @@ class Base(NamedTuple):
 
 
 _Rms = type(optax.scale_by_rms(bias_correction=True).init(()))  # Adam without a first moment; optax exports no name
-_KINDS = (optax.ScaleByAdamState, _Rms, optax.ScaleByLionState, optax.TraceState, optax.FactoredState, MuonState)
+_KINDS = (
+    optax.ScaleByAdamState,
+    _Rms,
+    optax.ScaleByLionState,
+    optax.TraceState,
+    optax.FactoredState,
+    MuonState,
+    SoapState,
+)
 
 
 def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
@@ -201,6 +210,10 @@ def _adafactor(s: Settings) -> list[optax.GradientTransformation]:
     return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *s.widths(0, -1), s.decay(), s.rate()]
 
 
+def _soap(s: Settings) -> list[optax.GradientTransformation]:
+    return [scale_by_soap(s.b1, s.b2, s.eps, s.matrix_axes), *s.widths(0, -1), s.decay(), s.rate()]
+
+
 def _schedule_free(s: Settings) -> list[optax.GradientTransformation]:
     second = optax.scale_by_rms(s.b2, s.eps, eps_in_sqrt=False, bias_correction=True)
     steps = optax.chain(second, *s.widths(0, -1), s.decay(), s.rate())
@@ -213,7 +226,7 @@ def _averaged(b1: float, y: jax.Array, z: jax.Array) -> jax.Array:
 
 
 # adafactor's second moment is its factored estimate, row x column. muon has a second moment only where it falls back to
-# Adam, lion and sgd have none.
+# Adam, that of soap is in bases of its own, lion and sgd have none.
 BASES = {
     "adamw": Kind(("first", "second"), lambda s: [s.adam(), *s.widths(0, -1), s.decay(), s.rate()]),
     "nadamw": Kind(("first", "second"), lambda s: [s.adam(nesterov=True), *s.widths(0, -1), s.decay(), s.rate()]),
@@ -222,6 +235,7 @@ BASES = {
     "lion": Kind(("first",), lambda s: [optax.scale_by_lion(s.b1, s.b2), *s.widths(0, -1), s.decay(), s.rate()]),
     "adafactor": Kind(("second",), _adafactor),
     "muon": Kind(("first",), _muon),
+    "soap": Kind(("first",), _soap),
     "schedule_free": Kind(("second",), _schedule_free, Evaluated("/z", _averaged)),
 }
 
@@ -245,7 +259,8 @@ def base(
     adamw, nadamw, lion, adafactor: decoupled decay. adam, sgd: the decay is added to the gradient (L2). muon:
     orthogonalised momentum and decoupled decay on matrices, Adam on the rest. schedule_free: AdamW without momentum,
     averaged (Defazio et al. 2024, arXiv 2405.15682), to be evaluated at BASES[name].evaluated; for a constant rate.
-    b1 is the momentum of sgd and muon, of schedule_free the weight of the average in the point of the gradient.
+    soap: Adam in the eigenbases of each matrix's gradients, see optim.soap; decoupled decay. b1 is the momentum of sgd
+    and muon, of schedule_free the weight of the average in the point of the gradient.
     clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
     optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
     rate_factors: rules of masks.factors, which multiply the learning rate of the parameters that they match. widening:

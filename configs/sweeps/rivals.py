@@ -2,9 +2,9 @@
 
     steppe sweep --config=quickstart --sweep=rivals --out=sweeps/rivals
 
-30 runs of AdamW's cost, three seeds of each: the config's peak rate and twice and four times it (with EMA and LAWA of
-every run beside it), no weight decay, wsd with a short anneal and a long one, nadamw, muon, lion at a fifth of the rate
-and schedule_free at a constant one. RATE may be given, the peak learning rate: --sweep=rivals:0.004; default 0.003.
+33 runs of AdamW's cost, three seeds of each: the config's peak rate and twice and four times it (with EMA and LAWA of
+every run beside it), no weight decay, wsd with a short anneal and a long one, nadamw, muon, soap, lion at a fifth of
+the rate and schedule_free at a constant one. RATE may be given, the peak learning rate: --sweep=rivals:0.004; default 0.003.
 """
 
 from steppe.configs import sweeps
@@ -22,6 +22,7 @@ def get_spec(rate: str = "0.003") -> list[dict]:
         {"optim.schedule": "wsd", "optim.cooldown": "20%"},
         {"optim.base": "nadamw"},
         {"optim.base": "muon"},
+        {"optim.base": "soap"},
         {"optim.base": "lion", "optim.peak_learning_rate": float(f"{0.2 * peak:.3g}")},
         {"optim.base": "schedule_free", "optim.schedule": "constant"},
     ]

@@ -194,7 +194,7 @@ def test_watts_rates_fall_with_the_budget():
     [
         ("late_sam", 63),
         ("lookahead", 96),
-        ("rivals", 30),
+        ("rivals", 33),
         ("rho_by_scale", 93),
         ("equal_compute", 153),
         ("transfer", 192),
