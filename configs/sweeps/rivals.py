@@ -4,7 +4,8 @@
 
 33 runs of AdamW's cost, three seeds of each: the config's peak rate and twice and four times it (with EMA and LAWA of
 every run beside it), no weight decay, wsd with a short anneal and a long one, nadamw, muon, soap, lion at a fifth of
-the rate and schedule_free at a constant one. RATE may be given, the peak learning rate: --sweep=rivals:0.004; default 0.003.
+the rate, and schedule_free at a constant one. RATE may be given, the peak learning rate: --sweep=rivals:0.004; default
+0.003.
 """
 
 from steppe.configs import sweeps

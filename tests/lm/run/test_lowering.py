@@ -81,6 +81,11 @@ def test_the_step_of_every_method(platform, method):
     {"optim__ascent_over": "microbatch", "train__microbatches": 2},
     {"optim__every": 2, "optim__start": "10%"},
     {"data__packing": "bestfit"},
+    {"optim__base": "soap"},
+    {
+        "optim__base": "schedule_free", "average__weights": ("ema", "lawa"),
+        "model__parametrisation": "mup", "model__base_width": 8,
+    },
 ])  # fmt: skip
 def test_the_step_with_switches(switches):
     parts = parts_on("tpu", "functional_sam", rows=16, **switches)
