@@ -1,5 +1,6 @@
 """Base optimizers through optax, and the moments that ascent directions may borrow from their state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,16 +37,20 @@ class Base(NamedTuple):
     moments: Callable[[Any, Tree], Moments]
 
 
-_Rms = type(optax.scale_by_rms(bias_correction=True).init(()))  # Adam without a first moment; optax exports no name
-_KINDS = (
-    optax.ScaleByAdamState,
-    _Rms,
-    optax.ScaleByLionState,
-    optax.TraceState,
-    optax.FactoredState,
-    MuonState,
-    SoapState,
-)
+@functools.cache
+def _kinds() -> tuple[type, ...]:
+    """The states that hold moments. Made when asked for: of one optax exports no name, and making it computes, which
+    must not be before jax.distributed has begun."""
+    rms = type(optax.scale_by_rms(bias_correction=True).init(()))  # Adam without a first moment
+    return (
+        optax.ScaleByAdamState,
+        rms,
+        optax.ScaleByLionState,
+        optax.TraceState,
+        optax.FactoredState,
+        MuonState,
+        SoapState,
+    )
 
 
 def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
@@ -53,7 +58,7 @@ def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
 
     b2: as the base was given it, to correct Adam's second moment. ValueError if there is not exactly one such state.
     """
-    found = [s for s in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _KINDS)) if isinstance(s, _KINDS)]
+    found = [s for s in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _kinds())) if isinstance(s, _kinds())]
     if {type(s) for s in found} == {MuonState, optax.ScaleByAdamState} and len(found) == 2:
         return Moments(first=_merge(found[0].mu, found[1].mu))
     if len(found) != 1:
@@ -61,7 +66,7 @@ def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
             f"the optimizer state holds {len(found)} moment estimates, exactly one is needed: use a base with one"
         )
     (inside,) = found
-    if isinstance(inside, optax.ScaleByAdamState | _Rms):
+    if hasattr(inside, "nu") and not isinstance(inside, SoapState):
         return _adam(inside, b2)
     if isinstance(inside, optax.FactoredState):
         return _factored(inside, params)
@@ -88,7 +93,7 @@ def _merge(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(lambda x, y: y if masked(x) else x, a, b, is_leaf=masked)
 
 
-def _adam(inside: optax.ScaleByAdamState | _Rms, b2: float) -> Moments:
+def _adam(inside: Any, b2: float) -> Moments:
     def corrected(second, count):
         # Before the first update both are zero; directions then use D = 1.
         return jax.tree.map(lambda v: v / jnp.where(count > 0, 1 - b2**count, 1.0).astype(v.dtype), second)
