@@ -53,9 +53,9 @@ def save(drawn, path, **options) -> None:
 def loss_curve(workdir: str | os.PathLike) -> Path | None:
     """Draws loss.png in the workdir and returns its path; None where no step has been recorded.
 
-    Above: training loss (faint, and its running mean), held-out losses, and each baseline of the run's record
-    (`baselines`: {name: nats per token}) as a line. Below, where the method perturbs: perturbed minus clean loss, the
-    sharpness that the method sees. Losses are nats per token.
+    Above: training loss (faint, and its running mean), held-out losses, those of averages of the weights too, and each
+    baseline of the run's record (`baselines`: {name: nats per token}) as a line. Below, where the method perturbs:
+    perturbed minus clean loss, the sharpness that the method sees. Losses are nats per token.
     """
     records = lines.read(workdir)
     train, runs = records.train, records.of("run")
@@ -70,7 +70,8 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
         drawn = figure(7, 5.2 if perturbed else 4)
         ratios = [3, 1] if perturbed else [1]
         axes = drawn.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
-        _losses(axes[0, 0], train, records.of("evaluate"), baselines)
+        averages = [{**r, "name": f"{r['name']} {r['weights']}"} for r in records.of("average")]
+        _losses(axes[0, 0], train, [*records.of("evaluate"), *averages], baselines)
         axes[0, 0].set_title(title, fontsize=10, loc="left")
         if perturbed:
             _sharpness(axes[1, 0], train.step[~np.isnan(gap)], gap[~np.isnan(gap)])
@@ -103,12 +104,13 @@ def _losses(axes, train, evaluations, baselines):
     axes.plot(steps[thin], losses[thin], color=BLUE, alpha=0.25, linewidth=0.7)
     axes.plot(steps[thin], smooth[thin], color=BLUE, label=f"training {smooth[-1]:.3f}")
     names = dict.fromkeys(record["name"] for record in evaluations)
-    for name, marker in zip(names, "osD^vP*X" * len(names), strict=False):
+    looks = zip(names, "osD^vP*X" * len(names), (VERMILION, GREEN, PINK, ORANGE, SKY, BLACK) * len(names), strict=False)
+    for name, marker, colour in looks:
         found = [r for r in evaluations if r["name"] == name]
         label = f"held-out {name} {found[-1]['loss']:.3f}"
         part = [(r["step"], r["loss"]) for r in found if r.get("tokens") == found[0].get("tokens")]
         whole = [(r["step"], r["loss"]) for r in found if r.get("tokens") != found[0].get("tokens")]
-        style = {"color": VERMILION, "marker": marker, "markersize": 4}
+        style = {"color": colour, "marker": marker, "markersize": 4}
         axes.plot(*zip(*part, strict=True), **style, linestyle="--", label=label if not whole else None)
         if whole:  # on more of the set than the others: no step of the same line
             style |= {"markersize": 7, "fillstyle": "none", "label": f"{label}, whole set"}
