@@ -1,0 +1,34 @@
+"""What costs two passes a step, at size 0.03m on seed 0: four rho each, and AdamW on twice the tokens beside them.
+
+    steppe sweep --config=optim/study/english/config.py:TEXT --sweep=optim/study/english/two_pass.py --out=runs/two_pass
+
+Rates are AdamW's best of one_pass.py; AdamW on twice the tokens has its own grid. sam is there with one epsilon for the
+batch, and with one for each quarter of it, as Watts et al. have one a device. Late functional_sam perturbs while the
+rate of a wsd schedule falls, beside AdamW with that schedule; both have the rates and lengths of decay of a grid.
+The seeds of what is best here are to be listed in a file beside, as in one_pass.py.
+"""
+
+RATE, RHO = 0.008, [0.01, 0.03, 0.003, 0.1]
+BASE = {"optim.base": "adamw", "seed": 0}
+
+
+def get_spec() -> list[dict]:
+    tuned = {**BASE, "optim.peak_learning_rate": RATE, "optim.schedule": "cosine"}
+    methods = ["functional_sam", "precond_functional_sam", "sam", "precond_sam"]
+    decay = {**BASE, "optim.schedule": "wsd", "optim.peak_learning_rate": RATE}
+    return [
+        {
+            "set": {**BASE, "optim.method": "adamw", "optim.schedule": "cosine", "train.tokens_per_parameter": 400.0},
+            "grid": {"optim.peak_learning_rate": [RATE, RATE / 2, 2 * RATE]},
+        },
+        {"set": tuned, "grid": {"optim.rho": RHO, "optim.method": methods}},
+        {
+            "set": {**tuned, "optim.method": "sam", "optim.ascent_over": "microbatch", "train.microbatches": 4},
+            "grid": {"optim.rho": RHO},
+        },
+        {"set": {**decay, "optim.method": "adamw"}, "grid": {"optim.cooldown": ["10%", "20%"]}},
+        {
+            "set": {**decay, "optim.method": "functional_sam", "optim.rho_schedule": "late"},
+            "grid": {"optim.cooldown": ["10%", "20%"], "optim.rho": RHO},
+        },
+    ]
