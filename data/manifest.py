@@ -20,6 +20,9 @@ VOCABULARY = "vocabulary.model"  # copy of the SentencePiece model
 VERIFY = ("auto", "full", "sizes")
 FULL_UP_TO = 8 << 30  # bytes that verify=auto reads on every opening
 
+# keys of config.data that a prepared directory knows
+DESCRIBED = ("task", "held_out", "held_out_fraction", "text_field", "seqio_module", "shards")
+
 
 def checksum(value: dict) -> str:
     """Hash of a JSON value, key "checksum" left out."""

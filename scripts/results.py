@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from steppe.configs.base import FREE, with_defaults
 from steppe.configs.keys import flatten
 from steppe.data import files
+from steppe.data.manifest import DESCRIBED
 from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
 from steppe.scripts.command import UsageError
@@ -110,6 +111,7 @@ def read(
                 left_out(f"{error}; the measurement is left out")
     if not found:
         raise ResultsError(f"{', '.join(directories)}: no run could be read")
+    found = _described(found)
     flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
     varying = varying_keys(flats)
 
@@ -118,6 +120,21 @@ def read(
         return result._replace(varied=varied, averages=tuple(map(told_apart, result.averages)))
 
     return [told_apart(result) for result in found]
+
+
+def _described(found: list[Result]) -> list[Result]:
+    """Runs that have not begun on a prepared directory, with what it was prepared from as those that have say it."""
+    keys = [f"data.{name}" for name in DESCRIBED]
+    known = {
+        result.config.get("data.directory"): {key: result.config[key] for key in keys if key in result.config}
+        for result in found
+        if result.steps
+    }
+    return [
+        result if result.steps else result._replace(config={**result.config, **known.get(place, {})})
+        for result in found
+        for place in [result.config.get("data.directory")]
+    ]
 
 
 def with_averages(found: Iterable[Result]) -> list[Result]:

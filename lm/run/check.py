@@ -16,9 +16,6 @@ from steppe.optim.base import base as base_optimizer
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import DurationError, duration_steps
 
-# keys of config.data that a prepared directory knows
-DESCRIBED = ("task", "held_out", "held_out_fraction", "text_field", "seqio_module", "shards")
-
 
 def check(config: ConfigDict, *, device_count: int, process_count: int = 1, backend: str | None = None) -> None:
     """Refuses a resolved config that cannot run on these devices and processes, naming one value.
@@ -122,14 +119,14 @@ def described(config: ConfigDict) -> dict[str, Any]:
     if not config.data.directory:
         return {}
     prepared = manifest.recipe(cache.ensure(config.data))
-    for name in DESCRIBED:
+    for name in manifest.DESCRIBED:
         value, known = config.data[name], prepared.get(name, "")
         known = tuple(known) if isinstance(known, list) else known
         prepared[name] = known
         if value not in (known, base.keys()[f"data.{name}"].default):
             accepted = f"{known!r}, from which config.data.directory was prepared, or left out"
             raise ConfigError(f"data.{name}", value, accepted)
-    return {name: prepared[name] for name in DESCRIBED}
+    return {name: prepared[name] for name in manifest.DESCRIBED}
 
 
 def _check_method(config: ConfigDict) -> None:

@@ -177,3 +177,16 @@ def test_a_run_given_twice_is_read_once(tmp_path):
     other, one = sorted((tmp_path / "runs").iterdir())
     found = results.read([str(one), str(tmp_path / "runs" / "*"), f"{one}/../{one.name}"])
     assert [result.directory.resolve() for result in found] == [one, other]
+
+
+def test_runs_of_a_prepared_directory_that_have_not_begun_differ_in_nothing_that_it_knows(tmp_path):
+    """Those that have write the text that it was prepared from into their config; the sweep's plan does not know it."""
+    begun, later = (report_runs.plan("adamw", seed=seed, data__directory="corpora") for seed in (0, 1))
+    report_runs.write_sweep(tmp_path, {begun[0]: (begun[1], 2.5), later[0]: (later[1], None)})
+    path = tmp_path / "runs" / begun[0] / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["task"] = "jsonl:x.jsonl"
+    path.write_text(json.dumps(config))
+    found = results.read(tmp_path)
+    assert [result.varied for result in found] == [{"seed": 0}, {"seed": 1}]
+    assert {result.config["data.task"] for result in found} == {"jsonl:x.jsonl"}
