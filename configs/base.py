@@ -39,6 +39,9 @@ _KEYS = {
     "init_from": Key(
         "", 'checkpoint, workdir or Hugging Face directory whose parameters a new run starts from; "": fresh ones', TEXT
     ),
+    "init_weights": Key(
+        "", 'which weights of that run: last, an average (ema, lawa), its base; "": those it is judged by', TEXT
+    ),
     "branch_from": Key(
         "", 'run whose state and place in the text a new run goes on from, as RUN or RUN@STEP; "": none', TEXT
     ),

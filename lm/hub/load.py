@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 from steppe.configs.keys import ConfigError
 from steppe.lm.hub import families
 from steppe.lm.hub.families import LAST_NORM, Family
-from steppe.lm.keep import checkpoint, mirror
+from steppe.lm.keep import checkpoint, mirror, saved
 from steppe.lm.keep.exits import Unusable
+from steppe.lm.keep.workdir import config_of
 from steppe.lm.model import parameters
 from steppe.lm.model.transformer import widening_of
 from steppe.lm.run.assembly import Parts
+from steppe.lm.run.weights import LAST
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -24,22 +26,45 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 def initial_params(config: ConfigDict, parts: Parts, log: Callable[[str], None] = print) -> Any:
     """The parameters that config.init_from names, placed as `parts` says.
 
-    Unusable or ConfigError, each one line, where they do not fit the config.
+    Of a run they are those it is judged by, or that config.init_weights names. Unusable, WorkdirError or ConfigError,
+    each one line, where they do not fit the config.
     """
     abstract_params, source = parts.abstract.params, mirror.here(config.init_from, checkpoints=True)
     if not is_hub(source):
-        return checkpoint.load_params(source, abstract_params, log)
+        return _of_run(source, config.init_weights, abstract_params, log)
+    if config.init_weights:
+        accepted = '"" with a Hugging Face directory as init_from, which has one set of weights'
+        raise ConfigError("init_weights", config.init_weights, accepted)
     found, family = read_config(source)
     _same(config, families.ours(family, found, source), config.init_from)
     with _Tensors(source) as tensors:
         arrays = dict(_arrays(family, tensors, config, _shapes(abstract_params), parts.options.vocabulary))
     log(f"parameters  of {config.init_from} ({family.architecture})")
+    return _placed(arrays, abstract_params)
 
+
+def _placed(arrays: dict[str, np.ndarray], abstract_params: Any) -> Any:
     def place(path, leaf):
         array = arrays.pop(parameters.name_of(path))
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
     return jax.tree_util.tree_map_with_path(place, abstract_params)
+
+
+def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str], None]) -> Any:
+    """The parameters of a run's checkpoint; of a bare directory of checkpoints, which says no more, the last ones."""
+    if not (Path(source).expanduser() / "config.json").exists():
+        if weights not in ("", LAST):
+            raise ConfigError("init_weights", weights, f'"" or {LAST} unless init_from is the workdir of a run')
+        return checkpoint.load_params(source, abstract_params, log)
+    name, _ = saved.choose(source, config_of(source), weights or None)
+    if name == LAST:
+        return checkpoint.load_params(source, abstract_params, log)
+    run, shapes = saved.unread(source, log=log, weights=name), _shapes(abstract_params)
+    if run.shapes != shapes:
+        differ = sorted(path for path in {*run.shapes, *shapes} if run.shapes.get(path) != shapes.get(path))
+        raise Unusable(f"{source} does not fit this config: {', '.join(differ[:3])}")
+    return _placed(run.read(list(shapes)), abstract_params)
 
 
 def is_hub(path: str) -> bool:

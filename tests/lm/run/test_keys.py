@@ -1,4 +1,4 @@
-"""Every key of config.optim and config.train reaches what runs: the lowered step, its operands, or the watch."""
+"""Every key of config.optim and config.train, and some others, reaches the lowered step, its operands, or the watch."""
 
 import functools
 
@@ -27,6 +27,14 @@ STEP = {
     "optim.ascent_fraction": (0.5, {**SAM, "optim.ascent_over": "subset"}),
     "optim.perturb": (("layers/",), SAM),
     "optim.layerwise_rho": ("norm", SAM),
+    "optim.rho_factors": (("layers/=0.5",), SAM),
+    "optim.rho_budget": (0.1, SAM),
+    "optim.rate_factors": (("layers/=0.5",), {}),
+    "average.weights": (("ema",), {}),
+    "average.horizon": ("50%", {"average.weights": ("ema",)}),
+    "average.snapshots": (2, {"average.weights": ("lawa",)}),
+    "model.parametrisation": ("mup", {"model.base_width": 8}),
+    "model.base_width": (4, {"model.parametrisation": "mup"}),
     "optim.precond_power": (0.25, PRECOND),
     "optim.precond_eps": (1e-3, PRECOND),
     "optim.precond_norm": ("ellipsoid", PRECOND),
@@ -119,7 +127,9 @@ def judged(changes: dict) -> list:
     return said
 
 
-@pytest.mark.parametrize("key", [key for key in list(base.keys()) if key.startswith(("optim.", "train."))])
+@pytest.mark.parametrize(
+    "key", dict.fromkeys((*STEP, *(key for key in list(base.keys()) if key.startswith(("optim.", "train.")))))
+)
 def test_each_key_changes_what_runs(key):
     if key in WATCH:
         assert judged({key: WATCH[key]}) != judged({})

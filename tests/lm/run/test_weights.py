@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from helpers import lm_runs
+from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint, saved
+from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.run import train
 from steppe.scripts import results
 from steppe.scripts.measure import retention
@@ -122,6 +124,22 @@ def test_a_branch_may_begin_averages(corpus, whole, tmp_path):
     for a, b in zip(jax.tree.leaves(state(tmp_path / "kept")), jax.tree.leaves(state(whole)), strict=True):
         assert np.array_equal(a, b)
     assert state(tmp_path / "new")["averages"].keys() == {"ema", "lawa"}
+
+
+def test_a_new_run_starts_from_the_weights_that_are_named(corpus, whole, tmp_path):
+    losses = {record["weights"]: record["loss"] for record in lm_runs.records(whole, "average")}
+    losses[""] = losses["last"] = lm_runs.records(whole, "evaluate")[-1]["loss"]
+    for name in ("ema", "lawa", "last", ""):
+        place = tmp_path / f"from {name}"
+        config = lm_runs.config(*corpus, **METHOD, init_from=str(whole), init_weights=name, evaluate__batches=0)
+        assert train.run(config, str(place), until=1) == train.FINISHED
+        assert lm_runs.records(place, "evaluate")[0]["loss"] == pytest.approx(losses[name], rel=1e-6)
+    other = lm_runs.config(*corpus, **METHOD, init_from=str(whole), init_weights="best")
+    with pytest.raises(WorkdirError, match="must be one of those it has, which are last, ema, lawa"):
+        train.run(other, str(tmp_path / "other"))
+    bare = lm_runs.config(*corpus, **METHOD, init_from=str(whole / "checkpoints"), init_weights="ema")
+    with pytest.raises(ConfigError, match="init_weights = 'ema'"):
+        train.run(bare, str(tmp_path / "other"))
 
 
 def test_a_checkpoint_of_before_there_were_averages_opens(tmp_path):
