@@ -185,7 +185,10 @@ def test_a_mistyped_module_gets_the_line_of_a_mistyped_command(words):
         (["--config=elsewhere/quickstart.py"], ["elsewhere/quickstart.py", "did you mean --config=quickstart?"]),
         (
             ["--config=configs/nope.py"],
-            ["--config = configs/nope.py", "must be one of base, paper, quickstart, study, watts, a module or a file"],
+            [
+                "--config = configs/nope.py",
+                "must be one of base, english, paper, quickstart, study, watts, a module or a file",
+            ],
         ),
         (["--config=configs"], ["--config = configs", "a module or a file"]),
         (["--config=base:24m"], ["base:24m", "takes no argument"]),
