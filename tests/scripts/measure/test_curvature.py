@@ -41,8 +41,14 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(run):
-    return json.loads((run / "curvature" / "4.json").read_text())
+def measured(run):
+    """{step: what was found}, as the first test sees it: others measure again."""
+    return {step: json.loads((run / "curvature" / f"{step}.json").read_text()) for step in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def found(measured):
+    return measured[4]
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +206,9 @@ def test_the_critical_step_is_where_the_loss_is_again_what_it_was(run, found):
     assert summary["critical_sharpness"] == pytest.approx(2 / summary["critical_learning_rate"], rel=1e-5)
 
 
-def test_curvature_on_the_way_to_another_run(run):
+def test_curvature_on_the_way_to_another_run(run, measured):
     """To itself two steps later: what the loss does between the two checkpoints, measured from the first."""
-    first, last = (json.loads((run / "curvature" / f"{step}.json").read_text())["summary"] for step in (2, 4))
+    first, last = (measured[step]["summary"] for step in (2, 4))
     assert first["towards_rise"] == pytest.approx(last["loss"] - first["loss"], abs=1e-5)
     ends = [saved.load(str(run), step, log=lambda line: None).params for step in (2, 4)]
     assert first["towards_norm"] == pytest.approx(float(norm(jax.tree.map(jnp.subtract, *ends))), rel=1e-5)
