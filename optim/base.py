@@ -66,7 +66,7 @@ def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
             f"the optimizer state holds {len(found)} moment estimates, exactly one is needed: use a base with one"
         )
     (inside,) = found
-    if hasattr(inside, "nu") and not isinstance(inside, SoapState):
+    if hasattr(inside, "nu") and not isinstance(inside, SoapState):  # whose second moment is in bases of its own
         return _adam(inside, b2)
     if isinstance(inside, optax.FactoredState):
         return _factored(inside, params)

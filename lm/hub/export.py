@@ -16,8 +16,8 @@ from steppe.data import files
 from steppe.lm.hub import families, tokenizers
 from steppe.lm.hub.families import Family
 from steppe.lm.keep.saved import Unread
+from steppe.lm.keep.weights import LAST, weights_of
 from steppe.lm.model.transformer import widening_of
-from steppe.lm.run.weights import LAST, weights_of
 from steppe.lm.track import lines as lines_of
 from steppe.optim.methods import OPTIONS
 

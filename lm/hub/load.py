@@ -14,11 +14,11 @@ from steppe.lm.hub import families
 from steppe.lm.hub.families import LAST_NORM, Family
 from steppe.lm.keep import checkpoint, mirror, saved
 from steppe.lm.keep.exits import Unusable
+from steppe.lm.keep.weights import LAST
 from steppe.lm.keep.workdir import config_of
 from steppe.lm.model import parameters
 from steppe.lm.model.transformer import widening_of
 from steppe.lm.run.assembly import Parts
-from steppe.lm.run.weights import LAST
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

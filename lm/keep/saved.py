@@ -13,9 +13,9 @@ from steppe.data.loader import Corpus
 from steppe.lm.keep import mirror, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
 from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.keep.weights import LAST, Weights, of_state, weights_of
 from steppe.lm.keep.workdir import config_of, kept_corpus
 from steppe.lm.run.assembly import Parts, assemble
-from steppe.lm.run.weights import LAST, Weights, of_state, weights_of
 from steppe.lm.track.lines import AVERAGES
 from steppe.optim.methods import OPTIONS
 
@@ -26,7 +26,7 @@ class Saved(NamedTuple):
     """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
 
     optimizer: the state of the base optimizer, where it was asked for. weights: whose the parameters are, a name that
-    lm.run.weights knows.
+    lm.keep.weights knows.
     """
 
     config: ConfigDict
@@ -41,7 +41,7 @@ class Unread(NamedTuple):
     """A checkpoint of a run, whose parameters are read as they are asked for.
 
     directory: the run's. shapes: {path: shape} of every parameter. read(paths): {path: array, in this host's memory}.
-    weights: whose they are, a name that lm.run.weights knows.
+    weights: whose they are, a name that lm.keep.weights knows.
     """
 
     directory: str

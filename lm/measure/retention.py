@@ -15,11 +15,11 @@ import optax
 from jax.sharding import Mesh
 
 from steppe.data import loader
+from steppe.lm.measure.evaluate import make_evaluation_step
 from steppe.lm.measure.in_training import twice_differentiable
 from steppe.lm.model import parameters
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run.assembly import Parts
-from steppe.lm.run.evaluate import make_evaluation_step
 from steppe.lm.run.state import Optimizer, State, start
 from steppe.lm.run.step import make_step
 from steppe.optim.curvature.along import along

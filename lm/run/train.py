@@ -15,20 +15,20 @@ from steppe.data import baselines, files, loader
 from steppe.lm import plot
 from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
-from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED, StorageError
+from steppe.lm.keep.exits import ANOMALY, FINISHED, REFUSALS, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
+from steppe.lm.keep.weights import of_state, weights_of
 from steppe.lm.measure import choices
+from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.measure.in_training import make_measurement
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.run import anomaly, chips, generate
 from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, program_key, report_parts
 from steppe.lm.run.check import described
-from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.memo import Memo
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import lower_step, with_scalars
-from steppe.lm.run.weights import of_state, weights_of
 from steppe.lm.track.goodput import Goodput
 from steppe.lm.track.profile import Profile
 from steppe.lm.track.tracker import Tracker
@@ -262,20 +262,30 @@ class Run:
     def compile(self) -> None:
         """Compiles what the run repeats, unless a run before it in this process did, and opens its batches."""
         began, parts, size = time.monotonic(), self.parts, self.config.train.batch_size
+        self.origin = self.began_from()
+        key = (*program_key(self.config, self.corpus.fingerprint, self.leg), self.origin is None)
         with self.goodput.spending("compile"):
-            compiled = self.memo.once(
-                "compiled", program_key(self.config, self.corpus.fingerprint, self.leg), self.compiled
-            )
+            compiled = self.memo.once("compiled", key, self.compiled)
         self.step, self.scores = with_scalars(compiled.step, parts), compiled.scores
         self.evaluation_step, self.measurement = compiled.evaluation, compiled.measurement
         if self.measurement:
-            self.origin = initial_params(self.config, parts, lambda line: None) if self.config.init_from else None
             rows, first = local_rows(parts.mesh, size), next(iter(self.corpus.held_out))
             batch = loader.held_out_rows(self.corpus, first, 0, size, rows)
             batch.pop("bytes")
             self.held_out_batch = lambda: place_batch(parts.mesh, size, rows, batch)
         self.read = batch_reader(self.config, self.corpus, parts, self.watch.batch_index, self.leg)
         self.log(f"compiled    in {time.monotonic() - began:.1f} s")
+
+    def began_from(self) -> Any:
+        """The given parameters that the run began from, to measure how the loss bends on the way from there; None where
+        it began from none, or they are gone by now, which is said: the run itself needs them no more."""
+        if not (self.config.curvature.every and self.config.init_from):
+            return None
+        try:
+            return initial_params(self.config, self.parts, lambda line: None)
+        except (*REFUSALS, OSError) as error:
+            self.tracker.note(f"curvature   without the displacement from where the run began: {error}")
+            return None
 
     def compiled(self) -> Compiled:
         """The programs that the run repeats."""
@@ -284,7 +294,7 @@ class Run:
         if curvature.every:
             microbatches = self.config.train.microbatches
             measurement = make_measurement(parts, curvature.groups, microbatches)
-            params, origin = parts.abstract.params, parts.abstract.params if self.config.init_from else None
+            params, origin = parts.abstract.params, None if self.origin is None else parts.abstract.params
             measurement = measurement.lower(params, parts.abstract, origin, like, parts.scalars).compile()
         return Compiled(
             lower_step(parts, like).compile(),
@@ -425,7 +435,7 @@ class Run:
             self.tracker.choices(self.done, name, choices.measure(self.scores, params, items, rows, mesh, sequences))
 
     def params(self, kind: str) -> Any:
-        """The parameters of this name now, of those that lm.run.weights knows."""
+        """The parameters of this name now, of those that lm.keep.weights knows."""
         return of_state(self.weights[kind], self.state._asdict(), self.state.params)
 
     def end_profile(self) -> None:

@@ -141,10 +141,10 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     from steppe.data import loader
     from steppe.lm.keep import saved
     from steppe.lm.keep.exits import Unusable, WorkdirError
+    from steppe.lm.keep.weights import LAST
     from steppe.lm.measure import sharpness
     from steppe.lm.measure.in_training import named_groups
     from steppe.lm.model.mesh import local_rows, place_batch
-    from steppe.lm.run.weights import LAST
     from steppe.optim.ascent import preconditioner
     from steppe.optim.base import BASES
     from steppe.scripts.measure import curvature_plots

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from steppe.data.cache import held_out_of
     from steppe.lm.keep import saved
     from steppe.lm.measure import choices
-    from steppe.lm.run.evaluate import evaluate, make_evaluation_step
+    from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 
     questions = choices.read(options.choices or ())
     run = saved.load(options.workdir, options.step, weights=options.weights)

@@ -10,6 +10,7 @@ index.html, which needs nothing beside it, and each figure as PNG with the numbe
 """
 
 import collections
+import importlib
 import math
 import sys
 from collections.abc import Sequence
@@ -19,23 +20,14 @@ from steppe.data import files
 from steppe.scripts import command
 
 PAGE = "index.html"
+KINDS = ("compare", "rivals", "transfer")  # a function of that name in a module of that name
 
 
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Writes a report, or compares two runs; returns the exit status, 2 for bad input."""
-    if argv and argv[0] == "compare":
-        from steppe.scripts.report import compare as report_compare
-
-        return report_compare.compare(argv[1:])
-    if argv and argv[0] == "transfer":
-        from steppe.scripts.report import transfer as report_transfer
-
-        return report_transfer.transfer(argv[1:])
-    if argv and argv[0] == "rivals":
-        from steppe.scripts.report import rivals as report_rivals
-
-        return report_rivals.rivals(argv[1:])
+    if argv and argv[0] in KINDS:
+        return getattr(importlib.import_module(f"steppe.scripts.report.{argv[0]}"), argv[0])(argv[1:])
     parser = command.parser("report", __doc__, config=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
     parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")

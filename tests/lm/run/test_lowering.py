@@ -8,12 +8,12 @@ import pytest
 
 from helpers import lm_runs
 from steppe.lm.measure import in_training, retention, sharpness
+from steppe.lm.measure.evaluate import make_evaluation_step
 from steppe.lm.model.attention import differentiable
 from steppe.lm.model.mesh import Placement, batch_sharding
 from steppe.lm.model.objective import objective
 from steppe.lm.run import state as states
 from steppe.lm.run.assembly import Parts, assemble
-from steppe.lm.run.evaluate import make_evaluation_step
 from steppe.lm.run.generate import make_decoder
 from steppe.lm.run.step import lower_step
 from steppe.optim import methods

@@ -14,8 +14,8 @@ from helpers import lm_runs
 from steppe.data import cache, loader
 from steppe.lm.keep import saved, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
+from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.assembly import assemble
-from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.state import create
 from steppe.lm.track.tracker import Tracker
 from steppe.scripts.measure import retention, retention_figures

@@ -12,8 +12,8 @@ import pytest
 
 from helpers import lm_runs
 from steppe.data import baselines, cache, loader
+from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.assembly import assemble
-from steppe.lm.run.evaluate import evaluate, make_evaluation_step
 from steppe.lm.run.generate import generate, make_decoder
 from steppe.lm.run.state import create
 
