@@ -40,7 +40,10 @@ _KEYS = {
         "", 'checkpoint, workdir or Hugging Face directory whose parameters a new run starts from; "": fresh ones', TEXT
     ),
     "init_weights": Key(
-        "", 'which weights of that run: last, an average (ema, lawa), its base; "": those it is judged by', TEXT
+        "",
+        'which weights of init_from: last, an average (ema, lawa), its base; "": those the run is judged by, of a bare '
+        "checkpoint the last",
+        TEXT,
     ),
     "branch_from": Key(
         "", 'run whose state and place in the text a new run goes on from, as RUN or RUN@STEP; "": none', TEXT

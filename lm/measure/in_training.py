@@ -18,7 +18,7 @@ from steppe.optim import Objective
 from steppe.optim.base import at_step
 from steppe.optim.curvature.along import along, critical, critical_step
 from steppe.optim.curvature.products import split_directions
-from steppe.optim.rule import accumulate, microbatched, norm, plain_gradient, ratio
+from steppe.optim.rule import Tree, accumulate, microbatched, norm, plain_gradient, ratio
 
 LAYERS = parameters.STACKED  # of these each layer is one, "layers/mlp/up/kernel/0", so that a group can name layers
 
@@ -32,7 +32,8 @@ def twice_differentiable(parts: Parts) -> Objective:
 
 
 def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1) -> Callable:
-    """measure(params, state, origin, batch, scalars) -> what a run records of its curvature at params.
+    """measure(params, state, origin, batch, scalars) -> what a run records of its curvature at params, or where these
+    are None at the state's own.
 
     {group: {logit_norm, functional_norm, logit_share, functional_share, cosine}}: delta_logit = GGN u and delta_func =
     NME u for u = g / |g|, the unit ascent direction of SAM on this batch; groups are "name=regex", "all" is always
@@ -44,23 +45,26 @@ def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1)
     named, objective = named_groups(groups), twice_differentiable(parts)
 
     def measure(params, state, origin, batch, scalars):
-        _, gradient = plain_gradient(objective, params, batch, microbatches)
+        _, gradient = last = plain_gradient(objective, state.params, batch, microbatches)
+        update, rate = next_step(parts.optimizer_at(**scalars), gradient, state)
+        found = critical(rate, critical_step(objective, state.params, batch, update, microbatches))
+        at = state.params if params is None else params
+        _, gradient = last if params is None else plain_gradient(objective, at, batch, microbatches)
         direction = optax.tree.scale(ratio(1.0, norm(gradient), 0.0), gradient)
-        found = split_directions(objective, params, batch, direction, named, stacked=LAYERS, microbatches=microbatches)
-        found |= _critical(objective, parts.optimizer_at(**scalars), state, batch, microbatches)
+        found |= split_directions(objective, at, batch, direction, named, stacked=LAYERS, microbatches=microbatches)
         if origin is not None:
-            way = jax.tree.map(jnp.subtract, params, origin)
+            way = jax.tree.map(jnp.subtract, at, origin)
             found["displacement"] = along(objective, origin, batch, way, microbatches)
         return found
 
     return jax.jit(measure)
 
 
-def _critical(objective: Objective, optimizer: Optimizer, state: State, batch: dict, microbatches: int = 1) -> dict:
-    _, gradient = plain_gradient(objective, state.params, batch, microbatches)
-    update, _ = optimizer.base.transform.update(gradient, at_step(state.optimizer, state.step), state.params)
-    found = critical_step(objective, state.params, batch, update, microbatches)
-    return critical(optimizer.learning_rate(state.step), found)
+def next_step(optimizer: Optimizer, gradient: Tree, state: State) -> tuple[Tree, jax.Array]:
+    """(update, learning rate): what the base optimizer would do with a gradient now."""
+    counted = at_step(state.optimizer, state.step)
+    update, _ = optimizer.base.transform.update(gradient, counted, state.params)
+    return update, optimizer.learning_rate(state.step)
 
 
 def named_groups(groups: Sequence[str]) -> dict[str, str]:

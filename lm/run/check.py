@@ -27,6 +27,7 @@ def check(config: ConfigDict, *, device_count: int, process_count: int = 1, back
     for name, key in base.keys().items():
         key.check(name, _value(config, name))
     _need(not (config.init_from and config.branch_from), config, "init_from", '"" with branch_from, which brings all')
+    _need(bool(config.init_from) or not config.init_weights, config, "init_weights", '"" without init_from')
     _check_model(config, backend)
     _check_method(config)
     _check_durations(config)

@@ -17,7 +17,7 @@ from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, REFUSALS, STOPPED, StorageError
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of
-from steppe.lm.keep.weights import of_state, weights_of
+from steppe.lm.keep.weights import LAST, of_state, weights_of
 from steppe.lm.measure import choices
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.measure.in_training import make_measurement
@@ -294,7 +294,8 @@ class Run:
         if curvature.every:
             microbatches = self.config.train.microbatches
             measurement = make_measurement(parts, curvature.groups, microbatches)
-            params, origin = parts.abstract.params, None if self.origin is None else parts.abstract.params
+            params = None if self.judged == LAST else parts.abstract.params
+            origin = None if self.origin is None else parts.abstract.params
             measurement = measurement.lower(params, parts.abstract, origin, like, parts.scalars).compile()
         return Compiled(
             lower_step(parts, like).compile(),
@@ -448,8 +449,8 @@ class Run:
         jax.block_until_ready(self.state)  # steps still under way are not the measurement's
         since = time.monotonic()
         with self.goodput.spending("curvature"):
-            given = self.state, self.origin, self.held_out_batch(), self.parts.scalars
-            measured = self.measurement(self.params(self.judged), *given)
+            params = None if self.judged == LAST else self.params(self.judged)
+            measured = self.measurement(params, self.state, self.origin, self.held_out_batch(), self.parts.scalars)
             found = jax.tree.map(float, jax.device_get(measured))
         self.measured.append(time.monotonic() - since)
         self.tracker.measurement("curvature", self.done, {**found, "seconds": self.measured[-1]})

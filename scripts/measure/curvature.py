@@ -206,19 +206,17 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
 
 def _next_step(run, step: int):
     """gradient -> (update, learning rate): what the run's base would do with it after so many steps."""
+    from functools import partial
+
     import jax
     import jax.numpy as jnp
 
-    from steppe.optim.base import at_step
+    from steppe.lm.measure.in_training import next_step
+    from steppe.lm.run.state import State
 
-    optimizer, now = run.parts.optimizer, jnp.int32(step)
-
-    @jax.jit
-    def taken(gradient, state, params):
-        update, _ = optimizer.base.transform.update(gradient, at_step(state, now), params)
-        return update, optimizer.learning_rate(now)
-
-    return lambda gradient: jax.block_until_ready(taken(gradient, run.optimizer, run.params))
+    state = State(jnp.int32(step), run.params, run.optimizer, rule=(), averages={})
+    taken = jax.jit(partial(next_step, run.parts.optimizer))
+    return lambda gradient: jax.block_until_ready(taken(gradient, state))
 
 
 def _other(directory: str, run):

@@ -350,10 +350,7 @@ def forgetting(params, increase, tools, parts, config, second, settings: dict, b
     paths = []
     for rate in settings["fine_tune_rates"]:
         path, end = retention.fine_tune(tools, params, read, rate, points, both)
-        way = {
-            name: float(value)
-            for name, value in tools.along(params, {k: v for k, v in batch.items() if k != "bytes"}, end).items()
-        }
+        way = {name: float(value) for name, value in tools.along(params, batch, end).items()}
         paths.append({"rate": rate, "points": path, "along": way})
         log(f"fine-tuning   rate {rate:g}: gained {path[-1]['gained']:+.4f}, lost {path[-1]['lost']:+.4f}")
     on = {"task": settings["fine_tune"], "name": name, "corpus": second.fingerprint, "tokens": tokens}

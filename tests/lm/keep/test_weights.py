@@ -12,6 +12,7 @@ from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.run import train
+from steppe.lm.run.check import check
 from steppe.scripts import results
 from steppe.scripts.measure import retention
 from steppe.scripts.model import evaluate
@@ -137,6 +138,8 @@ def test_a_new_run_starts_from_the_weights_that_are_named(corpus, whole, tmp_pat
     other = lm_runs.config(*corpus, **METHOD, init_from=str(whole), init_weights="best")
     with pytest.raises(WorkdirError, match="must be one of those it has, which are last, ema, lawa"):
         train.run(other, str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="init_weights = 'ema': must be \"\" without init_from"):
+        check(lm_runs.config(*corpus, **METHOD, init_weights="ema"), device_count=8)
     bare = lm_runs.config(*corpus, **METHOD, init_from=str(whole / "checkpoints"), init_weights="ema")
     with pytest.raises(ConfigError, match="init_weights = 'ema'"):
         train.run(bare, str(tmp_path / "other"))
