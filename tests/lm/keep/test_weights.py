@@ -18,7 +18,7 @@ from steppe.scripts.measure import retention
 from steppe.scripts.model import evaluate
 
 KEPT = {"average__weights": ("ema", "lawa"), "average__horizon": "6 steps", "average__snapshots": 3}
-METHOD = {"optim__method": "functional_sam", "optim__rho": 0.05, "checkpoint__keep": 20}
+METHOD = {"optim__method": "msam", "optim__rho": 0.05, "checkpoint__keep": 20}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,14 @@ def whole(corpus, tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory):
+    """The same run without averages."""
+    place = tmp_path_factory.mktemp("plain")
+    assert train.run(lm_runs.config(*corpus, **METHOD), str(place)) == train.FINISHED
+    return place
+
+
 def state(workdir, step=20):
     return checkpoint.ocp.StandardCheckpointer().restore(f"{workdir}/checkpoints/{step}/state")
 
@@ -47,9 +55,8 @@ def test_lawa_is_the_mean_of_the_parameters_that_were_saved(whole):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # the order of a sum in float32
 
 
-def test_a_run_with_averages_trains_as_one_without(corpus, whole, tmp_path):
-    assert train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path)) == train.FINISHED
-    assert lm_runs.losses(tmp_path) == lm_runs.losses(whole)
+def test_a_run_with_averages_trains_as_one_without(plain, whole):
+    assert lm_runs.losses(plain) == lm_runs.losses(whole)
 
 
 def test_averages_resume_bit_for_bit(corpus, whole, tmp_path):
@@ -116,9 +123,7 @@ def test_schedule_free_is_judged_by_its_average(corpus, tmp_path, capsys):
         assert float(capsys.readouterr().out.splitlines()[-1].split()[1]) == pytest.approx(record["loss"], abs=1e-4)
 
 
-def test_a_branch_may_begin_averages(corpus, whole, tmp_path):
-    plain = tmp_path / "plain"
-    assert train.run(lm_runs.config(*corpus, **METHOD), str(plain)) == train.FINISHED
+def test_a_branch_may_begin_averages(corpus, plain, whole, tmp_path):
     for name, parent in (("new", plain), ("kept", whole)):
         config = lm_runs.config(*corpus, **METHOD, **KEPT, branch_from=f"{parent}@10")
         assert train.run(config, str(tmp_path / name)) == train.FINISHED
