@@ -69,7 +69,7 @@ def main(argv: Sequence[str], memo=None) -> int:
         )
     if options.coordinator and (problem := _unreachable(options.coordinator)):
         return command.fail(f"--coordinator={options.coordinator}: must be HOST:PORT of process 0; {problem}")
-    command.keep_programs()
+    command.ready_to_compute()
     import jax
 
     if options.coordinator or options.distributed:

@@ -12,6 +12,7 @@ from steppe.scripts.cli import KINDS
 
 def main(argv: Sequence[str]) -> int:
     """Hands the rest of the line to steppe.scripts.bench.KIND; returns its exit status."""
+    command.keep_memory()
     return command.dispatch(argv, "steppe bench", "steppe.scripts.bench", KINDS["bench"])
 
 

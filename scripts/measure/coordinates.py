@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=command.integer(1), default=4, metavar="N", help="of training (default 4)")
     config, options = command.parse(argv, parser)
 
-    command.keep_programs()
+    command.ready_to_compute()
     import jax
 
     from steppe.lm.run.check import check

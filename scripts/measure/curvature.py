@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if options.step not in ("last", "all") and not options.step.isdecimal():
         return command.fail(f"--step={options.step}: must be a number of steps, or all")
 
-    command.keep_programs()
+    command.ready_to_compute()
     from steppe.lm.keep import mirror
     from steppe.lm.keep.exits import Unusable
     from steppe.lm.track.lines import AVERAGES

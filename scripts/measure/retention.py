@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, writes WORKDIR/retention.json, prints a table; returns the exit status, 2 for bad input."""
     options = command.options_of(argv, _parser())
 
-    command.keep_programs()
+    command.ready_to_compute()
     from steppe.lm.keep import mirror
     from steppe.scripts.measure import retention_figures
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     )
     options = command.options_of(argv, parser)
 
-    command.keep_programs()
+    command.ready_to_compute()
     import jax
 
     from steppe.data import baselines

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
     prompts = [options.prompt] if options.prompts is None else _prompts(options.prompts)
 
-    command.keep_programs()
+    command.ready_to_compute()
     from steppe.data import files
     from steppe.lm.keep import saved
     from steppe.lm.run import generate

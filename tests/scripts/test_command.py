@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -264,3 +265,27 @@ def test_parsing_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these settings")
+def test_a_process_that_computes_keeps_the_memory_of_a_step_for_the_next():
+    """Pages that three executions with 64 MiB of temporaries fault in, once malloc has grown to what they take."""
+    script = (
+        "import resource, sys\n"
+        "from steppe.scripts import command\n"
+        "command.keep_memory()\n"
+        "import jax, jax.numpy as jnp\n"
+        "f = jax.jit(lambda x: (jnp.sin(x) @ jnp.ones((x.shape[1], 8))).sum())\n"
+        "x = jnp.ones((1024, 16384))\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(16): f(x).block_until_ready()\n"
+        "before = faults()\n"
+        "for _ in range(3): f(x).block_until_ready()\n"
+        "print(faults() - before)\n"
+    )
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    for environment, few in (({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)):  # whoever sets malloc is left alone
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**plain, **environment}
+        )
+        assert (int(done.stdout) < 16384) == few, done.stdout  # one execution's pages
