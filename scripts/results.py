@@ -3,14 +3,16 @@
     for result in results.read("sweeps/rho"): print(result.name, result.status, result.loss)
 
 A sweep's directory holds `sweep.json` (what its runs are: steppe sweep writes it), `runs/NAME/`, each the ordinary
-workdir of steppe train, and in each `outcome.json` once the run has ended for good.
+workdir of steppe train, and in each `outcome.json` once the run has ended for good. `steppe report pack` makes one file
+of runs, which reads like the directory.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from steppe.configs.base import FREE, with_defaults
@@ -21,7 +23,8 @@ from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
 from steppe.scripts.command import UsageError
 
-SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
+SWEEP, RUNS, OUTCOME, RETENTION = "sweep.json", "runs", "outcome.json", "retention.json"
+PACK = ".jsonl"  # how the name of a file of packed runs ends
 STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
 RISEN = 1.05  # a loss this many times its lowest has risen
 # Keys that model.size sets: they vary with it and are not named beside it.
@@ -57,6 +60,9 @@ class Result(NamedTuple):
     goodput: the share of the wall-clock of all its starts that went into steps.
     averages: a Result for each average of the weights that the run keeps, as if it were a run of its own, `weights`
     its name; its directory is where what is measured of that average stands.
+    curvature: the numbers of each checkpoint that steppe curvature measured, with its "step", in their order.
+    retention: those of steppe retention; fine_tune: {"loss": of the second text before, "paths": [{"rate", "points":
+    [{"step", "gained", "lost"}]}]}, nats a token.
     """
 
     name: str
@@ -81,6 +87,9 @@ class Result(NamedTuple):
     goodput: float = math.nan
     weights: str = ""
     averages: tuple["Result", ...] = ()
+    curvature: tuple[dict[str, Any], ...] = ()
+    retention: Mapping[str, Any] = MappingProxyType({})
+    fine_tune: Mapping[str, Any] = MappingProxyType({})
 
 
 def read(
@@ -91,8 +100,10 @@ def read(
     ResultsError where there are none, and for one that holds what no run writes: unless left_out is given, which then
     hears of it, and of every measurement that cannot be read.
     """
-    found = []
-    directories, places = _found(runs)
+    given = [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
+    packs = [each for each in given if is_pack(each)]
+    found = [result for pack in packs for result in unpack(Path(pack))]
+    directories, places = _found([each for each in given if each not in packs]) if given != packs else (packs, [])
     once: dict[str, tuple] = {}
     for place in [place for _, listed in places for place in listed]:
         once.setdefault(os.path.realpath(place[1]), place)
@@ -104,7 +115,7 @@ def read(
                 raise
             left_out(f"{error}; the run is left out")
     for result in found if left_out else ():
-        for path in (*sorted((result.directory / "curvature").glob("*.json")), result.directory / "retention.json"):
+        for path in (*measured(result.directory), result.directory / RETENTION):
             try:
                 read_json(path)
             except ResultsError as error:
@@ -180,13 +191,27 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def summary(path: Path) -> dict[str, Any]:
-    """The numbers of a file that curvature or retention wrote, and its step; {} of one that cannot be read."""
-    try:
-        found = read_json(path)
-        return {"step": int(found.get("step", 0)), **found.get("summary", {})} if found else {}
-    except (ResultsError, TypeError, ValueError):
-        return {}
+def measured(directory: Path) -> list[Path]:
+    """The files that steppe curvature wrote of the checkpoints of a run, in their order."""
+    steps = [path for path in (directory / "curvature").glob("*.json") if path.stem.isdigit()]
+    return sorted(steps, key=lambda path: int(path.stem))
+
+
+def _measured(directory: Path) -> dict[str, Any]:
+    """What curvature and retention measured of a run, or an average, as fields of its Result; of damaged files none."""
+
+    def numbers(path: Path) -> tuple[dict, dict]:
+        try:
+            found = read_json(path)
+            return found, {"step": int(found.get("step", 0)), **found.get("summary", {})} if found else {}
+        except (ResultsError, TypeError, ValueError):
+            return {}, {}
+
+    curvature = [numbers(path)[1] for path in measured(directory)]
+    record, retention = numbers(directory / RETENTION)
+    details = record.get("details", {})
+    tuned = details.get("fine_tune", {}) if isinstance(details, dict) else {}
+    return {"curvature": tuple(filter(None, curvature)), "retention": retention, "fine_tune": tuned}
 
 
 def read_sweep(directory: Path) -> dict:
@@ -294,6 +319,7 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         train_curve=train,
         code=about.get("versions", {}).get("code", ""),
         goodput=_goodput(records),
+        **_measured(directory),
         branch=next((f"{Path(r['parent']).name}@{r['step']}" for r in reversed(records.of("branch"))), ""),
     )
     averages: dict[str, list[dict]] = {}
@@ -308,9 +334,11 @@ def _average(whole: Result, weights: str, evaluations: list[dict], point: Callab
     last = _last(evaluations, whole.steps)
     outcome = {"status": whole.status, "why": whole.why}
     status, why = _status(outcome, records, evaluations, whole.steps, math.inf)
+    directory = whole.directory / lines.AVERAGES / weights
     return whole._replace(
         name=f"{whole.name} {weights}",
-        directory=whole.directory / lines.AVERAGES / weights,
+        directory=directory,
+        **_measured(directory),
         status=status,
         why=why,
         loss=float(last.get("loss", math.nan)),
@@ -383,3 +411,59 @@ def _seconds(train: lines.Train) -> Any:
     known = ~train.apart & (gaps > 0)
     typical = float(np.median(gaps[known])) if known.any() else 0.0
     return np.cumsum(np.where(known, gaps, typical))
+
+
+# ------------------------------------------------------------------------------------------------------- runs as a file
+def is_pack(given: str) -> bool:
+    """Whether a path is a file of packed runs."""
+    return given.endswith(PACK) and os.path.isfile(given)
+
+
+def pack(found: Iterable[Result]) -> str:
+    """Runs as text, a line of JSON each, below one with the keys in which none differ: all but their training losses.
+
+    `read` takes a file of it for a directory of the runs.
+    """
+    found = list(found)
+    alike = {
+        key: value
+        for key, value in found[0].config.items()
+        if all(key in run.config and run.config[key] == value for run in found)
+    }
+
+    def plain(result: Result) -> dict:
+        fields = {**result._asdict(), "directory": "", "varied": {}, "train_curve": None}
+        fields["curve"] = [list(point) for point in result.curve]
+        fields["averages"] = [plain(each) for each in result.averages]
+        fields["config"] = {key: value for key, value in result.config.items() if key not in alike}
+        return {key: value for key, value in fields.items() if value not in (None, "", {}, [], ()) and value == value}
+
+    return "".join(json.dumps(line) + "\n" for line in ({"config": alike}, *map(plain, found)))
+
+
+def unpack(path: Path) -> list[Result]:
+    """The runs that `pack` made text of; their directory is the file. ResultsError for any other file."""
+    import numpy as np
+
+    unknown = {"loss": math.nan, "bits_per_byte": math.nan, "goodput": math.nan, "flops": math.nan, "why": ""}
+    nothing = lines.Train(*[np.zeros(0)] * len(lines.Train._fields))
+
+    def made(fields: dict, alike: dict) -> Result:
+        fields = {**unknown, **fields}
+        given = {
+            "config": with_defaults({**alike, **fields.pop("config", {})}), "directory": path, "varied": {},
+            "train_curve": nothing, "curve": [Point(*point) for point in fields.pop("curve", ())],
+            "averages": tuple(made(each, alike) for each in fields.pop("averages", ())),
+            "curvature": tuple(fields.pop("curvature", ())),
+        }  # fmt: skip
+        return Result(**given, **fields)
+
+    try:
+        first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        alike = first["config"]
+        return [made(fields, alike) for fields in rest]
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        remedy = "must be a file that `steppe report pack` wrote"
+        raise ResultsError(f"{path}: {remedy} ({' '.join(str(error).split())[:200]})") from None

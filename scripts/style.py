@@ -1,5 +1,7 @@
 """How methods look and how numbers read, wherever the commands show them."""
 
+import itertools
+import re
 from collections.abc import Iterable
 
 from steppe.lm.plot import BLACK, BLUE, GREEN, ORANGE, PALE, PINK, SKY, VERMILION
@@ -24,14 +26,16 @@ SPARE = (
 
 
 def of_variants(names: Iterable[str]) -> dict[str, tuple]:
-    """{name: (colour, marker, dash)}: a method's own, or one of those to spare."""
-    spare, styles = list(SPARE), {}
+    """{name: (colour, marker, dash)}: a method's own; its colour, and a marker and dash to spare, for its variants."""
+    names = list(names)
+    spare, styles = itertools.cycle(SPARE), {}
     for name in names:
         if name in OF_METHOD:
             styles[name] = OF_METHOD[name]
-        else:
-            styles[name] = spare.pop(len(styles) % len(spare))
-            spare = spare or list(SPARE)
+            continue
+        colour, marker, dash = next(spare)
+        known = OF_METHOD.get(re.split("[ ,]", name)[0])
+        styles[name] = (known[0] if known else colour, marker, dash)
     return styles
 
 
@@ -48,3 +52,40 @@ def si(number: float) -> str:
             break
         number /= 1000
     return f"{number:.3g}{letter}"
+
+
+_IN_WORDS = {
+    "lambda_max": "largest Hessian eigenvalue",
+    "lambda_min": "smallest Hessian eigenvalue",
+    "trace": "Hessian trace",
+    "ggn_lambda_max": "largest eigenvalue of the Gauss-Newton part",
+    "ggn_trace": "trace of the Gauss-Newton part",
+    "nme_lambda_max": "largest eigenvalue of the functional part",
+    "nme_trace": "trace of the functional part",
+    "logit_trace": "trace over the logits",
+    "logit_lambda_max": "largest eigenvalue over the logits",
+    "sam_sharpness": "worst-case sharpness",
+    "functional_sharpness": "functional sharpness",
+    "average_sharpness": "average sharpness",
+    "critical_sharpness": "critical sharpness",
+    "delta_func_share": "functional share of the perturbed gradient",
+    "forgetting_at_equal_gain": "forgotten at equal gain",
+    "forgetting_at_equal_loss": "forgotten at equal fine-tuning loss",
+}
+_PATTERNS = (
+    (r"noise_(.+)", lambda found: f"weight noise of {float(found[1]):.3g} rms"),
+    (r"(int\d+)_channel(_embedding)?",
+     lambda found: f"{found[1]}, a scale a channel{', all tables too' * bool(found[2])}"),
+    (r"(int\d+)_group(\d+)(_embedding)?",
+     lambda found: f"{found[1]}, a scale per {found[2]} inputs{', all tables too' * bool(found[3])}"),
+    (r"fine_tune_lr=(.+): lost", lambda found: f"forgotten, fine-tuned at {found[1]}"),
+    (r"fine_tune_lr=(.+): curvature", lambda found: f"curvature along fine-tuning at {found[1]}"),
+)  # fmt: skip
+
+
+def in_words(measure: str) -> str:
+    """What a measure of curvature or retention is called where people read it."""
+    for pattern, words in _PATTERNS:
+        if found := re.fullmatch(pattern, measure):
+            return words(found)
+    return _IN_WORDS.get(measure, measure.replace("_", " "))

@@ -3,7 +3,6 @@
 Functions of parameter trees, and the few compiled programs that measure them; the command is steppe retention.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -172,25 +171,3 @@ def fine_tune(
             if step + 1 in points:
                 found.append({"step": step + 1, **measure(state.params)})
     return found, state.params
-
-
-def lost_at(paths: Sequence[Sequence[tuple[float, float]]], gain: float) -> float:
-    """The least loss given up on the first text for a gain on the second: the forgetting frontier at `gain`.
-
-    paths: for each learning rate the (gained, lost) points on the way, in nats; each starts at (0, 0) and is taken as
-    straight between points, up to where it first reaches `gain`. 0 for no gain at all, NaN where no path reaches it.
-    """
-    if gain <= 0:
-        return 0.0
-    reached = []
-    for path in paths:
-        before = (0.0, 0.0)
-        for point in path:
-            if not all(map(math.isfinite, point)):
-                break
-            if point[0] >= gain:
-                share = (gain - before[0]) / (point[0] - before[0])
-                reached.append(before[1] + share * (point[1] - before[1]))
-                break
-            before = point
-    return min(reached, default=math.nan)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from steppe.data import files
+from steppe.lm.measure import frontier
 from steppe.scripts import command
 
 NAME = "retention.json"
 POINTS = (0.125, 0.25, 0.5, 1.0)  # shares of the fine-tuning after which both losses are measured
 HELD_OUT = 0.1  # share of the second corpus's documents held out
 NO_TEXT = "none"
-SHARE = 0.8  # of what every run gains: runs are compared there, not where the weakest of them just arrives
 
 
 class Target(NamedTuple):
@@ -361,37 +361,26 @@ def forgetting(params, increase, tools, parts, config, second, settings: dict, b
 def compare(found: dict[str, dict]) -> None:
     """Adds to each summary what is lost at a gain, and at a loss, on the second text that every run reaches.
 
-    These are SHARE of the smallest best gain, and the highest loss that a run has after SHARE of its best gain. A run
-    that gains nothing, or whose losses are not finite, sets no mark and gets no number.
+    These are frontier.SHARE of the smallest best gain, and the loss of frontier.equal_loss. A run that gains nothing,
+    or whose losses are not finite, sets no mark and gets no number.
     """
-    from steppe.lm.measure.retention import lost_at
-
     best = {}
     for name, record in found.items():
         for key in ("forgetting_at_equal_gain", "forgetting_at_equal_loss"):
             record["summary"].pop(key, None)
         if record["fine_tune"]:
-            gains = [gain for path in _paths(record) for gain, lost in path if math.isfinite(gain + lost)]
-            best[name] = max(gains, default=0.0)
+            best[name] = frontier.best_gain(frontier.paths_of(record["details"]["fine_tune"]))
     best = {name: gain for name, gain in best.items() if gain > 0}
     if not best:
         return
-    gain = SHARE * min(best.values())
-    loss = max(found[name]["details"]["fine_tune"]["loss"] - SHARE * best[name] for name in best)
+    gain = frontier.SHARE * min(best.values())
+    loss = frontier.equal_loss([found[name]["details"]["fine_tune"] for name in best])
     for name in best:
         there = found[name]["details"]["fine_tune"]
         found[name]["details"]["equal"] = {"gain": gain, "loss": loss, "runs": len(best)}
         marks = {"forgetting_at_equal_gain": gain, "forgetting_at_equal_loss": there["loss"] - loss}
-        lost = {key: lost_at(_paths(found[name]), mark) for key, mark in marks.items()}
+        lost = {key: frontier.lost_at(frontier.paths_of(there), mark) for key, mark in marks.items()}
         found[name]["summary"] |= {key: value for key, value in lost.items() if math.isfinite(value)}
-
-
-def _paths(record: dict) -> list[list[tuple[float, float]]]:
-    number = lambda value: math.nan if value is None else value  # noqa: E731
-    return [
-        [(number(point["gained"]), number(point["lost"])) for point in path["points"]]
-        for path in record["details"]["fine_tune"]["paths"]
-    ]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What runs left, for a reader: grouped, judged, and shown on a page.
 
-`statistics` knows numbers alone, `groups` what runs are compared, `analysis` what may be said of them; `tables` and
-`figures` show it, `page` writes it down. Nothing here reads a run's files but `results` and `analysis`.
+`numbers` holds what may be said; `answer` says it first, `tables` and `figures` show the rest, `page` writes it down.
+`pack` keeps runs as a file, `compare`, `rivals` and `transfer` are reports of their own. No file of a run is read here.
 """

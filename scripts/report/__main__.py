@@ -4,8 +4,10 @@
     steppe report compare RUN_A RUN_B [--out=FILE.html]
     steppe report rivals DIR [--against=NAME] [--out=DIR/report]
     steppe report transfer DIR [--out=DIR/report]
+    steppe report pack DIR [RUN ...] --out=FILE.jsonl
 
-DIR is the directory of a sweep, finished or not; several workdirs of runs may stand there instead. OUT takes
+DIR is the directory of a sweep, finished or not, or a file that `pack` made; several of them, and workdirs of runs, may
+stand there together. OUT takes
 index.html, which needs nothing beside it, and each figure as PNG with the numbers behind figures and tables as CSV.
 """
 
@@ -20,7 +22,7 @@ from steppe.data import files
 from steppe.scripts import command
 
 PAGE = "index.html"
-KINDS = ("compare", "rivals", "transfer")  # a function of that name in a module of that name
+KINDS = ("compare", "pack", "rivals", "transfer")  # a function of that name in a module of that name
 
 
 @command.refusing
@@ -36,11 +38,12 @@ def main(argv: Sequence[str]) -> int:
     from steppe.scripts import results
 
     directories = options.directories
-    if options.out is None and (len(directories) > 1 or files.is_remote(directories[0])):
-        return command.fail("--out is missing: of several runs, and of an address, it must say where the report goes")
+    alone = len(directories) == 1 and not files.is_remote(directories[0]) and not results.is_pack(directories[0])
+    if options.out is None and not alone:
+        return command.fail("--out is missing: of several runs, a file or an address, it must say where this goes")
     found = results.read(directories, left_out=lambda line: print(line, file=sys.stderr))
     out = options.out or Path(directories[0]) / "report"
-    name = Path(directories[0]).resolve().name if len(directories) == 1 else f"{len(directories)} runs"
+    name = Path(directories[0]).resolve().stem if len(directories) == 1 else f"{len(found)} runs"
     path = write(found, out, name)
     print(f"wrote {path}")
     return 0
@@ -49,12 +52,14 @@ def main(argv: Sequence[str]) -> int:
 def write(found: list, out: Path, name: str) -> Path:
     """Writes the report of results.read(...) into a directory; returns the path of its page."""
     from steppe.scripts import results
-    from steppe.scripts.report import analysis as an
+    from steppe.scripts.report import answer as report_answer
     from steppe.scripts.report import drawing as report_drawing
     from steppe.scripts.report import figures as report_figures
-    from steppe.scripts.report import groups as report_groups
+    from steppe.scripts.report import measured as report_measured
     from steppe.scripts.report import page as report_page
     from steppe.scripts.report import tables as report_tables
+    from steppe.scripts.report.numbers import analysis as an
+    from steppe.scripts.report.numbers import groups as report_groups
 
     found = results.with_averages(found)
     study = report_groups.analyse(found)
@@ -79,16 +84,22 @@ def write(found: list, out: Path, name: str) -> Path:
         return section
 
     with report_drawing.styled():
-        compared = tables.comparison(study)
+        compared, answer = tables.comparison(study), report_answer.answer(study.runs)
         sections = [
-            Section("Summary").points(summary(study, compared)),
+            add(Section("Answer").points(report_answer.sentences(answer)), report_answer.figure(answer)).points(
+                report_answer.lines(answer)
+            ),
+            Section("What it rests on").points(summary(study, compared)),
             add(Section("Methods"), compared, tables.equal_compute(study), tables.costs(study)),
             add(Section("Loss against rho"), figures.loss_against_rho(study)),
             add(
                 Section("Best rho against size"), figures.best_rho(study, laws), tables.power_laws(study, laws),
                 tables.optima(study),
             ),
-            add(Section("Tokens, compute, time"), figures.frontier(study), figures.curves(study)),
+            add(
+                Section("Tokens, compute, time"), figures.differences(study), figures.frontier(study),
+                figures.curves(study),
+            ),
             add(Section("Scaling law"), figures.scaling(study, scaling), tables.scaling_laws(scaling)).points(
                 [f"{name}: no scaling law; {reason}." for name, reason in refused.items()]
             ),
@@ -96,10 +107,13 @@ def write(found: list, out: Path, name: str) -> Path:
         for source, by_measure in measured.items():
             drawn = an.shown(by_measure)
             parts = [
-                figures.sharpness(study, source, drawn, part) for part in range(math.ceil(len(drawn) / figures.PART))
+                report_measured.sharpness(study, source, drawn, part)
+                for part in range(math.ceil(len(drawn) / report_measured.PART))
             ]
             if source == "curvature":
-                parts.append(figures.curvature_over_training(study))
+                parts.append(report_measured.curvature_over_training(study))
+            else:
+                parts.insert(0, report_measured.forgetting(study.runs))
             sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))
@@ -119,7 +133,7 @@ def _introduction(study) -> str:
 
 def summary(study, compared) -> list[str]:
     """What the numbers allow to say, as sentences."""
-    from steppe.scripts.report import analysis as report_analysis
+    from steppe.scripts.report.numbers import analysis as report_analysis
 
     counts = collections.Counter(run.result.status for run in study.runs)
     names = {"unfinished": "missing or unfinished"}
@@ -141,16 +155,10 @@ def summary(study, compared) -> list[str]:
         said.append("No method shares a seed with a finished AdamW run yet: there are no differences.")
     if rows and max(row["difference_all"].n for row in rows) < 2:
         said.append("One seed a method: no difference has an interval, and none can be told from seed noise.")
-    for key, which in (("fresh", "over fresh seeds"), ("all", "over all seeds"), ("pooled", "with pooled noise")):
-        found = [row[f"difference_{key}"] for row in rows]
-        found = [interval for interval in found if math.isfinite(interval.high)]
-        if found:
-            below, above = sum(i.high < 0 for i in found), sum(i.low > 0 for i in found)
-            said.append(
-                f"Differences to AdamW at equal tokens {which}: of {len(found)} intervals {below} lie wholly below "
-                f"zero (better than AdamW) and {above} wholly above; about {0.05 * len(found):.1f} would exclude zero "
-                "by chance alone if no method differed."
-            )
+    grids = {row["variant"]: row["tried"] for row in compared.rows if row["tried"] > 1}
+    if len(set(grids.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in grids.items())
+        said.append(f"Numbers of rho tried differ ({listed}): more of them are more chances to look good by luck.")
     chosen = [row for row in compared.rows if row["selection"] or math.isnan(row["selection"])]
     if chosen:
         known = [row["selection"] for row in chosen if math.isfinite(row["selection"])]
@@ -164,7 +172,7 @@ def summary(study, compared) -> list[str]:
             )
         )
     unsteady = report_analysis.unsteadiness(study)
-    if unsteady > 1.5:
+    if unsteady > report_analysis.STEADY:
         said.append(
             f"Seconds a token of runs that do the same work differ by up to a factor of {unsteady:.2g}: the machine "
             "did other things meanwhile, so measured times and their ratios say little; FLOPs are exact."

@@ -46,6 +46,18 @@ def first_difference(a, b) -> tuple[int | None, int]:
     return (int(common[differ[0]]) if len(differ) else None), len(common)
 
 
+def apart_by_step(a, b, kind: str) -> list[tuple[int, float]]:
+    """(step, loss of b minus that of a) where both have it: held-out, or training, averaged over a hundredth of it."""
+    if kind == "held-out":
+        known = {point.step: point.loss for point in a.curve}
+        return [(p.step, p.loss - known[p.step]) for p in b.curve if p.step and p.step in known]
+    common, own, other = np.intersect1d(a.train_curve.step, b.train_curve.step, return_indices=True)
+    difference = b.train_curve.loss[other] - a.train_curve.loss[own]
+    window = max(1, len(common) // 100)
+    ends = range(window, len(common) + 1, window)
+    return [(int(common[end - 1]), float(difference[end - window : end].mean())) for end in ends]
+
+
 def numbers(a, b) -> list[tuple[str, str, str, str]]:
     """(what, in a, in b, b beside a) for the table."""
     step, common = first_difference(a, b)
@@ -125,33 +137,50 @@ def _drawing(name: str, pair):
     from steppe.scripts.report import drawing as dr
 
     styles = style.series(2)
-    figure, panels = dr.grid([(0, axis) for axis in ("step", "seconds")], 4.2, 3.4, sharey="row")
+    figure, panels = dr.grid([(0, "loss"), (0, "difference")], 3.9)
     rows = []
-    for label, run, (colour, marker, dash) in zip("AB", pair, styles, strict=True):
-        train = run.train_curve
+    for letter, run, (colour, marker, dash) in zip("AB", pair, styles, strict=True):
+        train, label = run.train_curve, f"{letter}: {run.name}"
         thin = slice(None, None, max(1, len(train.step) // 400))
-        training = [
-            *zip(train.step[thin].tolist(), train.seconds[thin].tolist(), train.loss[thin].tolist(), strict=True)
-        ]
-        for kind, points in (("training", training), ("held-out", [(p.step, p.seconds, p.loss) for p in run.curve])):
-            rows += [{"run": label, "kind": kind, "step": p[0], "seconds": p[1], "loss": p[2]} for p in points]
-            for number, axis in enumerate(("step", "seconds")):
-                line = [(p[number], p[2]) for p in points if p[0]]
-                kept = dict(alpha=0.35, linewidth=0.8) if kind == "training" else dict(marker=marker, linestyle=dash)
-                if line:
-                    panels[0, axis].plot(*zip(*line, strict=True), color=colour, label=f"{label} {kind}", **kept)
+        training = [*zip(train.step[thin].tolist(), train.loss[thin].tolist(), strict=True)]
+        for kind, points in (("training", training), ("held-out", [(p.step, p.loss) for p in run.curve])):
+            rows += [{"run": run.name, "kind": kind, "step": step, "loss": loss} for step, loss in points]
+            line = [(step, loss) for step, loss in points if step]
+            kept = dict(alpha=0.35, linewidth=0.8) if kind == "training" else dict(marker=marker, linestyle=dash)
+            if line:
+                panels[0, "loss"].plot(*zip(*line, strict=True), color=colour, label=f"{label}, {kind}", **kept)
+    apart = {kind: apart_by_step(*pair, kind) for kind in ("training", "held-out")}
+    ends = [value for steps in apart.values() for step, value in steps if step >= 0.2 * steps[-1][0]]
+    for kind, points in apart.items():
+        rows += [{"run": "B - A", "kind": kind, "step": step, "loss": value} for step, value in points]
+        thin = points[:: max(1, len(points) // 400)]
+        kept = (
+            dict(alpha=0.4, linewidth=0.8, color="#555555") if kind == "training" else dict(marker="o", color="#000000")
+        )
+        if thin:
+            panels[0, "difference"].plot(*zip(*thin, strict=True), label=f"B − A, {kind}", **kept)
+    panels[0, "difference"].axhline(0, color="#000000", linewidth=0.8)
+    if ends:
+        room = 0.1 * (max(*ends, 0.0) - min(*ends, 0.0)) + 1e-4
+        panels[0, "difference"].set_ylim(min(*ends, 0.0) - room, max(*ends, 0.0) + room)
     late = [
-        row["loss"] for row in rows if row["step"] > max(r["step"] for r in rows) / 20 and math.isfinite(row["loss"])
+        row["loss"]
+        for row in rows
+        if row["run"] != "B - A" and row["step"] > max(r["step"] for r in rows) / 20 and math.isfinite(row["loss"])
     ]
-    for axis, axes in ((axis, panels[0, axis]) for axis in ("step", "seconds")):
-        axes.set(xlabel=axis if axis == "step" else "seconds of training")
+    if late:
+        pad = 0.05 * (max(late) - min(late)) + 1e-3
+        panels[0, "loss"].set_ylim(min(late) - pad, max(late) + pad)
+    for (_, what), axes in panels.items():
+        axes.set(xlabel="step", ylabel="loss, nats per token" if what == "loss" else "B − A: below zero B is better")
         axes.set_xlim(left=0)
-        if late:
-            pad = 0.05 * (max(late) - min(late)) + 1e-3
-            axes.set_ylim(min(late) - pad, max(late) + pad)
-    dr.finish(figure, panels, "loss, nats per token")
-    caption = "Training loss faint, held-out loss with marks. The frame shows what lies after a twentieth of training."
-    alt = f"Training and held-out loss of {pair[0].name} and {pair[1].name} against step and seconds."
+        dr.si_ticks(axes.xaxis)
+    dr.finish(figure, panels, "")
+    caption = (
+        "Training loss faint, held-out loss with marks; the frames show what lies after a twentieth and a fifth of "
+        "training. B − A is at the same step, of the training loss averaged over windows of a hundredth of the run."
+    )
+    alt = f"Training and held-out loss of {pair[0].name} and {pair[1].name} against the step, and their difference."
     return dr.Drawing(name, "Loss of both runs", caption, alt, figure, rows)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from steppe.lm import plot
 from steppe.scripts import style
 
+WIDTH = 11.0  # inches of every figure: the page's
+
 
 class Drawing(NamedTuple):
     """name: stem of its files. alt: what it shows, in words. rows: the data, one dict a point."""
@@ -57,10 +59,11 @@ def ticker():
     return ticker
 
 
-def grid(cells: list[tuple], width: float, height: float, sharey=False):
-    """(figure, {(row, column): axes}) with a panel for each (row, column); empty corners stay empty."""
+def grid(cells: list[tuple], height: float, sharey=False):
+    """(figure, {(row, column): axes}), as wide as the page, with a panel for each (row, column), `height` inches high;
+    empty corners stay empty."""
     down, across = (list(dict.fromkeys(cell[axis] for cell in cells)) for axis in (0, 1))
-    figure = plot.figure(max(width * len(across), 5.5), height * len(down) + 0.6)
+    figure = plot.figure(WIDTH, height * len(down) + 0.6)
     made = figure.subplots(len(down), len(across), squeeze=False, sharey=sharey)
     panels = {(row, column): made[i, j] for i, row in enumerate(down) for j, column in enumerate(across)}
     for cell, axes in panels.items():
@@ -85,18 +88,20 @@ def finish(figure, panels: dict, ylabel: str) -> None:
             labels.setdefault(label, handle)
     figure.supylabel(ylabel, fontsize=9)
     if labels:
-        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(4, len(labels)))
+        longest = max(map(len, labels))
+        columns = max(1, min(len(labels), 4, 150 // (longest + 8)))  # so many characters are as wide as the page
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
 
 
 def si_ticks(axis) -> None:
-    """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, or closer where it is short."""
+    """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, closer where it is short, at 1 and 3 where it is long."""
     formats = ticker()
     axis.set_major_formatter(formats.FuncFormatter(lambda value, _: style.si(value)))
     if axis.get_scale() == "log":
         low, high = sorted(axis.get_view_interval())
         wide = high / low
         steps = (1, 2, 5) if wide > 5 else (1, 1.5, 2, 3, 4, 6, 8) if wide > 2 else np.arange(1, 10, 0.5)
-        axis.set_major_locator(formats.LogLocator(10, subs=[1] if wide > 300 else steps))
+        axis.set_major_locator(formats.LogLocator(10, subs=(1, 3) if wide > 300 else steps))
         axis.set_minor_formatter(formats.NullFormatter())
         axis.set_minor_locator(formats.NullLocator())
     else:

@@ -5,12 +5,18 @@ import math
 import numpy as np
 
 from steppe.scripts import style
-from steppe.scripts.report import analysis as an
 from steppe.scripts.report import drawing as dr
-from steppe.scripts.report import groups as gr
-from steppe.scripts.report import statistics as st
+from steppe.scripts.report.numbers import analysis as an
+from steppe.scripts.report.numbers import groups as gr
+from steppe.scripts.report.numbers import statistics as st
 
 _AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
+
+
+def _axes(study: gr.Study, rows: list[dict]) -> list[str]:
+    """What losses are drawn against: what is known of all rows; seconds where runs that do the same take the same."""
+    used = [axis for axis in _AXES if all(row[axis] > 0 for row in rows)]
+    return [axis for axis in used if axis != "seconds" or an.unsteadiness(study) <= an.STEADY]
 
 
 def loss_against_rho(study: gr.Study) -> dr.Drawing | None:
@@ -20,11 +26,13 @@ def loss_against_rho(study: gr.Study) -> dr.Drawing | None:
         return None
     styles, rows = style.of_variants(study.variants), []
     spread = dr.spread([(cell.budget, cell.scale) for cell in cells])
-    figure, panels = dr.grid(spread, 3.1, 2.7)
+    figure, panels = dr.grid(spread, 3.2)
     for cell, position in zip(cells, spread, strict=True):
         axes = panels[position]
         _rho_panel(axes, cell, styles, rows)
         axes.set(xscale="log", xlabel="rho", title=cell.label)
+        axes.margins(x=0.04)
+        dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "held-out loss, nats per token")
     worst = sorted({row["variant"] for row in rows if row["status"] == "diverged"})
     return dr.Drawing(
@@ -118,7 +126,7 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
     marks = dict(zip(budgets, style.series(len(budgets)), strict=True))
     names = [name for name in study.variants if any(name == known for _, known in every)]
     columns = min(3, len(names))
-    figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(names))], 3.1, 2.6)
+    figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(names))], 3.1)
     for i, name in enumerate(names):
         axes, tried = panels[i // columns, i % columns], []
         for number, (budget, (colour, marker, dash)) in enumerate(marks.items()):
@@ -148,6 +156,7 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
         axes.set_ylim(min(tried) / 1.6, max(tried) * 1.6)
         axes.set_xlim(min(row["parameters"] for row in rows) / 1.4, max(row["parameters"] for row in rows) * 1.4)
         dr.si_ticks(axes.xaxis)
+        dr.si_ticks(axes.yaxis)
     dr.finish(figure, panels, "best rho")
     inside = sum(row["status"] == "inside" for row in rows)
     return dr.Drawing(
@@ -178,9 +187,8 @@ def frontier(study: gr.Study) -> dr.Drawing | None:
                 )  # fmt: skip
     if not rows:
         return None
-    scales = list(dict.fromkeys(row["scale"] for row in rows))
-    used = [axis for axis in _AXES if all(row[axis] > 0 for row in rows)]
-    figure, panels = dr.grid([(scale, axis) for scale in scales for axis in used], 3.1, 2.5, sharey="row")
+    scales, used = list(dict.fromkeys(row["scale"] for row in rows)), _axes(study, rows)
+    figure, panels = dr.grid([(scale, axis) for scale in scales for axis in used], 3, sharey="row")
     for (scale, axis), axes in panels.items():
         for name, (colour, marker, dash) in styles.items():
             points = sorted((row[axis], row["loss"], row["lowest"], row["highest"]) for row in rows
@@ -196,12 +204,12 @@ def frontier(study: gr.Study) -> dr.Drawing | None:
         dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "held-out loss, nats per token")
     return dr.Drawing(
-        "frontier", "Final loss against tokens, FLOPs and time",
+        "frontier", f"Final loss against {_listed(used)}",
         "One mark a method and budget, at its best rho: mean over seeds, line from the lowest seed to the highest, "
         "each freed of its seed's own level where AdamW has that seed. "
-        "AdamW's budgets are joined: a method below that line at the same FLOPs is worth its cost, one above is not. "
-        "Seconds are those of training as measured, median over all runs of a method and budget.",
-        f"Final held-out loss against tokens, FLOPs and seconds of training for {len(scales)} scales, AdamW's budgets "
+        "AdamW's budgets are joined: a method below that line at the same FLOPs is worth its cost, one above is not."
+        + " Seconds: of training, as measured, median over all runs of a method and budget." * ("seconds" in used),
+        f"Final held-out loss against {_listed(used)} for {len(scales)} scales, AdamW's budgets "
         "joined by a line.",
         figure, rows,
     )  # fmt: skip
@@ -222,8 +230,8 @@ def curves(study: gr.Study) -> dr.Drawing | None:
     if not rows:
         return None
     cells = [cell for cell in cells if any(row["panel"] == cell.label for row in rows)]
-    used = [axis for axis in _AXES if all(row[axis] > 0 for row in rows)]
-    figure, panels = dr.grid([(cell.label, axis) for cell in cells for axis in used], 3.1, 2.3, sharey="row")
+    used = _axes(study, rows)
+    figure, panels = dr.grid([(cell.label, axis) for cell in cells for axis in used], 2.8, sharey="row")
     for (label, axis), axes in panels.items():
         own = [row for row in rows if row["panel"] == label]
         late = [row["loss"] for row in own if row["share"] >= 0.4]
@@ -245,8 +253,50 @@ def curves(study: gr.Study) -> dr.Drawing | None:
         "At the best rho, mean over the seeds that all methods of a panel have; hollow: AdamW trained longer, for the "
         "FLOPs of the two-pass methods. The learning rate falls to its end only at each run's last step, so only last "
         "points of different lengths may be compared. The frame shows what lies after four tenths of training.",
-        f"Held-out loss during training against {', '.join(used)} in {len(cells)} panels of scale and budget.",
+        f"Held-out loss during training against {_listed(used)} in {len(cells)} panels of scale and budget.",
         figure, rows,
+    )  # fmt: skip
+
+
+def _listed(used: list[str]) -> str:
+    names = [_AXES[axis] for axis in used]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def differences(study: gr.Study) -> dr.Drawing | None:
+    """Held-out loss less AdamW's of the same seed during training, at the best rho: mean and interval over seeds."""
+    styles, rows = style.of_variants(study.variants), []
+    for cell in study.cells:
+        for variant in cell.variants.values():
+            rows += [{"cell": cell.label, "variant": variant.name, **row} for row in an.on_the_way(cell, variant)]
+    if not rows:
+        return None
+    labels = list(dict.fromkeys(row["cell"] for row in rows))
+    spread = dr.spread([(0, label) for label in labels])
+    figure, panels = dr.grid(spread, 3.2)
+    for label, position in zip(labels, spread, strict=True):
+        axes, ends = panels[position], []
+        for name in dict.fromkeys(row["variant"] for row in rows if row["cell"] == label):
+            own = [row for row in rows if (row["cell"], row["variant"]) == (label, name)]
+            colour, marker, dash = styles[name]
+            tokens, middle, low, high = zip(*((row["tokens"], *row["difference"][:3]) for row in own), strict=True)
+            axes.plot(tokens, middle, color=colour, marker=marker, markersize=3, linestyle=dash, label=name)
+            if all(map(math.isfinite, high)):
+                axes.fill_between(tokens, low, high, color=colour, alpha=0.1, linewidth=0)
+            ends += [value for row, value in zip(own, middle, strict=True) if row["share"] >= 0.4]
+        axes.axhline(0, color="#000000", linewidth=1)
+        room = 0.3 * (max(*ends, 0) - min(*ends, 0)) + 1e-3
+        axes.set(xlabel="tokens", title=label, ylim=(min(*ends, 0) - room, max(*ends, 0) + room))
+        axes.set_xlim(left=0)
+        dr.si_ticks(axes.xaxis)
+    dr.finish(figure, panels, "held-out loss less AdamW's, nats per token")
+    return dr.Drawing(
+        "differences", "Difference to AdamW during training",
+        "Of the same seed at the same step, at the best rho: mean over the seeds that both have; bands: 95 % "
+        "intervals. Below zero is better; what counts is the end, where the learning rate has fallen. The frame shows "
+        "what lies after four tenths of training.",
+        f"Held-out loss less AdamW's during training, in {len(labels)} panels of scale and budget.", figure,
+        [{**row, "n": row["difference"].n} for row in rows],
     )  # fmt: skip
 
 
@@ -273,7 +323,7 @@ def scaling(study: gr.Study, laws: dict[str, st.ScalingLaw]) -> dr.Drawing | Non
     if not laws:
         return None
     columns, rows = min(3, len(laws)), []
-    figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(laws))], 3.6, 2.9)
+    figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(laws))], 3.4)
     for i, (name, law) in enumerate(laws.items()):
         axes, points = panels[i // columns, i % columns], an.scaling_points(study, name)
         sizes = sorted({point[0] for point in points})
@@ -295,77 +345,4 @@ def scaling(study: gr.Study, laws: dict[str, st.ScalingLaw]) -> dr.Drawing | Non
         "scaling_law", "Scaling law L(N, D) = E + A/N^a + B/D^b",
         "Marks: runs at the best rho; lines: the fit.",
         f"Final held-out loss against tokens with the fitted scaling law, for {', '.join(laws)}.", figure, rows,
-    )  # fmt: skip
-
-
-PART = 4  # measures in one drawing
-
-
-def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]], part: int = 0) -> dr.Drawing | None:
-    """Held-out loss against each measure, a row a cell, a column a measure; at most PART measures a drawing."""
-    chosen = dict(list(found.items())[PART * part : PART * (part + 1)])
-    styles, rows = style.of_variants(study.variants), []
-    for measure, values in chosen.items():
-        for cell in study.cells:
-            rows += [
-                {"cell": cell.label, "variant": run.variant, "rho": run.rho, "seed": run.seed,
-                 "measure": measure, "value": values[run.result.name], "loss": run.loss}
-                for run in cell.runs if run.result.name in values and math.isfinite(run.loss)
-            ]  # fmt: skip
-    if not rows:
-        return None
-    labels = list(dict.fromkeys(row["cell"] for row in rows))
-    figure, panels = dr.grid([(label, measure) for label in labels for measure in chosen], 2.9, 2.2, sharey="row")
-    for (label, measure), axes in panels.items():
-        values = []
-        for name, (colour, marker, _) in styles.items():
-            own = [
-                (row["value"], row["loss"]) for row in rows
-                if (row["measure"], row["cell"], row["variant"]) == (measure, label, name)
-            ]  # fmt: skip
-            if own:
-                values += [value for value, _ in own]
-                axes.plot(
-                    *zip(*own, strict=True), color=colour, marker=marker, linestyle="none", label=name, alpha=0.85
-                )
-        axes.set(xlabel=measure, title=label)
-        if values and min(values) > 0 and max(values) > 10 * min(values):
-            axes.set_xscale("log")
-        elif values:
-            axes.xaxis.set_major_locator(dr.ticker().MaxNLocator(4))
-    dr.finish(figure, panels, "held-out loss, nats per token")
-    several = len(found) > PART
-    return dr.Drawing(
-        f"{source}_{part + 1}" if several else source,
-        f"Held-out loss beside {source}" + (f", part {part + 1}" if several else ""),
-        "One mark a run, all rho and seeds that were measured." + (
-            " Measures of retention are increases of the loss, nats per token: smaller is better."
-            if source == "retention" else ""
-        ),
-        f"Held-out loss against {', '.join(chosen)}, a row of panels for each scale and budget.", figure, rows,
-    )  # fmt: skip
-
-
-def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
-    """Curvature of checkpoints against tokens, a row a cell, a column a measure, a line a run."""
-    rows, styles = an.over_training(study), style.of_variants(study.variants)
-    if not rows:
-        return None
-    labels, measures = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cell", "measure"))
-    figure, panels = dr.grid([(label, measure) for label in labels for measure in measures], 2.6, 2.2)
-    for (label, measure), axes in panels.items():
-        own = [row for row in rows if (row["cell"], row["measure"]) == (label, measure)]
-        for name, run in dict.fromkeys((row["variant"], row["run"]) for row in own):
-            colour, marker, dash = styles[name]
-            line = [(row["tokens"], row["value"]) for row in own if row["run"] == run]
-            axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=name, alpha=0.85)
-        axes.set(xlabel="tokens", title=f"{measure}\n{label}")
-        axes.margins(x=0.08)
-        dr.si_ticks(axes.xaxis)
-    dr.finish(figure, panels, "of the held-out loss")
-    return dr.Drawing(
-        "curvature_over_training", "Curvature over training",
-        "One line a run, of runs of which several checkpoints were measured. delta_func_share is the share of "
-        "|NME ε|² in |GGN ε|² + |NME ε|², ε along the gradient.",
-        f"{', '.join(measures)} against tokens, a row of panels for each scale and budget.", figure, rows,
     )  # fmt: skip

@@ -16,16 +16,21 @@ h3 { font-size: 1.05rem; margin: 1.6rem 0 0.2rem; }
 p, figcaption, .caption { max-width: 60rem; }
 .caption, figcaption, nav { color: #333; font-size: 0.9rem; }
 nav a { margin-right: 1rem; }
-.wide { overflow-x: auto; }
+/* a table that goes on is shaded at that side, as long as there is more of it */
+.wide { overflow-x: auto; background:
+  linear-gradient(to right, #fff 30%, #fff0) left / 3rem 100% local no-repeat,
+  linear-gradient(to left, #fff 30%, #fff0) right / 3rem 100% local no-repeat,
+  linear-gradient(to right, #0005, #0000) left / 1.1rem 100% scroll no-repeat,
+  linear-gradient(to left, #0005, #0000) right / 1.1rem 100% scroll no-repeat; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { padding: 0.22rem 0.6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 thead th { border-bottom: 2px solid #000; vertical-align: bottom; }
-th.group { padding-top: 0.9rem; background: #f3f3f3; }
+th.group { padding-top: 0.9rem; background: #f3f3f3b0; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 tbody th[scope=row] { font-weight: normal; }
 figure { margin: 1rem 0; }
-figure svg { max-width: 100%; height: auto; }
+figure svg { width: 100%; height: auto; }
 details { margin: 0.3rem 0; font-size: 0.9rem; }
 summary { cursor: pointer; }
 a { color: #0050a0; }
@@ -34,13 +39,15 @@ a:focus-visible, summary:focus-visible { outline: 3px solid #E69F00; }
   @page { size: A4 landscape; margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, .data { display: none; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, .caption, thead, tr.group { break-after: avoid; }
+  tbody tr:nth-child(-n+3), tr.group + tr { break-after: avoid; } /* no row alone below a heading, */
+  tbody tr:nth-last-child(-n+3) { break-before: avoid; } /* or at the top of a page */
   figure, tr { break-inside: avoid; }
-  .wide { overflow: visible; }
+  .wide { overflow: visible; background: none; }
   table { font-size: 7.5pt; }
   th, td { padding: 1pt 4pt; }
   td.number { white-space: normal; }
-  figure svg { max-height: 175mm; }
+  figure svg { max-height: 165mm; }
 }
 """
 
@@ -91,7 +98,8 @@ def page(title: str, introduction: str, sections: list[Section]) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<header>\n<h1>{escape(title)}</h1>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<header>\n"
+        f"<h1>{escape(title)}</h1>\n"
         f'<p>{escape(introduction)}</p>\n</header>\n<nav aria-label="Sections">\n{links}\n</nav>\n'
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
@@ -104,7 +112,8 @@ def _table(table: Table) -> str:
         if table.group and row[table.group] != group:
             group = row[table.group]
             lines.append(
-                f'<tr><th scope="rowgroup" class="group" colspan="{len(table.columns)}">{escape(str(group))}</th></tr>'
+                f'<tr class="group"><th scope="rowgroup" class="group" colspan="{len(table.columns)}">'
+                f"{escape(str(group))}</th></tr>"
             )
         cells = []
         for number, column in enumerate(table.columns):

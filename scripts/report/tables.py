@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from steppe.scripts import style
-from steppe.scripts.report import analysis as an
-from steppe.scripts.report import groups as gr
-from steppe.scripts.report import statistics as st
+from steppe.scripts.report.numbers import analysis as an
+from steppe.scripts.report.numbers import groups as gr
+from steppe.scripts.report.numbers import statistics as st
+from steppe.scripts.report.numbers.entries import EQUAL_FLOPS
 
 Interval = st.Interval
 _STATUS = {
@@ -117,6 +118,7 @@ def comparison(study: gr.Study) -> Table:
                 {"cell": f"{cell.label}: {cell.parameters:,} parameters, {style.si(cell.tokens)} tokens",
                  "scale": cell.scale, "budget": cell.budget, "parameters": cell.parameters, "tokens": cell.tokens,
                  "variant": name, "rho": best_rho, "where": where, "chosen": (best_rho, where),
+                 "tried": len(variant.losses) if variant.method != gr.BASE else 0,
                  "finished": sum(math.isfinite(run.loss) for run in variant.runs), "runs": len(variant.runs),
                  "seeds": len(best), "loss": _mean([run.loss for run in best]),
                  "bits_per_byte": _mean([run.result.bits_per_byte for run in best]),
@@ -160,7 +162,7 @@ def equal_compute(study: gr.Study) -> Table:
                 )  # fmt: skip
     return Table(
         "equal_compute", "At equal compute",
-        f"Each method beside AdamW on the budget whose FLOPs are within {an.EQUAL_FLOPS:.0%} of its own, paired by "
+        f"Each method beside AdamW on the budget whose FLOPs are within {EQUAL_FLOPS:.0%} of its own, paired by "
         "seed; AdamW sees more tokens there. Negative: the method is better for its cost. 95 % Student intervals.",
         [
             Column("variant", "method", number=False), Column("rho", "rho", rho),
@@ -292,7 +294,7 @@ def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]]) 
         [
             Column("variant", "method", number=False), Column("rho", "rho", rho), Column("seeds", "seeds"),
             Column("loss", "held-out loss, nats per token", decimals(4)),
-            *(Column(measure, measure, significant) for measure in an.shown(found)),
+            *(Column(measure, style.in_words(measure), significant) for measure in an.shown(found)),
         ],
         rows, "cell",
     )  # fmt: skip
@@ -312,7 +314,8 @@ def correlations(study: gr.Study, found: dict[str, dict[str, dict[str, float]]])
         "positive: less of it goes with lower loss. 95 % percentile bootstrap over runs; none below 5 runs. Runs share "
         "seeds and methods, so they are less independent than the bootstrap takes them to be.",
         [
-            Column("measure", "measure", number=False), Column("cell", "scale and budget", number=False),
+            Column("measure", "measure", style.in_words, number=False),
+            Column("cell", "scale and budget", number=False),
             Column("correlation", "correlation (n runs)", interval(2)),
         ],
         rows, "source",

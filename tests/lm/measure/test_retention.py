@@ -12,7 +12,7 @@ import pytest
 
 from helpers import lm_runs
 from steppe.data import cache, loader
-from steppe.lm.measure import retention
+from steppe.lm.measure import frontier, retention
 from steppe.lm.run.assembly import assemble, batch_reader
 from steppe.lm.run.state import create
 from steppe.lm.run.step import make_step
@@ -202,12 +202,12 @@ def test_eight_devices_measure_what_one_does(corpus_and_config, one, eight):
 
 def test_the_frontier_is_the_least_loss_at_a_gain():
     slow, fast = [(0.1, 0.0), (0.2, 0.1)], [(0.2, 0.3), (0.4, 0.5)]
-    assert retention.lost_at([slow, fast], 0.05) == pytest.approx(0.0)
-    assert retention.lost_at([slow, fast], 0.15) == pytest.approx(0.05)
-    assert retention.lost_at([slow, fast], 0.3) == pytest.approx(0.4)
-    assert retention.lost_at([fast], 0.1) == pytest.approx(0.15)
-    assert math.isnan(retention.lost_at([slow, fast], 0.5))
-    assert retention.lost_at([slow], -0.1) == 0.0
+    assert frontier.lost_at([slow, fast], 0.05) == pytest.approx(0.0)
+    assert frontier.lost_at([slow, fast], 0.15) == pytest.approx(0.05)
+    assert frontier.lost_at([slow, fast], 0.3) == pytest.approx(0.4)
+    assert frontier.lost_at([fast], 0.1) == pytest.approx(0.15)
+    assert math.isnan(frontier.lost_at([slow, fast], 0.5))
+    assert frontier.lost_at([slow], -0.1) == 0.0
     overshooting = [(0.3, 0.2), (0.1, 0.9)]  # what comes after the gain is reached does not count
-    assert retention.lost_at([overshooting], 0.3) == pytest.approx(0.2)
-    assert math.isnan(retention.lost_at([[(math.nan, 0.1), (1.0, 0.0)]], 0.5))
+    assert frontier.lost_at([overshooting], 0.3) == pytest.approx(0.2)
+    assert math.isnan(frontier.lost_at([[(math.nan, 0.1), (1.0, 0.0)]], 0.5))

@@ -14,10 +14,10 @@ from helpers.report_runs import PARAMETERS, plan, write_run, write_sweep
 from steppe.configs import base
 from steppe.scripts import results
 from steppe.scripts.report import __main__ as report
-from steppe.scripts.report import analysis as report_analysis
 from steppe.scripts.report import compare as report_compare
-from steppe.scripts.report import groups as report_groups
 from steppe.scripts.report import tables as report_tables
+from steppe.scripts.report.numbers import analysis as report_analysis
+from steppe.scripts.report.numbers import groups as report_groups
 from steppe.scripts.results import flatten
 
 GRID = (0.003, 0.01, 0.03, 0.1)
@@ -278,9 +278,18 @@ def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_pat
             runs[name] = overrides, 2.0 + rate
     write_sweep(tmp_path, runs)
     found = report_groups.analyse(results.read(tmp_path))
-    assert found.variants == ["adamw, peak_learning_rate=0.001", "adamw, peak_learning_rate=0.002", "sam"]
-    assert found.cells[0].variants["sam"].reference == ""  # two to choose from
-    assert "optim.peak_learning_rate" in found.notes[0]
+    assert found.variants == ["adamw, peak_learning_rate=0.001", "adamw", "sam"]
+    assert found.cells[0].variants["sam"].reference == "adamw"  # of its own rate
+    assert found.notes == ["Names leave out what most runs have: peak_learning_rate=0.002."]
+
+
+def test_a_radius_that_falls_late_is_another_variant_than_a_constant_one(tmp_path):
+    runs = {}
+    for schedule in ("constant", "late"):
+        name, overrides = plan("sam", 0.1, optim__rho_schedule=schedule)
+        runs[name] = overrides, 2.0
+    write_sweep(tmp_path, runs)
+    assert report_groups.analyse(results.read(tmp_path)).variants == ["sam", "sam, rho_schedule=late"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from helpers import report_runs
 from steppe.scripts import results
 from steppe.scripts.report import __main__ as command
-from steppe.scripts.report import rivals, transfer
+from steppe.scripts.report import transfer
+from steppe.scripts.report.numbers import entries, groups
 
 
 def runs():
@@ -41,18 +42,27 @@ def sweep(tmp_path):
     return tmp_path / "sweep"
 
 
+def entries_of(sweep):
+    study = groups.analyse(results.with_averages(results.read(sweep)))
+    return {entry.name: entry for entry in entries.entries(study.runs)}
+
+
 def test_each_entry_takes_its_best_setting_and_is_compared_on_seeds_that_did_not_choose_it(sweep):
-    found = rivals.entries(results.with_averages(results.read(sweep)))
+    found = entries_of(sweep)
     assert list(found) == ["msam", "nadamw ema", "adamw ema", "nadamw", "adamw"]
-    assert found["adamw"].choice.rho == (0.01, None)
-    assert (found["msam"].choice.rho, found["msam"].edge()) == ((0.01, 0.3), "rho")
-    assert (found["adamw"].edge(), found["nadamw"].edge()) == ("rate", "")
-    way = rivals.difference(found["msam"], found["adamw"])
-    assert (way.seeds, way.fresh) == (3, True)  # seed 0 chose both
+    assert (found["adamw"].chosen("rate"), found["adamw"].chosen("rho")) == (0.01, None)
+    assert (found["msam"].chosen("rate"), found["msam"].chosen("rho")) == (0.01, 0.3)
+    assert (found["msam"].edge("rho"), found["msam"].edge("rate")) == ("upper", "")
+    assert (found["adamw"].edge("rate"), found["nadamw"].edge("rate")) == ("lower", "")
+    assert [entry.plain for entry in found.values()] == [False, False, False, False, True]
+    way = entries.difference(found["msam"], found["adamw"])
+    assert (way.interval.n, way.fresh, way.sign) == (3, True, -1)  # seed 0 chose both
     assert way.interval.value == pytest.approx(-0.1 + 0.001 / 3)
     assert way.interval.low < way.interval.value < way.interval.high < 0
-    assert rivals.difference(found["adamw ema"], found["adamw"]).interval.value == pytest.approx(-0.05)
-    assert rivals.difference(found["nadamw"], found["adamw"]).interval.high > 0 > -0.01 + 0.004 / 3
+    assert entries.difference(found["adamw ema"], found["adamw"]).interval.value == pytest.approx(-0.05)
+    beside = entries.difference(found["nadamw"], found["adamw"])
+    assert beside.interval.high > 0 > beside.interval.value
+    assert beside.sign == 0
 
 
 def test_the_table_and_the_picture_are_written(sweep, capsys):

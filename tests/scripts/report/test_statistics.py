@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steppe.scripts.report import statistics as st
+from steppe.scripts.report.numbers import statistics as st
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 

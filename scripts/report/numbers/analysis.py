@@ -3,11 +3,10 @@
 import math
 import statistics
 
-from steppe.scripts.report import statistics as st
-from steppe.scripts.report.groups import Cell, Run, Study, Variant
-from steppe.scripts.results import summary
+from steppe.scripts.report.numbers import statistics as st
+from steppe.scripts.report.numbers.entries import EQUAL_FLOPS
+from steppe.scripts.report.numbers.groups import Cell, Run, Study, Variant
 
-EQUAL_FLOPS = 0.1  # runs within this share of each other's FLOPs count as equal compute
 # measures that are drawn and shown at once where there are many; tables of data and correlations have all
 _FIRST = (
     *("lambda_max", "trace", "ggn_lambda_max", "nme_lambda_max"),
@@ -103,6 +102,9 @@ def seconds(variant: Variant) -> float:
     return statistics.median(found) if found else math.nan
 
 
+STEADY = 1.5  # seconds a token of runs that do the same work may differ by this factor and still be shown
+
+
 def unsteadiness(study: Study) -> float:
     """Largest ratio of seconds a token between finished runs of one model and variant, which all do the same work."""
     paces = {}
@@ -125,6 +127,26 @@ def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
             if law:
                 found[budget, name] = law
     return found
+
+
+def on_the_way(cell: Cell, variant: Variant) -> list[dict]:
+    """A row an evaluation: held-out loss at the best rho minus AdamW's of the same seed and step, over such seeds."""
+    reference = cell.variants.get(variant.reference)
+    if variant.name == variant.reference or variant.choice is None or reference is None or reference.choice is None:
+        return []
+    own, base = ({seed: run for seed, run in v.best().items() if math.isfinite(run.loss)} for v in (variant, reference))
+    shared = [seed for seed in sorted(own) if seed in base]
+    if not shared:
+        return []
+    rows = []
+    for points in zip(*(runs[seed].result.curve for seed in shared for runs in (own, base)), strict=False):
+        if points[0].step and len({point.step for point in points}) == 1:
+            found = [a.loss - b.loss for a, b in zip(points[::2], points[1::2], strict=True)]
+            if all(map(math.isfinite, found)):
+                share = points[0].step / own[shared[0]].result.steps
+                rows.append({"step": points[0].step, "share": share, "tokens": points[0].tokens,
+                             "difference": st.t_interval(found)})  # fmt: skip
+    return rows
 
 
 def scaling_laws(study: Study) -> tuple[dict[str, st.ScalingLaw], dict[str, str]]:
@@ -158,11 +180,9 @@ def measures(study: Study) -> dict[str, dict[str, dict[str, float]]]:
     """
     found = {"curvature": {}, "retention": {}}
     for run in study.runs:
-        steps = [path for path in (run.result.directory / "curvature").glob("*.json") if path.stem.isdigit()]
-        newest = max(steps, key=lambda path: int(path.stem), default=None)
-        files = {"curvature": newest, "retention": run.result.directory / "retention.json"}
-        for source, path in files.items():
-            for measure, value in (summary(path) if path else {}).items():
+        newest = run.result.curvature[-1] if run.result.curvature else {}
+        for source, numbers in (("curvature", newest), ("retention", run.result.retention)):
+            for measure, value in numbers.items():
                 if measure in ("loss", "step") or measure.endswith(("_error", "_residual")):
                     continue
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
@@ -175,8 +195,7 @@ def over_training(study: Study) -> list[dict]:
     rows = []
     for cell in study.cells:
         for run in cell.runs:
-            found = [summary(path) for path in (run.result.directory / "curvature").glob("*.json")]
-            found = sorted(filter(None, found), key=lambda f: f["step"])
+            found = run.result.curvature
             if len(found) < 2 or not run.result.steps:
                 continue
             rows += [

@@ -1,23 +1,28 @@
 """Runs in groups: cells of one scale and budget, the variants in them, the best rho of each.
 
 A cell holds the runs of one model and one budget (`train.duration`). In it a variant is a method, with the values of
-other keys beside it where runs of that method differ in them. Diverged runs count as a loss of infinity.
+other keys beside it where runs of that method differ in them, unless most runs have that value. Diverged runs count as
+a loss of infinity.
 """
 
+import collections
+import json
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from steppe.scripts.report import statistics as st
+from steppe.scripts.report.numbers import statistics as st
 from steppe.scripts.results import OF_SIZE, Result
 
 BASE = "adamw"  # the method that perturbs nothing
-_SCALE = ("model.", "data.sequence_length", "data.vocabulary")
+_SCALE = ("model.", "data.sequence_length", "data.vocabulary")  # where a key begins so
 _BUDGET = ("train.duration", "train.tokens_per_parameter", "train.parameter_count")
 # neither changes what a run computes, beyond the order of sums; or it is the axis of a sweep
-_ASIDE = (
-    *("log.", "mesh.", "checkpoint.", "curvature.", "sample.", "evaluate.", "data.directory", "data.cache"),
-    *("data.verify", "data.prefetch", "data.workers", "optim.method", "optim.rho", "seed", *_SCALE, *_BUDGET),
-)
+_ASIDE = ("log.", "mesh.", "checkpoint.", "curvature.", "sample.", "evaluate.", *_SCALE)
+_ASIDE_KEYS = {
+    *("data.directory", "data.cache", "data.verify", "data.prefetch", "data.workers", "average.weights"),
+    *("optim.method", "optim.rho", "seed", *_BUDGET),
+}
 _OWN = ("alpha", "beta", "gamma", "lam", "sigma", "decay", "k", "precond_")  # keys of optim that only some methods have
 
 
@@ -94,12 +99,22 @@ def same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
+def telling(runs: list[Run]) -> list[str]:
+    """The keys in which runs differ that tell variants of a method apart."""
+    return [key for key in runs[0].result.varied if not key.startswith(_ASIDE) and key not in _ASIDE_KEYS]
+
+
 def analyse(results: list[Result]) -> Study:
     """Groups results and chooses the best rho of each variant in each cell."""
     runs = [_run(result) for result in results]
-    keys = [key for key in runs[0].result.varied if not key.startswith(_ASIDE)]
+    keys = telling(runs)
     extras, notes = _extras(runs, keys)
-    runs = _families([run._replace(variant=_variant(run, extras)) for run in runs])
+    common = {key: usual(run.result.config[key] for run in runs) for key in keys}
+    runs = _families([run._replace(variant=_variant(run, extras, common)) for run in runs])
+    named = dict.fromkeys(key for keys in extras.values() for key in keys)
+    if named:
+        left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(common[key])}" for key in named)
+        notes.insert(0, f"Names leave out what most runs have: {left_out}.")
     cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]
     cells.sort(key=lambda cell: (cell.parameters or math.inf, cell.scale, cell.tokens or math.inf, cell.budget))
     total = sum(cell.df for cell in cells)
@@ -185,13 +200,19 @@ def _extras(runs: list[Run], keys: list[str]) -> tuple[dict[str, list[str]], lis
             alike = {tuple(sorted(found)) for found in values.values()}
             if len(alike) > 1 and not key.removeprefix("optim.").startswith(_OWN):
                 between |= {f"{method}: {', '.join(sorted(found))}" for method, found in values.items()}
-        if between:
+        if between and not any(key in keys for keys in extras.values()):  # else the names of variants say it
             notes.append(f"Methods differ in {key} within a scale and budget ({'; '.join(sorted(between))}).")
     return extras, notes
 
 
-def _variant(run: Run, extras: dict[str, list[str]]) -> str:
-    shown = [f"{key.split('.')[-1]}={run.result.config[key]}" for key in extras.get(run.method, ())]
+def usual(values: Iterable) -> str:
+    """The value, as JSON, that most runs have; of several the first."""
+    return collections.Counter(map(json.dumps, values)).most_common(1)[0][0]
+
+
+def _variant(run: Run, extras: dict[str, list[str]], common: dict[str, str]) -> str:
+    values = {key: run.result.config[key] for key in extras.get(run.method, ())}
+    shown = [f"{key.split('.')[-1]}={value}" for key, value in values.items() if json.dumps(value) != common[key]]
     return ", ".join([run.method, *shown])
 
 
@@ -201,7 +222,8 @@ def _first(runs: list[Run], name: str) -> int:
 
 def _cell(runs: list[Run], label: tuple[str, str]) -> Cell:
     names = list(dict.fromkeys(run.variant for run in runs))
-    plain = [name for name in names if name.split(", ")[0] == BASE]
+    plain = {run.variant: run.result.config for run in runs if run.method == BASE}
+    keys = telling(runs)
     variants = {}
     for name in names:
         own = [run for run in runs if run.variant == name]
@@ -209,9 +231,9 @@ def _cell(runs: list[Run], label: tuple[str, str]) -> Cell:
         for run in own:
             if not math.isnan(run.loss):
                 losses.setdefault(run.rho, {})[run.seed] = run.loss
-        extra = name.partition(", ")[2]
-        reference = BASE + (f", {extra}" if extra else "")
-        reference = reference if reference in plain else plain[0] if len(plain) == 1 else ""
+        config = own[0].result.config  # the plain variant that it differs from in the fewest keys; of several the first
+        apart = {other: sum(config[key] != flat[key] for key in keys) for other, flat in plain.items()}
+        reference = name if name in plain else min(apart, key=apart.get, default="")
         variants[name] = Variant(
             name=name,
             method=own[0].method,

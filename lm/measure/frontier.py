@@ -1,0 +1,55 @@
+"""What fine-tuning on a second text costs on the first: the frontier of (gained, lost) over rates and lengths.
+
+Imports no jax: reports read it off what was measured.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SHARE = 0.8  # of what every run gains: runs are compared there, not where the weakest of them just arrives
+Paths = Sequence[Sequence[tuple[float, float]]]
+
+
+def paths_of(fine_tune: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
+    """The (gained, lost) points of each path of a record's fine-tuning, {"paths": [{"points": [...]}]}."""
+    number = lambda value: math.nan if value is None else value  # noqa: E731
+    return [
+        [(number(point["gained"]), number(point["lost"])) for point in path["points"]] for path in fine_tune["paths"]
+    ]
+
+
+def best_gain(paths: Paths) -> float:
+    """The most that any point gains, 0 where none does; points that are not finite gain nothing."""
+    return max((gain for path in paths for gain, lost in path if math.isfinite(gain + lost)), default=0.0)
+
+
+def equal_loss(fine_tunes: Sequence[Mapping[str, Any]]) -> float:
+    """A loss on the second text that all reach: the highest that one of them has after SHARE of its best gain.
+
+    Those that gain nothing set no mark; NaN if none does.
+    """
+    gains = [(each["loss"], best_gain(paths_of(each))) for each in fine_tunes]
+    return max((loss - SHARE * gain for loss, gain in gains if gain > 0), default=math.nan)
+
+
+def lost_at(paths: Sequence[Sequence[tuple[float, float]]], gain: float) -> float:
+    """The least loss given up on the first text for a gain on the second: the forgetting frontier at `gain`.
+
+    paths: for each learning rate the (gained, lost) points on the way, in nats; each starts at (0, 0) and is taken as
+    straight between points, up to where it first reaches `gain`. 0 for no gain at all, NaN where no path reaches it.
+    """
+    if gain <= 0:
+        return 0.0
+    reached = []
+    for path in paths:
+        before = (0.0, 0.0)
+        for point in path:
+            if not all(map(math.isfinite, point)):
+                break
+            if point[0] >= gain:
+                share = (gain - before[0]) / (point[0] - before[0])
+                reached.append(before[1] + share * (point[1] - before[1]))
+                break
+            before = point
+    return min(reached, default=math.nan)

@@ -1,0 +1,143 @@
+"""The figures of what curvature and retention measured of runs."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from steppe.lm import plot
+from steppe.lm.measure import frontier
+from steppe.scripts import style
+from steppe.scripts.report import drawing as dr
+from steppe.scripts.report.numbers import analysis as an
+from steppe.scripts.report.numbers import entries as en
+from steppe.scripts.report.numbers import groups as gr
+
+PART = 4  # measures in one drawing
+
+
+def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]], part: int = 0) -> dr.Drawing | None:
+    """Held-out loss against each measure, a row a cell, a column a measure; at most PART measures a drawing."""
+    chosen = dict(list(found.items())[PART * part : PART * (part + 1)])
+    styles, rows = style.of_variants(study.variants), []
+    for measure, values in chosen.items():
+        for cell in study.cells:
+            rows += [
+                {"cell": cell.label, "variant": run.variant, "rho": run.rho, "seed": run.seed,
+                 "measure": measure, "value": values[run.result.name], "loss": run.loss}
+                for run in cell.runs if run.result.name in values and math.isfinite(run.loss)
+            ]  # fmt: skip
+    if not rows:
+        return None
+    labels = list(dict.fromkeys(row["cell"] for row in rows))
+    figure, panels = dr.grid([(label, measure) for label in labels for measure in chosen], 2.7, sharey="row")
+    for (label, measure), axes in panels.items():
+        values = []
+        for name, (colour, marker, _) in styles.items():
+            own = [
+                (row["value"], row["loss"]) for row in rows
+                if (row["measure"], row["cell"], row["variant"]) == (measure, label, name)
+            ]  # fmt: skip
+            if own:
+                values += [value for value, _ in own]
+                axes.plot(
+                    *zip(*own, strict=True), color=colour, marker=marker, linestyle="none", label=name, alpha=0.85
+                )
+        axes.set(xlabel=style.in_words(measure), title=label)
+        if values and min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_xscale("log")
+        elif values:
+            axes.xaxis.set_major_locator(dr.ticker().MaxNLocator(4))
+    dr.finish(figure, panels, "held-out loss, nats per token")
+    several = len(found) > PART
+    return dr.Drawing(
+        f"{source}_{part + 1}" if several else source,
+        f"Held-out loss beside {source}" + (f", part {part + 1}" if several else ""),
+        "One mark a run, all rho and seeds that were measured." + (
+            " Measures of retention are increases of the loss, nats per token: smaller is better."
+            if source == "retention" else ""
+        ),
+        f"Held-out loss against {', '.join(map(style.in_words, chosen))}, a row of panels for each scale and budget.",
+        figure, rows,
+    )  # fmt: skip
+
+
+def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
+    """Curvature of checkpoints against tokens, a row a cell, a column a measure, a line a run."""
+    rows, styles = an.over_training(study), style.of_variants(study.variants)
+    if not rows:
+        return None
+    labels, measures = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cell", "measure"))
+    figure, panels = dr.grid([(label, measure) for label in labels for measure in measures], 2.7)
+    for (label, measure), axes in panels.items():
+        own = [row for row in rows if (row["cell"], row["measure"]) == (label, measure)]
+        for name, run in dict.fromkeys((row["variant"], row["run"]) for row in own):
+            colour, marker, dash = styles[name]
+            line = [(row["tokens"], row["value"]) for row in own if row["run"] == run]
+            axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, label=name, alpha=0.85)
+        axes.set(xlabel="tokens", title=f"{style.in_words(measure)}\n{label}")
+        axes.margins(x=0.08)
+        dr.si_ticks(axes.xaxis)
+    dr.finish(figure, panels, "of the held-out loss")
+    return dr.Drawing(
+        "curvature_over_training", "Curvature over training",
+        "One line a run, of runs of which several checkpoints were measured. The functional share is that of "
+        "|NME ε|² in |GGN ε|² + |NME ε|², ε along the gradient.",
+        f"{', '.join(map(style.in_words, measures))} against tokens, a row of panels for each scale and budget.",
+        figure, rows,
+    )  # fmt: skip
+
+
+def forgetting(runs: Sequence[gr.Run]) -> dr.Drawing | None:
+    """What is forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's."""
+    rows: list[dict] = []
+    found = en.entries(runs)
+    cells: dict[tuple, list[tuple[str, en.Entry]]] = {}
+    for entry in found:
+        if any(result.fine_tune for result in entry.best.values()):
+            cells.setdefault((entry.scale,), []).append((entry.name, entry))
+    if not cells:
+        return None
+    drawn, panels = dr.grid([(cell, column) for cell in cells for column in range(2)], 3.8)
+    for cell, members in cells.items():
+        tuned = [result.fine_tune for _, entry in members for result in entry.best.values() if result.fine_tune]
+        highest = frontier.equal_loss(tuned)
+        gains = [each["loss"] - frontier.best_gain(frontier.paths_of(each)) for each in tuned]
+        marks = [highest + (max(gains) - highest) * share / 8 for share in range(-8, 9)]
+        plainest = min((entry for _, entry in members if entry.plain), key=lambda entry: entry.loss, default=None)
+        budgets = {entry.budget for _, entry in members}
+        names = [name if len(budgets) == 1 else f"{name}, {entry.budget}" for name, entry in members]
+        styles = style.of_variants(names)
+        for name, (_, entry) in zip(names, members, strict=True):
+            colour, _, dash = styles[name]
+            losses = [
+                [en.forgotten(mark)(result) for result in entry.best.values() if result.fine_tune] for mark in marks
+            ]
+            known = [(mark, statistics.fmean(at)) for mark, at in zip(marks, losses, strict=True)
+                     if at and all(map(math.isfinite, at))]  # fmt: skip
+            if known:
+                panels[cell, 0].plot(*zip(*known, strict=True), color=colour, linestyle=dash, label=name)
+            ways = [(mark, en.difference(entry, plainest, en.forgotten(mark))) for mark in marks]
+            ways = [(mark, way) for mark, way in ways if way]
+            if ways:
+                at, middle, low, high = zip(*((mark, *way.interval[:3]) for mark, way in ways), strict=True)
+                panels[cell, 1].plot(at, middle, color=colour, linestyle=dash, label=name)
+                if all(map(math.isfinite, high)):
+                    panels[cell, 1].fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
+            rows += [
+                {"scale": cell[0], "entry": name, "second_loss": mark, "forgotten": value} for mark, value in known
+            ]
+            for row in rows:
+                for mark, way in ways:
+                    if (row["entry"], row["second_loss"]) == (name, mark):
+                        row |= {"less_adamw": way.interval.value, "low": way.interval.low, "high": way.interval.high}
+        for column, label in enumerate(("forgotten, nats a token", "less AdamW's, nats a token")):
+            panels[cell, column].set(xlabel="loss on the second text, nats a token", ylabel=label)
+            panels[cell, column].invert_xaxis()
+        panels[cell, 1].axhline(0, color=plot.GREY, linewidth=1)
+    dr.finish(drawn, panels, "")
+    return dr.Drawing(
+        "forgetting", "What fine-tuning costs on the first text",
+        "Left: the least that any learning rate and length forgets where the second text reaches a loss, mean over "
+        "seeds; fine-tuning goes from left to right. Right: less AdamW's, paired by seed; bands: 95 % intervals.",
+        f"Forgetting against the loss on a second text for {sum(map(len, cells.values()))} entries.", drawn, rows,
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""Runs as one file, for keeping and passing on: everything a report shows of them, without checkpoints or steps.
+
+    steppe report pack DIR [RUN ...] --out=FILE.jsonl
+
+Every report takes the file for a directory of the runs: configs, held-out losses on the way and at the end, costs, and
+what curvature and retention measured. Runs that a file has already stay in it, unless they are read anew.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from steppe.data import files
+from steppe.scripts import command
+
+
+def _computed(run) -> str:
+    """What tells a run from others: every key that changes what it computes."""
+    from steppe.configs.base import FREE
+
+    told = {key: value for key, value in run.config.items() if key not in FREE and not key.startswith("log.")}
+    return json.dumps(told, sort_keys=True)
+
+
+def pack(argv: Sequence[str]) -> int:
+    """`report pack DIR [RUN ...] --out=FILE.jsonl`; returns the exit status, 2 for bad input."""
+    from steppe.scripts import results
+
+    parser = command.parser("report pack", __doc__, config=False)
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, a file of pack, or workdirs of runs")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the file, made or added to")
+    options = command.options_of(argv, parser)
+    out = Path(options.out)
+    if out.suffix != results.PACK or out.is_dir():
+        return command.fail(f"--out={out}: must be a file that ends in {results.PACK}")
+    command.writable_directory(str(out.parent))
+    ended = [run for run in results.read(options.directories) if run.status in ("finished", "diverged")]
+    before = {_computed(run): run for run in results.read(str(out))} if out.exists() else {}
+    now = {_computed(run): run for run in ended}
+    if not now:
+        return command.fail(f"{', '.join(options.directories)}: must hold a finished run")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write(out, results.pack({**before, **now}.values()))
+    print(f"wrote {out}: {len({**before, **now})} runs, {len(now)} of them now")
+    return 0

@@ -1,0 +1,130 @@
+"""The first screen of a report, and runs kept as one file."""
+
+import csv
+import json
+
+import pytest
+
+from helpers.report_runs import plan, write_sweep
+from steppe.scripts import results, style
+from steppe.scripts.report import __main__ as command
+from steppe.scripts.report import answer
+from steppe.scripts.report.numbers import groups
+
+LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
+WOBBLE = {0: 0.0, 1: 0.002, 2: -0.002, 3: 0.001}  # what it adds to a method's
+TWO_PASS, LONGER = -0.05, -0.2  # sam at its best, and AdamW on twice the steps, less AdamW
+
+
+def fine_tune(kept):
+    """One path: gains 0.3 of 4.0 while it loses 0.1 less what is kept."""
+    points = [{"step": s, "gained": 0.3 * s / 4, "lost": (0.1 - kept) * s / 4} for s in (1, 2, 4)]
+    return {"loss": 4.0, "paths": [{"rate": 0.001, "points": points}]}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """adamw on 1000 and 2000 steps and sam, whose best rho of three has four seeds, its others one."""
+    directory, runs, kept = tmp_path_factory.mktemp("answer") / "sweep", {}, {}
+    for seed, level in LEVELS.items():
+        for steps in (1000, 2000):
+            name, overrides = plan("adamw", seed=seed, duration=f"{steps} steps")
+            runs[name], kept[name] = (overrides, 2.0 + level + LONGER * (steps == 2000)), 0.0
+        for rho in (0.01, 0.03, 0.1) if seed == 0 else (0.1,):
+            name, overrides = plan("sam", rho, seed=seed)
+            loss = 2.0 + level + TWO_PASS + WOBBLE[seed] + 0.02 * (rho != 0.1)
+            runs[name], kept[name] = (overrides, loss), 0.04 + WOBBLE[seed]
+    write_sweep(directory, runs)
+    for name in runs:
+        record = {
+            "step": 1000,
+            "summary": {"int4_channel": 0.3 - kept[name]},
+            "details": {"fine_tune": fine_tune(kept[name])},
+        }
+        (directory / "runs" / name / "retention.json").write_text(json.dumps(record))
+    return directory
+
+
+def study_of(given):
+    return groups.analyse(results.with_averages(results.read(given))).runs
+
+
+def test_the_answer_is_what_was_put_in(sweep):
+    found = answer.answer(study_of(sweep))
+    rows = {row.name: row for row in found.rows}
+    assert list(rows) == ["adamw, 2000 steps", "sam"]
+    assert [aspect.key for aspect in found.aspects] == ["tokens", "compute", "forgetting", "four_bits"]
+    of = {key: way.interval.value for key, way in rows["sam"].ways.items()}
+    wobble = sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3  # seed 0 chose rho
+    assert of["tokens"] == pytest.approx(TWO_PASS + wobble)
+    assert of["compute"] == pytest.approx(TWO_PASS - LONGER + wobble)
+    assert of["four_bits"] == pytest.approx(-0.04 - wobble)
+    assert of["forgetting"] == pytest.approx((-0.04 - wobble) * 0.8)  # at 0.8 of what all gain
+    assert set(rows["adamw, 2000 steps"].ways) == {"tokens", "forgetting", "four_bits"}
+    assert all(way.interval.n == 3 and way.fresh for way in rows["sam"].ways.values())
+
+
+def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
+    loss, kept, sure = answer.sentences(answer.answer(study_of(sweep)))
+    assert loss.startswith("At equal tokens 1 of 1 are better than AdamW by an interval without zero (sam −0.0497 [")
+    assert "at equal FLOPs none of 1 is better than AdamW by an interval without zero, 1 are worse" in loss
+    assert "(sam −0.0323 [" in kept
+    assert "3–4 pairs of seeds" in sure
+    assert "of 7 intervals 0.4 would exclude zero by chance alone" in sure
+
+
+def test_a_line_says_where_to_look_next(sweep):
+    lines = answer.lines(answer.answer(study_of(sweep)))
+    assert lines[1].startswith("sam, 2.00 × a token: rho 0.1 of 3 at the grid's upper edge: extend upwards; ")
+    assert lines[1].endswith("3 fresh pairs.")
+
+
+def test_one_pair_has_no_interval_and_nothing_is_claimed_of_it(sweep, tmp_path):
+    alone = [run for run in study_of(sweep) if run.seed == 0]
+    loss, _, sure = answer.sentences(answer.answer(alone))
+    assert loss.startswith("At equal tokens there is one pair of seeds of each, and no interval: the lowest is sam")
+    assert sure.startswith("Each difference is of one pair of seeds, none of which")
+
+
+def test_runs_packed_into_a_file_make_the_same_page(sweep, tmp_path, capsys):
+    pack = tmp_path / "runs.jsonl"
+    assert command.main(["pack", str(sweep), f"--out={pack}"]) == 0
+    assert "14 runs, 14 of them now" in capsys.readouterr().out
+    assert command.main([str(sweep), f"--out={tmp_path / 'a'}"]) == 0
+    assert command.main([str(pack), f"--out={tmp_path / 'b'}"]) == 0
+    for path in sorted((tmp_path / "a").glob("*.csv")):
+        assert path.read_text() == (tmp_path / "b" / path.name).read_text(), path.name
+    rows = list(csv.DictReader((tmp_path / "b" / "answer.csv").open()))
+    assert {row["entry"] for row in rows} == {"adamw, 2000 steps", "sam"}
+    assert command.main(["pack", str(sweep), f"--out={pack}"]) == 0  # those it has are replaced, not doubled
+    assert len(results.read(pack)) == 14
+
+
+def test_bad_packs_are_one_line(sweep, tmp_path, capsys):
+    assert command.main(["pack", str(sweep), f"--out={tmp_path / 'runs.csv'}"]) == 2
+    assert "must be a file that ends in .jsonl" in capsys.readouterr().err
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a document"}\n')
+    assert command.main([str(bad), f"--out={tmp_path}"]) == 2
+    assert "bad.jsonl: must be a file that `steppe report pack` wrote" in capsys.readouterr().err
+    assert command.main([str(bad)]) == 2
+    assert "--out is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        ("nme_lambda_max", "largest eigenvalue of the functional part"),
+        ("int3_group64_embedding", "int3, a scale per 64 inputs, all tables too"),
+        ("fine_tune_lr=0.001: lost", "forgotten, fine-tuned at 0.001"),
+        ("something_new", "something new"),
+    ],
+)
+def test_measures_have_words(measure, words):
+    assert style.in_words(measure) == words
+
+
+def test_variants_of_a_method_share_its_colour_and_nothing_else():
+    found = style.of_variants(["adamw", "sam", "sam ema", "sam, rho_schedule=late", "other"])
+    assert found["sam ema"][0] == found["sam"][0] != found["other"][0]
+    assert len({(marker, str(dash)) for _, marker, dash in found.values()}) == 5
