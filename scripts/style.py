@@ -78,6 +78,8 @@ _PATTERNS = (
      lambda found: f"{found[1]}, a scale a channel{', all tables too' * bool(found[2])}"),
     (r"(int\d+)_group(\d+)(_embedding)?",
      lambda found: f"{found[1]}, a scale per {found[2]} inputs{', all tables too' * bool(found[3])}"),
+    (r"(int\d+)_gptq_channel", lambda found: f"{found[1]} by GPTQ, a scale a channel"),
+    (r"(int\d+)_gptq_group(\d+)", lambda found: f"{found[1]} by GPTQ, a scale per {found[2]} inputs"),
     (r"fine_tune_lr=(.+): lost", lambda found: f"forgotten, fine-tuned at {found[1]}"),
     (r"fine_tune_lr=(.+): curvature", lambda found: f"curvature along fine-tuning at {found[1]}"),
 )  # fmt: skip

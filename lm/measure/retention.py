@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from steppe.data import loader
+from steppe.lm.measure import gptq
 from steppe.lm.measure.evaluate import make_evaluation_step
 from steppe.lm.measure.in_training import twice_differentiable
 from steppe.lm.model import parameters
@@ -29,14 +30,15 @@ class Programs(NamedTuple):
     """Compiled once for a shape of model, a mesh and a batch; nothing here depends on a run.
 
     evaluate(params, batch) -> (nats, tokens). noise(params, seed, sigma) -> params.
-    quantise(params, bits, group, tables) -> params. start(params) -> State with copies of them.
-    step(state, batch, rate) -> (state, metrics), which takes the state's memory. along(params, batch, other): of the
-    way from params to others, see optim.curvature.along.
+    quantise(params, bits, group, tables) -> params. grams: of lm.measure.gptq.gram_program.
+    start(params) -> State with copies of them. step(state, batch, rate) -> (state, metrics), which takes the state's
+    memory. along(params, batch, other): of the way from params to others, see optim.curvature.along.
     """
 
     evaluate: Callable
     noise: Callable
     quantise: Callable
+    grams: Callable
     start: Callable
     step: Callable
     along: Callable
@@ -62,6 +64,7 @@ def programs(parts: Parts) -> Programs:
             lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma), out_shardings=places.params
         ),
         jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
+        gptq.gram_program(parts),
         jax.jit(start_copy, out_shardings=places),
         jax.jit(step, donate_argnums=0, out_shardings=(places, None)),  # as they came in: else a second compile
         jax.jit(along_way),

@@ -240,6 +240,15 @@ def _project_backward(equation, kept, cotangent):
 project.defvjp(_project_forward, _project_backward)
 
 
+INPUTS = "inputs"  # the collection of what each kernel is multiplied with, where apply(..., mutable=) asks for it
+
+
+def note_input(module: nn.Module, x: jax.Array, *kernels: str) -> None:
+    """Notes x as what these kernels of a module are multiplied with; nothing where nobody asks for INPUTS."""
+    for kernel in kernels:
+        module.sow(INPUTS, f"{kernel}_input", x)
+
+
 class Attention(nn.Module):
     """Multi-head or grouped-query self-attention without biases."""
 
@@ -251,6 +260,7 @@ class Attention(nn.Module):
         s = self.shape
         D, H, G, K = s.width, s.heads, s.kv_heads, s.features
         draw = _matrix(s.init, (0,))
+        note_input(self, x_BxTxD, "query", "key", "value")
         query = project("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), draw, s.dtype, name="query")())
         key = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="key")())
         value = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="value")())
@@ -263,6 +273,7 @@ class Attention(nn.Module):
             mixed = cached_attention(query, *self.kept(key, value, positions_BxT), positions_BxT)
         else:
             mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain, s.small)
+        note_input(self, mixed, "out")
         out = Kernel((H, K, D), _matrix(s.init, (0, 1), 1 / (2 * s.layers)), s.dtype, name="out")()
         return jnp.einsum("bthk,hkd->btd", mixed, out)
 
@@ -288,6 +299,7 @@ class Mlp(nn.Module):
         s = self.shape
         D, F = s.width, s.mlp_width
         draw = _matrix(s.init, (0,))
+        note_input(self, x_BxTxD, "up", *["gate"] * (s.style == "modern"))
         hidden = project("btd,df->btf", x_BxTxD, Kernel((D, F), draw, s.dtype, name="up")())
         # Checkpointed even where remat is none: the backward pass would read five arrays of [B, T, F] instead of one.
         if s.style == "modern":
@@ -296,6 +308,7 @@ class Mlp(nn.Module):
         else:
             hidden = jax.checkpoint(jax.nn.gelu, prevent_cse=False)(hidden)
         hidden = self.constrain(hidden, "mlp")
+        note_input(self, hidden, "down")
         down = Kernel((F, D), _matrix(s.init, (0,), 1 / (2 * s.layers)), s.dtype, name="down")()
         return jnp.einsum("btf,fd->btd", hidden, down)
 
@@ -364,7 +377,7 @@ class Trunk(nn.Module):
             block = nn.remat(Block, policy=_remat_policy(s.remat), prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "cache": 0},
+            variable_axes={"params": 0, "cache": 0, INPUTS: 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=s.layers,

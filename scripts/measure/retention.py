@@ -103,8 +103,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pairs of opposite draws at each scale (default 3)",
     )
-    add("--bits", type=_numbers(2, 8, whole=True), default=(8, 4), metavar="B,B", help="integer widths (default 8,4)")
+    add(
+        "--bits",
+        type=_numbers(2, 8, whole=True),
+        default=(8, 4, 3),
+        metavar="B,B",
+        help="integer widths (default 8,4,3)",
+    )
     add("--group", type=command.integer(1), default=64, metavar="N", help="inputs that share a scale (default 64)")
+    add(
+        "--gptq", type=command.integer(0), default=16, metavar="N",
+        help="also round by GPTQ, calibrated on N batches of the training text (default 16; 0: not)",
+    )  # fmt: skip
     add("--embedding", action="store_true", help="also round embedding, positions and readout with the matrices")
     add(
         "--fine_tune", default="topics", metavar="TASK",
@@ -199,7 +209,17 @@ def find(
 
 def settings_of(options: argparse.Namespace) -> dict:
     """What a run's numbers depend on beside the run, as it is written into its file."""
-    names = ("noise", "samples", "bits", "group", "embedding", "fine_tune", "fine_tune_steps", "fine_tune_rates")
+    names = (
+        "noise",
+        "samples",
+        "bits",
+        "group",
+        "gptq",
+        "embedding",
+        "fine_tune",
+        "fine_tune_steps",
+        "fine_tune_rates",
+    )
     chosen = {name: getattr(options, name) for name in (*names, "batch_size", "batches")}
     return json.loads(json.dumps(chosen))
 
@@ -232,8 +252,8 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
     the first run, which must be this one's.
     """
     from steppe.lm.keep import saved
-    from steppe.lm.measure import retention
-    from steppe.lm.run.assembly import assemble
+    from steppe.lm.measure import gptq, retention
+    from steppe.lm.run.assembly import assemble, batch_reader
 
     run = saved.load(str(target.workdir), target.step, log=lambda text: None, weights=target.weights)
     devices, batch_size = list(run.parts.mesh.devices.flat), settings["batch_size"]
@@ -251,6 +271,8 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
     name = next(iter(run.corpus.held_out))
     batches = retention.held_out(run.corpus, name, parts.mesh, batch_size, settings["batches"])
     base, tokens = retention.loss(tools.evaluate, run.params, batches)
+    # calibrated on the run's own text: held-out text is what rounding is judged by
+    read = batch_reader(config, run.corpus, parts, lambda step: step)
     log(f"loss {base:.4f} over {tokens:,} held-out tokens of {name}")
 
     def increase(params) -> float:
@@ -272,6 +294,11 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
             for group, kind in ((0, "channel"), (settings["group"], f"group{settings['group']}")):
                 key = f"int{bits}_{kind}" + "_embedding" * tables
                 summary[key] = increase(tools.quantise(run.params, bits, group, tables))
+    calibration = [read(index) for index in range(settings["gptq"])]
+    for bits in settings["bits"] if calibration else ():
+        for group, kind in ((0, "channel"), (settings["group"], f"group{settings['group']}")):
+            rounded = gptq.quantise(run.params, tools.grams, calibration, bits, group)
+            summary[f"int{bits}_gptq_{kind}"] = increase(rounded)
     log("quantisation  " + _line(summary, "int"))
     record = {
         "step": target.step,

@@ -235,18 +235,23 @@ def power_laws(study: gr.Study, laws: dict) -> Table:
     every = an.optima(study)
     for (budget, name), law in laws.items():
         edges = sum(optimum.status != "inside" for _, optimum in every[budget, name])
+        told = an.foretold(study, budget, name)
         rows.append(
             {"variant": name, "budget": budget, "factor": law.factor, "exponent": law.exponent,
-             "left_out": edges, "interval_from": law.how}
+             "left_out": edges, "interval_from": law.how, "checked_at": told.scale if told else "",
+             "foretold": told.rho if told else math.nan, "best_there": told.best if told else math.nan,
+             "check": _foretold(told)}
         )  # fmt: skip
     return Table(
         "power_law", "Best rho = a N^b",
         "b with its 95 % interval; N non-embedding parameters. n scales whose optimum lies inside the grid; scales "
-        "without one are left out, which biases b if they are at one end.",
+        "without one are left out, which biases b if they are at one end. Check: a law fitted without the largest "
+        "scale, beside the best of the grid there.",
         [
             Column("variant", "method", number=False), Column("budget", "budget", number=False),
             Column("factor", "a", significant), Column("exponent", "b (n scales)", interval(2)),
             Column("left_out", "scales left out"), Column("interval_from", "interval from", number=False),
+            Column("check", "check at the largest scale", number=False),
         ],
         rows,
     )  # fmt: skip
@@ -344,6 +349,13 @@ def runs(study: gr.Study) -> Table:
         ],
         rows,
     )  # fmt: skip
+
+
+def _foretold(told: an.Foretold | None) -> str:
+    if told is None:
+        return "—"
+    verdict = "within a step of the grid" if told.hit else "more than a step of the grid off"
+    return f"{told.scale}: {rho(told.rho)} foretold, {rho(told.best)} best, {verdict}"
 
 
 def _rho_interval(found: Interval) -> str:

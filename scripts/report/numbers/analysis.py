@@ -1,7 +1,9 @@
 """What a report says of grouped runs: differences to AdamW, costs, fits, and measures of other commands."""
 
+import itertools
 import math
 import statistics
+from typing import NamedTuple
 
 from steppe.scripts.report.numbers import statistics as st
 from steppe.scripts.report.numbers.entries import EQUAL_FLOPS
@@ -127,6 +129,44 @@ def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
             if law:
                 found[budget, name] = law
     return found
+
+
+class Foretold(NamedTuple):
+    """The best rho of the largest scale, from a power law through the smaller ones, and what was best there.
+
+    step: the ratio of neighbours in the grid there; hit: whether they lie within one such step.
+    """
+
+    scale: str
+    rho: float
+    best: float
+    step: float
+
+    @property
+    def hit(self) -> bool:
+        return abs(math.log(self.rho / self.best)) <= math.log(self.step) * (1 + 1e-6)
+
+
+def foretold(study: Study, budget: str, name: str) -> Foretold | None:
+    """A power law of best rho fitted without the largest scale, checked there; None with fewer than two others.
+
+    The others count where their optimum lies inside their grid; at the largest the best of the grid does.
+    """
+    pairs = sorted(optima(study).get((budget, name), ()), key=lambda pair: pair[0].parameters)
+    if not pairs:
+        return None
+    cell, _ = pairs[-1]
+    inside = [(other, o) for other, o in pairs[:-1] if o.status == "inside" and other.parameters < cell.parameters]
+    law = st.power_law(
+        [other.parameters for other, _ in inside], [optimum.rho for _, optimum in inside],
+        [optimum.error for _, optimum in inside], min((other.df for other, _ in inside), default=0),
+    ) if inside else None  # fmt: skip
+    variant = cell.variants[name]
+    grid = sorted(rho for rho in variant.losses if rho > 0)
+    if law is None or len(grid) < 2 or variant.choice is None or not variant.choice.rho > 0:
+        return None
+    rho = law.factor * cell.parameters**law.exponent.value
+    return Foretold(cell.scale, rho, variant.choice.rho, max(b / a for a, b in itertools.pairwise(grid)))
 
 
 def on_the_way(cell: Cell, variant: Variant) -> list[dict]:

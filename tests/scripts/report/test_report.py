@@ -176,6 +176,9 @@ def test_best_rho_against_size_is_the_power_law_put_in(made):
     law = only(tables["power_law_table"], variant="functional_sam")
     assert float(law["exponent"]) == pytest.approx(-0.2, rel=1e-6)
     assert float(law["exponent_low"]) < -0.2 < float(law["exponent_high"])
+    assert (law["checked_at"], float(law["best_there"])) == ("1.8m", 0.01)
+    assert float(law["foretold"]) == pytest.approx(true_rho("1.8m"), rel=1e-6)  # from the two smaller ones alone
+    assert law["check"].endswith("within a step of the grid")
 
 
 def test_equal_compute_sets_two_passes_beside_twice_the_steps(made):

@@ -1,0 +1,107 @@
+"""Rounding that makes up for itself: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, arXiv 2210.17323).
+
+A matrix is rounded one input after the other; what each rounding does to the outputs, over the inputs that a
+calibration text gives the matrix, is taken up by the inputs that are still to come. Blocks are rounded from the first
+on, each on what the rounded ones before it give it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from steppe.lm.model import parameters
+from steppe.lm.model.mesh import Placement
+from steppe.lm.model.transformer import INPUTS, Trunk
+from steppe.lm.run.assembly import Parts
+from steppe.optim.masks import path_names
+
+DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, added to it (the paper's)
+
+
+def gram_program(parts: Parts) -> Callable:
+    """(params, batch) -> {path: [L, I, I]}: the sum over counted tokens of x xᵀ, x what a stacked matrix is fed."""
+    trunk = Trunk(parts.shape, Placement(parts.mesh))
+
+    def grams(params, batch):
+        _, kept = trunk.apply(
+            {"params": params}, batch["inputs"], batch.get("positions"), batch.get("segments"), mutable=[INPUTS]
+        )
+        counted = (batch["weights"] > 0).astype(jnp.float32)
+
+        def gram(x):
+            flat = x.reshape(*x.shape[:3], -1).astype(jnp.float32) * counted[None, ..., None]
+            return jnp.einsum("lbti,lbtj->lij", flat, flat, precision="highest")
+
+        found, _ = jax.tree_util.tree_flatten_with_path(kept[INPUTS])  # a tuple of one each
+        return {f"{parameters.name_of(path[:-1]).removesuffix('_input')}/kernel": gram(x) for path, x in found}
+
+    return jax.jit(grams)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int = 0) -> jax.Array:
+    """A matrix rounded to the values of retention.quantise_array, input after input.
+
+    gram: sum of x xᵀ over the calibration text. group > 0: the scale of each `group` inputs is taken when their turn
+    comes. float32, products at full precision.
+    """
+    O, I = w_OxI.shape
+    most, size = 2 ** (bits - 1) - 1, min(group, I) or I
+    diagonal = jnp.diagonal(gram_IxI)
+    damped = gram_IxI + jnp.diag(jnp.where(diagonal > 0, DAMPING * jnp.mean(diagonal), 1.0))
+    lower = jnp.linalg.cholesky(damped)
+    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(I, dtype=w_OxI.dtype))
+    upper = jnp.linalg.cholesky(inverse, upper=True)  # inverse = upperᵀ upper; row i: what input i asks of later ones
+    ahead = jnp.arange(size)
+
+    def one(i, carry):
+        w, scale = carry
+
+        def fresh(_):
+            columns = jnp.take(w, i + ahead, axis=1, mode="fill", fill_value=0)
+            found = jnp.max(jnp.abs(columns), axis=1) * (1 / most)
+            return jnp.where(found > 0, found, 1)
+
+        scale = jax.lax.cond(i % size == 0, fresh, lambda _: scale, None)
+        column = w[:, i]
+        rounded = jnp.clip(jnp.round(column / scale), -most, most) * scale
+        error = (column - rounded) / upper[i, i]
+        w = w - error[:, None] * upper[i][None]  # upper[i, :i] is zero: what is done stays
+        return w.at[:, i].set(rounded), scale
+
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.fori_loop(0, I, one, (w_OxI, jnp.ones(O, w_OxI.dtype)))[0]
+
+
+def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, group: int = 0) -> Any:
+    """The parameters with every matrix of the blocks rounded by GPTQ; tables and norms stay.
+
+    grams: of gram_program. batches: the calibration text, on the mesh.
+    """
+    names, structure = jax.tree.flatten(path_names(params))
+    leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
+    places = {name: leaf.sharding for name, leaf in leaves.items()}
+    matrices = [name for name in names if parameters.of(name).kind == "matrix"]
+    layers = leaves[matrices[0]].shape[0]
+    for layer in range(layers):
+        whole = structure.unflatten([leaves[name] for name in names])
+        found = [grams(whole, batch) for batch in batches]
+        for name in matrices:
+            gram = sum(each[name][layer] for each in found)
+            change = lambda w, gram=gram: quantise_rows(w, gram, bits, group)  # noqa: E731
+            rounded = _in_rows(leaves[name][layer], parameters.of(name).reads, change)
+            leaves[name] = jax.device_put(leaves[name].at[layer].set(rounded), places[name])
+    return structure.unflatten([leaves[name] for name in names])
+
+
+def _in_rows(w: jax.Array, stacked_reads: Sequence[int], change: Callable) -> jax.Array:
+    """A layer's matrix changed in the form [outputs, inputs]; stacked_reads: its input axes in the stack of layers."""
+    reads = tuple(axis - 1 for axis in stacked_reads)
+    behind = tuple(range(-len(reads), 0))
+    moved = jnp.moveaxis(w, reads, behind)
+    inputs = math.prod(w.shape[axis] for axis in reads)
+    return jnp.moveaxis(change(moved.reshape(-1, inputs)).reshape(moved.shape), behind, reads)
