@@ -9,6 +9,8 @@ import numpy as np
 
 from steppe.scripts import command
 
+LONGEST = 48  # characters of a run's name where it stands beside another
+
 
 def compare(argv: Sequence[str]) -> int:
     """`report compare RUN_A RUN_B [--out=FILE.html]`; returns the exit status, 2 for bad input."""
@@ -22,7 +24,7 @@ def compare(argv: Sequence[str]) -> int:
     from steppe.scripts import results
 
     try:
-        pair = [_one(results, workdir) for workdir in options.runs]
+        pair = _told_apart(*(_one(results, workdir) for workdir in options.runs))
     except results.ResultsError as error:
         return command.fail(error)
     keys, facts = differing(*pair), numbers(*pair)
@@ -30,6 +32,15 @@ def compare(argv: Sequence[str]) -> int:
     if options.out is not None:
         print(f"wrote {_page(options.out, pair, keys, facts)}")
     return 0
+
+
+def _told_apart(a, b) -> list:
+    """Both, with names short enough to stand over a column and in a legend: else what their configs differ in."""
+    if max(len(a.name), len(b.name)) <= LONGEST and a.name != b.name:
+        return [a, b]
+    keys = [(key.split(".")[-1], *values) for key, *values in differing(a, b) if not key.startswith("log.")]
+    names = [", ".join(f"{key}={values[i]}" for key, *values in keys)[:LONGEST] for i in (0, 1)]
+    return [run._replace(name=name or f"run {letter}") for run, name, letter in zip((a, b), names, "AB", strict=True)]
 
 
 def differing(a, b) -> list[tuple[str, str, str]]:
@@ -86,8 +97,9 @@ def numbers(a, b) -> list[tuple[str, str, str, str]]:
 
 def text(pair, keys, facts) -> str:
     """The comparison as aligned columns."""
+    cut = lambda value: value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"  # noqa: E731
     rows = [("", pair[0].name, pair[1].name, "B beside A"), *facts, ("", "", "", "")]
-    rows += [(key, a, b, "") for key, a, b in keys] or [("configs", "the same", "the same", "")]
+    rows += [(key, cut(a), cut(b), "") for key, a, b in keys] or [("configs", "the same", "the same", "")]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

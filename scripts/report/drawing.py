@@ -93,6 +93,14 @@ def finish(figure, panels: dict, ylabel: str) -> None:
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
 
 
+def ticks_at(axis, values: list[float]) -> None:
+    """A tick at each of these values and nowhere else."""
+    formats = ticker()
+    axis.set_major_locator(formats.FixedLocator(values))
+    axis.set_major_formatter(formats.FuncFormatter(lambda value, _: style.si(value)))
+    axis.set_minor_locator(formats.NullLocator())
+
+
 def si_ticks(axis) -> None:
     """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, closer where it is short, at 1 and 3 where it is long."""
     formats = ticker()

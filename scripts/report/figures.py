@@ -32,7 +32,8 @@ def loss_against_rho(study: gr.Study) -> dr.Drawing | None:
         _rho_panel(axes, cell, styles, rows)
         axes.set(xscale="log", xlabel="rho", title=cell.label)
         axes.margins(x=0.04)
-        dr.si_ticks(axes.xaxis)
+        tried = {run.rho for run in cell.runs if run.rho > 0 and not math.isnan(run.loss)}
+        dr.ticks_at(axes.xaxis, sorted(tried)) if len(tried) <= 8 else dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "held-out loss, nats per token")
     worst = sorted({row["variant"] for row in rows if row["status"] == "diverged"})
     return dr.Drawing(
@@ -293,8 +294,8 @@ def differences(study: gr.Study) -> dr.Drawing | None:
     return dr.Drawing(
         "differences", "Difference to AdamW during training",
         "Of the same seed at the same step, at the best rho: mean over the seeds that both have; bands: 95 % "
-        "intervals. Below zero is better; what counts is the end, where the learning rate has fallen. The frame shows "
-        "what lies after four tenths of training.",
+        "intervals. Averages of the weights are held against AdamW's own average. Below zero is better; what counts is "
+        "the end, where the learning rate has fallen. The frame shows what lies after four tenths of training.",
         f"Held-out loss less AdamW's during training, in {len(labels)} panels of scale and budget.", figure,
         [{**row, "n": row["difference"].n} for row in rows],
     )  # fmt: skip

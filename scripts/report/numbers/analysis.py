@@ -170,9 +170,13 @@ def foretold(study: Study, budget: str, name: str) -> Foretold | None:
 
 
 def on_the_way(cell: Cell, variant: Variant) -> list[dict]:
-    """A row an evaluation: held-out loss at the best rho minus AdamW's of the same seed and step, over such seeds."""
-    reference = cell.variants.get(variant.reference)
-    if variant.name == variant.reference or variant.choice is None or reference is None or reference.choice is None:
+    """A row an evaluation: held-out loss at the best rho minus AdamW's of the same seed and step, over such seeds.
+
+    AdamW's with the same average of the weights, where it has that.
+    """
+    weights = variant.runs[0].result.weights
+    reference = cell.variants.get(f"{variant.reference} {weights}", cell.variants.get(variant.reference))
+    if variant is reference or variant.choice is None or reference is None or reference.choice is None:
         return []
     own, base = ({seed: run for seed, run in v.best().items() if math.isfinite(run.loss)} for v in (variant, reference))
     shared = [seed for seed in sorted(own) if seed in base]
