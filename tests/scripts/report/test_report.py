@@ -368,3 +368,20 @@ def test_what_runs_have_not_in_common_is_left_out(tmp_path):
     one, other = (results.read([place])[0] for place in (a, b))
     assert report_compare.first_difference(one, other)[1] == 10  # steps of both that were recorded
     assert any(row[0].startswith("held-out loss at step 500") for row in report_compare.numbers(one, other))
+
+
+def test_the_difference_of_two_runs_is_by_step(tmp_path):
+    a, b = _pair(tmp_path, {"optim.rho": 0.2})
+    _change(b, 500, lambda loss: loss + 0.25)
+    one, other = (results.read([place])[0] for place in (a, b))
+    apart = dict(report_compare.apart_by_step(one, other, "training"))
+    assert {step: round(value, 6) for step, value in apart.items()} == {
+        step: 0.25 * (step >= 500) for base in range(100, 1001, 100) for step in (base - 1, base)
+    }
+    assert dict(report_compare.apart_by_step(one, other, "held-out")) == dict.fromkeys(range(100, 1001, 100), 0.0)
+
+
+def test_long_names_give_way_to_what_differs(tmp_path, capsys):
+    a, b = (path.rename(path.with_name(f"{path.name}-{'x' * 60}")) for path in _pair(tmp_path, {"optim.rho": 0.2}))
+    assert report.main(["compare", str(a), str(b)]) == 0
+    assert re.search(r"^ +rho=0.1 +rho=0.2 +B beside A$", capsys.readouterr().out.splitlines()[0])
