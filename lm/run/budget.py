@@ -12,6 +12,7 @@ from steppe.lm.model.transformer import Shape, shape
 from steppe.lm.run.check import method_options
 from steppe.lm.run.chips import Chip
 from steppe.optim import Rule, methods
+from steppe.optim.averaging import AVERAGES
 from steppe.optim.schedules import duration_steps, in_steps
 
 MOST_STEPS = 2**31 - 1  # which the state counts in int32
@@ -94,11 +95,14 @@ class Memory(NamedTuple):
     kept: float
 
 
-def estimate_memory(shape: Shape, parameters: int, sequences: int, chunk_tokens: int, mesh: tuple, anchored: bool):
+def estimate_memory(
+    shape: Shape, parameters: int, sequences: int, chunk_tokens: int, mesh: tuple, anchored: bool, averages: int = 0
+):
     """The Memory of a step with `sequences` per microbatch and device, on a (data, fsdp, tensor) mesh.
 
     A first estimate for choices made before compiling; steppe plan has the compiler's own figures. state: float32
-    parameters and two moments. gradients: one, theta + epsilon, and an anchored method's hidden states.
+    parameters, two moments and `averages` trees like them. gradients: one, theta + epsilon, and an anchored method's
+    hidden states.
     """
     _, fsdp, tensor = mesh
     tokens, small = sequences * shape.sequence_length, 2 if shape.dtype == "bfloat16" else 4
@@ -108,12 +112,17 @@ def estimate_memory(shape: Shape, parameters: int, sequences: int, chunk_tokens:
     features = {"full": 0, "offload": 0, "dots": 2 * D / tensor + wide}.get(shape.remat, 3 * (2 * D / tensor + wide))
     layer = (2 * D / tensor + wide) * 3 * tokens * small  # one layer's, while it is recomputed
     return Memory(
-        3 * own,
+        (3 + averages) * own,
         2 * own + (tokens * D * small if anchored else 0),
         shape.layers * tokens * (D + features) * small + layer,
         (chunk_tokens * 3 + D) * 4.0 * shape.vocabulary / tensor,
         tokens * shape.vocabulary * 2.0 / tensor,
     )
+
+
+def averages_kept(config) -> int:
+    """Trees like the parameters that the averages of a run keep."""
+    return sum(AVERAGES[name].slots(config.average.snapshots) for name in config.average.weights)
 
 
 def roofline(
@@ -141,7 +150,8 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple
     chunk = min(config.model.readout_chunk or 4096, tokens)
     anchored = methods.is_anchored(config.optim.method)
     each = rows // config.train.microbatches
-    memory = estimate_memory(shape_, parameters, each, chunk, mesh, anchored)
+    averages = averages_kept(config)
+    memory = estimate_memory(shape_, parameters, each, chunk, mesh, anchored, averages)
     cost = methods.cost(config.optim.method)
     forwards, backwards, _ = cost
     again = {"none": 0.0, "dots": 0.1, "offload": 0.3, "full": 1.0}[shape_.remat]
@@ -152,7 +162,7 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple
     gathered += 8.0 * parameters / (fsdp * tensor) * backwards * (data - 1) / data
     summed = 2 * shape_.layers * tokens * shape_.width * small * 2 * (forwards + backwards) * (tensor - 1) / tensor
     state, _, activations, *_ = memory
-    seconds = roofline(flops, state / 3, activations, gathered + summed, chip, backwards)
+    seconds = roofline(flops, state / (3 + averages), activations, gathered + summed, chip, backwards)
     return sum(seconds), sum(memory[:4])
 
 
@@ -160,7 +170,7 @@ def fixed_memory(config, vocabulary_size: int) -> float:
     """Bytes of parameters, optimizer state and gradients, over all devices by estimate: what no batch size changes."""
     shape_ = shape(config.model, vocabulary_size, config.data.sequence_length, "")
     parameters = shape_.layers * 12 * shape_.width**2 + shape_.vocabulary * shape_.width
-    state, gradients, *_ = estimate_memory(shape_, parameters, 0, 0, (1, 1, 1), False)
+    state, gradients, *_ = estimate_memory(shape_, parameters, 0, 0, (1, 1, 1), False, averages_kept(config))
     return state + gradients
 
 

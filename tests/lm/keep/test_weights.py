@@ -12,6 +12,7 @@ from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.run import train
+from steppe.lm.run.budget import averages_kept
 from steppe.lm.run.check import check
 from steppe.scripts import results
 from steppe.scripts.measure import retention
@@ -78,9 +79,8 @@ def test_averages_are_sharded_as_the_parameters_are(corpus, whole, tmp_path):
     specs = [{leaf.sharding.spec for leaf in jax.tree.leaves(tree)} for tree in (run.params, run.parts.abstract.params)]
     assert len(specs[1]) > 1
     placed = jax.tree.map(lambda leaf: leaf.sharding.spec, run.parts.abstract)
-    for slots in placed.averages.values():
-        for tree in slots.values():
-            assert tree == placed.params
+    trees = [tree for slots in placed.averages.values() for tree in slots.values()]
+    assert trees == [placed.params] * averages_kept(run.config)
 
 
 def test_every_command_reads_the_weights_that_are_named(whole, capsys):
