@@ -55,12 +55,12 @@ def answer(runs: Sequence) -> Answer:
     used: dict[str, Aspect] = {}
     for cell in dict.fromkeys((entry.scale, entry.budget) for entry in found):
         inside = [entry for entry in found if (entry.scale, entry.budget) == cell]
-        reference = en.plain(found, inside[0])
+        reference = next((entry for entry in inside if entry.plain), None)
         matched = [en.at_equal_compute(found, entry) for entry in inside]
         longer = {entry.label: entry for entry in matched if entry is not None and entry not in inside}
         if reference is None or len(inside) + len(longer) < 2:
             continue
-        aspects = _aspects(found, reference, [*inside, *longer.values()])
+        aspects = _aspects(found, inside, [*inside, *longer.values()])
         for entry in (*longer.values(), *inside):
             aside = entry not in inside
             ways = {
@@ -72,14 +72,19 @@ def answer(runs: Sequence) -> Answer:
                 name = f"{entry.name}, {entry.budget}" if aside else entry.name
                 rows.append(Row(", ".join(cell), name, entry, ways))
                 used |= {aspect.key: aspect for aspect in aspects if aspect.key in ways and aspect.key not in used}
-    order = [aspect.key for aspect in _aspects(found, None, [])]
+    order = [aspect.key for aspect in _aspects(found, [], [])]
     return Answer(rows, sorted(used.values(), key=lambda aspect: order.index(aspect.key)))
 
 
-def _aspects(found: Sequence[en.Entry], reference: en.Entry | None, shown: Sequence[en.Entry]) -> list[Aspect]:
+def _aspects(found: Sequence[en.Entry], inside: Sequence[en.Entry], shown: Sequence[en.Entry]) -> list[Aspect]:
+    """Aspects of a scale and budget, whose own entries are `inside`; AdamW on more tokens is `shown` beside them."""
     tuned = [result.fine_tune for entry in shown for result in entry.best.values() if result.fine_tune]
     mark = frontier.equal_loss(tuned)
-    same = lambda entry: reference  # noqa: E731
+
+    def same(entry: en.Entry) -> en.Entry | None:
+        beside = entry if entry in inside else entry._replace(budget=inside[0].budget)
+        return en.at_equal_tokens(inside, beside)
+
     return [
         Aspect("tokens", "loss, equal tokens", "At equal tokens", same),
         Aspect("compute", "loss, equal FLOPs", "At equal FLOPs", lambda entry: en.at_equal_compute(found, entry)),
@@ -115,14 +120,17 @@ def _as_one(clauses: list[str]) -> list[str]:
 
 
 def _clause(aspect: Aspect, known: list[tuple[Row, en.Difference]], several: bool) -> str:
-    # AdamW on other tokens is what entries are held against, and no answer
-    known = [(row, way) for row, way in known if not (row.entry.plain and row.name != row.entry.name)]
-    if not known:
+    own = [(row, way) for row, way in known if row.entry.adamw and row.name == row.entry.name and way.sign < 0]
+    known = [(row, way) for row, way in known if not row.entry.adamw]
+    if not known and not own:
         return f"{aspect.clause} nothing stands beside AdamW"
 
     def named(row: Row, way: en.Difference) -> str:
         return f"{row.name} {f'({row.group}) ' if several else ''}{signed(way)}"
 
+    gained = f"; averaging AdamW's own weights is ({', '.join(named(*pair) for pair in own)})" if own else ""
+    if not known:
+        return f"{aspect.clause} there is no method beside AdamW{gained}"
     nearest = min(known, key=lambda pair: pair[1].interval.value)
     if not any(math.isfinite(way.interval.high) for _, way in known):
         return f"{aspect.clause} there is one pair of seeds of each, and no interval: the lowest is {named(*nearest)}"
@@ -133,11 +141,11 @@ def _clause(aspect: Aspect, known: list[tuple[Row, en.Difference]], several: boo
         shown = ", ".join(named(*pair) for pair in better[:MOST]) + (", …" if len(better) > MOST else "")
         return (
             f"{aspect.clause} {len(better)} of {len(known)} are better than AdamW by an interval without zero "
-            f"({shown}), {len(worse)} worse, {len(known) - len(better) - len(worse)} cannot be told"
+            f"({shown}), {len(worse)} worse, {len(known) - len(better) - len(worse)} cannot be told{gained}"
         )
     return (
         f"{aspect.clause} none of {len(known)} is better than AdamW by an interval without zero, {len(worse)} are "
-        f"worse; the best is {named(*nearest)}"
+        f"worse; the best is {named(*nearest)}{gained}"
     )
 
 
@@ -220,8 +228,9 @@ def figure(made: Answer) -> dr.Drawing | None:
     return dr.Drawing(
         "answer", "Beside AdamW at its best: left of zero is better",
         "Diamonds: means with 95 % intervals over paired seeds; blue: better by an interval without zero; red: worse; "
-        "black: cannot be told; hollow: one pair. Dots: seeds. Behind each name its cost in AdamW's FLOPs a token and "
-        "its best rho; an arrow where that lies at the end of the grid.",
+        "black: cannot be told; hollow: one pair. Dots: seeds. An average of a method's weights is held against the "
+        "same average of AdamW's. Behind each name its cost in AdamW's FLOPs a token and its best rho; an arrow where "
+        "that lies at the end of the grid.",
         f"Differences to AdamW of {len(made.rows)} entries in {len(made.aspects)} aspects. {' '.join(sentences(made))}",
         drawn, [_as_row(row) for row in made.rows],
     )  # fmt: skip

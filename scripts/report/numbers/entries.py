@@ -25,7 +25,8 @@ OWN = 2  # fresh seeds that make a setting an entry
 class Entry(NamedTuple):
     """runs: {(rate, rho): {seed: Result}} of finished and diverged runs; choice: the best of these settings.
 
-    cost: FLOPs of a token, in those of AdamW. plain: whether it is AdamW's last weights, what others are held against.
+    cost: FLOPs of a token, in those of AdamW. weights: the average that it is, "" for the last ones. adamw: whether
+    it is plain AdamW, or an average of its weights, at its best.
     """
 
     name: str
@@ -34,7 +35,13 @@ class Entry(NamedTuple):
     runs: dict[tuple, dict[int, Result]]
     choice: st.Choice
     cost: float
-    plain: bool
+    weights: str
+    adamw: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the last weights of AdamW at its best."""
+        return self.adamw and not self.weights
 
     @property
     def best(self) -> dict[int, Result]:
@@ -140,14 +147,15 @@ def _of_cell(runs: list[gr.Run], scale: str, budget: str) -> list[Entry]:
                 alone = st.choose({setting: _losses(by_seed)})
                 if alone:
                     made = _entry(", ".join([name, *aside]), scale, budget, {setting: by_seed}, alone)
-                    found.append(made._replace(plain=False))
+                    found.append(made._replace(adamw=False))
     return sorted(found, key=lambda entry: entry.loss)
 
 
 def _entry(name: str, scale: str, budget: str, runs: dict, choice: st.Choice) -> Entry:
     some = next(iter(runs[choice.rho].values()))
     cost = some.flops / some.adamw_flops if some.adamw_flops else math.nan
-    return Entry(name, scale, budget, runs, choice, cost, name.partition(", ")[0] == gr.BASE)
+    adamw = some.config["optim.method"] in (gr.BASE, "base") and some.config["optim.base"] == gr.BASE
+    return Entry(name, scale, budget, runs, choice, cost, some.weights, adamw)
 
 
 def _losses(by_seed: dict[int, Result]) -> dict[int, float]:
@@ -163,19 +171,30 @@ def _kind(result: Result) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ one beside another
-def plain(found: Sequence[Entry], entry: Entry) -> Entry | None:
-    """AdamW at its best in the scale and budget of an entry; None where it was not run there."""
-    return _best([each for each in found if each.plain and (each.scale, each.budget) == (entry.scale, entry.budget)])
+def at_equal_tokens(found: Sequence[Entry], entry: Entry) -> Entry | None:
+    """AdamW at its best in the scale and budget of an entry; None where it was not run there.
+
+    Of a method's average that is the same average of AdamW's weights, where there is one: else whatever the average
+    gives would be taken for the method's. AdamW's own averages are held against its last weights.
+    """
+    same = [each for each in found if (each.scale, each.budget) == (entry.scale, entry.budget)]
+    return _counterpart(same, entry)
 
 
 def at_equal_compute(found: Sequence[Entry], entry: Entry) -> Entry | None:
-    """AdamW at its best among runs of the scale with this entry's FLOPs, within EQUAL_FLOPS."""
-    near = [each for each in found if each.plain and each.scale == entry.scale and entry.flops]
-    return _best([each for each in near if abs(each.flops / entry.flops - 1) <= EQUAL_FLOPS])
+    """The same among runs of the scale with this entry's FLOPs, within EQUAL_FLOPS."""
+    near = [each for each in found if each.scale == entry.scale and entry.flops]
+    return _counterpart([each for each in near if abs(each.flops / entry.flops - 1) <= EQUAL_FLOPS], entry)
 
 
-def _best(found: list[Entry]) -> Entry | None:
-    return min(found, key=lambda each: each.choice.means[each.choice.rho], default=None)
+def _counterpart(found: list[Entry], entry: Entry) -> Entry | None:
+    known = [each for each in found if each.adamw]
+    alike = [each for each in known if each.weights == entry.weights and not entry.adamw]
+    return min(
+        alike or [each for each in known if each.plain],
+        key=lambda each: each.choice.means[each.choice.rho],
+        default=None,
+    )
 
 
 def difference(entry: Entry, other: Entry | None, of: Callable[[Result], float] = loss_of) -> Difference | None:

@@ -9,7 +9,7 @@ import pytest
 from helpers import report_runs
 from steppe.scripts import results
 from steppe.scripts.report import __main__ as command
-from steppe.scripts.report import transfer
+from steppe.scripts.report import answer, transfer
 from steppe.scripts.report.numbers import entries, groups
 
 
@@ -63,6 +63,14 @@ def test_each_entry_takes_its_best_setting_and_is_compared_on_seeds_that_did_not
     beside = entries.difference(found["nadamw"], found["adamw"])
     assert beside.interval.high > 0 > beside.interval.value
     assert beside.sign == 0
+
+
+def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
+    study = groups.analyse(results.with_averages(results.read(sweep)))
+    rows = {row.name: row.ways["tokens"].interval.value for row in answer.answer(study.runs).rows}
+    assert rows["nadamw ema"] == pytest.approx(rows["nadamw"])
+    assert rows["adamw ema"] == pytest.approx(-0.05)  # against its last weights
+    assert "averaging AdamW's own weights is (adamw ema −0.0500" in answer.sentences(answer.answer(study.runs))[0]
 
 
 def test_the_table_and_the_picture_are_written(sweep, capsys):
