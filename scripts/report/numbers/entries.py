@@ -216,9 +216,12 @@ def difference(entry: Entry, other: Entry | None, of: Callable[[Result], float] 
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
-def retained(measure: str) -> Callable[[Result], float]:
-    """A number of steppe retention, nats a token lost; NaN where it was not measured."""
-    return lambda result: float(result.retention.get(measure, math.nan))
+FOUR_BITS = "int4_channel"  # of steppe retention: to the nearest, a scale an output channel
+
+
+def rounded_loss(result: Result) -> float:
+    """The last held-out loss with what FOUR_BITS adds to it; NaN where that was not measured."""
+    return loss_of(result) + float(result.retention.get(FOUR_BITS, math.nan))
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

@@ -53,24 +53,30 @@ def test_the_answer_is_what_was_put_in(sweep):
     found = answer.answer(study_of(sweep))
     rows = {row.name: row for row in found.rows}
     assert list(rows) == ["adamw, 2000 steps", "sam"]
-    assert [aspect.key for aspect in found.aspects] == ["tokens", "compute", "forgetting", "four_bits"]
+    assert [aspect.key for aspect in found.aspects] == ["loss", "forgetting", "four_bits"]
     of = {key: way.interval.value for key, way in rows["sam"].ways.items()}
     wobble = sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3  # seed 0 chose rho
-    assert of["tokens"] == pytest.approx(TWO_PASS + wobble)
-    assert of["compute"] == pytest.approx(TWO_PASS - LONGER + wobble)
-    assert of["four_bits"] == pytest.approx(-0.04 - wobble)
-    assert of["forgetting"] == pytest.approx((-0.04 - wobble) * 0.8)  # at 0.8 of what all gain
-    assert set(rows["adamw, 2000 steps"].ways) == {"tokens", "forgetting", "four_bits"}
+    kept = -0.04 - wobble
+    assert of["loss", "tokens"] == pytest.approx(TWO_PASS + wobble)
+    assert of["loss", "flops"] == pytest.approx(TWO_PASS - LONGER + wobble)
+    assert of["four_bits", "tokens"] == pytest.approx(TWO_PASS + wobble + kept)
+    assert of["four_bits", "flops"] == pytest.approx(TWO_PASS - LONGER + wobble + kept)
+    assert of["forgetting", "tokens"] == of["forgetting", "flops"] == pytest.approx(kept * 0.8)  # 0.8 of what all gain
+    assert set(rows["adamw, 2000 steps"].ways) == {(key, "tokens") for key in ("loss", "forgetting", "four_bits")}
     assert all(way.interval.n == 3 and way.fresh for way in rows["sam"].ways.values())
 
 
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
     loss, kept, sure = answer.sentences(answer.answer(study_of(sweep)))
-    assert loss.startswith("At equal tokens 1 of 1 are better than AdamW by an interval without zero (sam −0.0497 [")
+    assert loss.startswith(
+        "In held-out loss, at equal tokens 1 of 1 are better than AdamW by an interval without zero "
+    )
     assert "at equal FLOPs none of 1 is better than AdamW by an interval without zero, 1 are worse" in loss
-    assert "(sam −0.0323 [" in kept
+    assert "In what fine-tuning costs, at equal tokens 1 of 1 are better" in kept
+    assert "In the loss in 4 bits, at equal tokens 1 of 1 are better" in kept
+    assert "at equal FLOPs none of 1 is better than AdamW by an interval without zero, 1 are worse" in kept
     assert "3–4 pairs of seeds" in sure
-    assert "of 7 intervals 0.4 would exclude zero by chance alone" in sure
+    assert "of 9 intervals 0.5 would exclude zero by chance alone" in sure
 
 
 def test_a_line_says_where_to_look_next(sweep):
@@ -82,7 +88,7 @@ def test_a_line_says_where_to_look_next(sweep):
 def test_one_pair_has_no_interval_and_nothing_is_claimed_of_it(sweep, tmp_path):
     alone = [run for run in study_of(sweep) if run.seed == 0]
     loss, _, sure = answer.sentences(answer.answer(alone))
-    assert loss.startswith("At equal tokens there is one pair of seeds of each, and no interval: the lowest is sam")
+    assert "at equal tokens there is one pair of seeds of each, and no interval: the lowest is sam" in loss
     assert sure.startswith("Each difference is of one pair of seeds, none of which")
 
 
