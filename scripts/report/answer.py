@@ -57,7 +57,7 @@ def answer(runs: Sequence) -> Answer:
     found = en.entries(runs)
     rows: list[Row] = []
     titled: dict[str, Aspect] = {}
-    cells = {cell: False for cell in dict.fromkeys((entry.scale, entry.budget) for entry in found)}
+    cells = dict.fromkeys(((entry.scale, entry.budget) for entry in found), False)
     cells |= {(entry.scale, entry.budget): True for entry in found if not entry.adamw}
     # where AdamW is alone it is only what stands beside methods elsewhere, if there are any
     for cell in [cell for cell, methods in cells.items() if methods] or cells:
@@ -231,7 +231,7 @@ def figure(made: Answer) -> dr.Drawing | None:
             panels[line][0].set_ylabel(group.replace(", ", "\n"), fontsize=9)
     return dr.Drawing(
         "answer", "Beside AdamW at its best: left of zero is better",
-        "Diamonds: at equal tokens (and FLOPs, where there is no square); squares: at equal FLOPs, beside AdamW on more "
+        "Diamonds: at equal tokens (and FLOPs, where there is no square); squares: at equal FLOPs, AdamW having more "
         "tokens. Means with 95 % intervals over paired seeds, dots: seeds; blue: better by an interval without zero; "
         "red: worse; black: cannot be told; hollow: one pair. An average of a method's weights is held against the "
         "same average of AdamW's. Behind each name its cost in AdamW's FLOPs a token and its best rho; an arrow where "
@@ -262,7 +262,7 @@ def draw_rows(axes, ways: Sequence[en.Difference | None], marker: str = "D", shi
         axes.plot([value], [at], marker, color=colour, markersize=5, fillstyle="full" if sure else "none")
     axes.axvline(0, color=plot.GREY, linewidth=1)
     axes.set_ylim(-0.7, len(ways) - 0.3)
-    axes.xaxis.set_major_locator(dr.ticker().MaxNLocator(4))
+    axes.xaxis.set_major_locator(dr.ticker().MaxNLocator(3))
     axes.grid(axis="y", visible=False)
 
 
