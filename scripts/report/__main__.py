@@ -113,7 +113,7 @@ def write(found: list, out: Path, name: str) -> Path:
             if source == "curvature":
                 parts.append(report_measured.curvature_over_training(study))
             else:
-                parts.insert(0, report_measured.forgetting(study.runs))
+                parts = [report_measured.kept_against_rho(study.runs), report_measured.forgetting(study.runs), *parts]
             sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))

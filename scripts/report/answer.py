@@ -72,7 +72,7 @@ def answer(runs: Sequence) -> Answer:
             others = {"tokens": en.at_equal_tokens(inside, beside)}
             others |= {} if aside else {"flops": en.at_equal_compute(found, entry)}
             ways = {}
-            for aspect in _aspects([*inside, *longer.values()]):
+            for aspect in aspects([*inside, *longer.values()]):
                 for basis, other in others.items():
                     if way := en.difference(entry, other, aspect.of):
                         ways[aspect.key, basis] = way
@@ -80,17 +80,17 @@ def answer(runs: Sequence) -> Answer:
             if ways:
                 name = f"{entry.name}, {entry.budget}" if aside else entry.name
                 rows.append(Row(", ".join(cell), name, entry, ways))
-    return Answer(rows, [titled[aspect.key] for aspect in _aspects([]) if aspect.key in titled])
+    return Answer(rows, [titled[aspect.key] for aspect in aspects([]) if aspect.key in titled])
 
 
-def _aspects(shown: Sequence[en.Entry]) -> list[Aspect]:
+def aspects(shown: Sequence[en.Entry]) -> list[Aspect]:
     """The aspects of entries that are shown together: what is forgotten depends on the loss that all of them reach."""
     tuned = [result.fine_tune for entry in shown for result in entry.best.values() if result.fine_tune]
     mark = frontier.equal_loss(tuned)
     return [
         Aspect("loss", "held-out loss", "In held-out loss", en.loss_of),
         Aspect("forgetting", f"forgotten, fine-tuned to {mark:.3f}", "In what fine-tuning costs", en.forgotten(mark)),
-        Aspect("four_bits", "held-out loss in 4 bits", "In the loss in 4 bits", en.rounded_loss),
+        Aspect("four_bits", "held-out loss in 4 bits", "In the loss in 4 bits", en.rounded_loss("int4_channel")),
     ]  # fmt: skip
 
 

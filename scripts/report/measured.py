@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from steppe.lm import plot
 from steppe.lm.measure import frontier
 from steppe.scripts import style
+from steppe.scripts.report import answer
 from steppe.scripts.report import drawing as dr
 from steppe.scripts.report.numbers import analysis as an
 from steppe.scripts.report.numbers import entries as en
@@ -87,6 +88,48 @@ def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
     )  # fmt: skip
 
 
+def kept_against_rho(runs: Sequence[gr.Run]) -> dr.Drawing | None:
+    """Loss, forgetting and loss in few bits over rho, less AdamW's of the same seeds: where perturbing pays."""
+    rows, found = [], en.entries(runs)
+    for cell in dict.fromkeys((entry.scale, entry.budget) for entry in found):
+        inside = [entry for entry in found if (entry.scale, entry.budget) == cell]
+        for aspect in answer.aspects(inside):
+            for entry in inside:
+                other = en.at_equal_tokens(inside, entry)
+                by_rho = {rho: by_seed for (_, rho), by_seed in entry.runs.items() if rho}
+                for rho, by_seed in sorted(by_rho.items()):
+                    way = en.difference(entry.at({rho: by_seed}), other, aspect.of)
+                    if way and len(by_rho) > 1:
+                        rows.append({"cell": ", ".join(cell), "aspect": aspect.title, "entry": entry.name, "rho": rho,
+                                     "less_adamw": way.interval.value, "low": way.interval.low,
+                                     "high": way.interval.high, "pairs": way.interval.n})  # fmt: skip
+    if len({row["aspect"] for row in rows}) < 2:  # the loss alone is drawn elsewhere
+        return None
+    styles = style.of_variants(dict.fromkeys(row["entry"] for row in rows))
+    cells, titles = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cell", "aspect"))
+    drawn, panels = dr.grid([(cell, title) for cell in cells for title in titles], 3.2)
+    for (cell, title), axes in panels.items():
+        own = [row for row in rows if (row["cell"], row["aspect"]) == (cell, title)]
+        for name in dict.fromkeys(row["entry"] for row in own):
+            colour, marker, dash = styles[name]
+            line = [row for row in own if row["entry"] == name]
+            x, y = [row["rho"] for row in line], [row["less_adamw"] for row in line]
+            axes.plot(x, y, color=colour, marker=marker, markersize=4, linestyle=dash, label=name)
+            for row in line:
+                if math.isfinite(row["high"]):
+                    axes.plot([row["rho"]] * 2, [row["low"], row["high"]], color=colour, linewidth=1)
+        axes.axhline(0, color="#000000", linewidth=1)
+        axes.set(xscale="log", xlabel="rho", title=title if len(cells) == 1 else f"{title}\n{cell}")
+        dr.ticks_at(axes.xaxis, sorted({row["rho"] for row in own}))
+    dr.finish(drawn, panels, "less AdamW's, nats per token")
+    return dr.Drawing(
+        "kept_against_rho", "What is kept, against rho",
+        "Less AdamW's of the same seed and as many tokens (the black line), averages of weights less AdamW's own: mean "
+        "over seeds; lines up and down: 95 % intervals where there are several. Below the line is better.",
+        f"Loss and what is kept of it over rho for {len(styles)} entries, less AdamW's.", drawn, rows,
+    )  # fmt: skip
+
+
 def forgetting(runs: Sequence[gr.Run]) -> dr.Drawing | None:
     """What is forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's."""
     rows: list[dict] = []
@@ -103,9 +146,8 @@ def forgetting(runs: Sequence[gr.Run]) -> dr.Drawing | None:
         highest = frontier.equal_loss(tuned)
         gains = [each["loss"] - frontier.best_gain(frontier.paths_of(each)) for each in tuned]
         marks = [highest + (max(gains) - highest) * share / 8 for share in range(-8, 9)]
-        plainest = min((entry for _, entry in members if entry.plain), key=lambda entry: entry.loss, default=None)
-        budgets = {entry.budget for _, entry in members}
-        names = [name if len(budgets) == 1 else f"{name}, {entry.budget}" for name, entry in members]
+        usual = {entry.budget for _, entry in members if not entry.adamw} or {members[0][1].budget}
+        names = [name if usual == {entry.budget} else f"{name}, {entry.budget}" for name, entry in members]
         styles = style.of_variants(names)
         for name, (_, entry) in zip(names, members, strict=True):
             colour, _, dash = styles[name]
@@ -116,7 +158,8 @@ def forgetting(runs: Sequence[gr.Run]) -> dr.Drawing | None:
                      if at and all(map(math.isfinite, at))]  # fmt: skip
             if known:
                 panels[cell, 0].plot(*zip(*known, strict=True), color=colour, linestyle=dash, label=name)
-            ways = [(mark, en.difference(entry, plainest, en.forgotten(mark))) for mark in marks]
+            other = en.at_equal_tokens(found, entry)
+            ways = [(mark, en.difference(entry, other, en.forgotten(mark))) for mark in marks]
             ways = [(mark, way) for mark, way in ways if way]
             if ways:
                 at, middle, low, high = zip(*((mark, *way.interval[:3]) for mark, way in ways), strict=True)

@@ -48,6 +48,11 @@ class Entry(NamedTuple):
         """{seed: Result} at the best setting."""
         return self.runs[self.choice.rho]
 
+    def at(self, by_rho: dict[float, dict[int, Result]]) -> "Entry":
+        """The entry as if one rho, {rho: {seed: Result}}, had been all that was tried."""
+        runs = {(None, rho): by_seed for rho, by_seed in by_rho.items()}
+        return self._replace(runs=runs, choice=st.choose({key: _losses(by_seed) for key, by_seed in runs.items()}))
+
     @property
     def losses(self) -> dict[int, float]:
         """{seed: loss} at the best setting."""
@@ -216,12 +221,9 @@ def difference(entry: Entry, other: Entry | None, of: Callable[[Result], float] 
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
-FOUR_BITS = "int4_channel"  # of steppe retention: to the nearest, a scale an output channel
-
-
-def rounded_loss(result: Result) -> float:
-    """The last held-out loss with what FOUR_BITS adds to it; NaN where that was not measured."""
-    return loss_of(result) + float(result.retention.get(FOUR_BITS, math.nan))
+def rounded_loss(measure: str) -> Callable[[Result], float]:
+    """The last held-out loss with what a rounding of steppe retention adds to it; NaN where that was not measured."""
+    return lambda result: loss_of(result) + float(result.retention.get(measure, math.nan))
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

@@ -92,6 +92,16 @@ def test_one_pair_has_no_interval_and_nothing_is_claimed_of_it(sweep, tmp_path):
     assert sure.startswith("Each difference is of one pair of seeds, none of which")
 
 
+def test_what_is_kept_is_drawn_over_rho(sweep, tmp_path):
+    assert command.main([str(sweep), f"--out={tmp_path}"]) == 0
+    rows = list(csv.DictReader((tmp_path / "kept_against_rho.csv").open()))
+    found = {(row["aspect"], float(row["rho"])): float(row["less_adamw"]) for row in rows}
+    assert {rho for _, rho in found} == {0.01, 0.03, 0.1}
+    assert found["held-out loss", 0.03] == pytest.approx(TWO_PASS + 0.02)
+    assert found["held-out loss in 4 bits", 0.03] == pytest.approx(TWO_PASS + 0.02 - 0.04)
+    assert [row["pairs"] for row in rows if row["aspect"] == "held-out loss"] == ["1", "1", "4"]
+
+
 def test_runs_packed_into_a_file_make_the_same_page(sweep, tmp_path, capsys):
     pack = tmp_path / "runs.jsonl"
     assert command.main(["pack", str(sweep), f"--out={pack}"]) == 0
