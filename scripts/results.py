@@ -115,6 +115,8 @@ def read(
                 raise
             left_out(f"{error}; the run is left out")
     for result in found if left_out else ():
+        if result.directory.is_file():  # of a pack, which was read whole
+            continue
         for path in (*measured(result.directory), result.directory / RETENTION):
             try:
                 read_json(path)

@@ -129,9 +129,13 @@ def _clause(words: str, made: Answer, aspect: str, basis: str) -> str:
     known = [(row, way) for row, way in known if not row.entry.adamw]
     if not known:
         return f"{words} no method stands beside AdamW" + gained * (basis == "tokens")
-    nearest = min(known, key=lambda pair: pair[1].interval.value)
-    if not any(math.isfinite(way.interval.high) for _, way in known):
+    alone = [pair for pair in known if not math.isfinite(pair[1].interval.high)]
+    if len(alone) == len(known):
+        nearest = min(known, key=lambda pair: pair[1].interval.value)
         return f"{words} there is one pair of seeds of each, and no interval: the lowest is {named(*nearest)}"
+    known = [pair for pair in known if pair not in alone]
+    nearest = min(known, key=lambda pair: pair[1].interval.value)
+    gained = f" ({len(alone)} more have one pair)" * bool(alone) + gained * (basis == "tokens")
     better, worse = ([(row, way) for row, way in known if way.sign == sign] for sign in (-1, 1))
     better.sort(key=lambda pair: pair[1].interval.value)
     if better:
@@ -139,11 +143,11 @@ def _clause(words: str, made: Answer, aspect: str, basis: str) -> str:
         rest = len(known) - len(better) - len(worse)
         return (
             f"{words} {len(better)} of {len(known)} are better than AdamW by an interval without zero ({shown}), "
-            f"{len(worse)} worse, {rest} cannot be told" + gained * (basis == "tokens")
+            f"{len(worse)} worse, {rest} cannot be told{gained}"
         )
     return (
         f"{words} none of {len(known)} is better than AdamW by an interval without zero, {len(worse)} are worse; the "
-        f"best is {named(*nearest)}" + gained * (basis == "tokens")
+        f"best is {named(*nearest)}{gained}"
     )
 
 

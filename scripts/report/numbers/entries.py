@@ -149,9 +149,9 @@ def _of_cell(runs: list[gr.Run], scale: str, budget: str) -> list[Entry]:
             if setting != choice.rho and len(set(by_seed) - choice.seeds) >= OWN:
                 axes = zip(TUNED.values(), setting, choice.rho, strict=True)
                 aside = [f"{axis} {value:g}" for axis, value, best in axes if value != best]
-                alone = st.choose({setting: _losses(by_seed)})
-                if alone:
-                    made = _entry(", ".join([name, *aside]), scale, budget, {setting: by_seed}, alone)
+                if math.isfinite(choice.means[setting]):
+                    own = choice._replace(rho=setting)  # seeds that every setting has were there to choose it too
+                    made = _entry(", ".join([name, *aside]), scale, budget, by_setting, own)
                     found.append(made._replace(adamw=False))
     return sorted(found, key=lambda entry: entry.loss)
 

@@ -114,3 +114,21 @@ def test_transfer_says_what_the_settings_of_a_narrow_model_cost_a_wide_one(tmp_p
     assert len(rows) == 8
     assert (tmp_path / "sweep" / "report" / "transfer.png").read_bytes().startswith(b"\x89PNG")
     assert transfer.best([{"rate": 1, "loss": math.inf}, {"rate": 1, "loss": 2.0}], "rate") == [(1, 2.0)]
+
+
+def test_a_setting_with_seeds_of_its_own_is_an_entry_and_the_seed_that_chose_is_not_fresh(tmp_path):
+    found = {}
+    for rho, losses in ((0.1, {0: 2.40, 1: 2.41, 2: 2.42}), (0.3, {0: 2.35}), (1.0, {0: 2.5, 1: 2.5})):
+        for seed, loss in losses.items():
+            name, overrides = report_runs.plan("msam", rho, seed=seed)
+            found[name] = overrides, loss
+    for seed in range(3):
+        name, overrides = report_runs.plan("adamw", seed=seed)
+        found[name] = overrides, 2.45
+    report_runs.write_sweep(tmp_path / "sweep", found)
+    made = entries_of(tmp_path / "sweep")
+    assert list(made) == ["msam", "msam, rho 0.1", "adamw"]  # one seed of its own does not make 1.0 one
+    assert (made["msam"].chosen("rho"), made["msam, rho 0.1"].chosen("rho")) == (0.3, 0.1)
+    way = entries.difference(made["msam, rho 0.1"], made["adamw"])
+    assert (way.fresh, way.interval.n) == (True, 2)
+    assert way.interval.value == pytest.approx(2.415 - 2.45)
