@@ -14,6 +14,7 @@ from steppe.scripts.report import drawing as dr
 from steppe.scripts.report.numbers import entries as en
 from steppe.scripts.results import Result
 
+BITS = (4, 3)  # of steppe retention, to the nearest, a scale an output channel
 MOST = 3  # entries that a sentence names
 
 
@@ -90,7 +91,11 @@ def aspects(shown: Sequence[en.Entry]) -> list[Aspect]:
     return [
         Aspect("loss", "held-out loss", "In held-out loss", en.loss_of),
         Aspect("forgetting", f"forgotten, fine-tuned to {mark:.3f}", "In what fine-tuning costs", en.forgotten(mark)),
-        Aspect("four_bits", "held-out loss in 4 bits", "In the loss in 4 bits", en.rounded_loss("int4_channel")),
+        *(
+            Aspect(f"int{bits}", f"held-out loss in {bits} bits", f"In the loss in {bits} bits",
+                   en.rounded_loss(f"int{bits}_channel"))
+            for bits in BITS
+        ),
     ]  # fmt: skip
 
 
@@ -107,7 +112,7 @@ def sentences(made: Answer) -> list[str]:
     if not made.rows:
         return []
     said = {aspect.key: _of_aspect(aspect, made) for aspect in made.aspects}
-    kept = [said[key] for key in ("forgetting", "four_bits") if key in said]
+    kept = [text for key, text in said.items() if key != "loss"]
     kept = kept or ["What the models forget under fine-tuning and lose in 4 bits was not measured."]
     return [said["loss"], " ".join(kept), _sureness(made)]
 

@@ -53,16 +53,16 @@ def test_the_answer_is_what_was_put_in(sweep):
     found = answer.answer(study_of(sweep))
     rows = {row.name: row for row in found.rows}
     assert list(rows) == ["adamw, 2000 steps", "sam"]
-    assert [aspect.key for aspect in found.aspects] == ["loss", "forgetting", "four_bits"]
+    assert [aspect.key for aspect in found.aspects] == ["loss", "forgetting", "int4"]
     of = {key: way.interval.value for key, way in rows["sam"].ways.items()}
     wobble = sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3  # seed 0 chose rho
     kept = -0.04 - wobble
     assert of["loss", "tokens"] == pytest.approx(TWO_PASS + wobble)
     assert of["loss", "flops"] == pytest.approx(TWO_PASS - LONGER + wobble)
-    assert of["four_bits", "tokens"] == pytest.approx(TWO_PASS + wobble + kept)
-    assert of["four_bits", "flops"] == pytest.approx(TWO_PASS - LONGER + wobble + kept)
+    assert of["int4", "tokens"] == pytest.approx(TWO_PASS + wobble + kept)
+    assert of["int4", "flops"] == pytest.approx(TWO_PASS - LONGER + wobble + kept)
     assert of["forgetting", "tokens"] == of["forgetting", "flops"] == pytest.approx(kept * 0.8)  # 0.8 of what all gain
-    assert set(rows["adamw, 2000 steps"].ways) == {(key, "tokens") for key in ("loss", "forgetting", "four_bits")}
+    assert set(rows["adamw, 2000 steps"].ways) == {(key, "tokens") for key in ("loss", "forgetting", "int4")}
     assert all(way.interval.n == 3 and way.fresh for way in rows["sam"].ways.values())
 
 
