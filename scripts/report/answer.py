@@ -232,7 +232,7 @@ def figure(made: Answer) -> dr.Drawing | None:
             only = [None if a == b else b for a, b in zip(*ways.values(), strict=True)]
             draw_rows(axes, only, "s", [-0.17 * both for both in apart])
             if line == 0:
-                axes.set_title(aspect.title, fontsize=10, loc="left")
+                axes.set_title(aspect.title.replace(", ", "\n"), fontsize=9.5, loc="left")
             if line == len(groups) - 1:
                 axes.set_xlabel("less AdamW's, nats a token", fontsize=9)
         panels[line][0].set_yticks(range(len(own)), [label_of(row.name, row.entry) for row in own], fontsize=9)
@@ -253,7 +253,8 @@ def figure(made: Answer) -> dr.Drawing | None:
 def label_of(name: str, entry: en.Entry) -> str:
     """What stands beside an entry's row: name, cost, best rho and which way its grid ends there."""
     rho, arrow = entry.chosen("rho"), {"lower": " ↓", "upper": " ↑"}.get(entry.edge("rho"), "")
-    return f"{name}   {entry.cost:.2f} ×" + (f"   ρ {rho:g}{arrow}" if rho is not None else "")
+    shown = "" if rho is None else arrow if f"rho {rho:g}" in name else f"   ρ {rho:g}{arrow}"
+    return f"{name}   {entry.cost:.2f} ×{shown}"
 
 
 def draw_rows(axes, ways: Sequence[en.Difference | None], marker: str = "D", shifts: Sequence[float] = ()) -> None:
