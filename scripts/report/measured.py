@@ -92,7 +92,7 @@ def kept_against_rho(runs: Sequence[gr.Run]) -> dr.Drawing | None:
     """Loss, forgetting and loss in few bits over rho, less AdamW's of the same seeds: where perturbing pays."""
     rows, found = [], en.entries(runs)
     for cell in dict.fromkeys((entry.scale, entry.budget) for entry in found):
-        inside = [entry for entry in found if (entry.scale, entry.budget) == cell]
+        inside = [entry for entry in found if (entry.scale, entry.budget) == cell and entry.of_choice]
         for aspect in answer.aspects(inside):
             for entry in inside:
                 other = en.at_equal_tokens(inside, entry)

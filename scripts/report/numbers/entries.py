@@ -48,6 +48,11 @@ class Entry(NamedTuple):
         """{seed: Result} at the best setting."""
         return self.runs[self.choice.rho]
 
+    @property
+    def of_choice(self) -> bool:
+        """Whether its setting is the best of all that were tried, not one of several with seeds of their own."""
+        return self.choice.rho == min(self.choice.means, key=self.choice.means.get)
+
     def at(self, by_rho: dict[float, dict[int, Result]]) -> "Entry":
         """The entry as if one rho, {rho: {seed: Result}}, had been all that was tried."""
         runs = {(None, rho): by_seed for rho, by_seed in by_rho.items()}
