@@ -21,7 +21,7 @@ from steppe.lm.track.tracker import Tracker
 from steppe.scripts.measure import retention, retention_figures
 
 BRIEF = ["--noise=0,0.5", "--samples=2", "--bits=8,4", "--group=8", "--fine_tune_steps=8", "--batch_size=4"]
-BRIEF += ["--fine_tune_rates=0,0.01", "--batches=3"]
+BRIEF += ["--fine_tune_rates=0,0.01", "--batches=3", "--gptq=1"]
 
 
 def keep(directory, config, corpus, finished=True):
@@ -68,6 +68,7 @@ def test_every_measure_is_a_number_in_the_file(measured):
     status, a, b = measured
     assert status == 0
     names = ["noise_0", "noise_0.5", "int8_channel", "int8_group8", "int4_channel", "int4_group8"]
+    names += [name.replace("_", "_gptq_", 1) for name in names if name.startswith("int")]
     names += [f"fine_tune_lr={rate}: {kind}" for rate in ("0", "0.01") for kind in ("lost", "curvature")]
     names += ["forgetting_at_equal_gain", "forgetting_at_equal_loss"]
     for record in (a, b):
