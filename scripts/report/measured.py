@@ -98,7 +98,8 @@ def kept_against_rho(runs: Sequence[gr.Run]) -> dr.Drawing | None:
                 other = en.at_equal_tokens(inside, entry)
                 by_rho = {rho: by_seed for (_, rho), by_seed in entry.runs.items() if rho}
                 for rho, by_seed in sorted(by_rho.items()):
-                    way = en.difference(entry.at({rho: by_seed}), other, aspect.of)
+                    alone = entry.at({rho: by_seed})
+                    way = en.difference(alone, other, aspect.of) if alone.choice else None  # none where it diverged
                     if way and len(by_rho) > 1:
                         rows.append({"cell": ", ".join(cell), "aspect": aspect.title, "entry": entry.name, "rho": rho,
                                      "less_adamw": way.interval.value, "low": way.interval.low,
