@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from steppe.lm.model import parameters
 from steppe.lm.model.mesh import Placement
@@ -89,12 +90,14 @@ def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, g
     layers = leaves[matrices[0]].shape[0]
     for layer in range(layers):
         whole = structure.unflatten([leaves[name] for name in names])
-        found = [grams(whole, batch) for batch in batches]
+        # a batch at a time, and matrices on one device: nothing here is worth programs that wait for each other
+        found = [jax.device_get(grams(whole, batch)) for batch in batches]
         for name in matrices:
             gram = sum(each[name][layer] for each in found)
             change = lambda w, gram=gram: quantise_rows(w, gram, bits, group)  # noqa: E731
-            rounded = _in_rows(leaves[name][layer], parameters.of(name).reads, change)
-            leaves[name] = jax.device_put(leaves[name].at[layer].set(rounded), places[name])
+            stack = np.array(leaves[name])
+            stack[layer] = _in_rows(jnp.asarray(stack[layer]), parameters.of(name).reads, change)
+            leaves[name] = jax.device_put(stack, places[name])
     return structure.unflatten([leaves[name] for name in names])
 
 
