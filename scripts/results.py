@@ -101,9 +101,8 @@ def read(
     hears of it, and of every measurement that cannot be read.
     """
     given = [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
-    packs = [each for each in given if is_pack(each)]
-    found = [result for pack in packs for result in unpack(Path(pack))]
-    directories, places = _found([each for each in given if each not in packs]) if given != packs else (packs, [])
+    found = [result for each in given if is_pack(each) for result in unpack(Path(each))]
+    _, places = _found([each for each in given if not is_pack(each)])
     once: dict[str, tuple] = {}
     for place in [place for _, listed in places for place in listed]:
         once.setdefault(os.path.realpath(place[1]), place)
@@ -123,7 +122,7 @@ def read(
             except ResultsError as error:
                 left_out(f"{error}; the measurement is left out")
     if not found:
-        raise ResultsError(f"{', '.join(directories)}: no run could be read")
+        raise ResultsError(f"{', '.join(given)}: no run could be read")
     found = _described(found)
     flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
     varying = varying_keys(flats)
@@ -148,6 +147,15 @@ def _described(found: list[Result]) -> list[Result]:
         for result in found
         for place in [result.config.get("data.directory")]
     ]
+
+
+def report_place(given: list[str], out: Path | None) -> Path:
+    """Where a report of these goes: out, else DIR/report of one directory. UsageError where there is neither."""
+    if out is not None:
+        return out
+    if len(given) > 1 or files.is_remote(given[0]) or is_pack(given[0]):
+        raise UsageError("--out is missing: of several runs, a file or an address, it must say where this goes")
+    return Path(given[0]) / "report"
 
 
 def with_averages(found: Iterable[Result]) -> list[Result]:
@@ -211,8 +219,7 @@ def _measured(directory: Path) -> dict[str, Any]:
 
     curvature = [numbers(path)[1] for path in measured(directory)]
     record, retention = numbers(directory / RETENTION)
-    details = record.get("details", {})
-    tuned = details.get("fine_tune", {}) if isinstance(details, dict) else {}
+    tuned = (record.get("details") or {}).get("fine_tune") or {}
     return {"curvature": tuple(filter(None, curvature)), "retention": retention, "fine_tune": tuned}
 
 

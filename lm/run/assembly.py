@@ -24,16 +24,8 @@ from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mes
 from steppe.lm.model.objective import objective
 from steppe.lm.model.parameters import GROUPS, MATRIX_AXES
 from steppe.lm.model.transformer import Shape, shape, widening_of
-from steppe.lm.run.budget import (
-    Budget,
-    Length,
-    averages_kept,
-    budget,
-    count_parameters,
-    describe,
-    estimate_memory,
-    length,
-)  # fmt: skip
+from steppe.lm.run import budget as budgets
+from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, length
 from steppe.lm.run.check import kernel_of, mesh_shape, method_options
 from steppe.lm.run.chips import chip_of
 from steppe.lm.run.memo import Memo
@@ -245,9 +237,8 @@ def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: i
     if choice != "auto" or shape.dtype != "bfloat16" or config.train.microbatches > 1:
         return choice == "keep"
     sizes = tuple(mesh.shape.values())
-    estimate = estimate_memory(
-        shape, parameters, rows, rows * chunk, sizes, anchored=True, averages=averages_kept(config)
-    )
+    averages = budgets.averages_kept(config)
+    estimate = budgets.estimate_memory(shape, parameters, rows, rows * chunk, sizes, anchored=True, averages=averages)
     return sum(estimate) < 0.9 * chip_of(device, mesh.size).memory
 
 

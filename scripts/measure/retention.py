@@ -104,12 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         help="pairs of opposite draws at each scale (default 3)",
     )
     add(
-        "--bits",
-        type=_numbers(2, 8, whole=True),
-        default=(8, 4, 3),
-        metavar="B,B",
+        "--bits", type=_numbers(2, 8, whole=True), default=(8, 4, 3), metavar="B,B",
         help="integer widths (default 8,4,3)",
-    )
+    )  # fmt: skip
     add("--group", type=command.integer(1), default=64, metavar="N", help="inputs that share a scale (default 64)")
     add(
         "--gptq", type=command.integer(0), default=16, metavar="N",
@@ -209,18 +206,9 @@ def find(
 
 def settings_of(options: argparse.Namespace) -> dict:
     """What a run's numbers depend on beside the run, as it is written into its file."""
-    names = (
-        "noise",
-        "samples",
-        "bits",
-        "group",
-        "gptq",
-        "embedding",
-        "fine_tune",
-        "fine_tune_steps",
-        "fine_tune_rates",
-    )
-    chosen = {name: getattr(options, name) for name in (*names, "batch_size", "batches")}
+    rounding = ("noise", "samples", "bits", "group", "gptq", "embedding")
+    tuning = ("fine_tune", "fine_tune_steps", "fine_tune_rates", "batch_size", "batches")
+    chosen = {name: getattr(options, name) for name in (*rounding, *tuning)}
     return json.loads(json.dumps(chosen))
 
 

@@ -38,11 +38,8 @@ def main(argv: Sequence[str]) -> int:
     from steppe.scripts import results
 
     directories = options.directories
-    alone = len(directories) == 1 and not files.is_remote(directories[0]) and not results.is_pack(directories[0])
-    if options.out is None and not alone:
-        return command.fail("--out is missing: of several runs, a file or an address, it must say where this goes")
+    out = results.report_place(directories, options.out)
     found = results.read(directories, left_out=lambda line: print(line, file=sys.stderr))
-    out = options.out or Path(directories[0]) / "report"
     name = Path(directories[0]).resolve().stem if len(directories) == 1 else f"{len(found)} runs"
     path = write(found, out, name)
     print(f"wrote {path}")
@@ -59,10 +56,12 @@ def write(found: list, out: Path, name: str) -> Path:
     from steppe.scripts.report import page as report_page
     from steppe.scripts.report import tables as report_tables
     from steppe.scripts.report.numbers import analysis as an
+    from steppe.scripts.report.numbers import entries as report_entries
     from steppe.scripts.report.numbers import groups as report_groups
 
     found = results.with_averages(found)
     study = report_groups.analyse(found)
+    entries = report_entries.entries(study.runs)
     laws = an.power_laws(study)
     scaling, refused = an.scaling_laws(study)
     measured = {source: by_measure for source, by_measure in an.measures(study).items() if by_measure}
@@ -84,7 +83,7 @@ def write(found: list, out: Path, name: str) -> Path:
         return section
 
     with report_drawing.styled():
-        compared, answer = tables.comparison(study), report_answer.answer(study.runs)
+        compared, answer = tables.comparison(study), report_answer.answer(entries)
         sections = [
             add(Section("Answer").points(report_answer.sentences(answer)), report_answer.figure(answer)).points(
                 report_answer.lines(answer)
@@ -113,7 +112,7 @@ def write(found: list, out: Path, name: str) -> Path:
             if source == "curvature":
                 parts.append(report_measured.curvature_over_training(study))
             else:
-                parts = [report_measured.kept_against_rho(study.runs), report_measured.forgetting(study.runs), *parts]
+                parts = [report_measured.kept_against_rho(entries), report_measured.forgetting(entries), *parts]
             sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))

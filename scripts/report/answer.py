@@ -53,9 +53,8 @@ class Answer(NamedTuple):
         return [(row, row.ways[aspect, basis]) for row in self.rows if (aspect, basis) in row.ways]
 
 
-def answer(runs: Sequence) -> Answer:
-    """What the runs of a study (groups.Run) say; without AdamW beside anything, no rows."""
-    found = en.entries(runs)
+def answer(found: Sequence[en.Entry]) -> Answer:
+    """What the entries of a study say; without AdamW beside anything, no rows."""
     rows: list[Row] = []
     titled: dict[str, Aspect] = {}
     cells = dict.fromkeys(((entry.scale, entry.budget) for entry in found), False)

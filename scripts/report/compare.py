@@ -116,6 +116,8 @@ def _page_path(text: str) -> Path:
 
 def _one(results, workdir: str):
     found = results.read([workdir])
+    if len(found) > 1:
+        raise results.ResultsError(f"{workdir}: must be the workdir of one run; it holds {len(found)}")
     return found[0]._replace(name=Path(workdir).resolve().name)
 
 
@@ -162,7 +164,7 @@ def _drawing(name: str, pair):
             if line:
                 panels[0, "loss"].plot(*zip(*line, strict=True), color=colour, label=f"{label}, {kind}", **kept)
     apart = {kind: apart_by_step(*pair, kind) for kind in ("training", "held-out")}
-    ends = [value for steps in apart.values() for step, value in steps if step >= 0.2 * steps[-1][0]]
+    ends = [v for steps in apart.values() for step, v in steps if step >= 0.2 * steps[-1][0] and math.isfinite(v)]
     for kind, points in apart.items():
         rows += [{"run": "B - A", "kind": kind, "step": step, "loss": value} for step, value in points]
         thin = points[:: max(1, len(points) // 400)]
@@ -172,9 +174,9 @@ def _drawing(name: str, pair):
         if thin:
             panels[0, "difference"].plot(*zip(*thin, strict=True), label=f"B − A, {kind}", **kept)
     panels[0, "difference"].axhline(0, color="#000000", linewidth=0.8)
-    if ends:
-        room = 0.1 * (max(*ends, 0.0) - min(*ends, 0.0)) + 1e-4
-        panels[0, "difference"].set_ylim(min(*ends, 0.0) - room, max(*ends, 0.0) + room)
+    low, high = min([*ends, 0.0]), max([*ends, 0.0])
+    room = 0.1 * (high - low) + 1e-4
+    panels[0, "difference"].set_ylim(low - room, high + room)
     late = [
         row["loss"]
         for row in rows

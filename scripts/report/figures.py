@@ -33,7 +33,10 @@ def loss_against_rho(study: gr.Study) -> dr.Drawing | None:
         axes.set(xscale="log", xlabel="rho", title=cell.label)
         axes.margins(x=0.04)
         tried = {run.rho for run in cell.runs if run.rho > 0 and not math.isnan(run.loss)}
-        dr.ticks_at(axes.xaxis, sorted(tried)) if len(tried) <= 8 else dr.si_ticks(axes.xaxis)
+        if len(tried) <= 8:
+            dr.ticks_at(axes.xaxis, sorted(tried))
+        else:
+            dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "held-out loss, nats per token")
     worst = sorted({row["variant"] for row in rows if row["status"] == "diverged"})
     return dr.Drawing(
@@ -286,8 +289,9 @@ def differences(study: gr.Study) -> dr.Drawing | None:
                 axes.fill_between(tokens, low, high, color=colour, alpha=0.1, linewidth=0)
             ends += [value for row, value in zip(own, middle, strict=True) if row["share"] >= 0.4]
         axes.axhline(0, color="#000000", linewidth=1)
-        room = 0.3 * (max(*ends, 0) - min(*ends, 0)) + 1e-3
-        axes.set(xlabel="tokens", title=label, ylim=(min(*ends, 0) - room, max(*ends, 0) + room))
+        least, most = min([*ends, 0.0]), max([*ends, 0.0])
+        room = 0.3 * (most - least) + 1e-3
+        axes.set(xlabel="tokens", title=label, ylim=(least - room, most + room))
         axes.set_xlim(left=0)
         dr.si_ticks(axes.xaxis)
     dr.finish(figure, panels, "held-out loss less AdamW's, nats per token")
@@ -296,8 +300,7 @@ def differences(study: gr.Study) -> dr.Drawing | None:
         "Of the same seed at the same step, at the best rho: mean over the seeds that both have; bands: 95 % "
         "intervals. Averages of the weights are held against AdamW's own average. Below zero is better; what counts is "
         "the end, where the learning rate has fallen. The frame shows what lies after four tenths of training.",
-        f"Held-out loss less AdamW's during training, in {len(labels)} panels of scale and budget.", figure,
-        [{**row, "n": row["difference"].n} for row in rows],
+        f"Held-out loss less AdamW's during training, in {len(labels)} panels of scale and budget.", figure, rows,
     )  # fmt: skip
 
 

@@ -88,9 +88,9 @@ def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
     )  # fmt: skip
 
 
-def kept_against_rho(runs: Sequence[gr.Run]) -> dr.Drawing | None:
+def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
     """Loss, forgetting and loss in few bits over rho, less AdamW's of the same seeds: where perturbing pays."""
-    rows, found = [], en.entries(runs)
+    rows = []
     for cell in dict.fromkeys((entry.scale, entry.budget) for entry in found):
         inside = [entry for entry in found if (entry.scale, entry.budget) == cell and entry.of_choice]
         for aspect in answer.aspects(inside):
@@ -131,10 +131,9 @@ def kept_against_rho(runs: Sequence[gr.Run]) -> dr.Drawing | None:
     )  # fmt: skip
 
 
-def forgetting(runs: Sequence[gr.Run]) -> dr.Drawing | None:
+def forgetting(found: Sequence[en.Entry]) -> dr.Drawing | None:
     """What is forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's."""
     rows: list[dict] = []
-    found = en.entries(runs)
     cells: dict[tuple, list[tuple[str, en.Entry]]] = {}
     for entry in found:
         if any(result.fine_tune for result in entry.best.values()):

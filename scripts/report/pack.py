@@ -1,11 +1,13 @@
 """Runs as one file, for keeping and passing on: everything a report shows of them, without checkpoints or steps.
 
-    steppe report pack DIR [RUN ...] --out=FILE.jsonl
+    steppe report pack DIR [RUN ...] --out=FILE.jsonl [--call NAME=FOLDER]
 
 Every report takes the file for a directory of the runs: configs, held-out losses on the way and at the end, costs, and
-what curvature and retention measured. Runs that a file has already stay in it, unless they are read anew.
+what curvature and retention measured. Runs that a file has already stay in it, unless they are read anew. Folders of
+this machine may get a name there: runs of the same text from elsewhere then count as the same.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,27 @@ def _computed(run) -> str:
     return json.dumps(told, sort_keys=True)
 
 
+def _named(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be NAME=FOLDER")
+    return name, folder.rstrip("/")
+
+
+def _called(run, names: Sequence[tuple[str, str]]):
+    """A run, and its averages, with the names of folders for their paths in its config."""
+
+    def renamed(value):
+        if isinstance(value, (list, tuple)):
+            return [renamed(each) for each in value]
+        for name, folder in names if isinstance(value, str) else ():
+            value = value.replace(folder, name)
+        return value
+
+    config = {key: renamed(value) for key, value in run.config.items()} if names else run.config
+    return run._replace(config=config, averages=tuple(_called(each, names) for each in run.averages))
+
+
 def pack(argv: Sequence[str]) -> int:
     """`report pack DIR [RUN ...] --out=FILE.jsonl`; returns the exit status, 2 for bad input."""
     from steppe.scripts import results
@@ -29,12 +52,16 @@ def pack(argv: Sequence[str]) -> int:
     parser = command.parser("report pack", __doc__, config=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, a file of pack, or workdirs of runs")
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the file, made or added to")
+    parser.add_argument(
+        "--call", action="append", default=[], type=_named, metavar="NAME=FOLDER", help="the folder's name; repeatable"
+    )
     options = command.options_of(argv, parser)
     out = Path(options.out)
     if out.suffix != results.PACK or out.is_dir():
         return command.fail(f"--out={out}: must be a file that ends in {results.PACK}")
     command.writable_directory(str(out.parent))
     ended = [run for run in results.read(options.directories) if run.status in ("finished", "diverged")]
+    ended = [_called(run, options.call) for run in ended]
     before = {_computed(run): run for run in results.read(str(out))} if out.exists() else {}
     now = {_computed(run): run for run in ended}
     if not now:

@@ -60,8 +60,7 @@ def rivals(argv: Sequence[str]) -> int:
     from steppe.scripts.report.numbers import entries as en
     from steppe.scripts.report.numbers import groups
 
-    if options.out is None and (len(options.directories) > 1 or results.is_pack(options.directories[0])):
-        return command.fail("--out is missing: of a file, and of several directories, it must say where this goes")
+    out = results.report_place(options.directories, options.out)
     found = en.entries(groups.analyse(results.with_averages(results.read(options.directories))).runs)
     if len({(entry.scale, entry.budget) for entry in found}) > 1:
         found = [entry._replace(name=entry.label) for entry in found]
@@ -72,7 +71,6 @@ def rivals(argv: Sequence[str]) -> int:
     if against is None:
         given = options.against or "adamw"
         return command.fail(f"--against={given}: must be one of {', '.join(names) or 'no finished run'}")
-    out = options.out or Path(options.directories[0]) / "report"
     out.mkdir(parents=True, exist_ok=True)
     titles, rows = table(found, against)
     with open(out / "rivals.csv", "w", newline="", encoding="utf-8") as handle:

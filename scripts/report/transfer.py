@@ -30,6 +30,8 @@ def read(directory: str) -> list[dict]:
     for result in results.read(directory):
         if result.status in ("finished", "diverged"):
             loss = result.loss if result.status == "finished" else math.inf
+            if result.config["optim.rho"] is None:
+                raise command.UsageError(f"{directory}: {result.name}: config.optim.rho must be a number in every run")
             rows.append({**{short: result.config[key] for key, short in KEYS.items()}, "loss": loss})
     return sorted(rows, key=lambda row: tuple(row.values()))
 
@@ -83,7 +85,10 @@ def transfer(argv: Sequence[str]) -> int:
     parser.add_argument("sweep", metavar="SWEEP", help="a sweep's directory")
     parser.add_argument("--out", type=command.writable_directory, metavar="DIR", help="default: SWEEP/report")
     options = command.options_of(argv, parser)
-    rows, out = read(options.sweep), options.out or Path(options.sweep) / "report"
+    from steppe.scripts import results
+
+    out = results.report_place([options.sweep], options.out)
+    rows = read(options.sweep)
     kinds = {(row["parametrisation"], row["width"]) for row in rows}
     if len(kinds) < 2:
         return command.fail(f"{options.sweep}: must hold finished runs of several widths or parametrisations")

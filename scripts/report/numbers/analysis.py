@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from steppe.scripts.report.numbers import statistics as st
@@ -121,14 +122,21 @@ def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
     every, found = optima(study), {}
     for budget in study.budgets:
         for name in study.variants:
-            inside = [(cell, o) for cell, o in every.get((budget, name), ()) if o.status == "inside"]
-            law = st.power_law(
-                [cell.parameters for cell, _ in inside], [optimum.rho for _, optimum in inside],
-                [optimum.error for _, optimum in inside], min((cell.df for cell, _ in inside), default=0),
-            ) if inside else None  # fmt: skip
+            law = _law_through(every.get((budget, name), ()))
             if law:
                 found[budget, name] = law
     return found
+
+
+def _law_through(pairs: Sequence[tuple[Cell, st.Optimum]]) -> st.PowerLaw | None:
+    """Best rho against parameters through the optima that lie inside their grids; None for fewer than two scales."""
+    inside = [(cell, optimum) for cell, optimum in pairs if optimum.status == "inside"]
+    if not inside:
+        return None
+    return st.power_law(
+        [cell.parameters for cell, _ in inside], [optimum.rho for _, optimum in inside],
+        [optimum.error for _, optimum in inside], min(cell.df for cell, _ in inside),
+    )  # fmt: skip
 
 
 class Foretold(NamedTuple):
@@ -156,11 +164,7 @@ def foretold(study: Study, budget: str, name: str) -> Foretold | None:
     if not pairs:
         return None
     cell, _ = pairs[-1]
-    inside = [(other, o) for other, o in pairs[:-1] if o.status == "inside" and other.parameters < cell.parameters]
-    law = st.power_law(
-        [other.parameters for other, _ in inside], [optimum.rho for _, optimum in inside],
-        [optimum.error for _, optimum in inside], min((other.df for other, _ in inside), default=0),
-    ) if inside else None  # fmt: skip
+    law = _law_through([pair for pair in pairs if pair[0].parameters < cell.parameters])
     variant = cell.variants[name]
     grid = sorted(rho for rho in variant.losses if rho > 0)
     if law is None or len(grid) < 2 or variant.choice is None or not variant.choice.rho > 0:

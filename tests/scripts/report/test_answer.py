@@ -9,7 +9,7 @@ from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer
-from steppe.scripts.report.numbers import groups
+from steppe.scripts.report.numbers import entries, groups
 
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
 WOBBLE = {0: 0.0, 1: 0.002, 2: -0.002, 3: 0.001}  # what it adds to a method's
@@ -49,8 +49,12 @@ def study_of(given):
     return groups.analyse(results.with_averages(results.read(given))).runs
 
 
+def entries_of(given):
+    return entries.entries(study_of(given))
+
+
 def test_the_answer_is_what_was_put_in(sweep):
-    found = answer.answer(study_of(sweep))
+    found = answer.answer(entries_of(sweep))
     rows = {row.name: row for row in found.rows}
     assert list(rows) == ["adamw, 2000 steps", "sam"]
     assert [aspect.key for aspect in found.aspects] == ["loss", "forgetting", "int4"]
@@ -67,7 +71,7 @@ def test_the_answer_is_what_was_put_in(sweep):
 
 
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
-    loss, kept, sure = answer.sentences(answer.answer(study_of(sweep)))
+    loss, kept, sure = answer.sentences(answer.answer(entries_of(sweep)))
     assert loss.startswith(
         "In held-out loss, at equal tokens 1 of 1 are better than AdamW by an interval without zero "
     )
@@ -80,14 +84,14 @@ def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
 
 
 def test_a_line_says_where_to_look_next(sweep):
-    lines = answer.lines(answer.answer(study_of(sweep)))
+    lines = answer.lines(answer.answer(entries_of(sweep)))
     assert lines[1].startswith("sam, 2.00 × a token: rho 0.1 of 3 at the grid's upper edge: extend upwards; ")
     assert lines[1].endswith("3 fresh pairs.")
 
 
 def test_one_pair_has_no_interval_and_nothing_is_claimed_of_it(sweep, tmp_path):
     alone = [run for run in study_of(sweep) if run.seed == 0]
-    loss, _, sure = answer.sentences(answer.answer(alone))
+    loss, _, sure = answer.sentences(answer.answer(entries.entries(alone)))
     assert "at equal tokens there is one pair of seeds of each, and no interval: the lowest is sam" in loss
     assert sure.startswith("Each difference is of one pair of seeds, none of which")
 
@@ -114,6 +118,28 @@ def test_runs_packed_into_a_file_make_the_same_page(sweep, tmp_path, capsys):
     assert {row["entry"] for row in rows} == {"adamw, 2000 steps", "sam"}
     assert command.main(["pack", str(sweep), f"--out={pack}"]) == 0  # those it has are replaced, not doubled
     assert len(results.read(pack)) == 14
+
+
+def test_folders_get_names_and_the_same_run_from_elsewhere_is_the_same(tmp_path, capsys):
+    pack = tmp_path / "runs.jsonl"
+    for place in ("here", "there"):
+        _, overrides = plan("adamw", data__task=f"text:/{place}/train.txt@all")
+        write_sweep(tmp_path / place, {"run": (overrides, 2.0)})
+        assert command.main(["pack", str(tmp_path / place), f"--out={pack}", f"--call=TEXT=/{place}/"]) == 0
+    (run,) = results.read(pack)
+    assert run.config["data.task"] == "text:TEXT/train.txt@all"
+    assert command.main(["pack", str(tmp_path / "here"), f"--out={pack}", "--call=TEXT"]) == 2
+    assert "--call: TEXT: must be NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_reports_of_one_directory_or_run_say_so_of_anything_else(sweep, tmp_path, capsys):
+    pack = tmp_path / "runs.jsonl"
+    assert command.main(["pack", str(sweep), f"--out={pack}"]) == 0
+    for kind in ([], ["rivals"], ["transfer"]):
+        assert command.main([*kind, str(pack)]) == 2
+        assert "--out is missing" in capsys.readouterr().err
+    assert command.main(["compare", str(sweep), str(sweep)]) == 2
+    assert "must be the workdir of one run; it holds 14" in capsys.readouterr().err
 
 
 def test_bad_packs_are_one_line(sweep, tmp_path, capsys):

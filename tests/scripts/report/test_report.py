@@ -345,6 +345,7 @@ def test_two_runs_that_are_one(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "nowhere in 20 common steps" in shown
     assert re.search(r"configs +the same", shown)
+    assert report.main(["compare", str(a), str(b), f"--out={tmp_path / 'both.html'}"]) == 0  # drawn for all that
 
 
 def test_two_runs_that_part(tmp_path, capsys):

@@ -67,10 +67,15 @@ def test_each_entry_takes_its_best_setting_and_is_compared_on_seeds_that_did_not
 
 def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
     study = groups.analyse(results.with_averages(results.read(sweep)))
-    rows = {row.name: row.ways["loss", "tokens"].interval.value for row in answer.answer(study.runs).rows}
+    rows = {
+        row.name: row.ways["loss", "tokens"].interval.value for row in answer.answer(entries.entries(study.runs)).rows
+    }
     assert rows["nadamw ema"] == pytest.approx(rows["nadamw"])
     assert rows["adamw ema"] == pytest.approx(-0.05)  # against its last weights
-    assert "averaging AdamW's own weights is (adamw ema −0.0500" in answer.sentences(answer.answer(study.runs))[0]
+    assert (
+        "averaging AdamW's own weights is (adamw ema −0.0500"
+        in answer.sentences(answer.answer(entries.entries(study.runs)))[0]
+    )
 
 
 def test_the_table_and_the_picture_are_written(sweep, capsys):
