@@ -20,7 +20,7 @@ def config(text: str, cache: str, **overrides):
     small = base.get_config()
     small.data.update(task=f"text:{text}/train.txt@all", held_out=(f"val=text:{text}/val.txt@all",))
     small.data.update(cache=cache, sequence_length=16)
-    small.model.update(layers=1, width=16, heads=2, mlp_width=32)
+    small.model.update(layers=2, width=16, heads=2, mlp_width=32)
     small.train.update(batch_size=8, duration="20 steps")
     small.optim.update(warmup="4 steps", peak_learning_rate=0.01)
     small.evaluate.update(every="10 steps", batches=2, batch_size=8)

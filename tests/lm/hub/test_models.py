@@ -50,7 +50,7 @@ def made(text):
 
 
 def _made(text, model):
-    config = lm_runs.config(*text, model__layers=2, **{f"model__{key}": value for key, value in model.items()})
+    config = lm_runs.config(*text, **{f"model__{key}": value for key, value in model.items()})
     corpus = open_corpus(cache.ensure(config.data, log=lambda line: None))
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=jax.devices()[:1])
     params = create(parts.mesh, parts.initialise).params
@@ -65,7 +65,7 @@ def _made(text, model):
 def trained(text, tmp_path_factory):
     """(config, workdir) of a run of sixty steps."""
     config, place = (
-        lm_runs.config(*text, model__style="modern", model__layers=2, train__duration="60 steps"),
+        lm_runs.config(*text, model__style="modern", train__duration="60 steps"),
         tmp_path_factory.mktemp("run"),
     )
     assert train.run(config, str(place)) == train.FINISHED

@@ -66,7 +66,7 @@ def model(tmp_path_factory):
     place = tmp_path_factory.mktemp("corpus")
     (place / "train.txt").write_text(pathlib.Path(os.__file__).read_text()[:9_000])
     (place / "val.txt").write_text(pathlib.Path(os.__file__).read_text()[9_000:10_000])
-    config = lm_runs.config(str(place), str(place / "cache"), model__style="modern", model__layers=2)
+    config = lm_runs.config(str(place), str(place / "cache"), model__style="modern")
     corpus = loader.open_corpus(cache.ensure(config.data))
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens)
     read = batch_reader(config, corpus, parts, lambda step: step)

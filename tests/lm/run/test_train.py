@@ -27,7 +27,7 @@ def stop_at(step):
     return lambda self: next(count) == step
 
 
-METHOD = {"model__layers": 2, "optim__method": "precond_functional_sam", "optim__rho": 0.05}
+METHOD = {"optim__method": "precond_functional_sam", "optim__rho": 0.05}
 
 
 @pytest.fixture(scope="module")
