@@ -89,7 +89,7 @@ def aspects(shown: Sequence[en.Entry]) -> list[Aspect]:
     mark = frontier.equal_loss(tuned)
     return [
         Aspect("loss", "held-out loss", "In held-out loss", en.loss_of),
-        Aspect("forgetting", f"forgotten, fine-tuned to {mark:.3f}", "In what fine-tuning costs", en.forgotten(mark)),
+        Aspect("forgetting", "forgotten, at equal fine-tuning loss", "In what fine-tuning costs", en.forgotten(mark)),
         *(
             Aspect(f"int{bits}", f"held-out loss in {bits} bits", f"In the loss in {bits} bits",
                    en.rounded_loss(f"int{bits}_channel"))

@@ -89,14 +89,16 @@ def curvature_over_training(study: gr.Study) -> dr.Drawing | None:
 
 
 def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
-    """Loss, forgetting and loss in few bits over rho, less AdamW's of the same seeds: where perturbing pays."""
+    """Loss, forgetting and loss in few bits over rho at the best rate, less AdamW's of the same seeds."""
     rows = []
     for cell in dict.fromkeys((entry.scale, entry.budget) for entry in found):
         inside = [entry for entry in found if (entry.scale, entry.budget) == cell and entry.of_choice]
         for aspect in answer.aspects(inside):
             for entry in inside:
                 other = en.at_equal_tokens(inside, entry)
-                by_rho = {rho: by_seed for (_, rho), by_seed in entry.runs.items() if rho}
+                by_rho = {
+                    rho: by_seed for (rate, rho), by_seed in entry.runs.items() if rho and rate == entry.chosen("rate")
+                }
                 for rho, by_seed in sorted(by_rho.items()):
                     alone = entry.at({rho: by_seed})
                     way = en.difference(alone, other, aspect.of) if alone.choice else None  # none where it diverged
@@ -125,8 +127,8 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
     dr.finish(drawn, panels, "less AdamW's, nats per token")
     return dr.Drawing(
         "kept_against_rho", "What is kept, against rho",
-        "Less AdamW's of the same seed and as many tokens (the black line), averages of weights less AdamW's own: mean "
-        "over seeds; lines up and down: 95 % intervals where there are several. Below the line is better.",
+        "At each method's best rate, less AdamW's of the same seed and as many tokens (the black line), averages of "
+        "weights less AdamW's own: mean over seeds; lines up and down: 95 % intervals where there are several. Below the line is better.",
         f"Loss and what is kept of it over rho for {len(styles)} entries, less AdamW's.", drawn, rows,
     )  # fmt: skip
 

@@ -106,6 +106,24 @@ def test_what_is_kept_is_drawn_over_rho(sweep, tmp_path):
     assert [row["pairs"] for row in rows if row["aspect"] == "held-out loss"] == ["1", "1", "4"]
 
 
+def test_a_curve_over_rho_is_of_one_rate(tmp_path):
+    runs = {}
+    for method, rho, rate, loss in (
+        ("adamw", None, 0.01, 2.0), ("sam", 0.01, 0.01, 1.9), ("sam", 0.1, 0.01, 2.1),
+        ("sam", 0.01, 0.02, 2.3), ("sam", 0.1, 0.02, 2.4),
+    ):  # fmt: skip
+        name, overrides = plan(method, rho, optim__peak_learning_rate=rate)
+        runs[name] = overrides, loss
+    write_sweep(tmp_path / "sweep", runs)
+    for name, (_, loss) in runs.items():
+        summary = {"int4_channel": 0.1 * loss}
+        (tmp_path / "sweep" / "runs" / name / "retention.json").write_text(json.dumps({"step": 1, "summary": summary}))
+    assert command.main([str(tmp_path / "sweep")]) == 0
+    rows = csv.DictReader((tmp_path / "sweep" / "report" / "kept_against_rho.csv").open())
+    found = {float(row["rho"]): float(row["less_adamw"]) for row in rows if row["aspect"] == "held-out loss"}
+    assert found == {0.01: pytest.approx(-0.1), 0.1: pytest.approx(0.1)}
+
+
 def test_runs_packed_into_a_file_make_the_same_page(sweep, tmp_path, capsys):
     pack = tmp_path / "runs.jsonl"
     assert command.main(["pack", str(sweep), f"--out={pack}"]) == 0
