@@ -128,7 +128,8 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
     return dr.Drawing(
         "kept_against_rho", "What is kept, against rho",
         "At each method's best rate, less AdamW's of the same seed and as many tokens (the black line), averages of "
-        "weights less AdamW's own: mean over seeds; lines up and down: 95 % intervals where there are several. Below the line is better.",
+        "weights less AdamW's own: mean over seeds; lines up and down: 95 % intervals where there are several. Below "
+        "the line is better.",
         f"Loss and what is kept of it over rho for {len(styles)} entries, less AdamW's.", drawn, rows,
     )  # fmt: skip
 
