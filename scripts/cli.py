@@ -38,7 +38,7 @@ COMMANDS = {
 KINDS = {
     "config": ("diff", "from-hf"),
     "prepare_data": ("show", "vocabulary"),
-    "report": ("compare", "rivals", "transfer"),
+    "report": ("compare", "pack", "rivals", "transfer"),
     "bench": ("step", "data", "methods", "curvature", "shares", "sweep", "collectives", "gpu"),
 }
 

@@ -7,8 +7,8 @@
     steppe report pack DIR [RUN ...] --out=FILE.jsonl
 
 DIR is the directory of a sweep, finished or not, or a file that `pack` made; several of them, and workdirs of runs, may
-stand there together. OUT takes
-index.html, which needs nothing beside it, and each figure as PNG with the numbers behind figures and tables as CSV.
+stand there together. OUT takes index.html, which needs nothing beside it, and each figure as PNG with the numbers
+behind figures and tables as CSV.
 """
 
 import collections
@@ -20,15 +20,15 @@ from pathlib import Path
 
 from steppe.data import files
 from steppe.scripts import command
+from steppe.scripts.cli import KINDS
 
 PAGE = "index.html"
-KINDS = ("compare", "pack", "rivals", "transfer")  # a function of that name in a module of that name
 
 
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Writes a report, or compares two runs; returns the exit status, 2 for bad input."""
-    if argv and argv[0] in KINDS:
+    if argv and argv[0] in KINDS["report"]:  # a function of that name in a module of that name
         return getattr(importlib.import_module(f"steppe.scripts.report.{argv[0]}"), argv[0])(argv[1:])
     parser = command.parser("report", __doc__, config=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
