@@ -88,7 +88,7 @@ def write(found: list, out: Path, name: str) -> Path:
             add(Section("Answer").points(report_answer.sentences(answer)), report_answer.figure(answer)).points(
                 report_answer.lines(answer)
             ),
-            Section("What it rests on").points(summary(study, compared)),
+            add(Section("What it rests on").points(summary(study, compared)), report_answer.power(answer)),
             add(Section("Methods"), compared, tables.equal_compute(study), tables.costs(study)),
             add(Section("Loss against rho"), figures.loss_against_rho(study)),
             add(

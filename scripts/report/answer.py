@@ -3,6 +3,7 @@
 Every entry at its best setting beside AdamW at its own, by paired seeds: a figure, three sentences, a line an entry.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ from typing import NamedTuple
 from steppe.lm import plot
 from steppe.lm.measure import frontier
 from steppe.scripts.report import drawing as dr
+from steppe.scripts.report import tables
 from steppe.scripts.report.numbers import entries as en
+from steppe.scripts.report.numbers import statistics as st
 from steppe.scripts.results import Result
 
 BITS = (4, 3)  # of steppe retention, to the nearest, a scale an output channel
@@ -207,6 +210,34 @@ def _setting(entry: en.Entry, axis: str, called: str) -> str:
     way = {"lower": "downwards", "upper": "upwards"}.get(edge)
     of = f" of {len(tried)}" if len(tried) > 1 else ""
     return f"{called} {best:g}{of}" + (f" at the grid's {edge} edge: extend {way}" if edge else "")
+
+
+PAIRS = (3, 5, 10)  # of seeds, that a study may have
+
+
+def power(made: Answer) -> tables.Table:
+    """A row a group, aspect and basis: the noise of a pair, and the smallest difference that so many pairs show."""
+    rows = []
+    for group, aspect, basis in itertools.product(dict.fromkeys(row.group for row in made.rows), made.aspects, BASES):
+        known = [way for row, way in made.known(aspect.key, basis) if row.group == group]
+        noise = st.pooled([way.interval for way in known])
+        if noise.df:
+            found = {f"pairs_{pairs}": st.detectable(noise.sigma, pairs) for pairs in PAIRS}
+            rows.append({"group": group, "aspect": aspect.title, "basis": BASES[basis], "sigma": noise.sigma,
+                         "df": noise.df, **found})  # fmt: skip
+    nats = tables.decimals(4)
+    return tables.Table(
+        "power", "The smallest difference that pairs of seeds could show",
+        "Standard deviation of the difference of one pair of seeds, pooled over the entries that have two pairs or "
+        "more, and the true difference, in nats a token, whose 95 % interval would exclude zero with probability 0.8. "
+        "What is smaller than this cannot be told with so many pairs, whichever way it comes out.",
+        [
+            tables.Column("aspect", "in", number=False), tables.Column("basis", "held against AdamW", number=False),
+            tables.Column("sigma", "sd of a pair", nats), tables.Column("df", "degrees of freedom"),
+            *(tables.Column(f"pairs_{pairs}", f"{pairs} pairs", nats) for pairs in PAIRS),
+        ],
+        rows, "group",
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- figure

@@ -35,6 +35,37 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n, n - 1)
 
 
+class Noise(NamedTuple):
+    """sigma: standard deviation of one value, NaN at df 0."""
+
+    sigma: float
+    df: int
+
+
+def pooled(intervals: Sequence[Interval], level: float = LEVEL) -> Noise:
+    """The noise of one value behind Student intervals of several means, as if all had the same."""
+    known = [each for each in intervals if each.n > 1]
+    df = sum(each.n - 1 for each in known)
+    squares = sum((each.n - 1) * each.n * ((each.high - each.low) / 2 / _t(level, each.n - 1)) ** 2 for each in known)
+    return Noise(math.sqrt(squares / df) if df else math.nan, df)
+
+
+def detectable(sigma: float, pairs: int, power: float = 0.8, level: float = LEVEL) -> float:
+    """The smallest true difference whose Student interval lies on its side of zero so often; NaN for one pair.
+
+    sigma: standard deviation of one pair's difference; power: how often, a probability. By the noncentral t
+    distribution, exact for normal differences.
+    """
+    if pairs < 2 or not math.isfinite(sigma):
+        return math.nan
+    bound, df = _t(level, pairs - 1), pairs - 1
+
+    def missing(shift: float) -> float:
+        return stats.nct.sf(bound, df, shift) - power
+
+    return float(optimize.brentq(missing, 0.0, 2 * bound)) * sigma / math.sqrt(pairs)
+
+
 class Additive(NamedTuple):
     """loss = treatment + seed + noise, by least squares; sigma: sd of that noise (NaN at df 0)."""
 

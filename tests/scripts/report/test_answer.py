@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 
 import pytest
 
@@ -68,6 +69,14 @@ def test_the_answer_is_what_was_put_in(sweep):
     assert of["forgetting", "tokens"] == of["forgetting", "flops"] == pytest.approx(kept * 0.8)  # 0.8 of what all gain
     assert set(rows["adamw, 2000 steps"].ways) == {(key, "tokens") for key in ("loss", "forgetting", "int4")}
     assert all(way.interval.n == 3 and way.fresh for way in rows["sam"].ways.values())
+
+
+def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
+    rows = {(row["aspect"], row["basis"]): row for row in answer.power(answer.answer(entries_of(sweep))).rows}
+    loss = rows["held-out loss", "at equal FLOPs"]  # of sam alone: its pairs differ by the wobble of their seeds
+    assert loss["sigma"] == pytest.approx(statistics.stdev(WOBBLE[seed] for seed in (1, 2, 3)))
+    assert loss["df"] == 2
+    assert loss["pairs_3"] > loss["pairs_5"] > loss["pairs_10"] > 0
 
 
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):

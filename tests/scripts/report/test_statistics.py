@@ -37,6 +37,22 @@ def test_pooled_noise_is_the_two_way_analysis_of_variance():
     assert found[:3] == pytest.approx((middle, middle - half, middle + half))
 
 
+@pytest.mark.parametrize("pairs", [3, 5, 10])
+def test_what_pairs_can_show_is_shown_as_often_as_said(pairs):
+    random, many = np.random.default_rng(pairs), 4000
+    values = st.detectable(0.5, pairs) + 0.5 * random.normal(size=(many, pairs))
+    shown = sum(found.low > 0 or found.high < 0 for found in map(st.t_interval, values)) / many
+    assert shown == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / many))  # of a binomial count, four of its sd
+    assert math.isnan(st.detectable(0.5, 1))
+
+
+def test_noise_behind_several_intervals_is_pooled():
+    groups = [[1.0, 2.0, 4.0], [0.5], [7.0, 7.5]]
+    found = st.pooled([st.t_interval(values) for values in groups])
+    assert found == pytest.approx((math.sqrt((2 * np.var(groups[0], ddof=1) + np.var(groups[2], ddof=1)) / 3), 3))
+    assert math.isnan(st.pooled([st.t_interval([1.0])]).sigma)
+
+
 def test_a_difference_does_not_depend_on_what_a_seed_does_to_all():
     losses = {("a", 0): 2.0, ("a", 1): 2.1, ("b", 0): 1.9, ("b", 1): 2.0, ("c", 0): 3.0}  # c has one seed: no noise
     moved = {(method, seed): loss + 7.0 * seed for (method, seed), loss in losses.items()}
