@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from steppe.configs import base, sizes
 from steppe.data import files
@@ -564,11 +564,13 @@ def _override(config: ConfigDict, known: ConfigDict, key: str, texts: list[str |
     if kind is not bool and None in texts:
         raise wrong
     values = flags.FlagValues()
-    argv = ["steppe", *(f"--config.{key}" + ("" if text is None else f"={text}") for text in texts)]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    argv = ["steppe", *(f"--config.{name}" + ("" if text is None else f"={text}") for text in texts)]
+    alone = ConfigDict({name: FieldReference(section[name], field_type=kind)})  # of a whole config it prints all keys
+    config_flags.DEFINE_config_dict("config", alone, flag_values=values, sys_argv=argv)
     try:
         values(argv)
     except (flags.Error, ValueError, TypeError):
         raise wrong from None
-    if kind is tuple and not all(isinstance(item, str) for item in section[name]):
+    if kind is tuple and not all(isinstance(item, str) for item in alone[name]):
         raise wrong
+    section[name] = alone[name]

@@ -33,7 +33,7 @@ def run(tmp_path_factory):
         str(place), str(place / "cache"), train__duration="4 steps", checkpoint__every="2 steps", checkpoint__keep=2,
         optim__method="friendly_sam", evaluate__every="4 steps", sample__tokens=0,
     )  # fmt: skip
-    workdir = tmp_path_factory.mktemp("run")
+    workdir = tmp_path_factory.mktemp("runs") / "run"
     assert train.run(config, str(workdir)) == train.FINISHED
     assert saved.steps(str(workdir)) == [2, 4]
     assert curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", f"--towards={workdir}", *FLAGS]) == 0
