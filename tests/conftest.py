@@ -31,6 +31,13 @@ def pytest_cmdline_main(config):
     """All tests of a file go to one worker: what its fixtures train and measure is made once, not once a worker."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config, items):
+    """Whole commands first, small parts last: a worker that is given a long file at the end leaves the other idle."""
+    if getattr(config.option, "dist", "") == "loadfile":
+        items.sort(key=lambda item: str(item.path), reverse=True)
 
 
 @pytest.fixture
