@@ -113,7 +113,9 @@ def write(found: list, out: Path, name: str) -> Path:
                 parts.append(report_measured.curvature_over_training(study))
             else:
                 parts = [report_measured.kept_against_rho(entries), report_measured.forgetting(entries), *parts]
-            sections.append(add(Section(source.capitalize()), tables.sharpness(study, source, by_measure), *parts))
+            told = [report_answer.kept(answer)] if source == "retention" else []
+            told.append(tables.sharpness(study, source, by_measure))
+            sections.append(add(Section(source.capitalize()), *told, *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))
     files.write(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from steppe.lm import plot
 from steppe.lm.measure import frontier
+from steppe.scripts import style
 from steppe.scripts.report import drawing as dr
 from steppe.scripts.report import tables
+from steppe.scripts.report.numbers import analysis as an
 from steppe.scripts.report.numbers import entries as en
 from steppe.scripts.report.numbers import statistics as st
 from steppe.scripts.results import Result
@@ -36,12 +38,13 @@ BASES = {"tokens": "at equal tokens", "flops": "at equal FLOPs"}  # whom an entr
 class Row(NamedTuple):
     """An entry with what is known of its differences; group: the scale and budget it is shown under.
 
-    ways: {(key of an aspect, key of BASES): difference}.
+    others: {key of BASES: whom it is held against}; ways: {(key of an aspect, key of BASES): difference}.
     """
 
     group: str
     name: str
     entry: en.Entry
+    others: dict[str, en.Entry | None]
     ways: dict[tuple[str, str], en.Difference]
 
 
@@ -82,7 +85,7 @@ def answer(found: Sequence[en.Entry]) -> Answer:
                         titled.setdefault(aspect.key, aspect)
             if ways:
                 name = f"{entry.name}, {entry.budget}" if aside else entry.name
-                rows.append(Row(", ".join(cell), name, entry, ways))
+                rows.append(Row(", ".join(cell), name, entry, others, ways))
     return Answer(rows, [titled[aspect.key] for aspect in aspects([]) if aspect.key in titled])
 
 
@@ -235,6 +238,37 @@ def power(made: Answer) -> tables.Table:
             tables.Column("aspect", "in", number=False), tables.Column("basis", "held against AdamW", number=False),
             tables.Column("sigma", "sd of a pair", nats), tables.Column("df", "degrees of freedom"),
             *(tables.Column(f"pairs_{pairs}", f"{pairs} pairs", nats) for pairs in PAIRS),
+        ],
+        rows, "group",
+    )  # fmt: skip
+
+
+def kept(made: Answer) -> tables.Table:
+    """A row an entry and basis: its loss, and that of its rounded or disturbed weights, less AdamW's."""
+    disturbances = list(dict.fromkeys(key for row in made.rows for key in en.disturbances(row.entry)))
+    asked = {key: en.rounded_loss(key) for key in disturbances}
+    first, rows = next(iter(BASES)), []
+    for row, basis in itertools.product(made.rows, BASES):
+        other = row.others.get(basis)
+        if basis != first and other is row.others[first]:
+            continue  # one pass a step: the same AdamW
+        ways = {key: way for key in ("loss", "forgetting") if (way := row.ways.get((key, basis)))}
+        ways |= {key: way for key, of in asked.items() if (way := en.difference(row.entry, other, of))}
+        if not ways.keys() <= {"loss"}:
+            rows.append({"group": row.group, "entry": row.name, "basis": BASES[basis], "cost": row.entry.cost,
+                         "rho": row.entry.chosen("rho"), **{key: way.interval for key, way in ways.items()},
+                         "fresh": all(way.fresh for way in ways.values())})  # fmt: skip
+    rows = [{**row, **{key: row.get(key, an.NOTHING) for key in ("loss", "forgetting", *asked)}} for row in rows]
+    titles = {aspect.key: aspect.title for aspect in aspects([])} | {key: style.in_words(key) for key in disturbances}
+    return tables.Table(
+        "kept", "What is kept, less AdamW's",
+        "Loss, what fine-tuning costs, and the loss of the weights as rounded or disturbed, less AdamW's at its best "
+        "of the same seeds (an average's less the same average's), nats a token, with 95 % intervals: below zero is "
+        "better. What a user of the rounded model gets, not what rounding takes from it.",
+        [
+            tables.Column("entry", "entry", number=False), tables.Column("basis", "held against AdamW", number=False),
+            tables.Column("cost", "FLOPs of a token", tables.decimals(2)),
+            *(tables.Column(key, titles[key], tables.interval(3)) for key in ("loss", "forgetting", *asked)),
         ],
         rows, "group",
     )  # fmt: skip

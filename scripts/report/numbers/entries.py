@@ -231,6 +231,12 @@ def rounded_loss(measure: str) -> Callable[[Result], float]:
     return lambda result: loss_of(result) + float(result.retention.get(measure, math.nan))
 
 
+def disturbances(entry: Entry) -> list[str]:
+    """The measures of steppe retention that `rounded_loss` takes, known of an entry at its best setting."""
+    found = dict.fromkeys(key for result in entry.best.values() for key in result.retention)
+    return [key for key in found if key.startswith(("int", "noise_"))]
+
+
 def forgotten(loss: float) -> Callable[[Result], float]:
     """What fine-tuning costs on the first text where it reaches a loss on the second, nats a token, at the best rate
     and length; NaN where that was not measured, or is not reached."""

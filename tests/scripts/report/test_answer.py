@@ -79,6 +79,17 @@ def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
     assert loss["pairs_3"] > loss["pairs_5"] > loss["pairs_10"] > 0
 
 
+def test_what_is_kept_is_a_table_of_every_measure(sweep):
+    made = answer.answer(entries_of(sweep))
+    rows = {(row["entry"], row["basis"]): row for row in answer.kept(made).rows}
+    assert set(rows) == {("adamw, 2000 steps", "at equal tokens"), *(("sam", words) for words in answer.BASES.values())}
+    for basis, words in answer.BASES.items():
+        (sam,) = (row for row in made.rows if row.name == "sam")
+        assert rows["sam", words]["int4_channel"] == sam.ways["int4", basis].interval
+        assert rows["sam", words]["loss"] == sam.ways["loss", basis].interval
+    assert rows["sam", "at equal tokens"]["int4_channel"].n == 3
+
+
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
     loss, kept, sure = answer.sentences(answer.answer(entries_of(sweep)))
     assert loss.startswith(
