@@ -1,0 +1,103 @@
+"""Makes this folder's figures, numbers and tables anew from the runs that are kept in runs.jsonl.
+
+    python optim/study/english/page.py
+
+Writes the report's figures and CSV files that README.md shows here, and the tables between its markers.
+"""
+
+import csv
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FIGURES = ("answer", "kept_against_rho", "forgetting")
+NUMBERS = {"answer": "answer", "kept_against_rho": "kept_against_rho", "kept_table": "kept", "power_table": "power"}
+COLUMNS = {
+    "loss": "held-out loss",
+    "forgetting": "forgotten",
+    "int4_channel": "in 4 bits",
+    "int4_gptq_channel": "by GPTQ",
+    "int3_channel": "in 3 bits",
+    "int3_gptq_channel": "by GPTQ",
+    "noise_0.05": "noise of 5 %",
+}
+PAIRS = 2  # fewer have no interval
+
+
+def main() -> int:
+    """Runs the report, and puts what it wrote into this folder; returns the exit status."""
+    with tempfile.TemporaryDirectory() as place:
+        steppe = [sys.executable, "-P", "-m", "steppe.scripts.cli"]
+        subprocess.run([*steppe, "report", str(HERE / "runs.jsonl"), f"--out={place}"], check=True)
+        for name in FIGURES:
+            shutil.copy(Path(place, f"{name}.png"), HERE)
+        for name, here in NUMBERS.items():
+            shutil.copy(Path(place, f"{name}.csv"), HERE / f"{here}.csv")
+    page = HERE / "README.md"
+    text = page.read_text(encoding="utf-8")
+    for name, made in tables().items():
+        marks = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, begin, rest = text.partition(marks[0])
+        _, end, after = rest.partition(marks[1])
+        if not (begin and end):
+            print(f"{page}: must have a place for a table, between {marks[0].strip()} and {marks[1]}", file=sys.stderr)
+            return 2
+        text = f"{before}{begin}{made}{end}{after}"
+    page.write_text(text, encoding="utf-8")
+    return 0
+
+
+def tables() -> dict[str, str]:
+    """{name of its marker: Markdown} of the tables of README.md, from the CSV files beside it."""
+    return {"kept": kept(read("kept")), "power": power(read("power"))}
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file of this folder."""
+    with open(HERE / f"{name}.csv", newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def kept(rows: list[dict[str, str]]) -> str:
+    """A Markdown table a scale and budget: entries of two pairs or more, at equal tokens, then at equal FLOPs."""
+    rows = [row for row in rows if int(row["loss_n"] or 0) >= PAIRS]
+    said, head = [], f"| | cost | pairs | {' | '.join(COLUMNS.values())} |"
+    for group in dict.fromkeys(row["group"] for row in rows):
+        said += [f"**{group}**", "", head, "|---" * (3 + len(COLUMNS)) + "|"]
+        for basis in dict.fromkeys(row["basis"] for row in rows):
+            own = [row for row in rows if (row["group"], row["basis"]) == (group, basis)]
+            said += [f"| *{basis}* |{' |' * (2 + len(COLUMNS))}"] * bool(own)
+            for row in own:
+                rho = f", rho {float(row['rho']):g}" if row["rho"] and "rho" not in row["entry"] else ""
+                cells = [row["entry"] + rho, f"{float(row['cost']):.0f}", row["loss_n"]]
+                said.append(f"| {' | '.join([*cells, *(difference(row, key) for key in COLUMNS)])} |")
+        said.append("")
+    return "\n".join(said)
+
+
+def difference(row: dict[str, str], key: str) -> str:
+    """Mean ± half of the interval, three decimals, bold where it has no zero in it."""
+    if not row[key]:
+        return ""
+    value = f"{float(row[key]):+.3f}".replace("-", "−")
+    if not row[f"{key}_low"]:
+        return value
+    low, high = float(row[f"{key}_low"]), float(row[f"{key}_high"])
+    shown = f"{value} ± {(high - low) / 2:.3f}"
+    return f"**{shown}**" if low > 0 or high < 0 else shown
+
+
+def power(rows: list[dict[str, str]]) -> str:
+    """A Markdown table: the smallest difference that three, five and ten pairs would show."""
+    said = ["| | held against AdamW | sd of a pair | 3 pairs | 5 pairs | 10 pairs |", "|---" * 6 + "|"]
+    for row in rows:
+        numbers = [f"{float(row[key]):.3f}" for key in ("sigma", "pairs_3", "pairs_5", "pairs_10")]
+        said.append(f"| {row['group']}: {row['aspect']} | {row['basis']} | {' | '.join(numbers)} |")
+    return "\n".join([*said, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
