@@ -1,7 +1,5 @@
 """Every command that is documented, run to its end on a small size, with its defaults where they cost little."""
 
-import csv
-import importlib.util
 import json
 import os
 import pathlib
@@ -256,29 +254,6 @@ def test_docs(steppe):
 
 
 # ---------------------------------------------------------------------------------------------------- the documentation
-def test_tables_of_the_study_are_of_its_numbers_and_those_of_its_runs(steppe, tmp_path):
-    spec = importlib.util.spec_from_file_location("page", ROOT / "optim" / "study" / "english" / "page.py")
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
-    text = (page.HERE / "README.md").read_text()
-    for name, made in page.tables().items():
-        assert f"<!-- {name} -->\n{made}<!-- end of {name} -->" in text
-    steppe("report", page.HERE / "runs.jsonl", f"--out={tmp_path}")
-    for made, kept in page.NUMBERS.items():
-        ours, theirs = page.read(kept), list(csv.DictReader((tmp_path / f"{made}.csv").open(encoding="utf-8")))
-        assert [row.keys() for row in ours] == [row.keys() for row in theirs]
-        for mine, its in zip(ours, theirs, strict=True):
-            assert {key: near(value) for key, value in mine.items()} == {key: near(value) for key, value in its.items()}
-
-
-def near(text: str):
-    """A number to nine digits, as other libraries' sums agree to; any other text as it is."""
-    try:
-        return f"{float(text):.9g}"
-    except ValueError:
-        return text
-
-
 def documented() -> list[tuple[str, str]]:
     """(file, command) of every line of documentation that begins with steppe; continued lines are one."""
     files = ["README.md", "*/README.md", "optim/study/*.md", "configs/**/*.py", "scripts/**/*.py"]

@@ -1,7 +1,10 @@
 """The first screen of a report, and runs kept as one file."""
 
 import csv
+import importlib.util
+import io
 import json
+import pathlib
 import statistics
 
 import pytest
@@ -9,9 +12,10 @@ import pytest
 from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
-from steppe.scripts.report import answer
+from steppe.scripts.report import answer, tables
 from steppe.scripts.report.numbers import entries, groups
 
+STUDY = pathlib.Path(__file__).parents[3] / "optim" / "study" / "english"
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
 WOBBLE = {0: 0.0, 1: 0.002, 2: -0.002, 3: 0.001}  # what it adds to a method's
 TWO_PASS, LONGER = -0.05, -0.2  # sam at its best, and AdamW on twice the steps, less AdamW
@@ -209,3 +213,26 @@ def test_variants_of_a_method_share_its_colour_and_nothing_else():
     found = style.of_variants(["adamw", "sam", "sam ema", "sam, rho_schedule=late", "other"])
     assert found["sam ema"][0] == found["sam"][0] != found["other"][0]
     assert len({(marker, str(dash)) for _, marker, dash in found.values()}) == 5
+
+
+def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
+    spec = importlib.util.spec_from_file_location("page", STUDY / "page.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    text = (STUDY / "README.md").read_text()
+    for name, made in page.tables().items():
+        assert f"<!-- {name} -->\n{made}<!-- end of {name} -->" in text
+    made = answer.answer(entries_of(str(STUDY / "runs.jsonl")))
+    for name, table in (("kept", answer.kept(made)), ("power", answer.power(made))):
+        rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.rows))))
+        assert [list(map(near, row.items())) for row in page.read(name)] == [
+            list(map(near, row.items())) for row in rows
+        ]
+
+
+def near(item):
+    """A number to seven digits, as other libraries' sums agree to; any other text as it is."""
+    try:
+        return item[0], f"{float(item[1]):.7g}"
+    except ValueError:
+        return item
