@@ -32,6 +32,7 @@ class Aspect(NamedTuple):
     of: Callable[[Result], float]
 
 
+ITSELF = "AdamW itself"  # a value, no difference
 BASES = {"tokens": "at equal tokens", "flops": "at equal FLOPs"}  # whom an entry is held against
 
 
@@ -247,7 +248,10 @@ def kept(made: Answer) -> tables.Table:
     """A row an entry and basis: its loss, and that of its rounded or disturbed weights, less AdamW's."""
     disturbances = list(dict.fromkeys(key for row in made.rows for key in en.disturbances(row.entry)))
     asked = {key: en.rounded_loss(key) for key in disturbances}
-    first, rows = next(iter(BASES)), []
+    first, rows, itself = next(iter(BASES)), [], {}  # itself: a row a group
+    for row in made.rows:
+        if (other := row.others[first]) and other.plain:
+            itself[row.group] = _kept_row(row.group, other, ITSELF, values(other, {"loss": en.loss_of, **asked}))
     for row, basis in itertools.product(made.rows, BASES):
         other = row.others.get(basis)
         if basis != first and other is row.others[first]:
@@ -255,16 +259,17 @@ def kept(made: Answer) -> tables.Table:
         ways = {key: way for key in ("loss", "forgetting") if (way := row.ways.get((key, basis)))}
         ways |= {key: way for key, of in asked.items() if (way := en.difference(row.entry, other, of))}
         if not ways.keys() <= {"loss"}:
-            rows.append({"group": row.group, "entry": row.name, "basis": BASES[basis], "cost": row.entry.cost,
-                         "rho": row.entry.chosen("rho"), **{key: way.interval for key, way in ways.items()},
-                         "fresh": all(way.fresh for way in ways.values())})  # fmt: skip
+            named = row.entry._replace(name=row.name)
+            found = {key: way.interval for key, way in ways.items()}
+            rows.append(_kept_row(row.group, named, BASES[basis], found, all(way.fresh for way in ways.values())))
+    rows = [itself[group] for group in itself if group in {row["group"] for row in rows}] + rows
     rows = [{**row, **{key: row.get(key, an.NOTHING) for key in ("loss", "forgetting", *asked)}} for row in rows]
     titles = {aspect.key: aspect.title for aspect in aspects([])} | {key: style.in_words(key) for key in disturbances}
     return tables.Table(
         "kept", "What is kept, less AdamW's",
         "Loss, what fine-tuning costs, and the loss of the weights as rounded or disturbed, less AdamW's at its best "
         "of the same seeds (an average's less the same average's), nats a token, with 95 % intervals: below zero is "
-        "better. What a user of the rounded model gets, not what rounding takes from it.",
+        "better. What a user of the rounded model gets, not what rounding takes from it. AdamW's own row has values.",
         [
             tables.Column("entry", "entry", number=False), tables.Column("basis", "held against AdamW", number=False),
             tables.Column("cost", "FLOPs of a token", tables.decimals(2)),
@@ -272,6 +277,17 @@ def kept(made: Answer) -> tables.Table:
         ],
         rows, "group",
     )  # fmt: skip
+
+
+def values(entry: en.Entry, asked: dict[str, Callable[[Result], float]]) -> dict[str, st.Interval]:
+    """{key: mean over seeds} of what is asked of an entry's runs at its best, where it is known."""
+    found = {key: [of(result) for result in entry.best.values()] for key, of in asked.items()}
+    return {key: st.t_interval([value for value in each if math.isfinite(value)]) for key, each in found.items()}
+
+
+def _kept_row(group: str, entry: en.Entry, basis: str, found: dict[str, st.Interval], fresh: bool = False) -> dict:
+    known = {"group": group, "entry": entry.name, "basis": basis, "cost": entry.cost, "rho": entry.chosen("rho")}
+    return {**known, "fresh": fresh, **found}
 
 
 # --------------------------------------------------------------------------------------------------------------- figure

@@ -24,6 +24,7 @@ COLUMNS = {
     "int3_gptq_channel": "by GPTQ",
     "noise_0.05": "noise of 5 %",
 }
+ITSELF = "AdamW itself"  # of rows that are values, not differences
 PAIRS = 2  # fewer have no interval
 
 
@@ -82,12 +83,12 @@ def difference(row: dict[str, str], key: str) -> str:
     """Mean ± half of the interval, three decimals, bold where it has no zero in it."""
     if not row[key]:
         return ""
-    value = f"{float(row[key]):+.3f}".replace("-", "−")
+    value = f"{float(row[key]):{'' if row['basis'] == ITSELF else '+'}.3f}".replace("-", "−")
     if not row[f"{key}_low"]:
         return value
     low, high = float(row[f"{key}_low"]), float(row[f"{key}_high"])
     shown = f"{value} ± {(high - low) / 2:.3f}"
-    return f"**{shown}**" if low > 0 or high < 0 else shown
+    return f"**{shown}**" if (low > 0 or high < 0) and row["basis"] != ITSELF else shown
 
 
 def power(rows: list[dict[str, str]]) -> str:

@@ -86,7 +86,11 @@ def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
 def test_what_is_kept_is_a_table_of_every_measure(sweep):
     made = answer.answer(entries_of(sweep))
     rows = {(row["entry"], row["basis"]): row for row in answer.kept(made).rows}
-    assert set(rows) == {("adamw, 2000 steps", "at equal tokens"), *(("sam", words) for words in answer.BASES.values())}
+    assert set(rows) == {
+        ("adamw", answer.ITSELF),
+        ("adamw, 2000 steps", "at equal tokens"),
+        *(("sam", words) for words in answer.BASES.values()),
+    }
     for basis, words in answer.BASES.items():
         (sam,) = (row for row in made.rows if row.name == "sam")
         assert rows["sam", words]["int4_channel"] == sam.ways["int4", basis].interval
