@@ -280,22 +280,23 @@ def scaling_laws(laws: dict[str, st.ScalingLaw]) -> Table:
 def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]]) -> Table:
     rows = []
     for cell in study.cells:
-        for name in study.variants:
-            best = cell.variants[name].best().values() if name in cell.variants else ()
-            best = [run for run in best if any(run.result.name in values for values in found.values())]
-            if best:
-                means = {
-                    measure: _mean([values[run.result.name] for run in best if run.result.name in values])
-                    for measure, values in found.items()
-                }
-                rows.append(
-                    {"cell": cell.label, "variant": name, "rho": best[0].rho, "seeds": len(best),
-                     "loss": _mean([run.loss for run in best if math.isfinite(run.loss)]), **means}
-                )  # fmt: skip
+        measured = [run for run in cell.runs if any(run.result.name in values for values in found.values())]
+        for name, tried in dict.fromkeys((run.variant, str(run.rho)) for run in measured):  # text: NaN is itself
+            alike = [run for run in measured if (run.variant, str(run.rho)) == (name, tried)]
+            means = {
+                measure: _mean([values[run.result.name] for run in alike if run.result.name in values])
+                for measure, values in found.items()
+            }
+            rows.append(
+                {"cell": cell.label, "variant": name, "rho": alike[0].rho, "seeds": len({run.seed for run in alike}),
+                 "loss": _mean([run.loss for run in alike if math.isfinite(run.loss)]), **means}
+            )  # fmt: skip
+    cells = [cell.label for cell in study.cells]
+    rows.sort(key=lambda row: (cells.index(row["cell"]), study.variants.index(row["variant"]), row["rho"]))
     more = f" {len(found)} measures in all, in the CSV." if len(an.shown(found)) < len(found) else ""
     unit = " Every measure is an increase of the loss, nats per token: smaller is better." * (source == "retention")
     return Table(
-        source, f"{source.capitalize()} at the best rho", f"Mean over the seeds that were measured.{unit}{more}",
+        source, source.capitalize(), f"Mean over the seeds that were measured.{unit}{more}",
         [
             Column("variant", "method", number=False), Column("rho", "rho", rho), Column("seeds", "seeds"),
             Column("loss", "held-out loss, nats per token", decimals(4)),

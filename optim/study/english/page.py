@@ -14,7 +14,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FIGURES = ("answer", "kept_against_rho", "forgetting")
-NUMBERS = {"answer": "answer", "kept_against_rho": "kept_against_rho", "kept_table": "kept", "power_table": "power"}
+NUMBERS = {
+    "answer": "answer",
+    "kept_against_rho": "kept_against_rho",
+    "kept_table": "kept",
+    "power_table": "power",
+    "curvature_table": "curvature",
+}
 COLUMNS = {
     "loss": "held-out loss",
     "forgetting": "forgotten",
@@ -23,6 +29,15 @@ COLUMNS = {
     "int3_channel": "in 3 bits",
     "int3_gptq_channel": "by GPTQ",
     "noise_0.05": "noise of 5 %",
+}
+BENDS = {
+    "lambda_max": "λmax",
+    "ggn_lambda_max": "of the GGN",
+    "nme_lambda_max": "of the NME",
+    "trace": "trace",
+    "precond_lambda_max": "λmax in AdamW's metric",
+    "sam_sharpness": "worst case",
+    "average_sharpness": "average case",
 }
 ITSELF = "AdamW itself"  # of rows that are values, not differences
 PAIRS = 2  # fewer have no interval
@@ -53,7 +68,7 @@ def main() -> int:
 
 def tables() -> dict[str, str]:
     """{name of its marker: Markdown} of the tables of README.md, from the CSV files beside it."""
-    return {"kept": kept(read("kept")), "power": power(read("power"))}
+    return {name: made(read(name)) for name, made in (("kept", kept), ("power", power), ("curvature", curvature))}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -97,6 +112,16 @@ def power(rows: list[dict[str, str]]) -> str:
     for row in rows:
         numbers = [f"{float(row[key]):.3f}" for key in ("sigma", "pairs_3", "pairs_5", "pairs_10")]
         said.append(f"| {row['group']}: {row['aspect']} | {row['basis']} | {' | '.join(numbers)} |")
+    return "\n".join([*said, ""])
+
+
+def curvature(rows: list[dict[str, str]]) -> str:
+    """A Markdown table of what curvature measured, means over seeds."""
+    said = [f"| | rho | seeds | {' | '.join(BENDS.values())} |", "|---" * (3 + len(BENDS)) + "|"]
+    for row in rows:
+        rho = f"{float(row['rho']):g}" if row["rho"] and float(row["rho"]) else ""
+        numbers = [f"{float(row[key]):.3g}" for key in BENDS]
+        said.append(f"| {row['cell']}: {row['variant']} | {rho} | {row['seeds']} | {' | '.join(numbers)} |")
     return "\n".join([*said, ""])
 
 
