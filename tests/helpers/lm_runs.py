@@ -5,6 +5,10 @@ import os
 import pathlib
 
 from steppe.configs import base
+from steppe.lm.run import train
+from steppe.lm.run.memo import Memo
+
+MEMO = Memo(8)  # of this process: tests run the same few programs again and again
 
 
 def write_text(place: pathlib.Path) -> tuple[str, str]:
@@ -34,6 +38,14 @@ def config(text: str, cache: str, **overrides):
         else:
             small[section] = value
     return small.lock()
+
+
+def run(config, workdir, *arguments, **options) -> int:
+    """`train.run` with what earlier runs of the process have compiled, as a worker of a sweep does it.
+
+    Where devices are patched, or a second start must compile for itself as a new process would, call train.run.
+    """
+    return train.run(config, str(workdir), *arguments, memo=MEMO, **options)
 
 
 def records(workdir, kind: str) -> list[dict]:

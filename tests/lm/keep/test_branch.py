@@ -22,21 +22,21 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trunk(text, tmp_path_factory):
     place = tmp_path_factory.mktemp("trunk")
-    assert train.run(lm_runs.config(*text, **METHOD, checkpoint__keep=9), str(place)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*text, **METHOD, checkpoint__keep=9), str(place)) == train.FINISHED
     return place
 
 
 def test_a_branch_that_changes_nothing_is_the_trunk_bit_for_bit(text, trunk, tmp_path):
     config = lm_runs.config(*text, **METHOD, branch_from=f"{trunk}@10")
-    assert train.run(config, str(tmp_path / "b"), until=15) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path / "b"), until=15) == train.FINISHED
     # as a kill before its first checkpoint leaves it: it branches again, and records that once
     shutil.rmtree(tmp_path / "b" / "checkpoints")
-    assert train.run(config, str(tmp_path / "b"), until=15) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path / "b"), until=15) == train.FINISHED
     # from then on it needs its parent no more
     assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir() if path.name == "10"]
     hidden = trunk.rename(trunk.parent / "hidden")
     try:
-        assert train.run(config, str(tmp_path / "b")) == train.FINISHED
+        assert lm_runs.run(config, str(tmp_path / "b")) == train.FINISHED
     finally:
         hidden.rename(trunk)
     assert lm_runs.losses(tmp_path / "b") == lm_runs.losses(trunk)
@@ -56,7 +56,7 @@ def test_three_cooldowns_share_a_trunk(text, trunk, tmp_path):
             branch_from=f"{trunk}@10",
             train__duration=f"{steps} steps",
         )
-        assert train.run(config, str(tmp_path / str(steps))) == train.FINISHED
+        assert lm_runs.run(config, str(tmp_path / str(steps))) == train.FINISHED
         rates = [record["learning_rate"] for record in lm_runs.records(tmp_path / str(steps), "train")]
         trunk_rates = [record["learning_rate"] for record in lm_runs.records(trunk, "train")]
         assert rates[: steps - 1] == trunk_rates[: steps - 1]
@@ -67,7 +67,7 @@ def test_three_cooldowns_share_a_trunk(text, trunk, tmp_path):
 
 def test_another_method_begins_anew_beside_the_same_optimizer(text, trunk, tmp_path):
     late = {**METHOD, "optim__method": "functional_sam"}
-    assert train.run(lm_runs.config(*text, **late, branch_from=f"{trunk}@10"), str(tmp_path)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*text, **late, branch_from=f"{trunk}@10"), str(tmp_path)) == train.FINISHED
     record = lm_runs.records(tmp_path, "train")[10]
     assert record["loss"] == lm_runs.losses(trunk)[10]  # the loss at theta, of the same parameters and batch
     about = lm_runs.records(tmp_path, "run")[-1]
@@ -79,11 +79,11 @@ def test_another_method_begins_anew_beside_the_same_optimizer(text, trunk, tmp_p
 def test_other_text_is_read_from_its_beginning(text, trunk, tmp_path):
     (tmp_path / "other.txt").write_text("0123456789 " * 900)
     config = lm_runs.config(*text, **METHOD, branch_from=f"{trunk}@10", data__task=f"text:{tmp_path}/other.txt@all")
-    assert train.run(config, str(tmp_path / "b"), until=11) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path / "b"), until=11) == train.FINISHED
     alone = lm_runs.config(
         *text, **METHOD, data__task=f"text:{tmp_path}/other.txt@all", init_from=f"{trunk}/checkpoints/10"
     )
-    assert train.run(alone, str(tmp_path / "alone"), until=1) == train.FINISHED
+    assert lm_runs.run(alone, str(tmp_path / "alone"), until=1) == train.FINISHED
     assert lm_runs.losses(tmp_path / "b")[10] == lm_runs.losses(tmp_path / "alone")[0]  # the same first batch
 
 
@@ -99,7 +99,7 @@ def test_other_text_is_read_from_its_beginning(text, trunk, tmp_path):
 def test_what_cannot_be_branched_from_is_refused_and_leaves_nothing(text, trunk, tmp_path, changed, error, said):
     changed["branch_from"] = changed["branch_from"].replace("{trunk}", str(trunk))
     with pytest.raises(error, match=said):
-        train.run(lm_runs.config(*text, **{**METHOD, **changed}), str(tmp_path / "b"))
+        lm_runs.run(lm_runs.config(*text, **{**METHOD, **changed}), str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 
 
@@ -110,4 +110,4 @@ def test_a_damaged_parent_is_named(text, trunk, tmp_path):
     )
     state.write_bytes(state.read_bytes() + b"x")
     with pytest.raises(Unusable, match="was altered"):
-        train.run(lm_runs.config(*text, **METHOD, branch_from=f"{tmp_path}/trunk@10"), str(tmp_path / "b"))
+        lm_runs.run(lm_runs.config(*text, **METHOD, branch_from=f"{tmp_path}/trunk@10"), str(tmp_path / "b"))

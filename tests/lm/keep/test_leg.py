@@ -35,7 +35,7 @@ def rows(monkeypatch):
 
 
 def go(corpus, place, allow=(), until=None, **changes):
-    return train.run(lm_runs.config(*corpus, data__workers=0, **changes), str(place), allow, until)
+    return lm_runs.run(lm_runs.config(*corpus, data__workers=0, **changes), str(place), allow, until)
 
 
 def rates(place):

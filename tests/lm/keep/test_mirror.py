@@ -46,12 +46,12 @@ def names(address):
 
 def test_another_machine_goes_on_bit_for_bit_and_reads(text, machine, address, tmp_path, capsys):
     config = lm_runs.config(*text, **METHOD)
-    assert train.run(config.copy_and_resolve_references(), str(tmp_path / "plain")) == train.FINISHED
+    assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path / "plain")) == train.FINISHED
     machine("first")
-    assert train.run(config.copy_and_resolve_references(), address, until=10) == train.FINISHED
+    assert lm_runs.run(config.copy_and_resolve_references(), address, until=10) == train.FINISHED
     shutil.rmtree(tmp_path / "first" / "runs")
     machine("second")
-    assert train.run(config.copy_and_resolve_references(), address) == train.FINISHED
+    assert lm_runs.run(config.copy_and_resolve_references(), address) == train.FINISHED
     found = names(address)
     assert {"config.json", "run_id", "corpus.json", "metrics.jsonl", "loss.png"} <= found
     assert not [name for name in found if name.endswith((".tmp", "lock")) or name == mirror.HOLDER]
@@ -70,15 +70,15 @@ def test_another_machine_goes_on_bit_for_bit_and_reads(text, machine, address, t
 def test_a_branch_and_a_start_off_an_address(text, machine, address, tmp_path):
     config = lm_runs.config(*text, **METHOD)
     machine("first")
-    assert train.run(config.copy_and_resolve_references(), address) == train.FINISHED
+    assert lm_runs.run(config.copy_and_resolve_references(), address) == train.FINISHED
     machine("second")
     assert branch.named(f"{address}@10") == (address, 10)
     branched = lm_runs.config(*text, **METHOD, branch_from=f"{address}@10")
-    assert train.run(branched, str(tmp_path / "branch")) == train.FINISHED
+    assert lm_runs.run(branched, str(tmp_path / "branch")) == train.FINISHED
     assert lm_runs.losses(tmp_path / "branch") == lm_runs.losses(mirror.here(address))
     assert lm_runs.records(tmp_path / "branch", "branch")[0]["parent"] == address
     started = lm_runs.config(*text, **METHOD, init_from=f"{address}/checkpoints/20")
-    assert train.run(started, str(tmp_path / "start"), until=1) == train.FINISHED
+    assert lm_runs.run(started, str(tmp_path / "start"), until=1) == train.FINISHED
     first = lm_runs.losses(tmp_path / "start")[0]
     assert first < lm_runs.losses(tmp_path / "branch")[0]
 

@@ -32,7 +32,7 @@ def whole(corpus, tmp_path_factory):
     """An undisturbed run of 20 steps with averages, every second of whose states is kept."""
     place = tmp_path_factory.mktemp("whole")
     config = lm_runs.config(*corpus, **METHOD, **KEPT, checkpoint__every="2 steps")
-    assert train.run(config, str(place)) == train.FINISHED
+    assert lm_runs.run(config, str(place)) == train.FINISHED
     return place
 
 
@@ -40,7 +40,7 @@ def whole(corpus, tmp_path_factory):
 def plain(corpus, tmp_path_factory):
     """The same run without averages."""
     place = tmp_path_factory.mktemp("plain")
-    assert train.run(lm_runs.config(*corpus, **METHOD), str(place)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **METHOD), str(place)) == train.FINISHED
     return place
 
 
@@ -62,8 +62,8 @@ def test_a_run_with_averages_trains_as_one_without(plain, whole):
 
 def test_averages_resume_bit_for_bit(corpus, whole, tmp_path):
     config = lm_runs.config(*corpus, **METHOD, **KEPT)
-    assert train.run(config, str(tmp_path), until=7) == train.FINISHED
-    assert train.run(config, str(tmp_path)) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path), until=7) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path)) == train.FINISHED
     for a, b in zip(jax.tree.leaves(state(tmp_path)), jax.tree.leaves(state(whole)), strict=True):
         assert np.array_equal(a, b)
     ends = [lm_runs.records(place, "average")[-2:] for place in (tmp_path, whole)]
@@ -72,7 +72,7 @@ def test_averages_resume_bit_for_bit(corpus, whole, tmp_path):
 
 def test_averages_are_sharded_as_the_parameters_are(corpus, whole, tmp_path):
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    assert train.run(lm_runs.config(*corpus, **METHOD, **KEPT, **mesh), str(tmp_path)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **METHOD, **KEPT, **mesh), str(tmp_path)) == train.FINISHED
     for mine, other in zip(*(lm_runs.records(place, "average")[-2:] for place in (tmp_path, whole)), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)  # sums over devices in another order, 20 steps
     run = saved.load(str(tmp_path), weights="ema", log=lambda line: None)
@@ -113,7 +113,7 @@ def test_measurements_of_an_average_stand_by_themselves(whole):
 
 def test_schedule_free_is_judged_by_its_average(corpus, tmp_path, capsys):
     free = {"optim__base": "schedule_free", "optim__schedule": "constant"}
-    assert train.run(lm_runs.config(*corpus, **free), str(tmp_path)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **free), str(tmp_path)) == train.FINISHED
     judged, last = (lm_runs.records(tmp_path, kind)[-1] for kind in ("evaluate", "average"))
     assert last["weights"] == "last"
     assert judged["loss"] != last["loss"]
@@ -126,7 +126,7 @@ def test_schedule_free_is_judged_by_its_average(corpus, tmp_path, capsys):
 def test_a_branch_may_begin_averages(corpus, plain, whole, tmp_path):
     for name, parent in (("new", plain), ("kept", whole)):
         config = lm_runs.config(*corpus, **METHOD, **KEPT, branch_from=f"{parent}@10")
-        assert train.run(config, str(tmp_path / name)) == train.FINISHED
+        assert lm_runs.run(config, str(tmp_path / name)) == train.FINISHED
     for a, b in zip(jax.tree.leaves(state(tmp_path / "kept")), jax.tree.leaves(state(whole)), strict=True):
         assert np.array_equal(a, b)
     assert state(tmp_path / "new")["averages"].keys() == {"ema", "lawa"}
@@ -138,16 +138,16 @@ def test_a_new_run_starts_from_the_weights_that_are_named(corpus, whole, tmp_pat
     for name in ("ema", "lawa", "last", ""):
         place = tmp_path / f"from {name}"
         config = lm_runs.config(*corpus, **METHOD, init_from=str(whole), init_weights=name, evaluate__batches=0)
-        assert train.run(config, str(place), until=1) == train.FINISHED
+        assert lm_runs.run(config, str(place), until=1) == train.FINISHED
         assert lm_runs.records(place, "evaluate")[0]["loss"] == pytest.approx(losses[name], rel=1e-6)
     other = lm_runs.config(*corpus, **METHOD, init_from=str(whole), init_weights="best")
     with pytest.raises(WorkdirError, match="must be one of those it has, which are last, ema, lawa"):
-        train.run(other, str(tmp_path / "other"))
+        lm_runs.run(other, str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="init_weights = 'ema': must be \"\" without init_from"):
         check(lm_runs.config(*corpus, **METHOD, init_weights="ema"), device_count=8)
     bare = lm_runs.config(*corpus, **METHOD, init_from=str(whole / "checkpoints"), init_weights="ema")
     with pytest.raises(ConfigError, match="init_weights = 'ema'"):
-        train.run(bare, str(tmp_path / "other"))
+        lm_runs.run(bare, str(tmp_path / "other"))
 
 
 def test_a_checkpoint_of_before_there_were_averages_opens(tmp_path):

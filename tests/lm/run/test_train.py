@@ -41,7 +41,7 @@ def corpus(tmp_path_factory):
 def whole(corpus, tmp_path_factory):
     """An undisturbed run of 20 steps, which also measures curvature."""
     place = tmp_path_factory.mktemp("whole")
-    assert train.run(lm_runs.config(*corpus, **METHOD, curvature__every=10), str(place)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **METHOD, curvature__every=10), str(place)) == train.FINISHED
     return place
 
 
@@ -68,17 +68,17 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(corpus, who
 def test_a_run_stops_where_it_is_told_to_and_goes_on_to_the_same_end(corpus, whole, tmp_path, capsys):
     config = lm_runs.config(*corpus, **METHOD)
     for until in (7, 5):  # it is past 5 by then: nothing to do
-        assert train.run(config, str(tmp_path), until=until) == train.FINISHED
+        assert lm_runs.run(config, str(tmp_path), until=until) == train.FINISHED
         assert "without" in capsys.readouterr().out.splitlines()[-1]
         assert [r["step"] for r in lm_runs.records(tmp_path, "train")] == list(range(1, 8))
         assert checkpoint.Checkpoints(f"{tmp_path}/checkpoints", read_only=True).newest() == 7
-    assert train.run(config, str(tmp_path), until=50) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path), until=50) == train.FINISHED
     assert lm_runs.losses(tmp_path) == lm_runs.losses(whole)
 
 
 def test_steps_to_keep_are_saved_wherever_they_lie(corpus, tmp_path):
     changes = {"checkpoint__every": "10 steps", "checkpoint__keep_every": "7 steps", "checkpoint__keep": 1}
-    assert train.run(lm_runs.config(*corpus, **changes), str(tmp_path)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **changes), str(tmp_path)) == train.FINISHED
     assert saved.steps(str(tmp_path)) == [7, 14, 20]
 
 
@@ -113,7 +113,7 @@ def test_a_finished_run_shows_a_sample_of_its_model_on_any_mesh(corpus, whole, t
     shutil.copytree(whole, tmp_path / "run")
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     config = lm_runs.config(*corpus, **METHOD, sample__tokens=6, sample__temperature=0.0, **mesh)
-    assert train.run(config, str(tmp_path / "run")) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path / "run")) == train.FINISHED
     text = capsys.readouterr().out.split("sample\n------\n")[1].split("\n------\n")[0]
     generate.main([f"--workdir={whole}", "--prompt=def ", "--tokens=6", "--temperature=0"])
     assert f"{text}\n" == capsys.readouterr().out != "def \n"
@@ -136,30 +136,30 @@ def test_what_was_trained_can_be_evaluated_and_sampled(whole, capsys):
 
 def test_a_finished_run_does_nothing_more(corpus, whole):
     before = (whole / "metrics.jsonl").read_text().count('"kind": "train"')
-    assert train.run(lm_runs.config(*corpus, **METHOD), str(whole)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **METHOD), str(whole)) == train.FINISHED
     assert (whole / "metrics.jsonl").read_text().count('"kind": "train"') == before
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_difference(corpus, whole):
     other = lm_runs.config(*corpus, **{**METHOD, "optim__rho": 0.1, "seed": 3})
     with pytest.raises(ConfigError, match=r"config.optim.rho = 0.1: must be 0.05 to continue .*also differing: seed"):
-        train.run(other, str(whole))
+        lm_runs.run(other, str(whole))
 
 
 def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch):
     """8 x 1 x 1, stopped, continued on 2 x 2 x 2: the same losses up to the order of sums (1e-5)."""
     with monkeypatch.context() as patched:
         patched.setattr(train.StopSignals, "requested", stop_at(10))
-        train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path))
-    train.run(lm_runs.config(*corpus, **METHOD, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), str(tmp_path))
+        lm_runs.run(lm_runs.config(*corpus, **METHOD), str(tmp_path))
+    lm_runs.run(lm_runs.config(*corpus, **METHOD, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), str(tmp_path))
     np.testing.assert_allclose(lm_runs.losses(tmp_path), lm_runs.losses(whole), atol=1e-5)
 
 
 def test_named_steps_are_traced_also_those_that_a_stop_leaves_for_later(corpus, tmp_path, capsys):
     config = lm_runs.config(*corpus, log__profile="steps 5-8")
-    assert train.run(config, str(tmp_path), until=6) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path), until=6) == train.FINISHED
     assert "profile     steps 5 to 6 in" in capsys.readouterr().out
-    assert train.run(config, str(tmp_path)) == train.FINISHED
+    assert lm_runs.run(config, str(tmp_path)) == train.FINISHED
     assert "profile     steps 7 to 8 in" in capsys.readouterr().out
     traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert len({trace.parent for trace in traces}) == len(traces) >= 1
@@ -169,7 +169,7 @@ def test_named_steps_are_traced_also_those_that_a_stop_leaves_for_later(corpus, 
 def test_non_finite_steps_change_nothing(corpus, tmp_path):
     """A learning rate that breaks the run: stop names the step; skip goes on until max_skips, parameters unmoved."""
     broken = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e15, "optim__warmup": "0%"}
-    assert train.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.ANOMALY
+    assert lm_runs.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.ANOMALY
     last = lm_runs.records(tmp_path / "stop", "train")[-1]
     assert last["nonfinite"] == 1
     (found,) = lm_runs.records(tmp_path / "stop", "anomaly")
@@ -183,7 +183,7 @@ def test_non_finite_steps_change_nothing(corpus, tmp_path):
     assert any(line.startswith(f"step {found['step']}: nonfinite, {found['where']}") for line in said)
     assert "invalid value" in said[-1]
     skip = {**broken, "train__on_nonfinite": "skip", "train__max_skips": 3}
-    assert train.run(lm_runs.config(*corpus, **skip), str(tmp_path / "skip")) == train.ANOMALY
+    assert lm_runs.run(lm_runs.config(*corpus, **skip), str(tmp_path / "skip")) == train.ANOMALY
     bad = [r for r in lm_runs.records(tmp_path / "skip", "train") if r["nonfinite"]]
     assert len(bad) == 3
     assert len({r["parameter_norm"] for r in bad}) == 1  # nothing moved
@@ -198,7 +198,7 @@ SPIKE = {
 def test_a_spike_rolls_back_past_its_data_also_when_interrupted(corpus, tmp_path, monkeypatch):
     """A limit so low that steps of this text exceed it: back to the multiple of 5 before, other batches from there."""
     rolling = lm_runs.config(*corpus, **SPIKE, train__on_spike="rollback")
-    assert train.run(rolling, str(tmp_path / "one")) == train.FINISHED
+    assert lm_runs.run(rolling, str(tmp_path / "one")) == train.FINISHED
     back = lm_runs.records(tmp_path / "one", "rollback")[0]
     to, bad = back["to"], back["because"]
     assert (back["step"], to) == (to + 1, (bad["step"] - 1) // 5 * 5)
@@ -215,8 +215,8 @@ def test_a_spike_rolls_back_past_its_data_also_when_interrupted(corpus, tmp_path
     for calls in (to + 2, 4):
         with monkeypatch.context() as patched:
             patched.setattr(train.StopSignals, "requested", stop_at(calls))
-            assert train.run(rolling, str(tmp_path / "two")) == train.STOPPED
-    assert train.run(rolling, str(tmp_path / "two")) == train.FINISHED
+            assert lm_runs.run(rolling, str(tmp_path / "two")) == train.STOPPED
+    assert lm_runs.run(rolling, str(tmp_path / "two")) == train.FINISHED
     assert lm_runs.losses(tmp_path / "two") == lm_runs.losses(tmp_path / "one")
     assert lm_runs.records(tmp_path / "two", "rollback") == [
         {**r, "because": {**r["because"], "batch": r["because"]["batch"].replace("/one/", "/two/")}}
@@ -224,7 +224,7 @@ def test_a_spike_rolls_back_past_its_data_also_when_interrupted(corpus, tmp_path
     ]
 
     skipping = lm_runs.config(*corpus, **SPIKE, train__on_spike="skip")
-    assert train.run(skipping, str(tmp_path / "skip")) == train.FINISHED
+    assert lm_runs.run(skipping, str(tmp_path / "skip")) == train.FINISHED
     norms = {r["step"]: (r["spike"], r["parameter_norm"]) for r in lm_runs.records(tmp_path / "skip", "train")}
     refused = [step for step, (spike, _) in norms.items() if spike]
     assert refused
@@ -249,7 +249,7 @@ def test_a_step_is_replayed_exactly_and_nothing_is_written(corpus, whole):
 
 def test_a_new_run_starts_from_old_weights(corpus, whole, tmp_path, capsys):
     new = {**METHOD, "init_from": str(whole), "evaluate__batches": 0, "seed": 5, "curvature__every": 20}
-    assert train.run(lm_runs.config(*corpus, **new), str(tmp_path / "new")) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "new")) == train.FINISHED
     first, last = lm_runs.records(tmp_path / "new", "evaluate")[0], lm_runs.records(whole, "evaluate")[-1]
     assert (first["step"], first["loss"]) == (0, last["loss"])
     (bends,) = lm_runs.records(tmp_path / "new", "curvature")
@@ -257,15 +257,15 @@ def test_a_new_run_starts_from_old_weights(corpus, whole, tmp_path, capsys):
     assert bends["displacement"]["norm"] == pytest.approx(float(norm(jax.tree.map(jnp.subtract, *ends))), rel=1e-5)
     gone = {**new, "init_from": str(tmp_path / "gone"), "train__duration": "22 steps"}
     shutil.copytree(whole, tmp_path / "gone")
-    assert train.run(lm_runs.config(*corpus, **gone), str(tmp_path / "later"), until=10) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **gone), str(tmp_path / "later"), until=10) == train.FINISHED
     shutil.rmtree(tmp_path / "gone")  # it needs it no more, but for the displacement
-    assert train.run(lm_runs.config(*corpus, **gone), str(tmp_path / "later")) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **gone), str(tmp_path / "later")) == train.FINISHED
     assert "curvature   without the displacement from where the run began" in capsys.readouterr().out
     (bends,) = lm_runs.records(tmp_path / "later", "curvature")
     assert "displacement" not in bends
     wider = lm_runs.config(*corpus, **{**new, "model__mlp_width": 64})
     with pytest.raises(Unusable, match=r"does not fit this config: params/layers/mlp/"):
-        train.run(wider, str(tmp_path / "wider"))
+        lm_runs.run(wider, str(tmp_path / "wider"))
     assert not (tmp_path / "wider").exists()
 
 
@@ -274,7 +274,7 @@ def test_an_allowed_change_is_recorded_and_kept_through_a_fall_back(corpus, whol
     place = shutil.copytree(whole, tmp_path / "run")
     (place / "checkpoints" / "20" / "state" / "_METADATA").write_text("{}")
     other = lm_runs.config(*corpus, **METHOD, seed=3)
-    assert train.run(other, str(place), ["seed"]) == train.FINISHED
+    assert lm_runs.run(other, str(place), ["seed"]) == train.FINISHED
     assert "CHECKPOINT 20 IS NOT USED: state/_METADATA was altered" in capsys.readouterr().out
     (change,) = (r for r in lm_runs.records(place, "change") if "version" not in r["key"])
     assert change == {"kind": "change", "step": 10, "key": "seed", "before": 0, "after": 3}
@@ -324,18 +324,18 @@ def test_one_more_thing_between_steps_is_one_entry(corpus, tmp_path, monkeypatch
         self.events.append((self.each(8, last=True), lambda: seen.append((self.done, len(self.pending)))))
 
     monkeypatch.setattr(train.Run, "__init__", with_one_more)
-    assert train.run(lm_runs.config(*corpus), str(tmp_path)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus), str(tmp_path)) == train.FINISHED
     assert seen == [(8, 0), (16, 0), (20, 0)]  # what came before is recorded by then
 
 
 def test_a_workdir_from_before_a_key_existed_goes_on(corpus, tmp_path):
     whole, old = tmp_path / "whole", tmp_path / "old"
     config = lm_runs.config(*corpus)
-    assert train.run(config, str(whole)) == train.FINISHED
-    assert train.run(config, str(old), until=10) == train.FINISHED
+    assert lm_runs.run(config, str(whole)) == train.FINISHED
+    assert lm_runs.run(config, str(old), until=10) == train.FINISHED
     written = json.loads((old / "config.json").read_text())
     del written["optim"]["clip_order"], written["model"]["label_smoothing"]
     (old / "config.json").write_text(json.dumps(written))
     assert saved.load(str(old)).config.to_dict() == {**saved.load(str(whole)).config.to_dict()}
-    assert train.run(config, str(old)) == train.FINISHED
+    assert lm_runs.run(config, str(old)) == train.FINISHED
     assert lm_runs.losses(old) == lm_runs.losses(whole)
