@@ -248,22 +248,21 @@ def test_a_step_is_replayed_exactly_and_nothing_is_written(corpus, whole):
 
 
 def test_a_new_run_starts_from_old_weights(corpus, whole, tmp_path, capsys):
-    new = {**METHOD, "init_from": str(whole), "evaluate__batches": 0, "seed": 5, "curvature__every": 20}
+    gone = shutil.copytree(whole, tmp_path / "gone")
+    new = {**METHOD, "init_from": str(gone), "evaluate__batches": 0, "seed": 5, "curvature__every": 20}
     assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "new")) == train.FINISHED
     first, last = lm_runs.records(tmp_path / "new", "evaluate")[0], lm_runs.records(whole, "evaluate")[-1]
     assert (first["step"], first["loss"]) == (0, last["loss"])
     (bends,) = lm_runs.records(tmp_path / "new", "curvature")
     ends = [saved.load(str(place), log=lambda line: None).params for place in (tmp_path / "new", whole)]
     assert bends["displacement"]["norm"] == pytest.approx(float(norm(jax.tree.map(jnp.subtract, *ends))), rel=1e-5)
-    gone = {**new, "init_from": str(tmp_path / "gone"), "train__duration": "22 steps"}
-    shutil.copytree(whole, tmp_path / "gone")
-    assert lm_runs.run(lm_runs.config(*corpus, **gone), str(tmp_path / "later"), until=10) == train.FINISHED
-    shutil.rmtree(tmp_path / "gone")  # it needs it no more, but for the displacement
-    assert lm_runs.run(lm_runs.config(*corpus, **gone), str(tmp_path / "later")) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "later"), until=10) == train.FINISHED
+    shutil.rmtree(gone)  # it needs it no more, but for the displacement
+    assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "later")) == train.FINISHED
     assert "curvature   without the displacement from where the run began" in capsys.readouterr().out
     (bends,) = lm_runs.records(tmp_path / "later", "curvature")
     assert "displacement" not in bends
-    wider = lm_runs.config(*corpus, **{**new, "model__mlp_width": 64})
+    wider = lm_runs.config(*corpus, **{**new, "init_from": str(whole), "model__mlp_width": 64})
     with pytest.raises(Unusable, match=r"does not fit this config: params/layers/mlp/"):
         lm_runs.run(wider, str(tmp_path / "wider"))
     assert not (tmp_path / "wider").exists()
