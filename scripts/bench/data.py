@@ -1,6 +1,6 @@
 """Throughput of preparing and loading data, beside what training steps consume on this machine.
 
-    steppe bench data [--vocabulary=FILE ...] [--models quickstart 24m] [--steps=N]
+    steppe bench data [--vocabulary=FILE ...] [--size=24m] [--steps=N]
 
 Preparation is measured in CPU seconds, so its rates are those of one core even while others are busy; "tokenizer's" is
 the share of them that encoding the texts alone takes. What C4 (365 million documents, 750 GB of text) and ten times
@@ -31,10 +31,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("bench data", __doc__, config=False)
     help_of = "a SentencePiece model, tokenizer.json or tiktoken file to prepare with, beside bytes; repeatable"
     parser.add_argument("--vocabulary", action="append", default=[], metavar="FILE", help=help_of)
-    parser.add_argument(
-        "--models", nargs="+", default=["quickstart", "24m"], choices=["quickstart", *SIZES], metavar="NAME",
-        help="that read: the quickstart, or a name of configs/sizes.py",
-    )  # fmt: skip
+    parser.add_argument("--size", default="24m", choices=list(SIZES), help="of the model beside the quickstart's")
     parser.add_argument("--steps", type=command.integer(1), default=20, metavar="N", help="training steps measured")
     parser.add_argument(
         "--seconds",
@@ -49,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     folder = tempfile.mkdtemp(prefix="steppe-bench-")
     try:
         _bench_preparation(folder, ["bytes", *options.vocabulary])
-        _bench_loading(folder, options.models, options.seconds, options.steps)
+        _bench_loading(folder, options.size, options.seconds, options.steps)
     except DataError as error:
         return command.fail(error)
     finally:
@@ -168,19 +165,17 @@ def _peak(folder: str, task: str, vocabulary: str) -> int:
     return int(found.stdout.split()[-1])
 
 
-def _bench_loading(folder: str, models: Sequence[str], seconds: float, steps: int) -> None:
+def _bench_loading(folder: str, size: str, seconds: float, steps: int) -> None:
     from steppe.configs import base, quickstart, sizes
     from steppe.data.loader import open_corpus, training_rows
     from steppe.data.prepare import prepare
 
+    small = quickstart.get_config()
+    small.optim.update(method="adamw", rho=None)
+    large = base.get_config()
+    large.model.size, large.data.sequence_length, large.train.batch_size = size, 512, 8
     print("\nloading, one thread              batch x T     tokens/s | steps use tokens/s  ratio  wait for data")
-    for name in models:
-        if name == "quickstart":
-            config, count = quickstart.get_config(), steps
-            config.optim.update(method="adamw", rho=None)
-        else:
-            config, count = base.get_config(), max(2, steps // 5)
-            config.model.size, config.data.sequence_length, config.train.batch_size = name, 512, 8
+    for name, config, count in (("quickstart", small, steps), (f"{size}, bytes", large, max(2, steps // 5))):
         recipe = _recipe(sequence_length=config.data.sequence_length)
         directory = f"{folder}/{recipe.sequence_length}"
         prepare(recipe, directory, log=lambda line: None)
@@ -194,7 +189,7 @@ def _bench_loading(folder: str, models: Sequence[str], seconds: float, steps: in
         loaded = read * batch_size * length / (time.perf_counter() - began)
         used, waited = _step_rate(sizes.resolve(config), corpus, count)
         rates = f"{loaded:12,.0f} | {used:18,.0f} {loaded / used:6.0f} {waited:14.3%}"
-        print(f"{f'{name}, bytes':32} {batch_size:4} x {length:4} {rates}", flush=True)
+        print(f"{name:32} {batch_size:4} x {length:4} {rates}", flush=True)
 
 
 def _step_rate(config, corpus, steps: int) -> tuple[float, float]:

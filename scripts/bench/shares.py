@@ -36,7 +36,6 @@ def main(argv: Sequence[str]) -> int:
         "--steps", nargs="+", type=command.integer(1), default=[1, 5, 20, 60, 120], help="that are looked at"
     )
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=list(DIRECTIONS), metavar="NAME")
-    parser.add_argument("--embeddings", nargs="+", default=["tied", "untied"], choices=["tied", "untied"])
     parser.add_argument("vocabularies", nargs="*", help="values of data.vocabulary; none: bytes")
     options = command.options_of(argv, parser)
     from steppe.lm.model.parameters import GROUPS
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"| vocabulary | embeddings | direction | step | {' | '.join([*GROUPS, 'largest row'])} |")
     print("|---" * (5 + len(GROUPS)) + "|")
     for vocabulary in options.vocabularies or ["bytes"]:
-        for tied in options.embeddings:
+        for tied in ("tied", "untied"):
             for name in options.directions:
                 run = {
                     "model.size": options.size,

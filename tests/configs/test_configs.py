@@ -1,6 +1,7 @@
 """The configs that ship: they hold base's keys, can run, and say what they are."""
 
 import importlib
+import pathlib
 import re
 
 import pytest
@@ -207,3 +208,16 @@ def test_ready_sweeps_hold_as_many_runs_as_they_say_all_of_which_can_run(sweep, 
     read = command.reader("quickstart")
     for run in found:
         check(read(list(run.items())), device_count=1)
+
+
+STUDY = pathlib.Path(__file__).parents[2] / "optim" / "study" / "english"
+SPECS = [path for path in sorted(STUDY.glob("*.py")) if "def get_spec(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_every_run_of_the_study_can_run_and_is_listed_once(path):
+    found = spec.expand(spec.load(str(path)).blocks)
+    read = command.reader("english:TEXT")
+    for run in found:
+        check(read(list(run.items())), device_count=1)
+    assert len({repr(sorted(run.items())) for run in found}) == len(found) > 0

@@ -186,22 +186,25 @@ def test_bench_curvature(steppe):
 
 def test_bench_shares(steppe):
     two = ("precond_functional_sam, stale", "precond_functional_sam, stale, no floor")
-    untied = ("--embeddings", "untied")
-    table = rows(steppe("bench", "shares", "bytes", "--size=0.01m", "--steps", "2", "--directions", *two, *untied)[0])
-    assert [row[1:3] for row in table] == [["untied", name] for name in two]
+    table = rows(steppe("bench", "shares", "bytes", "--size=0.01m", "--steps", "2", "--directions", *two)[0])
+    assert [row[1] for row in table] == ["tied", "tied", "untied", "untied"]
     assert all(sum(map(float, row[4:8])) == pytest.approx(1, abs=3e-4) for row in table)  # of four roundings
     assert float(table[-1][8]) > 5 * float(table[-2][8])  # without a floor one row takes most
     steppe("bench", "shares", "--size=9t", status=2)
 
 
-def test_a_sweep_and_its_report(steppe, small, tmp_path):
-    out = tmp_path / "sweeps" / "rho"
-    sweep = ("sweep", *small, f"--out={out}", "--grid", "optim.rho=0.01,0.03")
+def test_a_sweep_and_its_report_where_the_user_has_files_of_our_names(steppe, small, tmp_path, monkeypatch):
+    """Of the command's own process tests/test_package.py says the same."""
+    for name in ("configs", "data", "optim", "lm", "scripts", "steppe"):
+        (tmp_path / f"{name}.py").write_text('raise RuntimeError("a file of the user\'s was imported")\n')
+    (tmp_path / "small.py").write_text((ROOT / CONFIG).read_text())
+    monkeypatch.chdir(tmp_path)
+    sweep = ("sweep", "--config=small.py", *small[1:], "--out=sweeps/rho", "--grid", "optim.rho=0.01,0.03")
     assert "runs    2 (2 unfinished)" in steppe(*sweep, "--plan")[0]
     steppe(*sweep)
     assert "runs    2 (2 unfinished)" not in steppe(*sweep)[0]
-    assert f"wrote {out}/report/index.html" in steppe("report", out)[0]
-    steppe("report", "compare", out / "runs" / "rho=0.01", out / "runs" / "rho=0.03", f"--out={out}/two.html")
+    assert "wrote sweeps/rho/report/index.html" in steppe("report", "sweeps/rho")[0]
+    steppe("report", "compare", "sweeps/rho/runs/rho=0.01", "sweeps/rho/runs/rho=0.03")
 
 
 def test_a_named_sweep_is_planned(steppe, tmp_path):
@@ -214,8 +217,8 @@ def test_a_named_sweep_is_planned(steppe, tmp_path):
 
 
 def test_bench_data(steppe):
-    said, _ = steppe("bench", "data", "--models", "0.01m", "--steps=1", "--seconds=0.05")
-    assert [line.split("|")[0].split()[0] for line in said.splitlines()[-2:]] == ["loading,", "0.01m,"]
+    said, _ = steppe("bench", "data", "--size=0.01m", "--steps=1", "--seconds=0.05")
+    assert [line.split("|")[0].split()[0] for line in said.splitlines()[-2:]] == ["quickstart", "0.01m,"]
 
 
 @pytest.mark.exhaustive  # and with fewer layers in measure/test_curvature.py

@@ -36,7 +36,7 @@ def test_at_its_base_width_mup_is_the_standard_parametrisation(text):
 
 
 def test_nothing_grows_with_the_width_under_mup(text):
-    """From 64 to 512. Random logits fall as the root of the width, which their first updates feel as well."""
+    """From 64 to 1,024. Random logits fall as the root of the width, which their first updates feel as well."""
     short = {
         "data__sequence_length": 8,
         "train__batch_size": 8,
@@ -46,7 +46,7 @@ def test_nothing_grows_with_the_width_under_mup(text):
     }
     config = lm_runs.config(*text, **{**METHOD, **short}, optim__peak_learning_rate=0.004).copy_and_resolve_references()
     powers, found = {}, {}  # at the base width, 64, both parametrisations are one, as shown above
-    for parametrisation, widths in (("mup", (64, 512)), ("standard", (64, 256))):
+    for parametrisation, widths in (("mup", (64, 1024)), ("standard", (64, 256))):
         rows = []
         for width in widths:
             if width not in found:

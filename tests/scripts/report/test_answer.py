@@ -13,7 +13,7 @@ from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, tables
-from steppe.scripts.report.numbers import entries, groups
+from steppe.scripts.report.numbers import analysis, entries, groups
 
 STUDY = pathlib.Path(__file__).parents[3] / "optim" / "study" / "english"
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
@@ -96,6 +96,16 @@ def test_what_is_kept_is_a_table_of_every_measure(sweep):
         assert rows["sam", words]["int4_channel"] == sam.ways["int4", basis].interval
         assert rows["sam", words]["loss"] == sam.ways["loss", basis].interval
     assert rows["sam", "at equal tokens"]["int4_channel"].n == 3
+
+
+def test_every_rho_that_was_measured_is_in_the_table_of_measures(sweep):
+    study = groups.analyse(results.with_averages(results.read(sweep)))
+    found = tables.sharpness(study, "retention", analysis.measures(study)["retention"]).rows
+    rows = {(row["variant"], row["rho"]): row for row in found if "1000 steps" in row["cell"]}
+    seeds = {("adamw", 0.0): 4, ("sam", 0.01): 1, ("sam", 0.03): 1, ("sam", 0.1): 4}
+    assert {key: row["seeds"] for key, row in rows.items()} == seeds
+    assert rows["sam", 0.1]["int4_channel"] == pytest.approx(0.26 - statistics.fmean(WOBBLE.values()))
+    assert rows["sam", 0.01]["int4_channel"] == pytest.approx(0.26)
 
 
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
@@ -226,8 +236,10 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     text = (STUDY / "README.md").read_text()
     for name, made in page.tables().items():
         assert f"<!-- {name} -->\n{made}<!-- end of {name} -->" in text
-    made = answer.answer(entries_of(str(STUDY / "runs.jsonl")))
-    for name, table in (("kept", answer.kept(made)), ("power", answer.power(made))):
+    study = groups.analyse(results.with_averages(results.read(str(STUDY / "runs.jsonl"))))
+    made = answer.answer(entries.entries(study.runs))
+    bends = tables.sharpness(study, "curvature", analysis.measures(study)["curvature"])
+    for name, table in (("kept", answer.kept(made)), ("power", answer.power(made)), ("curvature", bends)):
         rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.rows))))
         assert [list(map(near, row.items())) for row in page.read(name)] == [
             list(map(near, row.items())) for row in rows
