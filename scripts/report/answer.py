@@ -262,8 +262,12 @@ def kept(made: Answer) -> tables.Table:
             named = row.entry._replace(name=row.name)
             found = {key: way.interval for key, way in ways.items()}
             rows.append(_kept_row(row.group, named, BASES[basis], found, all(way.fresh for way in ways.values())))
-    rows = [itself[group] for group in itself if group in {row["group"] for row in rows}] + rows
-    rows = [{**row, **{key: row.get(key, an.NOTHING) for key in ("loss", "forgetting", *asked)}} for row in rows]
+    ordered = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        own = [row for row in rows if row["group"] == group]
+        ordered += [itself[group], *own] if group in itself else own
+    known = ("loss", "forgetting", *asked)
+    rows = [{**row, **{key: row.get(key, an.NOTHING) for key in known}} for row in ordered]
     titles = {aspect.key: aspect.title for aspect in aspects([])} | {key: style.in_words(key) for key in disturbances}
     return tables.Table(
         "kept", "What is kept, less AdamW's",
@@ -272,8 +276,8 @@ def kept(made: Answer) -> tables.Table:
         "better. What a user of the rounded model gets, not what rounding takes from it. AdamW's own row has values.",
         [
             tables.Column("entry", "entry", number=False), tables.Column("basis", "held against AdamW", number=False),
-            tables.Column("cost", "FLOPs of a token", tables.decimals(2)),
-            *(tables.Column(key, titles[key], tables.interval(3)) for key in ("loss", "forgetting", *asked)),
+            tables.Column("cost", "FLOPs of a token, in AdamW's", tables.decimals(2)),
+            *(tables.Column(key, titles[key], tables.interval(3)) for key in known),
         ],
         rows, "group",
     )  # fmt: skip
