@@ -269,7 +269,10 @@ def test_parsing_imports_nothing_heavy():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these settings")
 def test_a_process_that_computes_keeps_the_memory_of_a_step_for_the_next():
-    """Pages that three executions with 64 MiB of temporaries fault in, once malloc has grown to what they take."""
+    """Pages that an execution with 64 MiB of temporaries faults in, once malloc has grown to what they take.
+
+    The median of nine: malloc grows once more where a thread gives back one execution's memory after the next began.
+    """
     script = (
         "import resource, sys\n"
         "from steppe.scripts import command\n"
@@ -279,13 +282,13 @@ def test_a_process_that_computes_keeps_the_memory_of_a_step_for_the_next():
         "x = jnp.ones((1024, 16384))\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(16): f(x).block_until_ready()\n"
-        "before = faults()\n"
-        "for _ in range(3): f(x).block_until_ready()\n"
-        "print(faults() - before)\n"
+        "seen = [faults()]\n"
+        "for _ in range(9): f(x).block_until_ready(); seen.append(faults())\n"
+        "print(sorted(b - a for a, b in zip(seen, seen[1:]))[4])\n"
     )
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     for environment, few in (({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)):  # whoever sets malloc is left alone
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**plain, **environment}
         )
-        assert (int(done.stdout) < 16384) == few, done.stdout  # one execution's pages
+        assert int(done.stdout) < 164 if few else int(done.stdout) >= 16384, done.stdout  # of 16,384 pages: one in 100
