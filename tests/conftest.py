@@ -1,6 +1,7 @@
 """Eight simulated devices for every test: set before jax starts, since its backend is made once."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -24,6 +25,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Little optimization, for the same reason. Tests that look at what XLA makes of a program ask for `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# Tracing makes and drops many small objects: collecting them as often as Python does is one twentieth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -85,11 +85,11 @@ def write(found: list, out: Path, name: str) -> Path:
     with report_drawing.styled():
         compared, answer = tables.comparison(study), report_answer.answer(entries)
         sections = [
-            add(Section("Answer").points(report_answer.sentences(answer)), report_answer.figure(answer)).points(
+            add(Section("Answer").points(report_answer.sentences(answer)), *report_answer.figures(answer)).points(
                 report_answer.lines(answer)
             ),
             add(Section("What it rests on").points(summary(study, compared)), report_answer.power(answer)),
-            add(Section("Methods"), compared, tables.equal_compute(study), tables.costs(study)),
+            add(Section("Methods"), report_answer.beside(answer), compared, tables.costs(study)),
             add(Section("Loss against rho"), figures.loss_against_rho(study)),
             add(
                 Section("Best rho against size"), figures.best_rho(study, laws), tables.power_laws(study, laws),
@@ -113,9 +113,8 @@ def write(found: list, out: Path, name: str) -> Path:
                 parts.append(report_measured.curvature_over_training(study))
             else:
                 parts = [report_measured.kept_against_rho(entries), report_measured.forgetting(entries), *parts]
-            told = [report_answer.kept(answer)] if source == "retention" else []
-            told.append(tables.sharpness(study, source, by_measure))
-            sections.append(add(Section(source.capitalize()), *told, *parts))
+            told = tables.sharpness(study, source, by_measure)
+            sections.append(add(Section(source.capitalize()), told, *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))
     files.write(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))

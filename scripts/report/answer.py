@@ -33,6 +33,7 @@ class Aspect(NamedTuple):
 
 
 ITSELF = "AdamW itself"  # a value, no difference
+FREE = 1.05  # FLOPs of a token, in AdamW's, up to which a method costs no further pass
 BASES = {"tokens": "at equal tokens", "flops": "at equal FLOPs"}  # whom an entry is held against
 
 
@@ -48,9 +49,14 @@ class Row(NamedTuple):
     others: dict[str, en.Entry | None]
     ways: dict[tuple[str, str], en.Difference]
 
+    @property
+    def rank(self) -> int:
+        """Where it stands in its group: what perturbs nothing, what does so at no further pass, the rest."""
+        return self.entry.perturbs + (self.entry.perturbs and self.entry.cost > FREE)
+
 
 class Answer(NamedTuple):
-    """Rows by group, each group's best loss first, and the aspects in which some row differs from its reference."""
+    """Rows by group, in each by rank and loss, and the aspects in which some row differs from its reference."""
 
     rows: list[Row]
     aspects: list[Aspect]
@@ -87,6 +93,8 @@ def answer(found: Sequence[en.Entry]) -> Answer:
             if ways:
                 name = f"{entry.name}, {entry.budget}" if aside else entry.name
                 rows.append(Row(", ".join(cell), name, entry, others, ways))
+    groups = list(dict.fromkeys(row.group for row in rows))
+    rows.sort(key=lambda row: (groups.index(row.group), row.rank))
     return Answer(rows, [titled[aspect.key] for aspect in aspects([]) if aspect.key in titled])
 
 
@@ -244,38 +252,41 @@ def power(made: Answer) -> tables.Table:
     )  # fmt: skip
 
 
-def kept(made: Answer) -> tables.Table:
-    """A row an entry and basis: its loss, and that of its rounded or disturbed weights, less AdamW's."""
+def beside(made: Answer) -> tables.Table:
+    """A row an entry and basis: its loss, and what was measured of its weights when disturbed, less AdamW's."""
     disturbances = list(dict.fromkeys(key for row in made.rows for key in en.disturbances(row.entry)))
     asked = {key: en.rounded_loss(key) for key in disturbances}
     first, rows, itself = next(iter(BASES)), [], {}  # itself: a row a group
     for row in made.rows:
         if (other := row.others[first]) and other.plain:
-            itself[row.group] = _kept_row(row.group, other, ITSELF, values(other, {"loss": en.loss_of, **asked}))
+            itself[row.group] = _beside_row(row.group, other, ITSELF, values(other, {"loss": en.loss_of, **asked}))
     for row, basis in itertools.product(made.rows, BASES):
         other = row.others.get(basis)
         if basis != first and other is row.others[first]:
             continue  # one pass a step: the same AdamW
         ways = {key: way for key in ("loss", "forgetting") if (way := row.ways.get((key, basis)))}
         ways |= {key: way for key, of in asked.items() if (way := en.difference(row.entry, other, of))}
-        if not ways.keys() <= {"loss"}:
+        if ways:
             named = row.entry._replace(name=row.name)
             found = {key: way.interval for key, way in ways.items()}
-            rows.append(_kept_row(row.group, named, BASES[basis], found, all(way.fresh for way in ways.values())))
+            found["adamw"] = other.name if other.budget == row.entry.budget else f"{other.name}, {other.budget}"
+            rows.append(_beside_row(row.group, named, BASES[basis], found, all(way.fresh for way in ways.values())))
     ordered = []
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         ordered += [itself[group], *own] if group in itself else own
-    known = ("loss", "forgetting", *asked)
-    rows = [{**row, **{key: row.get(key, an.NOTHING) for key in known}} for row in ordered]
+    known = [key for key in ("loss", "forgetting", *asked) if any(key in row for row in rows)]
+    rows = [{"adamw": "", **row, **{key: row.get(key, an.NOTHING) for key in known}} for row in ordered]
     titles = {aspect.key: aspect.title for aspect in aspects([])} | {key: style.in_words(key) for key in disturbances}
     return tables.Table(
-        "kept", "What is kept, less AdamW's",
-        "Loss, what fine-tuning costs, and the loss of the weights as rounded or disturbed, less AdamW's at its best "
-        "of the same seeds (an average's less the same average's), nats a token, with 95 % intervals: below zero is "
-        "better. What a user of the rounded model gets, not what rounding takes from it. AdamW's own row has values.",
+        "beside", "Beside AdamW at its best",
+        "Loss, and where it was measured what fine-tuning costs and the loss of the weights as rounded or disturbed, "
+        "less AdamW's at its best of the same seeds (an average's less the same average's), nats a token, with 95 % "
+        "intervals: below zero is better. What a user of the rounded model gets, not what rounding takes from it. "
+        f"Equal FLOPs: of AdamW's runs within {en.EQUAL_FLOPS:.0%}, which see more tokens. AdamW's own row has values.",
         [
             tables.Column("entry", "entry", number=False), tables.Column("basis", "held against AdamW", number=False),
+            tables.Column("adamw", "which is", number=False),
             tables.Column("cost", "FLOPs of a token, in AdamW's", tables.decimals(2)),
             *(tables.Column(key, titles[key], tables.interval(3)) for key in known),
         ],
@@ -289,24 +300,44 @@ def values(entry: en.Entry, asked: dict[str, Callable[[Result], float]]) -> dict
     return {key: st.t_interval([value for value in each if math.isfinite(value)]) for key, each in found.items()}
 
 
-def _kept_row(group: str, entry: en.Entry, basis: str, found: dict[str, st.Interval], fresh: bool = False) -> dict:
+def _beside_row(group: str, entry: en.Entry, basis: str, found: dict[str, st.Interval], fresh: bool = False) -> dict:
     known = {"group": group, "entry": entry.name, "basis": basis, "cost": entry.cost, "rho": entry.chosen("rho")}
     return {**known, "fresh": fresh, **found}
 
 
 # --------------------------------------------------------------------------------------------------------------- figure
-def figure(made: Answer) -> dr.Drawing | None:
-    """A row an entry, a panel an aspect: seeds as dots, mean and interval before them, zero as a line."""
-    if not made.rows:
-        return None
-    groups = list(dict.fromkeys(row.group for row in made.rows))
-    heights = [sum(row.group == group for row in made.rows) for group in groups]
-    drawn = plot.figure(dr.WIDTH, 0.8 + sum(0.33 * height + 0.45 for height in heights))
+def figures(made: Answer) -> list[dr.Drawing]:
+    """A row an entry, a panel an aspect: seeds as dots, mean and interval before them, zero as a line.
+
+    Groups that are too many for one drawing are in several, of which the first has most pairs.
+    """
+    parts: list[list[list[Row]]] = []
+    for group in dict.fromkeys(row.group for row in made.rows):
+        own = _drawn([row for row in made.rows if row.group == group])
+        if parts and sum(map(len, parts[-1])) + len(own) <= TALL:
+            parts[-1].append(own)
+        else:
+            parts.append([own])
+    parts.sort(key=lambda part: -sum(way.interval.n for rows in part for row in rows for way in row.ways.values()))
+    return [_figure(made, part, f"answer_{number}" if number > 1 else "answer") for number, part in enumerate(parts, 1)]
+
+
+TALL = 28  # rows of a drawing
+
+
+def _drawn(rows: list[Row]) -> list[Row]:
+    """The rows of a group that are drawn: not averages of one pair, where others have intervals."""
+    sure = [any(math.isfinite(way.interval.high) for way in row.ways.values()) for row in rows]
+    return [row for row, known in zip(rows, sure, strict=True) if known or not row.entry.weights or not any(sure)]
+
+
+def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
+    drawn = plot.figure(dr.WIDTH, 0.8 + sum(0.33 * len(rows) + 0.45 for rows in groups))
     panels = drawn.subplots(
-        len(groups), len(made.aspects), squeeze=False, sharex="col", sharey="row", height_ratios=heights
+        len(groups), len(made.aspects), squeeze=False, sharex="col", sharey="row", height_ratios=[*map(len, groups)]
     )
-    for line, group in enumerate(groups):
-        own = [row for row in made.rows if row.group == group][::-1]
+    for line, rows in enumerate(groups):
+        own = rows[::-1]
         for column, aspect in enumerate(made.aspects):
             axes = panels[line][column]
             axes.margins(x=0.08)
@@ -315,22 +346,27 @@ def figure(made: Answer) -> dr.Drawing | None:
             draw_rows(axes, ways["tokens"], "D", [0.17 * both for both in apart])
             only = [None if a == b else b for a, b in zip(*ways.values(), strict=True)]
             draw_rows(axes, only, "s", [-0.17 * both for both in apart])
+            for below, (row, above) in enumerate(itertools.pairwise(own)):
+                if row.rank != above.rank:
+                    axes.axhline(below + 0.5, color=plot.GREY, linewidth=0.6)
             if line == 0:
                 axes.set_title(aspect.title.replace(", ", "\n"), fontsize=9.5, loc="left")
             if line == len(groups) - 1:
                 axes.set_xlabel("less AdamW's, nats a token", fontsize=9)
         panels[line][0].set_yticks(range(len(own)), [label_of(row.name, row.entry) for row in own], fontsize=9)
-        if len(groups) > 1:
-            panels[line][0].set_ylabel(group.replace(", ", "\n"), fontsize=9)
+        if len({row.group for row in made.rows}) > 1:
+            panels[line][0].set_ylabel(rows[0].group.replace(", ", "\n"), fontsize=9)
+    shown = [row for row in made.rows if row.group in {rows[0].group for rows in groups}]
     return dr.Drawing(
-        "answer", "Beside AdamW at its best: left of zero is better",
+        name, "Beside AdamW at its best: left of zero is better",
         "Diamonds: at equal tokens (and FLOPs, where there is no square); squares: at equal FLOPs, AdamW having more "
         "tokens. Means with 95 % intervals over paired seeds, dots: seeds; blue: better by an interval without zero; "
         "red: worse; black: cannot be told; hollow: one pair. An average of a method's weights is held against the "
         "same average of AdamW's. Behind each name its cost in AdamW's FLOPs a token and its best rho; an arrow where "
-        "that lies at the end of the grid.",
-        f"Differences to AdamW of {len(made.rows)} entries in {len(made.aspects)} aspects. {' '.join(sentences(made))}",
-        drawn, [_as_row(row) for row in made.rows],
+        "that lies at the end of the grid. Lines part what perturbs nothing, what does at no further pass, and the "
+        "rest. Averages of one pair are drawn only where there is nothing else.",
+        f"Differences to AdamW of {len(shown)} entries in {len(made.aspects)} aspects. {' '.join(sentences(made))}",
+        drawn, [_as_row(row) for row in shown],
     )  # fmt: skip
 
 

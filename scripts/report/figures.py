@@ -227,9 +227,9 @@ def curves(study: gr.Study) -> dr.Drawing | None:
         rows += [row for variant in cell.variants.values() for row in _curve(cell, variant, cell)]
         longer = {}
         for variant in cell.variants.values():  # AdamW at the compute of the two-pass methods
-            found = an.equal_compute(study, cell, variant) if variant.method != gr.BASE and variant.choice else None
+            found = an.at_equal_compute(study, cell, variant) if variant.method != gr.BASE else None
             if found:
-                longer[found[0].budget, variant.reference] = found[0]
+                longer[found.budget, variant.reference] = found
         rows += [row for (_, name), other in longer.items() for row in _curve(other, other.variants[name], cell)]
     if not rows:
         return None

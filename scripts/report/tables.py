@@ -12,7 +12,6 @@ from steppe.scripts import style
 from steppe.scripts.report.numbers import analysis as an
 from steppe.scripts.report.numbers import groups as gr
 from steppe.scripts.report.numbers import statistics as st
-from steppe.scripts.report.numbers.entries import EQUAL_FLOPS
 
 Interval = st.Interval
 _STATUS = {
@@ -143,34 +142,6 @@ def comparison(study: gr.Study) -> Table:
             Column("flops_ratio", "FLOPs / AdamW", decimals(2)),
         ],
         rows, "cell",
-    )  # fmt: skip
-
-
-def equal_compute(study: gr.Study) -> Table:
-    rows = []
-    for cell in study.cells:
-        for variant in cell.variants.values():
-            found = an.equal_compute(study, cell, variant) if variant.method != gr.BASE and variant.choice else None
-            if found:
-                other, pairs = found
-                rows.append(
-                    {"pair": f"{cell.label}; AdamW: {other.budget}", "scale": cell.scale, "budget": cell.budget,
-                     "adamw_budget": other.budget, "variant": variant.name,
-                     "rho": variant.choice.rho, "loss": _mean_best(variant),
-                     "adamw_loss": _mean_best(other.variants[variant.reference]),
-                     "difference_all": pairs["all"], "difference_fresh": pairs["fresh"]}
-                )  # fmt: skip
-    return Table(
-        "equal_compute", "At equal compute",
-        f"Each method beside AdamW on the budget whose FLOPs are within {EQUAL_FLOPS:.0%} of its own, paired by "
-        "seed; AdamW sees more tokens there. Negative: the method is better for its cost. 95 % Student intervals.",
-        [
-            Column("variant", "method", number=False), Column("rho", "rho", rho),
-            Column("loss", "loss, nats per token", decimals(4)), Column("adamw_loss", "AdamW's loss", decimals(4)),
-            Column("difference_all", "difference, all seeds (n pairs)", interval()),
-            Column("difference_fresh", "difference, fresh seeds (n pairs)", interval()),
-        ],
-        rows, "pair",
     )  # fmt: skip
 
 

@@ -13,14 +13,11 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FIGURES = ("answer", "kept_against_rho", "forgetting")
-NUMBERS = {
-    "answer": "answer",
-    "kept_against_rho": "kept_against_rho",
-    "kept_table": "kept",
-    "power_table": "power",
-    "curvature_table": "curvature",
-}
+# what of the report's files is kept here
+FILES = (
+    *("answer*.png", "answer*.csv", "kept_against_rho.*", "forgetting.png"),
+    *("beside_table.csv", "power_table.csv", "curvature_table.csv"),
+)
 COLUMNS = {
     "loss": "held-out loss",
     "forgetting": "forgotten",
@@ -48,10 +45,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         steppe = [sys.executable, "-P", "-m", "steppe.scripts.cli"]
         subprocess.run([*steppe, "report", str(HERE / "runs.jsonl"), f"--out={place}"], check=True)
-        for name in FIGURES:
-            shutil.copy(Path(place, f"{name}.png"), HERE)
-        for name, here in NUMBERS.items():
-            shutil.copy(Path(place, f"{name}.csv"), HERE / f"{here}.csv")
+        for pattern in FILES:
+            for made in Path(place).glob(pattern):
+                shutil.copy(made, HERE)
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
     for name, made in tables().items():
@@ -68,16 +64,16 @@ def main() -> int:
 
 def tables() -> dict[str, str]:
     """{name of its marker: Markdown} of the tables of README.md, from the CSV files beside it."""
-    return {name: made(read(name)) for name, made in (("kept", kept), ("power", power), ("curvature", curvature))}
+    return {name: made(read(name)) for name, made in (("beside", beside), ("power", power), ("curvature", curvature))}
 
 
 def read(name: str) -> list[dict[str, str]]:
-    """The rows of a CSV file of this folder."""
-    with open(HERE / f"{name}.csv", newline="", encoding="utf-8") as handle:
+    """The rows of a table of the report."""
+    with open(HERE / f"{name}_table.csv", newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 
-def kept(rows: list[dict[str, str]]) -> str:
+def beside(rows: list[dict[str, str]]) -> str:
     """A Markdown table a scale and budget: entries of two pairs or more, at equal tokens, then at equal FLOPs."""
     rows = [row for row in rows if int(row["loss_n"] or 0) >= PAIRS]
     said, head = [], f"| | cost | pairs | {' | '.join(COLUMNS.values())} |"

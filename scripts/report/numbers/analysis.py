@@ -43,25 +43,21 @@ def differences(cell: Cell, variant: Variant) -> dict[str, Interval]:
     }
 
 
-def equal_compute(study: Study, cell: Cell, variant: Variant) -> tuple[Cell, dict[str, Interval]] | None:
-    """AdamW's cell of the same scale with the FLOPs of this variant's runs, and the differences to it; None without."""
-    own = variant.best_losses()
-    known = [run.result.flops for run in variant.best().values() if run.result.flops]  # a run not yet begun has none
-    flops = statistics.median(known) if own and known else math.nan
+def at_equal_compute(study: Study, cell: Cell, variant: Variant) -> Cell | None:
+    """AdamW's cell of the same scale with the FLOPs of this variant's runs; None where it was not run there."""
+    flops = _flops(variant)
     for other in study.cells:
         reference = other.variants.get(variant.reference)
-        if other is cell or other.scale != cell.scale or reference is None or reference.choice is None:
-            continue
-        base = reference.best_losses()
-        its = statistics.median([run.result.flops for run in reference.best().values() if run.result.flops] or [0.0])
-        if abs(its / flops - 1) <= EQUAL_FLOPS:
-            shared = [seed for seed in sorted(own) if seed in base]
-            fresh = [seed for seed in shared if seed in variant.fresh()]
-            pairs = {"all": shared, "fresh": fresh}
-            return other, {
-                name: st.t_interval([own[seed] - base[seed] for seed in seeds]) for name, seeds in pairs.items()
-            }
+        known = other is not cell and other.scale == cell.scale and reference is not None and reference.choice
+        if known and abs(_flops(reference) / flops - 1) <= EQUAL_FLOPS:
+            return other
     return None
+
+
+def _flops(variant: Variant) -> float:
+    """FLOPs of a run at the best rho; NaN where none is known (a run not yet begun has none)."""
+    known = [run.result.flops for run in variant.best().values() if run.result.flops]
+    return statistics.median(known) if known else math.nan
 
 
 def costs(cell: Cell, variant: Variant) -> tuple[float, float]:

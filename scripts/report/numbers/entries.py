@@ -44,6 +44,11 @@ class Entry(NamedTuple):
         return self.adamw and not self.weights
 
     @property
+    def perturbs(self) -> bool:
+        """Whether its method perturbs the weights, whatever its base: nadamw by itself does not."""
+        return not _alone(next(iter(self.best.values())))
+
+    @property
     def best(self) -> dict[int, Result]:
         """{seed: Result} at the best setting."""
         return self.runs[self.choice.rho]
@@ -164,8 +169,13 @@ def _of_cell(runs: list[gr.Run], scale: str, budget: str) -> list[Entry]:
 def _entry(name: str, scale: str, budget: str, runs: dict, choice: st.Choice) -> Entry:
     some = next(iter(runs[choice.rho].values()))
     cost = some.flops / some.adamw_flops if some.adamw_flops else math.nan
-    adamw = some.config["optim.method"] in (gr.BASE, "base") and some.config["optim.base"] == gr.BASE
+    adamw = _alone(some) and some.config["optim.base"] == gr.BASE
     return Entry(name, scale, budget, runs, choice, cost, some.weights, adamw)
+
+
+def _alone(result: Result) -> bool:
+    """Whether a run is its base by itself."""
+    return result.config["optim.method"] in (gr.BASE, "base")
 
 
 def _losses(by_seed: dict[int, Result]) -> dict[int, float]:
@@ -175,8 +185,7 @@ def _losses(by_seed: dict[int, Result]) -> dict[int, float]:
 def _kind(result: Result) -> str:
     """A method, its base where that is not AdamW, and the average whose loss it is."""
     method, base = result.config["optim.method"], result.config["optim.base"]
-    alone = method in (gr.BASE, "base")
-    name = base if alone else method if base == gr.BASE else f"{method} on {base}"
+    name = base if _alone(result) else method if base == gr.BASE else f"{method} on {base}"
     return f"{name} {result.weights}".rstrip()
 
 

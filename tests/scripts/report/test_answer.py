@@ -85,7 +85,7 @@ def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
 
 def test_what_is_kept_is_a_table_of_every_measure(sweep):
     made = answer.answer(entries_of(sweep))
-    rows = {(row["entry"], row["basis"]): row for row in answer.kept(made).rows}
+    rows = {(row["entry"], row["basis"]): row for row in answer.beside(made).rows}
     assert set(rows) == {
         ("adamw", answer.ITSELF),
         ("adamw, 2000 steps", "at equal tokens"),
@@ -96,6 +96,31 @@ def test_what_is_kept_is_a_table_of_every_measure(sweep):
         assert rows["sam", words]["int4_channel"] == sam.ways["int4", basis].interval
         assert rows["sam", words]["loss"] == sam.ways["loss", basis].interval
     assert rows["sam", "at equal tokens"]["int4_channel"].n == 3
+    assert [rows["sam", words]["adamw"] for words in answer.BASES.values()] == ["adamw", "adamw, 2000 steps"]
+
+
+def test_a_figure_parts_what_perturbs_nothing_from_the_rest_and_leaves_out_averages_of_one_pair(sweep):
+    made = answer.answer(entries_of(sweep))
+    assert [row.rank for row in made.rows] == [0, 2]
+    (sam,) = (row for row in made.rows if row.name == "sam")
+    (alone,) = (row for row in answer.answer(entries.entries([r for r in study_of(sweep) if r.seed == 0])).rows
+                if row.name == "sam")  # fmt: skip
+    average = alone._replace(entry=alone.entry._replace(weights="ema"))
+    assert list(map(id, answer._drawn([sam, alone, average]))) == [id(sam), id(alone)]
+    assert len(answer._drawn([average])) == 1
+
+
+def test_groups_that_are_too_many_for_one_figure_are_in_several_the_surest_first(sweep, monkeypatch):
+    made = answer.answer(entries_of(sweep))
+    alone = answer.answer(entries.entries([run for run in study_of(sweep) if run.seed == 0]))
+    rows = [*(row._replace(group="small") for row in alone.rows), *made.rows]
+    assert [drawing.name for drawing in answer.figures(made._replace(rows=rows))] == ["answer"]
+    monkeypatch.setattr(answer, "TALL", 3)
+    first, second = answer.figures(made._replace(rows=rows))
+    assert (first.name, second.name) == ("answer", "answer_2")
+    assert ({row["group"] for row in first.rows}, {row["group"] for row in second.rows}) == (
+        {made.rows[0].group}, {"small"},
+    )  # fmt: skip
 
 
 def test_every_rho_that_was_measured_is_in_the_table_of_measures(sweep):
@@ -239,7 +264,7 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     study = groups.analyse(results.with_averages(results.read(str(STUDY / "runs.jsonl"))))
     made = answer.answer(entries.entries(study.runs))
     bends = tables.sharpness(study, "curvature", analysis.measures(study)["curvature"])
-    for name, table in (("kept", answer.kept(made)), ("power", answer.power(made)), ("curvature", bends)):
+    for name, table in (("beside", answer.beside(made)), ("power", answer.power(made)), ("curvature", bends)):
         rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.rows))))
         assert [list(map(near, row.items())) for row in page.read(name)] == [
             list(map(near, row.items())) for row in rows
