@@ -209,11 +209,10 @@ def at_equal_compute(found: Sequence[Entry], entry: Entry) -> Entry | None:
 def _counterpart(found: list[Entry], entry: Entry) -> Entry | None:
     known = [each for each in found if each.adamw]
     alike = [each for each in known if each.weights == entry.weights and not entry.adamw]
-    return min(
-        alike or [each for each in known if each.plain],
-        key=lambda each: each.choice.means[each.choice.rho],
-        default=None,
-    )
+    alike = alike or [each for each in known if each.plain]
+    losses = {index: each.losses for index, each in enumerate(alike)}
+    chosen = st.choose(losses)  # on the seeds that all of them have
+    return alike[chosen.rho] if chosen else None
 
 
 def difference(entry: Entry, other: Entry | None, of: Callable[[Result], float] = loss_of) -> Difference | None:

@@ -169,6 +169,21 @@ def test_what_is_kept_is_drawn_over_rho(sweep, tmp_path):
     assert [row["pairs"] for row in rows if row["aspect"] == "held-out loss"] == ["1", "1", "4"]
 
 
+def test_of_several_kinds_of_adamw_the_best_is_that_on_the_seeds_that_all_have(tmp_path):
+    runs = {}
+    for schedule, seeds, worse in (("cosine", LEVELS, 0.0), ("constant", (2,), 0.005)):  # by itself seed 2 looks better
+        for seed in seeds:
+            name, overrides = plan("adamw", seed=seed, optim__schedule=schedule)
+            runs[name] = overrides, 2.0 + LEVELS[seed] + worse
+    name, overrides = plan("sam", 0.1, seed=2, optim__schedule="cosine")
+    runs[name] = overrides, 1.9
+    write_sweep(tmp_path, runs)
+    found = entries_of(tmp_path)
+    (sam,) = (entry for entry in found if entry.perturbs)
+    assert {entry.name for entry in found if entry.adamw} == {"adamw", "adamw, schedule=constant"}
+    assert entries.at_equal_tokens(found, sam).name == "adamw"
+
+
 def test_a_curve_over_rho_is_of_one_rate(tmp_path):
     runs = {}
     for method, rho, rate, loss in (
