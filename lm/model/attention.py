@@ -65,8 +65,9 @@ def attention(
 ) -> jax.Array:
     """Causal softmax attention with H a multiple of G (grouped queries); tokens attend within their own segment.
 
-    Softmax in float32 or better, result [B, T, H, K] in the inputs' dtype. Scaled by 1/sqrt(K). lean: the backward pass
-    of einsum and blockwise reads the weights alone, another rounding of the same gradient.
+    Softmax in float32 or better, result [B, T, H, K] in the inputs' dtype. Scaled by 1/sqrt(K). lean: of einsum and
+    blockwise, another rounding of the same: weights are divided by their sum once they have mixed the values, and
+    einsum takes blocks of queries too.
     """
     if kernel == "cudnn":
         mixed = jax.nn.dot_product_attention(
@@ -75,9 +76,7 @@ def attention(
     elif kernel == "splash":
         mixed = _splash(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, place)
     else:
-        mixed = _rows_of_queries(
-            query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel, _softmax if lean else jax.nn.softmax
-        )
+        mixed = _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel, lean)
     return checkpoint_name(mixed, MIXED)
 
 
@@ -98,24 +97,12 @@ def cached_attention(
     return jnp.einsum("bgrnt,btgk->bngrk", weights, value_BxTxGxK).reshape(B, N, H, K)
 
 
-def query_block(sequence_length: int) -> int:
-    """Queries of a block in the blockwise kernel: a quarter of the sequence, from 64 to 512."""
-    return min(512, max(64, -(-sequence_length // 4)))
+def query_block(sequence_length: int, least: int = 64) -> int:
+    """Queries of a block: a quarter of the sequence, at most 512."""
+    return min(512, max(least, -(-sequence_length // 4)))
 
 
-@jax.custom_jvp
-def _softmax(scores: jax.Array) -> jax.Array:
-    """Softmax over the last axis, whose derivative is written in its result: jax's own keeps the exponentials too."""
-    return jax.nn.softmax(scores)
-
-
-@_softmax.defjvp
-def _softmax_jvp(primals, tangents):
-    weights, tangent = _softmax(*primals), tangents[0]
-    return weights, weights * (tangent - (weights * tangent).sum(-1, keepdims=True))
-
-
-def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel, softmax):
+def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel, lean):
     B, T, H, K = query_BxTxHxK.shape
     G = key_BxTxGxK.shape[2]
     grouped = query_BxTxHxK.reshape(B, T, G, H // G, K)
@@ -133,18 +120,21 @@ def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, ke
             same = segments_BxT[:, start : start + size, None] == segments_BxT[:, None, :keys]
             seen = seen & same[:, None, None]
         # A finite floor: a padded row that sees nothing but itself must not become NaN.
-        weights = softmax(jnp.where(seen, scores, -1e30)).astype(value_BxTxGxK.dtype)
-        return jnp.einsum("bgrqt,btgk->bqgrk", weights, value_BxTxGxK[:, :keys])
+        scores = jnp.where(seen, scores, -1e30)
+        if not lean:
+            weights = jax.nn.softmax(scores).astype(value_BxTxGxK.dtype)
+            return jnp.einsum("bgrqt,btgk->bqgrk", weights, value_BxTxGxK[:, :keys])
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        mixed = jnp.einsum("bgrqt,btgk->bqgrk", weights.astype(value_BxTxGxK.dtype), value_BxTxGxK[:, :keys])
+        return (mixed / jnp.moveaxis(weights.sum(-1), 3, 1)[..., None]).astype(mixed.dtype)
 
+    # Keys after a block are skipped altogether, which halves the work of the causal square.
     if kernel == "einsum":
-        return rows(0, T, T).reshape(B, T, H, K)
-    # Each block recomputes its scores in the backward pass, so only [block, T] of them ever exist; keys after the block
-    # are skipped altogether, which halves the work of the causal square.
-    block = query_block(T)
-    blocks = [
-        jax.checkpoint(rows, static_argnums=(0, 1, 2))(start, min(block, T - start), min(start + block, T))
-        for start in range(0, T, block)
-    ]
+        block = query_block(T, 32) if lean else T
+    else:
+        # Each block recomputes its scores in the backward pass, so only [block, T] of them ever exist.
+        block, rows = query_block(T), jax.checkpoint(rows, static_argnums=(0, 1, 2))
+    blocks = [rows(start, min(block, T - start), min(start + block, T)) for start in range(0, T, block)]
     return jnp.concatenate(blocks, axis=1).reshape(B, T, H, K)
 
 

@@ -45,7 +45,7 @@ class Shape(NamedTuple):
     kernel: str = "einsum"
     remat: str = "dots"
     base_width: int = 0  # of mup; 0: the standard parametrisation
-    small: bool = False  # a step is many small kernels: blocks are not looped over, and softmax keeps one array
+    small: bool = False  # a step is many small kernels: blocks are not looped over, attention is lean
 
     @property
     def widening(self) -> float:

@@ -120,20 +120,21 @@ def test_initial_statistics_of_every_parameter(drawn):
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-def test_blockwise_attention_equals_einsum(segmented, monkeypatch):
-    monkeypatch.setattr(attention, "query_block", lambda length: 8)
+@pytest.mark.parametrize(("kernel", "lean"), [("blockwise", False), ("blockwise", True), ("einsum", True)])
+def test_attention_by_blocks_equals_one_einsum(kernel, lean, segmented, monkeypatch):
+    monkeypatch.setattr(attention, "query_block", lambda length, least=64: 8)
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (2, 20, 4, 8))
     key, value = (jax.random.normal(k, (2, 20, 2, 8)) for k in keys[1:])
     segments = jnp.array([[1] * 9 + [2] * 11] * 2) if segmented else None
 
-    def both(kernel):
+    def both(*chosen):
         def total(q, k, v):
-            return jnp.sum(jnp.sin(attention.attention(q, k, v, segments, kernel)))
+            return jnp.sum(jnp.sin(attention.attention(q, k, v, segments, chosen[0], lean=chosen[1])))
 
         return jax.value_and_grad(total, argnums=(0, 1, 2))(query, key, value)
 
-    for a, b in zip(jax.tree.leaves(both("blockwise")), jax.tree.leaves(both("einsum")), strict=True):
+    for a, b in zip(jax.tree.leaves(both(kernel, lean)), jax.tree.leaves(both("einsum", False)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # order of sums
 
 
@@ -175,7 +176,7 @@ def test_remat_changes_memory_not_numbers(remat):
 @pytest.mark.parametrize("style", STYLES)
 @jax.enable_x64(True)  # here alone: the fixture would leave the rest of the module in double precision
 def test_small_models_compute_what_looped_ones_do(style, kernel):
-    """Unrolled blocks and the lean softmax: the same hidden states, gradient and product with the Hessian."""
+    """Unrolled blocks and lean attention: the same hidden states, gradient and product with the Hessian."""
     looped = STYLES[style]._replace(dtype="float64", kernel=kernel)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(looped))
     along = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=jnp.float64)).reshape(leaf.shape), params)
