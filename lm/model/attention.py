@@ -97,9 +97,9 @@ def cached_attention(
     return jnp.einsum("bgrnt,btgk->bngrk", weights, value_BxTxGxK).reshape(B, N, H, K)
 
 
-def query_block(sequence_length: int, least: int = 64) -> int:
-    """Queries of a block: a quarter of the sequence, at most 512."""
-    return min(512, max(least, -(-sequence_length // 4)))
+def query_block(sequence_length: int) -> int:
+    """Queries of a block: a quarter of the sequence, from 64 to 512."""
+    return min(512, max(64, -(-sequence_length // 4)))
 
 
 def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, kernel, lean):
@@ -129,11 +129,10 @@ def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, ke
         return (mixed / jnp.moveaxis(weights.sum(-1), 3, 1)[..., None]).astype(mixed.dtype)
 
     # Keys after a block are skipped altogether, which halves the work of the causal square.
-    if kernel == "einsum":
-        block = query_block(T, 32) if lean else T
-    else:
+    block = query_block(T) if lean or kernel == "blockwise" else T
+    if kernel == "blockwise":
         # Each block recomputes its scores in the backward pass, so only [block, T] of them ever exist.
-        block, rows = query_block(T), jax.checkpoint(rows, static_argnums=(0, 1, 2))
+        rows = jax.checkpoint(rows, static_argnums=(0, 1, 2))
     blocks = [rows(start, min(block, T - start), min(start + block, T)) for start in range(0, T, block)]
     return jnp.concatenate(blocks, axis=1).reshape(B, T, H, K)
 

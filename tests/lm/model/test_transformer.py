@@ -122,7 +122,7 @@ def test_initial_statistics_of_every_parameter(drawn):
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("kernel", "lean"), [("blockwise", False), ("blockwise", True), ("einsum", True)])
 def test_attention_by_blocks_equals_one_einsum(kernel, lean, segmented, monkeypatch):
-    monkeypatch.setattr(attention, "query_block", lambda length, least=64: 8)
+    monkeypatch.setattr(attention, "query_block", lambda length: 8)
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (2, 20, 4, 8))
     key, value = (jax.random.normal(k, (2, 20, 2, 8)) for k in keys[1:])
