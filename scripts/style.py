@@ -1,5 +1,6 @@
 """How methods look and how numbers read, wherever the commands show them."""
 
+import collections
 import itertools
 import re
 from collections.abc import Iterable
@@ -20,21 +21,21 @@ SPARE = (
     (PALE, "<", "--"),
     ("#7A5C00", ">", "-."),
     ("#004D40", "*", ":"),
-    ("#8B0000", "h", "-"),
-    ("#4B0082", "p", "--"),
+    ("#8B0000", "h", (0, (6, 2, 1, 2))),
+    ("#4B0082", "p", (0, (2, 2))),
 )
 
 
 def of_variants(names: Iterable[str]) -> dict[str, tuple]:
     """{name: (colour, marker, dash)}: a method's own; its colour, and a marker and dash to spare, for its variants."""
     names = list(names)
-    spare, styles = itertools.cycle(SPARE), {}
+    spare, styles = collections.defaultdict(lambda: itertools.cycle(SPARE)), {}
     for name in names:
         if name in OF_METHOD:
             styles[name] = OF_METHOD[name]
             continue
-        colour, marker, dash = next(spare)
-        known = OF_METHOD.get(re.split("[ ,]", name)[0])
+        known = OF_METHOD.get(method := re.split("[ ,]", name)[0])
+        colour, marker, dash = next(spare[method if known else ""])
         styles[name] = (known[0] if known else colour, marker, dash)
     return styles
 

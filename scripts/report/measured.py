@@ -134,56 +134,62 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
     )  # fmt: skip
 
 
-def forgetting(found: Sequence[en.Entry]) -> dr.Drawing | None:
+def forgetting(made: answer.Answer) -> dr.Drawing | None:
     """What is forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's."""
-    rows: list[dict] = []
-    cells: dict[tuple, list[tuple[str, en.Entry]]] = {}
-    for entry in found:
-        if any(result.fine_tune for result in entry.best.values()):
-            cells.setdefault((entry.scale,), []).append((entry.name, entry))
-    if not cells:
+    groups: dict[str, dict[str, tuple[en.Entry, en.Entry | None]]] = {}
+    for row in made.rows:
+        members, other = groups.setdefault(row.group, {}), row.others["tokens"]
+        if other and other.plain:
+            members.setdefault(other.name, (other, None))
+        members[row.name] = row.entry, other
+    groups = {
+        group: {name: pair for name, pair in members.items() if any(r.fine_tune for r in pair[0].best.values())}
+        for group, members in groups.items()
+    }
+    groups = {group: members for group, members in groups.items() if members}
+    if not groups:
         return None
-    drawn, panels = dr.grid([(cell, column) for cell in cells for column in range(2)], 3.8)
-    for cell, members in cells.items():
-        tuned = [result.fine_tune for _, entry in members for result in entry.best.values() if result.fine_tune]
+    styles = style.of_variants(dict.fromkeys(name for members in groups.values() for name in members))
+    rows: list[dict] = []
+    drawn, panels = dr.grid([(group, column) for group in groups for column in range(2)], 3.8)
+    for group, members in groups.items():
+        tuned = [result.fine_tune for entry, _ in members.values() for result in entry.best.values()]
+        tuned = [each for each in tuned if each]
         highest = frontier.equal_loss(tuned)
         gains = [each["loss"] - frontier.best_gain(frontier.paths_of(each)) for each in tuned]
         marks = [highest + (max(gains) - highest) * share / 8 for share in range(-8, 9)]
-        usual = {entry.budget for _, entry in members if not entry.adamw} or {members[0][1].budget}
-        names = [name if usual == {entry.budget} else f"{name}, {entry.budget}" for name, entry in members]
-        styles = style.of_variants(names)
-        for name, (_, entry) in zip(names, members, strict=True):
+        for name, (entry, other) in members.items():
             colour, _, dash = styles[name]
-            losses = [
-                [en.forgotten(mark)(result) for result in entry.best.values() if result.fine_tune] for mark in marks
-            ]
-            known = [(mark, statistics.fmean(at)) for mark, at in zip(marks, losses, strict=True)
-                     if at and all(map(math.isfinite, at))]  # fmt: skip
-            if known:
-                panels[cell, 0].plot(*zip(*known, strict=True), color=colour, linestyle=dash, label=name)
-            other = en.at_equal_tokens(found, entry)
-            ways = [(mark, en.difference(entry, other, en.forgotten(mark))) for mark in marks]
-            ways = [(mark, way) for mark, way in ways if way]
+            found = {}
+            for mark in marks:
+                at = [en.forgotten(mark)(result) for result in entry.best.values() if result.fine_tune]
+                if all(map(math.isfinite, at)):
+                    least = {"second_loss": mark, "forgotten": statistics.fmean(at)}
+                    found[mark] = {"group": group, "entry": name, **least}
+            if found:
+                line = [row["forgotten"] for row in found.values()]
+                panels[group, 0].plot([*found], line, color=colour, linestyle=dash, label=name)
+            ways = {mark: en.difference(entry, other, en.forgotten(mark)) for mark in marks}
+            ways = {mark: way.interval for mark, way in ways.items() if way}
             if ways:
-                at, middle, low, high = zip(*((mark, *way.interval[:3]) for mark, way in ways), strict=True)
-                panels[cell, 1].plot(at, middle, color=colour, linestyle=dash, label=name)
+                middle, low, high = zip(*(way[:3] for way in ways.values()), strict=True)
+                panels[group, 1].plot([*ways], middle, color=colour, linestyle=dash, label=name)
                 if all(map(math.isfinite, high)):
-                    panels[cell, 1].fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
-            rows += [
-                {"scale": cell[0], "entry": name, "second_loss": mark, "forgotten": value} for mark, value in known
-            ]
-            for row in rows:
-                for mark, way in ways:
-                    if (row["entry"], row["second_loss"]) == (name, mark):
-                        row |= {"less_adamw": way.interval.value, "low": way.interval.low, "high": way.interval.high}
+                    panels[group, 1].fill_between([*ways], low, high, color=colour, alpha=0.1, linewidth=0)
+            for mark, row in found.items():
+                if mark in ways:
+                    row |= dict(zip(("less_adamw", "low", "high"), ways[mark][:3], strict=True))
+            rows += found.values()
         for column, label in enumerate(("forgotten, nats a token", "less AdamW's, nats a token")):
-            panels[cell, column].set(xlabel="loss on the second text, nats a token", ylabel=label)
-            panels[cell, column].invert_xaxis()
-        panels[cell, 1].axhline(0, color=plot.GREY, linewidth=1)
+            panels[group, column].set(xlabel="loss on the second text, nats a token", ylabel=label)
+            panels[group, column].set_title(group if len(groups) > 1 else "")
+            panels[group, column].invert_xaxis()
+        panels[group, 1].axhline(0, color=plot.GREY, linewidth=1)
     dr.finish(drawn, panels, "")
     return dr.Drawing(
         "forgetting", "What fine-tuning costs on the first text",
         "Left: the least that any learning rate and length forgets where the second text reaches a loss, mean over "
-        "seeds; fine-tuning goes from left to right. Right: less AdamW's, paired by seed; bands: 95 % intervals.",
-        f"Forgetting against the loss on a second text for {sum(map(len, cells.values()))} entries.", drawn, rows,
+        "seeds; fine-tuning goes from left to right. Right: less AdamW's of as many tokens, paired by seed; bands: "
+        "95 % intervals.",
+        f"Forgetting against the loss on a second text for {sum(map(len, groups.values()))} entries.", drawn, rows,
     )  # fmt: skip
