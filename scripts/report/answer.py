@@ -85,7 +85,7 @@ def answer(found: Sequence[en.Entry]) -> Answer:
             others = {"tokens": en.at_equal_tokens(inside, beside)}
             others |= {} if aside else {"flops": en.at_equal_compute(found, entry)}
             ways = {}
-            for aspect in aspects([*inside, *longer.values()]):
+            for aspect in aspects([entry, *filter(None, others.values())]):
                 for basis, other in others.items():
                     if way := en.difference(entry, other, aspect.of):
                         ways[aspect.key, basis] = way
@@ -99,7 +99,7 @@ def answer(found: Sequence[en.Entry]) -> Answer:
 
 
 def aspects(shown: Sequence[en.Entry]) -> list[Aspect]:
-    """The aspects of entries that are shown together: what is forgotten depends on the loss that all of them reach."""
+    """The aspects of entries that are compared: what is forgotten depends on the loss that all of them reach."""
     tuned = [result.fine_tune for entry in shown for result in entry.best.values() if result.fine_tune]
     mark = frontier.equal_loss(tuned)
     return [
@@ -362,8 +362,9 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
         "Diamonds: at equal tokens (and FLOPs, where there is no square); squares: at equal FLOPs, AdamW having more "
         "tokens. Means with 95 % intervals over paired seeds, dots: seeds; blue: better by an interval without zero; "
         "red: worse; black: cannot be told; hollow: one pair. An average of a method's weights is held against the "
-        "same average of AdamW's. Behind each name its cost in AdamW's FLOPs a token and its best rho; an arrow where "
-        "that lies at the end of the grid. Lines part what perturbs nothing, what does at no further pass, and the "
+        "same average of AdamW's. Forgotten: where the second text reaches the lowest loss that an entry and AdamW "
+        "both reach. Behind each name its cost in AdamW's FLOPs a token and its best rho; an arrow where that lies at "
+        "the end of the grid. Lines part what perturbs nothing, what does at no further pass, and the "
         "rest. Averages of one pair are drawn only where there is nothing else.",
         f"Differences to AdamW of {len(shown)} entries in {len(made.aspects)} aspects. {' '.join(sentences(made))}",
         drawn, [_as_row(row) for row in shown],

@@ -93,16 +93,19 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
     rows = []
     for cell in dict.fromkeys((entry.scale, entry.budget) for entry in found):
         inside = [entry for entry in found if (entry.scale, entry.budget) == cell and entry.of_choice]
-        for aspect in answer.aspects(inside):
-            for entry in inside:
-                other = en.at_equal_tokens(inside, entry)
-                by_rho = {
-                    rho: by_seed for (rate, rho), by_seed in entry.runs.items() if rho and rate == entry.chosen("rate")
-                }
-                for rho, by_seed in sorted(by_rho.items()):
-                    alone = entry.at({rho: by_seed})
-                    way = en.difference(alone, other, aspect.of) if alone.choice else None  # none where it diverged
-                    if way and len(by_rho) > 1:
+        for entry in inside:
+            other = en.at_equal_tokens(inside, entry)
+            by_rho = {
+                rho: entry.at({rho: by_seed})
+                for (rate, rho), by_seed in sorted(entry.runs.items(), key=lambda item: item[0][1] or 0.0)
+                if rho and rate == entry.chosen("rate")
+            }
+            if other is None or len(by_rho) < 2:
+                continue
+            known = {rho: alone for rho, alone in by_rho.items() if alone.choice}  # not where it diverged
+            for aspect in answer.aspects([*known.values(), other]):
+                for rho, alone in known.items():
+                    if way := en.difference(alone, other, aspect.of):
                         rows.append({"cell": ", ".join(cell), "aspect": aspect.title, "entry": entry.name, "rho": rho,
                                      "less_adamw": way.interval.value, "low": way.interval.low,
                                      "high": way.interval.high, "pairs": way.interval.n})  # fmt: skip

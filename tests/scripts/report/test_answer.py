@@ -75,6 +75,19 @@ def test_the_answer_is_what_was_put_in(sweep):
     assert all(way.interval.n == 3 and way.fresh for way in rows["sam"].ways.values())
 
 
+def test_what_is_forgotten_depends_on_no_third_entry(sweep):
+    found = entries_of(sweep)
+    (sam,) = (entry for entry in found if entry.name == "sam")
+    weak = {"loss": 4.0, "paths": [{"rate": 0.001, "points": [{"step": 1, "gained": 0.01, "lost": 0.05}]}]}
+    runs = {
+        setting: {seed: result._replace(fine_tune=weak) for seed, result in by_seed.items()}
+        for setting, by_seed in sam.runs.items()
+    }
+    with_it = answer.answer([*found, sam._replace(name="weak", runs=runs)])
+    ways = [{row.name: row for row in made.rows}["sam"].ways for made in (answer.answer(found), with_it)]
+    assert ways[0]["forgetting", "tokens"] == ways[1]["forgetting", "tokens"]
+
+
 def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
     rows = {(row["aspect"], row["basis"]): row for row in answer.power(answer.answer(entries_of(sweep))).rows}
     loss = rows["held-out loss", "at equal FLOPs"]  # of sam alone: its pairs differ by the wobble of their seeds
