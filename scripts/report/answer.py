@@ -340,7 +340,6 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
         own = rows[::-1]
         for column, aspect in enumerate(made.aspects):
             axes = panels[line][column]
-            axes.margins(x=0.08)
             ways = {basis: [row.ways.get((aspect.key, basis)) for row in own] for basis in BASES}
             apart = [a is not None and b is not None and a != b for a, b in zip(*ways.values(), strict=True)]
             draw_rows(axes, ways["tokens"], "D", [0.17 * both for both in apart])
@@ -352,7 +351,8 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
             if line == 0:
                 axes.set_title(aspect.title.replace(", ", "\n"), fontsize=9.5, loc="left")
             if line == len(groups) - 1:
-                axes.set_xlabel("less AdamW's, nats a token", fontsize=9)
+                axes.set_xlabel("less AdamW's,\nnats a token", fontsize=9)
+            axes.set_xlim(*_frame(aspect.key, groups))
         panels[line][0].set_yticks(range(len(own)), [label_of(row.name, row.entry) for row in own], fontsize=9)
         if len({row.group for row in made.rows}) > 1:
             panels[line][0].set_ylabel(rows[0].group.replace(", ", "\n"), fontsize=9)
@@ -361,14 +361,23 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
         name, "Beside AdamW at its best: left of zero is better",
         "Diamonds: at equal tokens (and FLOPs, where there is no square); squares: at equal FLOPs, AdamW having more "
         "tokens. Means with 95 % intervals over paired seeds, dots: seeds; blue: better by an interval without zero; "
-        "red: worse; black: cannot be told; hollow: one pair. An average of a method's weights is held against the "
-        "same average of AdamW's. Forgotten: where the second text reaches the lowest loss that an entry and AdamW "
-        "both reach. Behind each name its cost in AdamW's FLOPs a token and its best rho; an arrow where that lies at "
-        "the end of the grid. Lines part what perturbs nothing, what does at no further pass, and the "
-        "rest. Averages of one pair are drawn only where there is nothing else.",
+        "red: worse; black: cannot be told; hollow: one pair. Intervals of two pairs may leave the frame. An average "
+        "of a method's weights is held against the same average of AdamW's. Forgotten: where the second text reaches "
+        "the lowest loss that an entry and AdamW both reach. Behind each name its cost in AdamW's FLOPs a token and "
+        "its best rho; an arrow where that lies at the end of the grid. Lines part what perturbs nothing, what does "
+        "at no further pass, and the rest. Averages of one pair are drawn only where there is nothing else.",
         f"Differences to AdamW of {len(shown)} entries in {len(made.aspects)} aspects. {' '.join(sentences(made))}",
         drawn, [_as_row(row) for row in shown],
     )  # fmt: skip
+
+
+def _frame(aspect: str, groups: list[list[Row]]) -> tuple[float, float]:
+    """From the lowest to the highest pair and interval; not intervals of two pairs, beside which nothing is seen."""
+    shown = [0.0]
+    for way in (way for rows in groups for row in rows for (key, _), way in row.ways.items() if key == aspect):
+        shown += [*way.pairs.values(), *(way.interval[1:3] if way.interval.n > 2 else ())]
+    low, high = min(shown), max(shown)
+    return low - 0.08 * (high - low), high + 0.08 * (high - low)
 
 
 def label_of(name: str, entry: en.Entry) -> str:

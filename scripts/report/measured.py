@@ -177,7 +177,7 @@ def forgetting(made: answer.Answer) -> dr.Drawing | None:
             if ways:
                 middle, low, high = zip(*(way[:3] for way in ways.values()), strict=True)
                 panels[group, 1].plot([*ways], middle, color=colour, linestyle=dash, label=name)
-                if all(map(math.isfinite, high)):
+                if all(way.n > 2 for way in ways.values()):
                     panels[group, 1].fill_between([*ways], low, high, color=colour, alpha=0.1, linewidth=0)
             for mark, row in found.items():
                 if mark in ways:
@@ -193,6 +193,6 @@ def forgetting(made: answer.Answer) -> dr.Drawing | None:
         "forgetting", "What fine-tuning costs on the first text",
         "Left: the least that any learning rate and length forgets where the second text reaches a loss, mean over "
         "seeds; fine-tuning goes from left to right. Right: less AdamW's of as many tokens, paired by seed; bands: "
-        "95 % intervals.",
+        "95 % intervals of three pairs or more.",
         f"Forgetting against the loss on a second text for {sum(map(len, groups.values()))} entries.", drawn, rows,
     )  # fmt: skip
