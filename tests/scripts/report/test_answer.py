@@ -14,7 +14,7 @@ from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, tables
 from steppe.scripts.report.numbers import analysis, entries, groups
-from steppe.scripts.report.numbers import statistics as statistics_
+from steppe.scripts.report.numbers import statistics as st
 
 STUDY = pathlib.Path(__file__).parents[3] / "optim" / "study" / "english"
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
@@ -126,7 +126,7 @@ def test_a_figure_parts_what_perturbs_nothing_from_the_rest_and_leaves_out_avera
 
 def test_the_frame_shows_all_pairs_but_not_the_interval_of_two(sweep):
     made = answer.answer(entries_of(sweep))
-    bounds = statistics_.Interval(0.0, -9.0, 9.0, 2)
+    bounds = st.Interval(0.0, -9.0, 9.0, 2)
     two = made.rows[1]._replace(ways={("loss", "tokens"): entries.Difference(bounds, True, {1: -0.2, 2: 0.3})})
     assert answer._frame("loss", [[two]]) == pytest.approx((-0.24, 0.34))
     three = two._replace(ways={("loss", "tokens"): entries.Difference(bounds._replace(n=3), True, {1: -0.2, 2: 0.3})})
