@@ -144,7 +144,7 @@ def _clause(words: str, made: Answer, aspect: str, basis: str) -> str:
         return f"{row.name} {f'({row.group}) ' if several else ''}{signed(way)}"
 
     own = [(row, way) for row, way in known if row.entry.adamw and row.name == row.entry.name and way.sign < 0]
-    gained = f"; averaging AdamW's own weights is ({', '.join(named(*pair) for pair in own)})" if own else ""
+    gained = f"; of AdamW's own runs these are ({', '.join(named(*pair) for pair in own)})" if own else ""
     known = [(row, way) for row, way in known if not row.entry.adamw]
     if not known:
         return f"{words} no method stands beside AdamW" + gained * (basis == "tokens")
@@ -309,15 +309,15 @@ def _beside_row(group: str, entry: en.Entry, basis: str, found: dict[str, st.Int
 def figures(made: Answer) -> list[dr.Drawing]:
     """A row an entry, a panel an aspect: seeds as dots, mean and interval before them, zero as a line.
 
-    Groups that are too many for one drawing are in several, of which the first has most pairs.
+    Scales that are too many for one drawing are in several, of which the first has most pairs.
     """
     parts: list[list[list[Row]]] = []
-    for group in dict.fromkeys(row.group for row in made.rows):
-        own = _drawn([row for row in made.rows if row.group == group])
-        if parts and sum(map(len, parts[-1])) + len(own) <= TALL:
-            parts[-1].append(own)
+    for _, rows in itertools.groupby(made.rows, lambda row: row.entry.scale):
+        groups = [_drawn(list(own)) for _, own in itertools.groupby(rows, lambda row: row.group)]
+        if parts and sum(map(len, [*parts[-1], *groups])) <= TALL:
+            parts[-1] += groups
         else:
-            parts.append([own])
+            parts.append(groups)
     parts.sort(key=lambda part: -sum(way.interval.n for rows in part for row in rows for way in row.ways.values()))
     return [_figure(made, part, f"answer_{number}" if number > 1 else "answer") for number, part in enumerate(parts, 1)]
 
@@ -374,8 +374,9 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
 def _frame(aspect: str, groups: list[list[Row]]) -> tuple[float, float]:
     """From the lowest to the highest pair and interval; not intervals of two pairs, beside which nothing is seen."""
     shown = [0.0]
-    for way in (way for rows in groups for row in rows for (key, _), way in row.ways.items() if key == aspect):
-        shown += [*way.pairs.values(), *(way.interval[1:3] if way.interval.n > 2 else ())]
+    for row in itertools.chain(*groups):
+        for way in filter(None, (row.ways.get((aspect, basis)) for basis in BASES)):
+            shown += [*way.pairs.values(), *(way.interval[1:3] if way.interval.n > 2 else ())]
     low, high = min(shown), max(shown)
     return low - 0.08 * (high - low), high + 0.08 * (high - low)
 

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     """runs: {(rate, rho): {seed: Result}} of finished and diverged runs; choice: the best of these settings.
 
     cost: FLOPs of a token, in those of AdamW. weights: the average that it is, "" for the last ones. adamw: whether
-    it is plain AdamW, or an average of its weights, at its best.
+    it is AdamW by itself, or an average of its weights.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether it is the last weights of AdamW at its best."""
-        return self.adamw and not self.weights
+        return self.adamw and self.of_choice and not self.weights
 
     @property
     def perturbs(self) -> bool:
@@ -153,16 +153,14 @@ def _of_cell(runs: list[gr.Run], scale: str, budget: str) -> list[Entry]:
         choice = st.choose({setting: _losses(by_seed) for setting, by_seed in by_setting.items()})
         if choice is None:
             continue
-        made = _entry(name, scale, budget, by_setting, choice)
-        found.append(made)
+        found.append(_entry(name, scale, budget, by_setting, choice))
         for setting, by_seed in by_setting.items():
             if setting != choice.rho and len(set(by_seed) - choice.seeds) >= OWN:
                 axes = zip(TUNED.values(), setting, choice.rho, strict=True)
                 aside = [f"{axis} {value:g}" for axis, value, best in axes if value != best]
                 if math.isfinite(choice.means[setting]):
                     own = choice._replace(rho=setting)  # seeds that every setting has were there to choose it too
-                    made = _entry(", ".join([name, *aside]), scale, budget, by_setting, own)
-                    found.append(made._replace(adamw=False))
+                    found.append(_entry(", ".join([name, *aside]), scale, budget, by_setting, own))
     return sorted(found, key=lambda entry: entry.loss)
 
 
@@ -207,7 +205,7 @@ def at_equal_compute(found: Sequence[Entry], entry: Entry) -> Entry | None:
 
 
 def _counterpart(found: list[Entry], entry: Entry) -> Entry | None:
-    known = [each for each in found if each.adamw]
+    known = [each for each in found if each.adamw and each.of_choice]
     alike = [each for each in known if each.weights == entry.weights and not entry.adamw]
     alike = alike or [each for each in known if each.plain]
     losses = {index: each.losses for index, each in enumerate(alike)}

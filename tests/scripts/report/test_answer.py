@@ -133,10 +133,10 @@ def test_the_frame_shows_all_pairs_but_not_the_interval_of_two(sweep):
     assert answer._frame("loss", [[two], [three]]) == pytest.approx((-9 - 0.08 * 18, 9 + 0.08 * 18))
 
 
-def test_groups_that_are_too_many_for_one_figure_are_in_several_the_surest_first(sweep, monkeypatch):
+def test_scales_that_are_too_many_for_one_figure_are_in_several_the_surest_first(sweep, monkeypatch):
     made = answer.answer(entries_of(sweep))
     alone = answer.answer(entries.entries([run for run in study_of(sweep) if run.seed == 0]))
-    rows = [*(row._replace(group="small") for row in alone.rows), *made.rows]
+    rows = [row._replace(group="small", entry=row.entry._replace(scale="small")) for row in alone.rows] + made.rows
     assert [drawing.name for drawing in answer.figures(made._replace(rows=rows))] == ["answer"]
     monkeypatch.setattr(answer, "TALL", 3)
     first, second = answer.figures(made._replace(rows=rows))
@@ -205,6 +205,41 @@ def test_of_several_kinds_of_adamw_the_best_is_that_on_the_seeds_that_all_have(t
     (sam,) = (entry for entry in found if entry.perturbs)
     assert {entry.name for entry in found if entry.adamw} == {"adamw", "adamw, schedule=constant"}
     assert entries.at_equal_tokens(found, sam).name == "adamw"
+
+
+def test_another_rate_of_adamw_with_seeds_of_its_own_is_no_method_and_no_reference(tmp_path):
+    runs = {}
+    for rate, seeds, worse in ((0.01, LEVELS, 0.0), (0.02, (0, 1, 2), 0.03), (0.04, (0,), 0.1)):
+        for seed in seeds:
+            name, overrides = plan("adamw", seed=seed, optim__peak_learning_rate=rate)
+            runs[name] = overrides, 2.0 + LEVELS[seed] + worse + WOBBLE[seed] * (worse > 0)
+    for seed in LEVELS:
+        name, overrides = plan("sam", 0.1, seed=seed, optim__peak_learning_rate=0.01)
+        runs[name] = overrides, 2.1 + LEVELS[seed] + WOBBLE[seed]
+    write_sweep(tmp_path, runs)
+    found = {entry.name: entry for entry in entries_of(tmp_path)}
+    assert {name: (entry.adamw, entry.plain) for name, entry in found.items()} == {
+        "adamw": (True, True), "adamw, rate 0.02": (True, False), "sam": (False, False),
+    }  # fmt: skip
+    for entry in (found["sam"], found["adamw, rate 0.02"]):
+        assert entries.at_equal_tokens([*found.values()], entry).name == "adamw"
+    loss = answer.sentences(answer.answer([*found.values()]))[0]
+    assert loss.startswith("In held-out loss, at equal tokens none of 1 is better than AdamW")
+
+
+def test_what_is_forgotten_on_the_way_is_drawn_beside_adamw(sweep, tmp_path):
+    assert command.main([str(sweep), f"--out={tmp_path}"]) == 0
+    rows = list(csv.DictReader((tmp_path / "forgetting.csv").open()))
+    assert {(row["group"].split(", ")[1], row["entry"]) for row in rows} == {
+        ("1000 steps", name) for name in ("adamw", "adamw, 2000 steps", "sam")
+    }
+    kept = 0.04 + sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3
+    for row in rows:
+        gained = 4.0 - float(row["second_loss"])
+        if row["entry"] == "sam":  # both lose in proportion to what they gain, 0.3 at the end
+            assert float(row["less_adamw"]) == pytest.approx(-kept * gained / 0.3)
+        else:
+            assert float(row["forgotten"]) == pytest.approx(0.1 * gained / 0.3)
 
 
 def test_a_curve_over_rho_is_of_one_rate(tmp_path):

@@ -73,7 +73,7 @@ def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
     assert rows["nadamw ema"] == pytest.approx(rows["nadamw"])
     assert rows["adamw ema"] == pytest.approx(-0.05)  # against its last weights
     assert (
-        "averaging AdamW's own weights is (adamw ema −0.0500"
+        "of AdamW's own runs these are (adamw ema −0.0500"
         in answer.sentences(answer.answer(entries.entries(study.runs)))[0]
     )
 
