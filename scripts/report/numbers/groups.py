@@ -106,14 +106,15 @@ def telling(runs: list[Run]) -> list[str]:
 
 def analyse(results: list[Result]) -> Study:
     """Groups results and chooses the best rho of each variant in each cell."""
-    runs = [_run(result) for result in results]
+    of_model = _usual_of_model(results)
+    runs = [_run(result, of_model) for result in results]
     keys = telling(runs)
     extras, notes = _extras(runs, keys)
     common = {key: usual(run.result.config[key] for run in runs) for key in keys}
     runs = _families([run._replace(variant=_variant(run, extras, common)) for run in runs])
-    named = dict.fromkeys(key for keys in extras.values() for key in keys)
-    if named:
-        left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(common[key])}" for key in named)
+    left_out = of_model | {key: common[key] for keys in extras.values() for key in keys}
+    if left_out:
+        left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
         notes.insert(0, f"Names leave out what most runs have: {left_out}.")
     cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]
     cells.sort(key=lambda cell: (cell.parameters or math.inf, cell.scale, cell.tokens or math.inf, cell.budget))
@@ -124,7 +125,7 @@ def analyse(results: list[Result]) -> Study:
     return Study(runs, finished, order, list(dict.fromkeys(cell.budget for cell in finished)), notes)
 
 
-def _run(result: Result) -> Run:
+def _run(result: Result, of_model: dict[str, str]) -> Run:
     config = result.config
     method = {"base": BASE}.get(config["optim.method"], config["optim.method"])
     alone = method == BASE
@@ -136,7 +137,7 @@ def _run(result: Result) -> Run:
     loss = {"finished": result.loss, "diverged": math.inf}.get(result.status, math.nan)
     return Run(
         result=result,
-        scale=_scale(result),
+        scale=_scale(result, of_model),
         budget=duration,
         method=method,
         variant=method,
@@ -146,16 +147,19 @@ def _run(result: Result) -> Run:
     )
 
 
-def _scale(result: Result) -> str:
-    """The name of a model: its size, and whatever else of the model differs between the runs."""
+def _usual_of_model(results: list[Result]) -> dict[str, str]:
+    """{key of the model, beside its size, in which runs differ: the value, as JSON, that most have}."""
+    varied = results[0].varied if results else {}
+    keys = [key for key in varied if key.startswith(_SCALE) and key != "model.size" and key not in OF_SIZE]
+    return {key: usual(result.varied[key] for result in results) for key in keys}
+
+
+def _scale(result: Result, of_model: dict[str, str]) -> str:
+    """The name of a model: its size, and what of the rest it has that most runs have not."""
     config = result.config
     named = config["model.size"] or ("x".join(str(config[key]) for key in OF_SIZE[:2]) + " (layers x width)")
-    others = [
-        f"{key.split('.')[1]} {value}"
-        for key, value in result.varied.items()
-        if key.startswith(_SCALE) and key != "model.size" and key not in OF_SIZE
-    ]
-    return ", ".join([named, *others])
+    shown = {key: result.varied[key] for key, value in of_model.items() if json.dumps(result.varied[key]) != value}
+    return ", ".join([named, *(f"{key.split('.')[1]} {value}" for key, value in shown.items())])
 
 
 def _families(runs: list[Run]) -> list[Run]:

@@ -286,6 +286,19 @@ def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_pat
     assert found.notes == ["Names leave out what most runs have: peak_learning_rate=0.002."]
 
 
+def test_a_model_is_named_by_what_most_have_not(tmp_path):
+    runs = {}
+    for dtype, seeds in (("float32", (0, 1, 2)), ("bfloat16", (0,))):
+        for seed in seeds:
+            name, overrides = plan("adamw", None, seed=seed, model__compute_dtype=dtype)
+            runs[name] = overrides, 2.0
+    write_sweep(tmp_path, runs)
+    found = report_groups.analyse(results.read(tmp_path))
+    size = min(cell.scale for cell in found.cells)
+    assert {cell.scale for cell in found.cells} == {size, f"{size}, compute_dtype bfloat16"}
+    assert found.notes == ["Names leave out what most runs have: compute_dtype=float32."]
+
+
 def test_a_radius_that_falls_late_is_another_variant_than_a_constant_one(tmp_path):
     runs = {}
     for schedule in ("constant", "late"):
