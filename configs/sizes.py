@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 SIZES = {
     # for studies of minutes on a CPU: four blocks, head width 8
+    "0.003m": dict(layers=4, width=8, heads=1, mlp_width=32),  # 3,072
     "0.01m": dict(layers=4, width=16, heads=2, mlp_width=64),  # 12,288
     "0.03m": dict(layers=4, width=24, heads=3, mlp_width=96),  # 27,648
     "0.05m": dict(layers=4, width=32, heads=4, mlp_width=128),  # 49,152
