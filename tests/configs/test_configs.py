@@ -134,7 +134,7 @@ def test_resolve_leaves_a_config_without_size_alone_and_refuses_an_unknown_one()
     config = base.get_config()
     assert sizes.resolve(config).to_dict() == base.get_config().to_dict()
     config.model.size = "23m"
-    with pytest.raises(ValueError, match=r"config.model.size = '23m': must be one of 0.01m, .*24m"):
+    with pytest.raises(ValueError, match=r"config.model.size = '23m': must be one of 0.003m, .*24m"):
         sizes.resolve(config)
 
 
@@ -154,7 +154,7 @@ def test_paper_config_runs_every_method(method, length):
         ("24m", "SIZE,METHOD,LENGTH"),
         ("24m,sam,fixed,more", "SIZE,METHOD,LENGTH"),
         ("24m,,fixed", "SIZE,METHOD,LENGTH"),
-        ("25m,sam,fixed", "'25m' must be one of 0.01m"),
+        ("25m,sam,fixed", "'25m' must be one of 0.003m"),
         ("24m,sam,short", "'short' must be one of fixed, chinchilla"),
     ],
 )
