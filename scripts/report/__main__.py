@@ -124,7 +124,7 @@ def write(found: list, out: Path, name: str) -> Path:
 def _introduction(study) -> str:
     cells = len(study.cells)
     return (
-        f"{len(study.runs)} runs in {cells} {'cell' if cells == 1 else 'cells'} of scale and budget. Losses are "
+        f"{len(study.trained)} runs in {cells} {'cell' if cells == 1 else 'cells'} of scale and budget. Losses are "
         "held-out, in nats per token, after the last step. Runs of one seed share initialisation and data order, so "
         "differences are taken seed by seed. An interval is a 95 % confidence interval unless it says otherwise: it "
         "concerns the mean over seeds of this very setting (text, model, schedule), not other settings."
@@ -135,10 +135,10 @@ def summary(study, compared) -> list[str]:
     """What the numbers allow to say, as sentences."""
     from steppe.scripts.report.numbers import analysis as report_analysis
 
-    counts = collections.Counter(run.result.status for run in study.runs)
+    counts = collections.Counter(run.result.status for run in study.trained)
     names = {"unfinished": "missing or unfinished"}
     said = [
-        f"{len(study.runs)} runs: "
+        f"{len(study.trained)} runs: "
         + ", ".join(
             f"{counts[status]} {names.get(status, status)}"
             for status in ("finished", "diverged", "failed", "pruned", "unfinished")
@@ -179,7 +179,7 @@ def summary(study, compared) -> list[str]:
         )
     branches = sorted({run.result.branch for run in study.runs} - {""})
     if branches:
-        count = sum(bool(run.result.branch) for run in study.runs)
+        count = sum(bool(run.result.branch) for run in study.trained)
         said.append(
             f"{count} runs are branches of others ({', '.join(branches)}): tokens, FLOPs and curves begin with "
             "those of the trunk, which they share."

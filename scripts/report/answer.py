@@ -3,6 +3,7 @@
 Every entry at its best setting beside AdamW at its own, by paired seeds: a figure, three sentences, a line an entry.
 """
 
+import collections
 import itertools
 import math
 import statistics
@@ -122,7 +123,7 @@ def signed(way: en.Difference) -> str:
 
 
 def sentences(made: Answer) -> list[str]:
-    """Three sentences: loss, what is kept, and how sure. Of several scales and budgets together."""
+    """Three: loss, what is kept, how sure. They speak of the scale and budget with most pairs, and count the others."""
     if not made.rows:
         return []
     said = {aspect.key: _of_aspect(aspect, made) for aspect in made.aspects}
@@ -132,16 +133,30 @@ def sentences(made: Answer) -> list[str]:
 
 
 def _of_aspect(aspect: Aspect, made: Answer) -> str:
-    clauses = [_clause(words, made, aspect.key, basis) for basis, words in BASES.items()]
-    return f"{aspect.clause}, {'; '.join(filter(None, clauses))}."
+    known = {basis: made.known(aspect.key, basis) for basis in BASES}
+    groups = list(dict.fromkeys(row.group for row in made.rows))
+    pairs = collections.Counter()
+    for row, way in itertools.chain(*known.values()):
+        pairs[row.group] += way.interval.n
+    first = max(groups, key=lambda group: pairs[group])  # of several the first
+    of_first = {basis: [pair for pair in found if pair[0].group == first] for basis, found in known.items()}
+    clauses = [_clause(words, of_first[basis], basis) for basis, words in BASES.items()]
+    where = f" ({first})" if len(groups) > 1 else ""
+    said = f"{aspect.clause}{where}, {'; '.join(filter(None, clauses))}."
+    apart = {basis: [pair for pair in found if pair[0].group != first] for basis, found in known.items()}
+    counted = [f"{words} {count}" for basis, words in BASES.items() if (count := _counted(apart[basis]))]
+    return f"{said} Elsewhere {'; '.join(counted)}." if counted else said
 
 
-def _clause(words: str, made: Answer, aspect: str, basis: str) -> str:
-    several = len({row.group for row in made.rows}) > 1
-    known = made.known(aspect, basis)
+def _counted(known: list[tuple[Row, en.Difference]]) -> str:
+    """How many methods are better, how many worse, of those with an interval."""
+    signs = [way.sign for row, way in known if not row.entry.adamw and math.isfinite(way.interval.high)]
+    return f"{signs.count(-1)} of {len(signs)} better, {signs.count(1)} worse" if signs else ""
 
+
+def _clause(words: str, known: list[tuple[Row, en.Difference]], basis: str) -> str:
     def named(row: Row, way: en.Difference) -> str:
-        return f"{row.name} {f'({row.group}) ' if several else ''}{signed(way)}"
+        return f"{row.name} {signed(way)}"
 
     own = [(row, way) for row, way in known if row.entry.adamw and row.name == row.entry.name and way.sign < 0]
     gained = f"; of AdamW's own runs these are ({', '.join(named(*pair) for pair in own)})" if own else ""

@@ -109,13 +109,20 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
                         rows.append({"cell": ", ".join(cell), "aspect": aspect.title, "entry": entry.name, "rho": rho,
                                      "less_adamw": way.interval.value, "low": way.interval.low,
                                      "high": way.interval.high, "pairs": way.interval.n})  # fmt: skip
-    if len({row["aspect"] for row in rows}) < 2:  # the loss alone is drawn elsewhere
+    measured: dict[str, set[str]] = {}
+    for row in rows:
+        measured.setdefault(row["cell"], set()).add(row["aspect"])
+    rows = [row for row in rows if len(measured[row["cell"]]) > 1]  # the loss alone is drawn elsewhere
+    if not rows:
         return None
     styles = style.of_variants(dict.fromkeys(row["entry"] for row in rows))
     cells, titles = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cell", "aspect"))
     drawn, panels = dr.grid([(cell, title) for cell in cells for title in titles], 3.2)
     for (cell, title), axes in panels.items():
         own = [row for row in rows if (row["cell"], row["aspect"]) == (cell, title)]
+        if not own:
+            axes.set_axis_off()
+            continue
         for name in dict.fromkeys(row["entry"] for row in own):
             colour, marker, dash = styles[name]
             line = [row for row in own if row["entry"] == name]

@@ -74,7 +74,7 @@ def costs(cell: Cell, variant: Variant) -> tuple[float, float]:
 
 
 def optima(study: Study) -> dict[tuple[str, str], list[tuple[Cell, st.Optimum]]]:
-    """{(budget, variant): [(cell, optimum), ...]}, an entry a scale.
+    """{(budget, variant): [(cell, optimum), ...]}, an entry a scale where several rho were tried.
 
     A budget of one ratio of tokens to parameters also takes in a cell of that ratio that bears another name.
     """
@@ -90,7 +90,8 @@ def optima(study: Study) -> dict[tuple[str, str], list[tuple[Cell, st.Optimum]]]
             ]  # fmt: skip
         for cell in sorted(cells, key=lambda cell: cell.parameters):
             for name, variant in cell.variants.items():
-                if variant.optimum is not None and variant.optimum.rho > 0:
+                grid = [rho for rho in variant.losses if rho > 0]
+                if variant.optimum is not None and variant.optimum.rho > 0 and len(grid) > 1:
                     found.setdefault((budget, name), []).append((cell, variant.optimum))
     return found
 

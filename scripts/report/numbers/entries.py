@@ -205,9 +205,10 @@ def at_equal_compute(found: Sequence[Entry], entry: Entry) -> Entry | None:
 
 
 def _counterpart(found: list[Entry], entry: Entry) -> Entry | None:
-    known = [each for each in found if each.adamw and each.of_choice]
-    alike = [each for each in known if each.weights == entry.weights and not entry.adamw]
-    alike = alike or [each for each in known if each.plain]
+    own = [each for each in found if each.adamw and each.weights == entry.weights and not entry.adamw]
+    shared = [each for each in own if each.best.keys() & entry.best.keys()]
+    alike = [each for each in shared if each.of_choice] or shared  # another rate, where the best was not run beside it
+    alike = alike if own else [each for each in found if each.plain]
     losses = {index: each.losses for index, each in enumerate(alike)}
     chosen = st.choose(losses)  # on the seeds that all of them have
     return alike[chosen.rho] if chosen else None

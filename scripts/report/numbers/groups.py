@@ -90,6 +90,11 @@ class Study(NamedTuple):
     budgets: list[str]
     notes: list[str]
 
+    @property
+    def trained(self) -> list[Run]:
+        """The runs, without the averages of their weights."""
+        return [run for run in self.runs if not run.result.weights]
+
     def missing(self) -> list[Run]:
         return [run for run in self.runs if run.result.status == "unfinished"]
 

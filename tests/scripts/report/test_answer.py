@@ -227,6 +227,37 @@ def test_another_rate_of_adamw_with_seeds_of_its_own_is_no_method_and_no_referen
     assert loss.startswith("In held-out loss, at equal tokens none of 1 is better than AdamW")
 
 
+def test_where_the_best_rate_has_no_seed_of_a_method_it_stands_beside_another_rate(tmp_path):
+    runs = {}
+    for rate, seeds, worse in ((0.01, LEVELS, 0.01), (0.02, (0,), 0.0)):
+        for seed in seeds:
+            name, overrides = plan("adamw", seed=seed, optim__peak_learning_rate=rate)
+            runs[name] = overrides, 2.0 + LEVELS[seed] + worse
+    for seed in (1, 2, 3):
+        name, overrides = plan("sam", 0.1, seed=seed, optim__peak_learning_rate=0.01)
+        runs[name] = overrides, 2.1 + LEVELS[seed]
+    write_sweep(tmp_path, runs)
+    found = {entry.name: entry for entry in entries_of(tmp_path)}
+    assert found["adamw"].chosen("rate") == 0.02
+    other = entries.at_equal_tokens([*found.values()], found["sam"])
+    assert other.name == "adamw, rate 0.01"
+    assert entries.difference(found["sam"], other).interval.value == pytest.approx(0.09)
+
+
+def test_of_several_budgets_the_sentences_name_what_has_most_pairs_and_count_the_rest(tmp_path):
+    runs = {}
+    for steps, seeds, gain in ((500, (0, 1, 2), -0.1), (1000, LEVELS, 0.1), (2000, (0, 1, 2), 0.1)):
+        for seed in seeds:
+            for method, rho in (("adamw", None), ("msam", 0.1)):
+                name, overrides = plan(method, rho, seed=seed, duration=f"{steps} steps")
+                runs[name] = overrides, 2.0 + LEVELS[seed] + (gain + WOBBLE[seed]) * (method == "msam")
+    write_sweep(tmp_path, runs)
+    loss = answer.sentences(answer.answer(entries_of(tmp_path)))[0]
+    group = next(entry for entry in entries_of(tmp_path) if entry.budget == "1000 steps").scale + ", 1000 steps"
+    assert loss.startswith(f"In held-out loss ({group}), at equal tokens none of 1 is better than AdamW")
+    assert loss.endswith("Elsewhere at equal tokens 1 of 2 better, 1 worse; at equal FLOPs 1 of 2 better, 1 worse.")
+
+
 def test_what_is_forgotten_on_the_way_is_drawn_beside_adamw(sweep, tmp_path):
     assert command.main([str(sweep), f"--out={tmp_path}"]) == 0
     rows = list(csv.DictReader((tmp_path / "forgetting.csv").open()))
@@ -336,7 +367,9 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     text = (STUDY / "README.md").read_text()
     for name, made in page.tables().items():
         assert f"<!-- {name} -->\n{made}<!-- end of {name} -->" in text
-    study = groups.analyse(results.with_averages(results.read(str(STUDY / "runs.jsonl"))))
+    runs = results.read(str(STUDY / "runs.jsonl"))
+    study = groups.analyse(results.with_averages(runs))
+    assert len(study.runs) > len(study.trained) == len(runs)
     made = answer.answer(entries.entries(study.runs))
     bends = tables.sharpness(study, "curvature", analysis.measures(study)["curvature"])
     for name, table in (("beside", answer.beside(made)), ("power", answer.power(made)), ("curvature", bends)):

@@ -286,6 +286,17 @@ def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_pat
     assert found.notes == ["Names leave out what most runs have: peak_learning_rate=0.002."]
 
 
+def test_one_rho_alone_is_no_best_rho(tmp_path):
+    runs = {}
+    for method, rhos in (("adamw", (None,)), ("sam", (0.1,)), ("functional_sam", (0.1, 0.2))):
+        for rho in rhos:
+            name, overrides = plan(method, rho)
+            runs[name] = overrides, 2.0 - (rho or 0.0)
+    write_sweep(tmp_path, runs)
+    found = report_analysis.optima(report_groups.analyse(results.read(tmp_path)))
+    assert {name for _, name in found} == {"functional_sam"}
+
+
 def test_a_model_is_named_by_what_most_have_not(tmp_path):
     runs = {}
     for dtype, seeds in (("float32", (0, 1, 2)), ("bfloat16", (0,))):
