@@ -61,8 +61,8 @@ class Result(NamedTuple):
     averages: a Result for each average of the weights that the run keeps, as if it were a run of its own, `weights`
     its name; its directory is where what is measured of that average stands.
     curvature: the numbers of each checkpoint that steppe curvature measured, with its "step", in their order.
-    retention: those of steppe retention; fine_tune: {"loss": of the second text before, "paths": [{"rate", "points":
-    [{"step", "gained", "lost"}]}]}, nats a token.
+    retention: those of steppe retention; fine_tune: {"text": fingerprint of the second text, "loss": there before,
+    "paths": [{"rate", "points": [{"step", "gained", "lost"}]}]}, nats a token.
     """
 
     name: str
@@ -220,6 +220,7 @@ def _measured(directory: Path) -> dict[str, Any]:
     curvature = [numbers(path)[1] for path in measured(directory)]
     record, retention = numbers(directory / RETENTION)
     tuned = (record.get("details") or {}).get("fine_tune") or {}
+    tuned = tuned and {**tuned, "text": (record.get("fine_tune") or {}).get("corpus", "")}
     return {"curvature": tuple(filter(None, curvature)), "retention": retention, "fine_tune": tuned}
 
 

@@ -15,6 +15,7 @@ from steppe.scripts.report.numbers import statistics as st
 from steppe.scripts.results import OF_SIZE, Result
 
 BASE = "adamw"  # the method that perturbs nothing
+_OF_SECOND_TEXT = ("fine_tune", "forgetting")  # where a measure of retention begins so
 _SCALE = ("model.", "data.sequence_length", "data.vocabulary")  # where a key begins so
 _BUDGET = ("train.duration", "train.tokens_per_parameter", "train.parameter_count")
 # neither changes what a run computes, beyond the order of sums; or it is the axis of a sweep
@@ -111,6 +112,7 @@ def telling(runs: list[Run]) -> list[str]:
 
 def analyse(results: list[Result]) -> Study:
     """Groups results and chooses the best rho of each variant in each cell."""
+    results, aside = _of_one_second_text(results)
     of_model = _usual_of_model(results)
     runs = [_run(result, of_model) for result in results]
     keys = telling(runs)
@@ -121,6 +123,8 @@ def analyse(results: list[Result]) -> Study:
     if left_out:
         left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
         notes.insert(0, f"Names leave out what most runs have: {left_out}.")
+    if aside:
+        notes.append(f"{aside} runs were fine-tuned on another second text than most: what they forget is left out.")
     cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]
     cells.sort(key=lambda cell: (cell.parameters or math.inf, cell.scale, cell.tokens or math.inf, cell.budget))
     total = sum(cell.df for cell in cells)
@@ -128,6 +132,20 @@ def analyse(results: list[Result]) -> Study:
     finished = [_with_optima(cell, sigma, total) for cell in cells]
     order = sorted({run.variant for run in runs}, key=lambda name: (not name.startswith(BASE), _first(runs, name)))
     return Study(runs, finished, order, list(dict.fromkeys(cell.budget for cell in finished)), notes)
+
+
+def _of_one_second_text(results: list[Result]) -> tuple[list[Result], int]:
+    """The results without what was measured on other second texts than that of most, and how many had such."""
+    texts = collections.Counter(result.fine_tune.get("text", "") for result in results if result.fine_tune)
+    most = max(texts, key=texts.get, default="")
+
+    def kept(result: Result) -> Result:
+        if result.fine_tune.get("text", "") == most:
+            return result
+        others = {key: value for key, value in result.retention.items() if not key.startswith(_OF_SECOND_TEXT)}
+        return result._replace(fine_tune={}, retention=others)
+
+    return [kept(result) if result.fine_tune else result for result in results], sum(texts.values()) - texts[most]
 
 
 def _run(result: Result, of_model: dict[str, str]) -> Run:

@@ -258,6 +258,27 @@ def test_of_several_budgets_the_sentences_name_what_has_most_pairs_and_count_the
     assert loss.endswith("Elsewhere at equal tokens 1 of 2 better, 1 worse; at equal FLOPs 1 of 2 better, 1 worse.")
 
 
+def test_what_was_fine_tuned_on_another_text_is_not_compared(sweep):
+    found = results.with_averages(results.read(sweep))
+    given = []
+    for result in found:
+        text = "other" if result.config["seed"] == 2 else "most"
+        paths = [{"rate": 0.001, "points": [{"step": 1, "gained": 0.01, "lost": 9.0}]}] if text == "other" else None
+        tuned = {**result.fine_tune, "text": text} | ({"loss": 7.0, "paths": paths} if paths else {})
+        given.append(result._replace(fine_tune=tuned, retention={**result.retention, "forgetting_at_equal_loss": 9.0}))
+    study = groups.analyse(given)
+    assert study.notes[-1] == "3 runs were fine-tuned on another second text than most: what they forget is left out."
+    (way,) = (
+        row.ways["forgetting", "tokens"] for row in answer.answer(entries.entries(study.runs)).rows if row.name == "sam"
+    )
+    wobble = (WOBBLE[1] + WOBBLE[3]) / 2
+    assert way.interval.n == 2
+    assert way.interval.value == pytest.approx((-0.04 - wobble) * 0.8)
+    aside = [run.result for run in study.runs if run.seed == 2]
+    assert all("int4_channel" in result.retention for result in aside)
+    assert not any("forgetting_at_equal_loss" in result.retention for result in aside)
+
+
 def test_what_is_forgotten_on_the_way_is_drawn_beside_adamw(sweep, tmp_path):
     assert command.main([str(sweep), f"--out={tmp_path}"]) == 0
     rows = list(csv.DictReader((tmp_path / "forgetting.csv").open()))
