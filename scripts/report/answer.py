@@ -393,7 +393,8 @@ def _frame(aspect: str, groups: list[list[Row]]) -> tuple[float, float]:
         for way in filter(None, (row.ways.get((aspect, basis)) for basis in BASES)):
             shown += [*way.pairs.values(), *(way.interval[1:3] if way.interval.n > 2 else ())]
     low, high = min(shown), max(shown)
-    return low - 0.08 * (high - low), high + 0.08 * (high - low)
+    aside = 0.08 * (high - low) or 0.1  # nothing was measured
+    return low - aside, high + aside
 
 
 def label_of(name: str, entry: en.Entry) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # what of the report's files is kept here
 FILES = (
-    *("answer*.png", "answer*.csv", "kept_against_rho.*", "forgetting.png"),
+    *("answer*.png", "answer*.csv", "kept_against_rho.*", "best_rho.*", "forgetting.png"),
     *("beside_table.csv", "power_table.csv", "curvature_table.csv"),
 )
 COLUMNS = {
@@ -46,6 +46,8 @@ def main() -> int:
         steppe = [sys.executable, "-P", "-m", "steppe.scripts.cli"]
         subprocess.run([*steppe, "report", str(HERE / "runs.jsonl"), f"--out={place}"], check=True)
         for pattern in FILES:
+            for before in HERE.glob(pattern):
+                before.unlink()
             for made in Path(place).glob(pattern):
                 shutil.copy(made, HERE)
     page = HERE / "README.md"

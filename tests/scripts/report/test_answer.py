@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import statistics
+import warnings
 
 import pytest
 
@@ -167,6 +168,14 @@ def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
     assert "at equal FLOPs none of 1 is better than AdamW by an interval without zero, 1 are worse" in kept
     assert "3–4 pairs of seeds" in sure
     assert "of 9 intervals 0.5 would exclude zero by chance alone" in sure
+
+
+def test_a_panel_of_what_no_entry_of_its_drawing_has_is_empty(sweep):
+    made = answer.answer(entries_of(sweep))
+    rows = [row._replace(ways={key: row.ways[key] for key in row.ways if key[0] == "loss"}) for row in made.rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer.figures(made._replace(rows=rows))
 
 
 def test_a_line_says_where_to_look_next(sweep):
