@@ -60,6 +60,8 @@ def duration_steps(
         if total_steps is None or value > 100:
             raise DurationError(text, "a fraction of a run of known length, from 0% to 100%")
         steps = value / 100 * total_steps
+    if not math.isfinite(steps):
+        raise DurationError(text, "a duration that is a finite number of steps")
     # 0.05 * 1000 is 50.00000000000001 in binary: round before taking the ceiling.
     return math.ceil(round(steps, 6))
 

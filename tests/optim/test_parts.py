@@ -121,7 +121,9 @@ def test_durations_in_every_unit(text, wanted):
     assert schedules.duration_steps(text, tokens_per_step=100, total_steps=1000, tokens_per_epoch=5000) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "fast", "-1 steps", "5 minutes", "1e400%", "nan", "101%", "1 epochs", "5%"])
+@pytest.mark.parametrize(
+    "text", ["", "fast", "-1 steps", "5 minutes", "1e400%", "nan", "101%", "1 epochs", "5%", "1e400"]
+)
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
         schedules.duration_steps(text, tokens_per_step=100, total_steps=None if text == "5%" else 1000)

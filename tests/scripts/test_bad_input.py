@@ -44,6 +44,8 @@ TABLE = [
     ([*TRAIN, "--until=x"], "--until"),
     ([*TRAIN, "--replay_step=3"], "run: must be the workdir of a run"),
     ([*TRAIN, "--config.train.duration=1e300 tokens"], "config.train.duration = '1e300 tokens'"),
+    ([*TRAIN, "--config.train.duration=1e300 epochs"], "a duration that is a finite number of steps"),
+    ([*TRAIN, "--config.evaluate.every=1e400 steps"], "config.evaluate.every = '1e400 steps'"),
     ([*TRAIN, "--config.model.width=1048576", "--config.model.size="], "a model whose state and gradient fit a device"),
     ([*TRAIN, "--config.data.task=lines:absent"], "lines:absent matches no file"),
     ([*TRAIN, "--config.data.task=lines:."], "lines:. is a directory"),
