@@ -133,18 +133,21 @@ def sentences(made: Answer) -> list[str]:
 
 
 def _of_aspect(aspect: Aspect, made: Answer) -> str:
-    known = {basis: made.known(aspect.key, basis) for basis in BASES}
-    groups = list(dict.fromkeys(row.group for row in made.rows))
-    pairs = collections.Counter()
-    for row, way in itertools.chain(*known.values()):
-        pairs[row.group] += way.interval.n
-    first = max(groups, key=lambda group: pairs[group])  # of several the first
-    of_first = {basis: [pair for pair in found if pair[0].group == first] for basis, found in known.items()}
-    clauses = [_clause(words, of_first[basis], basis) for basis, words in BASES.items()]
-    where = f" ({first})" if len(groups) > 1 else ""
+    pairs = collections.Counter({row.group: 0 for row in made.rows})
+    for basis in BASES:
+        for row, way in made.known(aspect.key, basis):
+            pairs[row.group] += way.interval.n
+    first = max(pairs, key=pairs.get)
+    clauses, counted = [], []
+    for basis, words in BASES.items():
+        of_first, others = [], []
+        for row, way in made.known(aspect.key, basis):
+            (of_first if row.group == first else others).append((row, way))
+        clauses.append(_clause(words, of_first, basis))
+        if count := _counted(others):
+            counted.append(f"{words} {count}")
+    where = f" ({first})" if len(pairs) > 1 else ""
     said = f"{aspect.clause}{where}, {'; '.join(filter(None, clauses))}."
-    apart = {basis: [pair for pair in found if pair[0].group != first] for basis, found in known.items()}
-    counted = [f"{words} {count}" for basis, words in BASES.items() if (count := _counted(apart[basis]))]
     return f"{said} Elsewhere {'; '.join(counted)}." if counted else said
 
 

@@ -128,10 +128,9 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
     ]  # fmt: skip
     budgets = list(dict.fromkeys(budget for budget, _ in every))
     marks = dict(zip(budgets, style.series(len(budgets)), strict=True))
-    scales = {name: set() for name in study.variants}
-    for (_, name), pairs in every.items():
-        scales[name] |= {cell.scale for cell, _ in pairs}
-    names = [name for name in study.variants if len(scales[name]) > 1] or [name for name in scales if scales[name]]
+    sizes = {name: {row["parameters"] for row in rows if row["variant"] == name} for name in study.variants}
+    names = [name for name in sizes if len(sizes[name]) > 1] or [name for name in sizes if sizes[name]]
+    rows = [row for row in rows if row["variant"] in names]
     columns = min(3, len(names))
     figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(names))], 3.1)
     for i, name in enumerate(names):

@@ -96,9 +96,6 @@ class Study(NamedTuple):
         """The runs, without the averages of their weights."""
         return [run for run in self.runs if not run.result.weights]
 
-    def missing(self) -> list[Run]:
-        return [run for run in self.runs if run.result.status == "unfinished"]
-
 
 def same(a: float, b: float) -> bool:
     """Whether two rho are the same; NaN (the method's default) is only itself."""
@@ -124,7 +121,7 @@ def analyse(results: list[Result]) -> Study:
         left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
         notes.insert(0, f"Names leave out what most runs have: {left_out}.")
     if aside:
-        notes.append(f"{aside} runs were fine-tuned on another second text than most: what they forget is left out.")
+        notes.append(f"{aside} models were fine-tuned on another text than most: what they forget is left out.")
     cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]
     cells.sort(key=lambda cell: (cell.parameters or math.inf, cell.scale, cell.tokens or math.inf, cell.budget))
     total = sum(cell.df for cell in cells)

@@ -13,7 +13,7 @@ import pytest
 from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
-from steppe.scripts.report import answer, tables
+from steppe.scripts.report import answer, measured, tables
 from steppe.scripts.report.numbers import analysis, entries, groups
 from steppe.scripts.report.numbers import statistics as st
 
@@ -201,6 +201,21 @@ def test_what_is_kept_is_drawn_over_rho(sweep, tmp_path):
     assert [row["pairs"] for row in rows if row["aspect"] == "held-out loss"] == ["1", "1", "4"]
 
 
+def test_what_is_kept_is_drawn_where_it_was_measured(tmp_path):
+    runs = {}
+    for steps in (500, 1000):
+        for method, rho in (("adamw", None), ("sam", 0.01), ("sam", 0.1)):
+            name, overrides = plan(method, rho, duration=f"{steps} steps")
+            runs[name] = overrides, 2.0 + (rho or 0.0)
+    write_sweep(tmp_path / "sweep", runs)
+    for name, (overrides, _) in runs.items():
+        if "500 steps" in overrides.values():
+            record = {"step": 500, "summary": {"int4_channel": 0.1}}
+            (tmp_path / "sweep" / "runs" / name / "retention.json").write_text(json.dumps(record))
+    drawing = measured.kept_against_rho(entries_of(tmp_path / "sweep"))
+    assert {row["cell"].split(", ")[1] for row in drawing.rows} == {"500 steps"}
+
+
 def test_of_several_kinds_of_adamw_the_best_is_that_on_the_seeds_that_all_have(tmp_path):
     runs = {}
     for schedule, seeds, worse in (("cosine", LEVELS, 0.0), ("constant", (2,), 0.005)):  # by itself seed 2 looks better
@@ -276,7 +291,7 @@ def test_what_was_fine_tuned_on_another_text_is_not_compared(sweep):
         tuned = {**result.fine_tune, "text": text} | ({"loss": 7.0, "paths": paths} if paths else {})
         given.append(result._replace(fine_tune=tuned, retention={**result.retention, "forgetting_at_equal_loss": 9.0}))
     study = groups.analyse(given)
-    assert study.notes[-1] == "3 runs were fine-tuned on another second text than most: what they forget is left out."
+    assert study.notes[-1] == "3 models were fine-tuned on another text than most: what they forget is left out."
     (way,) = (
         row.ways["forgetting", "tokens"] for row in answer.answer(entries.entries(study.runs)).rows if row.name == "sam"
     )

@@ -15,6 +15,7 @@ from steppe.configs import base
 from steppe.scripts import results
 from steppe.scripts.report import __main__ as report
 from steppe.scripts.report import compare as report_compare
+from steppe.scripts.report import figures as report_figures
 from steppe.scripts.report import tables as report_tables
 from steppe.scripts.report.numbers import analysis as report_analysis
 from steppe.scripts.report.numbers import groups as report_groups
@@ -295,6 +296,20 @@ def test_one_rho_alone_is_no_best_rho(tmp_path):
     write_sweep(tmp_path, runs)
     found = report_analysis.optima(report_groups.analyse(results.read(tmp_path)))
     assert {name for _, name in found} == {"functional_sam"}
+
+
+def test_best_rho_is_drawn_over_sizes_where_there_are_several(tmp_path):
+    runs = {}
+    for method, sizes in (("sam", ("0.1m",)), ("functional_sam", ("0.1m", "0.4m"))):
+        for size in sizes:
+            for rho in (0.01, 0.1):
+                name, overrides = plan(method, rho, size=size)
+                runs[name] = overrides, 2.0 - rho
+    write_sweep(tmp_path, runs)
+    drawing = report_figures.best_rho(report_groups.analyse(results.read(tmp_path)), {})
+    assert {(row["variant"], row["scale"]) for row in drawing.rows} == {
+        ("functional_sam", "0.1m"), ("functional_sam", "0.4m"),
+    }  # fmt: skip
 
 
 def test_a_model_is_named_by_what_most_have_not(tmp_path):
