@@ -85,6 +85,8 @@ _PATTERNS = (
     (r"fine_tune_lr=(.+): curvature", lambda found: f"curvature along fine-tuning at {found[1]}"),
 )  # fmt: skip
 
+INCREASES = "Every measure but curvature is an increase of the loss, nats per token: smaller is better."  # of retention
+
 
 def in_words(measure: str) -> str:
     """What a measure of curvature or retention is called where people read it."""

@@ -272,8 +272,7 @@ def power(made: Answer) -> tables.Table:
 
 def beside(made: Answer) -> tables.Table:
     """A row an entry and basis: its loss, and what was measured of its weights when disturbed, less AdamW's."""
-    disturbances = list(dict.fromkeys(key for row in made.rows for key in en.disturbances(row.entry)))
-    asked = {key: en.rounded_loss(key) for key in disturbances}
+    asked = {key: of for row in made.rows for key, of in en.disturbances(row.entry).items()}
     first, rows, itself = next(iter(BASES)), [], {}  # itself: a row a group
     for row in made.rows:
         if (other := row.others[first]) and other.plain:
@@ -295,12 +294,13 @@ def beside(made: Answer) -> tables.Table:
         ordered += [itself[group], *own] if group in itself else own
     known = [key for key in ("loss", "forgetting", *asked) if any(key in row for row in rows)]
     rows = [{"adamw": "", **row, **{key: row.get(key, an.NOTHING) for key in known}} for row in ordered]
-    titles = {aspect.key: aspect.title for aspect in aspects([])} | {key: style.in_words(key) for key in disturbances}
+    titles = {aspect.key: aspect.title for aspect in aspects([])} | {key: style.in_words(key) for key in asked}
     return tables.Table(
         "beside", "Beside AdamW at its best",
         "Loss, and where it was measured what fine-tuning costs and the loss of the weights as rounded or disturbed, "
         "less AdamW's at its best of the same seeds (an average's less the same average's), nats a token, with 95 % "
         "intervals: below zero is better. What a user of the rounded model gets, not what rounding takes from it. "
+        "Curvature is of the first text's loss before fine-tuning, in the direction that this then takes. "
         f"Equal FLOPs: of AdamW's runs within {en.EQUAL_FLOPS:.0%}, which see more tokens. AdamW's own row has values.",
         [
             tables.Column("entry", "entry", number=False), tables.Column("basis", "held against AdamW", number=False),

@@ -122,12 +122,12 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
     if not every:
         return None
     rows = [
-        {"variant": name, "budget": budget, "scale": cell.scale, "parameters": cell.parameters, "rho": optimum.rho,
+        {"variant": name, "budget": family, "scale": cell.scale, "parameters": cell.parameters, "rho": optimum.rho,
          "low": optimum.low, "high": optimum.high, "status": optimum.status}
-        for (budget, name), pairs in every.items() for cell, optimum in pairs
+        for (family, name), pairs in every.items() for cell, optimum in pairs
     ]  # fmt: skip
-    budgets = list(dict.fromkeys(budget for budget, _ in every))
-    marks = dict(zip(budgets, style.series(len(budgets)), strict=True))
+    families = list(dict.fromkeys(family for family, _ in every))
+    marks = dict(zip(families, style.series(len(families)), strict=True))
     sizes = {name: {row["parameters"] for row in rows if row["variant"] == name} for name in study.variants}
     names = [name for name in sizes if len(sizes[name]) > 1] or [name for name in sizes if sizes[name]]
     rows = [row for row in rows if row["variant"] in names]
@@ -135,9 +135,9 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
     figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(names))], 3.1)
     for i, name in enumerate(names):
         axes, tried = panels[i // columns, i % columns], []
-        for number, (budget, (colour, marker, dash)) in enumerate(marks.items()):
+        for number, (family, (colour, marker, dash)) in enumerate(marks.items()):
             aside = 1.06 ** (number - (len(marks) - 1) / 2)  # marks of one size stand beside each other
-            pairs = every.get((budget, name), [])
+            pairs = every.get((family, name), [])
             for cell, optimum in pairs:
                 grid = [rho for rho in cell.variants[name].losses if rho > 0]
                 tried += grid
@@ -148,7 +148,7 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
                     [cell.parameters * aside], [optimum.rho], color=colour, marker=marker, linestyle="none",
                     markerfacecolor=colour if optimum.status == "inside" else "white",
                 )  # fmt: skip
-            law = laws.get((budget, name))
+            law = laws.get((family, name))
             if law:
                 fitted = [cell.parameters for cell, optimum in pairs if optimum.status == "inside"]
                 x = np.geomspace(min(fitted) / 1.3, max(fitted) * 1.3, 50)
@@ -157,7 +157,7 @@ def best_rho(study: gr.Study, laws: dict) -> dr.Drawing | None:
                     axes.plot(x, line, color=colour, linestyle=dash, marker="none")
                     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             if pairs:
-                axes.plot([], [], color=colour, marker=marker, linestyle=dash, label=budget)
+                axes.plot([], [], color=colour, marker=marker, linestyle=dash, label=family)
         axes.set(xscale="log", yscale="log", xlabel="non-embedding parameters", title=name)
         axes.set_ylim(min(tried) / 1.6, max(tried) * 1.6)
         axes.set_xlim(min(row["parameters"] for row in rows) / 1.4, max(row["parameters"] for row in rows) * 1.4)

@@ -53,10 +53,7 @@ def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]], 
     return dr.Drawing(
         f"{source}_{part + 1}" if several else source,
         f"Held-out loss beside {source}" + (f", part {part + 1}" if several else ""),
-        "One mark a run, all rho and seeds that were measured." + (
-            " Measures of retention are increases of the loss, nats per token: smaller is better."
-            if source == "retention" else ""
-        ),
+        "One mark a run, all rho and seeds that were measured." + f" {style.INCREASES}" * (source == "retention"),
         f"Held-out loss against {', '.join(map(style.in_words, chosen))}, a row of panels for each scale and budget.",
         figure, rows,
     )  # fmt: skip

@@ -204,11 +204,11 @@ def optima(study: gr.Study) -> Table:
 def power_laws(study: gr.Study, laws: dict) -> Table:
     rows = []
     every = an.optima(study)
-    for (budget, name), law in laws.items():
-        edges = sum(optimum.status != "inside" for _, optimum in every[budget, name])
-        told = an.foretold(study, budget, name)
+    for (family, name), law in laws.items():
+        edges = sum(optimum.status != "inside" for _, optimum in every[family, name])
+        told = an.foretold(study, family, name)
         rows.append(
-            {"variant": name, "budget": budget, "factor": law.factor, "exponent": law.exponent,
+            {"variant": name, "budget": family, "factor": law.factor, "exponent": law.exponent,
              "left_out": edges, "interval_from": law.how, "checked_at": told.scale if told else "",
              "foretold": told.rho if told else math.nan, "best_there": told.best if told else math.nan,
              "check": _foretold(told)}
@@ -265,7 +265,7 @@ def sharpness(study: gr.Study, source: str, found: dict[str, dict[str, float]]) 
     cells = [cell.label for cell in study.cells]
     rows.sort(key=lambda row: (cells.index(row["cell"]), study.variants.index(row["variant"]), row["rho"]))
     more = f" {len(found)} measures in all, in the CSV." if len(an.shown(found)) < len(found) else ""
-    unit = " Every measure is an increase of the loss, nats per token: smaller is better." * (source == "retention")
+    unit = f" {style.INCREASES}" * (source == "retention")
     return Table(
         source, source.capitalize(), f"Mean over the seeds that were measured.{unit}{more}",
         [

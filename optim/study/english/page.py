@@ -27,6 +27,13 @@ COLUMNS = {
     "int3_gptq_channel": "by GPTQ",
     "noise_0.05": "noise of 5 %",
 }
+OTHERS = {
+    "int4_group64": "4 bits",
+    "int4_gptq_group64": "by GPTQ",
+    "int3_group64": "3 bits",
+    "int3_gptq_group64": "by GPTQ",
+    **{f"fine_tune_lr={rate}: curvature": f"curvature at {rate}" for rate in ("0.0001", "0.0002", "0.0004", "0.0008")},
+}
 BENDS = {
     "lambda_max": "λmax",
     "ggn_lambda_max": "of the GGN",
@@ -66,7 +73,13 @@ def main() -> int:
 
 def tables() -> dict[str, str]:
     """{name of its marker: Markdown} of the tables of README.md, from the CSV files beside it."""
-    return {name: made(read(name)) for name, made in (("beside", beside), ("power", power), ("curvature", curvature))}
+    rows = read("beside")
+    return {
+        "beside": beside(rows, COLUMNS),
+        "others": beside([row for row in rows if any(int(row[f"{key}_n"] or 0) >= PAIRS for key in OTHERS)], OTHERS),
+        "power": power(read("power")),
+        "curvature": curvature(read("curvature")),
+    }
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -75,19 +88,19 @@ def read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-def beside(rows: list[dict[str, str]]) -> str:
+def beside(rows: list[dict[str, str]], columns: dict[str, str]) -> str:
     """A Markdown table a scale and budget: entries of two pairs or more, at equal tokens, then at equal FLOPs."""
     rows = [row for row in rows if int(row["loss_n"] or 0) >= PAIRS]
-    said, head = [], f"| | cost | pairs | {' | '.join(COLUMNS.values())} |"
+    said, head = [], f"| | cost | pairs | {' | '.join(columns.values())} |"
     for group in dict.fromkeys(row["group"] for row in rows):
-        said += [f"**{group}**", "", head, "|---" * (3 + len(COLUMNS)) + "|"]
+        said += [f"**{group}**", "", head, "|---" * (3 + len(columns)) + "|"]
         for basis in dict.fromkeys(row["basis"] for row in rows):
             own = [row for row in rows if (row["group"], row["basis"]) == (group, basis)]
-            said += [f"| *{basis}* |{' |' * (2 + len(COLUMNS))}"] * bool(own)
+            said += [f"| *{basis}* |{' |' * (2 + len(columns))}"] * bool(own)
             for row in own:
                 rho = f", rho {float(row['rho']):g}" if row["rho"] and "rho" not in row["entry"] else ""
                 cells = [row["entry"] + rho, f"{float(row['cost']):.0f}", row["loss_n"]]
-                said.append(f"| {' | '.join([*cells, *(difference(row, key) for key in COLUMNS)])} |")
+                said.append(f"| {' | '.join([*cells, *(difference(row, key) for key in columns)])} |")
         said.append("")
     return "\n".join(said)
 

@@ -1,5 +1,6 @@
 """What a report says of grouped runs: differences to AdamW, costs, fits, and measures of other commands."""
 
+import collections
 import itertools
 import math
 import statistics
@@ -74,25 +75,29 @@ def costs(cell: Cell, variant: Variant) -> tuple[float, float]:
 
 
 def optima(study: Study) -> dict[tuple[str, str], list[tuple[Cell, st.Optimum]]]:
-    """{(budget, variant): [(cell, optimum), ...]}, an entry a scale where several rho were tried.
+    """{(family, variant): [(cell, optimum), ...]}, an entry a scale where several rho were tried.
 
-    A budget of one ratio of tokens to parameters also takes in a cell of that ratio that bears another name.
+    A family is a budget of models of one kind, which differ in size alone. A budget of one ratio of tokens to
+    parameters also takes in a cell of that ratio that bears another name.
     """
     found = {}
-    for budget in study.budgets:
-        cells = [cell for cell in study.cells if cell.budget == budget and cell.parameters]
+    known = [cell for cell in study.cells if cell.parameters]
+    for budget, kind in itertools.product(study.budgets, dict.fromkeys(cell.kind for cell in known)):
+        alike = [cell for cell in known if cell.kind == kind]
+        cells = [cell for cell in alike if cell.budget == budget]
         ratios = [cell.tokens / cell.parameters for cell in cells]
         if len(cells) > 1 and max(ratios) <= 1.03 * min(ratios):
             cells += [
-                cell for cell in study.cells
-                if cell.scale not in {own.scale for own in cells} and cell.parameters
+                cell for cell in alike
+                if cell.scale not in {own.scale for own in cells}
                 and min(ratios) / 1.03 <= cell.tokens / cell.parameters <= 1.03 * max(ratios)
             ]  # fmt: skip
+        family = ", ".join(filter(None, [budget, kind]))
         for cell in sorted(cells, key=lambda cell: cell.parameters):
             for name, variant in cell.variants.items():
                 grid = [rho for rho in variant.losses if rho > 0]
                 if variant.optimum is not None and variant.optimum.rho > 0 and len(grid) > 1:
-                    found.setdefault((budget, name), []).append((cell, variant.optimum))
+                    found.setdefault((family, name), []).append((cell, variant.optimum))
     return found
 
 
@@ -115,14 +120,11 @@ def unsteadiness(study: Study) -> float:
 
 
 def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
-    """{(budget, variant): best rho against parameters}, through the optima that lie inside their grids."""
-    every, found = optima(study), {}
-    for budget in study.budgets:
-        for name in study.variants:
-            law = _law_through(every.get((budget, name), ()))
-            if law:
-                found[budget, name] = law
-    return found
+    """{(family, variant): best rho against parameters}, through the optima that lie inside their grids."""
+    every = optima(study)
+    families = dict.fromkeys(family for family, _ in every)
+    laws = {key: _law_through(every.get(key, ())) for key in itertools.product(families, study.variants)}
+    return {key: law for key, law in laws.items() if law}
 
 
 def _law_through(pairs: Sequence[tuple[Cell, st.Optimum]]) -> st.PowerLaw | None:
@@ -152,12 +154,12 @@ class Foretold(NamedTuple):
         return abs(math.log(self.rho / self.best)) <= math.log(self.step) * (1 + 1e-6)
 
 
-def foretold(study: Study, budget: str, name: str) -> Foretold | None:
+def foretold(study: Study, family: str, name: str) -> Foretold | None:
     """A power law of best rho fitted without the largest scale, checked there; None with fewer than two others.
 
     The others count where their optimum lies inside their grid; at the largest the best of the grid does.
     """
-    pairs = sorted(optima(study).get((budget, name), ()), key=lambda pair: pair[0].parameters)
+    pairs = sorted(optima(study).get((family, name), ()), key=lambda pair: pair[0].parameters)
     if not pairs:
         return None
     cell, _ = pairs[-1]
@@ -195,7 +197,7 @@ def on_the_way(cell: Cell, variant: Variant) -> list[dict]:
 
 
 def scaling_laws(study: Study) -> tuple[dict[str, st.ScalingLaw], dict[str, str]]:
-    """({variant: L(N, D) through its runs at the best rho}, {variant: why there is none})."""
+    """({variant: L(N, D) through its runs at the best rho, of one kind of model}, {variant: why there is none})."""
     found, refused = {}, {}
     for name in study.variants:
         points = scaling_points(study, name)
@@ -208,11 +210,12 @@ def scaling_laws(study: Study) -> tuple[dict[str, st.ScalingLaw], dict[str, str]
 
 
 def scaling_points(study: Study, name: str) -> list[tuple[int, int, float]]:
-    """(parameters, tokens, loss) of the finished runs of a variant at its best rho."""
+    """(parameters, tokens, loss) of the finished runs of a variant at its best rho, of the kind of most runs."""
+    usual = collections.Counter(run.kind for run in study.runs).most_common(1)[0][0]
     return [
         (run.result.parameters, run.result.tokens, run.loss)
         for cell in study.cells
-        if name in cell.variants
+        if name in cell.variants and cell.kind == usual
         for run in cell.variants[name].best().values()
         if math.isfinite(run.loss)
     ]

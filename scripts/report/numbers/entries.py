@@ -238,10 +238,19 @@ def rounded_loss(measure: str) -> Callable[[Result], float]:
     return lambda result: loss_of(result) + float(result.retention.get(measure, math.nan))
 
 
-def disturbances(entry: Entry) -> list[str]:
-    """The measures of steppe retention that `rounded_loss` takes, known of an entry at its best setting."""
+def bend(measure: str) -> Callable[[Result], float]:
+    """How the first text's loss bends along the way of fine-tuning; NaN where that was not measured."""
+    return lambda result: float(result.retention.get(measure, math.nan))
+
+
+def disturbances(entry: Entry) -> dict[str, Callable[[Result], float]]:
+    """{measure of steppe retention: what is compared of it}, those that are known of an entry at its best setting.
+
+    Of roundings and noise that is the loss that is left, of fine-tuning its direction's curvature.
+    """
     found = dict.fromkeys(key for result in entry.best.values() for key in result.retention)
-    return [key for key in found if key.startswith(("int", "noise_"))]
+    kept = {key: rounded_loss(key) for key in found if key.startswith(("int", "noise_"))}
+    return kept | {key: bend(key) for key in found if key.endswith(": curvature")}
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

@@ -28,10 +28,14 @@ _OWN = ("alpha", "beta", "gamma", "lam", "sigma", "decay", "k", "precond_")  # k
 
 
 class Run(NamedTuple):
-    """A Result as the study groups it. loss: infinite if diverged, NaN if there is none (yet)."""
+    """A Result as the study groups it. loss: infinite if diverged, NaN if there is none (yet).
+
+    scale: the size of the model and its kind, which is what it has beside its size that most runs have not.
+    """
 
     result: Result
     scale: str
+    kind: str
     budget: str
     method: str
     variant: str
@@ -68,6 +72,7 @@ class Cell(NamedTuple):
     """One scale and budget. sigma, df: noise of one loss beside its seed's level, in this cell or over all of them."""
 
     scale: str
+    kind: str
     budget: str
     parameters: int
     tokens: int
@@ -155,9 +160,11 @@ def _run(result: Result, of_model: dict[str, str]) -> Run:
     if duration == "chinchilla":
         duration = f"{config['train.tokens_per_parameter']:g} tokens a parameter"
     loss = {"finished": result.loss, "diverged": math.inf}.get(result.status, math.nan)
+    kind = _kind(result, of_model)
     return Run(
         result=result,
-        scale=_scale(result, of_model),
+        scale=", ".join(filter(None, [_size(result), kind])),
+        kind=kind,
         budget=duration,
         method=method,
         variant=method,
@@ -174,12 +181,16 @@ def _usual_of_model(results: list[Result]) -> dict[str, str]:
     return {key: usual(result.varied[key] for result in results) for key in keys}
 
 
-def _scale(result: Result, of_model: dict[str, str]) -> str:
-    """The name of a model: its size, and what of the rest it has that most runs have not."""
+def _size(result: Result) -> str:
+    """The name of a model's size."""
     config = result.config
-    named = config["model.size"] or ("x".join(str(config[key]) for key in OF_SIZE[:2]) + " (layers x width)")
+    return config["model.size"] or ("x".join(str(config[key]) for key in OF_SIZE[:2]) + " (layers x width)")
+
+
+def _kind(result: Result, of_model: dict[str, str]) -> str:
+    """What a model has beside its size that most runs have not; "" for none."""
     shown = {key: result.varied[key] for key, value in of_model.items() if json.dumps(result.varied[key]) != value}
-    return ", ".join([named, *(f"{key.split('.')[1]} {value}" for key, value in shown.items())])
+    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in shown.items())
 
 
 def _families(runs: list[Run]) -> list[Run]:
@@ -277,6 +288,7 @@ def _cell(runs: list[Run], label: tuple[str, str]) -> Cell:
     scale, budget = label
     return Cell(
         scale=scale,
+        kind=runs[0].kind,
         budget=budget,
         parameters=max((result.parameters for result in known), default=0),
         tokens=max((result.tokens for result in known), default=0),

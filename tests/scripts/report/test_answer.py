@@ -45,7 +45,7 @@ def sweep(tmp_path_factory):
     for name in runs:
         record = {
             "step": 1000,
-            "summary": {"int4_channel": 0.3 - kept[name]},
+            "summary": {"int4_channel": 0.3 - kept[name], "fine_tune_lr=0.001: curvature": 0.2 - kept[name]},
             "details": {"fine_tune": fine_tune(kept[name])},
         }
         (directory / "runs" / name / "retention.json").write_text(json.dumps(record))
@@ -110,6 +110,8 @@ def test_what_is_kept_is_a_table_of_every_measure(sweep):
         (sam,) = (row for row in made.rows if row.name == "sam")
         assert rows["sam", words]["int4_channel"] == sam.ways["int4", basis].interval
         assert rows["sam", words]["loss"] == sam.ways["loss", basis].interval
+        bend = rows["sam", words]["fine_tune_lr=0.001: curvature"]  # itself, with no loss added to it
+        assert bend.value == pytest.approx(-0.04 - sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3)
     assert rows["sam", "at equal tokens"]["int4_channel"].n == 3
     assert [rows["sam", words]["adamw"] for words in answer.BASES.values()] == ["adamw", "adamw, 2000 steps"]
 

@@ -312,6 +312,26 @@ def test_best_rho_is_drawn_over_sizes_where_there_are_several(tmp_path):
     }  # fmt: skip
 
 
+def test_a_law_over_sizes_is_of_one_kind_of_model(tmp_path):
+    runs, best = {}, {"0.1m": 0.1, "0.4m": 0.1, "1.8m": 0.03}
+    for size, dtype, seed in (*((size, "float32", 0) for size in best), ("0.4m", "bfloat16", 0)):
+        for rho in (0.01, 0.03, 0.1, 0.3):
+            name, overrides = plan("sam", rho, size=size, seed=seed, model__compute_dtype=dtype)
+            best_rho = 0.03 if dtype == "bfloat16" else best[size]
+            runs[name] = overrides, 2.0 + 0.1 * math.log(rho / best_rho) ** 2
+    write_sweep(tmp_path, runs)
+    study = report_groups.analyse(results.read(tmp_path))
+    found = report_analysis.optima(study)
+    assert {family: len(pairs) for (family, _), pairs in found.items()} == {
+        "1000 steps": 3, "1000 steps, compute_dtype bfloat16": 1,
+    }  # fmt: skip
+    laws = report_analysis.power_laws(study)
+    assert set(laws) == {("1000 steps", "sam")}
+    rows = report_tables.power_laws(study, laws).rows
+    assert [(row["checked_at"], row["foretold"]) for row in rows] == [("1.8m", pytest.approx(0.1, rel=1e-3))]
+    assert len(report_analysis.scaling_points(study, "sam")) == 3
+
+
 def test_a_model_is_named_by_what_most_have_not(tmp_path):
     runs = {}
     for dtype, seeds in (("float32", (0, 1, 2)), ("bfloat16", (0,))):
