@@ -99,6 +99,11 @@ def add_weights(made: argparse.ArgumentParser) -> None:
     made.add_argument("--weights", metavar="NAME", help=help)
 
 
+def add_only(made: argparse.ArgumentParser) -> None:
+    """The option that chooses among runs by their configs; sweep.spec.matching reads it."""
+    made.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="now just the runs that match")
+
+
 MOST = 2**31 - 1  # of a number on the command line, unless it says otherwise: what an index of an array can be
 
 

@@ -10,7 +10,7 @@ of runs, which reads like the directory.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from steppe.data.manifest import DESCRIBED
 from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
 from steppe.scripts.command import UsageError
+from steppe.scripts.sweep import spec
 
 SWEEP, RUNS, OUTCOME, RETENTION = "sweep.json", "runs", "outcome.json", "retention.json"
 PACK = ".jsonl"  # how the name of a file of packed runs ends
@@ -93,12 +94,15 @@ class Result(NamedTuple):
 
 
 def read(
-    runs: str | os.PathLike | Iterable[str | os.PathLike], left_out: Callable[[str], None] | None = None
+    runs: str | os.PathLike | Iterable[str | os.PathLike],
+    only: Sequence[str] = (),
+    left_out: Callable[[str], None] | None = None,
 ) -> list[Result]:
     """The runs of a sweep's directory, of one workdir, or of several workdirs or patterns of them, each once.
 
-    ResultsError where there are none, and for one that holds what no run writes: unless left_out is given, which then
-    hears of it, and of every measurement that cannot be read.
+    only: flags that choose among them, see sweep.spec.matching. ResultsError where there are none, and for one that
+    holds what no run writes: unless left_out is given, which then hears of it, and of every measurement that cannot be
+    read.
     """
     given = [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
     found = [result for each in given if is_pack(each) for result in unpack(Path(each))]
@@ -123,7 +127,7 @@ def read(
                 left_out(f"{error}; the measurement is left out")
     if not found:
         raise ResultsError(f"{', '.join(given)}: no run could be read")
-    found = _described(found)
+    found = spec.matching(_described(found), only, lambda result: result.config)
     flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
     varying = varying_keys(flats)
 

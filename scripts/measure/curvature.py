@@ -1,13 +1,12 @@
 """How trained models bend: spectra of H, GGN and NME, delta split, sharpness, slices.
 
-steppe curvature --workdir=DIR [--workdir='SWEEP/runs/*'] [--step=K|all] [--batches=N] [--probes=N] ...
+steppe curvature --workdir=RUN_OR_SWEEP [--workdir=...] [--only=KEY=V,V] [--step=K|all] [--batches=N] [--probes=N] ...
 
 Writes DIR/curvature/STEP.json and its plots beside it. Runs of equal shapes share one compilation. Every number is of
 the first held-out set's first batches, at theta, in the run's own loss.
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
     """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
     parser = command.parser("curvature", __doc__.splitlines()[0], config=False)
     parser.add_argument(
-        "--workdir", required=True, action="append", help="a run, or a pattern of runs; may be repeated"
+        "--workdir", required=True, action="append", help="a run, a sweep, or a pattern of them; repeatable"
     )
+    command.add_only(parser)
     parser.add_argument("--step", default="last", metavar="K|all", help="checkpoints to measure; default: the newest")
     parser.add_argument(
         "--batches", type=command.integer(1), default=2, metavar="N", help="held-out batches of the run's size"
@@ -97,29 +97,31 @@ def main(argv: Sequence[str]) -> int:
 
 
 def checkpoints(options) -> list[tuple[str, int]]:
-    """The (workdir, step) pairs asked for. WorkdirError where there are none."""
-    from steppe.lm.keep import mirror, saved
+    """The (workdir, step) pairs asked for, what has none of them named. WorkdirError where there are none."""
+    from steppe.lm.keep import saved
     from steppe.lm.keep.exits import WorkdirError
+    from steppe.scripts import results
+    from steppe.scripts.sweep import spec
 
-    found = []
-    for pattern in options.workdir:
-        remote = files.is_remote(pattern)
-        found_here = [mirror.here(pattern)] if remote else files.matching(pattern, os.path.isdir)
-        workdirs = [path for path in found_here if (Path(path) / "config.json").exists()]
-        if not workdirs:
-            raise WorkdirError(f"--workdir={pattern}: must be the workdir of a run, or match those of several")
-        for workdir in workdirs:
-            steps = saved.steps(workdir)
-            if options.step.isdecimal():
-                wanted = [step for step in steps if step == int(options.step)]
-            else:
-                wanted = steps if options.step == "all" else steps[-1:]
-            if not wanted:
-                have = ", ".join(map(str, steps)) or "none"
-                raise WorkdirError(
-                    f"{workdir}: --step={options.step}: must be one of its checkpoints, which are {have}"
-                )
-            found += [(workdir, step) for step in wanted]
+    begun = [each for each in results.places(options.workdir) if (each[1] / "config.json").exists()]
+    flats = {
+        place: results.with_defaults(results.flatten(results.read_json(place / "config.json"))) for _, place in begun
+    }
+    found, lacking = [], []
+    for _, place in spec.matching(begun, options.only, lambda each: flats[each[1]]):
+        steps = saved.steps(str(place))
+        if options.step.isdecimal():
+            wanted = [step for step in steps if step == int(options.step)]
+        else:
+            wanted = steps if options.step == "all" else steps[-1:]
+        found += [(str(place), step) for step in wanted]
+        if not wanted:
+            have = ", ".join(map(str, steps)) or "none"
+            lacking.append(f"{place}: --step={options.step}: must be one of its checkpoints, which are {have}")
+    if not found:
+        raise WorkdirError(lacking[0] if lacking else f"--workdir={', '.join(options.workdir)}: must hold a run")
+    for line in lacking:
+        print(f"left out  {line}", flush=True)
     if options.skip_done:
         found = [each for each in found if not path_of(*each, options.weights).exists()]
     return found

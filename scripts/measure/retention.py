@@ -1,6 +1,6 @@
 """What trained models keep under weight noise, quantisation and fine-tuning on another text, side by side.
 
-steppe retention --workdir=RUN_OR_SWEEP [--workdir=...] [--out=DIR] [--fine_tune=TASK]
+steppe retention --workdir=RUN_OR_SWEEP [--workdir=...] [--only=KEY=V,V] [--out=DIR] [--fine_tune=TASK]
 
 Every number is an increase of the loss on the first held-out set, nats a token, over the same tokens for all runs.
 WORKDIR/retention.json takes a run's numbers as soon as it is measured; a run that has them, of the same checkpoint with
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     def log(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
 
-    targets = find(options.workdir, options.step, log, options.weights or (None,))
+    targets = find(options.workdir, options.only, options.step, log, options.weights or (None,))
     settings = settings_of(options)
     found, programs, first = {}, {}, None
     for number, target in enumerate(targets, 1):
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command.parser("retention", __doc__.splitlines()[0], config=False)
     add = parser.add_argument
     add("--workdir", action="append", required=True, help="a run, or a sweep, of which all that finished; repeatable")
+    command.add_only(parser)
     add("--step", type=command.integer(), metavar="K", help="the checkpoints after K steps; default: the newest")
     add(
         "--weights", action="append", metavar="NAME",
@@ -158,23 +159,28 @@ def _numbers(low: float, high: float = math.inf, whole: bool = False) -> Callabl
 
 # ------------------------------------------------------------------------------------------------------------- the runs
 def find(
-    workdirs: Sequence[str], step: int | None, log: Callable[[str], None], weights: Sequence[str | None] = (None,)
+    workdirs: Sequence[str],
+    only: Sequence[str],
+    step: int | None,
+    log: Callable[[str], None],
+    weights: Sequence[str | None] = (None,),
 ) -> list[Target]:
-    """The runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
+    """The chosen runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
     from steppe.lm.keep import saved
     from steppe.lm.keep.checkpoint import Checkpoints, directory_of
     from steppe.lm.keep.exits import Unusable, WorkdirError
     from steppe.lm.keep.workdir import config_of
     from steppe.scripts import results
+    from steppe.scripts.sweep import spec
 
+    read = [(workdir, result) for workdir in workdirs for result in results.read(workdir)]
     listed = []
-    for workdir in workdirs:
-        for result in results.read(workdir):
-            alone = files.is_remote(workdir) or result.directory == Path(workdir)
-            if not alone and result.status != "finished":
-                log(f"left out  {result.name}: {result.status} {result.why}".rstrip())
-            elif result.directory.resolve() not in [known.directory.resolve() for known in listed]:
-                listed.append(result)
+    for workdir, result in spec.matching(read, only, lambda pair: pair[1].config):
+        alone = files.is_remote(workdir) or result.directory == Path(workdir)
+        if not alone and result.status != "finished":
+            log(f"left out  {result.name}: {result.status} {result.why}".rstrip())
+        elif result.directory.resolve() not in [known.directory.resolve() for known in listed]:
+            listed.append(result)
     if not listed:
         raise command.UsageError(f"--workdir = {', '.join(workdirs)}: must hold a finished run")
     names = [result.name for result in listed]

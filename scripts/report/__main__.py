@@ -1,8 +1,8 @@
 """A sweep as one page: best rho, loss beside AdamW's, cost, fits, and what else was measured; or two runs compared.
 
-    steppe report DIR [RUN ...] [--out=DIR/report]
+    steppe report DIR [RUN ...] [--only=KEY=V,V] [--out=DIR/report]
     steppe report compare RUN_A RUN_B [--out=FILE.html]
-    steppe report rivals DIR [--against=NAME] [--out=DIR/report]
+    steppe report rivals DIR [--only=KEY=V,V] [--against=NAME] [--out=DIR/report]
     steppe report transfer DIR [--out=DIR/report]
     steppe report pack DIR [RUN ...] --out=FILE.jsonl
 
@@ -13,6 +13,7 @@ behind figures and tables as CSV.
 
 import collections
 import importlib
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from steppe.scripts import command
 from steppe.scripts.cli import KINDS
 
 PAGE = "index.html"
+WRITTEN = "files.json"  # the names of a report's files, so that the next one in its place leaves none of them behind
 
 
 @command.refusing
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         return getattr(importlib.import_module(f"steppe.scripts.report.{argv[0]}"), argv[0])(argv[1:])
     parser = command.parser("report", __doc__, config=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, or workdirs of runs")
+    command.add_only(parser)
     parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")
     options = command.options_of(argv, parser)
 
@@ -39,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
     directories = options.directories
     out = results.report_place(directories, options.out)
-    found = results.read(directories, left_out=lambda line: print(line, file=sys.stderr))
+    found = results.read(directories, options.only, left_out=lambda line: print(line, file=sys.stderr))
     name = Path(directories[0]).resolve().stem if len(directories) == 1 else f"{len(found)} runs"
     path = write(found, out, name)
     print(f"wrote {path}")
@@ -67,6 +70,7 @@ def write(found: list, out: Path, name: str) -> Path:
     measured = {source: by_measure for source, by_measure in an.measures(study).items() if by_measure}
 
     out.mkdir(parents=True, exist_ok=True)
+    before, written = results.read_json(out / WRITTEN).get("files", ()), []
     Section, tables, figures = report_page.Section, report_tables, report_figures
 
     def add(section, *parts):
@@ -76,10 +80,12 @@ def write(found: list, out: Path, name: str) -> Path:
                 continue
             stem = f"{part.name}_table" if isinstance(part, tables.Table) else part.name
             files.write(out / f"{stem}.csv", tables.to_csv(part.rows))
+            written.append(f"{stem}.csv")
             if isinstance(part, tables.Table):
                 section.table(part)
             else:
                 section.figure(part, report_drawing.save(part, out))
+                written.append(f"{stem}.png")
         return section
 
     with report_drawing.styled():
@@ -117,6 +123,9 @@ def write(found: list, out: Path, name: str) -> Path:
             sections.append(add(Section(source.capitalize()), told, *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))
+    for name in set(before) - set(written):
+        (out / Path(name).name).unlink(missing_ok=True)
+    files.write(out / WRITTEN, json.dumps({"files": written}))
     files.write(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))
     return out / PAGE
 

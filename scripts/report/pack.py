@@ -55,12 +55,13 @@ def pack(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--call", action="append", default=[], type=_named, metavar="NAME=FOLDER", help="the folder's name; repeatable"
     )
+    command.add_only(parser)
     options = command.options_of(argv, parser)
     out = Path(options.out)
     if out.suffix != results.PACK or out.is_dir():
         return command.fail(f"--out={out}: must be a file that ends in {results.PACK}")
     command.writable_directory(str(out.parent))
-    ended = [run for run in results.read(options.directories) if run.status in ("finished", "diverged")]
+    ended = [run for run in results.read(options.directories, options.only) if run.status in ("finished", "diverged")]
     ended = [_called(run, options.call) for run in ended]
     before = {_computed(run): run for run in results.read(str(out))} if out.exists() else {}
     now = {_computed(run): run for run in ended}

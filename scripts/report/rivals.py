@@ -1,6 +1,6 @@
 """Methods, bases and averages beside any one of them, each at its best rho and learning rate, by paired seeds.
 
-    steppe report rivals DIR [RUN ...] [--against=NAME] [--out=DIR/report]
+    steppe report rivals DIR [RUN ...] [--only=KEY=V,V] [--against=NAME] [--out=DIR/report]
 
 An entry is a method on a base, or an average of its weights, with whatever else tells its runs apart but rho, peak
 learning rate and seed: of these two it takes the best, as far as its grid goes. Writes rivals.csv and rivals.png.
@@ -49,10 +49,11 @@ def draw(found: Sequence, against, path: Path) -> None:
 
 
 def rivals(argv: Sequence[str]) -> int:
-    """`report rivals DIR [RUN ...] [--against=NAME] [--out=DIR]`; returns the exit status, 2 for bad input."""
+    """`report rivals DIR [RUN ...] [--only=...] [--against=NAME] [--out=DIR]`; the exit status, 2 for bad input."""
     parser = command.parser("report rivals", __doc__, config=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a sweep, a file of pack, or workdirs of runs")
     parser.add_argument("--against", metavar="NAME", help="the entry that others are compared with (default: adamw)")
+    command.add_only(parser)
     parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")
     options = command.options_of(argv, parser)
 
@@ -61,7 +62,8 @@ def rivals(argv: Sequence[str]) -> int:
     from steppe.scripts.report.numbers import groups
 
     out = results.report_place(options.directories, options.out)
-    found = en.entries(groups.analyse(results.with_averages(results.read(options.directories))).runs)
+    found = results.with_averages(results.read(options.directories, options.only))
+    found = en.entries(groups.analyse(found).runs)
     if len({(entry.scale, entry.budget) for entry in found}) > 1:
         found = [entry._replace(name=entry.label) for entry in found]
     names = {entry.name: entry for entry in found}

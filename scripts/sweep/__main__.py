@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     spec.completer = command.names(sweep_spec.PACKAGE, "get_spec")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="every combination (repeat it)")
     parser.add_argument("--zip", action="append", default=[], metavar="KEY=V,V", help="side by side (repeat it)")
-    parser.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="now just the runs that match")
+    command.add_only(parser)
     parser.add_argument("--plan", action="store_true", help="show what would run and what it costs, no more")
     parser.add_argument("--retry", action="store_true", help="also repeat runs that failed")
     parser.add_argument(
@@ -82,7 +82,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     jobs = options.jobs or (max(1, len(usable) // options.cores) if backend != "gpu" else 1)
     slurm = sweep_slurm.parameters_of(options.slurm)
     runs, record = _runs(path, overrides, assignments, options.out, record, device_count, backend)
-    runs = sweep_plan.with_budgets(_chosen(runs, sweep_spec.filters(options.only)), log=print)
+    runs = sweep_plan.with_budgets(sweep_spec.matching(runs, options.only, lambda run: run.flat), log=print)
 
     outcomes = {run.name: sweep_launch.settle(run.directory) for run in runs}
     if options.retry:
@@ -196,16 +196,6 @@ def _runs(
             texts[full] = flat[full] = config.log[full.removeprefix("log.")] = text
         runs.append(Run(name, out / results.RUNS / name, list(texts.items()), config, flat))
     return runs, record
-
-
-def _chosen(runs: list, wanted: dict[str, list[str]]) -> list:
-    for key, texts in wanted.items():
-        if key not in runs[0].flat:
-            raise command.UsageError(f"--only={key}: no such key; configs/base.py lists every key")
-        runs = [run for run in runs if any(sweep_spec.same(run.flat[key], text) for text in texts)]
-        if not runs:
-            raise command.UsageError(f"--only={key}={','.join(texts)}: no run of this sweep is so")
-    return runs
 
 
 def _grown(out: Path, record: dict, runs: list) -> dict:

@@ -20,8 +20,8 @@ Keys are those of configs/base.py, values as in a config: None is a key's defaul
 import hashlib
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from steppe.configs.keys import named
 from steppe.scripts.command import UsageError, call, plain
@@ -29,6 +29,7 @@ from steppe.scripts.command import UsageError, call, plain
 _PARTS = ("set", "grid", "zip", "list", "where", "only", "exclude")
 PACKAGE = "steppe.configs.sweeps"
 _SAFE = re.compile(r"[^A-Za-z0-9._+=,%-]")
+T = TypeVar("T")
 _LONGEST = 150  # characters of a run's name
 
 
@@ -105,6 +106,18 @@ def filters(texts: Sequence[str]) -> dict[str, list[str]]:
             raise UsageError(f"--only={piece}: must be KEY=VALUE,..., such as model.size=0.1m,0.4m,seed=0")
         found[list(found)[-1]].append(piece.strip())
     return found
+
+
+def matching(runs: Sequence[T], only: Sequence[str], flat: Callable[[T], Mapping[str, Any]]) -> list[T]:
+    """The runs that --only flags choose. flat: the flat config of a run. Raises UsageError where there is none."""
+    chosen = list(runs)
+    for key, texts in filters(only).items():
+        if not any(key in flat(run) for run in chosen):
+            raise UsageError(f"--only={key}: no such key; configs/base.py lists every key")
+        chosen = [run for run in chosen if any(same(flat(run).get(key), text) for text in texts)]
+        if not chosen:
+            raise UsageError(f"--only={key}={','.join(texts)}: no run is so")
+    return chosen
 
 
 def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:

@@ -1,16 +1,15 @@
-"""Best rho at the sizes below and above 0.03m, on seed 0, with AdamW's own grid of rates at each.
+"""Best rho at the sizes below 0.03m, on seed 0, with AdamW's own grid of rates at each.
 
     steppe sweep --config=english:TEXT --sweep=optim/study/english/sizes.py --out=runs/sizes --order=listed
 
-The smaller sizes first: `steppe report` fits the power law of best rho through all but the largest size, and checks it
-there. Methods run at AdamW's best rate of each size; at 0.01m its second best, the better with an EMA, has further
-seeds, as overtrained.py has of the best.
+`steppe report` fits the power law of best rho through all but the largest size, and checks it there. Methods run at
+AdamW's best rate of each size; at 0.01m its second best, the better with an EMA, has further seeds, as overtrained.py
+has of the best.
 """
 
-RATES = {  # the best first; at 0.05m the best of 0.03m
+RATES = {  # the best first
     "0.003m": [0.032, 0.016, 0.064, 0.008, 0.004],
     "0.01m": [0.008, 0.016, 0.004],
-    "0.05m": [0.008, 0.016, 0.004],
 }
 RHO, METHODS = [0.03, 0.01, 0.1, 0.003, 0.3], ["functional_sam", "sam", "precond_functional_sam"]
 TUNED = {"optim.base": "adamw", "optim.schedule": "cosine", "seed": 0}

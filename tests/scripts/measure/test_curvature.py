@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,19 @@ def test_within_measures_a_group(run, found):
     assert (run / "curvature" / "2.json").stat().st_mtime_ns == stamp
 
 
+def test_a_folder_of_runs_stands_for_those_that_match_and_have_a_checkpoint(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "a")
+    for name, seed in (("b", 7), ("c", 0)):  # before their first checkpoints
+        (tmp_path / name).mkdir()
+        config = json.loads((run / "config.json").read_text()) | {"seed": seed}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    flags = [f"--workdir={tmp_path}", "--step=4", "--skip_done", *FLAGS]
+    assert curvature.main([*flags, "--only=optim.method=friendly_sam,seed=0"]) == 0
+    said = capsys.readouterr().out
+    assert f"left out  {tmp_path / 'c'}" in said
+    assert str(tmp_path / "b") not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -173,7 +187,9 @@ def test_within_measures_a_group(run, found):
         (["--densities=3", "--probes=2"], "--densities=3: must be at most --probes=2"),
         (["--step=first"], "--step=first: must be a number of steps, or all"),
         (["--step=3"], "must be one of its checkpoints, which are 2, 4"),
-        (["--workdir=/nothing/*"], "or match those of several"),
+        (["--workdir=/nothing/*"], "/nothing/*: must be the directory of a sweep, or the workdir of a run"),
+        (["--only=optim.method=sam"], "--only=optim.method=sam: no run is so"),
+        (["--only=optim.methods=sam"], "--only=optim.methods: no such key"),
         (["--within=^nothing"], "--within=^nothing: pattern '^nothing' matches no parameter"),
     ],
 )

@@ -116,10 +116,12 @@ def test_a_second_time_nothing_is_measured_and_the_table_is_the_same(place, meas
     assert "all (2)" in text
     assert json.loads((place / "sweep" / "a" / "retention.json").read_text()) == measured[1]
     settings = {**measured[1]["settings"], "group": 4}
-    spot = retention.find([str(place / "sweep" / "a")], None, print)[0]
+    spot = retention.find([str(place / "sweep" / "a")], [], None, print)[0]
     assert retention.stored(spot, measured[1]["settings"]) == measured[1]
     assert retention.stored(spot, settings) is None
     assert retention.stored(spot._replace(step=10), measured[1]["settings"]) is None
+    seeds = f"seed={ord('b')},{ord('c')}"
+    assert [target.name for target in retention.find([str(place / "sweep")], [seeds], None, print)] == ["b"]
 
 
 def record(loss, path, **summary):
@@ -169,6 +171,7 @@ def test_runs_that_differ_in_their_seed_are_one_group_with_a_mean_and_an_error()
     [
         ([], "--workdir is missing"),
         (["--workdir=nowhere"], "nowhere"),
+        (["--workdir={place}/sweep", "--only=seed=7"], "--only=seed=7: no run is so"),
         (["--workdir=x", "--noise=-1"], "--noise"),
         (["--workdir=x", "--noise=a,b"], "--noise"),
         (["--workdir=x", "--bits=9"], "--bits"),

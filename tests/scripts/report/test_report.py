@@ -247,6 +247,21 @@ def test_part_of_a_study_makes_a_report_too(tmp_path, chosen, said):
     assert said in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_a_report_in_the_place_of_another_leaves_none_of_its_files(tmp_path):
+    write_sweep(tmp_path, study(["0.1m"]))
+    out = tmp_path / "out"
+    assert report.main([str(tmp_path), f"--out={out}"]) == 0
+    (out / "own.png").touch()
+    whole = {path.name for path in out.iterdir()}
+    assert report.main([str(tmp_path), "--only=optim.method=adamw", f"--out={out}"]) == 0
+    part = {path.name for path in out.iterdir()}
+    assert {"loss_against_rho.png", "best_rho_table.csv"} <= whole - part
+    assert not part - whole
+    assert {"own.png", "curves.png", "index.html"} <= part
+    assert {row["variant"] for row in csv.DictReader((out / "runs_table.csv").open())} == {"adamw"}
+    assert report.main([str(tmp_path), "--only=seed=77", f"--out={out}"]) == 2
+
+
 def test_of_many_measures_the_best_known_are_drawn():
     many = {f"m{i}": {} for i in range(20)}
     assert list(report_analysis.shown(many)) == [f"m{i}" for i in range(8)]

@@ -128,7 +128,7 @@ def test_names_are_short_safe_and_new():
         ([BASE, "--grid", "optim.rho=0.1"], ["run optim.rho=0.1", "None with optim.method = adamw"]),
         ([BASE, "--grid", "seed=x"], ["run seed=x", "config.seed = x", "an integer"]),
         ([BASE, "--grid", "seed=0", "--config.train.batch_size=0"], ["config.train.batch_size = 0"]),
-        ([BASE, "--grid", "seed=0,1", "--only=seed=2"], ["--only=seed=2", "no run"]),
+        ([BASE, "--grid", "seed=0,1", "--only=seed=2"], ["--only=seed=2", "no run is so"]),
         ([BASE, "--grid", "seed=0,1", "--only=sed=2"], ["--only=sed", "no such key"]),
         ([BASE, "--grid", "seed=0", "--jobs=-1"], ["--jobs: -1"]),
         ([BASE, "--grid", "seed=0", "--config.data.task=embeded"], ["config.data.task", "embeded"]),
