@@ -81,6 +81,7 @@ _PATTERNS = (
      lambda found: f"{found[1]}, a scale per {found[2]} inputs{', all tables too' * bool(found[3])}"),
     (r"(int\d+)_gptq_channel", lambda found: f"{found[1]} by GPTQ, a scale a channel"),
     (r"(int\d+)_gptq_group(\d+)", lambda found: f"{found[1]} by GPTQ, a scale per {found[2]} inputs"),
+    (r"fine_tune_lr=(.+): gained", lambda found: f"gained on the second text, fine-tuned at {found[1]}"),
     (r"fine_tune_lr=(.+): lost", lambda found: f"forgotten, fine-tuned at {found[1]}"),
     (r"fine_tune_lr=(.+): curvature", lambda found: f"curvature along fine-tuning at {found[1]}"),
 )  # fmt: skip

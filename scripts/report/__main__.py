@@ -119,6 +119,7 @@ def write(found: list, out: Path, name: str) -> Path:
                 parts.append(report_measured.curvature_over_training(study))
             else:
                 parts = [report_measured.kept_against_rho(entries), report_measured.forgetting(answer), *parts]
+                parts.append(report_answer.fine_tuning(answer))
             told = tables.sharpness(study, source, by_measure)
             sections.append(add(Section(source.capitalize()), told, *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))

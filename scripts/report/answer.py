@@ -272,16 +272,47 @@ def power(made: Answer) -> tables.Table:
 
 def beside(made: Answer) -> tables.Table:
     """A row an entry and basis: its loss, and what was measured of its weights when disturbed, less AdamW's."""
-    asked = {key: of for row in made.rows for key, of in en.disturbances(row.entry).items()}
+    return _differences(
+        "beside", "Beside AdamW at its best",
+        "Loss, and where it was measured what fine-tuning costs and the loss of the weights as rounded or disturbed, "
+        "less AdamW's at its best of the same seeds (an average's less the same average's), nats a token, with 95 % "
+        "intervals: below zero is better. What a user of the rounded model gets, not what rounding takes from it. "
+        f"Equal FLOPs: of AdamW's runs within {en.EQUAL_FLOPS:.0%}, which see more tokens. AdamW's own row has values.",
+        made, {key: of for row in made.rows for key, of in en.disturbances(row.entry).items()}, ("loss", "forgetting"),
+    )  # fmt: skip
+
+
+def fine_tuning(made: Answer) -> tables.Table:
+    """A row an entry and basis: gained, lost and bent at each rate of fine-tuning, less AdamW's at that rate."""
+    return _differences(
+        "fine_tuning", "Fine-tuning at one rate",
+        "What the second text gains and the first loses by the last step, nats a token, and the curvature of the "
+        "first's loss before fine-tuning in the direction that this then takes: less AdamW's at the same rate, paired "
+        "by seed, with 95 % intervals. A model that loses less at one rate may only have learned less: the first "
+        "table compares at one loss on the second text. AdamW's own row has values.",
+        made, {key: of for row in made.rows for key, of in en.fine_tunings(row.entry).items()},
+    )  # fmt: skip
+
+
+def _differences(
+    name: str,
+    title: str,
+    caption: str,
+    made: Answer,
+    asked: dict[str, Callable[[Result], float]],
+    of_answer: tuple = (),
+) -> tables.Table:
+    """A row an entry and basis, less AdamW's: of_answer: aspects that the answer has; asked: {measure: of a run}."""
+    itself_too = {key: en.loss_of for key in of_answer if key == "loss"} | asked
     first, rows, itself = next(iter(BASES)), [], {}  # itself: a row a group
     for row in made.rows:
         if (other := row.others[first]) and other.plain:
-            itself[row.group] = _beside_row(row.group, other, ITSELF, values(other, {"loss": en.loss_of, **asked}))
+            itself[row.group] = _beside_row(row.group, other, ITSELF, values(other, itself_too))
     for row, basis in itertools.product(made.rows, BASES):
         other = row.others.get(basis)
         if basis != first and other is row.others[first]:
             continue  # one pass a step: the same AdamW
-        ways = {key: way for key in ("loss", "forgetting") if (way := row.ways.get((key, basis)))}
+        ways = {key: way for key in of_answer if (way := row.ways.get((key, basis)))}
         ways |= {key: way for key, of in asked.items() if (way := en.difference(row.entry, other, of))}
         if ways:
             named = row.entry._replace(name=row.name)
@@ -292,16 +323,11 @@ def beside(made: Answer) -> tables.Table:
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         ordered += [itself[group], *own] if group in itself else own
-    known = [key for key in ("loss", "forgetting", *asked) if any(key in row for row in rows)]
+    known = [key for key in (*of_answer, *asked) if any(key in row for row in rows)]
     rows = [{"adamw": "", **row, **{key: row.get(key, an.NOTHING) for key in known}} for row in ordered]
     titles = {aspect.key: aspect.title for aspect in aspects([])} | {key: style.in_words(key) for key in asked}
     return tables.Table(
-        "beside", "Beside AdamW at its best",
-        "Loss, and where it was measured what fine-tuning costs and the loss of the weights as rounded or disturbed, "
-        "less AdamW's at its best of the same seeds (an average's less the same average's), nats a token, with 95 % "
-        "intervals: below zero is better. What a user of the rounded model gets, not what rounding takes from it. "
-        "Curvature is of the first text's loss before fine-tuning, in the direction that this then takes. "
-        f"Equal FLOPs: of AdamW's runs within {en.EQUAL_FLOPS:.0%}, which see more tokens. AdamW's own row has values.",
+        name, title, caption,
         [
             tables.Column("entry", "entry", number=False), tables.Column("basis", "held against AdamW", number=False),
             tables.Column("adamw", "which is", number=False),

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 # what of the report's files is kept here
 FILES = (
     *("answer*.png", "answer*.csv", "kept_against_rho.*", "best_rho.*", "forgetting.png"),
-    *("beside_table.csv", "power_table.csv", "curvature_table.csv"),
+    *("beside_table.csv", "fine_tuning_table.csv", "power_table.csv", "curvature_table.csv"),
 )
 COLUMNS = {
     "loss": "held-out loss",
@@ -27,12 +27,16 @@ COLUMNS = {
     "int3_gptq_channel": "by GPTQ",
     "noise_0.05": "noise of 5 %",
 }
-OTHERS = {
+GROUPED = {
     "int4_group64": "4 bits",
     "int4_gptq_group64": "by GPTQ",
     "int3_group64": "3 bits",
     "int3_gptq_group64": "by GPTQ",
-    **{f"fine_tune_lr={rate}: curvature": f"curvature at {rate}" for rate in ("0.0001", "0.0002", "0.0004", "0.0008")},
+}
+AT_ONE_RATE = {
+    f"fine_tune_lr={rate}: {what}": f"{words} {rate}"
+    for rate in ("0.0001", "0.0008")
+    for what, words in (("gained", "learned at"), ("lost", "forgotten at"), ("curvature", "curvature at"))
 }
 BENDS = {
     "lambda_max": "λmax",
@@ -73,10 +77,10 @@ def main() -> int:
 
 def tables() -> dict[str, str]:
     """{name of its marker: Markdown} of the tables of README.md, from the CSV files beside it."""
-    rows = read("beside")
     return {
-        "beside": beside(rows, COLUMNS),
-        "others": beside([row for row in rows if any(int(row[f"{key}_n"] or 0) >= PAIRS for key in OTHERS)], OTHERS),
+        "beside": beside(read("beside"), COLUMNS),
+        "grouped": beside(read("beside"), GROUPED),
+        "fine_tuning": beside(read("fine_tuning"), AT_ONE_RATE),
         "power": power(read("power")),
         "curvature": curvature(read("curvature")),
     }
@@ -90,7 +94,8 @@ def read(name: str) -> list[dict[str, str]]:
 
 def beside(rows: list[dict[str, str]], columns: dict[str, str]) -> str:
     """A Markdown table a scale and budget: entries of two pairs or more, at equal tokens, then at equal FLOPs."""
-    rows = [row for row in rows if int(row["loss_n"] or 0) >= PAIRS]
+    key = next(iter(columns))
+    rows = [row for row in rows if int(row[f"{key}_n"] or 0) >= PAIRS]
     said, head = [], f"| | cost | pairs | {' | '.join(columns.values())} |"
     for group in dict.fromkeys(row["group"] for row in rows):
         said += [f"**{group}**", "", head, "|---" * (3 + len(columns)) + "|"]
@@ -99,8 +104,8 @@ def beside(rows: list[dict[str, str]], columns: dict[str, str]) -> str:
             said += [f"| *{basis}* |{' |' * (2 + len(columns))}"] * bool(own)
             for row in own:
                 rho = f", rho {float(row['rho']):g}" if row["rho"] and "rho" not in row["entry"] else ""
-                cells = [row["entry"] + rho, f"{float(row['cost']):.0f}", row["loss_n"]]
-                said.append(f"| {' | '.join([*cells, *(difference(row, key) for key in columns)])} |")
+                cells = [row["entry"] + rho, f"{float(row['cost']):.0f}", row[f"{key}_n"]]
+                said.append(f"| {' | '.join([*cells, *(difference(row, column) for column in columns)])} |")
         said.append("")
     return "\n".join(said)
 

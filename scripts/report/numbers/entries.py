@@ -238,19 +238,39 @@ def rounded_loss(measure: str) -> Callable[[Result], float]:
     return lambda result: loss_of(result) + float(result.retention.get(measure, math.nan))
 
 
-def bend(measure: str) -> Callable[[Result], float]:
-    """How the first text's loss bends along the way of fine-tuning; NaN where that was not measured."""
-    return lambda result: float(result.retention.get(measure, math.nan))
-
-
 def disturbances(entry: Entry) -> dict[str, Callable[[Result], float]]:
-    """{measure of steppe retention: what is compared of it}, those that are known of an entry at its best setting.
-
-    Of roundings and noise that is the loss that is left, of fine-tuning its direction's curvature.
-    """
+    """{measure of steppe retention: the loss that it leaves}, of those known of an entry at its best setting."""
     found = dict.fromkeys(key for result in entry.best.values() for key in result.retention)
-    kept = {key: rounded_loss(key) for key in found if key.startswith(("int", "noise_"))}
-    return kept | {key: bend(key) for key in found if key.endswith(": curvature")}
+    return {key: rounded_loss(key) for key in found if key.startswith(("int", "noise_"))}
+
+
+_OF_PATH = {
+    "gained": lambda path: path["points"][-1]["gained"],
+    "lost": lambda path: path["points"][-1]["lost"],
+    "curvature": lambda path: path["along"]["curvature"],
+}
+
+
+def fine_tunings(entry: Entry) -> dict[str, Callable[[Result], float]]:
+    """{measure: its number of a run} at each rate at which an entry at its best setting was fine-tuned.
+
+    What the second text gains and the first loses by the last step, and how the first's loss bends on the way there.
+    """
+    rates = {path["rate"] for result in entry.best.values() for path in result.fine_tune.get("paths", ())}
+    return {
+        f"fine_tune_lr={rate:g}: {what}": _at_rate(rate, of) for what, of in _OF_PATH.items() for rate in sorted(rates)
+    }
+
+
+def _at_rate(rate: float, of: Callable[[dict], float]) -> Callable[[Result], float]:
+    def found(result: Result) -> float:
+        path = next((path for path in result.fine_tune.get("paths", ()) if path["rate"] == rate), None)
+        try:
+            return float(of(path)) if path else math.nan
+        except KeyError:  # what an earlier version measured has no curvature
+            return math.nan
+
+    return found
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

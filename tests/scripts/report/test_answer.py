@@ -26,7 +26,7 @@ TWO_PASS, LONGER = -0.05, -0.2  # sam at its best, and AdamW on twice the steps,
 def fine_tune(kept):
     """One path: gains 0.3 of 4.0 while it loses 0.1 less what is kept."""
     points = [{"step": s, "gained": 0.3 * s / 4, "lost": (0.1 - kept) * s / 4} for s in (1, 2, 4)]
-    return {"loss": 4.0, "paths": [{"rate": 0.001, "points": points}]}
+    return {"loss": 4.0, "paths": [{"rate": 0.001, "points": points, "along": {"curvature": 0.2 - kept}}]}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def sweep(tmp_path_factory):
     for name in runs:
         record = {
             "step": 1000,
-            "summary": {"int4_channel": 0.3 - kept[name], "fine_tune_lr=0.001: curvature": 0.2 - kept[name]},
+            "summary": {"int4_channel": 0.3 - kept[name]},
             "details": {"fine_tune": fine_tune(kept[name])},
         }
         (directory / "runs" / name / "retention.json").write_text(json.dumps(record))
@@ -110,10 +110,20 @@ def test_what_is_kept_is_a_table_of_every_measure(sweep):
         (sam,) = (row for row in made.rows if row.name == "sam")
         assert rows["sam", words]["int4_channel"] == sam.ways["int4", basis].interval
         assert rows["sam", words]["loss"] == sam.ways["loss", basis].interval
-        bend = rows["sam", words]["fine_tune_lr=0.001: curvature"]  # itself, with no loss added to it
-        assert bend.value == pytest.approx(-0.04 - sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3)
     assert rows["sam", "at equal tokens"]["int4_channel"].n == 3
     assert [rows["sam", words]["adamw"] for words in answer.BASES.values()] == ["adamw", "adamw, 2000 steps"]
+
+
+def test_fine_tuning_is_compared_at_each_rate_too(sweep):
+    table = answer.fine_tuning(answer.answer(entries_of(sweep)))
+    rows = {(row["entry"], row["basis"]): row for row in table.rows}
+    kept = 0.04 + sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3
+    for what, value, own in (("gained", 0.0, 0.3), ("lost", -kept, 0.1), ("curvature", -kept, 0.2)):
+        key = f"fine_tune_lr=0.001: {what}"
+        assert [rows["sam", words][key].value for words in answer.BASES.values()] == pytest.approx([value] * 2)
+        assert rows["adamw", answer.ITSELF][key].value == pytest.approx(own)
+    assert "loss" not in next(iter(rows.values()))
+    assert table.columns[4].header == "gained on the second text, fine-tuned at 0.001"
 
 
 def test_a_figure_parts_what_perturbs_nothing_from_the_rest_and_leaves_out_averages_of_one_pair(sweep):
@@ -419,7 +429,8 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     assert len(study.runs) > len(study.trained) == len(runs)
     made = answer.answer(entries.entries(study.runs))
     bends = tables.sharpness(study, "curvature", analysis.measures(study)["curvature"])
-    for name, table in (("beside", answer.beside(made)), ("power", answer.power(made)), ("curvature", bends)):
+    ways = {"beside": answer.beside(made), "fine_tuning": answer.fine_tuning(made), "power": answer.power(made)}
+    for name, table in {**ways, "curvature": bends}.items():
         rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.rows))))
         assert [list(map(near, row.items())) for row in page.read(name)] == [
             list(map(near, row.items())) for row in rows
