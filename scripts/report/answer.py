@@ -7,6 +7,7 @@ import collections
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -367,6 +368,7 @@ def figures(made: Answer) -> list[dr.Drawing]:
 
 
 TALL = 28  # rows of a drawing
+LABEL = 36  # letters of a name in a line
 
 
 def _drawn(rows: list[Row]) -> list[Row]:
@@ -393,7 +395,7 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
                 if row.rank != above.rank:
                     axes.axhline(below + 0.5, color=plot.GREY, linewidth=0.6)
             if line == 0:
-                axes.set_title(aspect.title.replace(", ", "\n"), fontsize=9.5, loc="left")
+                axes.set_title(aspect.title.replace(", ", "\n").replace(" in ", "\nin "), fontsize=9.5, loc="left")
             if line == len(groups) - 1:
                 axes.set_xlabel("less AdamW's,\nnats a token", fontsize=9)
             axes.set_xlim(*_frame(aspect.key, groups))
@@ -430,7 +432,7 @@ def label_of(name: str, entry: en.Entry) -> str:
     """What stands beside an entry's row: name, cost, best rho and which way its grid ends there."""
     rho, arrow = entry.chosen("rho"), {"lower": " ↓", "upper": " ↑"}.get(entry.edge("rho"), "")
     shown = "" if rho is None else arrow if f"rho {rho:g}" in name else f"   ρ {rho:g}{arrow}"
-    return f"{name}   {entry.cost:.2f} ×{shown}"
+    return f"{textwrap.fill(name, LABEL)}   {entry.cost:.2f} ×{shown}"
 
 
 def draw_rows(axes, ways: Sequence[en.Difference | None], marker: str = "D", shifts: Sequence[float] = ()) -> None:

@@ -101,15 +101,17 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
                 continue
             known = {rho: alone for rho, alone in by_rho.items() if alone.choice}  # not where it diverged
             for aspect in answer.aspects([*known.values(), other]):
-                for rho, alone in known.items():
-                    if way := en.difference(alone, other, aspect.of):
-                        rows.append({"cell": ", ".join(cell), "aspect": aspect.title, "entry": entry.name, "rho": rho,
-                                     "less_adamw": way.interval.value, "low": way.interval.low,
-                                     "high": way.interval.high, "pairs": way.interval.n})  # fmt: skip
-    measured: dict[str, set[str]] = {}
+                ways = {rho: way for rho, alone in known.items() if (way := en.difference(alone, other, aspect.of))}
+                if len(ways) < 2:
+                    continue
+                for rho, way in ways.items():
+                    rows.append({"cell": ", ".join(cell), "aspect": aspect.title, "entry": entry.name, "rho": rho,
+                                 "less_adamw": way.interval.value, "low": way.interval.low,
+                                 "high": way.interval.high, "pairs": way.interval.n})  # fmt: skip
+    measured: dict[tuple[str, str], set[str]] = {}
     for row in rows:
-        measured.setdefault(row["cell"], set()).add(row["aspect"])
-    rows = [row for row in rows if len(measured[row["cell"]]) > 1]  # the loss alone is drawn elsewhere
+        measured.setdefault((row["cell"], row["entry"]), set()).add(row["aspect"])
+    rows = [row for row in rows if len(measured[row["cell"], row["entry"]]) > 1]  # the loss alone is drawn elsewhere
     if not rows:
         return None
     styles = style.of_variants(dict.fromkeys(row["entry"] for row in rows))
