@@ -98,17 +98,18 @@ def main(argv: Sequence[str]) -> int:
 
 def checkpoints(options) -> list[tuple[str, int]]:
     """The (workdir, step) pairs asked for, what has none of them named. WorkdirError where there are none."""
+    from steppe.configs.base import with_defaults
+    from steppe.configs.keys import flatten
     from steppe.lm.keep import saved
     from steppe.lm.keep.exits import WorkdirError
     from steppe.scripts import results
     from steppe.scripts.sweep import spec
 
-    begun = [each for each in results.places(options.workdir) if (each[1] / "config.json").exists()]
-    flats = {
-        place: results.with_defaults(results.flatten(results.read_json(place / "config.json"))) for _, place in begun
-    }
+    once = {place.resolve(): place for _, place in results.places(options.workdir)}
+    begun = [place for place in once.values() if (place / "config.json").exists()]
+    flats = {place: with_defaults(flatten(results.read_json(place / "config.json"))) for place in begun}
     found, lacking = [], []
-    for _, place in spec.matching(begun, options.only, lambda each: flats[each[1]]):
+    for place in spec.matching(begun, options.only, flats.__getitem__):
         steps = saved.steps(str(place))
         if options.step.isdecimal():
             wanted = [step for step in steps if step == int(options.step)]
