@@ -95,7 +95,7 @@ TABLE = [
     (["report", "list"], "sweep.json"),
     (["report", "here.txt"], "here.txt"),
     (["plot", "absent"], "absent: must be the directory of a sweep"),
-    (["curvature", "--workdir=absent"], "--workdir=absent"),
+    (["curvature", "--workdir=absent"], "absent: must be the directory of a sweep, or the workdir of a run"),
     (["curvature", "--workdir=absent", "--batches=0"], "--batches"),
     (["retention", "--workdir=absent"], "absent"),
     (["plan", "--config=quickstart"], "--topology"),
