@@ -19,6 +19,24 @@ def paths_of(fine_tune: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
     ]
 
 
+_OF_PATH = {
+    "gained": lambda path: path["points"][-1]["gained"],
+    "lost": lambda path: path["points"][-1]["lost"],
+    "curvature": lambda path: path.get("along", {}).get("curvature"),
+}
+
+
+def at_rates(fine_tune: Mapping[str, Any], asked: Sequence[str] = tuple(_OF_PATH)) -> dict[str, float]:
+    """{"fine_tune_lr=RATE: KIND": number} of the paths of a record's fine-tuning, where it is known.
+
+    KIND, of those asked: gained by the second text and lost by the first at the last step, nats a token, and curvature
+    of the first's loss in the direction that the path took.
+    """
+    paths = sorted(fine_tune.get("paths", ()), key=lambda path: path["rate"])
+    found = {f"fine_tune_lr={path['rate']:g}: {kind}": _OF_PATH[kind](path) for kind in asked for path in paths}
+    return {key: float(value) for key, value in found.items() if value is not None}
+
+
 def best_gain(paths: Paths) -> float:
     """The most that any point gains, 0 where none does; points that are not finite gain nothing."""
     return max((gain for path in paths for gain, lost in path if math.isfinite(gain + lost)), default=0.0)

@@ -308,10 +308,7 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
         record["fine_tune"], details["fine_tune"] = forgetting(
             run.params, increase, tools, parts, config, second, settings, batches[0], log
         )
-        for path in details["fine_tune"]["paths"]:
-            name = f"fine_tune_lr={path['rate']:g}"
-            summary[f"{name}: lost"] = path["points"][-1]["lost"]
-            summary[f"{name}: curvature"] = path["along"]["curvature"]
+        summary |= frontier.at_rates(details["fine_tune"], ("lost", "curvature"))  # a gain is no increase of a loss
     details["seconds"] = round(time.monotonic() - began, 1)
     # the report takes every entry as a number
     record["summary"] = {key: value for key, value in summary.items() if math.isfinite(value)}

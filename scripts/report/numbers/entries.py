@@ -244,33 +244,14 @@ def disturbances(entry: Entry) -> dict[str, Callable[[Result], float]]:
     return {key: rounded_loss(key) for key in found if key.startswith(("int", "noise_"))}
 
 
-_OF_PATH = {
-    "gained": lambda path: path["points"][-1]["gained"],
-    "lost": lambda path: path["points"][-1]["lost"],
-    "curvature": lambda path: path["along"]["curvature"],
-}
-
-
 def fine_tunings(entry: Entry) -> dict[str, Callable[[Result], float]]:
-    """{measure: its number of a run} at each rate at which an entry at its best setting was fine-tuned.
+    """{measure of frontier.at_rates: its number of a run}, of those known of an entry at its best setting."""
 
-    What the second text gains and the first loses by the last step, and how the first's loss bends on the way there.
-    """
-    rates = {path["rate"] for result in entry.best.values() for path in result.fine_tune.get("paths", ())}
-    return {
-        f"fine_tune_lr={rate:g}: {what}": _at_rate(rate, of) for what, of in _OF_PATH.items() for rate in sorted(rates)
-    }
+    def of(key: str) -> Callable[[Result], float]:
+        return lambda result: frontier.at_rates(result.fine_tune).get(key, math.nan)
 
-
-def _at_rate(rate: float, of: Callable[[dict], float]) -> Callable[[Result], float]:
-    def found(result: Result) -> float:
-        path = next((path for path in result.fine_tune.get("paths", ()) if path["rate"] == rate), None)
-        try:
-            return float(of(path)) if path else math.nan
-        except KeyError:  # what an earlier version measured has no curvature
-            return math.nan
-
-    return found
+    every = [path for result in entry.best.values() for path in result.fine_tune.get("paths", ())]
+    return {key: of(key) for key in frontier.at_rates({"paths": every})}
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

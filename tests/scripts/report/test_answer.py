@@ -228,6 +228,18 @@ def test_what_is_kept_is_drawn_where_it_was_measured(tmp_path):
     assert {row["cell"].split(", ")[1] for row in drawing.rows} == {"500 steps"}
 
 
+def test_what_is_kept_at_one_rho_alone_is_not_drawn_over_rho(sweep):
+    study = study_of(sweep)
+    (sam,) = (entry for entry in entries.entries(study) if entry.name == "sam")
+    best = sam.chosen("rho")
+    alone = [run if run.rho in (0.0, best) else run._replace(result=run.result._replace(retention={})) for run in study]
+    aspects = {row["aspect"] for row in measured.kept_against_rho(entries.entries(study)).rows}
+    left = {row["aspect"] for row in measured.kept_against_rho(entries.entries(alone)).rows}
+    assert aspects - left == {"held-out loss in 4 bits"}
+    bare = [run._replace(result=run.result._replace(retention={}, fine_tune={})) for run in study]
+    assert measured.kept_against_rho(entries.entries(bare)) is None  # the loss alone is drawn elsewhere
+
+
 def test_of_several_kinds_of_adamw_the_best_is_that_on_the_seeds_that_all_have(tmp_path):
     runs = {}
     for schedule, seeds, worse in (("cosine", LEVELS, 0.0), ("constant", (2,), 0.005)):  # by itself seed 2 looks better
@@ -360,6 +372,8 @@ def test_runs_packed_into_a_file_make_the_same_page(sweep, tmp_path, capsys):
     assert {row["entry"] for row in rows} == {"adamw, 2000 steps", "sam"}
     assert command.main(["pack", str(sweep), f"--out={pack}"]) == 0  # those it has are replaced, not doubled
     assert len(results.read(pack)) == 14
+    assert command.main(["pack", str(sweep), f"--out={tmp_path / 'some.jsonl'}", "--only=optim.method=sam,seed=0"]) == 0
+    assert "3 runs, 3 of them now" in capsys.readouterr().out
 
 
 def test_folders_get_names_and_the_same_run_from_elsewhere_is_the_same(tmp_path, capsys):

@@ -88,6 +88,8 @@ def test_the_table_and_the_picture_are_written(sweep, capsys):
     assert (sweep / "report" / "rivals.png").read_bytes().startswith(b"\x89PNG")
     assert command.main(["rivals", str(sweep), "--against=sam"]) == 2
     assert "--against=sam: must be one of msam, nadamw ema" in capsys.readouterr().err
+    assert command.main(["rivals", str(sweep), "--only=optim.method=msam"]) == 2
+    assert "--against=adamw: must be one of msam" in capsys.readouterr().err.splitlines()
 
 
 def test_an_average_is_a_row_of_its_own_in_the_report(sweep):
