@@ -354,27 +354,44 @@ def _beside_row(group: str, entry: en.Entry, basis: str, found: dict[str, st.Int
 def figures(made: Answer) -> list[dr.Drawing]:
     """A row an entry, a panel an aspect: seeds as dots, mean and interval before them, zero as a line.
 
-    Scales that are too many for one drawing are in several, of which the first has most pairs.
+    Scales that are too many for one drawing are in several, of which the first has most pairs. Of groups with more
+    rows than a reader takes in, those on which less is known than on others are in drawings of their own, at the end.
     """
-    parts: list[list[list[Row]]] = []
-    for _, rows in itertools.groupby(made.rows, lambda row: row.entry.scale):
-        groups = [_drawn(list(own)) for _, own in itertools.groupby(rows, lambda row: row.group)]
-        if parts and sum(map(len, [*parts[-1], *groups])) <= TALL:
-            parts[-1] += groups
-        else:
-            parts.append(groups)
-    parts.sort(key=lambda part: -sum(way.interval.n for rows in part for row in rows for way in row.ways.values()))
-    return [_figure(made, part, f"answer_{number}" if number > 1 else "answer") for number, part in enumerate(parts, 1)]
+    parted = [_parted(list(own)) for _, own in itertools.groupby(made.rows, lambda row: row.group)]
+    names = {"answer": [first for first, _ in parted], "answer_rest": [rest for _, rest in parted if rest]}
+    return [
+        _figure(made, part, f"{name}_{number}" if number > 1 else name)
+        for name, groups in names.items()
+        for number, part in enumerate(_packed(groups), 1)
+    ]
 
 
 TALL = 28  # rows of a drawing
+LONG = 12  # rows of a group that are taken in at a glance
 LABEL = 36  # letters of a name in a line
 
 
-def _drawn(rows: list[Row]) -> list[Row]:
-    """The rows of a group that are drawn: not averages of one pair, where others have intervals."""
-    sure = [any(math.isfinite(way.interval.high) for way in row.ways.values()) for row in rows]
-    return [row for row, known in zip(rows, sure, strict=True) if known or not row.entry.weights or not any(sure)]
+def _parted(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of a group that are drawn first, and the rest: averages of one pair only where nothing has more."""
+    sure = [len({aspect for (aspect, _), way in row.ways.items() if math.isfinite(way.interval.high)}) for row in rows]
+    most = max(sure)
+    drawn = [pair for pair in zip(rows, sure, strict=True) if pair[1] or not pair[0].entry.weights or not most]
+    least = most if len(drawn) > LONG else 0
+    return [row for row, known in drawn if known >= least], [row for row, known in drawn if known < least]
+
+
+def _packed(groups: list[list[Row]]) -> list[list[list[Row]]]:
+    """The groups of each drawing: those of a scale together, as many scales as it has room for; most pairs first."""
+    parts: list[list[list[Row]]] = []
+    for _, same in itertools.groupby(groups, lambda rows: rows[0].entry.scale):
+        own = list(same)
+        if parts and sum(map(len, [*parts[-1], *own])) <= TALL:
+            parts[-1] += own
+        else:
+            parts.append(own)
+    return sorted(
+        parts, key=lambda part: -sum(way.interval.n for rows in part for row in rows for way in row.ways.values())
+    )
 
 
 def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
@@ -397,12 +414,12 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
             if line == 0:
                 axes.set_title(aspect.title.replace(", ", "\n").replace(" in ", "\nin "), fontsize=9.5, loc="left")
             if line == len(groups) - 1:
-                axes.set_xlabel("less AdamW's,\nnats a token", fontsize=9)
+                axes.set_xlabel("← better    worse →\nless AdamW's,\nnats a token", fontsize=9)
             axes.set_xlim(*_frame(aspect.key, groups))
         panels[line][0].set_yticks(range(len(own)), [label_of(row.name, row.entry) for row in own], fontsize=9)
         if len({row.group for row in made.rows}) > 1:
             panels[line][0].set_ylabel(rows[0].group.replace(", ", "\n"), fontsize=9)
-    shown = [row for row in made.rows if row.group in {rows[0].group for rows in groups}]
+    shown = list(itertools.chain(*groups))
     return dr.Drawing(
         name, "Beside AdamW at its best: left of zero is better",
         "Diamonds: at equal tokens (and FLOPs, where there is no square); squares: at equal FLOPs, AdamW having more "
@@ -411,7 +428,8 @@ def _figure(made: Answer, groups: list[list[Row]], name: str) -> dr.Drawing:
         "of a method's weights is held against the same average of AdamW's. Forgotten: where the second text reaches "
         "the lowest loss that an entry and AdamW both reach. Behind each name its cost in AdamW's FLOPs a token and "
         "its best rho; an arrow where that lies at the end of the grid. Lines part what perturbs nothing, what does "
-        "at no further pass, and the rest. Averages of one pair are drawn only where there is nothing else.",
+        "at no further pass, and the rest. Averages of one pair are drawn only where there is nothing else; of a long "
+        "group what is known in fewer aspects than other rows has a figure of its own.",
         f"Differences to AdamW of {len(shown)} entries in {len(made.aspects)} aspects. {' '.join(sentences(made))}",
         drawn, [_as_row(row) for row in shown],
     )  # fmt: skip
@@ -431,8 +449,10 @@ def _frame(aspect: str, groups: list[list[Row]]) -> tuple[float, float]:
 def label_of(name: str, entry: en.Entry) -> str:
     """What stands beside an entry's row: name, cost, best rho and which way its grid ends there."""
     rho, arrow = entry.chosen("rho"), {"lower": " ↓", "upper": " ↑"}.get(entry.edge("rho"), "")
-    shown = "" if rho is None else arrow if f"rho {rho:g}" in name else f"   ρ {rho:g}{arrow}"
-    return f"{textwrap.fill(name, LABEL)}   {entry.cost:.2f} ×{shown}"
+    if rho is None:
+        return f"{textwrap.fill(name, LABEL)}   {entry.cost:.2f} ×"
+    named = textwrap.fill(name.replace(f", rho {rho:g}", ""), LABEL)  # said once
+    return f"{named}   {entry.cost:.2f} ×   ρ {rho:g}{arrow}"
 
 
 def draw_rows(axes, ways: Sequence[en.Difference | None], marker: str = "D", shifts: Sequence[float] = ()) -> None:

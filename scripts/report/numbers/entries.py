@@ -98,9 +98,10 @@ class Entry(NamedTuple):
         return self.choice.rho[list(TUNED.values()).index(axis)]
 
     def edge(self, axis: str) -> str:
-        """Where the best value lies at an end of its grid: lower | upper | "" (inside, or nothing was tried)."""
+        """Where the best value lies at an end of its grid: lower | upper | "" (inside, nothing was tried, or it is not
+        the best)."""
         tried, best = self.tried(axis), self.chosen(axis)
-        return "" if len(tried) < 2 else {tried[0]: "lower", tried[-1]: "upper"}.get(best, "")
+        return "" if len(tried) < 2 or not self.of_choice else {tried[0]: "lower", tried[-1]: "upper"}.get(best, "")
 
 
 class Difference(NamedTuple):

@@ -133,8 +133,27 @@ def test_a_figure_parts_what_perturbs_nothing_from_the_rest_and_leaves_out_avera
     (alone,) = (row for row in answer.answer(entries.entries([r for r in study_of(sweep) if r.seed == 0])).rows
                 if row.name == "sam")  # fmt: skip
     average = alone._replace(entry=alone.entry._replace(weights="ema"))
-    assert list(map(id, answer._drawn([sam, alone, average]))) == [id(sam), id(alone)]
-    assert len(answer._drawn([average])) == 1
+    assert [list(map(id, part)) for part in answer._parted([sam, alone, average])] == [[id(sam), id(alone)], []]
+    assert [len(part) for part in answer._parted([average])] == [1, 0]
+
+
+def test_of_a_long_group_what_is_known_in_less_is_drawn_by_itself(sweep, monkeypatch):
+    made = answer.answer(entries_of(sweep))
+    longer, sam = made.rows
+    less = sam._replace(name="less", ways={key: way for key, way in sam.ways.items() if key[0] == "loss"})
+    many = made._replace(rows=[longer, sam, less])
+    assert [drawing.name for drawing in answer.figures(many)] == ["answer"]
+    monkeypatch.setattr(answer, "LONG", 2)
+    shown = {drawing.name: [row["entry"] for row in drawing.rows] for drawing in answer.figures(many)}
+    assert shown == {"answer": [longer.name, "sam"], "answer_rest": ["less"]}
+
+
+def test_a_row_says_its_rho_once_and_an_end_of_the_grid_only_of_the_best(sweep):
+    (sam,) = (row.entry for row in answer.answer(entries_of(sweep)).rows if row.name == "sam")
+    assert answer.label_of("sam", sam) == "sam   2.00 ×   ρ 0.1 ↑"
+    other = sam._replace(choice=sam.choice._replace(rho=(sam.chosen("rate"), 0.01)))
+    assert answer.label_of("sam, rho 0.01", other) == "sam   2.00 ×   ρ 0.01"
+    assert answer.label_of("adamw", sam._replace(choice=sam.choice._replace(rho=(0.001, None)))) == "adamw   2.00 ×"
 
 
 def test_the_frame_shows_all_pairs_but_not_the_interval_of_two(sweep):
