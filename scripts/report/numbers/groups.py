@@ -1,8 +1,8 @@
 """Runs in groups: cells of one scale and budget, the variants in them, the best rho of each.
 
 A cell holds the runs of one model and one budget (`train.duration`). In it a variant is a method, with the values of
-other keys beside it where runs of that method differ in them, unless most runs have that value. Diverged runs count as
-a loss of infinity.
+other keys beside it where runs of that method differ in them, unless most runs have that value; the peak rate only in
+cells where they differ in it. Diverged runs count as a loss of infinity.
 """
 
 import collections
@@ -15,6 +15,7 @@ from steppe.scripts.report.numbers import statistics as st
 from steppe.scripts.results import OF_SIZE, Result
 
 BASE = "adamw"  # the method that perturbs nothing
+RATE = "optim.peak_learning_rate"  # tuned for each size: another one there makes no other variant
 _OF_SECOND_TEXT = ("fine_tune", "forgetting")  # where a measure of retention begins so
 _SCALE = ("model.", "data.sequence_length", "data.vocabulary")  # where a key begins so
 _BUDGET = ("train.duration", "train.tokens_per_parameter", "train.parameter_count")
@@ -120,7 +121,14 @@ def analyse(results: list[Result]) -> Study:
     keys = telling(runs)
     extras, notes = _extras(runs, keys)
     common = {key: usual(run.result.config[key] for run in runs) for key in keys}
-    runs = _families([run._replace(variant=_variant(run, extras, common)) for run in runs])
+    rates: dict[tuple, set] = {}
+    for run in runs:
+        rates.setdefault(_place(run), set()).add(run.result.config.get(RATE))
+    own = {
+        place: [key for key in extras.get(place[-1], ()) if key != RATE or len(found) > 1]
+        for place, found in rates.items()
+    }
+    runs = _families([run._replace(variant=_variant(run, own[_place(run)], common)) for run in runs])
     left_out = of_model | {key: common[key] for keys in extras.values() for key in keys}
     if left_out:
         left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
@@ -245,8 +253,12 @@ def usual(values: Iterable) -> str:
     return collections.Counter(map(json.dumps, values)).most_common(1)[0][0]
 
 
-def _variant(run: Run, extras: dict[str, list[str]], common: dict[str, str]) -> str:
-    values = {key: run.result.config[key] for key in extras.get(run.method, ())}
+def _place(run: Run) -> tuple[str, str, str]:
+    return run.scale, run.budget, run.method
+
+
+def _variant(run: Run, extras: list[str], common: dict[str, str]) -> str:
+    values = {key: run.result.config[key] for key in extras}
     shown = [f"{key.split('.')[-1]}={value}" for key, value in values.items() if json.dumps(value) != common[key]]
     return ", ".join([run.method, *shown])
 

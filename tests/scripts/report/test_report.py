@@ -289,6 +289,22 @@ def test_runs_of_one_ratio_of_tokens_to_parameters_are_one_budget(tmp_path):
     assert found.budgets == ["1000 steps", "20 tokens a parameter"]
 
 
+def test_a_rate_of_its_own_for_each_size_makes_no_variant_where_it_is_the_only_one(tmp_path):
+    runs = {}
+    for size, rates in {"0.1m": (0.002, 0.001), "0.4m": (0.002,), "1.8m": (0.001,)}.items():
+        for rate in rates:
+            for method, rho in (("adamw", None), ("sam", 0.1)):
+                name, overrides = plan(method, rho, size=size, optim__peak_learning_rate=rate)
+                runs[name] = (overrides, 2.0)
+    write_sweep(tmp_path, runs)
+    cells = {cell.scale: list(cell.variants) for cell in report_groups.analyse(results.read(tmp_path)).cells}
+    assert cells == {
+        "0.1m": ["adamw", "sam", "adamw, peak_learning_rate=0.001", "sam, peak_learning_rate=0.001"],
+        "0.4m": ["adamw", "sam"],
+        "1.8m": ["adamw", "sam"],
+    }
+
+
 def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_path):
     runs = {}
     for method, rates in (("adamw", (1e-3, 2e-3)), ("sam", (2e-3,))):
