@@ -357,8 +357,8 @@ def figures(made: Answer) -> list[dr.Drawing]:
     Scales that are too many for one drawing are in several, of which the first has most pairs. Of groups with more
     rows than a reader takes in, those on which less is known than on others are in drawings of their own, at the end.
     """
-    parted = [_parted(list(own)) for _, own in itertools.groupby(made.rows, lambda row: row.group)]
-    names = {"answer": [first for first, _ in parted], "answer_rest": [rest for _, rest in parted if rest]}
+    parts = [parted(list(own)) for _, own in itertools.groupby(made.rows, lambda row: row.group)]
+    names = {"answer": [first for first, _ in parts], "answer_rest": [rest for _, rest in parts if rest]}
     return [
         _figure(made, part, f"{name}_{number}" if number > 1 else name)
         for name, groups in names.items()
@@ -371,7 +371,7 @@ LONG = 12  # rows of a group that are taken in at a glance
 LABEL = 36  # letters of a name in a line
 
 
-def _parted(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def parted(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """The rows of a group that are drawn first, and the rest: averages of one pair only where nothing has more."""
     sure = [len({aspect for (aspect, _), way in row.ways.items() if math.isfinite(way.interval.high)}) for row in rows]
     most = max(sure)

@@ -1,5 +1,6 @@
 """The figures of what curvature and retention measured of runs."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -144,9 +145,13 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
 
 
 def forgetting(made: answer.Answer) -> dr.Drawing | None:
-    """What is forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's."""
+    """What is forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's.
+
+    Of long groups the entries that the answer's first figure shows.
+    """
     groups: dict[str, dict[str, tuple[en.Entry, en.Entry | None]]] = {}
-    for row in made.rows:
+    first = [answer.parted(list(own))[0] for _, own in itertools.groupby(made.rows, lambda row: row.group)]
+    for row in itertools.chain(*first):
         members, other = groups.setdefault(row.group, {}), row.others["tokens"]
         if other and other.plain:
             members.setdefault(other.name, (other, None))

@@ -133,8 +133,8 @@ def test_a_figure_parts_what_perturbs_nothing_from_the_rest_and_leaves_out_avera
     (alone,) = (row for row in answer.answer(entries.entries([r for r in study_of(sweep) if r.seed == 0])).rows
                 if row.name == "sam")  # fmt: skip
     average = alone._replace(entry=alone.entry._replace(weights="ema"))
-    assert [list(map(id, part)) for part in answer._parted([sam, alone, average])] == [[id(sam), id(alone)], []]
-    assert [len(part) for part in answer._parted([average])] == [1, 0]
+    assert [list(map(id, part)) for part in answer.parted([sam, alone, average])] == [[id(sam), id(alone)], []]
+    assert [len(part) for part in answer.parted([average])] == [1, 0]
 
 
 def test_of_a_long_group_what_is_known_in_less_is_drawn_by_itself(sweep, monkeypatch):
