@@ -144,6 +144,9 @@ def kept_against_rho(found: Sequence[en.Entry]) -> dr.Drawing | None:
     )  # fmt: skip
 
 
+MARKED = 4  # points of a frontier between its markers
+
+
 def forgetting(made: answer.Answer) -> dr.Drawing | None:
     """What is forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's.
 
@@ -173,7 +176,8 @@ def forgetting(made: answer.Answer) -> dr.Drawing | None:
         gains = [each["loss"] - frontier.best_gain(frontier.paths_of(each)) for each in tuned]
         marks = [highest + (max(gains) - highest) * share / 8 for share in range(-8, 9)]
         for name, (entry, other) in members.items():
-            colour, _, dash = styles[name]
+            colour, marker, dash = styles[name]
+            marked = {"color": colour, "linestyle": dash, "marker": marker, "markevery": MARKED, "markersize": 4}
             found = {}
             for mark in marks:
                 at = [en.forgotten(mark)(result) for result in entry.best.values() if result.fine_tune]
@@ -182,12 +186,12 @@ def forgetting(made: answer.Answer) -> dr.Drawing | None:
                     found[mark] = {"group": group, "entry": name, **least}
             if found:
                 line = [row["forgotten"] for row in found.values()]
-                panels[group, 0].plot([*found], line, color=colour, linestyle=dash, label=name)
+                panels[group, 0].plot([*found], line, label=name, **marked)
             ways = {mark: en.difference(entry, other, en.forgotten(mark)) for mark in marks}
             ways = {mark: way.interval for mark, way in ways.items() if way}
             if ways:
                 middle, low, high = zip(*(way[:3] for way in ways.values()), strict=True)
-                panels[group, 1].plot([*ways], middle, color=colour, linestyle=dash, label=name)
+                panels[group, 1].plot([*ways], middle, label=name, **marked)
                 if all(way.n > 2 for way in ways.values()):
                     panels[group, 1].fill_between([*ways], low, high, color=colour, alpha=0.1, linewidth=0)
             for mark, row in found.items():
