@@ -133,6 +133,8 @@ def analyse(results: list[Result]) -> Study:
     if left_out:
         left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
         notes.insert(0, f"Names leave out what most runs have: {left_out}.")
+    if any(RATE in set(extras.get(place[-1], ())) - set(own[place]) for place in own):
+        notes.insert(1, "They leave out the peak rate too where a method has no other in a scale and budget.")
     if aside:
         notes.append(f"{aside} models were fine-tuned on another text than most: what they forget is left out.")
     cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]

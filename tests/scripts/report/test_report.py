@@ -297,12 +297,16 @@ def test_a_rate_of_its_own_for_each_size_makes_no_variant_where_it_is_the_only_o
                 name, overrides = plan(method, rho, size=size, optim__peak_learning_rate=rate)
                 runs[name] = (overrides, 2.0)
     write_sweep(tmp_path, runs)
-    cells = {cell.scale: list(cell.variants) for cell in report_groups.analyse(results.read(tmp_path)).cells}
-    assert cells == {
+    study = report_groups.analyse(results.read(tmp_path))
+    assert {cell.scale: list(cell.variants) for cell in study.cells} == {
         "0.1m": ["adamw", "sam", "adamw, peak_learning_rate=0.001", "sam, peak_learning_rate=0.001"],
         "0.4m": ["adamw", "sam"],
         "1.8m": ["adamw", "sam"],
     }
+    assert study.notes == [
+        "Names leave out what most runs have: peak_learning_rate=0.002.",
+        "They leave out the peak rate too where a method has no other in a scale and budget.",
+    ]
 
 
 def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_path):
