@@ -61,6 +61,8 @@ def read(directory: str) -> dict:
         raise CorpusDamaged(f"config.data.directory={directory!r} {state}") from error
     except NotADirectoryError as error:
         raise CorpusDamaged(f"config.data.directory={directory!r} is a file") from error
+    except OSError as error:  # a name too long, no permission
+        raise CorpusDamaged(f"config.data.directory={directory!r} cannot be read: {error.strerror}") from error
     if manifest.get("format") != FORMAT:
         have = manifest.get("format")
         raise CorpusDamaged(

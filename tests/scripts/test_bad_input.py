@@ -195,6 +195,13 @@ WORDS = [
 ASSIGNED = st.tuples(st.sampled_from(list(base.keys())), st.one_of(st.sampled_from(WORDS), st.text(max_size=20)))
 
 
+@pytest.mark.parametrize("word", ["a" * 300, "a" * 5000, "\0"], ids=["longer than a name", "than a path", "null"])
+@pytest.mark.parametrize("config", ["quickstart", "study"])
+def test_what_no_file_can_be_called_is_taken_or_refused_in_one_line_whatever_the_key(config, word):
+    for key in list(base.keys()):
+        taken_or_refused([f"--config={config}", f"--config.{key}={word}"], 1)
+
+
 @settings(max_examples=1000, deadline=None)
 @given(
     st.sampled_from(["quickstart", "base", "study", "paper:24m,sam,fixed"]),
@@ -202,7 +209,10 @@ ASSIGNED = st.tuples(st.sampled_from(list(base.keys())), st.one_of(st.sampled_fr
     st.sampled_from([1, 8]),
 )
 def test_any_values_are_taken_or_refused_in_one_line(config, assigned, devices):
-    argv = [f"--config={config}", *(f"--config.{key}={value}" for key, value in assigned)]
+    taken_or_refused([f"--config={config}", *(f"--config.{key}={value}" for key, value in assigned)], devices)
+
+
+def taken_or_refused(argv, devices):
     said, status = io.StringIO(), 0
     try:
         with contextlib.redirect_stderr(said):
