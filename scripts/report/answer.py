@@ -67,6 +67,11 @@ class Answer(NamedTuple):
         """The rows that have a difference in an aspect on a basis."""
         return [(row, row.ways[aspect, basis]) for row in self.rows if (aspect, basis) in row.ways]
 
+    @property
+    def parted(self) -> list[tuple[list[Row], list[Row]]]:
+        """Group by group, the rows that are drawn first, and the rest."""
+        return [parted(list(own)) for _, own in itertools.groupby(self.rows, lambda row: row.group)]
+
 
 def answer(found: Sequence[en.Entry]) -> Answer:
     """What the entries of a study say; without AdamW beside anything, no rows."""
@@ -357,8 +362,7 @@ def figures(made: Answer) -> list[dr.Drawing]:
     Scales that are too many for one drawing are in several, of which the first has most pairs. Of groups with more
     rows than a reader takes in, those on which less is known than on others are in drawings of their own, at the end.
     """
-    parts = [parted(list(own)) for _, own in itertools.groupby(made.rows, lambda row: row.group)]
-    names = {"answer": [first for first, _ in parts], "answer_rest": [rest for _, rest in parts if rest]}
+    names = {"answer": [first for first, _ in made.parted], "answer_rest": [rest for _, rest in made.parted if rest]}
     return [
         _figure(made, part, f"{name}_{number}" if number > 1 else name)
         for name, groups in names.items()

@@ -153,8 +153,7 @@ def forgetting(made: answer.Answer) -> dr.Drawing | None:
     Of long groups the entries that the answer's first figure shows.
     """
     groups: dict[str, dict[str, tuple[en.Entry, en.Entry | None]]] = {}
-    first = [answer.parted(list(own))[0] for _, own in itertools.groupby(made.rows, lambda row: row.group)]
-    for row in itertools.chain(*first):
+    for row in itertools.chain(*(first for first, _ in made.parted)):
         members, other = groups.setdefault(row.group, {}), row.others["tokens"]
         if other and other.plain:
             members.setdefault(other.name, (other, None))

@@ -121,20 +121,11 @@ def analyse(results: list[Result]) -> Study:
     keys = telling(runs)
     extras, notes = _extras(runs, keys)
     common = {key: usual(run.result.config[key] for run in runs) for key in keys}
-    rates: dict[tuple, set] = {}
-    for run in runs:
-        rates.setdefault(_place(run), set()).add(run.result.config.get(RATE))
-    own = {
-        place: [key for key in extras.get(place[-1], ()) if key != RATE or len(found) > 1]
-        for place, found in rates.items()
-    }
-    runs = _families([run._replace(variant=_variant(run, own[_place(run)], common)) for run in runs])
+    runs = _families([run._replace(variant=_variant(run, extras[_place(run)], common)) for run in runs])
     left_out = of_model | {key: common[key] for keys in extras.values() for key in keys}
     if left_out:
         left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
         notes.insert(0, f"Names leave out what most runs have: {left_out}.")
-    if any(RATE in set(extras.get(place[-1], ())) - set(own[place]) for place in own):
-        notes.insert(1, "They leave out the peak rate too where a method has no other in a scale and budget.")
     if aside:
         notes.append(f"{aside} models were fine-tuned on another text than most: what they forget is left out.")
     cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]
@@ -229,23 +220,31 @@ def _names_of_cells(runs: list[Run]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((run.scale, run.budget) for run in runs))
 
 
-def _extras(runs: list[Run], keys: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """({method: keys in which its own runs differ within a cell}, notes on keys in which methods differ)."""
-    extras, notes = {}, []
+def _extras(runs: list[Run], keys: list[str]) -> tuple[dict[tuple[str, str, str], list[str]], list[str]]:
+    """({a method's place: keys that tell its variants apart there}, notes on keys in which methods differ).
+
+    These are the keys in which its own runs differ within a cell, whichever: the peak rate only in those cells.
+    """
+    extras, notes = {_place(run): [] for run in runs}, []
     for key in keys:
+        values: dict[tuple[str, str, str], set[str]] = {}
+        for run in runs:
+            values.setdefault(_place(run), set()).add(str(run.result.config[key]))
+        several = [place for place, found in values.items() if len(found) > 1]
+        methods = {method for _, _, method in several}
+        places = [place for place in values if place[-1] in methods]
+        told = several if key == RATE else places
+        for place in told:
+            extras[place].append(key)
+        if len(told) < len(places):
+            notes.append("Names leave out the peak rate where a method has no other in a scale and budget.")
         between = set()
         for cell in _names_of_cells(runs):
-            values = {}
-            for run in runs:
-                if (run.scale, run.budget) == cell:
-                    values.setdefault(run.method, set()).add(str(run.result.config[key]))
-            for method, found in values.items():
-                if len(found) > 1 and key not in extras.setdefault(method, []):
-                    extras[method].append(key)
-            alike = {tuple(sorted(found)) for found in values.values()}
+            inside = {place[-1]: found for place, found in values.items() if place[:-1] == cell}
+            alike = {tuple(sorted(found)) for found in inside.values()}
             if len(alike) > 1 and not key.removeprefix("optim.").startswith(_OWN):
-                between |= {f"{method}: {', '.join(sorted(found))}" for method, found in values.items()}
-        if between and not any(key in keys for keys in extras.values()):  # else the names of variants say it
+                between |= {f"{method}: {', '.join(sorted(found))}" for method, found in inside.items()}
+        if between and not several:  # else the names of variants say it
             notes.append(f"Methods differ in {key} within a scale and budget ({'; '.join(sorted(between))}).")
     return extras, notes
 

@@ -143,9 +143,11 @@ def test_of_a_long_group_what_is_known_in_less_is_drawn_by_itself(sweep, monkeyp
     less = sam._replace(name="less", ways={key: way for key, way in sam.ways.items() if key[0] == "loss"})
     many = made._replace(rows=[longer, sam, less])
     assert [drawing.name for drawing in answer.figures(many)] == ["answer"]
+    assert "less" in {row["entry"] for row in measured.forgetting(many).rows}
     monkeypatch.setattr(answer, "LONG", 2)
     shown = {drawing.name: [row["entry"] for row in drawing.rows] for drawing in answer.figures(many)}
     assert shown == {"answer": [longer.name, "sam"], "answer_rest": ["less"]}
+    assert {row["entry"] for row in measured.forgetting(many).rows} == {"adamw", longer.name, "sam"}
 
 
 def test_a_row_says_its_rho_once_and_an_end_of_the_grid_only_of_the_best(sweep):

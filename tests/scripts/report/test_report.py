@@ -305,7 +305,7 @@ def test_a_rate_of_its_own_for_each_size_makes_no_variant_where_it_is_the_only_o
     }
     assert study.notes == [
         "Names leave out what most runs have: peak_learning_rate=0.002.",
-        "They leave out the peak rate too where a method has no other in a scale and budget.",
+        "Names leave out the peak rate where a method has no other in a scale and budget.",
     ]
 
 
