@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
+
+from steppe.data.errors import DataError
 
 ASIDE = ".tmp"  # how names of files end that are being written
 
@@ -161,6 +164,39 @@ def is_held(path: str | os.PathLike) -> bool:
     finally:
         os.close(number)
     return False
+
+
+def below(root: str | os.PathLike, name: Any) -> Path:
+    """The path below a root of a name that a stored file, an address or a listing told, to read, write or delete.
+
+    root: a directory, which may be a link itself. name: its parts are divided by "/".
+    DataError for what leads out, links of the directory too, and for what is no name of a file.
+    """
+    fault = ""
+    if not isinstance(name, str) or not name:
+        fault = "must be the name of a file"
+    elif _NO_NAME.search(name):
+        fault = "has characters that no name may have"
+    elif name.startswith("/") or re.match("[A-Za-z]:", name) or {"", ".", ".."} & set(name.split("/")):
+        fault = "must be relative, without empty parts, . and .."
+    elif len(name.encode()) > 1024 or max(len(part.encode()) for part in name.split("/")) > 255:
+        fault = "is too long for a file"
+    else:
+        real = os.path.realpath(root)
+        if os.path.commonpath((real, os.path.realpath(os.path.join(real, name)))) != real:
+            fault = "is, or passes through, a link that leads out of the directory"
+    if fault:
+        raise DataError(f"{os.fspath(root)}: the name {shown(name)} {fault}")
+    return Path(root, name)
+
+
+_NO_NAME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\\\\]")
+
+
+def shown(value: Any) -> str:
+    """A stored value for a message: one short line."""
+    text = ascii(value) if isinstance(value, str) and _NO_NAME.search(value) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def leftovers(directory: str | os.PathLike) -> list[Path]:

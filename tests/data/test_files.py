@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steppe.data import errors, files
 
@@ -82,3 +84,35 @@ def test_an_error_keeps_its_kind_and_fields_from_one_process_to_another():
     again = errors.from_json(json.loads(json.dumps(errors.to_json(error))))
     assert type(again) is errors.BadRecords
     assert (str(again), vars(again)) == (str(error), vars(error))
+
+
+PARTS = st.sampled_from(
+    ["a", "b.bin", "..", ".", "", "out", "in", "C:", "a\\b", "n\0", "e\x1b[2J", "\ud800", "x" * 300]
+)
+
+
+@given(parts=st.lists(PARTS, min_size=1, max_size=4))
+def test_a_stored_name_is_a_path_below_its_root_or_refused(tmp_path_factory, parts):
+    folder = tmp_path_factory.mktemp("tree")
+    root = folder / "root"
+    (root / "a").mkdir(parents=True)
+    (root / "out").symlink_to(folder)
+    (root / "in").symlink_to("a")
+    (folder / "link").symlink_to(root)
+    name = "/".join(parts)
+    allowed = set(parts) <= {"a", "b.bin", "in", "out"} and parts[0] != "out"
+    for top in (root, folder / "link"):
+        if allowed:
+            assert files.below(top, name) == top / name
+            assert root in files.below(top, name).resolve().parents
+        else:
+            with pytest.raises(errors.DataError) as refusal:
+                files.below(top, name)
+            assert str(refusal.value).isprintable()
+            assert str(top) in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [None, 1, [], {}, True, b"a", "/", "/etc/passwd", "~/../x", "a" * 255 + "/" * 2000])
+def test_what_is_no_relative_name_is_refused(tmp_path, name):
+    with pytest.raises(errors.DataError):
+        files.below(tmp_path, name)
