@@ -9,6 +9,7 @@ import math
 import os
 import re
 import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +32,13 @@ class Held(RuntimeError):
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """The name of a file beside `path` to write to, which takes its place, durably, once the block is left in order."""
+    """The name of an empty file beside `path` to write to, which takes its place, durably, once the block is left in
+    order; a link at `path` is replaced, not followed."""
     writer = f"{socket.gethostname()}-{threading.get_native_id()}"  # several hosts may write one directory
     aside = f"{os.fspath(path)}.{writer}{ASIDE}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(aside)  # of a process that was killed, or a link that somebody put there
+    os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield aside
         sync(aside)
@@ -88,6 +93,18 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def ordinary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
+    """An ordinary file to read from. DataError for a pipe, a device or a socket, at which reading would wait."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(number).st_mode
+    if stat.S_ISREG(kind):
+        return open(number, "rb", buffering=buffering)
+    os.close(number)
+    raise DataError(
+        f"{os.fspath(path)}: must be an ordinary file, not a {'directory' if stat.S_ISDIR(kind) else 'pipe or device'}"
+    )
+
+
 def opened(path: str) -> BinaryIO:
     """A file to read from; an address through fsspec."""
     if not is_remote(path):
@@ -122,7 +139,7 @@ def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list
 def content_hash(path: str | os.PathLike) -> str:
     """xxh3_128 of a file's bytes."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as handle:
+    with ordinary(path, buffering=0) as handle:
         while chunk := handle.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
@@ -154,7 +171,7 @@ def lock(path: str | os.PathLike, *, wait: bool = False, shared: bool = False) -
 def is_held(path: str | os.PathLike) -> bool:
     """Whether a process holds this lock now."""
     try:
-        number = os.open(path, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

@@ -94,8 +94,7 @@ def open_corpus(
             raise CorpusMismatch(f"config.data.{key} is {value}, but {directory} was prepared with {manifest[key]}")
     manifests.verify(directory, manifest, verify)
     if tokenizer is None:
-        copied = have["file"] and os.path.join(directory, have["file"]["file"])
-        tokenizer = load_tokenizer(copied or have["spec"])
+        tokenizer = load_tokenizer(os.path.join(directory, have["file"]["file"]) if have["file"] else "bytes")
     return Corpus(
         directory=directory,
         manifest=manifest,
@@ -234,7 +233,10 @@ def _read(part: Rows, indices: list[int]) -> Sequence[bytes]:
 
 
 def _batch(corpus: Corpus, records: list[bytes | None]) -> dict[str, np.ndarray]:
-    return to_batch(records, corpus.manifest["dtype"], corpus.packing, corpus.sequence_length)
+    try:
+        return to_batch(records, corpus.manifest["dtype"], corpus.packing, corpus.sequence_length)
+    except (ValueError, IndexError) as error:
+        raise CorpusDamaged(f"{corpus.directory}: a row is none that Steppe wrote ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:

@@ -8,11 +8,13 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 import xxhash
+from msgspec import Meta
 
-from steppe.data import files
-from steppe.data.errors import CorpusDamaged
+from steppe.data import files, stored
+from steppe.data.errors import CorpusDamaged, DataError
 
 FORMAT = 1  # of the records, the packing and the manifest; a directory of another format is refused
 NAME = "manifest.json"
@@ -22,6 +24,58 @@ FULL_UP_TO = 8 << 30  # bytes that verify=auto reads on every opening
 
 # keys of config.data that a prepared directory knows
 DESCRIBED = ("task", "held_out", "held_out_fraction", "text_field", "seqio_module", "shards")
+
+
+class File(TypedDict, total=False):
+    """A file of a prepared directory, by its name in it; rows: of a shard."""
+
+    file: Required[str]
+    size: Required[stored.Count]
+    hash: Required[str]
+    rows: stored.Count
+
+
+class Shard(File):
+    """A shard as a manifest names it; `content`: the hash of its rows."""
+
+    rows: Required[stored.Count]
+    content: Required[str]
+
+
+class Component(TypedDict):
+    """One source of training text, or one held-out set."""
+
+    name: str
+    weight: Annotated[float, Meta(gt=0)]
+    rows: stored.Count
+    tokens: stored.Count
+    bytes: stored.Count
+    documents: stored.Count
+    shards: list[Shard]
+
+
+class Vocabulary(TypedDict):
+    """spec: as config.data.vocabulary named it. file: the copy that lies in the directory, None of bytes."""
+
+    spec: str
+    fingerprint: str
+    size: stored.Positive
+    file: File | None
+
+
+class Manifest(TypedDict):
+    """manifest.json."""
+
+    format: int
+    sequence_length: Annotated[int, Meta(ge=1, le=1 << 24)]
+    packing: Literal["concat", "bestfit"]
+    dtype: Literal["uint16", "uint32"]
+    vocabulary: Vocabulary
+    train: list[Component]
+    held_out: list[Component]
+    identity: dict[str, Any]
+    fingerprint: str
+    checksum: str
 
 
 def checksum(value: dict) -> str:
@@ -38,17 +92,16 @@ def write_json(path: str, value: dict) -> None:
 def read_json(path: str) -> dict:
     """Reads what `write_json` wrote; an altered file is CorpusDamaged, a missing one FileNotFoundError."""
     try:
-        with open(path, "rb") as handle:
-            value = json.loads(handle.read())
-    except ValueError as error:
-        raise CorpusDamaged(f"{path} is no JSON ({error}): the directory is damaged; prepare it again") from error
-    if not isinstance(value, dict) or value.get("checksum") != checksum(value):
+        value = stored.read(path, dict[str, Any])
+    except DataError as error:
+        raise CorpusDamaged(f"{error}; prepare the directory again") from None
+    if value.get("checksum") != checksum(value):
         raise CorpusDamaged(f"{path} does not match its own checksum: it was altered; prepare the directory again")
     return value
 
 
-def read(directory: str) -> dict:
-    """The manifest of a finished directory."""
+def read(directory: str) -> Manifest:
+    """The manifest of a finished directory, whose files all have names below it."""
     try:
         manifest = read_json(os.path.join(directory, NAME))
     except FileNotFoundError as error:
@@ -59,15 +112,22 @@ def read(directory: str) -> dict:
         else:
             state = "does not exist"
         raise CorpusDamaged(f"config.data.directory={directory!r} {state}") from error
-    except NotADirectoryError as error:
-        raise CorpusDamaged(f"config.data.directory={directory!r} is a file") from error
-    except OSError as error:  # a name too long, no permission
-        raise CorpusDamaged(f"config.data.directory={directory!r} cannot be read: {error.strerror}") from error
     if manifest.get("format") != FORMAT:
-        have = manifest.get("format")
+        have = files.shown(manifest.get("format"))
         raise CorpusDamaged(
             f"config.data.directory={directory!r} has format {have}; this version reads {FORMAT}: prepare again"
         )
+    return checked(manifest, directory)
+
+
+def checked(manifest: dict, directory: str) -> Manifest:
+    """A manifest, once it is of its type and all its files have names below the directory. CorpusDamaged."""
+    try:
+        stored.typed(manifest, Manifest, os.path.join(directory, NAME))
+        for entry in entries(manifest):
+            files.below(directory, entry["file"])
+    except DataError as error:
+        raise CorpusDamaged(f"{error}; prepare the directory again") from None
     return manifest
 
 
@@ -83,16 +143,20 @@ def shards(manifest: dict) -> Iterable[dict]:
             yield from component["shards"]
 
 
+def entries(manifest: Manifest) -> list[File]:
+    """All files that a manifest names: its shards and, where there is one, the copy of the vocabulary."""
+    copied = manifest["vocabulary"]["file"]
+    return [*shards(manifest), *([copied] if copied else [])]
+
+
 def verify(directory: str, manifest: dict, how: str = "auto") -> None:
     """Compares every shard with the manifest: presence and size, and contents (`full`; `auto`: up to 8 GiB in total).
 
     Records that `sizes` leaves unread still carry ArrayRecord's own chunk checksums, so a flipped byte is an error when
     read.
     """
-    entries = list(shards(manifest))
-    if manifest["vocabulary"]["file"]:
-        entries.append(manifest["vocabulary"]["file"])
-    for entry in entries:
+    listed = entries(manifest)
+    for entry in listed:
         path = os.path.join(directory, entry["file"])
         try:
             size = os.stat(path).st_size
@@ -104,10 +168,10 @@ def verify(directory: str, manifest: dict, how: str = "auto") -> None:
             raise CorpusDamaged(
                 f"{path} has {size} bytes, the manifest says {entry['size']}; prepare the directory again"
             )
-    if how == "sizes" or (how == "auto" and sum(entry["size"] for entry in entries) > FULL_UP_TO):
+    if how == "sizes" or (how == "auto" and sum(entry["size"] for entry in listed) > FULL_UP_TO):
         return
     with ThreadPoolExecutor(4) as pool:
-        for entry, found in zip(entries, pool.map(lambda e: _hash_or_error(directory, e), entries), strict=True):
+        for entry, found in zip(listed, pool.map(lambda e: _hash_or_error(directory, e), listed), strict=True):
             if found != entry["hash"]:
                 raise CorpusDamaged(f"{os.path.join(directory, entry['file'])} was altered ({found}); prepare again")
 
@@ -117,3 +181,5 @@ def _hash_or_error(directory: str, entry: dict) -> str:
         return files.content_hash(os.path.join(directory, entry["file"]))
     except OSError as error:
         return f"unreadable: {error.strerror}"
+    except DataError:
+        return "no ordinary file"

@@ -40,17 +40,17 @@ def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:
                 system.get_file(f"{path}/{manifests.NAME}", aside)
             except FileNotFoundError:
                 raise CorpusDamaged(f"{address} has no {manifests.NAME}; it is no prepared directory") from None
-            manifest = manifests.read_json(aside)
+            manifest = manifests.checked(manifests.read_json(aside), place)
             here = os.path.join(place, manifests.NAME)  # there once all was whole
             if os.path.exists(here) and manifests.read_json(here) == manifest:
                 os.unlink(aside)
                 return place
-            missing = [entry for entry in _entries(manifest) if not _whole(place, entry)]
+            missing = [entry for entry in manifests.entries(manifest) if not _whole(place, entry)]
             if missing:
                 size = sum(entry["size"] for entry in missing)
                 log(f"fetching {len(missing)} files, {size / 1e6:,.1f} MB, of {address} to {place}, once")
             for entry in missing:
-                target = os.path.join(place, entry["file"])
+                target = files.below(place, entry["file"])
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with files.replacing(target) as partial:
                     system.get_file(f"{path}/{entry['file']}", partial)
@@ -85,7 +85,7 @@ def publish(directory: str, address: str, log: Callable[[str], None] = print) ->
     """Copies a finished prepared directory to an address, the manifest last: no manifest, no corpus there."""
     system, path = reached(address)
     manifest = manifests.read(directory)
-    names = [*(entry["file"] for entry in _entries(manifest)), manifests.NAME]
+    names = [*(entry["file"] for entry in manifests.entries(manifest)), manifests.NAME]
     try:
         for name in names:
             source = os.path.join(directory, name)
@@ -105,11 +105,6 @@ def staged(address: str, cache: str) -> str:
 def discard(directory: str) -> None:
     """Removes a staged directory that was published."""
     shutil.rmtree(directory)
-
-
-def _entries(manifest: dict) -> list[dict]:
-    copied = manifest["vocabulary"]["file"]
-    return [*manifests.shards(manifest), *([copied] if copied else [])]
 
 
 def _whole(place: str, entry: dict) -> bool:

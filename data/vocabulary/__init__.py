@@ -6,7 +6,8 @@ its first bytes say. One of several files becomes one (`hub.joined`), which is w
 
 import os
 
-from steppe.data.errors import DataError, refused
+from steppe.data import stored
+from steppe.data.errors import refused
 from steppe.data.vocabulary import byte, hub, pieces
 from steppe.data.vocabulary.pieces import train_sentencepiece
 from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
@@ -28,11 +29,8 @@ def read_model(spec: str) -> bytes:
     try:
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
-        with open(path, "rb") as handle:
-            return hub.joined(spec, path, handle.read())
-    except (OSError, ValueError) as error:  # ValueError: a name that none can have
-        if isinstance(error, DataError):
-            raise
+        return hub.joined(spec, path, stored.content_of(path))
+    except (OSError, stored.Wrong) as error:
         reason = getattr(error, "strerror", None) or error
         accepted = f'"bytes" or the path of a SentencePiece model, a tokenizer.json or a .tiktoken file ({reason})'
         raise refused("data.vocabulary", spec, accepted) from error

@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 from steppe.configs.base import get_config
-from steppe.data import cache, remote
+from steppe.data import cache, files, remote
+from steppe.data import manifest as manifests
 from steppe.data.errors import CorpusDamaged, DataError
 from steppe.data.loader import open_corpus, training_rows
 from steppe.data.prepare import prepare, recipe_of
@@ -122,3 +123,29 @@ def test_a_missing_driver_is_one_line(tmp_path, address, monkeypatch):
     with pytest.raises(DataError, match=r"^[^\n]*cannot be reached[^\n]*$"):
         cache.ensure(config.data)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["/elsewhere.bin", "../../elsewhere.bin", "train/../../../elsewhere.bin"])
+@pytest.mark.parametrize("of", ["shard", "vocabulary"])
+def test_a_manifest_from_elsewhere_names_no_file_outside_the_copy(tmp_path, of, name):
+    """The checksums are the attacker's own, so only the name tells."""
+    made, outside = tmp_path / "attack", tmp_path / "elsewhere.bin"
+    prepare(recipe_of(get_config().data, task="topics", sequence_length=64), str(made), **QUIET)
+    manifest = manifests.read(str(made))
+    name = str(outside) if name.startswith("/") else name
+    payload = made / "payload.bin"
+    payload.write_bytes(b"attack")
+    entry = {"file": name, "size": 6, "hash": files.content_hash(payload), "content": "", "rows": 0}
+    if of == "shard":
+        manifest["train"][0]["shards"].append(entry)
+    else:
+        manifest["vocabulary"]["file"] = entry
+    (made / "manifest.json").chmod(0o644)
+    manifests.write_json(str(made / "manifest.json"), manifest)
+    outside.write_bytes(b"precious")
+    with pytest.raises(CorpusDamaged, match="the name '.*' must be relative"):
+        remote.fetch(f"file://{made}", str(tmp_path / "cache"), **QUIET)
+    with pytest.raises(CorpusDamaged, match="the name '.*' must be relative"):
+        open_corpus(str(made), verify="sizes")
+    assert outside.read_bytes() == b"precious"
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name == "elsewhere.bin"]

@@ -1,0 +1,138 @@
+"""The one reading of stored JSON: ordinary files of bounded size and depth, with types, ranges and no key twice.
+
+What a file holds is declared once, as a TypedDict beside its writer. Keys that are not declared are let through: other
+versions write others. A value that will not do is a `Wrong` of one line.
+"""
+
+import json
+import os
+import re
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from steppe.data import files
+from steppe.data.errors import DataError
+
+MOST = 256 << 20  # bytes of a file
+DEPTH = 64  # of objects and lists within one another
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Positive = Annotated[int, Meta(ge=1, le=2**53)]
+Amount = Annotated[float, Meta(ge=0)]
+Scalar = bool | int | float | str | None
+Flat = dict[str, Scalar | list[Scalar]]  # a config, {"optim.rho": 0.1}
+
+
+class Wrong(DataError):
+    """A stored file, or a value in it, is not what Steppe writes."""
+
+
+def read(path: str | os.PathLike, kind: Any, most: int = MOST) -> Any:
+    """The content of a JSON file as a type that msgspec knows. Wrong, or FileNotFoundError where there is none."""
+    return decode(content_of(path, most), kind, os.fspath(path))
+
+
+def content_of(path: str | os.PathLike, most: int = MOST) -> bytes:
+    """The bytes of an ordinary file. Wrong for what is none, cannot be read or is too large; FileNotFoundError."""
+    try:
+        with files.ordinary(path) as handle:
+            found = handle.read(most + 1)
+    except (FileNotFoundError, DataError):
+        raise
+    except (OSError, ValueError) as error:
+        raise Wrong(f"{os.fspath(path)}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(found) > most:
+        raise Wrong(f"{os.fspath(path)}: is too large; at most {most:,} bytes are read")
+    return found
+
+
+def decode(content: bytes, kind: Any, place: str) -> Any:
+    """JSON as a type; place: what a message calls it. Wrong."""
+    if _is_deep(content):
+        raise Wrong(f"{place}: is nested more than {DEPTH} deep")
+    try:
+        value = msgspec.json.decode(content)
+        json.loads(content, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
+        raise Wrong(f"{place}: is damaged ({' '.join(str(error).split())[:200]})") from None
+    return typed(value, kind, place)
+
+
+def typed(value: Any, kind: Any, place: str) -> Any:
+    """A value that was read, once it is of a type. Wrong, with where in it, the value, and what is accepted."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise Wrong(f"{place}: {_fault(value, kind, str(error))}") from None
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    if len({key for key, _ in pairs}) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {files.shown(next(key for key in keys if keys.count(key) > 1))} is there twice")
+
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _is_deep(content: bytes) -> bool:
+    if content.count(b"[") + content.count(b"{") <= DEPTH:
+        return False
+    depth = 0
+    for bracket in _STRING.sub(b"", content).translate(None, _NO_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > DEPTH:
+            return True
+    return False
+
+
+_WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false", "object": "an object",
+          "array": "a list", "null": "null"}  # fmt: skip
+
+
+def _fault(value: Any, kind: Any, said: str) -> str:
+    """What msgspec said of a value, with the place in full and the value there."""
+    message, _, path = said.partition(" - at ")
+    where, inside = "", value
+    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        if index == "...":  # some key of an object
+            index = _culprit(value, inside, kind, said)
+            where, inside = f"{where}.{index}" if where else index, inside[index]
+        elif name:
+            where, inside = f"{where}.{name}" if where else name, inside.get(name)
+        else:
+            where, inside = f"{where}[{index}]", inside[int(index)]
+    where = where if where.isprintable() else ascii(where)
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        return f"{where + '.' if where else ''}{missing[1]}: is missing"
+    kinds, _, bound = re.sub(r", got .*", "", message).removeprefix("Expected ").removeprefix("`").partition("`")
+    accepted = " or ".join(_WORDS.get(each, each) for each in kinds.split(" | "))
+    if message.startswith("Expected"):
+        return f"{where or 'it'} = {files.shown(inside)}: must be {accepted}{bound}"
+    return f"{where or 'it'} = {files.shown(inside)}: {message[:1].lower()}{message[1:]}"
+
+
+def _culprit(whole: Any, inside: dict, kind: Any, said: str) -> str:
+    """The key of `inside`, a part of `whole`, over which msgspec complains."""
+
+    def complains(keys: list[str]) -> bool:
+        inside.clear()
+        inside.update((key, kept[key]) for key in keys)
+        try:
+            msgspec.convert(whole, kind)
+        except msgspec.ValidationError as error:
+            return str(error) == said
+        return False
+
+    kept, keys = dict(inside), list(inside)
+    while len(keys) > 1:
+        half = keys[: len(keys) // 2]
+        keys = half if complains(half) else keys[len(half) :]
+    inside.clear()
+    inside.update(kept)
+    return keys[0]
