@@ -1,0 +1,76 @@
+"""The batch ladder: the same tokens in batches of 1k to 32k, and which methods part as the batch grows.
+
+    steppe sweep --config=study --sweep=optim/study/ladder/ladder.py:STAGE --out=OUT --order=listed --jobs=1
+
+Stages 1 to 5, in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two
+rungs that decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose.
+3: the other rows at both rungs. 4: the rung of 4k. 5: that of 32k. README.md beside this has the prediction.
+"""
+
+LENGTH, EPSILON = 128, 1_024  # tokens of a sequence; tokens that one epsilon sees where microbatches have their own
+RUNGS = {  # tokens of a batch: AdamW's four peak rates; the two in the middle are every other row's
+    1_024: [0.004, 0.008, 0.016, 0.032],
+    4_096: [0.008, 0.016, 0.032, 0.064],
+    16_384: [0.008, 0.016, 0.032, 0.064],
+    32_768: [0.016, 0.032, 0.064, 0.128],
+}
+SHARED = {
+    "model.size": "0.01m",
+    "data.sequence_length": LENGTH,
+    "train.duration": "16777216 tokens",  # 2 ** 24: 1,024 steps of 16k
+    "evaluate.batch_size": 32,
+    "average.weights": ("ema",),
+}
+SMALL, LARGE = [0.03, 0.1], [0.3, 1.0]  # rho of two passes, and along the momentum
+FIRST = {"sam": SMALL, "functional_sam": SMALL, "sam per microbatch": SMALL}
+THEN = {"precond_functional_sam": SMALL, "msam": LARGE}
+CHOSEN: dict[int, dict[str, dict]] = {}  # rung: row: what stage 1 chose, written here once it has been run
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def get_spec(stage: str) -> list[dict]:
+    stages = {
+        "1": lambda: [block for rung in (16_384, 1_024) for block in [adamw(rung), *grids(rung, FIRST)]],
+        "2": fresh,
+        "3": lambda: [block for rung in (16_384, 1_024) for block in grids(rung, THEN)],
+        "4": lambda: [adamw(4_096), *grids(4_096, FIRST | THEN)],
+        "5": lambda: [adamw(32_768), *grids(32_768, FIRST | THEN)],
+    }
+    return stages[stage]()
+
+
+def at(rung: int) -> dict:
+    return {**SHARED, "train.batch_size": rung // LENGTH}
+
+
+def row(name: str, rung: int) -> dict:
+    if name == "sam per microbatch":
+        return {"optim.method": "sam", "optim.ascent_over": "microbatch", "train.microbatches": rung // EPSILON}
+    return {"optim.method": name}
+
+
+def adamw(rung: int) -> dict:
+    return {"set": {**at(rung), "seed": 0}, "grid": {"optim.peak_learning_rate": RUNGS[rung]}}
+
+
+def grids(rung: int, rows: dict[str, list]) -> list[dict]:
+    """Four trials a row, as many as AdamW has; a microbatch that is the batch is sam itself."""
+    rates = RUNGS[rung][1:3]
+    return [
+        {
+            "set": {**at(rung), **row(name, rung), "seed": 0},
+            "grid": {"optim.rho": rho, "optim.peak_learning_rate": rates},
+        }
+        for name, rho in rows.items()
+        if rung > EPSILON or name != "sam per microbatch"
+    ]
+
+
+def fresh() -> list[dict]:
+    """Seed by seed, so that a study that is cut short has whole pairs of all rows."""
+    return [
+        {"set": {**at(rung), **row(name, rung), **chosen, "seed": seed}}
+        for seed in SEEDS
+        for rung, rows in CHOSEN.items()
+        for name, chosen in rows.items()
+    ]
