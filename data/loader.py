@@ -88,13 +88,16 @@ def open_corpus(
     tokenizer = load_tokenizer(vocabulary) if vocabulary else None
     if tokenizer and tokenizer.fingerprint != have["fingerprint"]:
         difference = f"{vocabulary} ({tokenizer.fingerprint}), but {directory} was prepared with {have['spec']}"
-        raise CorpusMismatch(f"config.data.vocabulary is {difference} ({have['fingerprint']})")
+        again = "; that was before control strings were text and texts began as the model says: prepare it again"
+        again *= tokenizer.fingerprint.startswith(have["fingerprint"] + "-")
+        raise CorpusMismatch(f"config.data.vocabulary is {difference} ({have['fingerprint']}){again}")
     for key, value in (("sequence_length", sequence_length), ("packing", packing)):
         if value not in (manifest[key], None):
             raise CorpusMismatch(f"config.data.{key} is {value}, but {directory} was prepared with {manifest[key]}")
     manifests.verify(directory, manifest, verify)
     if tokenizer is None:
-        tokenizer = load_tokenizer(os.path.join(directory, have["file"]["file"]) if have["file"] else "bytes")
+        copied = os.path.join(directory, have["file"]["file"]) if have["file"] else "bytes"
+        tokenizer = load_tokenizer(copied, have["fingerprint"])
     return Corpus(
         directory=directory,
         manifest=manifest,

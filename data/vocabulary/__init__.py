@@ -15,12 +15,15 @@ from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
 __all__ = ["PART", "Tokenizer", "Tokens", "load_tokenizer", "read_model", "train_sentencepiece"]
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """Loads `spec`: "bytes", or the path of a SentencePiece model, a tokenizer.json or a .tiktoken file."""
+def load_tokenizer(spec: str, kept: str = "") -> Tokenizer:
+    """Loads `spec`: "bytes", or the path of a SentencePiece model, a tokenizer.json or a .tiktoken file.
+
+    kept: the fingerprint under which a corpus was prepared; one of before text was text loads what it was then.
+    """
     if spec == "bytes":
         return byte.load()
     model = read_model(spec)
-    return hub.load(spec, model) if hub.is_joined(model) else pieces.load(spec, model)
+    return (hub if hub.is_joined(model) else pieces).load(spec, model, kept)
 
 
 def read_model(spec: str) -> bytes:

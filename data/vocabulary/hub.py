@@ -5,6 +5,7 @@ into one JSON object, {"tokenizer": ...} or {"tiktoken": ...} with "begin" and "
 """
 
 import base64
+import copy
 import hashlib
 import json
 import os
@@ -35,17 +36,33 @@ def joined(spec: str, path: str, content: bytes) -> bytes:
         raise DataError(f"config.data.vocabulary={spec!r}: no tokenizer.json ({error})") from None
     if not isinstance(found.get("model"), dict):
         raise refused("data.vocabulary", spec, "a tokenizer.json of the tokenizers library, with a model in it")
-    said = _beside(path, "tokenizer_config.json")
-    named = {name: _text(said.get(f"{name}_token")) for name in ("bos", "eos")}
-    ids = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
-    vocabulary = found["model"].get("vocab", {})
-    ids = {**(vocabulary if isinstance(vocabulary, dict) else {v[0]: i for i, v in enumerate(vocabulary)}), **ids}
-    end = named["eos"] or next((token for token in _ENDS if token in ids), "")
+    ids = _ids(found)
+    begin, end = (_named(path, name, ids) for name in ("bos", "eos"))
+    end = end or next((token for token in _ENDS if token in ids), "")
     if end not in ids:
         accepted = f"a tokenizer with an end of text: eos_token in the tokenizer_config.json beside it, or {_ENDS[0]}"
         raise refused("data.vocabulary", spec, accepted)
-    begin = ids.get(named["bos"] or "", ids[end])
-    return _packed({"tokenizer": found, "begin": begin, "end": ids[end]})
+    return _packed({"tokenizer": found, "begin": ids.get(begin, ids[end]), "end": ids[end]})
+
+
+def _ids(found: dict) -> dict[str, int]:
+    """{token: id} of a tokenizer.json."""
+    vocabulary = found["model"].get("vocab", {})
+    ids = vocabulary if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
+    return {**ids, **{token["content"]: token["id"] for token in found.get("added_tokens", [])}}
+
+
+def _named(path: str, name: str, ids: dict[str, int]) -> str:
+    """The token that the files beside a tokenizer.json name as bos or eos: as text, or of the model, by its id."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if token := _text(_beside(path, file).get(f"{name}_token")):
+            return token
+    tokens = {number: token for token, number in ids.items()}
+    for file in ("generation_config.json", "config.json"):
+        number = _beside(path, file).get(f"{name}_token_id")
+        if token := tokens.get(number[0] if isinstance(number, list) and number else number):
+            return token
+    return ""
 
 
 def is_joined(content: bytes) -> bool:
@@ -53,48 +70,106 @@ def is_joined(content: bytes) -> bool:
     return content.startswith((b'{"begin":', b'{"end":'))
 
 
-def load(spec: str, content: bytes) -> Tokenizer:
-    """The vocabulary of what `joined` made. DataError where its library is missing, or refuses it."""
+def load(spec: str, content: bytes, kept: str = "") -> Tokenizer:
+    """The vocabulary of what `joined` made; kept: as `load_tokenizer`.
+
+    DataError where its library is missing, or refuses it.
+    """
     found = json.loads(content)
     digest = hashlib.sha256(content).hexdigest()[:32]
     kind = "tokenizer" if "tokenizer" in found else "tiktoken"
     library = {"tokenizer": "tokenizers", "tiktoken": "tiktoken"}[kind]
+    fingerprint = f"{library}-{digest}"
+    textual = kind == "tokenizer" and kept != fingerprint  # once, control strings in text were control ids
     try:
-        made = _fast(found["tokenizer"]) if kind == "tokenizer" else _ranked(found)
+        made = _ranked(found) if kind == "tiktoken" else _fast(found, textual)
     except ImportError:
         remedy = f"needs {library}: pip install 'steppe[hub]'"
         raise DataError(f"config.data.vocabulary={spec!r}: {remedy}") from None
     except Exception as error:  # of the library's own kinds
         reason = " ".join(f"{error}".split())[:200]
         raise DataError(f"config.data.vocabulary={spec!r}: {library} refuses it ({reason})") from None
-    return Tokenizer(spec=spec, fingerprint=f"{library}-{digest}", begin_id=found["begin"], eos_id=found["end"], **made)
+    fingerprint += "-text" * textual
+    return Tokenizer(spec=spec, fingerprint=fingerprint, begin_id=found["begin"], eos_id=found["end"], **made)
 
 
-def _fast(found: dict) -> dict:
+def textual_tokenizer(found: dict) -> tuple[dict, dict[str, int]]:
+    """(the tokenizer.json of what `joined` made, for a library that takes control strings for text; {control: id}).
+
+    Controls are the tokens it calls special, and those that begin and end a text. A unigram model's own search would
+    find them in text: there they are made less likely than their characters.
+    """
+    made = copy.deepcopy(found["tokenizer"])
+    ends = (found["begin"], found["end"])
+    for token in made.get("added_tokens", []):
+        token["special"] = bool(token.get("special")) or token["id"] in ends
+    control = {token["content"]: token["id"] for token in made.get("added_tokens", []) if token["special"]}
+    control |= {token: number for token, number in _ids(made).items() if number in ends}
+    if made["model"].get("type") == "Unigram":
+        shun(made["model"]["vocab"], control.values())
+    return made, control
+
+
+def shun(scores: list[list], control: Iterable[int]) -> None:
+    """Lowers the scores of a unigram's control pieces until no text is one of them.
+
+    scores: [piece, score] of every id. A control string of which a character is no piece is left alone: it is likelier
+    than an unknown one whatever its score. For the lowest score says what an unknown one costs.
+    """
+    single = {piece: score for piece, score in scores if len(piece) == 1}
+    for number in control:
+        if all(character in single for character in scores[number][0]):
+            scores[number][1] = min(scores[number][1], sum(single[c] for c in scores[number][0]) - 1.0)
+
+
+def _unknown(model: dict) -> int | None:
+    """The id that a tokenizer.json's model has for what it does not know."""
+    return model["unk_id"] if "unk_id" in model else _ids({"model": model}).get(model.get("unk_token"))
+
+
+def _fast(found: dict, textual: bool) -> dict:
     import tokenizers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # shards are what is worked on side by side
-    library = tokenizers.Tokenizer.from_str(json.dumps(found))
+    made, control = textual_tokenizer(found) if textual else (found["tokenizer"], {})
+    library = tokenizers.Tokenizer.from_str(json.dumps(made))
     library.no_truncation()
     library.no_padding()
-    added = {token["id"] for token in found.get("added_tokens", []) if token.get("special")}
+    library.encode_special_tokens = textual
+    added = {token["id"] for token in made.get("added_tokens", []) if token.get("special")}
+    never = {number for token, number in control.items() if len(token) > 1} - {_unknown(made["model"])}
+    inside = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in control if len(token) > 1]
+    within = re.compile("|".join(inside) or "$^")
+
+    def encoded(texts: list[str]) -> list[list]:
+        """[(text, its encoding)] of the parts of each text: one, unless a control id was found in it."""
+        whole = library.encode_batch(texts, add_special_tokens=False)
+        found = []
+        for text, each in zip(texts, whole, strict=True):
+            parts = [text] if never.isdisjoint(each.ids) else within.split(text)
+            made = [each] if len(parts) == 1 else library.encode_batch(parts, add_special_tokens=False)
+            found.append(list(zip(parts, made, strict=True)))
+        return found
+
+    def encode(text: str) -> list[int]:
+        return [number for _, each in encoded([text])[0] for number in each.ids]
 
     def decode(ids: Iterable[int]) -> str:
         return library.decode([int(i) for i in ids if i not in added], skip_special_tokens=False)
 
     def measure(texts: list[bytes]) -> Tokens:
-        encoded = library.encode_batch([text.decode() for text in texts], add_special_tokens=False)
-        counts = np.array([len(each.ids) for each in encoded])
-        ids = np.array([i for each in encoded for i in each.ids], np.int32)
-        lengths = [_lengths(text, each.offsets) for text, each in zip(texts, encoded, strict=True)]
+        found = encoded([text.decode() for text in texts])
+        counts = np.array([sum(len(each.ids) for _, each in parts) for parts in found])
+        ids = np.array([i for parts in found for _, each in parts for i in each.ids], np.int32)
+        lengths = [_lengths(text.encode(), each.offsets) for parts in found for text, each in parts]
         return Tokens(ids, np.concatenate([*lengths, np.zeros(0, np.int32)]), counts)
 
     return {
         "vocab_size": 1 + max(library.get_vocab(with_added_tokens=True).values()),
-        "encode": lambda text: library.encode(text, add_special_tokens=False).ids,
+        "encode": encode,
         "decode": decode,
         "measure": measure,
-        "cuts": _cuts(lambda text: library.encode(text, add_special_tokens=False).ids) if _by_words(found) else _whole,
+        "cuts": _cuts(encode) if _by_words(made) else _whole,
     }
 
 
@@ -155,7 +230,7 @@ def _ranked(found: dict) -> dict:
     sizes = np.zeros(encoding.n_vocab, np.int32)
     for token, rank in ranks.items():
         sizes[rank] = len(token)
-    special = {found["begin"], found["end"]}
+    shown = {*ranks.values(), *found["special"].values()} - {found["begin"], found["end"]}  # ids may have gaps
 
     def measure(texts: list[bytes]) -> Tokens:
         encoded = encoding.encode_ordinary_batch([text.decode() for text in texts], num_threads=1)
@@ -165,7 +240,7 @@ def _ranked(found: dict) -> dict:
     return {
         "vocab_size": encoding.n_vocab,
         "encode": encoding.encode_ordinary,
-        "decode": lambda ids: encoding.decode([int(i) for i in ids if i not in special]),
+        "decode": lambda ids: encoding.decode([int(i) for i in ids if i in shown]),
         "measure": measure,
         "cuts": _cuts(encoding.encode_ordinary),
     }

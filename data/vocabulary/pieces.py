@@ -17,8 +17,8 @@ _SPACE = "\u2581"  # SentencePiece's mark of a blank
 _BLANK = re.compile(rb"[!-~] (?=[!-~])")  # a single one, nothing near it that a normaliser could join to it
 
 
-def load(spec: str, model: bytes) -> Tokenizer:
-    """The vocabulary of a model's bytes. DataError where they are none."""
+def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
+    """The vocabulary of a model's bytes; kept: as `load_tokenizer`. DataError where they are none."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -30,15 +30,21 @@ def load(spec: str, model: bytes) -> Tokenizer:
     if eos_id <= 0:
         raise DataError(f"config.data.vocabulary={spec!r}: its end-of-sentence id is {eos_id}; a positive id is needed")
 
-    def decode(ids: Iterable[int]) -> str:
-        return processor.DecodeIds([int(i) for i in ids if i not in (PAD_ID, eos_id)])
-
     digest = hashlib.sha256(model).hexdigest()[:32]
+    begin_id = PAD_ID
+    if processor.pad_id() != PAD_ID and kept != f"sentencepiece-{digest}":
+        begin_id = processor.bos_id() if processor.bos_id() >= 0 else eos_id
+    # Models without padding at 0 once began with 0 too, whatever it is in them: such corpora are others.
+    policy = "" if begin_id == PAD_ID else f"-begin{begin_id}"
+
+    def decode(ids: Iterable[int]) -> str:
+        return processor.DecodeIds([int(i) for i in ids if i not in (begin_id, eos_id)])
+
     return Tokenizer(
         spec=spec,
-        fingerprint=f"sentencepiece-{digest}",
+        fingerprint=f"sentencepiece-{digest}{policy}",
         vocab_size=size,
-        begin_id=PAD_ID,
+        begin_id=begin_id,
         eos_id=eos_id,
         encode=processor.EncodeAsIds,
         decode=decode,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from steppe.data import files
-from steppe.lm.hub import families, tokenizers
+from steppe.lm.hub import differences, families, tokenizers
 from steppe.lm.hub.families import Family
 from steppe.lm.keep.saved import Unread
 from steppe.lm.keep.weights import LAST, weights_of
@@ -28,7 +28,8 @@ PARTIAL = ".partial"  # how a directory ends that is being written
 def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
     """Writes the model of `run` to directory `out`, which appears when it is whole.
 
-    ConfigError by key where no family is that model. OSError leaves nothing.
+    ConfigError by key where no family is that model; Unusable where its tokenizer is not the run's. Either, or an
+    OSError, leaves nothing.
     """
     family = families.of_config(run.config)
     tokenizer = run.corpus.tokenizer
@@ -36,12 +37,11 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        config = families.theirs(family, run.config, tokenizer.vocab_size, tokenizer.begin_id, tokenizer.eos_id)
-        files.write_json(aside / "config.json", config)
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = tokenizers.write(aside, run.corpus, run.config.data.sequence_length).ids()
+        files.write_json(aside / "config.json", families.theirs(family, run.config, tokenizer.vocab_size, ids))
         files.write_json(aside / "generation_config.json", {**ids, "do_sample": True, "temperature": 1.0})
+        log(f"tokenizer   {tokenizer.vocab_size:,} tokens; {differences.said(aside, run.corpus)}")
         _write_weights(aside, run, family, log)
-        tokenizers.write(aside, run.corpus, run.config.data.sequence_length, log)
         files.write(aside / "README.md", card(run))
         for path in aside.iterdir():
             files.sync(path)

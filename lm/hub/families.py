@@ -135,8 +135,8 @@ def of_config(config: ConfigDict) -> Family:
     return family
 
 
-def theirs(family: Family, config: ConfigDict, vocabulary: int, begin: int, end: int) -> dict[str, Any]:
-    """The config.json of a model. vocabulary: ids that mean something; begin, end: those that open and close a text."""
+def theirs(family: Family, config: ConfigDict, vocabulary: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """The config.json of a model. vocabulary: ids that mean something; ids: bos_token_id and its like."""
     model = config.model
     ours = {
         **{f"model.{name}": value for name, value in model.items()},
@@ -147,7 +147,6 @@ def theirs(family: Family, config: ConfigDict, vocabulary: int, begin: int, end:
     found = {name: ours[key] for key, names in family.keys.items() for name in names}
     if "rope_theta" in found:
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": found["rope_theta"]}
-    ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": begin}
     return {
         "architectures": [family.architecture], "model_type": family.kind, "vocab_size": vocabulary, **found,
         **family.fixed, **ids, "dtype": "float32", "torch_dtype": "float32", "use_cache": True,

@@ -1,49 +1,78 @@
-"""A run's vocabulary as a tokenizer.json for Hugging Face's fast tokenizers, compared with it on held-out text."""
+"""A run's vocabulary as a tokenizer.json for Hugging Face's fast tokenizers."""
 
+import base64
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from steppe.data import files
-from steppe.data.loader import Corpus, held_out_rows
+from steppe.data.loader import Corpus
 from steppe.data.vocabulary import hub, read_model
 from steppe.data.vocabulary.byte import BYTE_OFFSET
 
 CONTROL = ("<pad>", "</s>", "<unk>")  # of the byte vocabulary, as ByT5 calls them
 _SPACE = "\u2581"
-COMPARED = 64  # rows of held-out text
 
 
-def write(folder: Path, corpus: Corpus, length: int, log: Callable[[str], None]) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and, of a SentencePiece model, tokenizer.model.
+class Named(NamedTuple):
+    """The tokens that begin and end a text and fill a batch, and their ids; pad may be None."""
 
-    length: tokens that the model was trained on at a time. Says on how many held-out texts the two differ, if they do.
+    bos: tuple[str, int]
+    eos: tuple[str, int]
+    pad: tuple[str, int] | None
+
+    def ids(self) -> dict[str, int | None]:
+        """As config.json and generation_config.json have them."""
+        return {f"{name}_token_id": token and token[1] for name, token in self._asdict().items()}
+
+    def tokens(self) -> dict[str, str]:
+        """As tokenizer_config.json and special_tokens_map.json have them."""
+        return {f"{name}_token": token[0] for name, token in self._asdict().items() if token}
+
+
+def write(folder: Path, corpus: Corpus, length: int) -> Named:
+    """Writes tokenizer.json, its configs and, of a SentencePiece model, tokenizer.model.
+
+    length: tokens that the model was trained on at a time.
     """
     import tokenizers
 
     tokenizer = corpus.tokenizer
     made = _made(folder, corpus)
     found = tokenizers.Tokenizer.from_str(json.dumps(made))
-    begin, end = (found.id_to_token(number) for number in (tokenizer.begin_id, tokenizer.eos_id))
-    made["post_processor"] = _beginning(begin, tokenizer.begin_id)
+    begin, end = ((found.id_to_token(number), number) for number in (tokenizer.begin_id, tokenizer.eos_id))
+    made["post_processor"] = _beginning(*begin)
+    named = Named(begin, end, _pad(made, (begin[1], end[1])))
     files.write(folder / "tokenizer.json", json.dumps(made, ensure_ascii=False))
+    files.write_json(folder / "special_tokens_map.json", named.tokens())
     files.write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": begin,
-            "eos_token": end,
-            "pad_token": begin,
+            **named.tokens(),
+            "split_special_tokens": True,  # text is text
+            "padding_side": "left",
             "model_max_length": length,
             "clean_up_tokenization_spaces": False,
         },
     )
-    texts = _texts(corpus)
-    other = sum(found.encode(text, add_special_tokens=False).ids != tokenizer.encode(text) for text in texts)
-    said = f"of {len(texts)} held-out texts {other} get other tokens" if other else "the run's own on held-out text"
-    log(f"tokenizer   {tokenizer.vocab_size:,} tokens, {said}")
+    return named
+
+
+def _pad(made: Mapping[str, Any], ends: tuple[int, int]) -> tuple[str, int] | None:
+    """A control token that no text has and that neither begins nor ends one: one called padding, else the unknown.
+
+    Were it the first token's id, transformers would hide that token from a model that is given no mask.
+    """
+    model, free = made["model"], {t["content"]: t["id"] for t in made["added_tokens"] if t["special"]}
+    free = {content: number for content, number in free.items() if number not in ends}
+    pads = [content for content in free if "pad" in content.lower()]
+    never = model.get("byte_fallback") or (model["type"] == "BPE" and model.get("unk_token") is None)
+    pads += [content for content in free if never and "unk" in content.lower()]
+    return (pads[0], free[pads[0]]) if pads else None
 
 
 def _made(folder: Path, corpus: Corpus) -> dict[str, Any]:
@@ -54,18 +83,9 @@ def _made(folder: Path, corpus: Corpus) -> dict[str, Any]:
     content = read_model(str(Path(corpus.directory) / kept["file"]))
     if hub.is_joined(content):
         found = json.loads(content)
-        return found["tokenizer"] if "tokenizer" in found else _of_ranks(found)
+        return hub.textual_tokenizer(found)[0] if "tokenizer" in found else _of_ranks(found)
     files.write(folder / "tokenizer.model", content)
     return _of_pieces(content)
-
-
-def _texts(corpus: Corpus) -> list[str]:
-    texts = []
-    for name in corpus.held_out:
-        batch = held_out_rows(corpus, name, 0, COMPARED)
-        for targets, weights in zip(batch["targets"], batch["weights"], strict=True):
-            texts.append(corpus.tokenizer.decode(targets[weights > 0].tolist()))
-    return [text for text in texts if text]
 
 
 # ------------------------------------------------------------------------------------------------- parts of the format
@@ -101,11 +121,13 @@ def byte_characters() -> dict[int, str]:
     return {**{byte: chr(byte) for byte in seen}, **{byte: chr(256 + n) for n, byte in enumerate(unseen)}}
 
 
-def _bpe(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], unknown: str | None, fallback: bool) -> dict:
+def _bpe(vocabulary: Mapping[str, int], merges: list, unknown: str | None, fallback: bool, words: bool = False) -> dict:
+    """words: whether a whole word that is a piece is that piece, whatever its merges."""
     return {
         "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": unknown is not None, "byte_fallback": fallback, "ignore_merges": False,
-        "vocab": dict(vocabulary), "merges": [list(pair) for pair in merges],
+        "end_of_word_suffix": None, "fuse_unk": unknown is not None, "byte_fallback": fallback, "ignore_merges": words,
+        "vocab": dict(sorted(vocabulary.items(), key=lambda entry: entry[1])),
+        "merges": [list(pair) for pair in merges],
     }  # fmt: skip
 
 
@@ -118,43 +140,28 @@ def _of_bytes() -> dict[str, Any]:
 
 
 def _of_ranks(found: dict) -> dict[str, Any]:
-    """tiktoken's: a token's last merge is the pair that is left of it once all lower ranks are merged."""
-    import base64
-
+    """tiktoken's. A word that is a token is that token there, and special tokens stand outside of what words are."""
     characters = byte_characters()
-    ranks = {base64.b64decode(token): rank for token, rank in found["tiktoken"].items()}
-
-    def written(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            lowest = min(range(len(joined)), key=joined.__getitem__)
-            if joined[lowest] >= rank:
-                break
-            parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
-        if len(parts) == 2:
-            merges.append((written(parts[0]), written(parts[1])))
-    special = dict(found["special"])
-    vocabulary = {written(token): rank for token, rank in ranks.items()} | special
-    split = {"type": "Split", "pattern": {"Regex": found["pattern"]}, "behavior": "Isolated", "invert": False}
-    cut, joined = _byte_level(split)
-    return _tokenizer(_bpe(vocabulary, merges, None, False), joined, special, pre_tokenizer=cut)
+    written = ["".join(characters[byte] for byte in base64.b64decode(token)) for token in found["tiktoken"]]
+    vocabulary = dict(zip(written, found["tiktoken"].values(), strict=True))
+    special = dict(sorted(found["special"].items(), key=lambda entry: entry[1]))
+    merges = _merges(vocabulary)
+    if [*sorted(vocabulary.values()), *special.values()] != list(range(len(vocabulary) + len(special))):
+        vocabulary |= special  # the library numbers tokens outside on its own, without gaps
+    cut, joined = _byte_level(_split(found["pattern"]))
+    return _tokenizer(_bpe(vocabulary, merges, None, False, words=True), joined, special, pre_tokenizer=cut)
 
 
 def _of_pieces(content: bytes) -> dict[str, Any]:
     """A SentencePiece model. The whole text is one word, as it is there."""
-    import base64
-
+    import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
     kinds, spec = sentencepiece_model_pb2.ModelProto.SentencePiece, model.normalizer_spec
     ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
     special = {piece.piece: ids[piece.piece] for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)}
+    symbols = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
     unknown = next(piece.piece for piece in model.pieces if piece.type == kinds.UNKNOWN)
     fallback = any(piece.type == kinds.BYTE for piece in model.pieces)
     normal = []
@@ -162,35 +169,78 @@ def _of_pieces(content: bytes) -> dict[str, Any]:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         normal.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
-        normal.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        normal.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    scheme = "always" if spec.add_dummy_prefix else "never"
-    space = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
-    decoder = [{"type": "ByteFallback"}] if fallback else []
-    decoder.append(space)
-    if model.trainer_spec.model_type == model.trainer_spec.BPE:
-        made = _bpe(ids, _merges(model, kinds, ids), unknown, fallback)
-    else:
-        scores = [[piece.piece, piece.score] for piece in model.pieces]
+        normal += [_replace({"Regex": r"\A +"}, ""), _replace({"Regex": " {2,}"}, " ")]
+        normal += [_replace({"Regex": f"[ {_SPACE}]+\\z"}, "")]
+    normal += [{"type": "Prepend", "prepend": _SPACE}] * spec.add_dummy_prefix
+    normal.append(_replace({"String": " "}, _SPACE))
+    decoder = [_replace({"String": _SPACE}, " "), *[{"type": "ByteFallback"}] * fallback, {"type": "Fuse"}]
+    decoder += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * spec.add_dummy_prefix
+    parts = {"normalizer": _sequence("normalizers", normal)}
+    symbols = [symbol for symbol in symbols if " " not in symbol]  # blanks are marks when symbols are looked for
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        scores = _scores(model, kinds)
+        hub.shun(scores, special.values())
+        parts["pre_tokenizer"] = _parted(special, [p.piece for p in model.pieces if p.piece not in special])
         made = {"type": "Unigram", "unk_id": ids[unknown], "vocab": scores, "byte_fallback": fallback}
-    return _tokenizer(
-        made,
-        _sequence("decoders", decoder),
-        special,
-        normalizer=_sequence("normalizers", normal) if normal else None,
-        pre_tokenizer=space,
-    )
+        return _tokenizer(made, _sequence("decoders", decoder), special, **parts)
+    ranks = {p.piece: -p.score for p in model.pieces if p.type == kinds.NORMAL}
+    made = _bpe(ids, _merges(ranks), unknown, fallback, words=bool(symbols))
+    if symbols:  # a word each; a word that is no symbol, but called as another token is, is cut
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        others = [p.piece for p in model.pieces if p.type not in (kinds.NORMAL, kinds.USER_DEFINED)]
+        firsts = [processor.EncodeAsPieces(other)[0].lstrip(_SPACE) or other[0] for other in others]
+        cuts = [rf"\A{_escaped(a)}(?={_escaped(b.removeprefix(a))}\z)" for a, b in zip(firsts, others, strict=True)]
+        words = "|".join(map(_escaped, sorted(symbols, key=len, reverse=True)))
+        parts["pre_tokenizer"] = _sequence("pretokenizers", [_split(words), _split("|".join(cuts))])
+    return _tokenizer(made, _sequence("decoders", decoder), special, **parts)
 
 
-def _merges(model, kinds, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that make a piece, the pieces of the best scores first."""
-    found = []
-    for piece in model.pieces:
-        if piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
-            text = piece.piece
-            pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-            pairs = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
-            pairs.sort(key=lambda pair: [ids[part] for part in pair])
-            found += [(piece.score, pair) for pair in pairs]
-    found.sort(key=lambda entry: -entry[0])  # stable: equal scores in the order of the model
-    return [pair for _, pair in found]
+def _replace(pattern: Mapping[str, str], content: str) -> dict:
+    return {"type": "Replace", "pattern": dict(pattern), "content": content}
+
+
+def _split(pattern: str, behavior: str = "Isolated") -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", text)
+
+
+def _parted(control: Iterable[str], pieces: Sequence[str]) -> dict | None:
+    """What cuts the control strings of a text where no piece goes over the cut, so that none is found there."""
+    cuts = []
+    for string in control:
+        free = (at for at in range(1, len(string)) if not any(string[at - 1 : at + 1] in piece for piece in pieces))
+        cuts += [f"{_escaped(string[:at])}(?={_escaped(string[at:])})" for at in itertools.islice(free, 1)]
+    return _split("|".join(cuts), "MergedWithPrevious") if cuts else None
+
+
+def _scores(model, kinds) -> list[list]:
+    """[piece, score] of every id; symbols of the user's are likelier than whatever else covers them, as there."""
+    best = max((piece.score for piece in model.pieces if piece.type == kinds.NORMAL), default=0.0)
+    sizes = [len(piece.piece.encode()) if piece.type == kinds.USER_DEFINED else 0 for piece in model.pieces]
+    return [[p.piece, size * best - 0.1 if size else p.score] for p, size in zip(model.pieces, sizes, strict=True)]
+
+
+def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The pairs of tokens that become a token, those of the lowest rank first.
+
+    ranks: of every token, as characters; the lowest of neighbours that are a token together are merged first. What is
+    left of a token once all lower ones are merged is the only pair it is made of. Of another that none reaches alone,
+    every pair.
+    """
+    pairs = []
+    for token, rank in ranks.items():
+        parts = list(token)
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            lowest = min(range(len(joined)), key=joined.__getitem__)
+            if joined[lowest] >= rank:
+                break
+            parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
+        cuts = [len(parts[0])] if len(parts) == 2 else range(1, len(token))
+        halves = [(token[:cut], token[cut:]) for cut in cuts]
+        pairs += [(rank, pair) for pair in halves if pair[0] in ranks and pair[1] in ranks]
+    pairs.sort(key=lambda entry: entry[0])
+    return [pair for _, pair in pairs]

@@ -84,13 +84,25 @@ class Rows(NamedTuple):
 
 
 def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
-    """The Rows of items: a query is cut at its beginning where the whole is longer than `length`."""
-    count = sum(len(item.choices) for item in items)
-    made = Rows(*(np.zeros((count, length), kind) for kind in (np.int32, np.int32, np.float32)), np.zeros(count))
-    texts = ((item.query, choice) for item in items for choice in item.choices)
-    for row, (query, choice) in enumerate(texts):
-        before = len(tokenizer.encode(query))
-        ids = [tokenizer.begin_id, *tokenizer.encode(query + choice)]
+    """The Rows of items: a query is cut at its beginning where the whole is longer than `length`.
+
+    The first token that counts is the first that reaches into the choice, also where it begins in the query. White
+    space at the end of a query counts with the choice, as lm-eval has it. DataError where no token is a choice's.
+    """
+    texts = [(item.query, choice) for item in items for choice in item.choices]
+    made = Rows(
+        *(np.zeros((len(texts), length), kind) for kind in (np.int32, np.int32, np.float32)), np.zeros(len(texts))
+    )
+    tokens = tokenizer.measure([(query + choice).encode() for query, choice in texts])
+    ends = np.cumsum(tokens.counts)
+    for row, ((query, choice), end, count) in enumerate(zip(texts, ends, tokens.counts, strict=True)):
+        part = slice(end - count, end)
+        before = _before(np.cumsum(tokens.lengths[part]), len(query.rstrip().encode()))
+        if before == count:
+            raise DataError(
+                f"config.{KEY}: no token of the vocabulary stands for the choice {choice!a} after {query!a}"
+            )
+        ids = [tokenizer.begin_id, *tokens.ids[part].tolist()]
         first = max(before, len(ids) - 1 - length)  # of the targets that count
         kept = ids[-(length + 1) :]
         n, cut = len(kept) - 1, len(ids) - len(kept)
@@ -98,6 +110,17 @@ def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
         made.weights[row, first - cut : n] = 1
         made.bytes[row] = len(choice.encode())
     return made
+
+
+def _before(reached: np.ndarray, query: int) -> int:
+    """How many tokens end by the end of the query; reached: source bytes up to the end of each token, [n].
+
+    Of a character in several tokens the last stands for all of its bytes: the others reach no further than the query.
+    """
+    if not query:
+        return 0
+    at = int(np.searchsorted(reached, query))
+    return at + int(at < len(reached) and reached[at] == query)
 
 
 def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:

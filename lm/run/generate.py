@@ -102,7 +102,14 @@ def generate(
                 texts[row].append(token)
         if all(ended):
             break
-    return [prompt + tokenizer.decode(ids[start:]) for prompt, ids, start in zip(prompts, texts, starts, strict=True)]
+    said = zip(prompts, texts, starts, strict=True)
+    return [prompt + _continuation(tokenizer, ids, start) for prompt, ids, start in said]
+
+
+def _continuation(tokenizer: Tokenizer, ids: list[int], start: int) -> str:
+    """The text of ids[start:] after that of the ids before: alone it may lose its first blank."""
+    before, whole = tokenizer.decode(ids[:start]), tokenizer.decode(ids)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[start:])
 
 
 def _windows(texts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

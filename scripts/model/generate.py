@@ -66,17 +66,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _prompts(path: str) -> list[str]:
+    """The prompts of a file. A line ends at \\n alone (or \\r\\n), and no byte order mark is part of it."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_bytes().decode()
     except (OSError, ValueError) as error:
         raise command.UsageError(
             f"--prompts={path}: cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+        line = line.removesuffix("\r").removeprefix("\ufeff")
         if path.endswith(".jsonl"):
             try:
-                line = json.loads(line)["prompt"]
+                line = json.loads(line, parse_constant=_no_json)["prompt"]
             except (ValueError, TypeError, KeyError):
                 line = None
         if not isinstance(line, str) or not TEXT.allows(line):
@@ -85,6 +87,10 @@ def _prompts(path: str) -> list[str]:
     if not found:
         raise command.UsageError(f"--prompts={path}: must hold a prompt")
     return found
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 if __name__ == "__main__":

@@ -143,9 +143,9 @@ def test_a_manifest_from_elsewhere_names_no_file_outside_the_copy(tmp_path, of, 
     (made / "manifest.json").chmod(0o644)
     manifests.write_json(str(made / "manifest.json"), manifest)
     outside.write_bytes(b"precious")
-    with pytest.raises(CorpusDamaged, match="the name '.*' must be relative"):
+    with pytest.raises(CorpusDamaged, match=r"the name '.*' must be relative"):
         remote.fetch(f"file://{made}", str(tmp_path / "cache"), **QUIET)
-    with pytest.raises(CorpusDamaged, match="the name '.*' must be relative"):
+    with pytest.raises(CorpusDamaged, match=r"the name '.*' must be relative"):
         open_corpus(str(made), verify="sizes")
     assert outside.read_bytes() == b"precious"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.name == "elsewhere.bin"]

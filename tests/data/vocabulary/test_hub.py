@@ -115,6 +115,42 @@ def test_begin_and_end_of_a_text_are_those_of_the_files(folder):
     assert ranks.begin_id == ranks.eos_id == ranks.vocab_size - 1
 
 
+@pytest.mark.parametrize("name", ["bytes", "words"])
+def test_control_strings_in_text_are_text(folder, tmp_path, name):
+    """In all that is encoded; a corpus of before, when they were control ids, is read as it was."""
+    tokenizer, content = load_tokenizer(str(folder / name)), read_model(str(folder / name))
+    control = ["<|endoftext|>"] if name == "bytes" else ["<s>", "</s>"]
+    for text in (*control, *(f"import{string} os" for string in control), control[0] * 2 + "é"):
+        ids = tokenizer.encode(text)
+        assert {tokenizer.begin_id, tokenizer.eos_id}.isdisjoint(ids)
+        assert tokenizer.measure([text.encode()] * 2).ids.tolist() == ids * 2
+        assert tokenizer.measure([text.encode()]).lengths.sum() == len(text.encode())
+        assert name == "words" or tokenizer.decode(ids) == text
+    assert tokenizer.fingerprint.endswith("-text")
+    (tmp_path / "vocabulary.model").write_bytes(content)
+    before = load_tokenizer(str(tmp_path / "vocabulary.model"), tokenizer.fingerprint.removesuffix("-text"))
+    assert before.fingerprint == tokenizer.fingerprint.removesuffix("-text")
+    assert before.eos_id in before.encode(f"a{control[-1]}b")
+
+
+@pytest.mark.parametrize(
+    ("files", "begin", "end"),
+    [
+        ({"special_tokens_map": {"bos_token": "<s>", "eos_token": {"content": "</s>"}}}, 1, 2),
+        ({"config": {"bos_token_id": 1, "eos_token_id": [2, 0]}}, 1, 2),
+        ({"config": {"bos_token_id": 0, "eos_token_id": 0}, "special_tokens_map": {"bos_token": "<s>"}}, 1, 0),
+        ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"bos_token": "<s>"}}, 1, 2),
+        ({}, 2, 2),
+    ],
+)
+def test_begin_and_end_stand_in_any_of_the_files_beside(folder, tmp_path, files, begin, end):
+    (tmp_path / "tokenizer.json").write_bytes((folder / "words" / "tokenizer.json").read_bytes())
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.begin_id, tokenizer.eos_id) == (begin, end)
+
+
 @pytest.mark.parametrize(("name", "packing"), [("words", "concat"), ("ranks.tiktoken", "bestfit")])
 def test_a_corpus_keeps_the_whole_vocabulary_in_one_file(folder, tmp_path, name, packing):
     (tmp_path / "a.jsonl").write_text(

@@ -9,6 +9,7 @@ import pytest
 from steppe.data.errors import DataError
 from steppe.data.readers.built_in import embedded_documents
 from steppe.data.vocabulary import byte, load_tokenizer, pieces, train_sentencepiece
+from steppe.lm.run.generate import _continuation
 
 C4_MODEL = Path(__file__).parents[4] / "shared" / "t5_cc_all_32000_100extra.model"
 TEXTS = ["", "plain", "tab\tand\nnewline  two spaces ", "naïve Ünïcode 漢字 🎉", "\x00\x7f", "▁ lower one eighth block"]
@@ -139,3 +140,29 @@ def test_bad_vocabularies_are_one_line(tmp_path):
     with pytest.raises(DataError, match=r"--size=30000: [^\n]*$"):
         train_sentencepiece(["too little text"], str(tmp_path / "x.model"), 30_000)
     assert not (tmp_path / "x.model").exists()
+
+
+def test_a_model_with_a_beginning_begins_with_it_and_says_so(tmp_path):
+    """As Llama's: unknown 0, begin 1, end 2. A corpus of before, which began with 0, is read as it was."""
+    import sentencepiece
+
+    with open(tmp_path / "llama.model", "wb") as handle:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(documents(5)), model_writer=handle, vocab_size=400, model_type="bpe",
+            byte_fallback=True, minloglevel=2, max_sentence_length=1 << 16,
+        )  # fmt: skip
+    tokenizer = load_tokenizer(str(tmp_path / "llama.model"))
+    assert (tokenizer.begin_id, tokenizer.eos_id) == (1, 2)
+    old = tokenizer.fingerprint.removesuffix("-begin1")
+    assert old != tokenizer.fingerprint
+    assert load_tokenizer(str(tmp_path / "llama.model"), old).begin_id == 0
+    # what follows a prompt keeps its first blank, which alone the library takes for its own
+    for prompt in ("def a", "", "x", "import"):
+        ids = [1, *tokenizer.encode(prompt)]
+        for more in (" the", "the", " é", "x b"):
+            follow = tokenizer.encode("x" + more)[len(tokenizer.encode("x")) :]
+            whole = tokenizer.decode([*ids, *follow])
+            assert prompt + _continuation(tokenizer, [*ids, *follow], len(ids)) == whole
+            assert not prompt or whole == prompt + more
+    trained = train_sentencepiece(documents(9), str(tmp_path / "own.model"), 500)
+    assert (trained.begin_id, "begin" in trained.fingerprint) == (0, False)

@@ -142,7 +142,7 @@ def test_what_no_family_expresses_is_refused_by_key(text, tmp_path):
 def test_a_model_that_is_not_ours_is_refused_by_key(text, made, tmp_path, change, said):
     _, _, run = made(*MODELS["modern"].items())
     family = families.of_config(run.config)
-    found = {**families.theirs(family, run.config, 259, 0, 1), **change}
+    found = {**families.theirs(family, run.config, 259, {"bos_token_id": 0}), **change}
     with pytest.raises(Unusable, match=said):
         families.ours(families.of_theirs(found, "HF"), found, "HF")
 

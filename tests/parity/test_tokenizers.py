@@ -1,0 +1,172 @@
+"""Ids of a run beside those of its exported tokenizer, loaded as users load it, on text that aims at differences."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from steppe.data.loader import Corpus
+from steppe.data.readers.built_in import embedded_documents
+from steppe.data.vocabulary import load_tokenizer, read_model
+from steppe.lm.hub import differences
+from steppe.lm.hub import tokenizers as exported
+from steppe.lm.keep.exits import Unusable
+
+transformers = pytest.importorskip("transformers", reason="steppe[hub] is not installed")
+tokenizers = pytest.importorskip("tokenizers", reason="steppe[hub] is not installed")
+pytest.importorskip("tiktoken", reason="steppe[hub] is not installed")
+
+SHARED = Path(__file__).parents[3] / "shared"
+STRIKE = "<p><s>old price</s> new price, <pad> and <unk></p>"
+WORDS = r"[A-Za-z]+| ?[^\sA-Za-z]+|\s+"
+
+
+def sentences():
+    for _, text in embedded_documents()[:20]:
+        yield from (line for line in text.decode()[:8000].splitlines() if line.strip())
+
+
+def pieces(folder, **options):
+    """A SentencePiece model of a few hundred pieces; options: of the library's trainer."""
+    import sentencepiece
+
+    own = {"byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
+           "remove_extra_whitespaces": False, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}  # fmt: skip
+    with open(folder / "v.model", "wb") as handle:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(), model_writer=handle, minloglevel=2, hard_vocab_limit=False,
+            **{"vocab_size": 600, "model_type": "bpe", **own, **options},
+        )  # fmt: skip
+    return str(folder / "v.model")
+
+
+def ranks(folder, tokens, **special):
+    every = [*(bytes([byte]) for byte in range(256)), *tokens]
+    (folder / "v.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(every)))
+    said = {"pat_str": WORDS, "special_tokens": {"<|endoftext|>": len(every), **special}}
+    (folder / "v.tiktoken.json").write_text(json.dumps(said))
+    return str(folder / "v.tiktoken")
+
+
+def fast(folder, model, trainer, special, **parts):
+    """A tokenizer.json that the tokenizers library trains."""
+    made = tokenizers.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(made, name, part)
+    made.train_from_iterator(sentences(), trainer(vocab_size=600, special_tokens=special, **SAME[type(model).__name__]))
+    made.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+SAME = {
+    "BPE": {"initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet()},
+    "Unigram": {"unk_token": "<unk>"},
+    "WordLevel": {},
+}
+SYMBOLS = ["<sep>", "    ", "\n", "import"]
+LLAMA = {"pad_id": -1, "unk_id": 0, "bos_id": 1, "eos_id": 2, "add_dummy_prefix": True}
+NORMALISED = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True, "add_dummy_prefix": True}
+VOCABULARIES = {
+    "bytes": lambda folder: "bytes",
+    "bpe": pieces,
+    "unigram": lambda folder: pieces(folder, model_type="unigram"),
+    "llama": lambda folder: pieces(folder, **LLAMA),
+    "llama, normalised": lambda folder: pieces(folder, **{**LLAMA, **NORMALISED, "byte_fallback": False}),
+    "unigram, normalised": lambda folder: pieces(folder, model_type="unigram", **NORMALISED, byte_fallback=False),
+    "bpe with symbols": lambda folder: pieces(folder, user_defined_symbols=SYMBOLS),
+    "llama with symbols": lambda folder: pieces(folder, **LLAMA, user_defined_symbols=SYMBOLS),
+    "unigram with symbols": lambda folder: pieces(folder, model_type="unigram", user_defined_symbols=SYMBOLS),
+    "tiktoken": lambda folder: ranks(folder, [b"he", b"ll", b" w", b"or", b"hell", b"th", b"the"]),
+    "tiktoken, unreachable": lambda folder: ranks(folder, [b"he", b"ll", b" w", b"or", b"hello"]),
+    "tiktoken, gaps": lambda folder: ranks(folder, [b"he", b"ll"], **{"<|pad|>": 300}),
+    "byte-level bpe": lambda folder: fast(
+        folder, tokenizers.models.BPE(), tokenizers.trainers.BpeTrainer, ["<|endoftext|>"],
+        pre_tokenizer=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=tokenizers.decoders.ByteLevel(),
+    ),
+    "hub unigram": lambda folder: fast(
+        folder, tokenizers.models.Unigram(), tokenizers.trainers.UnigramTrainer, ["<unk>", "<s>", "</s>"],
+        pre_tokenizer=tokenizers.pre_tokenizers.Metaspace(), decoder=tokenizers.decoders.Metaspace(),
+    ),
+    "c4": lambda folder: str(SHARED / "t5_cc_all_32000_100extra.model"),
+}  # fmt: skip
+
+
+def export(folder, spec):
+    """(corpus without text, the exported tokenizer)."""
+    (folder / "hf").mkdir()
+    kept = None
+    if spec != "bytes":
+        (folder / "kept").write_bytes(read_model(spec))
+        kept = {"file": "kept"}
+    corpus = Corpus(str(folder), {"vocabulary": {"file": kept}}, load_tokenizer(spec), 16, "concat", (), {})
+    named = exported.write(folder / "hf", corpus, 16)
+    (folder / "hf" / "config.json").write_text(json.dumps({"model_type": "llama", **named.ids()}))
+    return corpus, transformers.AutoTokenizer.from_pretrained(folder / "hf")
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_ids_are_the_runs_on_hostile_text(tmp_path, name):
+    if name == "c4" and not (SHARED / "t5_cc_all_32000_100extra.model").exists():
+        pytest.skip("the C4 vocabulary is not beside the repository")
+    corpus, theirs = export(tmp_path, VOCABULARIES[name](tmp_path))
+    ours, made = corpus.tokenizer, json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    control = {token["content"]: token["id"] for token in made["added_tokens"] if token["special"]}
+    found = differences.compare(
+        ours, lambda texts: theirs(list(texts), verbose=False)["input_ids"], control,
+        differences.scores_of(made), differences.normalisers(tmp_path / "hf", theirs),
+    )  # fmt: skip
+    assert found.texts > 5000
+    assert (found.control, found.other) == (0, ())
+    assert not found.ties or "unigram" in name or name == "c4"
+    assert not found.normal or "normalised" in name or name == "c4"
+    assert sum(found[1:4]) < found.texts / 100
+    # text is text, and no token but the first is a control token
+    for text in (STRIKE, *control, *(f"a{string}b" for string in control)):
+        ids = ours.encode(text)
+        assert {ours.begin_id, ours.eos_id}.isdisjoint(ids)
+        assert ours.measure([text.encode()]).ids.tolist() == ids
+        assert theirs(text)["input_ids"] == [ours.begin_id, *ids]
+        if "normalised" not in name and name not in ("c4", "hub unigram"):
+            assert ours.decode(ids) == text == theirs.decode(ids)
+    # begin, end and padding are named alike everywhere
+    said = json.loads((tmp_path / "hf" / "special_tokens_map.json").read_text())
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.begin_id, ours.eos_id)
+    assert (said["bos_token"], said["eos_token"]) == (theirs.bos_token, theirs.eos_token)
+    assert theirs.pad_token_id not in (ours.begin_id, ours.eos_id)
+    assert said.get("pad_token") == theirs.pad_token
+    assert theirs.padding_side == "left"
+
+
+def test_a_token_that_no_merge_reaches_is_a_word(tmp_path):
+    corpus, theirs = export(tmp_path, VOCABULARIES["tiktoken, unreachable"](tmp_path))
+    assert corpus.tokenizer.encode("hello") == theirs("hello", add_special_tokens=False)["input_ids"] == [260]
+
+
+def test_a_difference_is_refused_with_the_shortest_text(tmp_path):
+    corpus, _ = export(tmp_path, VOCABULARIES["bpe"](tmp_path))
+    file = tmp_path / "hf" / "tokenizer.json"
+    made = json.loads(file.read_text())
+    lost = made["model"]["merges"].pop(len(made["model"]["merges"]) // 2)
+    file.write_text(json.dumps(made))
+    with pytest.raises(Unusable, match=r"^the exported tokenizer differs from the run's: '[^\n]*$") as caught:
+        differences.said(tmp_path / "hf", corpus)
+    shown = str(caught.value).split("'")[2].split("' is ")[0]
+    assert len(shown) <= 2 * len("".join(lost)), (shown, lost)
+
+
+@pytest.mark.parametrize("name", ["bpe_endoftext", "tiktoken_unreachable/mine.tiktoken", "uds.model", "uds_uni.model",
+                                  "llama.model", "hf_special_map"])  # fmt: skip
+def test_vocabularies_that_once_differed(tmp_path, name):
+    place = SHARED / "cases" / "turn3" / name
+    if not place.exists():
+        pytest.skip("the cases are not beside the repository")
+    corpus, theirs = export(tmp_path, str(place))
+    wanted = {"llama.model": (1, 2), "hf_special_map": (1, 2), "bpe_endoftext": (0, 0)}.get(name)
+    assert not wanted or (theirs.bos_token_id, theirs.eos_token_id) == wanted
+    assert " hostile texts" in differences.said(tmp_path / "hf", corpus)
+    for text in ("a<sep>b", "import x", "hello", STRIKE, "a<|endoftext|>b"):
+        ids = corpus.tokenizer.encode(text)
+        assert theirs(text)["input_ids"][1:] == ids
+        assert corpus.tokenizer.decode(ids) == text
