@@ -32,6 +32,10 @@ class Accepted(NamedTuple):
     allows: Callable[[Any], bool] = lambda value: True
     names: Callable[[], list[str]] = lambda: []
 
+    def wanted(self, value: Any) -> str:
+        """text(), and the name that a wrong one comes close to."""
+        return self.text() + (named("optim.options:nearest")(value, self.names()) if isinstance(value, str) else "")
+
 
 class Key(NamedTuple):
     """One key. meaning: for a reader, with its unit. free: what a run computes does not depend on it, up to the order
@@ -48,7 +52,7 @@ class Key(NamedTuple):
             return
         if isinstance(value, tuple):  # the first item that will not do
             value = next((item for item in value if not self.accepted.allows((item,))), value)
-        raise ConfigError(name, value, self.accepted.text())
+        raise ConfigError(name, value, self.accepted.wanted(value))
 
 
 def integer(least: int, most: int | None = None) -> Accepted:

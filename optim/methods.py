@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from steppe.optim import ascent, first_pass, second_pass
 from steppe.optim.base import BASES, Base
 from steppe.optim.base import moments as read_moments
-from steppe.optim.options import AT_LEAST_ONE, NOT_NEGATIVE, Declared, Option, make, needs, options
+from steppe.optim.options import AT_LEAST_ONE, NOT_NEGATIVE, Declared, Option, make, nearest, needs, options
 from steppe.optim.rule import OptionError, Rule
 from steppe.optim.schedules import is_number
 from steppe.optim.two_pass import ASCENT_OVER, LAYERWISE, Plain, Switches, TwoPass
@@ -233,7 +233,8 @@ def canonical(name: str) -> str:
     """The table's name of a method or alias; OptionError naming the accepted ones."""
     name = ALIASES.get(name, name)
     if name not in METHODS:
-        raise OptionError("method", name, f"one of {', '.join([*METHODS, *ALIASES])}")
+        names = [*METHODS, *ALIASES]
+        raise OptionError("method", name, f"one of {', '.join(names)}{nearest(name, names)}")
     return name
 
 
@@ -275,17 +276,33 @@ def options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     row = row_of(name)
     declared = row.declared() if row else {}
     given = {option: value for option, value in given.items() if value is not None}
+    for option in foreign(name, given):
+        raise OptionError(option, given[option], f"None with optim.method = {name}, which {takes(name)}")
     for option, value in given.items():
-        if option == "rho" and is_number(value) and value == 0:
-            continue  # of every method and none: the base's own gradient
         if option not in declared:
-            raise OptionError(
-                option, value, f"None with optim.method = {name}, which takes {', '.join(declared) or 'no option'}"
-            )
+            continue  # a rho of 0
         known = option != "rho" or is_number(value)
         if known and not declared[option].option.allows(value):
             raise OptionError(option, value, declared[option].option.accepted)
     return {option: each.default for option, each in declared.items()} | given
+
+
+def foreign(name: str, given: Mapping[str, Any]) -> list[str]:
+    """The options given, not as None, that a method does not take; of a name that is none, which is refused elsewhere,
+    no option is foreign."""
+    if name not in (*METHODS, *ALIASES):
+        return []
+    row = row_of(name)
+    declared = row.declared() if row else {}
+    said = {option: value for option, value in given.items() if value is not None and option not in declared}
+    # rho = 0 is of every method and none: the base's own gradient
+    return [option for option, value in said.items() if not (option == "rho" and is_number(value) and value == 0)]
+
+
+def takes(name: str) -> str:
+    """ "takes rho, k", as the end of a sentence about a method."""
+    row = row_of(name)
+    return f"takes {', '.join(row.declared() if row else ()) or 'no option'}"
 
 
 def period_options(name: str) -> list[str]:

@@ -6,11 +6,12 @@ A parameter so annotated is an option, a key of every config; any other is a nee
 number of data shards, the frequency of tokens). So an option that no part takes cannot be declared.
 """
 
+import difflib
 import inspect
 import math
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NamedTuple
 
 
@@ -33,6 +34,17 @@ SHARE = ("a number >= 0 and < 1", lambda value: 0 <= value < 1)
 AT_LEAST_ONE = ("an integer >= 1", lambda value: value >= 1)
 PATTERN = ("a regular expression", lambda value: _compiles(value))
 NATURAL = ("an integer >= 0", lambda value: value >= 0)
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """ "; did you mean NAME?" of the name that a word comes close to, in whatever case and with - for _; or ""."""
+    plain = {_plain(name): name for name in names}
+    close = difflib.get_close_matches(_plain(word), plain, n=1)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[\W_]+", "_", word.lower())
 
 
 def _compiles(pattern: str) -> bool:

@@ -32,6 +32,7 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from steppe.configs import base, sizes
+from steppe.configs.keys import named
 from steppe.data import files
 from steppe.lm.keep.exits import REFUSALS, STORAGE
 
@@ -40,7 +41,7 @@ config:
   --config=NAME[:ARGUMENT]      a ready config ({ready}), a dotted module, or a Python file, with
                                 get_config([ARGUMENT])
   --config.section.key=value    changes one key; `steppe config` explains every key; None gives a key its default
-  --print_config                prints the config that results, and stops
+  --print_config                prints the config that results, if it can run, and stops
 """
 
 
@@ -141,7 +142,7 @@ def of_key(key: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         accepted = base.keys()[key].accepted
         if not accepted.allows(text):
-            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be {accepted.text()}")
+            raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be {accepted.wanted(text)}")
         return text
 
     return read
@@ -198,10 +199,12 @@ def parse_unread(
             known += ["--config", "--print_config"] if parser.takes_config else []
             raise UsageError(f"{unknown[0].split('=')[0]}: no such option{_closest(unknown[0], known)}")
         if printing:
-            print(shown(read_config(required(path), overrides)))
+            config = read_config(required(path), overrides)
+            named("lm.run.check:check")(config, device_count=None)
+            print(shown(config))
             sys.exit(0)
         return path, overrides, options
-    except UsageError as error:
+    except (UsageError, *REFUSALS) as error:
         sys.exit(fail(error))
 
 
@@ -341,7 +344,7 @@ def fail(message: object) -> int:
 def read_config(path: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
     """The config of FILE[:ARGUMENT] with ("section.key", text) overrides applied; text None means a bare flag.
 
-    Raises UsageError.
+    Options of the file that the overrides' optim.method does not take give way, which is said. Raises UsageError.
     """
     return reader(path)(overrides)
 
@@ -351,6 +354,7 @@ def reader(path: str) -> Callable[[Sequence[tuple[str, str | None]]], ConfigDict
     known = base.get_config()
     template = _with_types_of_base(_load(path), path)
     parsed = {}  # (key, texts): value; reading a text takes milliseconds, and the runs of a sweep share most of them
+    said = set()
 
     def read(overrides: Sequence[tuple[str, str | None]]) -> ConfigDict:
         for key, _ in overrides:
@@ -363,6 +367,10 @@ def reader(path: str) -> Callable[[Sequence[tuple[str, str | None]]], ConfigDict
                 _override(config, known, key, list(texts))
                 parsed[key, texts] = section[name]
             section[name] = parsed[key, texts]
+        line = _give_way(config, path, {key for key, _ in overrides})
+        if line and line not in said:
+            print(line, file=sys.stderr, flush=True)
+            said.add(line)
         size = config.model.size
         if size in sizes.SIZES:
             for field, value in sizes.SIZES[size].items():
@@ -377,6 +385,23 @@ def reader(path: str) -> Callable[[Sequence[tuple[str, str | None]]], ConfigDict
             raise UsageError(error) from None
 
     return read
+
+
+def _give_way(config: ConfigDict, path: str, chosen: set[str]) -> str:
+    """Clears the options that FILE sets and a method chosen by the command line does not take. Returns a line on them.
+
+    chosen: the keys that the command line sets; they stay, and lm.run.check refuses what does not go together.
+    """
+    if "optim.method" not in chosen:
+        return ""
+    options = {name: config.optim[name] for name in named("optim.methods:OPTIONS") if f"optim.{name}" not in chosen}
+    method = config.optim.method
+    gone = named("optim.methods:foreign")(method, options)
+    for name in gone:
+        config.optim[name] = None
+    shown = ", ".join(f"config.optim.{name} = {options[name]!r}" for name in gone)
+    gives = f"{shown} in {path} {'gives' if len(gone) == 1 else 'give'} way to config.optim.method = {method}"
+    return f"{gives}, which {named('optim.methods:takes')(method)}" if gone else ""
 
 
 def _raise_usage(message: str):

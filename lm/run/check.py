@@ -17,10 +17,10 @@ from steppe.optim.rule import OptionError
 from steppe.optim.schedules import DurationError, duration_steps
 
 
-def check(config: ConfigDict, *, device_count: int, process_count: int = 1, backend: str | None = None) -> None:
+def check(config: ConfigDict, *, device_count: int | None, process_count: int = 1, backend: str | None = None) -> None:
     """Refuses a resolved config that cannot run on these devices and processes, naming one value.
 
-    backend: cpu, gpu or tpu; None leaves out what depends on it.
+    device_count: None is the fewest that the mesh allows. backend: cpu, gpu or tpu; None leaves out what depends on it.
     Raises ConfigError, or data's DataError for a text source or vocabulary; either is one line.
     """
     _check_data(config)
@@ -36,8 +36,8 @@ def check(config: ConfigDict, *, device_count: int, process_count: int = 1, back
     _need(not config.log.tensorboard or bool(find_spec("tensorboardX")), config, "log.tensorboard", accepted)
 
 
-def mesh_shape(config: ConfigDict, device_count: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) with the one -1 replaced by the devices that remain. Raises ConfigError."""
+def mesh_shape(config: ConfigDict, device_count: int | None) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) with the one -1 replaced by the devices that remain, 1 of None. Raises ConfigError."""
     axes = {name: config.mesh[name] for name in ("data", "fsdp", "tensor")}
     for name, size in axes.items():
         _need(size == -1 or size >= 1, config, f"mesh.{name}", "an integer >= 1, or -1 for the devices that remain")
@@ -45,6 +45,7 @@ def mesh_shape(config: ConfigDict, device_count: int) -> tuple[int, int, int]:
     if len(free) > 1:
         raise ConfigError(f"mesh.{free[1]}", -1, f"an integer >= 1, because mesh.{free[0]} is -1 already")
     fixed = math.prod(size for size in axes.values() if size != -1)
+    device_count = fixed if device_count is None else device_count
     shown = " x ".join(f"{name} {size}" for name, size in axes.items() if size != -1)
     blame = max((name for name in axes if name not in free), key=lambda name: axes[name])
     if free:
@@ -188,7 +189,7 @@ def _check_durations(config: ConfigDict) -> None:
             _need(warmup + cooldown <= total, config, "optim.cooldown", accepted)
 
 
-def _check_mesh(config: ConfigDict, device_count: int, process_count: int) -> None:
+def _check_mesh(config: ConfigDict, device_count: int | None, process_count: int) -> None:
     data, fsdp, tensor = mesh_shape(config, device_count)
     model, train = config.model, config.train
     for key, size in (

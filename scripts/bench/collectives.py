@@ -1,6 +1,6 @@
 """Bytes that a device sends in a training step, by kind and method, beside the least that sharded parameters allow.
 
-    steppe bench collectives [--topology=v5e:8x8 h100:8x8] [--size=118m] [--methods adamw sam ...] [--sources]
+    steppe bench collectives [--topology v5e:8x8 h100:8x8] [--size=118m] [--methods adamw sam ...] [--sources]
 
 The step is compiled here for devices that are not (pip install '.[plan]' for TPUs, '.[gpu]' for GPUs), with parameters
 and state sharded over all of them (fsdp). The least: each pass gathers every sharded parameter for its forward and once

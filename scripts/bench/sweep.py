@@ -21,11 +21,10 @@ from steppe.scripts.sweep.worker import Worker
 
 def main(argv: Sequence[str]) -> int:
     """Prints the seconds of a run; returns the exit status."""
-    parser = command.parser("bench sweep", __doc__, config=False)
-    parser.add_argument("--config", default="study", metavar="NAME", help="of the runs")
+    parser = command.parser("bench sweep", __doc__)
     parser.add_argument("--steps", type=command.integer(1), default=2, metavar="N", help="of a run")
     parser.add_argument("--runs", type=command.integer(2), default=5, metavar="N", help="of each sort")
-    options = command.options_of(argv, parser)
+    path, overrides, options = command.parse_unread(argv, parser)
     core = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0]
     with tempfile.TemporaryDirectory() as folder:
         environment = {
@@ -38,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
         def arguments(name: str, number: int) -> list[str]:
             keys = {"seed": number, "optim.method": "functional_sam", "optim.rho": 0.01 * (1 + number)}
             keys |= {"train.duration": f"{options.steps} steps", "evaluate.batches": 1}
-            flags = [f"--config.{key}={value}" for key, value in keys.items()]
-            return [f"--config={options.config}", *flags, f"--workdir={folder}/{name}{number}"]
+            flags = [f"--config.{key}={value}" for key, value in {**keys, **dict(overrides)}.items()]
+            return [f"--config={path or 'study'}", *flags, f"--workdir={folder}/{name}{number}"]
 
         def alone(number: int) -> float:
             line = [sys.executable, "-P", "-m", "steppe.scripts.train", *arguments("alone", number)]

@@ -129,16 +129,12 @@ def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
 
 def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
     """A run with None for options that vary but that its method does not take: adamw in a grid over rho is one run."""
-    method = run.get("optim.method", "")
-    if method not in named("optim.methods:METHODS"):
-        return run
-    row = named("optim.methods:row_of")(method)
-    options = {f"optim.{name}" for name in named("optim.methods:OPTIONS")}
-    foreign = options - {f"optim.{name}" for name in (row.declared() if row else ())}
     ranged = {
         key.removeprefix("config.") for block in blocks for part in ("grid", "zip") for key in block.get(part) or ()
     }
-    return {key: "None" if key in foreign & ranged else text for key, text in run.items()}
+    options = {name: run.get(f"optim.{name}") for name in named("optim.methods:OPTIONS") if f"optim.{name}" in ranged}
+    foreign = named("optim.methods:foreign")(run.get("optim.method", ""), options)
+    return run | {f"optim.{name}": "None" for name in foreign}
 
 
 def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -10,11 +10,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from steppe.configs import base
+from steppe.configs.keys import ConfigError
+from steppe.lm.run.check import check
+from steppe.optim import methods
+from steppe.optim.methods import METHODS
 from steppe.scripts import cli, command, train
 from steppe.scripts import config as config_command
 from steppe.scripts.model import evaluate
 
 CONFIG = "--config=base"
+HEAD = ["from steppe.configs import base", "def get_config():", "    config = base.get_config()"]
 _EXTRA = "from steppe.configs import base\ndef get_config():\n  c = base.get_config()\n  "
 
 
@@ -94,6 +99,73 @@ def test_the_config_that_results_is_printed_and_nothing_else_happens(tmp_path, c
     assert not (tmp_path / "run").exists()
     again = command.read_config(_written(tmp_path, printed).removeprefix("--config="))
     assert again.to_dict() == command.read_config("quickstart", [("optim.rho", "0.5")]).to_dict()
+
+
+def test_a_config_that_cannot_run_is_not_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config=quickstart", "--config.optim.method=adamw", "--config.optim.rho=0.1", "--print_config"])
+    assert stop.value.code == 2
+    printed, said = capsys.readouterr()
+    assert (printed, said.count("\n")) == ("", 1)
+    assert said.startswith("config.optim.rho = 0.1: must be None with optim.method = adamw")
+
+
+def test_a_config_for_other_devices_is_printed(capsys):
+    many = ["--config.mesh.fsdp=64", "--config.train.batch_size=64", "--config.mesh.data=-1"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config=quickstart", *many, "--print_config"])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config=quickstart", *many[:1], "--print_config"])
+    assert stop.value.code == 2
+    assert "config.train.batch_size = 8" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def every_option(tmp_path_factory):
+    """A config file that sets every option of every method, and a reader of it."""
+    values = {option: default for name in METHODS for option, default in methods.options_of(name, {}).items()}
+    lines = ["    config.optim.method = 'sam'"]
+    lines += [f"    config.optim.{option} = {value!r}" for option, value in values.items()]
+    path = tmp_path_factory.mktemp("configs") / "every.py"
+    path.write_text("\n".join([*HEAD, *lines, "    return config"]))
+    assert set(values) == set(methods.OPTIONS)
+    return values, path, command.reader(str(path))
+
+
+@pytest.mark.parametrize("method", [*METHODS, *methods.ALIASES])
+def test_options_of_the_file_give_way_to_a_method_of_the_command_line(method, every_option, capsys):
+    values, path, read = every_option
+    own = set(methods.options_of(method, {}))
+    config = read([("optim.method", method)])
+    check(config, device_count=1)
+    assert {option for option in values if config.optim[option] is not None} == own
+    assert all(config.optim[option] == values[option] for option in own)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(f"in {path} give way to config.optim.method = {method}, which {methods.takes(method)}")
+    gone = [option for option in values if option not in own]
+    assert all(f"config.optim.{option} = {values[option]!r}" in said for option in gone)
+
+    for option in gone:  # on the command line itself it is refused
+        given = [("optim.method", method), (f"optim.{option}", str(values[option]))]
+        with pytest.raises(ConfigError) as refused:
+            check(read(given), device_count=1)
+        assert (refused.value.key, refused.value.value) == (f"optim.{option}", values[option])
+
+
+def test_nothing_gives_way_to_the_file_s_own_method(every_option, capsys):
+    values, _, read = every_option
+    config = read([("optim.rho", "0.1")])
+    assert all(config.optim[option] is not None for option in values)
+    with pytest.raises(ConfigError):
+        check(config, device_count=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rho_of_0_is_of_every_method(tmp_path, capsys):
+    (tmp_path / "none.py").write_text("\n".join([*HEAD, "    config.optim.rho = 0.0", "    return config"]))
+    assert command.read_config(str(tmp_path / "none.py"), [("optim.method", "adamw")]).optim.rho == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["train", "prepare_data", "plan", "sweep", "config"])

@@ -1,6 +1,8 @@
 """Every command that is documented, run to its end on a small size, with its defaults where they cost little."""
 
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -9,13 +11,12 @@ import shlex
 import jax
 import pytest
 
-from steppe.configs import base
-from steppe.configs.keys import flatten
-from steppe.scripts import cli
+from steppe.data import vocabulary
+from steppe.lm.run.check import check
+from steppe.scripts import cli, command
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/quickstart.py"
-KEYS = flatten(base.get_config().to_dict())
 TINY = ("--sizes", "0.01m", "--batch_size=8", "--sequence_length=16", "--vocabulary_size=64", "--runs=1")
 
 
@@ -86,6 +87,22 @@ def test_train_continues_what_it_began_and_looks_into_a_step(steppe, run, small)
     assert (run / "checkpoints" / "4" / "SEAL").read_bytes() == before
     steppe("train", *small, f"--workdir={run}", "--config.optim.rho=0.01", status=2)
     assert "step 2" in "".join(steppe("train", *small, f"--workdir={run}", "--replay_step=2"))
+
+
+def test_a_method_chosen_on_the_command_line_is_resumed_by_the_same_command(steppe, run, small, tmp_path):
+    chosen = ("train", *small, "--config.optim.method=adamw")
+    steppe(*chosen, f"--workdir={tmp_path}/adamw", "--until=2")
+    before = (tmp_path / "adamw" / "config.json").read_bytes()
+    assert json.loads(before)["optim"]["rho"] is None
+    _, said = steppe(*chosen, f"--workdir={tmp_path}/adamw")
+    way = f"config.optim.rho = 0.02 in {CONFIG} gives way to config.optim.method = adamw, which takes no option"
+    assert said.splitlines().count(way) == 1
+    assert (tmp_path / "adamw" / "checkpoints" / "4").is_dir()
+    assert (tmp_path / "adamw" / "config.json").read_bytes() == before
+
+    theirs = (run / "config.json").read_bytes()  # of another run nothing gives way
+    steppe(*chosen, f"--workdir={run}", status=2)
+    assert (run / "config.json").read_bytes() == theirs
 
 
 def test_plot_draws_what_there_is(steppe, run):
@@ -257,28 +274,118 @@ def test_docs(steppe):
 
 
 # ---------------------------------------------------------------------------------------------------- the documentation
+# a name in capitals stands for a value: these are read as numbers, names or files; any other may be a file's name
+STANDS_FOR = {
+    "plan --config=FILE": "plan --config=paper:1.2b,sam,chinchilla",
+    "config=FILE": "config=quickstart",
+    "config.key=value": "config.seed=3",
+    "K": "1",
+    "N": "400",
+    "X": "0.5",
+    "SECONDS": "1",
+    "ROOM": "optim",
+    "METHOD": "sam",
+    "VOCABULARY": "bytes",
+    "SPEC": "rho_by_scale",
+    "TEXT": "text",
+    "NAME": "quickstart",
+}
+DEVICES = re.compile(r".*--xla_force_host_platform_device_count=(\d+) .*")
+LEFT_OUT = ("...", "…", "--help")
+
+
 def documented() -> list[tuple[str, str]]:
-    """(file, command) of every line of documentation that begins with steppe; continued lines are one."""
-    files = ["README.md", "*/README.md", "optim/study/*.md", "configs/**/*.py", "scripts/**/*.py"]
-    found = []
-    for path in [path for pattern in files for path in sorted(ROOT.glob(pattern))]:
-        lines = path.read_text().replace("\\\n", " ").splitlines()
-        found += [(str(path.relative_to(ROOT)), line.strip()) for line in lines if re.match(r"\s*steppe [a-z]", line)]
-    return found
+    """(file, command with what stands before it) of every command that a README, a docstring or a help shows.
+
+    One within a sentence begins with a backquote.
+    """
+    found = [("steppe --help", f"steppe {name} {example}") for name, (_, example) in cli.COMMANDS.items()]
+    rooms = ("configs", "data", "lm", "optim", "scripts")
+    for path in [ROOT / "README.md", *(path for room in rooms for path in sorted((ROOT / room).rglob("*.*")))]:
+        if path.suffix not in (".md", ".py"):
+            continue
+        text = path.read_text().replace("\\\n", " ")
+        shown = re.findall(r"^\s*((?:\w+=\S+ |[^`\n]* && )?(?:\S*/)?steppe [a-z].*)", text, re.MULTILINE)
+        shown += re.findall(r"`steppe [a-z][^`]*", text) if path.suffix == ".md" else []
+        found += [(str(path.relative_to(ROOT)), " ".join(line.split())) for line in shown]
+    return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize(("where", "line"), documented())
-def test_every_documented_option_and_key_exists(where, line, steppe):
-    words = shlex.split(line.replace("[", "").replace("]", "").replace("...", ""), comments=True)[1:]
-    if "|" in words[0] or words[0] not in cli.COMMANDS:
-        pytest.skip("prose")
-    kind = words[1:2] if words[0] == "bench" or (words[1:2] and words[1] in cli.KINDS.get(words[0], ())) else []
-    for name in kind[0].split("|") if kind else [""]:
-        shown, _ = steppe(words[0], *filter(None, [name]), "--help")
-        known = set(re.findall(r"--\w+", shown))
-        for word in words[1:]:
-            option = re.match(r"--\w+", word)
-            if key := re.match(r"--config\.(?!key|section)([\w.]+)", word):
-                assert key[1] in KEYS, f"{where}: {line}"
-            elif option and not word.startswith("--config"):
-                assert option[0] in known, f"{where}: {line}"
+def commands(line: str) -> list[list[str]]:
+    """The words of the commands that a documented line stands for, without "steppe": one for each of its choices."""
+    line = re.sub(r"[][`]", "", line).partition(" > ")[0]
+    for name, value in STANDS_FOR.items():
+        line = re.sub(rf"\b{name}\b", value, line)
+    words = shlex.split(line, comments=True)
+    words = words[[word.rpartition("/")[2] for word in words].index("steppe") + 1 :]
+    choices = []
+    for word in words:
+        head = re.match(r"--\w+=|", word)[0]
+        said = word.removeprefix(head).split("|")
+        choices.append([head + each for each in said if each not in LEFT_OUT or word == head + each != each])
+    return [list(words) for words in itertools.product(*filter(None, choices))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, run):
+    """A folder with the files that documented commands name."""
+    folder = tmp_path_factory.mktemp("place")
+    for room in ("configs", "optim"):
+        (folder / room).symlink_to(ROOT / room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        lines = pathlib.Path(os.__file__).read_text().splitlines()
+        vocabulary.train_sentencepiece(map(str.encode, lines), "c4.model", 400)
+        (folder / "text").mkdir()
+        (folder / "text" / "first.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        assert cli.main(["export", f"--workdir={run}", "--out=HF_DIR"]) == 0
+        assert cli.main(["config", "from-hf", "HF_DIR", "--out=theirs.py"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The runs of sweeps that have been planned: several files show the same ones."""
+    return set()
+
+
+class Parsed(Exception):
+    """A command line has been read: (config's path, overrides, options)."""
+
+
+@pytest.mark.parametrize(("where", "line"), documented(), ids=[f"{where}: {line}" for where, line in documented()])
+def test_every_documented_command_can_run(where, line, steppe, place, planned, monkeypatch):
+    """Its own parser reads it and its config is checked as before a run; a sweep is planned."""
+    read = command.parse_unread
+
+    def stop(argv, parser):
+        for action in parser._actions:
+            action.required &= not line.startswith("`")  # a sentence may leave out the rest
+        raise Parsed(*read(argv, parser))
+
+    monkeypatch.chdir(place)
+    for words in commands(line):
+        runs = tuple(word for word in words if not word.startswith(("--out", "--order", "--plan")))
+        if words[0] == "sweep" and runs not in planned:
+            planned.add(runs)
+            plan = ["--plan", "--launcher=print"]  # one device a run, whatever this process has
+            steppe(*words, *plan, *([] if any(word.startswith("--out") for word in words) else ["--out=DIR"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "parse_unread", stop)
+            try:
+                steppe(*words)
+            except Parsed as parsed:
+                path, overrides, options = parsed.args
+                if path:
+                    devices = getattr(options, "topology", "").partition(":")[2] or DEVICES.sub(r"\1", line)
+                    count = math.prod(map(int, devices.split("x"))) if re.fullmatch(r"\d+(x\d+)*", devices) else None
+                    check(command.read_config(path, overrides), device_count=count)
+
+
+@pytest.mark.exhaustive  # planned above, and a branch in lm/keep/test_branch.py
+def test_the_branches_of_the_readme_run(steppe, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trunk, branches = [each for where, line in documented() if "runs/trunk" in line for each in commands(line)]
+    sizes = [word for word in small[1:] if not word.startswith("--config.train.duration")]
+    steppe(*trunk, *sizes)
+    assert "2 finished" in steppe(*branches, *sizes)[0]

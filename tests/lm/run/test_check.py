@@ -6,7 +6,8 @@ from steppe.configs import base
 from steppe.configs.keys import ConfigError
 from steppe.data.errors import DataError
 from steppe.lm.run.check import check, mesh_shape
-from steppe.optim.methods import METHODS, OPTIONS
+from steppe.optim.methods import METHODS, OPTIONS, method
+from steppe.optim.rule import OptionError
 
 BAD = [
     # (what is set, key named, value shown, part of what is accepted)
@@ -202,3 +203,31 @@ def test_what_can_run_is_let_through(changes, devices):
 def test_mesh_shape_fills_the_one_free_axis():
     assert mesh_shape(_with(**{"mesh.tensor": 2}), 8) == (4, 1, 2)
     assert mesh_shape(_with(**{"mesh.data": 2, "mesh.fsdp": -1}), 8) == (2, 4, 1)
+
+
+NAMED = [(key, name) for key, declared in base.keys().items() for name in declared.accepted.names()]
+
+
+@pytest.mark.parametrize("change", [str.upper, str.title, lambda name: name.replace("_", "-"), lambda name: f"{name}x"])
+def test_the_name_that_a_wrong_one_comes_close_to_is_suggested(change):
+    assert ("optim.method", "functional_sam") in NAMED
+    for key, name in NAMED:
+        wrong, declared = change(name), base.keys()[key]
+        value = (wrong,) if declared.accepted.kind is tuple else wrong
+        if declared.accepted.kind is bool or declared.accepted.allows(value):
+            continue
+        with pytest.raises(ConfigError) as refused:
+            declared.check(key, value)
+        assert str(refused.value).endswith(f"; did you mean {name}?")
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("functional-sam", "functional_sam"), ("SAM", "sam"), ("J SAM", "j_sam")])
+def test_so_it_is_in_the_library(wrong, right):
+    with pytest.raises(OptionError, match=f"; did you mean {right}\\?$"):
+        method(wrong)
+
+
+def test_nothing_is_suggested_for_a_name_like_none():
+    with pytest.raises(ConfigError) as refused:
+        base.keys()["optim.method"].check("optim.method", "zzz")
+    assert "did you mean" not in str(refused.value)

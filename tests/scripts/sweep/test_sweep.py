@@ -53,6 +53,8 @@ def test_an_option_that_a_method_does_not_take_varies_without_it():
     grid = {"optim.method": ["adamw", "sam"], "optim.rho": np.array([0.01, 0.03]), "seed": [np.int64(1)]}
     found = [(run["optim.method"], run["optim.rho"]) for run in sweep_spec.expand([{"grid": grid}])]
     assert found == [("adamw", "None"), ("sam", "0.01"), ("sam", "0.03")]
+    alias = {"grid": {"optim.method": ["base"], "optim.rho": [0.01]}}
+    assert [run["optim.rho"] for run in sweep_spec.expand([alias])] == ["None"]
     named = {"set": {"optim.method": "adamw", "optim.rho": 0.01}}
     assert [run["optim.rho"] for run in sweep_spec.expand([named])] == ["0.01"]
 
@@ -126,6 +128,10 @@ def test_names_are_short_safe_and_new():
         ([BASE, "--grid", "optim.rhoo=1,2"], ["run optim.rhoo=1", "did you mean config.optim.rho?"]),
         ([BASE, "--grid", "optim.method=sam,samm"], ["run optim.method=samm", "config.optim.method = 'samm'"]),
         ([BASE, "--grid", "optim.rho=0.1"], ["run optim.rho=0.1", "None with optim.method = adamw"]),
+        (
+            ["--config=quickstart", "--config.optim.rho=0.1", "--grid", "optim.method=sam,adamw"],
+            ["run optim.method=adamw: config.optim.rho = 0.1", "None with optim.method = adamw"],
+        ),
         ([BASE, "--grid", "seed=x"], ["run seed=x", "config.seed = x", "an integer"]),
         ([BASE, "--grid", "seed=0", "--config.train.batch_size=0"], ["config.train.batch_size = 0"]),
         ([BASE, "--grid", "seed=0,1", "--only=seed=2"], ["--only=seed=2", "no run is so"]),
