@@ -329,11 +329,20 @@ def completed(config: Mapping) -> ConfigDict:
     if gone:
         others = f" (nor {', '.join(gone[1:])})" if gone[1:] else ""
         raise ConfigError(gone[0], flat[gone[0]], f"left out: this version has no such key{others}")
-    for name, value in with_defaults(flat).items():
+    for name, value in with_defaults(typed(flat)).items():
         *sections, last = name.split(".")
         section = functools.reduce(lambda inside, each: inside[each], sections, whole)
-        try:
-            section[last] = tuple(value) if isinstance(value, list) else value
-        except TypeError:
-            raise ConfigError(name, value, keys()[name].accepted.text()) from None
+        section[last] = tuple(value) if isinstance(value, list) else value
     return whole
+
+
+def typed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A flat config that some version of Steppe wrote, once its values are of their keys' types, and numbers within
+    their bounds; keys that this version does not know are let through. ConfigError."""
+    for name, value in flat.items():
+        key = keys().get(name)
+        if key is None or (value is None and key.default is None):
+            continue
+        if not key.is_typed(value) or (key.accepted.kind in (int, float) and not key.accepted.allows(value)):
+            raise ConfigError(name, value, key.accepted.text())
+    return flat

@@ -48,17 +48,29 @@ class Key(NamedTuple):
 
     def check(self, name: str, value: Any) -> None:
         """Raises ConfigError for a value that is not accepted; None, where it is the default, always is."""
-        if (value is None and self.default is None) or self.accepted.allows(value):
+        if (value is None and self.default is None) or (self.is_typed(value) and self.accepted.allows(value)):
             return
         if isinstance(value, tuple):  # the first item that will not do
             value = next((item for item in value if not self.accepted.allows((item,))), value)
         raise ConfigError(name, value, self.accepted.wanted(value))
 
+    def is_typed(self, value: Any) -> bool:
+        """Whether a value, as a config or JSON has it, is of the type of the key."""
+        kind = self.accepted.kind
+        if kind is tuple:
+            return isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return abs(value) <= LARGEST
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+LARGEST = 2**53  # of integers: what a float can count to
+
 
 def integer(least: int, most: int | None = None) -> Accepted:
     """Integers from `least` on, or to `most`."""
     text = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
-    return Accepted(int, lambda: text, lambda value: least <= value and (most is None or value <= most))
+    return Accepted(int, lambda: text, lambda value: least <= value <= (LARGEST if most is None else most))
 
 
 def number(above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf):
@@ -131,10 +143,10 @@ def _encodable(text: str) -> bool:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text
 
 
-TEXT = Accepted(str, lambda: "a text, without lone surrogates", _encodable)
+TEXT = Accepted(str, lambda: "a text, without lone surrogates and null characters", _encodable)
 TEXTS = Accepted(tuple, lambda: 'a tuple of texts, such as ("a", "b"), or one text per flag')
 # Whether a duration can be read depends on the run: lm.run.check sees to it.
 DURATION = Accepted(str, lambda: 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"')

@@ -71,7 +71,7 @@ def take(
     if not shared["rule"]:
         method = meta["config"]["optim"]["method"]
         log(f"branch      what {method} kept beside the optimizer's state is left behind; another begins anew")
-    run = (Path(directory) / workdir.RUN).read_text().strip()
+    run = workdir.id_of(directory)
     log(f"branch      of {parent}, after step {step}")
     recorded = parent if files.is_remote(parent) else os.path.abspath(parent)
     # a wandb run of its own, and what the parent owed is not this run's

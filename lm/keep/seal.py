@@ -7,16 +7,26 @@ with the hash of what follows, then JSON. Reading it runs nothing and trusts not
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import xxhash
 from etils import epath
 
-from steppe.data import files
+from steppe.data import files, stored
 
 NAME = "SEAL"
 FORMAT = 1
+
+
+class Seal(TypedDict):
+    """What a seal says: of which step and run it is, {path: [dtype, shape]} of its arrays, {name: [bytes, hash]}."""
+
+    format: int
+    step: stored.Count
+    run: str
+    tree: dict[str, tuple[str, list[stored.Count]]]
+    files: dict[str, tuple[int, str]]
 
 
 class Broken(ValueError):
@@ -41,32 +51,32 @@ def write(directory: epath.Path, step: int, run: str, tree: dict[str, list]) -> 
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(names, pool.map(lambda name: _look(directory / name), names), strict=True))
     body = json.dumps({"format": FORMAT, "step": step, "run": run, "tree": tree, "files": found}).encode()
-    aside = directory / f"{NAME}.tmp"
-    with aside.open("wb") as handle:
-        handle.write(_digest(body).encode() + b"\n" + body)
-        handle.flush()
-    sync(aside)
-    aside.rename(directory / NAME)
-    sync(directory)
+    content = _digest(body).encode() + b"\n" + body
+    if is_local(directory):
+        files.write(directory / NAME, content)
+    else:
+        aside = directory / f"{NAME}.tmp"
+        aside.write_bytes(content)
+        aside.rename(directory / NAME)
 
 
-def read(directory: epath.Path) -> dict:
+def read(directory: epath.Path) -> Seal:
     """The seal of a step directory, itself verified: format, step, run, tree, files. Raises Broken."""
+    path = directory / NAME
     try:
-        content = (directory / NAME).read_bytes()
+        content = stored.content_of(str(path)) if is_local(path) else path.read_bytes()
     except FileNotFoundError:
         raise Broken("it has no seal, so its save never finished", sealed=False) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise Broken(f"its seal cannot be read ({error})") from None
     digest, _, body = content.partition(b"\n")
     if digest != _digest(body).encode():
         raise Broken("its seal was altered")
     try:
-        seal = json.loads(body)
-        whole = {key: type(seal[key]) for key in ("format", "step", "run", "tree", "files")}
-    except (ValueError, KeyError, TypeError):
-        whole = {}
-    if list(whole.values()) != [int, int, str, dict, dict] or seal["format"] != FORMAT:
+        seal = stored.decode(body, Seal, NAME)
+    except stored.Wrong as error:
+        raise Broken(f"its seal is not of the format that this version reads, {FORMAT} ({error})") from None
+    if seal["format"] != FORMAT:
         raise Broken(f"its seal is not of the format that this version reads, {FORMAT}")
     return seal
 
@@ -103,12 +113,6 @@ def differences(saved: dict[str, list], wanted: dict[str, list]) -> list[str]:
     ]
 
 
-def sync(path: epath.Path) -> None:
-    """fsync of a local file or directory; object stores are durable once written."""
-    if is_local(path):
-        files.sync(path)
-
-
 def is_local(path: epath.Path) -> bool:
     """Whether a path lies in a file system rather than in an object store."""
     return "://" not in str(path)
@@ -122,11 +126,11 @@ def _look(path: epath.Path) -> list:
     """[size, hash] of a file's contents; a file that cannot be read differs from every other."""
     digest, size = xxhash.xxh3_128(), 0
     try:
-        with path.open("rb") as handle:
+        with files.ordinary(path) if is_local(path) else path.open("rb") as handle:
             while chunk := handle.read(1 << 22):
                 digest.update(chunk)
                 size += len(chunk)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return [-1, f"unreadable: {error}"]
     return [size, digest.hexdigest()]
 

@@ -1,18 +1,18 @@
 """The directory of a run: one process at a time, one config, one id; which keys may change when it continues."""
 
-import json
 import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten
-from steppe.data import files
+from steppe.data import files, stored
+from steppe.data.errors import DataError
 from steppe.lm.keep.exits import WorkdirError
 
 if TYPE_CHECKING:
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 CONFIG, RUN, LOCK, CORPUS = "config.json", "run_id", "lock", "corpus.json"
 WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies")  # below a workdir
+
+
+class KeptCorpus(TypedDict):
+    """corpus.json: which prepared directory the run reads."""
+
+    directory: str
+    fingerprint: str
 
 
 def changes(before: Mapping, now: Mapping) -> dict[str, list]:
@@ -80,16 +87,33 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
             files.write_json(path, config.to_dict())
             if not (directory / RUN).exists():
                 files.write(directory / RUN, uuid.uuid4().hex)
-            run = (directory / RUN).read_text().strip()
+            run = id_of(directory)
         yield run
 
 
+def id_of(directory: str | os.PathLike) -> str:
+    """The id of the run of a workdir. WorkdirError where it has none."""
+    path = Path(directory) / RUN
+    try:
+        return stored.content_of(path, 1000).decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{path}: must hold the id of the run ({' '.join(str(error).split())[:200]})") from None
+
+
 def config_of(workdir: str) -> ConfigDict:
-    """The config of a run, keys that its version did not have at their defaults. WorkdirError if there is none."""
+    """The config of a run, keys that its version did not have at their defaults. It is data: whoever follows what it
+    names outside of the workdir must be told to (keep.saved). WorkdirError if there is none, or one that none can be.
+    """
     path = Path(workdir) / CONFIG
     if not path.exists():
         raise WorkdirError(f"{workdir}: must be the workdir of a run, with a {CONFIG}")
-    return base.completed(_read(path))
+    found = base.completed(_read(path))
+    try:
+        for name, value in flatten(found).items():
+            base.keys()[name].check(name, value)
+    except ConfigError as error:
+        raise WorkdirError(f"{path}: {error}") from None
+    return found
 
 
 def keep_corpus(workdir: str, corpus: "Corpus") -> None:
@@ -103,25 +127,17 @@ def kept_corpus(workdir: str) -> "Corpus | None":
     from steppe.data.loader import open_corpus  # here: commands that open no corpus do without its packages
 
     try:
-        kept = json.loads((Path(workdir) / CORPUS).read_text())
+        kept = stored.read(Path(workdir) / CORPUS, KeptCorpus)
         corpus = open_corpus(kept["directory"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # never recorded, damaged, or removed: a DataError is a ValueError
+    except (OSError, DataError):  # never recorded, damaged, or removed
         return None
     return corpus if corpus.fingerprint == kept["fingerprint"] else None
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise WorkdirError(f"{path}: is damaged ({error}); remove it to take the config given") from None
-    except OSError as error:
-        raise WorkdirError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not isinstance(found, dict):
-        raise WorkdirError(f"{path}: is no config, but {type(found).__name__}; remove it to take the config given")
+        found = stored.read(path, dict[str, Any])
+        stored.typed(flatten(found), stored.Flat, str(path))
+    except DataError as error:
+        raise WorkdirError(f"{error}; remove it to take the config given") from None
     return found

@@ -1,16 +1,18 @@
 """metrics.jsonl: its lines read, cut back, and numbers as JSON has them. Imports nothing heavy."""
 
 import array
-import json
+import contextlib
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
-from steppe.data import files
+from msgspec import Meta
+
+from steppe.data import files, stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +20,105 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 AVERAGES = "averages"  # the folder of a workdir for what is measured of the averages that the run keeps
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+Number = float | None | Literal["nan", "inf", "-inf"]  # as `plain` writes it
+Name = Annotated[str, Meta(pattern=r"^\w[\w.+-]{0,99}$")]  # which a folder may have
+
+
+class Record(TypedDict, total=False):
+    """A line: of which kind, and after how many updates."""
+
+    kind: Required[str]
+    step: Required[stored.Count]
+    name: str
+    weights: str
+
+
+class RunRecord(Record, total=False):
+    """One start of a run: what it is."""
+
+    title: str
+    steps: stored.Count
+    tokens: stored.Count
+    tokens_per_step: stored.Count
+    flops: float
+    adamw_flops: float
+    flops_per_step: float
+    adamw_flops_per_step: float
+    parameters: dict[str, stored.Count]
+    baselines: dict[str, Number]
+    versions: dict[str, str]
+
+
+class TrainRecord(Record, total=False):
+    """One step."""
+
+    tokens: stored.Count
+    seconds: Number
+    loss: Number
+    perturbed_loss: Number
+    tokens_per_second: Number
+
+
+class EvaluateRecord(Record, total=False):
+    """Losses on a held-out set; weights: whose, of averages."""
+
+    name: Required[str]
+    loss: Required[Number]
+    bits_per_byte: Number
+    tokens: Number
+
+
+class AverageRecord(EvaluateRecord, total=False):
+    """The same of other weights than those that the run is judged by."""
+
+    weights: Required[Name]
+
+
+class AnomalyRecord(Record, total=False):
+    """A bad step."""
+
+    what: Required[str]
+    decision: str
+
+
+class RollbackRecord(Record, total=False):
+    """A rollback, of which step, to where, and which batches are left out since."""
+
+    to: Required[stored.Count]
+    because: Required[dict[str, Any]]
+    windows: Required[list[tuple[stored.Count, stored.Count]]]
+
+
+class BranchRecord(Record, total=False):
+    """The run that this one goes on from."""
+
+    parent: Required[str]
+    parent_run: str
+
+
+class ChangeRecord(Record, total=False):
+    """A config key that a restart changed."""
+
+    key: Required[str]
+
+
+class CurvatureRecord(Record, total=False):
+    """How the loss bent, all together and by groups of parameters."""
+
+    all: dict[str, Number]
+
+
+class GoodputRecord(Record, total=False):
+    """Seconds by what they went into."""
+
+    goodput: dict[str, stored.Amount]
+
+
+KINDS = {
+    "run": RunRecord, "train": TrainRecord, "evaluate": EvaluateRecord, "average": AverageRecord,
+    "anomaly": AnomalyRecord, "rollback": RollbackRecord, "branch": BranchRecord, "change": ChangeRecord,
+    "curvature": CurvatureRecord, "goodput": GoodputRecord, "checkpoint": GoodputRecord,
+}  # fmt: skip
 
 
 class Train(NamedTuple):
@@ -47,6 +148,7 @@ class Records(NamedTuple):
 
 # The numbers of lines as `step` writes them, in their order: parsing the whole of them takes several times as long.
 _BLOCK = 1 << 20  # bytes read at a time
+_LONGEST = 16 << 20  # bytes of a line that are looked at
 _NUMBERS = re.compile(rb'"(?:step|tokens|seconds|loss|perturbed_loss)": ([^,}]+)')
 _STEP, _END_OF_STEPS = b'{"kind": "train", ', re.compile(rb'\n(?!\{"kind": "train", )')
 
@@ -75,26 +177,27 @@ def _numbers(lines: bytes) -> "np.ndarray | None":
         rows = np.fromiter(map(float, found), np.float64, len(found)).reshape(count, -1)
     except ValueError:
         return None
+    if not np.isfinite(rows).all() or (rows[:, :2] < 0).any() or (rows[:, :2] > 2**53).any():
+        return None
     return np.pad(rows, ((0, 0), (0, 5 - rows.shape[1])), constant_values=np.nan)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
     """A file in parts of whole lines; nothing where there is none."""
-    if path.exists():
-        with open(path, "rb") as handle:
-            while block := handle.read(_BLOCK):
-                yield block + handle.readline()
+    with contextlib.suppress(FileNotFoundError), files.ordinary(path) as handle:
+        while block := handle.read(_BLOCK):
+            yield block + handle.readline(_LONGEST)
 
 
 def read(workdir: str | os.PathLike) -> Records:
     """The records of a run's metrics.jsonl, without torn or damaged lines; no records where there is none.
 
-    Numbers that are not finite are floats again.
+    Numbers that are not finite are floats again. stored.Wrong for a whole line that no run writes.
     """
     import numpy as np  # here: commands that read no run do without it
 
-    rows, others, apart = array.array("d"), [], True
-    for content in _blocks(Path(workdir) / METRICS):
+    rows, others, apart, path, number = array.array("d"), [], True, Path(workdir) / METRICS, 1
+    for content in _blocks(path):
         position = 0
         while position < len(content):
             lines = _steps_from(content, position)
@@ -103,16 +206,16 @@ def read(workdir: str | os.PathLike) -> Records:
                 first = np.zeros((len(block), 1))
                 first[0], apart, position = apart, False, position + len(lines)
                 rows.frombytes(np.hstack([block, first]).tobytes())
+                number += len(block)
                 continue
             end = content.find(b"\n", position) + 1 or len(content)
-            record = _record(content[position:end])
-            position = end
+            record = _typed(content[position:end], f"{path}: line {number}")
+            position, number = end, number + 1
             if record is None:
                 continue
-            record = _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
             if record["kind"] == "train":
-                numbers = (record.get(name) for name in Train._fields[1:-1])
-                rows.extend((record["step"], *(math.nan if n is None else n for n in numbers), apart))
+                numbers = (record.get(name, math.nan) for name in Train._fields[1:-1])
+                rows.extend((record["step"], *numbers, apart))
             else:
                 others.append(record)
             apart = record["kind"] != "train"
@@ -197,10 +300,18 @@ def _count(path: Path, start: bytes) -> int:
 def _record(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None of one that is damaged: a kill cuts a line short or leaves zeros."""
     try:
-        record = json.loads(line)
-        return {**record, "kind": str(record["kind"]), "step": int(record["step"])}
-    except (ValueError, KeyError, TypeError):
+        return stored.decode(line, Record, METRICS)
+    except stored.Wrong:
         return None
+
+
+def _typed(line: bytes, place: str) -> dict[str, Any] | None:
+    """The same, with its numbers as they were recorded; stored.Wrong for one whose values are not of its kind."""
+    record = _record(line)
+    if record is None:
+        return None
+    stored.typed(record, KINDS.get(record["kind"], Record), place)
+    return _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
 
 
 def number(value: Any) -> Any:
@@ -231,18 +342,23 @@ def _restore(value: Any, nothing: float | None) -> Any:
 
 
 def latest(workdir: str | os.PathLike, kinds: tuple[str, ...] = ("run", "train", "evaluate")) -> dict[str, dict]:
-    """{kind: its last record} of a run, as far as there are any; the file is read from its end."""
-    path, found, after = Path(workdir) / METRICS, {}, b""
-    position = path.stat().st_size if path.exists() else 0
-    with open(path if path.exists() else os.devnull, "rb") as handle:
+    """{kind: its last record} of a run, as far as there are any; the file is read from its end, for lines that begin
+    as those kinds do. stored.Wrong as in `read`."""
+    path, found = Path(workdir) / METRICS, {}
+    begins = {kind: b'\n{"kind": "%s",' % kind.encode() for kind in kinds}
+    with contextlib.suppress(FileNotFoundError), files.ordinary(path) as handle:
+        end = position = os.fstat(handle.fileno()).st_size
+        after = b""  # the begin of what was read last, in which a line may begin
         while position and len(found) < len(kinds):
-            size = min(position, _BLOCK)
-            position -= size
+            position = max(0, position - _BLOCK)
             handle.seek(position)
-            block = handle.read(size) + after
-            after, *whole = block.split(b"\n") if position else [b"", *block.split(b"\n")]
-            for line in reversed(whole):
-                record = _record(line) if line else None
-                if record is not None and record["kind"] in kinds:
-                    found.setdefault(record["kind"], _restore(record, nothing=math.nan))
+            block = (b"\n" if position == 0 else b"") + handle.read(min(_BLOCK, end - position)) + after
+            for kind in [kind for kind in kinds if kind not in found]:
+                at, last = len(block), None
+                while last is None and (at := block.rfind(begins[kind], 0, at)) >= 0:
+                    handle.seek(position + at + (position > 0))
+                    last = _typed(handle.readline(_LONGEST), f"{path}: its last line of the kind {kind}")
+                if last is not None:
+                    found[kind] = last
+            end, after = position, block[: max(map(len, begins.values()))]
     return found

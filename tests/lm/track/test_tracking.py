@@ -55,7 +55,7 @@ def _lines(workdir):
 
 def test_every_step_is_one_strict_json_line_of_exact_values(tmp_path, config):
     tracker = _track(tmp_path, config)
-    tracker.run(0, {"parameters": 7, "mesh": (1, 2), "nested": {"flops": np.float64(2.5)}})
+    tracker.run(0, {"parameters": {"total": 7}, "mesh": (1, 2), "nested": {"flops": np.float64(2.5)}})
     bad = {"nonfinite": 1.0, "gradient_norm": float("nan"), "epsilon_norm": np.float32("inf"), "n": 3}
     tracker.step(1, {"loss": np.float32(0.1), **bad})
     tracker.step(2, {"loss": np.float32(0.2), "nonfinite": 0.0, "perturbed_loss": float("nan")})
