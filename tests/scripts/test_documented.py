@@ -287,6 +287,7 @@ STANDS_FOR = {
     "METHOD": "sam",
     "VOCABULARY": "bytes",
     "SPEC": "rho_by_scale",
+    "STAGE": "1",
     "TEXT": "text",
     "NAME": "quickstart",
 }
