@@ -222,7 +222,9 @@ def _soap(s: Settings) -> list[optax.GradientTransformation]:
 def _schedule_free(s: Settings) -> list[optax.GradientTransformation]:
     second = optax.scale_by_rms(s.b2, s.eps, eps_in_sqrt=False, bias_correction=True)
     steps = optax.chain(second, *s.widths(0, -1), s.decay(), s.rate())
-    return [optax.contrib.schedule_free(steps, s.learning_rate, s.b1)]
+    # optax counts from 1 where it weighs a step, and from 0 where it takes it: the weight is that of the rate taken
+    rate = s.learning_rate
+    return [optax.contrib.schedule_free(steps, (lambda count: rate(count - 1)) if callable(rate) else rate, s.b1)]
 
 
 def _averaged(b1: float, y: jax.Array, z: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from steppe.optim.masks import dimensions
 from steppe.optim.rule import Tree
 
 EVERY = 10  # steps between two refreshes of the bases, as in the paper
+SHIFT = 100  # rounding errors of a factor's trace that are added to its diagonal when a basis is turned
 MOST = 10_000  # a side longer than this keeps its own basis, as its authors' code has it
 
 
@@ -47,10 +48,12 @@ def scale_by_soap(
 ) -> optax.GradientTransformation:
     """Adam's direction, of each matrix in the eigenbases of its factors; Adam itself of what is no matrix.
 
-    With L, R the averages (decay b2) of G Gᵀ and GᵀG, Q_L, Q_R their eigenvectors by one step of orthogonal iteration
-    every EVERY steps (the first time exactly), M the average of G and V that of (Q_Lᵀ G Q_R)²: the direction is
-    Q_L (Q_Lᵀ M Q_R / (√V + eps)) Q_Rᵀ, M and V bias-corrected. The paper leaves out the first step; here the factors of
-    its own gradient serve it. matrix_axes: as optim.base takes it; stacked matrices have factors of their own.
+    With L, R the averages (decay b2) of G Gᵀ and GᵀG, Q_L and Q_R their eigenvectors, M the average of G and V that of
+    (Q_Lᵀ G Q_R)²: the direction is Q_L (Q_Lᵀ M Q_R / (√V + eps)) Q_Rᵀ √(1 - b2^t) / (1 - b1^t), in bases that do not
+    know this gradient. In the order of its authors' code: the first step only makes L, R and the bases, and moves
+    nothing; from then on L and R take a gradient after it has made its step, and every EVERY steps the columns are put
+    in the order of their eigenvalues, V with them, and turned by one step of orthogonal iteration.
+    matrix_axes: as optim.base takes it; stacked matrices have factors of their own.
     """
 
     def matrices(tree: Tree) -> list[_Matrix | None]:
@@ -82,19 +85,47 @@ def scale_by_soap(
         zeros = jax.tree.map(jnp.zeros_like, params)
         return SoapState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), sides)
 
-    def refreshed(count, side, gram):
-        if not side:
-            return ()
-        factor = b2 * side["factor"] + (1 - b2) * gram
-        basis = lax.switch(
-            jnp.where(count == 0, 0, jnp.where(count % EVERY == 0, 1, 2)),
-            [
-                lambda: jnp.linalg.eigh(factor)[1][..., ::-1],
-                lambda: jnp.linalg.qr(factor @ side["basis"])[0],
-                lambda: side["basis"],
-            ],
-        )
-        return {"factor": factor, "basis": basis}
+    def begun(whole, sides):
+        """The bases of a first gradient [stack, m, n]: its singular vectors are the eigenvectors of its grams.
+
+        Of the grams themselves all beyond the rank would be rounding noise, other on every mesh, and the direction with
+        it; a QR that completes the singular vectors changes as little as the gradient does.
+        """
+        left, _, right = jnp.linalg.svd(whole, full_matrices=False)
+        vectors = left, jnp.swapaxes(right, -1, -2)
+        return [jnp.linalg.qr(x, mode="complete")[0] if side else () for x, side in zip(vectors, sides, strict=True)]
+
+    def turned(side):
+        """(basis, order of the columns) after one step of orthogonal iteration."""
+        factor, basis = side["factor"], side["basis"]
+        product = factor @ basis
+        order = jnp.argsort(jnp.sum(basis * product, axis=-2), axis=-1, descending=True)
+        # of what no gradient has reached the product is rounding noise: the shift has those columns stay
+        shift = SHIFT * jnp.finfo(factor.dtype).eps * jnp.trace(factor, axis1=-2, axis2=-1)
+        moved = jnp.take_along_axis(product + shift[:, None, None] * basis, order[:, None, :], axis=-1)
+        return jnp.linalg.qr(moved)[0], order
+
+    def grown(count, whole, sides):
+        """(sides, orders of their columns) once a gradient has entered the factors; () for one that is too long."""
+        grams = jnp.einsum("smn,skn->smk", whole, whole), jnp.einsum("smn,smk->snk", whole, whole)
+        sides = [
+            {**side, "factor": b2 * side["factor"] + (1 - b2) * gram} if side else ()
+            for side, gram in zip(sides, grams, strict=True)
+        ]
+        same = [jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape[:-1]) for x in grams]
+
+        def first():
+            return list(zip(begun(whole, sides), same, strict=True))
+
+        def then():
+            return [turned(side) if side else ((), one) for side, one in zip(sides, same, strict=True)]
+
+        def between():
+            return [(side["basis"] if side else (), one) for side, one in zip(sides, same, strict=True)]
+
+        place = jnp.where(count == 0, 0, jnp.where(count % EVERY == 0, 1, 2))
+        bases, orders = zip(*lax.switch(place, [first, then, between]), strict=True)
+        return tuple({**side, "basis": q} if side else () for side, q in zip(sides, bases, strict=True)), orders
 
     def into(sides, x):
         left, right = sides
@@ -109,28 +140,26 @@ def scale_by_soap(
     def update(gradient: Tree, state: SoapState, params: Any = None):
         del params
         leaves, structure = jax.tree.flatten(gradient)
-        count = state.count + 1
-        right_by = [(1 - b ** count.astype(jnp.float32)) for b in (b1, b2)]
+        entered = jnp.where(state.count == 0, 0.0, 1.0)  # of the first gradient nothing enters the moments
+        by = [1 - b ** jnp.maximum(state.count, 1).astype(jnp.float32) for b in (b1, b2)]
         found = []
         for g, m, v, sides, matrix in zip(
             leaves, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), state.sides, matrices(gradient), strict=True
         ):
-            first = b1 * m + (1 - b1) * g
-            if matrix is None:
-                turned, moved, back = g, first, lambda x: x
-            else:
-                whole = matrix.to(g)
-                grams = jnp.einsum("smn,skn->smk", whole, whole), jnp.einsum("smn,smk->snk", whole, whole)
-                sides = tuple(refreshed(state.count, side, gram) for side, gram in zip(sides, grams, strict=True))
-                turned, moved = into(sides, whole), into(sides, matrix.to(first))
-                v = matrix.to(v)
-                back = lambda x, s=sides, mat=matrix: mat.back(out_of(s, x))  # noqa: E731
-            second = b2 * v + (1 - b2) * turned**2
-            corrected = [x / by.astype(x.dtype) for x, by in zip((moved, second), right_by, strict=True)]
-            direction = back(corrected[0] / (jnp.sqrt(corrected[1]) + eps))
-            found.append((direction, first, second if matrix is None else matrix.back(second), sides))
+            kept, scale = entered.astype(g.dtype), (entered * jnp.sqrt(by[1]) / by[0]).astype(g.dtype)
+            first = m + kept * (1 - b1) * (g - m)
+            to, back = (matrix.to, matrix.back) if matrix else (lambda x: x, lambda x: x)
+            turned, moved = (into(sides, to(x)) if matrix else x for x in (g, first))
+            second = to(v) + kept * (1 - b2) * (turned**2 - to(v))
+            direction = scale * moved / (jnp.sqrt(second) + eps)
+            if matrix:
+                direction = out_of(sides, direction)
+                sides, (rows, columns) = grown(state.count, to(g), sides)
+                second = jnp.take_along_axis(second, rows[:, :, None], axis=1)
+                second = jnp.take_along_axis(second, columns[:, None, :], axis=2)
+            found.append((back(direction), first, back(second), sides))
         directions, firsts, seconds, sides = zip(*found, strict=True)
         trees = [jax.tree.unflatten(structure, part) for part in (directions, firsts, seconds)]
-        return trees[0], SoapState(count, trees[1], trees[2], tuple(sides))
+        return trees[0], SoapState(state.count + 1, trees[1], trees[2], tuple(sides))
 
     return optax.GradientTransformation(init, update)
