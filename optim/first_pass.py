@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steppe.optim.options import AT_LEAST_ONE, FINITE, NOT_NEGATIVE, Option
-from steppe.optim.rule import Anchor, Objective, OptionError, Tree, backward, clean_pass
+from steppe.optim.rule import Anchor, Objective, OptionError, Tree, backward, by_rows, clean_pass, row_count
 
 
 class Gradients(NamedTuple):
@@ -20,12 +20,16 @@ class Gradients(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Kept for the second pass over the same microbatch: its rows, the anchor, the loss, and the trunk's pullback."""
+    """Kept for the second pass over the same microbatch: its rows, the anchor, the loss, and the trunk's pullback.
+
+    aux: what the readout returned of all rows at theta; None where that was not computed, or is nothing.
+    """
 
     batch: Tree
     anchor: Anchor | None
     loss: Any
     pull: Callable | None = None
+    aux: Tree = None
 
 
 class FirstPass(Protocol):
@@ -38,7 +42,8 @@ class FirstPass(Protocol):
 def whole(objective: Objective, params: Tree, batch: Tree) -> tuple[Gradients, Residuals]:
     """Gradient of the whole batch at theta: one forward, one backward."""
     clean = clean_pass(objective, params, batch)
-    return Gradients(clean.loss, clean.gradient, clean.gradient), Residuals(batch, clean.anchor, clean.loss, clean.pull)
+    residuals = Residuals(batch, clean.anchor, clean.loss, clean.pull, clean.aux.get("returned"))
+    return Gradients(clean.loss, clean.gradient, clean.gradient), residuals
 
 
 def forward_only(anchored: bool) -> FirstPass:
@@ -49,7 +54,8 @@ def forward_only(anchored: bool) -> FirstPass:
             return Gradients(None, None, None), Residuals(batch, None, jnp.nan)
         hidden = objective.trunk(params, batch)
         loss, aux = objective.readout(params, hidden, batch)
-        return Gradients(loss, None, None), Residuals(batch, Anchor(params, hidden, aux.get("kept")), loss)
+        anchor = Anchor(params, hidden, aux.get("kept"))
+        return Gradients(loss, None, None), Residuals(batch, anchor, loss, aux=aux.get("returned"))
 
     return first
 
@@ -63,14 +69,14 @@ def subset(fraction: float, anchored: bool, shards: int = 1) -> FirstPass:
     """The ascent gradient from a `fraction` of the sequences, spread evenly; the descent still sees all of them."""
 
     def first(objective, params, batch):
-        size = len(jax.tree.leaves(batch)[0])
+        size = row_count(batch)
         each, taken = size // shards, subset_rows(fraction, size, shards) // shards
         spread = np.arange(taken) * each // taken
 
         def rows(x):
             return x.reshape(shards, each, *x.shape[1:])[:, spread].reshape(shards * taken, *x.shape[1:])
 
-        clean = clean_pass(objective, params, jax.tree.map(rows, batch))
+        clean = clean_pass(objective, params, by_rows(batch, rows))
         whole, residuals = forward_only(anchored)(objective, params, batch)
         return Gradients(whole.loss if anchored else clean.loss, clean.gradient, clean.gradient), residuals
 
@@ -100,7 +106,8 @@ def hardest(
             picked = jnp.take_along_axis(blocks, chosen.reshape(shards, k, *(1,) * (x.ndim - 1)), axis=1)
             return picked.reshape(shards * k, *x.shape[1:])
 
-        return whole(objective, params, jax.tree.map(rows, batch))
+        gradients, residuals = whole(objective, params, by_rows(batch, rows))
+        return gradients, residuals._replace(aux=aux.get("returned"))
 
     return first
 
@@ -122,10 +129,11 @@ def focal(
         share = jnp.maximum(lam * (1 - frequency) ** gamma, 1e-30)
         focused = {**batch, "weights": batch["weights"] * share[batch["targets"]]}
         hidden, pull = jax.vjp(lambda p: objective.trunk(p, batch), params)
-        (loss, _), clean = backward(objective.readout, pull, params, hidden, batch, has_aux=True)
-        (focused_loss, aux), ascent = backward(objective.readout, pull, params, hidden, focused, has_aux=True)
-        anchor = Anchor(params, hidden, aux.get("kept"))
+        (loss, aux), clean = backward(objective.readout, pull, params, hidden, batch, has_aux=True)
+        (focused_loss, kept), ascent = backward(objective.readout, pull, params, hidden, focused, has_aux=True)
+        anchor = Anchor(params, hidden, kept.get("kept"))
         # The second pass sees the focused loss only: what it lacks of the loss is kept, to report the whole.
-        return Gradients(loss, clean, ascent), Residuals(focused, anchor, loss - focused_loss, pull)
+        residuals = Residuals(focused, anchor, loss - focused_loss, pull, aux.get("returned"))
+        return Gradients(loss, clean, ascent), residuals
 
     return first

@@ -5,7 +5,7 @@ A rule is handed an objective, never a model. Splitting the model at its last hi
 perturbed logits.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -49,7 +49,8 @@ class Readout(Protocol):
     """The rest of the model, and the loss."""
 
     def __call__(self, params: Tree, hidden: Tree, batch: Tree) -> tuple[jax.Array, dict]:
-        """(mean loss of the batch, aux); aux may hold `per_sequence_loss` [B], and `kept`, handed on in the anchor."""
+        """(mean loss of the batch, aux); aux may hold `per_sequence_loss` [B], `kept`, handed on in the anchor, and
+        `returned`, any tree of arrays, handed back in the report."""
 
 
 class FrozenReadout(Protocol):
@@ -90,7 +91,8 @@ class Rule(Protocol):
         report: float32 scalars by the names REPORT (and one per group of parameters, see Switches.groups), NaN where
         the method does not compute one. nonfinite is 0 where every loss and gradient of the step was finite; otherwise
         the gradient must not be used, and the rule state is the old one, so that a caller only has to keep the
-        optimizer's.
+        optimizer's. Of a readout that gives `returned`, report["aux"] is that of the whole batch: at theta, or at
+        theta + epsilon where the method never sees the whole batch at theta. Several microbatches: stacked [K, ...].
         """
 
     def perturbing(self, steps: int) -> float:
@@ -100,24 +102,40 @@ class Rule(Protocol):
 def objective(forward: Callable, loss: Callable, *, has_aux: bool = False, weight: Callable | None = None) -> Objective:
     """Makes an objective of any model: forward(params, batch) -> outputs, loss(outputs, batch) -> scalar.
 
-    With has_aux, loss returns (scalar, dict). weight(batch) -> scalar weighs unequal microbatches (default: equally).
+    outputs: what the loss is a function of, logits for example; other arrays may come along, such as the new state of
+    batch normalisation. With has_aux, loss returns (scalar, any tree of arrays), and the report has that tree as "aux".
+    weight(batch) -> scalar weighs unequal microbatches (default: equally).
     """
 
     def readout(params, outputs, batch):
-        value = loss(outputs, batch)
-        return value if has_aux else (value, {})
+        if not has_aux:
+            return loss(outputs, batch), {}
+        value, aux = loss(outputs, batch)
+        known = {key: aux[key] for key in ("per_sequence_loss",) if isinstance(aux, Mapping) and key in aux}
+        return value, {**known, "returned": aux}
 
     def frozen_readout(params, outputs, anchor, batch):
         at_anchor = lax.stop_gradient(anchor.hidden)
-        derivative = jax.grad(lambda o: readout(None, o, batch)[0])(at_anchor)
-        return inner(lax.stop_gradient(derivative), jax.tree.map(jnp.subtract, outputs, at_anchor))
+        derivative = jax.grad(lambda o: readout(None, o, batch)[0], allow_int=True)(at_anchor)
+        moved = jax.tree.map(_difference, derivative, outputs, at_anchor)
+        return inner(lax.stop_gradient(jax.tree.map(_number, derivative)), moved)
 
     return Objective(forward, readout, frozen_readout, weight or (lambda batch: 1.0))
 
 
+def _number(derivative: jax.Array) -> jax.Array:
+    """A derivative; 0 of an output that is no real number, such as a counter, which has none."""
+    return jnp.zeros(()) if derivative.dtype == jax.dtypes.float0 else derivative
+
+
+def _difference(derivative: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.zeros(()) if derivative.dtype == jax.dtypes.float0 else a - b
+
+
 def backward(readout: Callable, pull: Callable, params: Tree, hidden: Tree, *rest: Tree, has_aux: bool = False):
     """(value, gradient in params) of readout(params, trunk(params), *rest); pull: the trunk's hidden -> params."""
-    value, (direct, cotangent) = jax.value_and_grad(readout, argnums=(0, 1), has_aux=has_aux)(params, hidden, *rest)
+    both = jax.value_and_grad(readout, argnums=(0, 1), has_aux=has_aux, allow_int=True)
+    value, (direct, cotangent) = both(params, hidden, *rest)
     return value, jax.tree.map(jnp.add, pull(cotangent)[0], direct)
 
 
@@ -138,12 +156,58 @@ def clean_pass(objective: Objective, params: Tree, batch: Tree) -> Clean:
     return Clean(loss, aux, gradient, Anchor(params, hidden, aux.get("kept")), pull)
 
 
+def row_count(batch: Tree) -> int:
+    """The rows B of a batch. ValueError where its leaves [B, ...] differ in it; scalars and PRNG keys have none."""
+    leaves = [(path, jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(batch) if not _may_be_key(leaf)]
+    (first, shape), *others = [(path, shape) for path, shape in leaves if shape] or [((), (0,))]
+    for path, other in others:
+        if other[0] != shape[0]:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} has {other[0]} rows and batch{jax.tree_util.keystr(first)} "
+                f"{shape[0]}: a batch that is cut holds arrays [rows, ...], scalars and PRNG keys"
+            )
+    return shape[0]
+
+
+def _may_be_key(leaf: Any) -> bool:
+    """Whether it may be one PRNG key in its old form, of integers."""
+    old = jax.eval_shape(jax.random.PRNGKey, 0)
+    return getattr(leaf, "dtype", None) == old.dtype and jnp.shape(leaf) == old.shape
+
+
+def by_rows(batch: Tree, rows: Callable, key: Callable = lambda key: key, other: Callable = lambda x: x) -> Tree:
+    """The batch with rows(leaf) of its leaves [B, ...], key(leaf) of its PRNG keys, and other(leaf) of its scalars."""
+    count = row_count(batch)
+
+    def one(path, leaf):
+        if _may_be_key(leaf):
+            if len(leaf) == count:
+                raise ValueError(
+                    f"batch{jax.tree_util.keystr(path)} is {len(leaf)} integers, a PRNG key or one number for each of "
+                    f"the {count} rows: make a key with jax.random.key, and numbers int32"
+                )
+            return key(leaf)
+        if jnp.ndim(leaf):
+            return rows(leaf)
+        return key(leaf) if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key) else other(leaf)
+
+    return jax.tree.map_with_path(one, batch)
+
+
 def split(objective: Objective, batch: Tree, microbatches: int) -> tuple[Tree, jax.Array]:
     """Cuts a batch [B, ...] into [K, B/K, ...] and gives each part's share [K] of the total weight.
 
-    Rows are dealt out in turn (row i goes to part i mod K), so a batch axis split over devices stays where it is.
+    Rows are dealt out in turn (row i goes to part i mod K), so a batch axis split over devices stays where it is. A
+    PRNG key becomes K keys, a scalar is the same in all parts.
     """
-    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    if row_count(batch) % microbatches:
+        raise OptionError("microbatches", microbatches, f"a divisor of the {row_count(batch)} rows of a batch")
+    parts = by_rows(
+        batch,
+        lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1),
+        lambda key: jax.random.split(key, microbatches),
+        lambda x: jnp.broadcast_to(x, (microbatches,)),
+    )
     weights = jnp.asarray([objective.weight(jax.tree.map(lambda x, k=k: x[k], parts)) for k in range(microbatches)])
     return parts, weights / jnp.sum(weights)
 
@@ -200,13 +264,18 @@ def check_floating(params: Tree) -> None:
 
 def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches: int = 1) -> tuple[jax.Array, Tree]:
     """(mean loss, its gradient at theta), the batch taken in `microbatches` parts."""
+    return plain_pass(objective, params, batch, microbatches)[:2]
+
+
+def plain_pass(objective: Objective, params: Tree, batch: Tree, microbatches: int) -> tuple[jax.Array, Tree, Tree]:
+    """(mean loss, its gradient at theta, what the readout returned in each part or None)."""
 
     def one(state, part):
         clean = clean_pass(objective, params, part)
-        return state, (clean.loss, clean.gradient), ()
+        return state, (clean.loss, clean.gradient), clean.aux.get("returned")
 
-    _, (loss, gradient), _ = accumulate(one, (), *microbatched(objective, batch, microbatches))
-    return loss, gradient
+    _, (loss, gradient), aux = accumulate(one, (), *microbatched(objective, batch, microbatches))
+    return loss, gradient, aux
 
 
 def inner(a: Tree, b: Tree) -> jax.Array:

@@ -1,8 +1,8 @@
 """Second passes: which gradient is taken once the perturbation is known, and how it joins the gradient at theta.
 
-A path maps PassInput to (perturbed loss, vectors). The loss is exact on the full path and a first-order estimate on the
-others, which never form perturbed logits (for a loss convex in the outputs: from below on the functional path, from
-above on the logit path).
+A path maps PassInput to (perturbed loss, vectors, aux). The loss is exact on the full path and a first-order estimate
+on the others, which never form perturbed logits (for a loss convex in the outputs: from below on the functional path,
+from above on the logit path).
 """
 
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from typing import Annotated, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.dtypes import float0
+from jax.extend import core
 
 from steppe.optim.first_pass import Gradients
 from steppe.optim.options import FINITE, Option
@@ -33,8 +35,9 @@ class PassInput(NamedTuple):
 class Path(Protocol):
     """The work of a second pass on one (micro)batch."""
 
-    def __call__(self, given: PassInput) -> tuple[jax.Array, Tree]:
-        """(perturbed loss, vectors): trees that are averaged over microbatches before they are combined."""
+    def __call__(self, given: PassInput) -> tuple[jax.Array, Tree, Tree]:
+        """(perturbed loss, vectors, aux): vectors are trees that are averaged over microbatches before they are
+        combined; aux is what the readout returned at theta + epsilon, None where it was not called there."""
 
 
 class SecondPass(NamedTuple):
@@ -61,29 +64,63 @@ class SecondPass(NamedTuple):
         return self.combine is None and self.remember is None
 
 
-def _full(given: PassInput, params: Tree) -> tuple[jax.Array, Tree]:
+def _full(given: PassInput, params: Tree) -> tuple[jax.Array, Tree, Tree]:
     def loss(p):
-        return given.objective.readout(p, given.objective.trunk(p, given.batch), given.batch)[0]
+        value, aux = given.objective.readout(p, given.objective.trunk(p, given.batch), given.batch)
+        return value, aux.get("returned")
 
-    return jax.value_and_grad(loss)(params)
+    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, gradient, aux
 
 
-def _functional(given: PassInput, hidden: Tree, pull: Callable) -> tuple[jax.Array, Tree]:
+def _check_frozen(given: PassInput, params: Tree, hidden: Tree, anchor: Anchor) -> None:
+    """ValueError where the frozen readout's gradient is the same wherever the loss derivative is frozen."""
+
+    def gradient(anchor):
+        frozen = jax.grad(given.objective.frozen_readout, argnums=(0, 1), allow_int=True)
+        return [leaf for leaf in jax.tree.leaves(frozen(params, hidden, anchor, given.batch)) if leaf.dtype != float0]
+
+    traced = jax.make_jaxpr(gradient)(anchor).jaxpr
+    if not any(_reached(traced, [True] * len(traced.invars))):
+        raise ValueError(
+            "the loss is linear in the outputs, so its derivative is the same everywhere and there is none to freeze: "
+            "functional_sam would be sam, and logit_sam its base. Let forward return the logits, and loss the loss"
+        )
+
+
+def _reached(program: core.Jaxpr, inputs: list[bool]) -> list[bool]:
+    """Which outputs of a traced program may depend on those inputs."""
+    reached = {variable for variable, marked in zip(program.invars, inputs, strict=True) if marked}
+    for equation in program.eqns:
+        marked = [not isinstance(v, core.Literal) and v in reached for v in equation.invars]
+        if not any(marked):
+            continue
+        inside, outputs = [*core.jaxprs_in_params(equation.params)], [True] * len(equation.outvars)
+        once = len(inside) == 1 and equation.primitive.name not in ("scan", "while")
+        if once and (len(inside[0].invars), len(inside[0].outvars)) == (len(marked), len(outputs)):
+            outputs = _reached(inside[0], marked)
+        reached |= {variable for variable, out in zip(equation.outvars, outputs, strict=True) if out}
+    return [not isinstance(v, core.Literal) and v in reached for v in program.outvars]
+
+
+def _functional(given: PassInput, hidden: Tree, pull: Callable) -> tuple[jax.Array, Tree, None]:
     """hidden, pull: the trunk at theta + epsilon."""
+    _check_frozen(given, given.perturbed, hidden, given.anchor)
     difference, gradient = backward(
         given.objective.frozen_readout, pull, given.perturbed, hidden, given.anchor, given.batch
     )
-    return given.loss + difference, gradient
+    return given.loss + difference, gradient, None
 
 
-def _logit(given: PassInput, perturbed_hidden: Tree) -> tuple[jax.Array, Tree]:
+def _logit(given: PassInput, perturbed_hidden: Tree) -> tuple[jax.Array, Tree, None]:
     frozen = Anchor(given.perturbed, perturbed_hidden)
+    _check_frozen(given, given.params, given.anchor.hidden, frozen)
     # With several parts the pass at theta was not kept: its forward runs again.
     pull = given.pull or jax.vjp(lambda p: given.objective.trunk(p, given.batch), given.params)[1]
     difference, gradient = backward(
         given.objective.frozen_readout, pull, given.params, given.anchor.hidden, frozen, given.batch
     )
-    return given.loss - difference, gradient
+    return given.loss - difference, gradient, None
 
 
 def full() -> SecondPass:
@@ -114,13 +151,11 @@ def mixture(alpha: Annotated[float, Option("share of the functional path", *FINI
 
     def path(given):
         hidden, pull = jax.vjp(lambda p: given.objective.trunk(p, given.batch), given.perturbed)
-        (loss_f, functional_gradient), (loss_l, logit_gradient) = (
-            _functional(given, hidden, pull),
-            _logit(given, hidden),
-        )
+        loss_f, functional_gradient, _ = _functional(given, hidden, pull)
+        loss_l, logit_gradient, _ = _logit(given, hidden)
         # l + alpha (f - l), not alpha f + (1 - alpha) l: exact where the two agree.
         mixed = jax.tree.map(lambda f, l: l + alpha * (f - l), functional_gradient, logit_gradient)
-        return loss_l + alpha * (loss_f - loss_l), mixed
+        return loss_l + alpha * (loss_f - loss_l), mixed, None
 
     return SecondPass(path, anchored=True, frozen=True, pulls=True)
 
@@ -130,12 +165,14 @@ def penalty() -> SecondPass:
 
     def path(given):
         def value_and_gradient(p):
-            return _full(given, p)
+            *both, aux = _full(given, p)
+            return tuple(both), aux
 
         # The derivative of a product is two products; what of the gradient, known already, is not on the way to its own
         # derivative is left out: 8 products where a gradient has 3.
-        (loss, _), (slope, product) = jax.jvp(value_and_gradient, (given.params,), (given.epsilon,))
-        return loss + slope + 0.5 * inner(given.epsilon, product), product
+        at, tangent = (given.params,), (given.epsilon,)
+        (loss, _), (slope, product), aux = jax.jvp(value_and_gradient, at, tangent, has_aux=True)
+        return loss + slope + 0.5 * inner(given.epsilon, product), product, aux
 
     return SecondPass(path, lambda gradients, product: jax.tree.map(jnp.add, gradients.clean, product))
 
@@ -175,10 +212,10 @@ def curvature_regularized(
     """g+ + gamma (g+ + g- - 2g) + beta (g+ - g-), gradients at theta +- eps (CR-SAM, Wu, Luo, Wunsch 2024)."""
 
     def path(given):
-        loss, up = _full(given, given.perturbed)
+        loss, up, aux = _full(given, given.perturbed)
         # The barrier orders the two passes, so that their activations are never held together.
         opposite, up = lax.optimization_barrier((jax.tree.map(jnp.subtract, given.params, given.epsilon), up))
-        return loss, (up, _full(given, opposite)[1])
+        return loss, (up, _full(given, opposite)[1]), aux
 
     def combine(gradients, vectors):
         return jax.tree.map(lambda g, u, d: u + gamma * (u + d - 2 * g) + beta * (u - d), gradients.clean, *vectors)
@@ -190,8 +227,8 @@ def focused() -> SecondPass:
     """g + (the focused gradient at theta+eps, less that at theta): Focal-SAM, on first_pass.focal (Li et al. 2025)."""
 
     def path(given):
-        loss, gradient = _full(given, given.perturbed)
-        return given.loss + loss, gradient
+        loss, gradient, aux = _full(given, given.perturbed)
+        return given.loss + loss, gradient, aux
 
     def combine(gradients, perturbed):
         return jax.tree.map(lambda g, a, p: g + (p - a), gradients.clean, gradients.ascent, perturbed)

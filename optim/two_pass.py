@@ -24,7 +24,7 @@ from steppe.optim.rule import (
     inner,
     microbatched,
     norm,
-    plain_gradient,
+    plain_pass,
     ratio,
     report,
 )
@@ -100,9 +100,9 @@ class Plain(NamedTuple):
 
     def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
         """See Rule.gradient."""
-        loss, clean = plain_gradient(objective, params, batch, self.switches.microbatches)
+        loss, clean, aux = plain_pass(objective, params, batch, self.switches.microbatches)
         facts = report(loss, norm(clean), clean, groups=self.switches.groups, epsilon_norm=0.0, cosine=1.0)
-        return _clip(clean, self.switches.clip_norm), rule_state, facts
+        return _clip(clean, self.switches.clip_norm), rule_state, _with_aux(facts, aux)
 
     def perturbing(self, steps: int) -> float:
         """See Rule.perturbing."""
@@ -163,12 +163,13 @@ class TwoPass(NamedTuple):
         """(gradient, state, report) of a step that perturbs."""
         microbatches, remember = self.switches.microbatches, self.second.remember
         if self.switches.ascent_over != "microbatch":
-            climbed, (returned, clean, facts), _ = self.one_epsilon(given, microbatches, state[0], given.batch)
+            climbed, (returned, clean, facts), aux = self.one_epsilon(given, microbatches, state[0], given.batch)
         else:
             parts, shares = microbatched(given.objective, given.batch, microbatches)
             each = partial(self.one_epsilon, given, 1)
-            climbed, (returned, clean, facts), _ = accumulate(each, state[0], parts, shares)
-        return returned, (climbed, _as(remember(clean, returned), given.params) if remember else ()), facts
+            climbed, (returned, clean, facts), aux = accumulate(each, state[0], parts, shares)
+        memory = _as(remember(clean, returned), given.params) if remember else ()
+        return returned, (climbed, memory), _with_aux(facts, aux)
 
     def base_step(self, given: StepInput, state: Tree) -> tuple[Tree, Tree, dict]:
         """The same of a step between: the base gradient, or what the second pass makes of it and its memory."""
@@ -184,7 +185,7 @@ class TwoPass(NamedTuple):
         return returned, state, {**facts, "cosine": cosine(clean, returned).astype(jnp.float32)}
 
     def one_epsilon(self, given: StepInput, microbatches: int, state: Tree, batch: Tree):
-        """(ascent state, (gradient, clean gradient or (), report), ()) of a batch that shares one perturbation."""
+        """(ascent state, (gradient, clean gradient or (), report), aux) of a batch that shares one perturbation."""
         params, objective = given.params, given.objective
         parts, weights = microbatched(objective, batch, microbatches)
         climbed_readout = (self.second.only_climbs and objective.ascent_readout) or objective.readout
@@ -204,7 +205,8 @@ class TwoPass(NamedTuple):
         # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
         perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
         second = partial(self.second_pass, given, epsilon, perturbed)
-        _, (perturbed_loss, vectors), _ = accumulate(second, (), residuals, weights)
+        first_aux, residuals = residuals.aux, residuals._replace(aux=None)
+        _, (perturbed_loss, vectors), aux = accumulate(second, (), residuals, weights)
 
         returned = self.second.combine(gradients, vectors) if self.second.combine else vectors
         returned, clean = _as(returned, params), gradients.clean
@@ -214,17 +216,19 @@ class TwoPass(NamedTuple):
             cosine=jnp.nan if clean is None else cosine(clean, returned), groups=self.switches.groups,
             **survival(params, perturbed, epsilon, objective.compute_dtype), **shares(epsilon, self.switches.groups),
         )  # fmt: skip
-        return climbed, (returned, clean if self.second.remember else (), facts), ()
+        aux = aux if first_aux is None else first_aux
+        return climbed, (returned, clean if self.second.remember else (), facts), aux
 
     def second_pass(self, given: StepInput, epsilon: Tree, perturbed: Tree, _, residuals: Residuals):
-        """((), (perturbed loss, vectors), ()) of one microbatch."""
+        """((), (perturbed loss, vectors), aux) of one microbatch."""
         late = given.objective._replace(trunk=_late(given.objective.trunk))
         anchor = residuals.anchor and residuals.anchor._replace(params=given.params)
         passed = PassInput(
             objective=late, params=given.params, epsilon=epsilon, perturbed=perturbed, batch=residuals.batch,
             anchor=anchor, loss=residuals.loss, pull=residuals.pull,
         )  # fmt: skip
-        return (), self.second.path(passed), ()
+        loss, vectors, aux = self.second.path(passed)
+        return (), (loss, vectors), aux
 
 
 def perturbation(ascent: Ascent, known: AscentInput, rho: jax.Array, switches: Switches) -> tuple[Tree, Tree]:
@@ -356,6 +360,10 @@ def _late(trunk: Callable) -> Callable:
 
 def _slim(residuals: Residuals, anchored: bool) -> Residuals:
     return residuals._replace(pull=None, anchor=residuals.anchor._replace(params=None) if anchored else None)
+
+
+def _with_aux(facts: dict, aux: Tree) -> dict:
+    return facts if aux is None else {**facts, "aux": aux}
 
 
 def _as(tree: Tree, params: Tree) -> Tree:

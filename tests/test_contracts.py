@@ -1,6 +1,7 @@
 """Contracts across modules: who imports whom, and how fast commands answer."""
 
 import ast
+import importlib
 import pathlib
 import re
 import subprocess
@@ -48,6 +49,16 @@ def test_rooms_import_only_what_they_may(path):
             assert set(rooms) <= MAY_IMPORT[room], f"line {node.lineno}: {room} imports {name}"
         elif room == "configs" and top not in sys.stdlib_module_names:
             assert top == "ml_collections", f"line {node.lineno}: a config imports {name}"
+
+
+def test_no_name_of_a_package_hides_a_module_of_it():
+    for path in MODULES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if "study" in parts or parts[-1] in ("__init__", "__main__"):
+            continue
+        module = importlib.import_module(".".join(("steppe", *parts)))
+        package = importlib.import_module(".".join(("steppe", *parts[:-1])))
+        assert getattr(package, parts[-1]) is module, f"import {module.__name__} as it gives something else"
 
 
 @each_module

@@ -26,7 +26,9 @@ CASES = [
 def largest_share(name, base_name, chosen):
     """The largest share of |epsilon|^2 of an entry of which nothing was known until now, as a multiple of 1/n."""
     rows = columns = 128  # fewer, and adafactor does not factor
-    base = optim.base(base_name, 1e-3, b2=B2) if base_name == "adamw" else optim.base(base_name, 1e-3)
+    base = (
+        optim.base_optimizer(base_name, 1e-3, b2=B2) if base_name == "adamw" else optim.base_optimizer(base_name, 1e-3)
+    )
     params = {"table": jnp.ones((rows, columns)), "matrix": jnp.ones((rows, columns))}
     keys = iter(jax.random.split(jax.random.key(0), 32))
 
@@ -75,7 +77,7 @@ def test_filled_keeps_what_was_seen():
 def test_the_report_says_where_epsilon_lies(name):
     """Shares of groups and of the largest row against numpy, with no pass more than the method takes."""
     groups = {"embeddings": "^(embed|readout)", "layers": "^layers", "none": "^nothing"}
-    base = optim.base("adamw", 1e-2)
+    base = optim.base_optimizer("adamw", 1e-2)
     params, batch = problems.parameters(), problems.batch()
     state = base.transform.update(params, base.transform.init(params), params)[1]
     rule = optim.method(name, base=base, rho=0.1, groups=groups)
@@ -137,7 +139,7 @@ def test_an_equinox_like_module_is_refused_with_the_remedy():
 
 def _driven(name, steps=4):
     """(base, its state after some gradients, params, the gradients) in float64."""
-    base = optim.base(name, lambda step: 0.01 * (1 + step), b1=0.9, b2=B2, eps=1e-8, weight_decay=0.3)
+    base = optim.base_optimizer(name, lambda step: 0.01 * (1 + step), b1=0.9, b2=B2, eps=1e-8, weight_decay=0.3)
     keys = jax.random.split(jax.random.key(1), 2 * steps + 2)
     shapes = {"matrix": (6, 4), "scale": (5,)}
 

@@ -153,7 +153,7 @@ def test_msam_with_adamw(problem):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         update = (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + eps)
         w = w - rate * (update + decay * w)
-    made = optim.base("adamw", rate, b1=b1, b2=b2, eps=eps, weight_decay=decay)
+    made = optim.base_optimizer("adamw", rate, b1=b1, b2=b2, eps=eps, weight_decay=decay)
     _, got = problem.run("msam", steps=3, transform=made.transform, base=made)
     close(got, w)
 
@@ -254,7 +254,7 @@ def test_focal_sam(problem):
 @pytest.mark.parametrize("scaled", ["l2", "ellipsoid"])
 def test_preconditioned_ascent(problem, moment, scaled):
     b2, eps, rho, power, floor = 0.9, 1e-3, 0.2, 0.4, 0.1
-    made = optim.base("adamw", 1e-2, b2=b2)
+    made = optim.base_optimizer("adamw", 1e-2, b2=b2)
     g1 = problem.gradient(problem.theta)
     untouched = made.transform.init(problem.params)
     updates, state = jax.jit(made.transform.update)(problem.tree(jnp.asarray(g1)), untouched, problem.params)
@@ -285,7 +285,7 @@ def test_preconditioned_ascent(problem, moment, scaled):
 def test_ascent_along_the_update_of_the_base(problem):
     """One step after another: gradients at theta - rho u/|u|, u = D^-1 m of Adam's moments of those gradients."""
     b1, b2, eps, rate, decay, rho = 0.8, 0.9, 1e-8, 1e-2, 0.3, 0.2
-    made = optim.base("adamw", rate, b1=b1, b2=b2, eps=eps, weight_decay=decay)
+    made = optim.base_optimizer("adamw", rate, b1=b1, b2=b2, eps=eps, weight_decay=decay)
     theta, first, second = problem.theta, 0.0, 0.0
     for step in range(1, 4):
         u = 0.0 if step == 1 else (first / (1 - b1 ** (step - 1))) / (np.sqrt(second / (1 - b2 ** (step - 1))) + eps)

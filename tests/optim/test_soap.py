@@ -81,7 +81,7 @@ def test_a_turned_problem_is_solved_by_turned_steps():
 
 def test_a_side_that_is_too_long_keeps_its_basis(monkeypatch):
     monkeypatch.setattr(soap, "MOST", 3)
-    base = optim.base("soap", 0.01)
+    base = optim.base_optimizer("soap", 0.01)
     params = {"w": jnp.ones((5, 3))}
     state = base.transform.init(params)
     assert [bool(side) for side in state[0].sides[0]] == [False, True]

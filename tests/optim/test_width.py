@@ -25,7 +25,7 @@ def test_first_step_of_a_widened_base(name):
     gradient = jax.tree.map(lambda p: jnp.cos(3 * p), params)
 
     def step(widening, decay=0.0):
-        base = optim.base(name, 0.01, weight_decay=decay, matrix_axes=AXES, widening=widening)
+        base = optim.base_optimizer(name, 0.01, weight_decay=decay, matrix_axes=AXES, widening=widening)
         return base.transform.update(gradient, base.transform.init(params), params)[0]
 
     plain, wide = step(1.0), step(R)
