@@ -6,7 +6,7 @@ epochs" or "chinchilla". `steppe config` prints all this.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -192,6 +192,12 @@ _KEYS = {
         "cosine", "shape of the learning rate after a linear warm-up", one_of("optim.schedules:SCHEDULES")
     ),
     "optim.warmup": Key("5%", "duration of the warm-up", DURATION),
+    "optim.warmup_from_zero": Key(
+        False,
+        "spend a step at rate 0 where the warm-up begins there, as runs before this key did",
+        FLAG,
+        former=lambda flat: flat["optim.end_learning_rate"] == 0,
+    ),
     "optim.cooldown": Key("20%", "duration of the final decay (schedule wsd)", DURATION),
     "optim.b1": Key(0.9, "decay of the first moment (momentum)", number(least=0, below=1)),
     "optim.b2": Key(0.98, "decay of the second moment", number(least=0, below=1)),
@@ -204,6 +210,13 @@ _KEYS = {
     "average.horizon": Key("1%", "duration over which an average goes back", DURATION),
     "average.snapshots": Key(5, "lawa: parameters in the average, a copy each", integer(1)),
     "train.duration": Key("1000 steps", 'also in epochs, or "chinchilla"', DURATION),
+    "train.counted": Key(
+        "tokens",
+        "what durations in tokens count where rows are padded: tokens that the loss sees, or all positions, as runs "
+        "before this key did",
+        one_of("tokens", "positions"),
+        former=lambda flat: "positions" if flat["data.packing"] == "bestfit" else "tokens",
+    ),
     "train.tokens_per_parameter": Key(20.0, "with chinchilla", number(above=0)),
     "train.parameter_count": Key("non_embedding", "what chinchilla counts", one_of("total", "non_embedding")),
     "train.batch_size": Key(16, "sequences per step over all devices", integer(1)),
@@ -312,11 +325,17 @@ def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
     An option left to its method whose default has changed since is at what it then was.
     """
     found = _DEFAULTS | dict(flat)
+    found |= former(found, flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(found["optim.method"], options).items():
         if found.get(f"optim.{option}") is None:
             found[f"optim.{option}"] = value
     return found
+
+
+def former(found: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """{key: what a run did} for the keys whose default says otherwise, of a config that knows only these keys."""
+    return {name: key.former(found) for name, key in _KEYS.items() if key.former and name not in known}
 
 
 def completed(config: Mapping) -> ConfigDict:

@@ -39,12 +39,14 @@ class Accepted(NamedTuple):
 
 class Key(NamedTuple):
     """One key. meaning: for a reader, with its unit. free: what a run computes does not depend on it, up to the order
-    of sums, so a resumed run may change it."""
+    of sums, so a resumed run may change it. former(flat config) -> what runs did before the key existed, if not what
+    its default says."""
 
     default: Any
     meaning: str
     accepted: Accepted
     free: bool = False
+    former: Callable[[Mapping[str, Any]], Any] | None = None
 
     def check(self, name: str, value: Any) -> None:
         """Raises ConfigError for a value that is not accepted; None, where it is the default, always is."""

@@ -62,6 +62,14 @@ class Corpus:
         """Positions (rows x T) of one pass over every training row."""
         return sum(part.rows for part in self.train) * self.sequence_length
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Tokens that a training row predicts on average: fewer than T with bestfit, whose rows are padded."""
+        if self.packing == "concat":
+            return self.sequence_length
+        total = sum(part.weight for part in self.train)
+        return sum(part.weight / total * part.tokens / part.rows for part in self.train)
+
     def epochs(self, tokens: int) -> dict[str, float]:
         """How many times a budget of `tokens` positions (steps x batch_size x T) reads every row of each source."""
         total = sum(part.weight for part in self.train)

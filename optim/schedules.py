@@ -73,12 +73,20 @@ def in_steps(text: str) -> bool:
 
 
 def learning_rate(
-    name: str, peak: float, total_steps: int, *, warmup_steps: int = 0, end: float = 0.1, cooldown_steps: int = 0
+    name: str,
+    peak: float,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    end: float = 0.1,
+    cooldown_steps: int = 0,
+    from_zero: bool = False,
 ) -> Callable:
     """Learning rate as a function of the step: a linear warm-up from `end * peak`, then the named shape.
 
     cosine and linear decay to end * peak at total_steps; constant stays; rsqrt decays as sqrt(warmup / step);
-    wsd stays, then falls linearly to end * peak over the last cooldown_steps.
+    wsd stays, then falls linearly to end * peak over the last cooldown_steps. Where `end` is 0 no step of total_steps
+    has the rate 0: the warm-up begins one step up its line, at peak / (warmup_steps + 1). from_zero: it begins at 0.
     """
     floor, left = end * peak, max(1, total_steps - warmup_steps)
     if name == "cosine":
@@ -98,7 +106,11 @@ def learning_rate(
         raise OptionError("schedule", name, f"one of {', '.join(SCHEDULES)}")
     if not warmup_steps:
         return after
-    return optax.join_schedules([optax.linear_schedule(floor, peak, warmup_steps), after], [warmup_steps])
+    if end or from_zero:
+        rise = optax.linear_schedule(floor, peak, warmup_steps)
+    else:
+        rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    return optax.join_schedules([rise, after], [warmup_steps])
 
 
 def rho(
@@ -123,7 +135,9 @@ def rho(
     elif name == "cosine":
         unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, total_steps)
     elif name in ("linear", "rsqrt", "wsd"):
-        unit = learning_rate(name, 1.0, total_steps, warmup_steps=warmup_steps, end=0.0, cooldown_steps=cooldown_steps)
+        unit = learning_rate(
+            name, 1.0, total_steps, warmup_steps=warmup_steps, end=0.0, cooldown_steps=cooldown_steps, from_zero=True
+        )
     elif name == "late":
         unit = lambda step: jnp.where(jnp.asarray(step) >= total_steps - cooldown_steps, 1.0, 0.0)  # noqa: E731
     elif name == "learning_rate":

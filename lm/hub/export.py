@@ -131,7 +131,9 @@ def card(run: Unread) -> str:
     lines += [f"# {Path(run.directory).resolve().name}", ""]
     lines += [f"A decoder-only language model ({architecture(run)}), pretrained by Steppe.", ""]
     lines += [f"- method: {method}, on {config.optim.base}"]
-    lines += [f"- trained on {tokens:,} tokens of {text} in {step:,} steps, seed {config.seed}"]
+    padded = config.data.packing == "bestfit" and config.train.counted == "positions"
+    unit = "positions, padding included," if padded else "tokens"
+    lines += [f"- trained on {tokens:,} {unit} of {text} in {step:,} steps, seed {config.seed}"]
     lines += [f"- {config.data.sequence_length:,} tokens at a time, id {begin} before the first"]
     judged = run.weights == next(iter(weights_of(config)))
     if not judged or run.weights != LAST:

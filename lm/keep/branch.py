@@ -43,8 +43,8 @@ def take(
 ) -> tuple[State, dict[str, Any], Parent]:
     """(State placed as `abstract` says, meta of the checkpoint, parent) that a run branching from `text` begins with.
 
-    Parameters and the base optimizer's state are the parent's, and so are the rule's and the averages where both runs
-    keep the same; else these begin anew, which is said of a rule. ConfigError or Unusable, each one line, where that
+    Parameters and the base optimizer's state are the parent's, and so is the rule's where both runs keep the same; else
+    it begins anew, which is said. Averages begin at the branch. ConfigError or Unusable, each one line, where that
     cannot be.
     """
     parent, step = named(text)
@@ -57,18 +57,18 @@ def take(
     start = checkpoint.find(place if step is None else f"{place}/{step}", lambda line: None)
     step = int(start.name)
     theirs, ours = seal.read(start)["tree"], seal.tree_of(abstract)
-    shared = {field: _within(theirs, field) == _within(ours, field) for field in ("rule", "averages")}
+    shared = _within(theirs, "rule") == _within(ours, "rule")
     with Checkpoints(place, read_only=True, log=log) as checkpoints:
         meta = checkpoints.meta(step)
     wanted = {"step": abstract.step, "params": abstract.params, "optimizer": abstract.optimizer}
-    wanted |= {field: getattr(abstract, field) for field in shared if shared[field] and _within(ours, field)}
+    wanted |= {"rule": abstract.rule} if shared and _within(ours, "rule") else {}
     found = checkpoint.load_parts(str(start), wanted, lambda line: None)
     for field, begin in (("rule", optimizer.rule.init), ("averages", optimizer.averages.init)):
         if field not in found:
             places = jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract, field))
             found[field] = jax.jit(begin, out_shardings=places)(found["params"])
     state = State(**found)
-    if not shared["rule"]:
+    if not shared:
         method = meta["config"]["optim"]["method"]
         log(f"branch      what {method} kept beside the optimizer's state is left behind; another begins anew")
     run = workdir.id_of(directory)

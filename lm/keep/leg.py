@@ -11,7 +11,8 @@ class Leg(NamedTuple):
     """The part of a run since its batch or sequence length last changed, which began after `step` updates.
 
     What came before it: rows of the training stream, read or left out, and the batches they made; tokens predicted;
-    FLOPs, and those AdamW would have taken.
+    FLOPs, and those AdamW would have taken. branch: the updates of another run that this one goes on from. planned: the
+    tokens as budgets have them, of average steps; None: they are all of one size.
     """
 
     step: int = 0
@@ -20,10 +21,24 @@ class Leg(NamedTuple):
     tokens: int = 0
     flops: float = 0.0
     adamw_flops: float = 0.0
+    branch: int = 0
+    planned: float | None = None
 
-    def tokens_after(self, step: int, tokens_per_step: int) -> int:
+    def tokens_after(self, step: int, tokens_per_step: float) -> int:
         """Tokens predicted in `step` updates."""
-        return self.tokens + (step - self.step) * tokens_per_step
+        return round(self.tokens + (step - self.step) * tokens_per_step)
+
+    def planned_after(self, step: int, tokens_per_step: float) -> float:
+        """The same, every step being an average one."""
+        return (self.tokens if self.planned is None else self.planned) + (step - self.step) * tokens_per_step
+
+
+def seen(step: int, meta: Mapping[str, Any]) -> int:
+    """Tokens of `step` updates, after which this is a checkpoint's meta: counted, or as many in every step."""
+    if "tokens" in meta:
+        return meta["tokens"]
+    before = base.completed(meta["config"])
+    return Leg(**meta.get("leg", {})).tokens_after(step, before.train.batch_size * before.data.sequence_length)
 
 
 WHOLE = Leg()  # a run whose sizes never changed
@@ -46,7 +61,9 @@ def leg_of(step: int, meta: Mapping[str, Any], config: Mapping[str, Any], branch
         step=step,
         rows=rows * old[1] // new[1],  # the rows of another length hold other text: as many tokens of it count as read
         batches=batches,
-        tokens=leg.tokens_after(step, old[0] * old[1]),
+        tokens=seen(step, meta),
         flops=leg.flops + flops,
         adamw_flops=leg.adamw_flops + plain,
+        branch=step if branched else leg.branch,
+        planned=leg.planned_after(step, meta.get("tokens_per_step", old[0] * old[1])),
     )

@@ -58,6 +58,8 @@ def of_run(config: ConfigDict, parts, references: dict[str, dict]) -> dict:
         "flops_per_step": budget.flops,
         "adamw_flops_per_step": budget.adamw_flops,
         "tokens_per_step": budget.tokens_per_step,
+        "positions": budget.positions,
+        "positions_per_step": budget.positions_per_step,
         "flops": budget.total_flops,
         "adamw_flops": budget.total_adamw_flops,
         "mesh": dict(parts.mesh.shape),

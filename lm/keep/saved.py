@@ -116,7 +116,9 @@ def load(
     config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
     corpus = kept_corpus(directory) or open_of(config.data, log)
-    parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
+    parts = assemble(
+        config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices, tokens_per_row=corpus.tokens_per_row
+    )
     found = directory_of(config, directory)
     name, chosen = choose(directory, config, weights)
     fields = chosen.sections | ({"optimizer"} if optimizer else set())

@@ -41,6 +41,18 @@ def changes(before: Mapping, now: Mapping) -> dict[str, list]:
     return {key: [old[key], new[key]] for key in sorted(old) if key not in base.FREE and old[key] != new[key]}
 
 
+def adopt(workdir: str, config: ConfigDict) -> None:
+    """Sets keys that a run's version did not have, and that are at their defaults, to what that run does by them."""
+    path = Path(workdir) / CONFIG
+    if not path.exists():
+        return
+    known, flat = flatten(_read(path)), flatten(config.to_dict())
+    for name, value in base.former(base.with_defaults(known), known).items():
+        section, key = name.split(".")
+        if flat[name] == base.keys()[name].default:
+            config[section][key] = value
+
+
 def is_new(workdir: str) -> bool:
     """Whether no run has taken the workdir yet."""
     return not (Path(workdir) / CONFIG).exists()

@@ -66,10 +66,12 @@ def assemble(
     frequency: jax.Array | None = None,
     devices: Sequence | None = None,
     leg: Leg = WHOLE,
+    tokens_per_row: float | None = None,
 ) -> Parts:
     """Builds the parts from a config that lm.run.check accepted.
 
-    epoch_tokens: tokens of one pass over the corpus, for durations in epochs. frequency: share of each token in the
+    epoch_tokens: positions of one pass over the corpus, for durations in epochs. tokens_per_row: what it has of tokens
+    on average, where it is known. frequency: share of each token in the
     training text [padded V], for methods that need it. devices: default all. leg: of a run that goes on.
     """
     devices = jax.devices() if devices is None else devices
@@ -81,8 +83,8 @@ def assemble(
     scalars = _scalars(config)
     frozen = "rho" in scalars and is_frozen(config.optim.method)
     options = _readout_options(config, model_shape, vocabulary_size, params, mesh, devices[0], frozen)
-    long = length(config, params, epoch_tokens, leg)
-    optimizer_at = _optimizers(config, params, long, shards, {"frequency": frequency})
+    long = length(config, params, epoch_tokens, leg, tokens_per_row)
+    optimizer_at = _optimizers(config, params, long, shards, {"frequency": frequency}, leg.branch)
     optimizer = optimizer_at(**scalars)
     plan = budget(
         config,
@@ -113,9 +115,11 @@ def assemble(
     )
 
 
-def planned(config: ConfigDict, model_shape: Shape, params: Any, epoch_tokens: int) -> Budget:
+def planned(
+    config: ConfigDict, model_shape: Shape, params: Any, epoch_tokens: int, tokens_per_row: float | None = None
+) -> Budget:
     """The Budget of a run on one device that is not assembled. params: their shapes."""
-    long = length(config, params, epoch_tokens)
+    long = length(config, params, epoch_tokens, tokens_per_row=tokens_per_row)
     made = _optimizers(config, params, long, 1, {"frequency": jnp.ones(model_shape.vocabulary)})(**_scalars(config))
     return budget(config, shape=model_shape, params=params, length=long, rule=made.rule)
 
@@ -127,8 +131,10 @@ def _scalars(config: ConfigDict) -> dict[str, float]:
     return {**found, "rho": rho} if perturbs(config.optim.method, rho) else found
 
 
-def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surroundings: dict[str, Any]) -> Callable:
-    """optimizer_at(peak_learning_rate, rho=0.0) of a config."""
+def _optimizers(
+    config: ConfigDict, params: Any, long: Length, shards: int, surroundings: dict[str, Any], begin: int = 0
+) -> Callable:
+    """optimizer_at(peak_learning_rate, rho=0.0) of a config. begin: the updates of the run that it branched from."""
     optim = config.optim
     decay_mask = _matching(config, "optim.decay_mask", params)
     _matching(config, "optim.perturb", params)
@@ -145,14 +151,16 @@ def _optimizers(config: ConfigDict, params: Any, long: Length, shards: int, surr
         return (lambda step: schedule(step + offset)) if offset and callable(schedule) else schedule
 
     widening = widening_of(config.model)
-    averages = Averages(tuple(config.average.weights), max(1, steps(config.average.horizon)), config.average.snapshots)
+    averages = Averages(
+        tuple(config.average.weights), max(1, steps(config.average.horizon)), config.average.snapshots, begin
+    )
     row, warmup, stop = row_of(optim.method), steps(optim.warmup), steps(optim.stop)
     met = {need: surroundings[need] for need in (row.needs() if row else ())}
 
     def rate_of(peak):
         return learning_rate(
             optim.schedule, peak, total, warmup_steps=warmup, end=optim.end_learning_rate,
-            cooldown_steps=steps(optim.cooldown),
+            cooldown_steps=steps(optim.cooldown), from_zero=optim.warmup_from_zero,
         )  # fmt: skip
 
     def optimizer_at(peak_learning_rate, rho=0.0) -> Optimizer:
@@ -291,7 +299,9 @@ def open_parts(
     parts = memo.once(
         "parts",
         program_key(config, corpus.fingerprint, leg),
-        lambda: assemble(config, vocabulary, corpus.epoch_tokens, frequency, leg=leg),
+        lambda: assemble(
+            config, vocabulary, corpus.epoch_tokens, frequency, leg=leg, tokens_per_row=corpus.tokens_per_row
+        ),
     )
     must_fit(config, parts)
     return corpus, _other_run(parts, config), counts
@@ -314,7 +324,9 @@ def must_fit(config: ConfigDict, parts: Parts) -> None:
 def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:
     """Says what will run, on what."""
     log(describe(parts.budget, config.optim.method))
-    for name, epochs in corpus.epochs(parts.budget.tokens).items():
+    if config.data.packing == "bestfit" and config.train.counted == "positions":
+        log("tokens      are positions here, padding included: the run began before they were told apart")
+    for name, epochs in corpus.epochs(parts.budget.positions).items():
         log(f"corpus      {name}: {epochs:.2f} epochs")
     sizes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     readout = f"logits of {parts.options.chunk} positions at a time" + (", derivative kept" * parts.options.keep)

@@ -33,12 +33,12 @@ class Flops(NamedTuple):
 
 
 class Length(NamedTuple):
-    """How long a run is: predicted tokens of a step over all devices, and steps.
+    """How long a run is: predicted tokens of a step over all devices, on average, and steps.
 
     offset: what schedules add to the step, where steps before were of another size: they follow the tokens then.
     """
 
-    tokens_per_step: int
+    tokens_per_step: float
     steps: int
     offset: float = 0.0
 
@@ -46,14 +46,18 @@ class Length(NamedTuple):
 class Budget(NamedTuple):
     """A run in numbers.
 
-    flops and adamw_flops: of an average step over all devices, of the method (steps that do not perturb counted as what
-    they are) and of plain AdamW. tokens, total_flops, total_adamw_flops: of the whole run, earlier legs included.
+    positions_per_step: batch x sequence length, which is what a step costs. tokens_per_step: those of them that the
+    loss counts, on average: all but padding. flops and adamw_flops: of an average step over all devices, of the method
+    (steps that do not perturb counted as what they are) and of plain AdamW. tokens, positions, total_flops,
+    total_adamw_flops: of the whole run, earlier legs included.
     """
 
     parameters: Parameters
-    tokens_per_step: int
+    positions_per_step: int
+    tokens_per_step: float
     steps: int
     tokens: int
+    positions: int
     flops: float
     adamw_flops: float
     total_flops: float
@@ -174,9 +178,14 @@ def fixed_memory(config, vocabulary_size: int) -> float:
     return state + gradients
 
 
-def total_steps(train, parameters: Parameters, sequence_length: int, epoch_tokens: int) -> int:
+def tokens_of_step(config, tokens_per_row: float | None) -> float:
+    """Tokens of a step as the run counts them. tokens_per_row: of the corpus; None where it is not known."""
+    padded = config.data.packing == "bestfit" and config.train.counted == "tokens" and tokens_per_row is not None
+    return config.train.batch_size * (tokens_per_row if padded else config.data.sequence_length)
+
+
+def total_steps(train, parameters: Parameters, tokens_per_step: float, epoch_tokens: float) -> int:
     """Steps of config.train.duration; "chinchilla" is tokens_per_parameter x the chosen count of parameters."""
-    tokens_per_step = train.batch_size * sequence_length
     if train.duration == "chinchilla":
         counted = parameters.total if train.parameter_count == "total" else parameters.non_embedding
         steps = max(1, math.ceil(train.tokens_per_parameter * counted / tokens_per_step))
@@ -187,15 +196,16 @@ def total_steps(train, parameters: Parameters, sequence_length: int, epoch_token
     return steps
 
 
-def length(config, params: Any, epoch_tokens: int, leg: Leg = WHOLE) -> Length:
-    """The Length of a run. epoch_tokens: of one pass over the corpus."""
-    sequence = config.data.sequence_length
-    steps = total_steps(config.train, count_parameters(params), sequence, epoch_tokens)
-    tokens_per_step = config.train.batch_size * sequence
+def length(config, params: Any, epoch_tokens: int, leg: Leg = WHOLE, tokens_per_row: float | None = None) -> Length:
+    """The Length of a run. epoch_tokens: positions of one pass over the corpus; tokens_per_row: see tokens_of_step."""
+    tokens_per_step = tokens_of_step(config, tokens_per_row)
+    filled = tokens_per_step / (config.train.batch_size * config.data.sequence_length)
+    steps = total_steps(config.train, count_parameters(params), tokens_per_step, epoch_tokens * filled)
     if leg == WHOLE or in_steps(config.train.duration):
         return Length(tokens_per_step, steps)
-    left = max(0, steps - math.floor(leg.tokens / tokens_per_step))
-    return Length(tokens_per_step, leg.step + left, leg.tokens / tokens_per_step - leg.step)
+    had = leg.planned_after(leg.step, tokens_per_step) / tokens_per_step  # steps of this size
+    offset = 0.0 if math.isclose(had, leg.step, rel_tol=1e-9) else had - leg.step
+    return Length(tokens_per_step, leg.step + max(0, steps - math.floor(had + 1e-9)), offset)
 
 
 def budget(
@@ -225,15 +235,18 @@ def budget(
         keep=keep,
         **method_options(config),
     )
-    tokens, steps, left = length.tokens_per_step, length.steps, length.steps - leg.step
+    positions = train.batch_size * config.data.sequence_length
+    steps, left = length.steps, length.steps - leg.step
     perturbing = rule.perturbing(steps) * steps - (rule.perturbing(leg.step) * leg.step if leg.step else 0.0)
-    flops = step_flops(shape, tokens, one.averaged(perturbing / max(1, left)))
-    adamw_flops = step_flops(shape, tokens, methods.Cost())
+    flops = step_flops(shape, positions, one.averaged(perturbing / max(1, left)))
+    adamw_flops = step_flops(shape, positions, methods.Cost())
     return Budget(
         parameters=count_parameters(params),
-        tokens_per_step=tokens,
+        positions_per_step=positions,
+        tokens_per_step=length.tokens_per_step,
         steps=steps,
-        tokens=leg.tokens_after(steps, tokens),
+        tokens=leg.tokens_after(steps, length.tokens_per_step),
+        positions=leg.rows * config.data.sequence_length + left * positions,
         flops=flops,
         adamw_flops=adamw_flops,
         total_flops=leg.flops + left * flops,
@@ -245,11 +258,15 @@ def describe(budget: Budget, method: str) -> str:
     """The budget in a few lines for a reader."""
     total, non_embedding = budget.parameters
     whole, plain = budget.total_flops, budget.total_adamw_flops
+    share, padding = budget.tokens_per_step / budget.positions_per_step, ""
+    if share < 1:
+        padding = f"positions   {budget.positions:,}, {budget.positions_per_step:,} a step, {share:.1%} of them tokens"
     return "\n".join(
         [
             f"parameters  {total:,} ({non_embedding:,} non-embedding)",
-            f"tokens      {budget.tokens:,} in {budget.steps:,} steps of {budget.tokens_per_step:,}"
+            f"tokens      {budget.tokens:,} in {budget.steps:,} steps of {budget.tokens_per_step:,.10g}"
             f" ({budget.tokens / max(1, non_embedding):.1f} per non-embedding parameter)",
+            *([padding] if padding else []),
             f"FLOPs       {whole:.3g} with {method}, {plain:.3g} with adamw ({whole / plain:.2f} x)",
         ]
     )

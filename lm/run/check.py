@@ -14,7 +14,7 @@ from steppe.lm.model.transformer import widening_of
 from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
 from steppe.optim.rule import OptionError
-from steppe.optim.schedules import DurationError, duration_steps
+from steppe.optim.schedules import DurationError, duration_steps, in_steps
 
 
 def check(config: ConfigDict, *, device_count: int | None, process_count: int = 1, backend: str | None = None) -> None:
@@ -173,6 +173,8 @@ def _check_durations(config: ConfigDict) -> None:
     # against a run so long that only a false sentence fails.
     whole = config.train.duration
     known = whole != "chinchilla" and "epoch" not in whole
+    # as is how many tokens a padded row has
+    known = known and (config.data.packing == "concat" or in_steps(whole))
     total = 10**12 if whole == "chinchilla" else steps("train.duration", tokens_per_epoch=10**15)
     _need(total >= 1, config, "train.duration", f"at least one step, which is {tokens_per_step} tokens")
     for key in ("evaluate.every", "checkpoint.every"):

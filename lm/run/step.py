@@ -21,7 +21,8 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
     A step whose loss, gradient or update is not finite, in either pass, or whose loss exceeds `limit`, changes nothing
     but state.step, which learning rate and rho follow. metrics: the report, nonfinite (UPDATE where loss and gradients
     were finite and the update was not), spike (1 where the limit refused it),
-    sharpness_gap (perturbed minus clean loss), update and parameter norms, learning_rate, rho; float32 scalars.
+    sharpness_gap (perturbed minus clean loss), update and parameter norms, learning_rate, rho; float32 scalars. Where
+    documents are packed also tokens, int32: those of the batch that the loss counts.
     """
 
     def step(state: State, batch: dict, limit: jax.Array = jnp.inf) -> tuple[State, dict]:
@@ -47,6 +48,8 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
             "learning_rate": jnp.asarray(optimizer.learning_rate(state.step), jnp.float32),
             "rho": jnp.asarray(optimizer.rho(state.step), jnp.float32),
         }
+        if "segments" in batch:  # rows may be padded: what the loss saw is counted
+            metrics["tokens"] = jnp.sum(batch["weights"] > 0)
         return State(state.step + 1, *kept, averages), metrics
 
     return step

@@ -1,5 +1,6 @@
 """A training run from a config: data, step, evaluate, log, checkpoint, stop. `run` opens, trains, closes."""
 
+import math
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from steppe.lm import plot
 from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, REFUSALS, STOPPED, StorageError
-from steppe.lm.keep.leg import WHOLE, Leg, leg_of
+from steppe.lm.keep.leg import WHOLE, Leg, leg_of, seen
 from steppe.lm.keep.weights import LAST, of_state, weights_of
 from steppe.lm.measure import choices
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
@@ -29,8 +30,8 @@ from steppe.lm.run.memo import Memo
 from steppe.lm.run.signals import StopSignals
 from steppe.lm.run.state import State, create, create_from
 from steppe.lm.run.step import lower_step, with_scalars
+from steppe.lm.track import profile
 from steppe.lm.track.goodput import Goodput
-from steppe.lm.track.profile import Profile
 from steppe.lm.track.tracker import Tracker
 from steppe.optim.schedules import duration_steps
 
@@ -69,11 +70,17 @@ def run(
         raise ConfigError("checkpoint.directory", "", accepted)
     with ExitStack() as stack:
         directory = stack.enter_context(mirror.kept(directory, primary, log))
+        workdir.adopt(directory, config)
         corpus, parts, counts = open_parts(config, log, directory=directory, memo=memo)
         # before the workdir is taken, in case one of them cannot be used
         place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
-        if (config.init_from or config.branch_from) and workdir.is_new(directory):
-            given = begin(config, parts, log)
+        if workdir.is_new(directory):
+            given = begin(config, parts, log) if config.init_from or config.branch_from else None
+            branched, total = (given[2].step if given and given[2] else 0), parts.budget.steps
+            if profile.outside(config.log.profile, branched + 1, total):
+                raise ConfigError(
+                    "log.profile", config.log.profile, f"steps of the run, from {branched + 1} to {total}"
+                )
         run_id = stack.enter_context(workdir.claim(directory, config, primary, allow_change))
         stopping = stack.enter_context(StopSignals())
         here = Run(
@@ -155,7 +162,7 @@ class Run:
         self.weights = weights_of(config)
         self.judged = next(iter(self.weights))
         self.questions = {name: (items, choices.rows(items, tokenizer, length)) for name, items in questions.items()}
-        self.profile = Profile(config.log.profile, directory, log)
+        self.profile = profile.Profile(config.log.profile, directory, log)
         self.timer = checkpoint.Timer(config.checkpoint.minutes, config.log.every)
         self.plan(WHOLE)
 
@@ -183,8 +190,7 @@ class Run:
 
     def say_where(self) -> None:
         """Says where the run goes on, and what jumps there."""
-        tokens = self.leg.tokens_after(self.done, self.parts.budget.tokens_per_step)
-        self.log(f"continuing  after step {self.done} of {self.total}, {tokens:,} tokens")
+        self.log(f"continuing  after step {self.done} of {self.total}, {self.seen:,} tokens")
         for name, before in self.meta.get("next", {}).items():
             now = self.following()[name]
             if abs(now - before) > 1e-6 * max(abs(now), abs(before)):
@@ -222,6 +228,7 @@ class Run:
         else:
             self.state, self.meta, self.parent = given or begin(self.config, self.parts, self.log)
         self.done = int(self.state.step)
+        self.seen = seen(self.done, self.meta) if self.meta else 0
         self.watch = anomaly.Watch(self.config, self.meta["watch"] if self.meta else None)
 
     def leg_now(self) -> Leg:
@@ -237,7 +244,7 @@ class Run:
             self.config,
             total_steps=self.total,
             tokens_per_step=self.parts.budget.tokens_per_step,
-            tokens_before=self.leg.tokens_after(0, self.parts.budget.tokens_per_step),
+            tokens_seen=self.seen,
             start_step=self.done,
             flops_per_step=self.parts.budget.flops,
             peak_flops=chips.peak_flops(self.parts.mesh),
@@ -363,7 +370,9 @@ class Run:
             return None
         number, metrics, waited = self.pending.pop()
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.tracker.step(number, {**metrics, "data_wait": waited})
+        counted, budget = metrics.pop("tokens", math.nan), self.parts.budget
+        self.seen += int(counted) if budget.tokens_per_step < budget.positions_per_step else budget.positions_per_step
+        self.tracker.step(number, {**metrics, "data_wait": waited}, self.seen)
         found = self.watch.judge(number, metrics)
         if found is None:
             return None
@@ -397,7 +406,7 @@ class Run:
         self.goodput.back(self.done)
         self.read = batch_reader(self.config, self.corpus, self.parts, self.watch.batch_index, self.leg)
         self.checkpoints.forget(self.done)
-        self.tracker.roll_back(self.done)
+        self.tracker.roll_back(self.done, self.seen)
         windows = self.watch.windows
         self.tracker.event("rollback", self.done + 1, {"to": self.done, "because": bad, "windows": windows})
         self.tracker.note(f"rolled back to step {self.done}; {windows[-1][1]} batches are left out")
@@ -475,6 +484,8 @@ class Run:
             "wandb_id": self.tracker.wandb_id,
             "watch": self.watch.memory(),
             "leg": self.leg._asdict(),
+            "tokens": self.seen,
+            "tokens_per_step": budget.tokens_per_step,
             "flops_per_step": [budget.flops, budget.adamw_flops],
             "next": self.following(),
         }

@@ -39,7 +39,7 @@ class RunRecord(Record, total=False):
     title: str
     steps: stored.Count
     tokens: stored.Count
-    tokens_per_step: stored.Count
+    tokens_per_step: float
     flops: float
     adamw_flops: float
     flops_per_step: float
@@ -224,14 +224,17 @@ def read(workdir: str | os.PathLike) -> Records:
     return Records(Train(step.astype(np.int64), np.nan_to_num(tokens).astype(np.int64), *numbers, apart > 0), others)
 
 
-def last_steps(workdir: str | os.PathLike) -> dict[tuple[str, str], int]:
-    """{(kind, name): the last step recorded} of a run; name: of a held-out set, SET/WEIGHTS of an average's, or ""."""
-    train, others = read(workdir)
-    found = {("train", ""): int(train.step.max())} if len(train.step) else {}
-    for record in others:
-        key = record["kind"], "/".join(filter(None, (record.get("name", ""), record.get("weights", ""))))
-        found[key] = max(record["step"], found.get(key, -1))
-    return found
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole record of a metrics.jsonl, in order, with all of its values; slower than `read`."""
+    for content in _blocks(path):
+        for record in map(_record, content.splitlines()):
+            if record is not None:
+                yield restored(record)
+
+
+def restored(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose numbers that are not finite are floats again."""
+    return _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
 
 
 def rewind(path: Path, step: int) -> list[str]:
@@ -311,7 +314,7 @@ def _typed(line: bytes, place: str) -> dict[str, Any] | None:
     if record is None:
         return None
     stored.typed(record, KINDS.get(record["kind"], Record), place)
-    return _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
+    return restored(record)
 
 
 def number(value: Any) -> Any:

@@ -12,6 +12,12 @@ def steps_of(text: str) -> tuple[int, int] | None:
     return (int(first), int(last)) if text else None
 
 
+def outside(text: str, first: int, last: int) -> bool:
+    """Whether `text` names steps that a run does not take: it takes steps `first` to `last`."""
+    named = steps_of(text)
+    return named is not None and not first <= named[0] <= named[1] <= last
+
+
 class Profile:
     """Traces the steps that `text` names into WORKDIR/profile; of a run that goes on among them, those that are left.
 

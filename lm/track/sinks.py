@@ -1,21 +1,74 @@
-"""Where rows go besides metrics.jsonl: wandb, TensorBoard. One that fails is said once and costs the run nothing."""
+"""Where records go besides metrics.jsonl: wandb, TensorBoard. What they hold is a function of that file.
 
+At every start and rollback they are made anew from it, so that a kill leaves no gap and no step that is not the run's.
+One that fails is said once and costs the run nothing.
+"""
+
+import json
+import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
-from steppe.lm.track.lines import number
+from steppe.lm.track.goodput import share
+from steppe.lm.track.lines import METRICS, records
+
+_AXES = ("tokens", "seconds", "tokens_per_second", "mfu")  # of a step, whatever is drawn over it
+_PLACES = {"evaluate": "held_out", "average": "held_out", "choices": "choices"}
+
+
+class Row(NamedTuple):
+    """Numbers of a record of a step, by "group/name"; axes: what they may be drawn over, `own` where they are new."""
+
+    step: int
+    values: dict[str, Any]
+    axes: dict[str, Any]
+    own: bool
+    elapsed: float  # seconds that the starts of the run have lasted by then
+
+
+class Rows:
+    """Rows out of records, in the order of metrics.jsonl."""
+
+    def __init__(self):
+        self._axes = {"tokens": 0, "seconds": 0.0}
+        self._before = 0.0
+
+    def of(self, record: dict[str, Any]) -> Row | None:
+        """The row of a record; None of one that has none."""
+        values = {key: value for key, value in record.items() if key not in ("kind", "step", "name", "weights")}
+        kind, step = record["kind"], record["step"]
+        if kind == "train":
+            axes = {name: values.pop(name) for name in _AXES if name in values}
+            last, self._axes = self._axes, {name: axes.get(name, before) for name, before in self._axes.items()}
+            if self._axes["seconds"] < last["seconds"]:  # another start, with a clock of its own
+                self._before += last["seconds"]
+            values = {f"train/{name}": value for name, value in values.items()}
+            return Row(step, values, axes, True, self._before + self._axes["seconds"])
+        if kind in _PLACES:
+            place = "/".join(filter(None, (_PLACES[kind], record["name"], record.get("weights", ""))))
+            values = {f"{place}/{name}": value for name, value in values.items()}
+        elif kind == "goodput":
+            spent = record["goodput"]
+            values = {"goodput": share(spent), **{f"goodput/{each}": seconds for each, seconds in spent.items()}}
+        else:
+            return None
+        return Row(step, values, self._axes, False, self._before + self._axes["seconds"])
 
 
 class Sink(Protocol):
-    """row(step, values): numbers of a step, by "group/name". facts(values): what the run is. close(good): the end."""
+    """row: one more of those of metrics.jsonl, which come in its order from the first on after it is made and after
+    `again`. facts: what the run is. close(good): the end."""
 
     name: str
 
-    def row(self, step: int, values: dict[str, Any]) -> None: ...
+    def row(self, row: Row) -> None: ...
+
+    def again(self) -> None: ...
 
     def facts(self, values: dict[str, Any]) -> None: ...
 
@@ -23,34 +76,54 @@ class Sink(Protocol):
 
 
 class Wandb:
-    """A wandb run that a resumed run continues. workdir: where it writes; id: of the wandb run."""
+    """A wandb run that a resumed run continues. workdir: where it writes; id: of the wandb run.
+
+    Offline, its directories are made anew, but for those that were synchronised. Online, rows that wandb has are not
+    sent again; after a rollback a wandb run with another id begins, as wandb cannot take rows back.
+    """
 
     name = "wandb"
 
     def __init__(self, workdir: Path, config: ConfigDict, id: str):
+        self._workdir, self._config = workdir, config
+        self._open(id)
+
+    def _open(self, id: str) -> None:
         import wandb
 
-        log = config.log
+        log, self.id = self._config.log, id
+        offline = log.wandb == "offline"
+        for old in self._workdir.glob(f"wandb/offline-run-*-{id}") if offline else ():
+            if old.is_dir() and not old.is_symlink() and not any(old.glob("*.synced")):
+                shutil.rmtree(old)
         self._run = wandb.init(
             mode=log.wandb,
             project=log.project,
             group=log.group or None,
-            name=log.name or workdir.resolve().name,
+            name=log.name or self._workdir.resolve().name,
             tags=list(log.tags) or None,
             id=id,
             resume="allow",
-            dir=workdir,
-            config=config.to_dict(),
+            dir=self._workdir,
+            config=self._config.to_dict(),
             # its capture of the terminal would fight the live line, and no outage may hold up a run for long
             settings=wandb.Settings(console="off", silent=True, init_timeout=30, login_timeout=30, finish_timeout=60),
         )
-        # steps as a metric, not wandb's own counter, which drops what a resumed run writes again
+        # steps as a metric, not wandb's own counter, which counts rows
         self._run.define_metric("*", step_metric="step")
         for axis in ("tokens", "seconds"):
             self._run.define_metric(axis, step_metric="step")
+        self._known = 0 if offline else self._run.step  # rows that it has, which are those of metrics.jsonl
 
-    def row(self, step: int, values: dict[str, Any]) -> None:
-        self._run.log({"step": step, **values})
+    def row(self, row: Row) -> None:
+        if self._known:
+            self._known -= 1
+        else:
+            self._run.log({"step": row.step, **row.axes, **row.values})
+
+    def again(self) -> None:
+        self._run.finish()
+        self._open(self.id if self._config.log.wandb == "offline" else _new_id())
 
     def facts(self, values: dict[str, Any]) -> None:
         self._run.config.update({"run": values}, allow_val_change=True)
@@ -60,23 +133,38 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in WORKDIR/tensorboard; what an earlier start wrote after `start_step` is purged from view."""
+    """The event file in WORKDIR/tensorboard. Its times are those of the run's steps, counted from when it began."""
 
     name = "tensorboard"
 
-    def __init__(self, workdir: Path, start_step: int):
+    def __init__(self, workdir: Path):
+        begun = workdir / "run_id"
+        self._folder, self._begin = workdir / "tensorboard", begun.stat().st_mtime if begun.exists() else time.time()
+        self._open()
+
+    def _open(self) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        for old in self._folder.glob("events.out.tfevents.*"):
+            if old.is_file() and not old.is_symlink():
+                old.unlink()
+        # a TensorBoard that has read the file of before forgets it
+        self._writer = SummaryWriter(str(self._folder), purge_step=0)
 
-    def row(self, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
+    def row(self, row: Row) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import scalar
+
+        shown = {**row.values, **(row.axes if row.own else {})}
+        numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
+        summary = Summary(value=[scalar(name, value).value[0] for name, value in numbers.items()])
+        self._writer.file_writer.add_summary(summary, row.step, self._begin + row.elapsed)
+
+    def again(self) -> None:
+        self._writer.close()
+        self._open()
 
     def facts(self, values: dict[str, Any]) -> None:
-        import json
-
         self._writer.add_text("run", f"```json\n{json.dumps(values, indent=1, default=str)}\n```", 0)
 
     def close(self, good: bool) -> None:
@@ -84,48 +172,62 @@ class TensorBoard:
 
 
 class Sinks:
-    """All that config.log asks for. wandb_id: of a checkpoint, or "". sent: {(kind, name): the last step of it that an
-    earlier start recorded}. note(line): what a reader must know.
+    """All that config.log asks for, with what metrics.jsonl holds now. wandb_id: of a checkpoint, or "".
+    note(line): what a reader must know.
     """
 
-    def __init__(
-        self,
-        workdir: Path,
-        config: ConfigDict,
-        *,
-        start_step: int,
-        wandb_id: str,
-        sent: dict[tuple[str, str], int],
-        note: Callable[[str], None],
-    ):
-        # wandb cannot take back what it has: rows that a run makes again after a kill are the same, and sent once
-        self.wandb_id, self._sent, self._note, self._sinks = wandb_id, dict(sent), note, []
+    def __init__(self, workdir: Path, config: ConfigDict, *, wandb_id: str, note: Callable[[str], None]):
+        self._workdir, self._note, self._sinks, self._facts = workdir, note, [], None
+        self._given, self._wandb = wandb_id, None
         if config.log.wandb != "disabled":
-            self.wandb_id = _id(workdir, wandb_id)
-            self._start(lambda: Wandb(workdir, config, self.wandb_id), "wandb")
+            self._given = _id(workdir, wandb_id)
+            self._wandb = self._start(lambda: Wandb(workdir, config, self._given), "wandb")
         if config.log.tensorboard:
-            self._start(lambda: TensorBoard(workdir, start_step), "tensorboard")
+            self._start(lambda: TensorBoard(workdir), "tensorboard")
+        self._replay()
 
-    def row(self, kind: str, name: str, step: int, values: dict[str, Any]) -> None:
-        """Sends numbers of a step; kind, name: of the record that they are."""
-        new = step > self._sent.get((kind, name), -1)
-        self._sent[kind, name] = max(step, self._sent.get((kind, name), -1))
-        values = {key: number(value) for key, value in values.items()}
-        self._each(lambda sink: sink.row(step, values) if new or sink.name != "wandb" else None)
+    @property
+    def wandb_id(self) -> str:
+        """The id of the wandb run, "" where there is none."""
+        return self._wandb.id if self._wandb else self._given
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Sends the numbers of a record that metrics.jsonl has just got."""
+        if self._sinks and (row := self._rows.of(record)):
+            self._each(lambda sink: sink.row(row))
 
     def facts(self, values: dict[str, Any]) -> None:
         """Sends what the run is."""
+        self._facts = values
         self._each(lambda sink: sink.facts(values))
+
+    def again(self) -> None:
+        """Begins anew with what metrics.jsonl holds now, of which something was taken back."""
+        self._each(lambda sink: sink.again())
+        if self._wandb and self._wandb.id != self._given:
+            self._given = self._wandb.id
+            (self._workdir / "wandb_id").write_text(self._given + "\n")
+            self._note(f"wandb       goes on as run {self._given}: rows of another cannot be taken back")
+        self._replay()
+        if self._facts is not None:
+            self.facts(self._facts)
 
     def close(self, good: bool) -> None:
         """Ends all; good: whether the run did not fail."""
         self._each(lambda sink: sink.close(good))
 
-    def _start(self, make: Callable[[], Sink], name: str) -> None:
+    def _replay(self) -> None:
+        self._rows = Rows()
+        for record in records(self._workdir / METRICS) if self._sinks else ():
+            self.record(record)
+
+    def _start(self, make: Callable[[], Sink], name: str) -> Sink | None:
         try:
             self._sinks.append(make())
         except Exception as error:
             self._drop(name, error)
+            return None
+        return self._sinks[-1]
 
     def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
@@ -142,8 +244,12 @@ class Sinks:
 
 def _id(workdir: Path, given: str) -> str:
     file = workdir / "wandb_id"
-    if not given and file.exists():
-        given = file.read_text().strip()
-    given = given or uuid.uuid4().hex[:8]
+    if file.exists():  # a rollback may have begun another since the checkpoint
+        given = file.read_text().strip() or given
+    given = given or _new_id()
     file.write_text(given + "\n")
     return given
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:8]

@@ -21,15 +21,15 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from steppe.lm.track.goodput import Goodput, described, earlier, share
-from steppe.lm.track.lines import METRICS, last_steps, number, plain, read, rewind
+from steppe.lm.track.goodput import Goodput, described, earlier
+from steppe.lm.track.lines import METRICS, number, plain, read, restored, rewind
 from steppe.lm.track.sinks import Sinks
 
 
 class Tracker:
     """Records one run in `workdir`, continuing after `start_step` updates.
 
-    tokens_per_step: predicted tokens of one step over all devices; tokens_before: those beyond so many for every step.
+    tokens_per_step: predicted tokens of one step over all devices, on average; tokens_seen: those before this start.
     flops_per_step: FLOPs of one step over all devices, 0 where unknown. peak_flops: FLOP/s of all devices together, 0
     where unknown, for the MFU. wandb_id: the id a checkpoint brought, "" for the one in the workdir or a new one.
     goodput: what the run has spent its time on; earlier starts are added to it.
@@ -43,8 +43,8 @@ class Tracker:
         config: ConfigDict,
         *,
         total_steps: int,
-        tokens_per_step: int,
-        tokens_before: int = 0,
+        tokens_per_step: float,
+        tokens_seen: int | None = None,
         start_step: int = 0,
         flops_per_step: float = 0.0,
         peak_flops: float = 0.0,
@@ -59,18 +59,18 @@ class Tracker:
         if not primary:
             return
         self._workdir, self._config = Path(workdir), config
-        self._total, self._tokens_per_step, self._tokens_before = total_steps, tokens_per_step, tokens_before
+        self._total, self._tokens_per_step = total_steps, tokens_per_step
+        self._seen = round(start_step * tokens_per_step) if tokens_seen is None else tokens_seen
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._clock, self._stream = clock, stream or sys.stdout
         self._begin = clock()
         self._first: tuple[float, int] | None = None  # when the first step of this start was seen, for the ETA
-        self._marks = collections.deque(maxlen=32)  # (time, step) since the last pause, for the rate
-        self._rate = 0.0  # steps per second
+        self._marks = collections.deque(maxlen=32)  # (time, step, tokens) since the last pause, for the rates
+        self._rate = self._pace = 0.0  # steps per second, tokens per second
         self._held_out: tuple[str, float] | None = None  # the first held-out set and its latest loss
         self._bar = self._task = None
 
         self._workdir.mkdir(parents=True, exist_ok=True)
-        sent = last_steps(self._workdir) if config.log.wandb != "disabled" else {}
         self.goodput.add(earlier(read(self._workdir), start_step))
         problems = rewind(self._workdir / METRICS, start_step or -1)
         self._open()
@@ -78,7 +78,7 @@ class Tracker:
             self._start_bar(start_step)
         for problem in problems:
             self.note(problem)
-        self._sinks = Sinks(self._workdir, config, start_step=start_step, wandb_id=wandb_id, sent=sent, note=self.note)
+        self._sinks = Sinks(self._workdir, config, wandb_id=wandb_id, note=self.note)
         self.wandb_id = self._sinks.wandb_id
 
     def run(self, step: int, facts: dict[str, Any]) -> None:
@@ -87,26 +87,28 @@ class Tracker:
             self._write("run", step, {**facts, "goodput": self.goodput.seconds()})
             self._sinks.facts(plain(facts))
 
-    def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Records the metrics of the step that made update number `step`; values are numbers or scalar arrays."""
+    def step(self, step: int, metrics: dict[str, Any], tokens: int | None = None) -> None:
+        """Records the metrics of the step that made update number `step`; values are numbers or scalar arrays.
+
+        tokens: that the loss has seen by then; None: as many in every step.
+        """
         if not self._primary:
             return
         now = self._clock()
         self._first = self._first or (now, step)
-        self._marks.append((now, step))
-        then, before = self._marks[0]
+        self._seen = round(step * self._tokens_per_step) if tokens is None else tokens
+        self._marks.append((now, step, self._seen))
+        then, before, seen = self._marks[0]
         if now > then:
-            self._rate = (step - before) / (now - then)
-        tokens, sound = self._tokens(step), not metrics.get("nonfinite")
-        pace = {"tokens": tokens, "seconds": now - self._begin, "tokens_per_second": self._rate * self._tokens_per_step}
+            self._rate, self._pace = (step - before) / (now - then), (self._seen - seen) / (now - then)
+        sound = not metrics.get("nonfinite")
+        pace = {"tokens": self._seen, "seconds": now - self._begin, "tokens_per_second": self._pace}
         if self._peak_flops:
             pace["mfu"] = self._rate * self._flops_per_step / self._peak_flops
         # NaN in a sound step is what its method does not compute
         numbers = {name: number(value) for name, value in metrics.items()}
         known = {name: n for name, n in numbers.items() if not (sound and isinstance(n, float) and math.isnan(n))}
         self._write("train", step, {**pace, **known})
-        rows = {f"train/{name}": value for name, value in known.items()}
-        self._sinks.row("train", "", step, {**pace, **rows})
         line = self._line(now, step, metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line)
@@ -160,8 +162,6 @@ class Tracker:
         flops = step * self._flops_per_step
         mfu = flops / self._peak_flops / seconds["step"] if self._peak_flops and seconds["step"] else 0.0
         self._write("goodput", step, {"goodput": seconds, **({"mfu": mfu} if mfu else {})})
-        rows = {"goodput": share(seconds), **{f"goodput/{kind}": spent for kind, spent in seconds.items()}}
-        self._sinks.row("goodput", "", step, rows)
         self.note(f"goodput     {described(seconds, mfu)}")
 
     def sync(self) -> None:
@@ -169,12 +169,15 @@ class Tracker:
         if self._primary:
             os.fsync(self._file.fileno())
 
-    def roll_back(self, step: int) -> None:
-        """Forgets what was recorded after `step` updates: the run goes on from there."""
+    def roll_back(self, step: int, tokens: int | None = None) -> None:
+        """Forgets what was recorded after `step` updates: the run goes on from there, with so many tokens seen."""
         if self._primary:
+            self._seen = round(step * self._tokens_per_step) if tokens is None else tokens
             self._file.close()
             rewind(self._workdir / METRICS, step)
             self._open()
+            self._sinks.again()
+            self.wandb_id = self._sinks.wandb_id
             self._first = None
             self._pause(step)
 
@@ -200,20 +203,17 @@ class Tracker:
     def _found(self, kind: str, title: str, step: int, name: str, metrics: dict[str, Any], weights: str = "") -> None:
         self._write(kind, step, {"name": name, **({"weights": weights} if weights else {}), **metrics})
         name = f"{name}/{weights}" if weights else name
-        rows = {f"{title.replace('-', '_')}/{name}/{key}": value for key, value in metrics.items()}
-        axes = {"tokens": self._tokens(step), "seconds": self._clock() - self._begin}
-        self._sinks.row(kind, name, step, {**axes, **rows})
         shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
         self.note(f"step {step}  {title} {name}  {shown}")
 
     def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
-        parts = [f"tokens {_si(self._tokens(step))}"]
+        parts = [f"tokens {_si(self._seen)}"]
         if "loss" in metrics:
             parts.append(f"loss {number(metrics['loss']):.4f}")
         if self._held_out is not None:
             parts.append(f"held-out {self._held_out[1]:.4f}")
         if self._rate:
-            parts.append(f"{_si(self._rate * self._tokens_per_step)} tokens/s")
+            parts.append(f"{_si(self._pace)} tokens/s")
             flops = self._rate * self._flops_per_step
             if flops and self._peak_flops:
                 parts.append(f"MFU {flops / self._peak_flops:.1%}")
@@ -223,13 +223,10 @@ class Tracker:
             parts.append(f"ETA {clock_face((self._total - step) * (now - self._first[0]) / (step - self._first[1]))}")
         return "  ".join(parts)
 
-    def _tokens(self, step: int) -> int:
-        return self._tokens_before + step * self._tokens_per_step
-
     def _pause(self, step: int) -> None:
         """Keeps time spent outside steps out of the rate (the ETA, which measures the whole, keeps it)."""
         self._marks.clear()
-        self._marks.append((self._clock(), step))
+        self._marks.append((self._clock(), step, self._seen))
 
     def _open(self) -> None:
         self._file = open(self._workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
@@ -239,8 +236,10 @@ class Tracker:
         path = self._workdir / METRICS
         if not path.exists() or path.stat().st_ino != self._inode:  # else lines would go to a file that nobody sees
             raise OSError(errno.ENOENT, "was removed or replaced while the run was on", str(path))
-        self._file.write(json.dumps({"kind": kind, "step": step, **plain(values)}, allow_nan=False) + "\n")
+        record = {"kind": kind, "step": step, **plain(values)}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        self._sinks.record(restored(record))
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

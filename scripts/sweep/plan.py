@@ -84,21 +84,23 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     params_of = functools.cache(parameter_shapes)
     corpora = {}
 
-    def epoch_tokens(data: ConfigDict) -> int:
+    def corpus_of(data: ConfigDict) -> loader.Corpus:
         key = json.dumps(data.to_dict())
         if key not in corpora:
             directory = cache.ensure(data, log)
             corpora[key] = loader.open_corpus(
                 directory, data.vocabulary, data.sequence_length, data.packing, data.verify
             )
-        return corpora[key].epoch_tokens
+        return corpora[key]
 
     found = []
     for run in runs:
         config = run.config
         shape_ = shape(config.model, vocabulary_size(config.data.vocabulary), config.data.sequence_length, "")
-        epoch = epoch_tokens(config.data) if "epoch" in config.train.duration else 0
-        made = planned(config, shape_, params_of(shape_), epoch)
+        padded = config.data.packing == "bestfit"  # how many tokens a row has is known of the corpus alone
+        known = corpus_of(config.data) if padded or "epoch" in config.train.duration else None
+        epoch, per_row = (known.epoch_tokens, known.tokens_per_row) if known else (0, None)
+        made = planned(config, shape_, params_of(shape_), epoch, per_row)
         found.append(
             run._replace(
                 parameters=made.parameters.non_embedding,

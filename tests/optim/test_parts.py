@@ -82,7 +82,7 @@ def test_matrix_axes_by_the_first_matching_rule():
     axes = masks.matrix_axes((("query", (1,), (2, 3)), ("^embed$", (0,), (1,)), ("layers/query", (0,), (1,))))(params)
     assert axes["layers"] == {"query": optax.contrib.MuonDimensionNumbers((1,), (2, 3)), "bias": None}
     # Muon orthogonalises each layer by itself: the update of one does not depend on the gradient of another.
-    base = optim.base("muon", 1.0, matrix_axes=lambda _: axes)
+    base = optim.base_optimizer("muon", 1.0, matrix_axes=lambda _: axes)
     draw = lambda seed: jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape), params)  # noqa: E731
     gradient, other = draw(0), draw(1)
     mixed = jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b[1:]]), gradient, other)
@@ -289,7 +289,7 @@ def test_directions_that_climb_no_gradient_are_masked_too():
 )
 def test_first_moment_of_each_base(base, factor):
     params = problems.parameters()
-    made = optim.base(base, 1e-2, b1=0.9, b2=0.98)
+    made = optim.base_optimizer(base, 1e-2, b1=0.9, b2=0.98)
     state = jax.jit(made.transform.update)(params, made.transform.init(params), params)[1]
     first = made.moments(state, params).first
     assert jax.tree.structure(first) == jax.tree.structure(params)
@@ -336,7 +336,7 @@ def test_bases_without_the_moment_are_refused_and_the_others_named(name):
     accepted = methods.accepted_bases(name)
     assert {"adamw", "adam"} <= set(accepted)
     for base in BASES:
-        make = lambda: optim.method(name, base=optim.base(base, 0.1), **problems.needs(name))  # noqa: B023, E731
+        make = lambda: optim.method(name, base=optim.base_optimizer(base, 0.1), **problems.needs(name))  # noqa: B023, E731
         if base in accepted:
             make()
         else:
@@ -430,7 +430,7 @@ def test_rate_factors_are_learning_rates_of_their_own(name):
     gradients = [jax.tree.map(lambda p, i=i: jnp.cos(p + i), params) for i in range(3)]
 
     def run(rate, rate_factors=()):
-        base, now = optim.base(name, rate, weight_decay=0.1, rate_factors=rate_factors), params
+        base, now = optim.base_optimizer(name, rate, weight_decay=0.1, rate_factors=rate_factors), params
         state = base.transform.init(params)
         for gradient in gradients[: 1 if name == "schedule_free" else 3]:  # of which the weights of the mean differ
             updates, state = base.transform.update(gradient, state, now)
@@ -449,3 +449,22 @@ def test_rules_are_read_from_their_end_and_must_match():
     assert (groups, values) == ({"a=b": 1, "c": 2}, {"a=b": 0.5, "c": 0.01})
     with pytest.raises(ValueError, match="matches no parameter"):
         masks.factors(tree, ("d=1",))
+
+
+@given(
+    st.sampled_from(schedules.SCHEDULES), st.integers(1, 60), st.integers(0, 60), st.integers(0, 60),
+    st.sampled_from([0.0, 0.1, 1.0]),
+)  # fmt: skip
+def test_no_step_has_the_rate_0_and_nothing_else_has_changed(name, total, warmup, cooldown, end):
+    warmup, cooldown = min(warmup, total), min(cooldown, total - min(warmup, total))
+    shape = {"warmup_steps": warmup, "cooldown_steps": cooldown, "end": end}
+    rates, before = (
+        [float(schedules.learning_rate(name, 0.5, total, **shape, from_zero=zero)(step)) for step in range(total)]
+        for zero in (False, True)
+    )
+    assert all(0 < rate <= 0.5 for rate in rates)
+    assert rates[warmup:] == before[warmup:]
+    assert (rates == before) == (end > 0 or warmup == 0)
+    if warmup and not end:
+        assert before[0] == 0
+        assert np.allclose(np.diff(rates[:warmup]), 0.5 / (warmup + 1), rtol=1e-3)

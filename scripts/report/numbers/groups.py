@@ -126,6 +126,9 @@ def analyse(results: list[Result]) -> Study:
     if left_out:
         left_out = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
         notes.insert(0, f"Names leave out what most runs have: {left_out}.")
+    padded = [run for run in runs if run.result.config.get("train.counted") == "positions"]
+    if padded:
+        notes.append(f"{len(padded)} runs recorded positions, padding included, where others have tokens.")
     if aside:
         notes.append(f"{aside} models were fine-tuned on another text than most: what they forget is left out.")
     cells = [_cell([run for run in runs if (run.scale, run.budget) == cell], cell) for cell in _names_of_cells(runs)]

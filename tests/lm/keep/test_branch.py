@@ -1,11 +1,15 @@
 """Branches: the parent's own future where nothing differs, another schedule, method or text where it does."""
 
+import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from helpers import lm_runs
 from steppe.configs.keys import ConfigError
+from steppe.lm.keep import checkpoint
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.keep.workdir import RUN
 from steppe.lm.run import train
@@ -74,6 +78,55 @@ def test_another_method_begins_anew_beside_the_same_optimizer(text, trunk, tmp_p
     before = lm_runs.records(trunk, "run")[-1]["flops_per_step"]
     assert about["flops"] == pytest.approx(10 * before + 10 * about["flops_per_step"])
     assert lm_runs.records(tmp_path, "change")[0]["before"] != lm_runs.records(tmp_path, "change")[0]["after"]
+
+
+def saved_weights(workdir, step, kind):
+    """{number: array} of the parameters, or of an average, in a checkpoint."""
+    state = checkpoint.ocp.StandardCheckpointer().restore(f"{workdir}/checkpoints/{step}/state")
+    slots = [state["params"]] if kind == "last" else state["averages"][kind].values()
+    return dict(enumerate(np.mean([jax.tree.leaves(slot)[n] for slot in slots], axis=0) for n in range(4)))
+
+
+def test_a_run_of_before_a_key_goes_on_with_what_it_did(text, tmp_path):
+    """A warm-up from 0 spent its first step there."""
+    ends = {"optim__end_learning_rate": 0.0}
+    former = lm_runs.config(*text, **ends, optim__warmup_from_zero=True)
+    for name in ("whole", "b"):
+        assert lm_runs.run(former, str(tmp_path / name), until=20 if name == "whole" else 10) == train.FINISHED
+    config = tmp_path / "b" / "config.json"
+    stored = json.loads(config.read_text())
+    del stored["optim"]["warmup_from_zero"]
+    config.write_text(json.dumps(stored))
+    assert lm_runs.run(lm_runs.config(*text, **ends), str(tmp_path / "b")) == train.FINISHED
+    assert lm_runs.losses(tmp_path / "b") == lm_runs.losses(tmp_path / "whole")
+    assert lm_runs.records(tmp_path / "b", "train")[0]["learning_rate"] == 0
+    with pytest.raises(ConfigError, match="warmup_from_zero = False"):  # it knows the key now
+        lm_runs.run(lm_runs.config(*text, **ends), str(tmp_path / "b"))
+    assert lm_runs.run(lm_runs.config(*text, **ends), str(tmp_path / "new"), until=1) == train.FINISHED
+    assert lm_runs.records(tmp_path / "new", "train")[0]["learning_rate"] > 0
+
+
+def test_averages_of_a_branch_hold_nothing_of_before_it(text, trunk, tmp_path):
+    averaged = {"average__weights": ("ema", "lawa"), "average__horizon": "100%", "average__snapshots": 10}
+    config = lm_runs.config(
+        *text, **METHOD, **averaged, branch_from=f"{trunk}@10", checkpoint__every="2 steps", checkpoint__keep=9
+    )
+    assert lm_runs.run(config, str(tmp_path / "b"), until=14) == train.FINISHED
+    shown = {kind: saved_weights(tmp_path / "b", 14, kind) for kind in ("ema", "lawa")}
+    with_steps = lm_runs.config(*text, **METHOD, checkpoint__every="1 steps", checkpoint__keep=30)
+    assert lm_runs.run(with_steps, str(tmp_path / "steps")) == train.FINISHED
+    paths = [saved_weights(tmp_path / "steps", step, "last") for step in range(11, 15)]
+    for name, leaf in shown["ema"].items():  # horizon 20: the mean of all four steps since
+        np.testing.assert_allclose(leaf, np.mean([one[name] for one in paths], axis=0), rtol=1e-4, atol=1e-6)
+    for name, leaf in shown["lawa"].items():  # a snapshot every second step
+        np.testing.assert_allclose(leaf, np.mean([one[name] for one in paths[1::2]], axis=0), rtol=1e-4, atol=1e-6)
+    # it goes on so, and a trunk's own averages are no part of its branches'
+    assert lm_runs.run(config, str(tmp_path / "b")) == train.FINISHED
+    again = lm_runs.config(*text, **METHOD, **averaged, branch_from=f"{tmp_path}/b@14", checkpoint__every="2 steps")
+    assert lm_runs.run(again, str(tmp_path / "c"), until=15) == train.FINISHED
+    last = saved_weights(tmp_path / "c", 15, "last")
+    for name, leaf in saved_weights(tmp_path / "c", 15, "ema").items():
+        np.testing.assert_allclose(leaf, last[name], rtol=1e-6)
 
 
 def test_other_text_is_read_from_its_beginning(text, trunk, tmp_path):

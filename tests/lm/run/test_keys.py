@@ -56,6 +56,7 @@ STEP = {
     "optim.end_learning_rate": (0.2, {}),
     "optim.schedule": ("linear", {}),
     "optim.warmup": ("10%", {}),
+    "optim.warmup_from_zero": (True, {"optim.end_learning_rate": 0.0}),
     "optim.cooldown": ("30%", {"optim.schedule": "wsd"}),
     "optim.b1": (0.8, {}),
     "optim.b2": (0.9, {}),
@@ -63,6 +64,7 @@ STEP = {
     "optim.weight_decay": (0.2, {}),
     "optim.decay_mask": (("layers/",), {}),
     "train.duration": ("200 steps", {}),
+    "train.counted": ("positions", {"data.packing": "bestfit", "train.duration": "10k tokens"}),
     "train.tokens_per_parameter": (40.0, {"train.duration": "chinchilla"}),
     "train.parameter_count": ("total", {"train.duration": "chinchilla"}),
     "train.batch_size": (16, {}),
@@ -95,7 +97,7 @@ def lowered(changes: tuple) -> tuple[str, dict]:
     """(text of the step's program, its operands) of a small config with these changes."""
     config = config_of(dict(changes))
     frequency = jnp.full(288, 1 / 288)
-    parts = assemble(config, 259, 10**6, frequency, jax.devices()[:1])
+    parts = assemble(config, 259, 10**6, frequency, jax.devices()[:1], tokens_per_row=4.5)
     shape, place = (config.train.batch_size, config.data.sequence_length), batch_sharding(parts.mesh)
     names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in names.items()}
