@@ -57,13 +57,14 @@ def leg_of(step: int, meta: Mapping[str, Any], config: Mapping[str, Any], branch
     rows = leg.rows + (batches - leg.batches) * old[0]
     per_step = meta.get("flops_per_step", [0.0, 0.0])
     flops, plain = (value * (step - leg.step) for value in per_step)
+    tokens, planned = seen(step, meta), leg.planned_after(step, meta.get("tokens_per_step", old[0] * old[1]))
     return Leg(
         step=step,
         rows=rows * old[1] // new[1],  # the rows of another length hold other text: as many tokens of it count as read
         batches=batches,
-        tokens=seen(step, meta),
+        tokens=tokens,
         flops=leg.flops + flops,
         adamw_flops=leg.adamw_flops + plain,
         branch=step if branched else leg.branch,
-        planned=leg.planned_after(step, meta.get("tokens_per_step", old[0] * old[1])),
+        planned=planned if planned != tokens else None,
     )

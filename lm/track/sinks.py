@@ -95,7 +95,9 @@ class Wandb:
         offline = log.wandb == "offline"
         for old in self._workdir.glob(f"wandb/offline-run-*-{id}") if offline else ():
             if old.is_dir() and not old.is_symlink() and not any(old.glob("*.synced")):
-                shutil.rmtree(old)
+                # wandb's own process outlives a killed run for a while, and may still write there
+                gone = old.rename(old.with_name(f"removed-{uuid.uuid4().hex[:8]}"))
+                shutil.rmtree(gone, ignore_errors=True)
         self._run = wandb.init(
             mode=log.wandb,
             project=log.project,
@@ -122,14 +124,17 @@ class Wandb:
             self._run.log({"step": row.step, **row.axes, **row.values})
 
     def again(self) -> None:
-        self._run.finish()
+        self.close(True)
         self._open(self.id if self._config.log.wandb == "offline" else _new_id())
 
     def facts(self, values: dict[str, Any]) -> None:
         self._run.config.update({"run": values}, allow_val_change=True)
 
     def close(self, good: bool) -> None:
+        import wandb
+
         self._run.finish(exit_code=0 if good else 1)
+        wandb.teardown()  # its service takes an id that it has had for one in use
 
 
 class TensorBoard:

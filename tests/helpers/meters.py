@@ -1,16 +1,17 @@
 """A run's record without the run: a process that is killed and started again, and what its meters then hold."""
 
 import collections
-import io
 import json
 import struct
 import sys
 import time
 from pathlib import Path
 
-from steppe.configs import base
-from steppe.lm.track.lines import METRICS, restored
-from steppe.lm.track.tracker import Tracker
+sys.modules.setdefault("torch", None)  # tensorboardX imports it, in seconds, where it is installed
+
+from steppe.configs import base  # noqa: E402
+from steppe.lm.track.lines import METRICS, restored  # noqa: E402
+from steppe.lm.track.tracker import Tracker  # noqa: E402
 
 STEPS, EVALUATE, SAVE = 400, 7, 25  # how many, and how often
 
@@ -31,7 +32,7 @@ def saved(workdir: Path) -> dict:
 def track(workdir: Path) -> Tracker:
     """A start of the run."""
     start = saved(workdir)["step"]
-    return Tracker(workdir, config(), total_steps=STEPS, tokens_per_step=100, start_step=start, stream=io.StringIO())
+    return Tracker(workdir, config(), total_steps=STEPS, tokens_per_step=100, start_step=start, stream=sys.stdout)
 
 
 def train(workdir: Path, until: int = STEPS, pause: float = 0.0, roll_back: tuple[int, ...] = ()) -> None:
@@ -52,7 +53,7 @@ def train(workdir: Path, until: int = STEPS, pause: float = 0.0, roll_back: tupl
             state = {**saved(workdir), "rollbacks": state["rollbacks"] + 1}
             tracker.roll_back(state["step"])
             step = state["step"]
-            tracker.event("rollback", step + 1, {"to": step})
+            tracker.event("rollback", step + 1, {"to": step, "because": {}, "windows": []})
             continue
         if step % EVALUATE == 0:
             tracker.evaluation(step, "books", {"loss": 4.0 / step + state["rollbacks"]})
@@ -110,13 +111,22 @@ def _log_records(content: bytes):
             yield whole
 
 
-def tensorboard_rows(workdir: Path) -> dict[str, dict[int, list]]:
-    """{tag: {step: values}} of the event files, read by TensorFlow."""
-    from tensorflow.compat.v1.train import summary_iterator
+def events(path: Path):
+    """The events of a TensorBoard file: records of eight bytes of length, a checksum, the event, a checksum."""
+    from tensorboardX.proto.event_pb2 import Event
 
+    content, position = path.read_bytes(), 0
+    while position < len(content):
+        (size,) = struct.unpack_from("<Q", content, position)
+        yield Event.FromString(content[position + 12 : position + 12 + size])
+        position += 16 + size
+
+
+def tensorboard_rows(workdir: Path, read=events) -> dict[str, dict[int, list]]:
+    """{tag: {step: values}} of the event files."""
     found = {}
     for path in sorted((workdir / "tensorboard").iterdir()):
-        for event in summary_iterator(str(path)):
+        for event in read(path):
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     found.setdefault(value.tag, collections.defaultdict(list))[event.step].append(value.simple_value)
