@@ -11,7 +11,7 @@ from steppe.data import errors, files, remote, sources
 from steppe.data import manifest as manifests
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus, open_corpus
-from steppe.data.prepare import REFUSED, identity, recipe_of, sources_of
+from steppe.data.prepare import REFUSED, identity, recipe_of, sources_of, without_samples
 from steppe.data.shards import Recipe
 
 
@@ -30,9 +30,13 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
     recipe, cache = recipe_of(data_config), cache_of(data_config)
     listed = sources_of(recipe)
     name = "+".join(source.name for source in listed["train"] or listed["held_out"])[:60]
-    directory = os.path.join(cache, f"{name}-{manifests.checksum(identity(recipe))[:16]}")
-    if os.path.exists(os.path.join(directory, manifests.NAME)):
-        return directory
+    now = identity(recipe)
+    directory, older = (
+        os.path.join(cache, f"{name}-{manifests.checksum(known)[:16]}") for known in (now, without_samples(now))
+    )
+    for known in (directory, older):  # the older one is of a version that did not look into files
+        if os.path.exists(os.path.join(known, manifests.NAME)):
+            return known
     try:
         os.makedirs(cache, exist_ok=True)
         with files.lock(directory + ".lock", wait=True):

@@ -22,11 +22,13 @@ from steppe.data import manifest as manifests
 from steppe.data import workers as workers_of
 from steppe.data.errors import BadRecords, CorpusMismatch, DataError, from_json, refused, to_json
 from steppe.data.packing import PACKINGS, token_dtype
+from steppe.data.readers import plain
 from steppe.data.shards import Job, Recipe
 from steppe.data.vocabulary import load_tokenizer, read_model
 
 PLAN = "preparation.json"  # the plan of an unfinished preparation
 LOCK = ".lock"
+SAMPLES = "samples"  # in an identity: hashes of what is in files, by source
 BAD = "refused.json"  # why one of several processes gave up, for the others
 POLL = 1.0  # seconds between looks at what others have finished
 REFUSED = 3  # exit status of the process that prepares; its last line on stderr is the error, as JSON
@@ -59,6 +61,8 @@ def sources_of(recipe: Recipe) -> dict[str, tuple[sources.Source, ...]]:
 def identity(recipe: Recipe) -> dict:
     """What must be equal for two preparations to be one: recipe, vocabulary, state of the sources, format."""
     listed, known = sources_of(recipe), recipe._asdict()
+    of_files = {f"{s.kind}:{s.where}": s for part in listed.values() for s in part if s.kind in sources.FILES}
+    samples = {name: found for name, source in of_files.items() if (found := plain.sample(source))}
     if not recipe.seqio_module:  # which came later: corpora that do not need it are those they were
         del known["seqio_module"]
     return {
@@ -70,7 +74,13 @@ def identity(recipe: Recipe) -> dict:
             for source in (*listed["train"], *listed["held_out"])
         },
         "format": manifests.FORMAT,
+        **({SAMPLES: samples} if samples else {}),
     }
+
+
+def without_samples(identity: Mapping) -> dict:
+    """An identity as it was before files were looked into."""
+    return {key: value for key, value in identity.items() if key != SAMPLES}
 
 
 def prepare(
@@ -186,6 +196,8 @@ def _already(out: str, expected: dict, log: Callable[[str], None]) -> dict:
 
 def _compare(prefix: str, have: dict, expected: dict) -> None:
     # Refusing more or fewer bad records does not change what was written; a key that was not there yet was not used.
+    if SAMPLES not in have:  # prepared before files were looked into
+        expected = without_samples(expected)
     for key in sorted(expected.keys() | have.keys()):
         if (have.get(key) or "") != (expected.get(key) or "") and key not in ("bad_records", "checksum"):
             change = f"{key} is {have.get(key)!r} there, {expected.get(key)!r} now"

@@ -1,6 +1,7 @@
 """The cache: prepared once, by another process, whatever the number of runs that ask for it."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from steppe.configs.base import get_config
+from steppe.data import manifest as manifests
 from steppe.data.cache import ensure
-from steppe.data.errors import CorpusDamaged, DataError
+from steppe.data.errors import CorpusDamaged, CorpusMismatch, DataError
+from steppe.data.prepare import identity, prepare, recipe_of, without_samples
 from steppe.data.readers.built_in import embedded_documents
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +49,42 @@ def test_two_processes_prepare_the_cache_once_and_never_import_tensorflow(tmp_pa
     config.cache, config.task, config.sequence_length = str(tmp_path / "cache"), f"text:{tmp_path}/texts/*", 32
     config.held_out_fraction = 0.2
     assert ensure(config, log=pytest.fail) == outputs[0][0].split()[0]
+
+
+def test_a_text_edited_at_equal_size_and_time_is_prepared_anew(tmp_path):
+    config, path = small(tmp_path), tmp_path / "a.txt"
+    first, status = ensure(config, log=lambda line: None), os.stat(path)
+    assert ensure(config, log=pytest.fail) == first
+    path.write_text(path.read_text().replace("the", "our", 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = ensure(config, log=lambda line: None)
+    assert second != first
+    with pytest.raises(CorpusMismatch, match="samples is"):
+        prepare(recipe_of(config), first)
+
+
+def test_a_corpus_prepared_before_files_were_looked_into_opens_as_before(tmp_path):
+    config = small(tmp_path)
+    directory = ensure(config, log=lambda line: None)
+    older = without_samples(identity(recipe_of(config)))
+    old = os.path.join(config.cache, f"text-{manifests.checksum(older)[:16]}")
+    os.rename(directory, old)
+    known = manifests.read(old)
+    manifests.write_json(os.path.join(old, manifests.NAME), {**known, "identity": older})
+    assert ensure(config, log=pytest.fail) == old
+    assert prepare(recipe_of(config), old, log=lambda line: None)["identity"] == older
+    os.utime(tmp_path / "a.txt", ns=(0, 0))
+    assert ensure(config, log=lambda line: None) not in (old, directory)
+
+
+def small(tmp_path):
+    """config.data of a text of one file."""
+    (tmp_path / "a.txt").write_text("all the words of the text\n" * 400)
+    (tmp_path / "b.txt").write_text("others\n" * 400)
+    config = get_config().data
+    config.cache, config.task, config.sequence_length = str(tmp_path / "cache"), f"text:{tmp_path}/a.txt@all", 32
+    config.held_out = (f"val=text:{tmp_path}/b.txt@all",)
+    return config
 
 
 def test_errors_of_the_preparing_process_arrive_as_they_are(tmp_path):

@@ -270,7 +270,7 @@ def test_changed_sources_are_not_mixed_into_an_unfinished_preparation(tmp_path, 
     os.makedirs(out)
     manifests.write_json(os.path.join(out, preparing.PLAN), preparing.identity(recipe(task)))
     write_jsonl(tmp_path / "a.jsonl", documents[1:])
-    with pytest.raises(CorpusMismatch, match="unfinished part of another preparation: sources is"):
+    with pytest.raises(CorpusMismatch, match="unfinished part of another preparation: samples is"):
         prepare(recipe(task), out, log=quiet)
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import tarfile
 import zipfile
@@ -234,6 +235,39 @@ def test_fingerprint_follows_the_files(tmp_path):
     changed = plain.fingerprint(source, Reading())
     (tmp_path / "b.txt").write_text("two")
     assert len({before, changed, plain.fingerprint(source, Reading())}) == 3
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_sample_follows_the_contents_at_equal_size_and_time(tmp_path, monkeypatch, whole):
+    (source,) = parse(f"text:{tmp_path}/*.txt")
+    size = 10_000 if whole else 3_000_000
+    monkeypatch.setattr(plain, "WHOLE", 100_000)
+    for name in ("a.txt", "b.txt", "empty.txt"):
+        (tmp_path / name).write_bytes(bytes(size) if name < "c" else b"")
+    before, path = plain.sample(source), tmp_path / "b.txt"
+    assert plain.sample(source) == before
+    status = os.stat(path)
+    os.utime(path, ns=(0, status.st_mtime_ns))
+    named = plain.fingerprint(source, Reading())
+    places = range(0, size, 499) if whole else [0, plain.BLOCK - 1, size - plain.BLOCK, size - 1]
+    if not whole:  # and one of the blocks between
+        places.append(3 * (size - plain.BLOCK) // (plain.BLOCKS - 1) + 5)
+    for place in places:
+        with open(path, "r+b") as handle:
+            handle.seek(place)
+            handle.write(b"x")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert plain.fingerprint(source, Reading()) == named
+        assert plain.sample(source) != before, place
+        with open(path, "r+b") as handle:
+            handle.seek(place)
+            handle.write(b"\0")
+    assert plain.sample(source) == before
+    read = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda *given: read.append(len(real(*given))) or real(*given))
+    plain.sample(source)
+    assert sum(read) == (0 if whole else 2 * plain.BLOCKS * plain.BLOCK), "bounded, however large the files"
 
 
 def test_a_glob_without_files_is_an_error(tmp_path):
