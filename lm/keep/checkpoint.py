@@ -188,10 +188,20 @@ class Checkpoints:
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
-        path = self.directory / str(step)
-        if seal.is_local(path):  # a kill in mid-deletion must not leave half a checkpoint under its name
-            path = path.rename(self.directory / f"{step}{ASIDE}-deleted")
-        path.rmtree()
+        path, retired = self.directory / str(step), self.directory / seal.RETIRED / str(step)
+        if not seal.is_local(path):
+            path.rmtree()
+        elif retired.parent.exists():  # its seal stays, till the address is told
+            if retired.exists():
+                retired.rmtree()
+            path.rename(retired)
+            for inside in retired.iterdir():
+                if inside.is_dir():
+                    inside.rmtree()
+                elif inside.name != seal.NAME:
+                    inside.unlink()
+        else:  # a kill in mid-deletion must not leave half a checkpoint under its name
+            path.rename(self.directory / f"{step}{ASIDE}-deleted").rmtree()
 
     def _steps(self) -> list[int]:
         if not self.directory.exists():

@@ -1,68 +1,79 @@
 """Runs whose workdir is an address (s3://, gs://, memory://): they live in the cache, and are copied there as they go.
 
-The address is the run: whoever takes it, on whatever machine, begins by making the copy in the cache equal to it. It
-holds what a workdir holds, a checkpoint's seal after its other files, so a kill at any moment leaves whole checkpoints.
+Sealed checkpoints are the truth, wherever they lie. Before a run begins, the seals of both places are compared: what is
+newer at the address is fetched, what is newer here is sent, and where both have gone on, nothing is touched. Nothing is
+removed here because the address lacks it. There, only steps go that this cache's retention has let go.
 """
 
+import json
 import os
 import shutil
 import signal
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from steppe.data import files, remote
+from etils import epath
+
+from steppe.data import files
+from steppe.data.errors import DataError
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
 from steppe.lm.keep.exits import StorageError, WorkdirError
-from steppe.lm.keep.workdir import LOCK
+from steppe.lm.keep.store import Store, There
+from steppe.lm.keep.workdir import LOCK, RUN
 
+SECONDS = 20.0  # between looks at what is to be copied
 HOLDER = "holder"  # at the address: who trains there; gone once that ended in order
 CHECKPOINTS = "checkpoints"
-ADDRESS, TRAINING = "address", "training.lock"  # beside the local directory
+SUPERSEDED = "superseded"  # below them: steps of which the address has gone another way
+ADDRESS, TRAINING, KNOWN = "address", "training.lock", "known.json"  # beside the local directory
 
 
 @contextmanager
-def kept(workdir: str, primary: bool, log: Callable[[str], None], seconds: float = 20.0) -> Iterator[str]:
+def kept(workdir: str, primary: bool, log: Callable[[str], None]) -> Iterator[str]:
     """The local directory of a workdir for a run, while the `with` block runs; a path is itself.
 
-    What is behind an address is fetched first; what changes is copied back every so many seconds and at the end. The
+    What is newer behind an address is fetched first; what changes is copied there every SECONDS and at the end. The
     last to begin has the run: whoever had it before is told by a signal, and copies no more. DataError where the
-    address cannot be reached, WorkdirError where a process of this machine has it, StorageError at the end for what
-    could not be copied.
+    address cannot be reached, WorkdirError where a process of this machine has it or where the address and this cache
+    have both gone on, StorageError at the end for what could not be copied.
     """
     if not files.is_remote(workdir):
         yield workdir
         return
     if not primary:
-        yield here(workdir)
+        yield str(_looked(workdir, checkpoints=False))
         return
     with ExitStack() as stack:
-        place = _place(workdir)
+        place = _made(_place(workdir), workdir)
         try:
             stack.enter_context(files.lock(place.parent / TRAINING))
         except files.Held as held:
             raise WorkdirError(f"{workdir}: is in use by {held.holder}; wait for it, or stop it") from None
-        _fetch(workdir, place, checkpoints=True)
-        copier = _Copier(workdir, place, seconds, log)
+        with _one_line(place):
+            copier = _Copier(workdir, place, log)
+            copier.begin()
         log(f"workdir     {workdir}, through {place}")
         stack.callback(copier.close)
         yield str(place)
 
 
 def here(workdir: str, checkpoints: bool = False) -> str:
-    """The local directory of a workdir for reading, as it is now, its checkpoints where asked for; a path is itself."""
+    """The local directory of a workdir for reading, as it is now, its checkpoints where asked for; a path is itself.
+
+    The directory of a run of this machine is read where it is ahead of the address, and never written. WorkdirError
+    where there is nothing at the address.
+    """
     if not files.is_remote(workdir):
         return workdir
-    place = _place(workdir)
-    if not files.is_held(place.parent / TRAINING):  # by a run of this machine, whose copy is ahead of the address
-        _fetch(workdir, place, checkpoints)
-        if not any(place.iterdir()):
-            raise WorkdirError(f"{workdir}: must be the workdir of a run; there is nothing")
+    place = _looked(workdir, checkpoints)
+    if not any(place.iterdir()):
+        raise WorkdirError(f"{workdir}: must be the workdir of a run; there is nothing")
     return str(place)
 
 
@@ -71,8 +82,8 @@ def add(directory: str | os.PathLike, *written: str) -> None:
     for directories that have no address."""
     place = Path(directory)
     if place.parent.parent == _runs() and (place.parent / ADDRESS).exists():
-        known = {name: mark for name, mark in _local(place).items() if name.split("/")[0] not in written}
-        _Store((place.parent / ADDRESS).read_text()).copy(place, known)
+        store = Store((place.parent / ADDRESS).read_text(), place)
+        store.put({name: place / name for name in _files(place) if name.split("/")[0] in written})
 
 
 def _runs() -> Path:
@@ -80,156 +91,256 @@ def _runs() -> Path:
     return Path(files.user_cache()) / "runs"
 
 
-def _place(address: str) -> Path:
-    """Where what is behind an address lives on this machine: of the same last name, in a folder with its locks."""
+def _place(address: str, reading: bool = False) -> Path:
+    """Where what is behind an address lives on this machine: of the same last name, in a folder with its locks; one for
+    the run that trains here, another for those that read."""
     address = address.rstrip("/")
-    folder = _runs() / checksum({"address": address})[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WorkdirError(
-            f"{folder}: cannot be made, for what is behind {address} ({error.strerror or error})"
-        ) from None
-    return folder / (address.rpartition("/")[2] or "run")
+    folder = checksum({"address": address})[:16] + ("-read" if reading else "")
+    return _runs() / folder / (address.rpartition("/")[2] or "run")
 
 
-def _fetch(address: str, place: Path, checkpoints: bool) -> None:
+def _made(place: Path, address: str) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
         files.write(place.parent / ADDRESS, address)
-        with files.lock(place.parent / "fetch.lock", wait=True):
-            _Store(address).fetch(place, checkpoints)
     except OSError as error:
-        if isinstance(error, StorageError):
-            raise
+        raise WorkdirError(
+            f"{place.parent}: cannot be made, for what is behind {address} ({error.strerror or error})"
+        ) from None
+    return place
+
+
+@contextmanager
+def _one_line(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
         raise StorageError(f"{error.filename or place}: {error.strerror or error}") from error
 
 
-class _Store:
-    """What lies behind one address, by names relative to it. Every error of a driver is a StorageError of one line."""
+# ----------------------------------------------------------------------------------------------------------- comparing
+class _State:
+    """What an address holds now. steps: {step: the digest of its seal}, where asked for. run: its id, "" for none."""
 
-    def __init__(self, address: str):
-        self.address = address.rstrip("/")
-        self._system, self._root = remote.reached(self.address)
-        self._root = self._root.rstrip("/")
+    def __init__(self, store: Store, seals: bool = True):
+        self.names: dict[str, There] = store.names()
+        sealed = [name for name in self.names if seals and f"{CHECKPOINTS}/{_step(name)}/{seal.NAME}" == name]
+        found = store.beginnings(sealed, _DIGEST)
+        self.steps = {_step(name): found[name].decode(errors="replace") for name in found}
+        self.run = ((RUN in self.names and store.read(RUN)) or b"").decode(errors="replace").strip()
 
-    def names(self) -> dict[str, int]:
-        """{name: bytes} of every file there now."""
+    def within(self, step: int) -> list[str]:
+        """The names of a step's files, its seal last."""
+        return sorted((name for name in self.names if _step(name) == step), key=_seal_last)
 
-        def listed(system):
-            system.invalidate_cache()
-            found = system.find(self._root, detail=True)
-            return {name.removeprefix(self._root).lstrip("/"): info["size"] for name, info in found.items()}
 
+class _Known:
+    """What a directory here knows of its address, in a file beside it.
+
+    seals: {step: (digest, whether it arrived)} of those that were taken from there or offered. files: {name: (size,
+    time here, mark there)} of the others as both places last had them; the mark is "" where it was not heard.
+    """
+
+    def __init__(self, place: Path):
+        self._path = place.parent / KNOWN
+        self.seals: dict[int, tuple[str, bool]] = {}
+        self.files: dict[str, tuple[int, int, str]] = {}
+        self.any = self._path.exists()
+        with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):  # damaged: it knows nothing
+            stored = json.loads(self._path.read_text())
+            seals = {int(step): (str(digest), bool(arrived)) for step, (digest, arrived) in stored["seals"].items()}
+            marks = {name: (int(size), int(at), str(mark)) for name, (size, at, mark) in stored["files"].items()}
+            self.seals, self.files = seals, marks
+
+    def save(self) -> None:
+        files.write_json(self._path, {"seals": {str(step): list(v) for step, v in self.seals.items()},
+                                      "files": {name: list(v) for name, v in self.files.items()}})  # fmt: skip
+
+
+def _newer(place: Path, there: _State, known: _Known, holder: str) -> tuple[bool, bool]:
+    """(whether the newest seal here is one that the address lacks, whether that there is one this cache never had).
+
+    A seal that the address once had, and lacks where it has gone on since, is not newer.
+    """
+    mine = _seals(place)
+    last, other = max(mine, default=-1), max(there.steps, default=-1)
+    theirs = bool(there.steps) and mine.get(other) != there.steps[other]
+    theirs = theirs and known.seals.get(other, ("",))[0] != there.steps[other]
+    ours = bool(mine) and there.steps.get(last) != mine[last]
+    ours = ours and not (theirs and known.seals.get(last) == (mine[last], True))
+    if ours and theirs and not known.any:  # left by a version that wrote down nothing
+        theirs = f" on {socket.gethostname()} (" not in holder
+    return ours, theirs
+
+
+def _refuse_two(place: Path, address: str, there: _State, both: bool) -> None:
+    """WorkdirError where the address and this cache hold two runs, or two ways of one."""
+    run = _read(place / RUN)
+    other = bool(run and there.run and run != there.run)
+    if other or both:
+        what = f"the run {there.run}, this machine the run {run}" if other else "what this machine never had"
+        last, mine = max(there.steps, default=0), max(_seals(place), default=0)
+        raise WorkdirError(
+            f"{address}: holds {what}: step {last} there, step {mine} in {place}; nothing was touched. Move that "
+            "directory away to go on from the address, or give a copy of it as --workdir to go on from here"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def _looked(address: str, checkpoints: bool) -> Path:
+    training = _place(address)
+    if files.is_held(training.parent / TRAINING):  # by a run of this machine, whose copy is ahead of the address
+        return training
+    place = _made(_place(address, reading=True), address)
+    with _one_line(place), files.lock(place.parent / "fetch.lock", wait=True):
+        store = Store(address, place)
+        there = _State(store, seals=checkpoints or bool(_seals(training)))
+        ours, theirs = _newer(training, there, _Known(training), "")
+        if ours and not theirs:
+            return training
+        known = _Known(place)
+        if there.names:
+            for name in [name for name in known.files if name not in there.names]:
+                if (place / name).exists() and _mark(place / name) == known.files[name][:2]:
+                    files.below(place, name).unlink()
+                del known.files[name]
+            _fetch_files(store, place, there, known)
+        if checkpoints and there.steps:
+            for step, digest in _seals(place).items():
+                if there.steps.get(step) != digest:
+                    if step < max(there.steps):
+                        shutil.rmtree(place / CHECKPOINTS / str(step))
+                    else:
+                        _set_aside(place, step)
+            mine, near = _seals(place), _seals(training)
+            for step, digest in there.steps.items():
+                if mine.get(step) != digest:
+                    source = training / CHECKPOINTS / str(step) if near.get(step) == digest else None
+                    _fetch_step(store, place, there, step, print, source)
+        known.save()
+    return place
+
+
+def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: Mapping = {}) -> None:
+    """Fetches the files that belong to no step, but for those that are `kept` and those that are here already."""
+    wanted = []
+    for name in filter(_is_shared, there.names):
+        have = known.files.get(name)
+        same = have and have[2] == there.names[name].mark and (place / name).exists()
+        if name not in kept and not (same and _mark(place / name) == have[:2]):
+            wanted.append(name)
+    incoming = place.parent / "incoming"
+    shutil.rmtree(incoming, ignore_errors=True)
+    while True:
         try:
-            return self._asked(listed)
-        except FileNotFoundError:
-            return {}
+            store.get({name: files.below(incoming, name) for name in wanted})
+            break
+        except FileNotFoundError:  # removed meanwhile
+            now = store.names()
+            if all(name in now for name in wanted):
+                raise
+            wanted = [name for name in wanted if name in now]
+    for name in wanted:
+        target = files.below(place, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(target) as aside:
+            os.replace(incoming / name, aside)
+        known.files[name] = (*_mark(target), there.names[name].mark)
+    shutil.rmtree(incoming, ignore_errors=True)
 
-    def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none."""
+
+def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callable, source: Path | None = None) -> bool:
+    """Fetches a sealed step, or links it from where this machine has it; False where it is gone, or damaged there,
+    which is said."""
+    from steppe.lm.keep.checkpoint import ASIDE  # here: commands that read no checkpoint do without orbax
+
+    target = files.below(place, f"{CHECKPOINTS}/{step}")
+    aside, problem = target.with_name(f"{step}{ASIDE}-fetched"), None
+    for _ in range(2):  # a connection may have been cut in the middle of a file
+        shutil.rmtree(aside, ignore_errors=True)
         try:
-            return self._asked(lambda system: system.cat_file(self._path(name)))
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, content: bytes) -> None:
-        """Replaces a small file."""
-        try:
-            self._asked(lambda system: system.pipe_file(self._path(name), content))
-        except FileNotFoundError as error:  # there is no such bucket
-            raise StorageError(f"{self.address}: {error}") from error
-
-    def remove(self, name: str) -> None:
-        """Removes a file, which may be gone."""
-        with suppress(FileNotFoundError):
-            self._asked(lambda system: system.rm_file(self._path(name)))
-
-    def fetch(self, place: Path, checkpoints: bool) -> None:
-        """Makes a local directory equal to what is there: whole checkpoints, if asked for, and everything else."""
-        there = self.names()
-        steps = {_step(name) for name in there if Path(name).name == seal.NAME} - {None}
-        for step in {_step(name) for name in _local(place)} - steps - {None}:
-            shutil.rmtree(place / CHECKPOINTS / step)
-        for name in _local(place):
-            if _step(name) is None and name not in there:
-                (place / name).unlink()
-        for step in steps if checkpoints else ():
-            mine = place / CHECKPOINTS / step
-            sealed = mine / seal.NAME
-            if not sealed.exists() or sealed.read_bytes() != self.read(f"{CHECKPOINTS}/{step}/{seal.NAME}"):
-                shutil.rmtree(mine, ignore_errors=True)
-                try:
-                    self._get(place, sorted((name for name in there if _step(name) == step), key=_seal_last))
-                except FileNotFoundError:  # its run has removed it meanwhile
-                    shutil.rmtree(mine, ignore_errors=True)
-        self._get(place, [name for name in there if _step(name) is None and name != HOLDER])
-
-    def copy(self, place: Path, sent: dict[str, Any]) -> None:
-        """Copies what is new or changed in a local directory since `sent`, {name: mark}, which follows; removes what
-        `sent` knows and the directory has no longer."""
-        now = _local(place)
-        changed = sorted((name for name in now if sent.get(name) != now[name]), key=_seal_last)
-        for name in changed:
-            if name in sent and Path(name).name == seal.NAME:  # the step was saved anew: till it is whole, it is none
-                self.remove(name)
-        for name in changed:
-            if self._put(place / name, name):
-                sent[name] = now[name]
-        for name in sorted(set(sent) - set(now), key=_seal_last, reverse=True):
-            self.remove(name)
-            del sent[name]
-
-    def _get(self, place: Path, names: list[str]) -> None:
-        for name in names:
-            target = place / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(target) as aside:
-                self._asked(lambda system, name=name, aside=aside: system.get_file(self._path(name), str(aside)))
-
-    def _put(self, source: Path, name: str) -> bool:
-        """Copies a local file; False where it was removed meanwhile."""
-
-        def put(system):
-            system.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
-            system.put_file(str(source), self._path(name))
-
-        try:
-            self._asked(put)
-        except FileNotFoundError as error:  # of the file, or of a bucket
-            if source.exists():
-                raise StorageError(f"{self.address}: {error}") from error
+            if source is not None:
+                shutil.copytree(source, aside, copy_function=os.link)
+            else:
+                start = f"{CHECKPOINTS}/{step}/"
+                store.get({name: files.below(aside, name.removeprefix(start)) for name in there.within(step)})
+            seal.verify(epath.Path(aside), step)
+        except FileNotFoundError:  # its run has let it go meanwhile
+            shutil.rmtree(aside, ignore_errors=True)
             return False
+        except seal.Broken as broken:
+            problem, source = broken, None
+            continue
+        for path in filter(Path.is_file, aside.rglob("*")):
+            files.sync(path)
+        if target.exists():  # never sealed: it is none
+            _set_aside(place, step)
+        aside.rename(target)
+        files.sync(target.parent)
         return True
+    shutil.rmtree(aside, ignore_errors=True)
+    log(f"CHECKPOINT {step} AT {store.address} IS NOT USED: {problem}")
+    return False
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
 
-    def _asked(self, what: Callable) -> Any:
-        try:
-            return what(self._system)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # every driver has errors of its own
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise StorageError(f"{self.address}: {reason[:300]}") from error
+def _set_aside(place: Path, step: int) -> Path:
+    """Moves a step to where no run looks for its newest."""
+    aside = place / CHECKPOINTS / SUPERSEDED
+    aside.mkdir(exist_ok=True)
+    target = next(p for k in range(10**6) if not (p := aside / (f"{step}.{k}" if k else str(step))).exists())
+    (place / CHECKPOINTS / str(step)).rename(target)
+    return target
+
+
+# ------------------------------------------------------------------------------------------------------------- copying
+class _Taken(Exception):
+    """Another has the run now."""
 
 
 class _Copier:
     """Copies a run's directory to its address every so many seconds, from a thread, and once more when closed."""
 
-    def __init__(self, address: str, place: Path, seconds: float, log: Callable[[str], None]):
-        self._store, self._place, self._seconds, self._log = _Store(address), place, seconds, log
+    def __init__(self, address: str, place: Path, log: Callable[[str], None]):
+        self._store, self._place, self._log = Store(address, place), place, log
         self._token = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex[:8]})"
-        before = self._store.read(HOLDER)
-        if before is not None:
-            log(f"workdir     had not been left in order by {before.decode(errors='replace')}; it is taken over")
-        self._store.write(HOLDER, self._token.encode())
-        self._sent: dict[str, Any] = {name: None for name in self._store.names() if name != HOLDER}
-        self._sent |= {name: mark for name, mark in _local(place).items() if name in self._sent}
-        self._lost, self._failing = "", False
+        self._known = _Known(place)
+        self._there: dict[int, str] = {}  # the seals at the address
+        self._names: set[str] = set()  # of steps, there
+        self._lost, self._failing, self._since = "", False, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def begin(self) -> None:
+        """Compares, takes the run over, fetches what is newer at the address, and begins to copy. WorkdirError before
+        anything is written where both have gone on."""
+        store, place, known = self._store, self._place, self._known
+        before = (store.read(HOLDER) or b"").decode(errors="replace")
+        there = _State(store)
+        _refuse_two(place, store.address, there, all(_newer(place, there, known, before)))
+        if before:
+            self._log(f"workdir     had not been left in order by {before}; it is taken over")
+        store.write(HOLDER, self._token.encode())
+        there = _State(store)  # the one before may have written meanwhile
+        ours, theirs = _newer(place, there, known, before)
+        _refuse_two(place, store.address, there, ours and theirs)
+        mine = _seals(place)
+        last, other = max(mine, default=0), max(there.steps, default=0)
+        if ours:
+            what = f"step {other} there" if there.steps else "anything there"
+            self._log(
+                f"workdir     step {last} is newer in {place} than {what}; it is sent, and the run goes on from it"
+            )
+        elif theirs and mine:
+            self._log(f"workdir     step {other} is newer at the address than step {last} here; it is fetched")
+        self._fetch(there, theirs)
+        changed = {name for name, mark in _files(place).items() if self._is_new(name, mark)}
+        settled = theirs or not (known.any or ours)  # what is in both places is as the address has it
+        _fetch_files(store, place, there, known, kept=() if settled else changed)
+        known.any = True
+        known.save()
+        self._adopt(there)
         self._thread.start()
 
     def close(self) -> None:
@@ -237,55 +348,231 @@ class _Copier:
         self._ended.set()
         self._thread.join()
         if not self._lost:
-            self._copy()
-        if self._lost:
-            raise WorkdirError(
-                f"{self._store.address}: was taken by {self._lost}; what this process did since is not there"
-            )
-        self._store.remove(HOLDER)
-
-    def _run(self) -> None:
-        while not self._ended.wait(self._seconds):
             try:
                 self._copy()
-                self._failing = False
+                self._compare()
+                self._store.remove(HOLDER)
+            except _Taken as taken:
+                self._lost = str(taken)
             except OSError as error:
-                if not self._failing:
-                    self._log(f"NOT COPIED  {error}; it is tried again every {self._seconds:g} s")
-                self._failing = True
-            if self._lost:
+                raise StorageError(f"{error}; {self._lacking()}") from error
+        if self._lost:
+            raise WorkdirError(
+                f"{self._store.address}: was taken by {self._lost}; what this process did since is only in "
+                f"{self._place}"
+            )
+
+    def _fetch(self, there: _State, theirs: bool) -> None:
+        """Fetches the steps that are newer there, or missing here where the address has gone on."""
+        place, retired, mine = self._place, set(_retired(self._place)), _seals(self._place)
+        (place / CHECKPOINTS / seal.RETIRED).mkdir(parents=True, exist_ok=True)
+        last = max(mine, default=-1)
+        for step, digest in mine.items() if theirs else ():
+            if step > max(there.steps) or there.steps.get(step, digest) != digest:
+                self._log(f"workdir     step {step} was left behind there; it is kept in {_set_aside(place, step)}")
+        mine = _seals(place)
+        for step, digest in sorted(there.steps.items()):
+            if step not in mine and (step, digest) not in retired and (theirs or step > last):
+                self._known.seals[step] = (digest, _fetch_step(self._store, place, there, step, self._log))
+
+    def _adopt(self, there: _State) -> None:
+        """Takes what is at the address for what was sent."""
+        self._there, self._names = dict(there.steps), {name for name in there.names if _step(name) is not None}
+        self._known.files = {name: mark for name, mark in self._known.files.items() if name in there.names}
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._copy()
+                if self._failing:
+                    spent = time.monotonic() - self._since
+                    self._log(f"COPIED      again, after {spent:,.0f} s; {self._held()} is at {self._store.address}")
+                self._failing = False
+            except _Taken as taken:
+                self._lost = str(taken)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
+            except (OSError, DataError) as error:
+                if not self._failing:
+                    self._failing, self._since = True, time.monotonic()
+                    again = f"the run goes on, and it is tried again every {SECONDS:g} s"
+                    self._log(f"NOT COPIED  {error}; {self._lacking()}; {again}")
+            self._ended.wait(SECONDS)
+
+    def _held(self) -> str:
+        return f"step {max(self._there)}" if self._there else "no checkpoint"
+
+    def _lacking(self) -> str:
+        return f"what is newer than {self._held()} is only in {self._place}"
 
     def _copy(self) -> None:
-        holder = (self._store.read(HOLDER) or b"").decode(errors="replace")
-        if holder != self._token:
-            self._lost = holder or "nobody: its holder file was removed"
+        """Sends what is new: the files of steps, then the others, then the seals, and lets go what retention let go."""
+        self._must_hold()
+        known, sealed = self._known, _seals(self._place)
+        new = [step for step in sorted(sealed) if self._there.get(step) != sealed[step]]
+        new = [step for step in new if self._send(step)]
+        now = _files(self._place)
+        changed = [name for name, mark in now.items() if self._is_new(name, mark)]
+        for name in self._store.put({name: self._place / name for name in changed}):
+            known.files[name] = (*now[name], "")
+        for step in new:
+            self._seal(step, sealed[step])
+        gone = list(_retired(self._place))
+        if gone:
+            self._must_hold()
+        for step, digest in gone:
+            if step not in _seals(self._place) and self._there.get(step, digest) == digest:
+                self._remove(step, set())
+                known.seals.pop(step, None)
+            shutil.rmtree(self._place / CHECKPOINTS / seal.RETIRED / str(step))
+        if new or gone or changed:
+            known.save()
+
+    def _send(self, step: int) -> bool:
+        """Sends a step's files but for its seal; False where it is no more. Till it is whole there, it is none."""
+        folder = self._place / CHECKPOINTS / str(step)
+        found = [path for path in folder.rglob("*") if path.is_file() and path != folder / seal.NAME]
+        names = {path.relative_to(self._place).as_posix(): path for path in found}
+        self._remove(step, set(names))
+        self._names |= set(names)
+        return len(self._store.put(names)) == len(names) > 0
+
+    def _seal(self, step: int, digest: str) -> None:
+        name = f"{CHECKPOINTS}/{step}/{seal.NAME}"
+        if _seals(self._place).get(step) != digest:  # let go meanwhile
             return
-        self._store.copy(self._place, self._sent)
+        self._must_hold()
+        self._known.seals[step] = (digest, False)
+        self._known.save()
+        self._names.add(name)
+        if self._store.put({name: self._place / name}):
+            self._known.seals[step] = (digest, True)
+            self._there[step] = digest
+
+    def _remove(self, step: int, but: set[str]) -> None:
+        """Removes a step at the address, its seal first; `but` some of its files, which are about to be replaced."""
+        for name in sorted((n for n in self._names if _step(n) == step and n not in but), key=_seal_last, reverse=True):
+            self._store.remove(name)
+            self._names.discard(name)
+            if Path(name).name == seal.NAME:
+                self._there.pop(step, None)
+
+    def _must_hold(self) -> None:
+        """_Taken where another has the run. A holder's file that is gone with all else is written again."""
+        holder = self._store.read(HOLDER)
+        if holder == self._token.encode():
+            return
+        if holder is not None:
+            raise _Taken(holder.decode(errors="replace"))
+        there = _State(self._store)
+        run = _read(self._place / RUN)
+        if _newer(self._place, there, self._known, "")[1] or (run and there.run and run != there.run):
+            raise _Taken("another, which has ended")
+        self._store.write(HOLDER, self._token.encode())
+        self._adopt(there)
+
+    def _compare(self) -> None:
+        """Sends again what the address lacks, or has in part, though it was sent. StorageError where that is no use."""
+        place, known = self._place, self._known
+        for last in (False, True):
+            there = _State(self._store)
+            self._adopt(there)
+            sizes = {name: found.size for name, found in there.names.items()}
+            now, sealed, lacking = _files(place), _seals(place), []
+            wrong = [name for name, mark in now.items() if self._is_new(name, mark) or sizes[name] != mark[0]]
+            if last:  # what is new again is of another process, which still writes it
+                wrong = [name for name in wrong if name not in sizes or not self._is_new(name, now[name])]
+            for step, digest in sealed.items():
+                parts = filter(Path.is_file, (place / CHECKPOINTS / str(step)).rglob("*"))
+                whole = all(sizes.get(path.relative_to(place).as_posix()) == path.stat().st_size for path in parts)
+                if there.steps.get(step) != digest or not whole:
+                    lacking.append(step)
+            if not wrong and not lacking:
+                known.files = {name: (*at[:2], there.names[name].mark) for name, at in known.files.items()}
+                known.seals = {step: (digest, True) for step, digest in sealed.items()}
+                known.save()
+                return
+            if last:
+                raise StorageError(f"{self._store.address}: lacks {(wrong + lacking)[0]}, though it was sent")
+            for name in wrong:
+                known.files.pop(name, None)
+            for step in lacking:
+                self._there.pop(step, None)
+            self._copy()
+
+    def _is_new(self, name: str, mark: tuple[int, int]) -> bool:
+        return self._known.files.get(name, (0, 0))[:2] != mark
 
 
-def _local(place: Path) -> dict[str, tuple[int, int]]:
-    """{name: mark} of the files of a run's directory that are part of it now; a mark changes with the contents."""
+# --------------------------------------------------------------------------------------------------- local directories
+_DIGEST = 32  # bytes with which a seal begins: the hash of the rest
+
+
+def _seals(place: Path) -> dict[int, str]:
+    """{step: the digest of its seal} of a directory's checkpoints."""
     found = {}
-    for folder, below, names in os.walk(place):
-        inside = Path(folder).relative_to(place)
-        if inside == Path(CHECKPOINTS):
-            below[:] = [name for name in below if name.isdecimal() and (Path(folder) / name / seal.NAME).exists()]
-            continue
-        for name in names:
-            if name == LOCK or name.endswith(".lock") or name.endswith(files.ASIDE):
-                continue
-            with suppress(FileNotFoundError):
-                status = os.stat(Path(folder) / name)
-                found[(inside / name).as_posix()] = (status.st_size, status.st_mtime_ns)
+    with suppress(FileNotFoundError):
+        for folder in (place / CHECKPOINTS).iterdir():
+            if (step := _number(folder.name)) is not None:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    found[step] = _digest(folder)
     return found
 
 
-def _step(name: str) -> str | None:
+def _retired(place: Path) -> Iterator[tuple[int, str]]:
+    """(step, digest) of what retention has let go since the address was last told."""
+    with suppress(FileNotFoundError):
+        for folder in sorted((place / CHECKPOINTS / seal.RETIRED).iterdir()):
+            if (step := _number(folder.name)) is not None:
+                with suppress(FileNotFoundError):
+                    yield step, _digest(folder)
+
+
+def _digest(folder: Path) -> str:
+    with open(folder / seal.NAME, "rb") as handle:
+        return handle.read(_DIGEST).decode(errors="replace")
+
+
+def _files(place: Path) -> dict[str, tuple[int, int]]:
+    """{name: mark} of the files of a run's directory that belong to no step."""
+    found = {}
+    for folder, below, names in os.walk(place):
+        inside = Path(folder).relative_to(place)
+        if inside == Path("."):
+            below[:] = [name for name in below if name != CHECKPOINTS]
+        for name in names:
+            relative = (inside / name).as_posix()
+            if _is_shared(relative) and not (Path(folder) / name).is_symlink():
+                with suppress(FileNotFoundError):
+                    found[relative] = _mark(Path(folder) / name)
+    return found
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_shared(name: str) -> bool:
+    """Whether a file that belongs to no step is copied: no lock, nothing half-written."""
+    top, last = name.split("/")[0], name.rpartition("/")[2]
+    return name not in (LOCK, HOLDER) and top != CHECKPOINTS and not last.endswith((".lock", files.ASIDE))
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(errors="replace").strip()
+    return ""
+
+
+def _number(name: str) -> int | None:
+    return int(name) if name.isascii() and name.isdecimal() and name == str(int(name)) and len(name) < 19 else None
+
+
+def _step(name: str) -> int | None:
     """The step of the checkpoint that a file belongs to; None for every other file."""
     parts = name.split("/")
-    return parts[1] if len(parts) > 2 and parts[0] == CHECKPOINTS and parts[1].isdecimal() else None
+    return _number(parts[1]) if len(parts) > 2 and parts[0] == CHECKPOINTS else None
 
 
 def _seal_last(name: str) -> tuple[bool, str]:

@@ -17,6 +17,7 @@ from steppe.data import files, stored
 
 NAME = "SEAL"
 FORMAT = 1
+RETIRED = "retired"  # beside the steps of a run with an address: seals of what was let go, till that is told
 
 
 class Seal(TypedDict):

@@ -27,8 +27,8 @@ class Bench(NamedTuple):
 
 
 @contextlib.contextmanager
-def bench() -> Iterator[tuple[Bench, Path]]:
-    """A folder with a small text and a compilation cache, and in it the workdir of an undisturbed run."""
+def small_bench(steps: int = STEPS, every: int = EVERY) -> Iterator[Bench]:
+    """A folder with a small text and a compilation cache, and the command of a small run."""
     with tempfile.TemporaryDirectory(prefix="steppe-chaos-") as made:
         folder = Path(made)
         text = Path(os.__file__).read_text(encoding="utf-8")
@@ -45,14 +45,14 @@ def bench() -> Iterator[tuple[Bench, Path]]:
             "model.mlp_width": 64,
             "train.batch_size": 8,
             "train.microbatches": 1,
-            "train.duration": f"{STEPS} steps",
-            "evaluate.every": f"{EVERY} steps",
+            "train.duration": f"{steps} steps",
+            "evaluate.every": f"{every} steps",
             "evaluate.batches": 8,
-            "checkpoint.every": f"{EVERY} steps",
+            "checkpoint.every": f"{every} steps",
             "sample.tokens": 4,
         }
         words = (sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={root / 'configs' / 'quickstart.py'}")
-        setting = Bench(
+        yield Bench(
             folder=folder,
             command=(*words, *(f"--config.{key}={value}" for key, value in small.items())),
             environment={
@@ -65,7 +65,13 @@ def bench() -> Iterator[tuple[Bench, Path]]:
                 "XLA_FLAGS": "",
             },
         )
-        whole = folder / "whole"
+
+
+@contextlib.contextmanager
+def bench() -> Iterator[tuple[Bench, Path]]:
+    """A small_bench, and in its folder the workdir of an undisturbed run."""
+    with small_bench() as setting:
+        whole = setting.folder / "whole"
         status = start(setting, whole).wait()
         if status != FINISHED:
             raise RuntimeError(f"the undisturbed run ended with {status}: {log_of(whole)}")
