@@ -5,7 +5,6 @@ newer at the address is fetched, what is newer here is sent, and where both have
 removed here because the address lacks it. There, only steps go that this cache's retention has let go.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -16,10 +15,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypedDict
 
 from etils import epath
 
-from steppe.data import files
+from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
@@ -136,6 +136,13 @@ class _State:
         return sorted((name for name in self.names if _step(name) == step), key=_seal_last)
 
 
+class Kept(TypedDict):
+    """What _Known keeps in its file."""
+
+    seals: dict[str, tuple[str, bool]]
+    files: dict[str, tuple[int, int, str]]
+
+
 class _Known:
     """What a directory here knows of its address, in a file beside it.
 
@@ -148,11 +155,10 @@ class _Known:
         self.seals: dict[int, tuple[str, bool]] = {}
         self.files: dict[str, tuple[int, int, str]] = {}
         self.any = self._path.exists()
-        with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):  # damaged: it knows nothing
-            stored = json.loads(self._path.read_text())
-            seals = {int(step): (str(digest), bool(arrived)) for step, (digest, arrived) in stored["seals"].items()}
-            marks = {name: (int(size), int(at), str(mark)) for name, (size, at, mark) in stored["files"].items()}
-            self.seals, self.files = seals, marks
+        with suppress(FileNotFoundError, stored.Wrong):  # damaged: it knows nothing
+            found = stored.read(self._path, Kept)
+            self.seals = {int(step): tuple(each) for step, each in found["seals"].items() if step.isdecimal()}
+            self.files = {name: tuple(each) for name, each in found["files"].items()}
 
     def save(self) -> None:
         files.write_json(self._path, {"seals": {str(step): list(v) for step, v in self.seals.items()},
