@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 STEPS, EVERY = 40, 8  # steps of a run; steps between checkpoints, and between evaluations
 FINISHED, REFUSED, STORAGE, STOPPED = 0, 2, 74, 75  # exit statuses of a run
@@ -27,8 +27,9 @@ class Bench(NamedTuple):
 
 
 @contextlib.contextmanager
-def small_bench(steps: int = STEPS, every: int = EVERY) -> Iterator[Bench]:
-    """A folder with a small text and a compilation cache, and the command of a small run."""
+def small_bench(**other: Any) -> Iterator[Bench]:
+    """A folder with a small text and a compilation cache, and the command of a small run; other: keys of its config, as
+    model__layers=1."""
     with tempfile.TemporaryDirectory(prefix="steppe-chaos-") as made:
         folder = Path(made)
         text = Path(os.__file__).read_text(encoding="utf-8")
@@ -45,11 +46,12 @@ def small_bench(steps: int = STEPS, every: int = EVERY) -> Iterator[Bench]:
             "model.mlp_width": 64,
             "train.batch_size": 8,
             "train.microbatches": 1,
-            "train.duration": f"{steps} steps",
-            "evaluate.every": f"{every} steps",
+            "train.duration": f"{STEPS} steps",
+            "evaluate.every": f"{EVERY} steps",
             "evaluate.batches": 8,
-            "checkpoint.every": f"{every} steps",
+            "checkpoint.every": f"{EVERY} steps",
             "sample.tokens": 4,
+            **{key.replace("__", "."): value for key, value in other.items()},
         }
         words = (sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={root / 'configs' / 'quickstart.py'}")
         yield Bench(
@@ -108,13 +110,13 @@ def log_of(workdir: Path) -> str:
     return Path(f"{workdir}.log").read_text(errors="replace")[-1500:]
 
 
-def wait_until(run: subprocess.Popen, true: Callable[[], bool], seconds: float = 120.0) -> bool:
+def wait_until(run: subprocess.Popen, true: Callable[[], bool], seconds: float = 120.0, pause: float = 0.002) -> bool:
     """Waits until something is true; False if the run ended, or the time did, before it was."""
     until = time.monotonic() + seconds
     while run.poll() is None and time.monotonic() < until:
         if true():
             return True
-        time.sleep(0.002)
+        time.sleep(pause)
     return False
 
 

@@ -15,22 +15,26 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-from exhaustive import chaos, paced
-from exhaustive.disturbances import (
-    FINISHED,
-    REFUSED,
-    STOPPED,
-    STORAGE,
-    Bench,
-    records,
-    sealed,
-    seen,
-    small_bench,
-    wait_until,
-)
+from exhaustive import chaos, disturbances, paced
+from exhaustive.disturbances import FINISHED, REFUSED, STOPPED, STORAGE, Bench, records, sealed, seen, small_bench
 from helpers import object_store
 
-STEPS, EVERY = 90, 6
+STEPS, EVERY = 54, 4
+CONFIG = {
+    "optim__method": "adamw",
+    "optim__rho": None,
+    "model__layers": 1,
+    "train__duration": f"{STEPS} steps",
+    "evaluate__every": f"{STEPS} steps",
+    "checkpoint__every": f"{EVERY} steps",
+    "checkpoint__keep": 3,
+    "sample__tokens": 0,
+}
+
+
+def wait_until(run: "Started", true: Callable[[], bool]) -> bool:
+    """Waits until something is true; False if the run ended before. The server is a thread of this process."""
+    return disturbances.wait_until(run, true, seconds=400, pause=0.03)
 
 
 class Machine:
@@ -73,7 +77,7 @@ class Started:
         while self.poll() is None:
             if time.monotonic() > until:
                 raise TimeoutError(f"still runs after {timeout} s")
-            time.sleep(0.01)
+            time.sleep(0.05)
         return self.poll()
 
     def kill(self) -> None:
@@ -128,13 +132,8 @@ class Scene(NamedTuple):
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxies[machine].port}",
             "STEPPE_CACHE": str(cache),
         }
-        words = self.made.command[4:]
-        more = (
-            f"--workdir={self.address}",
-            f"--config.data.cache={self.made.folder}/cache",
-            "--config.checkpoint.keep=3",
-        )
-        return _MACHINES[machine].start([*words, *more], environment, cache / "log")
+        more = (f"--config.data.cache={self.made.folder}/cache", f"--workdir={self.address}")
+        return _MACHINES[machine].start([*self.made.command[4:], *more], environment, cache / "log")
 
 
 class Outcome(NamedTuple):
@@ -150,7 +149,7 @@ class Outcome(NamedTuple):
 def disturb(runs: int, minutes: float, seed: int, only: str = "") -> list[str]:
     """Takes the scenarios whose name contains `only` in turn, prints what became of each; what is wrong."""
     began, failures, rows = time.monotonic(), [], collections.defaultdict(list)
-    with small_bench(STEPS, EVERY) as made, object_store.server() as port, contextlib.ExitStack() as stack:
+    with small_bench(**CONFIG) as made, object_store.server() as port, contextlib.ExitStack() as stack:
         # the process that is copied imports jax, which then reads its environment
         tests = str(Path(__file__).parents[1])
         stack.enter_context(mock.patch.dict(os.environ, {**made.environment, "PYTHONPATH": tests}))
@@ -230,7 +229,7 @@ def _difference(scene: Scene, whole: Path) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- scenarios
 def _until(scene: Scene, run: Started, step: int, machine: int = 0) -> None:
-    if not wait_until(run, lambda: seen(scene.place(machine), "train", step)(), 400):
+    if not wait_until(run, lambda: seen(scene.place(machine), "train", step)()):
         raise RuntimeError(f"never came to step {step}")
 
 
@@ -259,7 +258,7 @@ def outage(mode: str, then: str) -> Callable[[Scene], Outcome]:
 
     def scenario(scene: Scene) -> Outcome:
         run, proxy = scene.start(), scene.proxy
-        _until(scene, run, scene.chance.randint(8, 16))
+        _until(scene, run, scene.chance.randint(6, 11))
         proxy.length = scene.chance.randint(1, 3000)
         proxy.turn(mode)
         if mode != "slow":
@@ -312,7 +311,7 @@ def bucket_gone(then: str) -> Callable[[Scene], Outcome]:
 
     def scenario(scene: Scene) -> Outcome:
         run = scene.start()
-        _until(scene, run, scene.chance.randint(14, 30))
+        _until(scene, run, scene.chance.randint(9, 16))
         object_store.remove_bucket(scene.port)
         statuses = []
         try:
@@ -340,7 +339,7 @@ def killed_at_a_seal(forwards: bool, machine: int) -> Callable[[Scene], Outcome]
 
     def scenario(scene: Scene) -> Outcome:
         run, proxy = scene.start(), scene.proxy
-        _until(scene, run, scene.chance.randint(8, 40))
+        _until(scene, run, scene.chance.randint(6, 24))
         proxy.forwards = forwards
         proxy.held.clear()
         proxy.turn("hold seals")
@@ -372,7 +371,7 @@ def two_writers(cut_off: bool) -> Callable[[Scene], Outcome]:
 
     def scenario(scene: Scene) -> Outcome:
         run = scene.start()
-        _until(scene, run, scene.chance.randint(14, 30))
+        _until(scene, run, scene.chance.randint(9, 16))
         if cut_off:
             scene.proxy.turn("paused")
             first = sealed(scene.place())[-1]
