@@ -25,6 +25,7 @@ from steppe.lm.keep.seal import Broken
 from steppe.lm.run.state import State
 
 ASIDE = ".orbax-checkpoint-tmp"  # in the names of directories that orbax, or we, have not finished with
+DELETED = f"{ASIDE}-deleted"
 SPARE = 8 << 20  # bytes a save must leave free, for metrics.jsonl and the like
 
 
@@ -188,20 +189,15 @@ class Checkpoints:
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
-        path, retired = self.directory / str(step), self.directory / seal.RETIRED / str(step)
+        path, retired = self.directory / str(step), self.directory / seal.RETIRED
         if not seal.is_local(path):
             path.rmtree()
-        elif retired.parent.exists():  # its seal stays, till the address is told
-            if retired.exists():
-                retired.rmtree()
-            path.rename(retired)
-            for inside in retired.iterdir():
-                if inside.is_dir():
-                    inside.rmtree()
-                elif inside.name != seal.NAME:
-                    inside.unlink()
-        else:  # a kill in mid-deletion must not leave half a checkpoint under its name
-            path.rename(self.directory / f"{step}{ASIDE}-deleted").rmtree()
+            return
+        # a kill in mid-deletion must not leave half a checkpoint under its name
+        path = path.rename(self.directory / f"{step}{DELETED}")
+        if retired.exists() and (path / seal.NAME).exists():
+            (path / seal.NAME).rename(retired / str(step))
+        path.rmtree()
 
     def _steps(self) -> list[int]:
         if not self.directory.exists():

@@ -20,7 +20,6 @@ from typing import TypedDict
 from etils import epath
 
 from steppe.data import files, stored
-from steppe.data.errors import DataError
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
 from steppe.lm.keep.exits import StorageError, WorkdirError
@@ -273,9 +272,12 @@ def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callab
                 start = f"{CHECKPOINTS}/{step}/"
                 store.get({name: files.below(aside, name.removeprefix(start)) for name in there.within(step)})
             seal.verify(epath.Path(aside), step)
-        except FileNotFoundError:  # its run has let it go meanwhile
-            shutil.rmtree(aside, ignore_errors=True)
-            return False
+        except (FileNotFoundError, shutil.Error):  # its run has let it go meanwhile, or there are no links here
+            if source is None:
+                shutil.rmtree(aside, ignore_errors=True)
+                return False
+            source = None
+            continue
         except seal.Broken as broken:
             problem, source = broken, None
             continue
@@ -370,9 +372,13 @@ class _Copier:
 
     def _fetch(self, there: _State, theirs: bool) -> None:
         """Fetches the steps that are newer there, or missing here where the address has gone on."""
-        place, retired, mine = self._place, set(_retired(self._place)), _seals(self._place)
+        from steppe.lm.keep.checkpoint import DELETED
+
+        place, mine = self._place, _seals(self._place)
         (place / CHECKPOINTS / seal.RETIRED).mkdir(parents=True, exist_ok=True)
-        last = max(mine, default=-1)
+        for left in (place / CHECKPOINTS).glob(f"*{DELETED}/{seal.NAME}"):  # of a process that was killed over it
+            left.rename(place / CHECKPOINTS / seal.RETIRED / left.parent.name.removesuffix(DELETED))
+        retired, last = set(_retired(place)), max(mine, default=-1)
         for step, digest in mine.items() if theirs else ():
             if step > max(there.steps) or there.steps.get(step, digest) != digest:
                 self._log(f"workdir     step {step} was left behind there; it is kept in {_set_aside(place, step)}")
@@ -398,7 +404,7 @@ class _Copier:
                 self._lost = str(taken)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            except (OSError, DataError) as error:
+            except Exception as error:
                 if not self._failing:
                     self._failing, self._since = True, time.monotonic()
                     again = f"the run goes on, and it is tried again every {SECONDS:g} s"
@@ -430,7 +436,7 @@ class _Copier:
             if step not in _seals(self._place) and self._there.get(step, digest) == digest:
                 self._remove(step, set())
                 known.seals.pop(step, None)
-            shutil.rmtree(self._place / CHECKPOINTS / seal.RETIRED / str(step))
+            (self._place / CHECKPOINTS / seal.RETIRED / str(step)).unlink()
         if new or gone or changed:
             known.save()
 
@@ -495,7 +501,8 @@ class _Copier:
                     lacking.append(step)
             if not wrong and not lacking:
                 known.files = {name: (*at[:2], there.names[name].mark) for name, at in known.files.items()}
-                known.seals = {step: (digest, True) for step, digest in sealed.items()}
+                heard = {step: digest for step, (digest, _) in known.seals.items() if there.steps.get(step) == digest}
+                known.seals = {step: (digest, True) for step, digest in {**heard, **sealed}.items()}
                 known.save()
                 return
             if last:
@@ -521,21 +528,20 @@ def _seals(place: Path) -> dict[int, str]:
         for folder in (place / CHECKPOINTS).iterdir():
             if (step := _number(folder.name)) is not None:
                 with suppress(FileNotFoundError, NotADirectoryError):
-                    found[step] = _digest(folder)
+                    found[step] = _digest(folder / seal.NAME)
     return found
 
 
 def _retired(place: Path) -> Iterator[tuple[int, str]]:
     """(step, digest) of what retention has let go since the address was last told."""
-    with suppress(FileNotFoundError):
-        for folder in sorted((place / CHECKPOINTS / seal.RETIRED).iterdir()):
-            if (step := _number(folder.name)) is not None:
-                with suppress(FileNotFoundError):
-                    yield step, _digest(folder)
+    for path in sorted((place / CHECKPOINTS / seal.RETIRED).glob("*")):
+        if (step := _number(path.name)) is not None:
+            with suppress(FileNotFoundError):
+                yield step, _digest(path)
 
 
-def _digest(folder: Path) -> str:
-    with open(folder / seal.NAME, "rb") as handle:
+def _digest(path: Path) -> str:
+    with open(path, "rb") as handle:
         return handle.read(_DIGEST).decode(errors="replace")
 
 

@@ -34,7 +34,11 @@ CONFIG = {
 
 def wait_until(run: "Started", true: Callable[[], bool]) -> bool:
     """Waits until something is true; False if the run ended before. The server is a thread of this process."""
-    return disturbances.wait_until(run, true, seconds=400, pause=0.03)
+    return disturbances.wait_until(run, true, seconds=1200, pause=0.03)
+
+
+# such small programs take longer to compile than to run
+COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"}
 
 
 class Machine:
@@ -72,7 +76,7 @@ class Started:
                 self._status = self._answers.recv()
         return self._process.exitcode if self._status is None else self._status
 
-    def wait(self, timeout: float = 400) -> int:
+    def wait(self, timeout: float = 1200) -> int:
         until = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > until:
@@ -127,7 +131,6 @@ class Scene(NamedTuple):
         cache = self.cache(machine)
         cache.mkdir(exist_ok=True)
         environment = {
-            **self.made.environment,
             **object_store.ENVIRONMENT,
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxies[machine].port}",
             "STEPPE_CACHE": str(cache),
@@ -152,7 +155,7 @@ def disturb(runs: int, minutes: float, seed: int, only: str = "") -> list[str]:
     with small_bench(**CONFIG) as made, object_store.server() as port, contextlib.ExitStack() as stack:
         # the process that is copied imports jax, which then reads its environment
         tests = str(Path(__file__).parents[1])
-        stack.enter_context(mock.patch.dict(os.environ, {**made.environment, "PYTHONPATH": tests}))
+        stack.enter_context(mock.patch.dict(os.environ, {**made.environment, **COMPILED, "PYTHONPATH": tests}))
         _FORKS.set_forkserver_preload(["exhaustive.paced"])
         proxies = tuple(stack.enter_context(object_store.Proxy(port)) for _ in range(2))
         whole = _undisturbed(made, port, proxies)

@@ -258,6 +258,14 @@ def test_there_go_steps_that_retention_let_go_and_no_others(machine, address):
             checkpoints.forget(7)  # a run that goes back
         shutil.rmtree(os.path.join(place, "checkpoints", "6"))  # a user's doing
     assert steps(names(address)) == {6, 7}
+    step(place, 8, "eight")
+    with mirror.kept(address, True, print) as place:
+        pass
+    folder = pathlib.Path(place, "checkpoints")
+    folder.joinpath("8").rename(folder / f"8{checkpoint.DELETED}")  # and there the process was killed
+    with mirror.kept(address, True, print) as place:
+        assert steps_in(place) == {7}
+    assert steps(names(address)) == {6, 7}
     machine("second")
     with mirror.kept(address, True, print) as place:
         assert steps_in(place) == {6, 7}
