@@ -76,7 +76,7 @@ def test_schedule_free_is_that_of_its_authors(warmup):
     )
     other.train()
     rate = optax.linear_schedule(0.05 / warmup, 0.05, warmup - 1) if warmup else 0.05
-    base = optim.base("schedule_free", rate, b1=0.9, b2=0.98, eps=1e-9, weight_decay=0.1)
+    base = optim.base_optimizer("schedule_free", rate, b1=0.9, b2=0.98, eps=1e-9, weight_decay=0.1)
     params = jnp.asarray(begin)
     state, evaluated = base.transform.init(params), BASES["schedule_free"].evaluated
     for step in range(25):
