@@ -67,6 +67,7 @@ class Objective(NamedTuple):
     weight(batch) -> scalar: the weight of this batch's mean loss among other microbatches (e.g. its token count).
     ascent_readout: the readout where its gradient is only climbed, which may be less exact; None: readout.
     compute_dtype: the dtype parameters are cast to inside trunk and readout, None when they are not.
+    sharded: whether devices exchange anything inside trunk and readout.
     """
 
     trunk: Trunk
@@ -75,6 +76,7 @@ class Objective(NamedTuple):
     weight: Callable[[Tree], jax.Array | float] = lambda batch: 1.0
     compute_dtype: Any = None
     ascent_readout: Readout | None = None
+    sharded: bool = False
 
 
 class Rule(Protocol):

@@ -19,6 +19,7 @@ from steppe.data.readers.plain import opened_text
 from steppe.data.vocabulary import Tokenizer
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.objective import readout_kernel
+from steppe.lm.model.ordered import jitted
 from steppe.lm.model.readout import cross_entropy
 from steppe.lm.run.assembly import Parts
 
@@ -133,7 +134,7 @@ def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:
         _, means, _ = cross_entropy(plain, kernel, hidden, batch["targets"], batch["weights"])
         return -means * jnp.sum(batch["weights"] > 0, axis=1)
 
-    return jax.jit(scores, out_shardings=NamedSharding(parts.mesh, PartitionSpec()))
+    return jitted(scores, parts.mesh, "choices", out_shardings=NamedSharding(parts.mesh, PartitionSpec()))
 
 
 def measure(scores: Callable, params, items: Sequence[Item], made: Rows, mesh, batch_size: int) -> dict[str, float]:

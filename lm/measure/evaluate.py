@@ -11,12 +11,18 @@ from jax.sharding import Mesh
 from steppe.data.loader import Corpus, held_out_rows, held_out_steps
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.objective import readout_kernel
+from steppe.lm.model.ordered import jitted
 from steppe.lm.model.readout import Options, cross_entropy
 from steppe.lm.model.transformer import Shape
 from steppe.optim import Objective
 
 
-def make_evaluation_step(objective: Objective, shape: Shape, options: Options) -> Callable:
+def make_evaluation_step(parts) -> Callable:
+    """The compiled evaluation_step of lm.run.assembly.Parts."""
+    return jitted(evaluation_step(parts.objective, parts.shape, parts.options), parts.mesh, "evaluation")
+
+
+def evaluation_step(objective: Objective, shape: Shape, options: Options) -> Callable:
     """step(params, batch) -> (nats, tokens, bytes) of a batch: plain cross-entropy, whatever the training loss adds."""
     plain = Options(options.vocabulary, options.chunk, soft_cap=options.soft_cap, place=options.place)
 

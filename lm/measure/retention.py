@@ -19,6 +19,7 @@ from steppe.lm.measure.evaluate import make_evaluation_step
 from steppe.lm.measure.in_training import twice_differentiable
 from steppe.lm.model import parameters
 from steppe.lm.model.mesh import local_rows, place_batch
+from steppe.lm.model.ordered import jitted
 from steppe.lm.run.assembly import Parts
 from steppe.lm.run.state import Optimizer, State, start
 from steppe.lm.run.step import make_step
@@ -59,15 +60,17 @@ def programs(parts: Parts) -> Programs:
         return along(twice_differentiable(parts), params, batch, jax.tree.map(jnp.subtract, other, params))
 
     return Programs(
-        jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),
+        make_evaluation_step(parts),
         jax.jit(
             lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma), out_shardings=places.params
         ),
         jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
         gptq.gram_program(parts),
         jax.jit(start_copy, out_shardings=places),
-        jax.jit(step, donate_argnums=0, out_shardings=(places, None)),  # as they came in: else a second compile
-        jax.jit(along_way),
+        jitted(
+            step, parts.mesh, "fine-tuning", donate_argnums=0, out_shardings=(places, None)
+        ),  # as they came in: else a second compile
+        jitted(along_way, parts.mesh, "curvature along the way"),
     )
 
 

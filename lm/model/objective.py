@@ -50,4 +50,5 @@ def objective(shape: Shape, options: Options, constrain: Placement, ascent_reduc
         weight=weight,
         compute_dtype=shape.dtype,
         ascent_readout=readout_of(options._replace(reduce_dtype=ascent_reduction)),
+        sharded=constrain.mesh is not None and constrain.mesh.size > 1,
     )

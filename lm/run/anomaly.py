@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 FOLDER = "anomalies"
 UPDATE = 2.0  # the metric nonfinite where loss and gradients were finite, and the update was not
+AGREED, PARTED, KNOWN = 0.9, 0.5, 8  # cosines of the two passes: before, now; and over how many steps before
 LAG = 2  # metrics are read one step late: the limit of step n may depend on steps up to n - LAG, whenever they are read
 
 
@@ -31,6 +32,7 @@ class Watch:
         memory = memory or {}
         self._losses = collections.deque(memory.get("losses", []), maxlen=train.spike_window + LAG)  # [step, loss]
         self._skipped = memory.get("skipped", 0)
+        self._cosines = collections.deque(maxlen=KNOWN)  # of steps that perturb
         self.windows = [list(window) for window in memory.get("windows", [])]  # [after step, batches left out]
 
     def memory(self) -> dict[str, Any]:
@@ -66,6 +68,18 @@ class Watch:
             **{name: metrics[name] for name in names},
             "decision": decision,
         }
+
+    def parted(self, metrics: dict[str, float]) -> float | None:
+        """The usual cosine between the gradients of the two passes, where that of this step has left it as no small rho
+        explains: a device, or what the devices exchange, may be wrong. None where all is well or nothing is known."""
+        cosine = metrics["cosine"]
+        if not metrics["epsilon_norm"] > 0 or not math.isfinite(cosine):
+            return None
+        usual = float(np.median(self._cosines)) if len(self._cosines) == KNOWN else math.nan
+        if usual > AGREED and cosine < PARTED:
+            return usual
+        self._cosines.append(cosine)
+        return None
 
     def roll_back(self, step: int, bad_step: int) -> bool:
         """Leaves out the batches of steps step+1 ... bad_step, restarting after `step`; False if that was too often.

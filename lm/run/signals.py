@@ -1,20 +1,24 @@
 """Signals that ask a run to stop: the first lets it finish its step and save, the second ends it at once."""
 
+import ctypes
 import os
 import signal
 import threading
+import time
 
 import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TOGETHER = 1.0  # seconds within which several signals are one: launchers send theirs more than once
 
 
 class StopSignals:
     """Catches SIGTERM and SIGINT while in use.
 
-    Several processes: jax's preemption service catches SIGTERM, of whichever process, and lets all of them stop after
-    the same step; SIGINT is passed on as SIGTERM. A second signal then ends a process once all have agreed to stop.
+    Several processes: jax's preemption service is told of a signal to whichever process, and lets all of them stop
+    after the same step. A second signal ends the process at once, also while it hangs in an exchange with the others,
+    where no handler of Python's would run; the others end when its heartbeat is missed.
     """
 
     def __init__(self):
@@ -24,10 +28,38 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            # with several processes a handler of ours for SIGTERM would replace jax's
-            for number in SIGNALS if jax.process_count() == 1 else (signal.SIGINT,):
-                self._before[number] = signal.signal(number, self._ask)
+            if jax.process_count() > 1:
+                self._pass_on()
+            else:
+                self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
+
+    def _pass_on(self) -> None:
+        """From now on a thread hears the signals of this process, one of several, and tells jax of the first."""
+        libc = ctypes.CDLL(None)
+        libc.signal.restype = ctypes.c_void_p
+        jaxs = libc.signal(signal.SIGTERM, signal.SIG_IGN)  # the handler that jax installed, unknown to Python
+        tell = ctypes.CFUNCTYPE(None, ctypes.c_int)(jaxs)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # Python's own handler in C writes the number to this descriptor
+        heard, end = os.pipe()
+        os.set_blocking(end, False)
+        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+
+        def listen():
+            first = None
+            while True:
+                number = os.read(heard, 1)[0]
+                if number not in SIGNALS:
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                    os.write(2, b"stopping after this step; a second signal stops at once\n")
+                    tell(signal.SIGTERM)
+                elif time.monotonic() > first + TOGETHER:
+                    os._exit(128 + number)
+
+        threading.Thread(target=listen, daemon=True).start()
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
@@ -38,8 +70,6 @@ class StopSignals:
         for known in self._before:
             signal.signal(known, signal.SIG_DFL)
         os.write(2, b"stopping after this step; a second signal stops at once\n")
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self) -> bool:
         """Whether the only process was asked to stop; with several, which must agree after a step, False."""
@@ -53,7 +83,4 @@ class StopSignals:
         self._calls += 1
         if not self._agreed and multihost_utils.reached_preemption_sync_point(self._calls):
             self._agreed = True
-            if threading.current_thread() is threading.main_thread():
-                for number in SIGNALS:
-                    signal.signal(number, signal.SIG_DFL)
         return self._agreed

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from steppe.lm.model.ordered import ordered
 from steppe.lm.run.anomaly import UPDATE
 from steppe.lm.run.assembly import Parts
 from steppe.lm.run.state import Optimizer, State
@@ -57,7 +58,7 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
 
 def compile_step(parts: Parts, batch: dict) -> Callable:
     """The compiled step(state, batch, limit), which takes the state's memory."""
-    return with_scalars(lower_step(parts, batch).compile(), parts)
+    return with_scalars(ordered(lower_step(parts, batch).compile(), parts.mesh, "training step"), parts)
 
 
 def with_scalars(compiled: Callable, parts: Parts) -> Callable:

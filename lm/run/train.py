@@ -23,6 +23,7 @@ from steppe.lm.measure import choices
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.measure.in_training import make_measurement
 from steppe.lm.model.mesh import local_rows, place_batch
+from steppe.lm.model.ordered import ordered
 from steppe.lm.run import anomaly, chips, generate
 from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, program_key, report_parts
 from steppe.lm.run.check import described
@@ -304,9 +305,10 @@ class Run:
             params = None if self.judged == LAST else parts.abstract.params
             origin = None if self.origin is None else parts.abstract.params
             measurement = measurement.lower(params, parts.abstract, origin, like, parts.scalars).compile()
+            measurement = ordered(measurement, parts.mesh, "curvature of the run")
         return Compiled(
-            lower_step(parts, like).compile(),
-            jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options)),
+            ordered(lower_step(parts, like).compile(), parts.mesh, "training step"),
+            make_evaluation_step(parts),
             choices.make_scores(parts),
             measurement,
         )
@@ -373,6 +375,13 @@ class Run:
         counted, budget = metrics.pop("tokens", math.nan), self.parts.budget
         self.seen += int(counted) if budget.tokens_per_step < budget.positions_per_step else budget.positions_per_step
         self.tracker.step(number, {**metrics, "data_wait": waited}, self.seen)
+        if usual := self.watch.parted(metrics):
+            cosine = metrics["cosine"]
+            self.tracker.note(
+                f"step {number}: the gradients at theta and at theta + epsilon have cosine {cosine:.3f}, after "
+                f"{usual:.3f}: no small rho explains this, a device or what the devices exchange may be wrong"
+            )
+            self.tracker.event("parted", number, {"cosine": cosine, "usual": usual})
         found = self.watch.judge(number, metrics)
         if found is None:
             return None

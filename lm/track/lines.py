@@ -81,6 +81,13 @@ class AnomalyRecord(Record, total=False):
     decision: str
 
 
+class PartedRecord(Record, total=False):
+    """A step whose two passes disagree as no small rho explains: the cosine of their gradients, and the usual one."""
+
+    cosine: Required[Number]
+    usual: Required[Number]
+
+
 class RollbackRecord(Record, total=False):
     """A rollback, of which step, to where, and which batches are left out since."""
 
@@ -116,8 +123,8 @@ class GoodputRecord(Record, total=False):
 
 KINDS = {
     "run": RunRecord, "train": TrainRecord, "evaluate": EvaluateRecord, "average": AverageRecord,
-    "anomaly": AnomalyRecord, "rollback": RollbackRecord, "branch": BranchRecord, "change": ChangeRecord,
-    "curvature": CurvatureRecord, "goodput": GoodputRecord, "checkpoint": GoodputRecord,
+    "anomaly": AnomalyRecord, "parted": PartedRecord, "rollback": RollbackRecord, "branch": BranchRecord,
+    "change": ChangeRecord, "curvature": CurvatureRecord, "goodput": GoodputRecord, "checkpoint": GoodputRecord,
 }  # fmt: skip
 
 

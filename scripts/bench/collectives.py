@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from steppe.lm.model import hlo
 from steppe.scripts import command
 from steppe.scripts.plan import __main__ as plan
-from steppe.scripts.plan import hlo
 
 METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam", "msam", "functional_msam")
 GIB = 2**30

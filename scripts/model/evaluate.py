@@ -25,7 +25,6 @@ def main(argv: Sequence[str]) -> int:
     options = command.options_of(argv, parser)
 
     command.ready_to_compute()
-    import jax
 
     from steppe.data import baselines
     from steppe.data.cache import held_out_of
@@ -36,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     questions = choices.read(options.choices or ())
     run = saved.load(options.workdir, options.step, weights=options.weights)
     questions = questions or choices.read(run.config.evaluate.choices)
-    step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
+    step = make_evaluation_step(run.parts)
     corpus = run.corpus if options.task is None else held_out_of(run.config.data, options.task)
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")

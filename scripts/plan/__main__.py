@@ -176,10 +176,10 @@ def plan(config, parts, program, devices: list) -> Plan:
     """The Plan of a compiled step."""
     import jax
 
+    from steppe.lm.model import hlo
     from steppe.lm.run.budget import roofline
     from steppe.lm.run.chips import chip_of
     from steppe.optim.methods import is_anchored
-    from steppe.scripts.plan import hlo
 
     def local(tree):
         leaves = jax.tree.leaves(tree)

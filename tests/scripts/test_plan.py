@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from steppe.configs import base, sizes
+from steppe.lm.model import hlo
 from steppe.lm.model.mesh import make_mesh
 from steppe.lm.run import chips
 from steppe.lm.run.assembly import assemble
@@ -18,7 +19,6 @@ from steppe.lm.run.budget import step_flops
 from steppe.optim.methods import Cost
 from steppe.scripts.bench import methods as bench_methods
 from steppe.scripts.plan import __main__ as plan
-from steppe.scripts.plan import hlo
 
 
 def config(size: str, batch: int, length: int, method: str, **model):

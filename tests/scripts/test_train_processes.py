@@ -1,4 +1,4 @@
-"""Two real processes of four devices each, over jax.distributed on this machine."""
+"""Two real processes of four devices each, over jax.distributed on this machine, over every axis of the mesh."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ def corpus(tmp_path_factory):
 
 
 def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subprocess.Popen:
-    """scripts.train on `devices` simulated devices, fsdp over all there are."""
+    """scripts.train on `devices` simulated devices over every axis; each evaluation is of the whole text."""
     command = [
         *(sys.executable, "-P", "-m", "steppe.scripts.train", "--config=base", f"--workdir={workdir}", *arguments),
         *(f"--config.data.task=text:{corpus}/train.txt@all", f"--config.data.cache={corpus}/cache"),
@@ -36,8 +36,9 @@ def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subproc
             "--config.model.heads=2",
             "--config.model.mlp_width=32",
         ),
-        *("--config.optim.method=precond_functional_sam", "--config.mesh.data=2", "--config.mesh.fsdp=-1"),
-        *(f"--config.train.duration={steps} steps", "--config.evaluate.every=100%", "--config.evaluate.batches=1"),
+        *("--config.optim.method=precond_functional_sam", "--config.optim.rho=0.05", "--config.mesh.data=-1"),
+        *("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.evaluate.batch_size=16"),
+        *(f"--config.train.duration={steps} steps", "--config.evaluate.every=100%", "--config.evaluate.batches=0"),
         *("--config.average.weights=('ema', 'lawa')", "--config.average.horizon=4 steps"),
         *("--config.average.snapshots=2", "--config.log.every=1"),
         *("--config.checkpoint.every=5 steps", "--config.sample.tokens=0"),
@@ -68,6 +69,9 @@ def test_two_processes_of_four_devices_equal_one_of_eight(corpus, tmp_path):
     said = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     np.testing.assert_allclose(lm_runs.losses(tmp_path / "two"), lm_runs.losses(tmp_path / "one"), atol=1e-5)
+    for name in ("perturbed_loss", "cosine", "gradient_norm"):  # of both passes
+        values = [[record[name] for record in lm_runs.records(tmp_path / run, "train")] for run in ("one", "two")]
+        np.testing.assert_allclose(*values, atol=1e-4)
     ends = [[record["loss"] for record in lm_runs.records(tmp_path / run, "average")] for run in ("one", "two")]
     assert len(ends[0]) == 4  # of both averages, at the start and at the end
     np.testing.assert_allclose(*ends, rtol=1e-5)

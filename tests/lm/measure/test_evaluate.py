@@ -44,7 +44,7 @@ def _logits(trunk, vocabulary, params, inputs):
 
 def test_held_out_loss_is_plain_cross_entropy_over_every_token_once(run):
     _, corpus, parts, state = run
-    step = jax.jit(make_evaluation_step(parts.objective, parts.shape, parts.options))
+    step = make_evaluation_step(parts)
     found = evaluate(step, state.params, corpus, "val", parts.mesh, batch_size=5)  # the last batch is padded
     nats = 0.0
     text = (pathlib.Path(corpus.directory).parents[1] / "val.txt").read_bytes()

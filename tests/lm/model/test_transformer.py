@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steppe.lm.model import attention
+from steppe.lm.model import attention, hlo
 from steppe.lm.model.mesh import Placement, make_mesh
 from steppe.lm.model.transformer import INITS, Shape, Trunk, lookup
 from steppe.optim.masks import path_names
-from steppe.scripts.plan import hlo
 
 T = 12
 STYLES = {

@@ -107,3 +107,15 @@ def test_settings_out_of_range_are_refused(key, value, accepted):
     config[section][name] = value
     with pytest.raises(ConfigError, match=f"config.{key} = .*must be {accepted}"):
         check(config, device_count=1)
+
+
+def test_a_cosine_that_leaves_its_usual_value_at_once_is_said_and_a_slow_fall_is_not():
+    one = watch()
+    for step in range(20):
+        assert one.parted({"cosine": 0.999 - 0.0001 * step, "epsilon_norm": 0.02}) is None
+    assert one.parted({"cosine": 1.0, "epsilon_norm": 0.0}) is None  # a step that does not perturb says nothing
+    assert one.parted({"cosine": 0.1, "epsilon_norm": 0.02}) == pytest.approx(0.998, abs=1e-3)
+    assert one.parted({"cosine": -0.05, "epsilon_norm": 0.02})  # and so is the next: bad steps are not what is usual
+    assert one.parted({"cosine": 0.997, "epsilon_norm": 0.02}) is None
+    slow = watch()
+    assert not any(slow.parted({"cosine": 0.999 - 0.02 * step, "epsilon_norm": 0.3}) for step in range(45))

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import lm_runs
 from steppe.lm.measure import in_training, retention, sharpness
-from steppe.lm.measure.evaluate import make_evaluation_step
+from steppe.lm.measure.evaluate import evaluation_step
 from steppe.lm.model.attention import differentiable
 from steppe.lm.model.mesh import Placement, batch_sharding
 from steppe.lm.model.objective import objective
@@ -99,7 +99,7 @@ def test_creation_evaluation_and_sampling(platform):
     places = states.shardings(parts.mesh, jax.eval_shape(parts.initialise))
     lower(platform, jax.jit(parts.initialise.func, out_shardings=places), *parts.initialise.args)
     params, batch = parts.abstract.params, batch_of(parts, bytes=jnp.int32)
-    text = lower(platform, make_evaluation_step(parts.objective, parts.shape, parts.options), params, batch)
+    text = lower(platform, evaluation_step(parts.objective, parts.shape, parts.options), params, batch)
     assert (kernels(text) > 0) == (platform == "tpu")
     decoder, ids = make_decoder(parts.shape, VOCABULARY), jax.ShapeDtypeStruct((3,), jnp.int32)
     window, keys = jax.ShapeDtypeStruct((3, LENGTH), jnp.int32), jax.random.split(jax.random.key(0), 3)

@@ -92,7 +92,7 @@ def test_every_measure_is_a_number_in_the_file(measured):
 
 def test_the_loss_is_that_of_evaluate_on_the_same_rows(place, measured):
     run = saved.load(str(place / "sweep" / "a"), log=lambda text: None)
-    step = jax.jit(make_evaluation_step(run.parts.objective, run.parts.shape, run.parts.options))
+    step = make_evaluation_step(run.parts)
     found = evaluate(step, run.params, run.corpus, "val", run.parts.mesh, 4, 3)
     assert measured[1]["loss"] == pytest.approx(found["loss"], rel=1e-6)
     assert measured[1]["held_out"]["tokens"] == found["tokens"]

@@ -1,4 +1,4 @@
-"""What an optimized XLA program exchanges between devices and which arrays it holds, read from its text."""
+"""What an optimized XLA program sends between devices, in which order, and which arrays it holds, from its text."""
 
 import math
 import re
@@ -24,6 +24,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_NAMES = re.compile(r"%([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 # The three spellings of who takes part: [groups,size]<=..., {{0,1},...}, and named axes of a mesh of its own.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
@@ -107,6 +108,45 @@ def collectives(text: str) -> list[Collective]:
         return result
 
     return within(entry, 1)
+
+
+def unordered(text: str) -> list[tuple[str, str]]:
+    """(control flow, collective) of a scheduled program where XLA's CPU runtime keeps no order between the two.
+
+    The runtime starts collectives in the schedule's order, the same on every device. But a loop, branch or call counts
+    as started when it returns, and it returns before the collectives inside have started. A later collective that does
+    not wait for its results may then overtake them on one device and not on another. gloo pairs by order alone, so the
+    sums are wrong; devices of one process wait for each other forever. (openxla/xla: execution_graph.h orders
+    collectives by scheduling edges, and thunk_executor.cc releases those when a nested executor returns.)
+    """
+    found, _ = computations(text)
+    holding: dict[str, bool] = {}
+
+    def flows(instruction: Instruction) -> bool:
+        called = _CALLED.findall(instruction.rest)
+        for group in (_BRANCHES.search(instruction.rest) or re.match("()", "")).groups():
+            called += re.findall(r"[\w.\-]+", group or "")
+        return instruction.operation in ("while", "conditional", "call") and any(holds(name) for name in called)
+
+    def sends(instruction: Instruction) -> bool:
+        return instruction.operation.removesuffix("-start") in _KINDS
+
+    def holds(name: str) -> bool:
+        if name not in holding:
+            holding[name] = any(sends(each) or flows(each) for each in found.get(name, ()))
+        return holding[name]
+
+    result = []
+    for instructions in found.values():
+        needs: dict[str, set[str]] = {}  # of an instruction: the control flow before it whose results it waits for
+        for each in instructions:
+            operands = _NAMES.findall(each.rest.split("), ")[0])
+            before = set().union(*(needs[name] for name in operands if name in needs))
+            flow = flows(each)
+            if flow or sends(each):
+                result += [(other, each.name) for other in needs if other in needs[other] and other not in before]
+            needs[each.name] = before | {each.name} if flow else before
+    return result
 
 
 def _trips(loop: Instruction, found: dict) -> int:

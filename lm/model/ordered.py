@@ -1,0 +1,56 @@
+"""Programs on several CPU devices: only those whose collectives XLA's runtime keeps in order, and one at a time.
+
+Elsewhere a program is itself. What can go wrong on CPUs is said at `hlo.unordered`; jax#40830 (psum_scatter over gloo
+gives wrong values from jax 0.12 on) and jax#40831 (it gives up after 30 seconds) are faults of the same transport.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from steppe.configs.keys import ConfigError
+from steppe.lm.model import hlo
+
+
+def several_cpus(mesh: Mesh) -> bool:
+    """Whether XLA's CPU runtime exchanges anything between devices."""
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def ordered(compiled: jax.stages.Compiled, mesh: Mesh, name: str) -> Callable:
+    """A compiled program as a function. On several CPU devices it returns when all have finished.
+
+    Two executions at a time would share the runtime's few threads, whose collectives block them. Raises ConfigError for
+    a program in which a collective may overtake another. name: of the program, for the message.
+    """
+    if not several_cpus(mesh):
+        return compiled
+    if found := hlo.unordered(compiled.as_text()):
+        flow, collective = found[0]
+        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        why = f"{collective} may overtake the collectives in {flow}, {len(found)} such pairs"
+        raise ConfigError("mesh", sizes, f"a mesh on which CPUs keep the collectives of the {name} in order ({why})")
+    # gloo gives up on a process that comes 30 seconds late to a group's first collective, and some compile faster.
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{name} is compiled")
+    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+
+
+def jitted(function: Callable, mesh: Mesh, name: str, **options: Any) -> Callable:
+    """jax.jit(function, **options) as `ordered` has it: compiled for the arguments it first meets."""
+    once = jax.jit(function, **options)
+    if not several_cpus(mesh):
+        return once
+    programs: dict[tuple, Callable] = {}
+
+    def run(*arguments):
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (structure, *((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves))
+        if key not in programs:
+            programs[key] = ordered(once.lower(*arguments).compile(), mesh, name)
+        return programs[key](*arguments)
+
+    return run
