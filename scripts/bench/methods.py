@@ -88,10 +88,10 @@ def measure(
     import jax.numpy as jnp
     import optax
 
-    from steppe.optim import base, method
+    from steppe.optim import base_optimizer, method
     from steppe.optim.methods import period_options, row_of
 
-    adamw = base("adamw", 1e-3, weight_decay=0.1)
+    adamw = base_optimizer("adamw", 1e-3, weight_decay=0.1)
 
     def update(params, state, gradient):
         updates, state = adamw.transform.update(gradient, state, params)
