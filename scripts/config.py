@@ -3,11 +3,13 @@
     steppe config [NAME] [--config.key=value ...]
     steppe config diff A B
     steppe config from-hf HF_DIR [--out=FILE]
+    steppe config from-hf FILE.gguf --to=HF_DIR [--out=FILE]
 
 NAME, A and B are configs as --config takes them; A and B may also be workdirs of runs. The third writes a config whose
 model is exactly that of a Hugging Face directory, with its weights and vocabulary.
 """
 
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -71,15 +73,27 @@ def diff(argv: Sequence[str]) -> int:
 def from_hf(argv: Sequence[str]) -> int:
     """`config from-hf HF_DIR`: a config file that continues its model."""
     parser = command.parser("config from-hf", "A config of a Hugging Face model.", config=False)
-    parser.add_argument("directory", metavar="HF_DIR", help="with config.json and safetensors")
+    parser.add_argument(
+        "directory",
+        metavar="HF_DIR",
+        help="with config.json and safetensors; or a .gguf file, or an installed package with one",
+    )
     parser.add_argument("--out", metavar="FILE", help="a new file; default: to print it")
+    parser.add_argument(
+        "--to", metavar="HF_DIR", help="of a .gguf file: the new directory that its model is written to"
+    )
     options = command.options_of(argv, parser)
     if options.out and os.path.exists(options.out):
         return command.fail(f"--out={options.out}: exists; choose a new file")
 
-    from steppe.lm.hub import families, load
+    from steppe.lm.hub import families, gguf, load
 
-    directory = os.path.abspath(os.path.expanduser(options.directory))
+    directory = os.path.abspath(os.path.expanduser(_packaged(options.directory)))
+    if directory.endswith(".gguf"):
+        if not options.to or os.path.exists(options.to):
+            return command.fail(f"--to={options.to}: must be a new directory, for the model of {options.directory}")
+        source, directory = directory, os.path.abspath(os.path.expanduser(options.to))
+        gguf.write(source, directory)
     found, family = load.read_config(directory)
     tokenizer = next((name for name in TOKENIZERS if os.path.exists(os.path.join(directory, name))), "")
     named = {"init_from": directory}
@@ -98,6 +112,17 @@ def from_hf(argv: Sequence[str]) -> int:
     if not tokenizer:
         print(f"{directory} has none of {', '.join(TOKENIZERS)}: set config.data.vocabulary", file=sys.stderr)
     return 0
+
+
+def _packaged(source: str) -> str:
+    """The .gguf file of an installed package of that name; what is there, or no package, as it is."""
+    if os.path.exists(source):
+        return source
+    try:
+        listed = importlib.metadata.files(source) or ()
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return source
+    return next((str(each.locate()) for each in listed if each.suffix == ".gguf"), source)
 
 
 def read(text: str):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from steppe.data import files
+from steppe.data.vocabulary import load_tokenizer
 from steppe.lm.hub import differences, families, tokenizers
 from steppe.lm.hub.families import Family
 from steppe.lm.keep.saved import Unread
@@ -38,7 +39,9 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
     aside.mkdir(parents=True)
     try:
         ids = tokenizers.write(aside, run.corpus, run.config.data.sequence_length).ids()
-        files.write_json(aside / "config.json", families.theirs(family, run.config, tokenizer.vocab_size, ids))
+        names = [tokenizer.fingerprint, load_tokenizer(str(aside)).fingerprint]
+        more = {**ids, families.VOCABULARY: names}
+        files.write_json(aside / "config.json", families.theirs(family, run.config, tokenizer.vocab_size, more))
         files.write_json(aside / "generation_config.json", {**ids, "do_sample": True, "temperature": 1.0})
         log(f"tokenizer   {tokenizer.vocab_size:,} tokens; {differences.said(aside, run.corpus)}")
         _write_weights(aside, run, family, log)

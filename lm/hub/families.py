@@ -118,6 +118,31 @@ FAMILIES = (
     ),
 )  # fmt: skip
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")  # of training there; any value will do
+VOCABULARY = (
+    "steppe_vocabulary"  # our key in their config.json: fingerprints of the vocabulary, the run's and the export's
+)
+# Keys of a config.json that change nothing that a model computes: names, ids, initial values, what is returned, sampled
+_HARMLESS = frozenset((
+    "architectures", "model_type", "vocab_size", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+    "use_cache", "initializer_range", "pretraining_tp", "tokenizer_class", "task_specific_params", "finetuning_task",
+    "id2label", "label2id", "num_labels", "problem_type", "output_attentions", "output_hidden_states",
+    "output_scores", "return_dict", "return_dict_in_generate", "torchscript", "chunk_size_feed_forward",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "max_window_layers",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "do_sample", "temperature", "top_k", "top_p", "typical_p",
+    "max_length", "min_length", "max_new_tokens", "num_beams", "num_beam_groups", "num_return_sequences",
+    "early_stopping", "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "remove_invalid_values", "exponential_decay_length_penalty", "prefix", "n_ctx", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "is_llama_config",
+    "transformers.js_config", "rope_parameters", "rope_scaling", "rope_theta", VOCABULARY,
+))  # fmt: skip
+# Keys that change nothing at these values
+_NEUTRAL = {
+    "is_encoder_decoder": False, "add_cross_attention": False, "cross_attention_hidden_size": None, "is_decoder": False,
+    "use_sliding_window": False, "rope_interleaved": False, "tie_encoder_decoder": False, "pruned_heads": {},
+    "use_bfloat16": False, "partial_rotary_factor": 1.0,
+}  # fmt: skip
 
 
 def of_config(config: ConfigDict) -> Family:
@@ -135,8 +160,8 @@ def of_config(config: ConfigDict) -> Family:
     return family
 
 
-def theirs(family: Family, config: ConfigDict, vocabulary: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The config.json of a model. vocabulary: ids that mean something; ids: bos_token_id and its like."""
+def theirs(family: Family, config: ConfigDict, vocabulary: int, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model. vocabulary: ids that mean something; more: bos_token_id and its like."""
     model = config.model
     ours = {
         **{f"model.{name}": value for name, value in model.items()},
@@ -149,7 +174,7 @@ def theirs(family: Family, config: ConfigDict, vocabulary: int, ids: Mapping[str
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": found["rope_theta"]}
     return {
         "architectures": [family.architecture], "model_type": family.kind, "vocab_size": vocabulary, **found,
-        **family.fixed, **ids, "dtype": "float32", "torch_dtype": "float32", "use_cache": True,
+        **family.fixed, **more, "dtype": "float32", "torch_dtype": "float32", "use_cache": True,
     }  # fmt: skip
 
 
@@ -169,7 +194,33 @@ def of_theirs(found: Mapping[str, Any], place: str) -> Family:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise Unusable(f"{place}: rope_type = {kind!r}: must be 'default'; Steppe scales no positions")
+    for key, value in {**{name: v for name, v in rope.items() if name not in ("type", "rope_type")}, **found}.items():
+        if value is not None and not _accounted(family, key, value, found):
+            raise Unusable(f"{place}: {key} = {_short(value)}: {_REASONS.get(key, 'is no key that Steppe knows')}")
     return family
+
+
+_REASONS = {
+    "quantization_config": "quantised weights are refused; save the model in float32 or bfloat16",
+    "partial_rotary_factor": "must be 1; Steppe turns whole heads",
+    "layer_types": "must be full_attention in every layer",
+}
+
+
+def _accounted(family: Family, key: str, value: Any, found: Mapping[str, Any]) -> bool:
+    """Whether a key of a config.json is used here, or changes nothing."""
+    if key == "sliding_window":  # where it is not used, any
+        return found.get("use_sliding_window") is False
+    if key == "layer_types":
+        return set(value) == {"full_attention"}
+    if key in _NEUTRAL:
+        return value == _NEUTRAL[key]
+    return key in _HARMLESS or key in family.fixed or key in {name for names in family.keys.values() for name in names}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]:

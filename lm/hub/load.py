@@ -1,6 +1,7 @@
 """Parameters that a new run starts from: those of a checkpoint, or of a Hugging Face directory, placed on the mesh."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.configs.keys import ConfigError
+from steppe.data.vocabulary import load_tokenizer
 from steppe.lm.hub import families
 from steppe.lm.hub.families import LAST_NORM, Family
 from steppe.lm.keep import checkpoint, mirror, saved
@@ -21,6 +23,10 @@ from steppe.lm.model.transformer import widening_of
 from steppe.lm.run.assembly import Parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_config.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+PADDING = 1024  # rows that only make a table's size a round number are fewer
+_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # what is computed, not trained
 
 
 def initial_params(config: ConfigDict, parts: Parts, log: Callable[[str], None] = print) -> Any:
@@ -37,8 +43,10 @@ def initial_params(config: ConfigDict, parts: Parts, log: Callable[[str], None] 
         raise ConfigError("init_weights", config.init_weights, accepted)
     found, family = read_config(source)
     _same(config, families.ours(family, found, source), config.init_from)
+    _same_vocabulary(config, source, found)
     with _Tensors(source) as tensors:
         arrays = dict(_arrays(family, tensors, config, _shapes(abstract_params), parts.options.vocabulary))
+        tensors.account(tied="lm_head.weight", to=next(iter(family.names)))
     log(f"parameters  of {config.init_from} ({family.architecture})")
     return _placed(arrays, abstract_params)
 
@@ -84,6 +92,8 @@ def read_config(directory: str) -> tuple[dict[str, Any], Family]:
         raise Unusable(f"{place}: must be the config of a Hugging Face model ({reason})") from None
     if not isinstance(found, dict):
         raise Unusable(f"{place}: must be the config of a Hugging Face model, and is {type(found).__name__}")
+    if place.with_name(ADAPTER).exists():
+        raise Unusable(f"{place.with_name(ADAPTER)}: adapters are refused; merge them into the weights first")
     return found, families.of_theirs(found, str(place))
 
 
@@ -99,11 +109,38 @@ def _same(config: ConfigDict, wanted: dict[str, Any], place: str) -> None:
             raise ConfigError(key, have[key], f"{value!r}, as in {place}; steppe config from-hf writes such a config")
 
 
+_SAMPLE = "The quick brown fox jumps over 1,234 lazy dogs, and says:\n    return [x + 1 for x in range(10)]\n"
+
+
+def _same_vocabulary(config: ConfigDict, source: str, found: dict[str, Any]) -> None:
+    """ConfigError where config.data.vocabulary is not the model's.
+
+    An export of ours says which it is. Of others the tokenizer.json beside the weights must be as large and give the
+    same ids for a sample; where there is none, the table says how many ids there may be.
+    """
+    ours, kept = load_tokenizer(config.data.vocabulary), found.get(families.VOCABULARY)
+    beside = Path(source).expanduser() / "tokenizer.json"
+    accepted, rows = f"the vocabulary of {config.init_from}", found.get("vocab_size") or 0
+    if kept:
+        same = ours.fingerprint in kept
+    elif beside.exists():
+        theirs = load_tokenizer(str(beside))
+        accepted += f", its tokenizer.json of {theirs.vocab_size:,} tokens"
+        same = ours.fingerprint == theirs.fingerprint or (
+            ours.vocab_size == theirs.vocab_size and ours.encode(_SAMPLE) == theirs.encode(_SAMPLE)
+        )
+    else:
+        accepted += f", whose table has {rows:,} rows"
+        same = rows - PADDING < ours.vocab_size <= rows
+    if not same:
+        raise ConfigError("data.vocabulary", config.data.vocabulary, f"{accepted} (this one has {ours.vocab_size:,})")
+
+
 class _Tensors:
     """The tensors of a directory's safetensors files by name, read as they are asked for."""
 
     def __init__(self, directory: str):
-        self._folder, self._open = Path(directory).expanduser(), {}
+        self._folder, self._open, self._read = Path(directory).expanduser(), {}, set()
 
     def __enter__(self) -> "_Tensors":
         try:
@@ -131,7 +168,23 @@ class _Tensors:
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._where:
             raise Unusable(f"{self._folder}: has no tensor {name}")
-        return self._open[self._where[name]].get_tensor(name).astype(np.float32)
+        file = self._open[self._where[name]]
+        kind = file.get_slice(name).get_dtype()
+        if kind not in FLOATS:
+            raise Unusable(f"{self._folder}: tensor {name} is {kind}: must be one of {', '.join(FLOATS)}")
+        array = file.get_tensor(name).astype(np.float32)
+        if not np.isfinite(array).all():
+            raise Unusable(f"{self._folder}: tensor {name} has values that are not finite")
+        self._read.add(name)
+        return array
+
+    def account(self, tied: str, to: str) -> None:
+        """Unusable for a tensor that was not read and is known for nothing; `tied` may be there if it equals `to`."""
+        if tied in self and tied not in self._read and not np.array_equal(self[tied], self[to]):
+            raise Unusable(f"{self._folder}: tensor {tied} differs from {to}, to which the config ties it")
+        rest = sorted(name for name in self._where if name not in self._read and not _BUFFERS.search(name))
+        if rest:
+            raise Unusable(f"{self._folder}: no parameter is tensor {', '.join(rest[:3])} ({len(rest)} in all)")
 
 
 def _shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:

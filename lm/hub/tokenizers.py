@@ -139,6 +139,14 @@ def _of_bytes() -> dict[str, Any]:
     return _tokenizer(_bpe(vocabulary, [], None, False), joined, special, pre_tokenizer=cut)
 
 
+def of_bytes_and_merges(
+    vocabulary: Mapping[str, int], merges: list, special: Mapping[str, int], cuts: list[dict]
+) -> dict[str, Any]:
+    """A byte-level vocabulary that says its merges; cuts: what cuts a text, the last of which writes its bytes."""
+    model = _bpe(vocabulary, merges, None, False)
+    return _tokenizer(model, cuts[-1], special, pre_tokenizer=_sequence("pretokenizers", cuts))
+
+
 def _of_ranks(found: dict) -> dict[str, Any]:
     """tiktoken's. A word that is a token is that token there, and special tokens stand outside of what words are."""
     characters = byte_characters()

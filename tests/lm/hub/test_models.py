@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -137,6 +139,11 @@ def test_what_no_family_expresses_is_refused_by_key(text, tmp_path):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = 'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
         ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config = .*: quantised weights are"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
+        ({"sliding_window": 128}, "sliding_window = 128: is no key that Steppe knows"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0: is no key that Steppe knows"),
     ],
 )
 def test_a_model_that_is_not_ours_is_refused_by_key(text, made, tmp_path, change, said):
@@ -178,6 +185,87 @@ def test_a_directory_that_does_not_fit_is_refused_by_key(text, made, tmp_path):
     with refusal(Unusable) as caught:
         load.initial_params(config, parts)
     assert "its weights cannot be read" in str(caught.value)
+
+
+def _quantised(tensors):
+    halves = {name: array.astype(np.float16) for name, array in tensors.items() if "proj" not in name}
+    for name in tensors.keys() - halves.keys():
+        scale = np.abs(tensors[name]).max(axis=1)
+        halves[name] = np.round(tensors[name] / scale[:, None] * 127).astype(np.int8)
+        halves[name.replace("weight", "SCB")] = scale
+    return halves
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_quantised, "_proj.weight is I8: must be one of F64"),
+        (lambda t: {**t, f"{Q}.bias": np.ones(16, np.float32)}, f"no parameter is tensor {Q}.bias"),
+        (lambda t: {**t, f"{Q}.SCB": np.ones(16, np.float32)}, f"no parameter is tensor {Q}.SCB"),
+        (lambda t: {**t, "model.layers.2.mlp.up_proj.weight": np.ones(3, np.float32)}, "model.layers.2.mlp.up_proj"),
+        (
+            lambda t: {n.replace("q_proj.w", "q_proj.base_layer.w"): a for n, a in t.items()},
+            f"has no tensor {Q}.weight",
+        ),
+        (
+            lambda t: {**t, "model.norm.weight": np.full(16, np.nan, np.float32)},
+            "model.norm.weight has values that are",
+        ),
+        (
+            lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1},
+            "lm_head.weight differs from model.emb",
+        ),
+    ],
+)
+def test_a_tensor_that_has_no_place_is_refused_by_name(text, made, tmp_path, change, said):
+    from safetensors.numpy import load_file, save_file
+
+    parts, _, run = made(*MODELS["modern"].items())
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    config = run.config.copy_and_resolve_references().unlock()
+    config.init_from = str(tmp_path / "hf")
+    tensors, file = load_file(tmp_path / "hf" / "model.safetensors"), tmp_path / "hf" / "model.safetensors"
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file({**tensors, **buffers, "lm_head.weight": tensors["model.embed_tokens.weight"]}, file)
+    load.initial_params(config, parts, log=lambda line: None)  # what is computed or tied is known
+    save_file(change(tensors), file)
+    with pytest.raises(Unusable, match=rf"^[^\n]*{re.escape(said)}[^\n]*$"):
+        load.initial_params(config, parts)
+
+
+def test_a_vocabulary_that_is_not_the_models_is_refused(text, made, tmp_path):
+    from steppe.data.vocabulary import train_sentencepiece
+
+    parts, _, run = made(*MODELS["modern"].items())
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    config = run.config.copy_and_resolve_references().unlock()
+    config.init_from = str(tmp_path / "hf")
+    config.data.vocabulary = str(tmp_path / "hf" / "tokenizer.json")  # the export's own
+    load.initial_params(config, parts, log=lambda line: None)
+    place = tmp_path / "hf" / "config.json"
+    found = json.loads(place.read_text())
+    assert found[families.VOCABULARY][0] == "bytes"
+    train_sentencepiece([Path(text[0], "train.txt").read_text()], str(tmp_path / "other.model"), 400)
+    (tmp_path / "other.model").rename(tmp_path / "hf" / "other.model")
+    for kept in (found[families.VOCABULARY], None):  # as we write it, and as others do
+        place.write_text(json.dumps({**found, families.VOCABULARY: kept}))
+        config.data.vocabulary = "bytes"
+        load.initial_params(config, parts, log=lambda line: None)
+        config.data.vocabulary = str(tmp_path / "hf" / "other.model")
+        with pytest.raises(ConfigError, match=r"^config\.data\.vocabulary = .*must be the vocabulary of "):
+            load.initial_params(config, parts)
+
+
+@pytest.mark.parametrize("case", ["hf_int8"])
+def test_directories_that_were_once_misread_are_refused(case):
+    place = Path(__file__).parents[4] / "shared" / "cases" / "turn3" / case
+    if not place.exists():
+        pytest.skip("the cases are not beside the repository")
+    with pytest.raises(Unusable, match="quantization_config"):
+        load.read_config(str(place))
 
 
 def test_an_interrupted_export_leaves_nothing(text, made, tmp_path):

@@ -1,0 +1,124 @@
+"""A Llama of a .gguf file, as llama.cpp has it, written as a Hugging Face directory in float32.
+
+llama.cpp pairs neighbours where Hugging Face pairs halves of a head, so the rows of queries and keys lie in another
+order there. Quantised tensors become the numbers that they stand for.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steppe.data import files
+from steppe.lm.hub import tokenizers
+from steppe.lm.keep.exits import Unusable
+
+_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_CUTS = {"smollm": [_DIGITS, _WORDS], "gpt-2": [_WORDS]}  # by the name that llama.cpp has for what cuts a text
+_CONTROL = 3  # a kind of token there
+
+
+def write(source: str, out: str) -> None:
+    """Writes the model of `source` to directory `out`, which appears when it is whole. Unusable, by what it is."""
+    try:
+        import gguf
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise Unusable(f"{source}: needs {error.name}: pip install gguf 'steppe[hub]'") from None
+    try:
+        reader = gguf.GGUFReader(source)
+        said = {name: field.contents() for name, field in reader.fields.items()}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise Unusable(f"{source}: cannot be read as gguf ({' '.join(str(error).split())})") from None
+    config, made = _config(said, source), _tokenizer(said, source)
+    arrays = {}
+    for tensor in reader.tensors:
+        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
+        name = found and _TENSORS.get(found[2])
+        if not name:
+            raise Unusable(f"{source}: tensor {tensor.name} is none of a Llama's")
+        array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if found[2] in ("attn_q", "attn_k"):
+            heads = config["num_attention_heads" if found[2] == "attn_q" else "num_key_value_heads"]
+            array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        place = f"model.layers.{found[1]}.{name}" if found[1] else name
+        arrays[f"{place}.weight"] = np.ascontiguousarray(array)
+    config["tie_word_embeddings"] = "lm_head.weight" not in arrays
+    aside = Path(f"{out}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_file(arrays, aside / "model.safetensors", metadata={"format": "pt"})
+        (aside / "model.safetensors").chmod(0o644)
+        files.write_json(aside / "config.json", config)
+        files.write_json(aside / "tokenizer.json", made)
+        tokens = said["tokenizer.ggml.tokens"]
+        ends = {f"{name}_token": tokens[said[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos")}
+        files.write_json(
+            aside / "tokenizer_config.json",
+            {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "clean_up_tokenization_spaces": False},
+        )
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _config(said: dict[str, Any], source: str) -> dict[str, Any]:
+    kind = said.get("general.architecture")
+    if kind != "llama":
+        raise Unusable(f"{source}: general.architecture = {kind!r}: must be 'llama'")
+    missing = [key for key in _KEYS if f"llama.{key}" not in said]
+    scaled = [name for name in said if name.startswith("llama.rope.scaling") or name.startswith("llama.expert")]
+    if missing or scaled:
+        raise Unusable(f"{source}: llama.{missing[0]} is missing" if missing else f"{source}: {scaled[0]} is refused")
+    config = {theirs: said[f"llama.{key}"] for key, theirs in _KEYS.items()}
+    width = config["hidden_size"] // config["num_attention_heads"]
+    if said.get("llama.rope.dimension_count", width) != width:
+        raise Unusable(f"{source}: llama.rope.dimension_count: must be {width}; Steppe turns whole heads")
+    # Stored in float32: as the number that was written
+    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    ids = {f"{name}_token_id": said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, "vocab_size": len(said["tokenizer.ggml.tokens"]), "torch_dtype": "float32", **config, **ids,
+    }  # fmt: skip
+
+
+def _tokenizer(said: dict[str, Any], source: str) -> dict[str, Any]:
+    kind, cut = said.get("tokenizer.ggml.model"), said.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or cut not in _CUTS:
+        known = f"'gpt2' and one of {', '.join(_CUTS)}"
+        raise Unusable(f"{source}: tokenizer.ggml.model and .pre = {kind!r} and {cut!r}: must be {known}")
+    vocabulary = {token: number for number, token in enumerate(said["tokenizer.ggml.tokens"])}
+    kinds = said["tokenizer.ggml.token_type"]
+    special = {token: number for token, number in vocabulary.items() if kinds[number] == _CONTROL}
+    merges = [tuple(pair.split(" ")) for pair in said["tokenizer.ggml.merges"]]
+    return tokenizers.of_bytes_and_merges(vocabulary, merges, special, _CUTS[cut])
