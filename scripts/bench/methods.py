@@ -144,12 +144,13 @@ def language_model(options: argparse.Namespace, chunks: int, keep: bool):
     import jax
     import jax.numpy as jnp
 
+    from steppe.lm.model.mesh import Placement
     from steppe.lm.model.objective import objective
     from steppe.lm.model.readout import Options
     from steppe.lm.model.transformer import Block, Norm, Trunk
 
     length, shape = options.sequence_length, shape_of(options)
-    free = lambda x, kind: x  # noqa: E731
+    free = Placement()
     scanned = objective(shape, Options(options.vocabulary, length // chunks, keep=keep), free)
 
     def trunk(params, batch):
