@@ -284,6 +284,12 @@ _KEYS = {
     ),
     "mesh.fsdp": Key(1, "devices along which batch, parameters and optimizer state are split", integer(-1), free=True),
     "mesh.tensor": Key(1, "devices along which heads, MLP and vocabulary are split", integer(-1), free=True),
+    "mesh.check_every": Key(
+        0,
+        "steps between those one device computes again; the run ends where they differ; 0: none",
+        integer(0),
+        free=True,
+    ),
     "mesh.ascent_reduction": Key(
         "float32",
         "dtype of sums over devices of the readout's gradient at theta, where it is only climbed",

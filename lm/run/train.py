@@ -22,6 +22,7 @@ from steppe.lm.keep.weights import LAST, of_state, weights_of
 from steppe.lm.measure import choices
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.measure.in_training import make_measurement
+from steppe.lm.measure.recheck import Recheck
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.ordered import ordered
 from steppe.lm.run import anomaly, chips, generate
@@ -276,6 +277,7 @@ class Run:
             compiled = self.memo.once("compiled", key, self.compiled)
         self.step, self.scores = with_scalars(compiled.step, parts), compiled.scores
         self.evaluation_step, self.measurement = compiled.evaluation, compiled.measurement
+        self.recheck = Recheck(parts, self.config.mesh.ascent_reduction)
         if self.measurement:
             rows, first = local_rows(parts.mesh, size), next(iter(self.corpus.held_out))
             batch = loader.held_out_rows(self.corpus, first, 0, size, rows)
@@ -345,8 +347,9 @@ class Run:
             self.goodput.spending("step"),
         ):
             for index, batch in batches:
+                again = self.again(index)
                 self.state, metrics = self.step(self.state, batch, self.watch.limit(index + 1))
-                bad = self.settle()
+                bad = self.settle() or (self.compare(index + 1, again, metrics) if again else None)
                 self.pending.append((index + 1, metrics, batches.last_wait))
                 self.goodput.move(batches.last_wait, "step", "data")
                 self.done = index + 1
@@ -362,6 +365,29 @@ class Run:
                         self.save()
                     return None
         return None
+
+    def again(self, index: int) -> dict | None:
+        """The metrics of the step after `index` updates by one device, where config.mesh.check_every asks for them."""
+        every = self.config.mesh.check_every
+        if not every or (index + 1) % every or self.parts.mesh.size == 1:
+            return None
+        return self.recheck.metrics(self.state, self.rows(index), self.watch.limit(index + 1))
+
+    def compare(self, number: int, one: dict, mesh: dict) -> dict | None:
+        """What must end the run where a step by one device and by the mesh differ."""
+        differing = self.recheck.differing(one, jax.device_get(mesh))
+        if not differing:
+            return None
+        said = ", ".join(f"{name} {a:.6g} by one device, {b:.6g} by the mesh" for name, (a, b) in differing.items())
+        self.tracker.note(f"step {number}: {said}")
+        found = {"what": "mismatch", "differing": differing, "decision": "stop"}
+        self.tracker.event("anomaly", number, found)
+        return {"step": number, **found}
+
+    def rows(self, index: int) -> dict[str, np.ndarray]:
+        """The whole batch of the step after `index` updates."""
+        number, size = self.watch.batch_index(index) - self.leg.batches, self.config.train.batch_size
+        return loader.training_rows(self.corpus, self.config.seed, number, size, before=self.leg.rows)
 
     def settle(self) -> dict | None:
         """Records the metrics of the step before, which the device has finished by now; what must end this attempt.
@@ -387,9 +413,7 @@ class Run:
             return None
         self.tracker.note(anomaly.describe(number, found))
         if self.primary:
-            index, size = self.watch.batch_index(number - 1) - self.leg.batches, self.config.train.batch_size
-            batch = loader.training_rows(self.corpus, self.config.seed, index, size, before=self.leg.rows)
-            found["batch"] = anomaly.save_batch(self.directory, number, batch)
+            found["batch"] = anomaly.save_batch(self.directory, number, self.rows(number - 1))
         self.tracker.event("anomaly", number, found)
         return None if found["decision"] == "skip" else {"step": number, **found}
 
@@ -408,9 +432,10 @@ class Run:
         if not again:
             self.ended = (
                 f"stopped: {bad['what']} at step {bad['step']}; what is on disk is sound. "
-                f"--replay_step={bad['step']} looks into it, "
-                f"--allow_change=train.on_{bad['what']} may set another policy"
+                f"--replay_step={bad['step']} looks into it"
             )
+            if f"on_{bad['what']}" in self.config.train:
+                self.ended += f", --allow_change=train.on_{bad['what']} may set another policy"
             return False
         self.goodput.back(self.done)
         self.read = batch_reader(self.config, self.corpus, self.parts, self.watch.batch_index, self.leg)

@@ -338,3 +338,27 @@ def test_a_workdir_from_before_a_key_existed_goes_on(corpus, tmp_path):
     assert saved.load(str(old)).config.to_dict() == {**saved.load(str(whole)).config.to_dict()}
     assert lm_runs.run(config, str(old)) == train.FINISHED
     assert lm_runs.losses(old) == lm_runs.losses(whole)
+
+
+def test_steps_of_a_mesh_are_those_of_one_device_and_a_run_ends_where_they_are_not(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__check_every": 2}
+    config = lm_runs.config(*corpus, **METHOD, **mesh, train__microbatches=2)
+    assert lm_runs.run(config, str(tmp_path / "sound")) == train.FINISHED
+    assert not lm_runs.records(tmp_path / "sound", "anomaly")
+
+    sound = train.with_scalars
+
+    def wrong(compiled, parts):
+        def run(*arguments):
+            after, metrics = sound(compiled, parts)(*arguments)
+            return after, {**metrics, "perturbed_loss": metrics["perturbed_loss"] + 0.05 * (after.step == 6)}
+
+        return run
+
+    monkeypatch.setattr(train, "with_scalars", wrong)
+    assert lm_runs.run(config, str(tmp_path / "wrong")) == train.ANOMALY
+    (found,) = lm_runs.records(tmp_path / "wrong", "anomaly")
+    assert (found["step"], found["what"], list(found["differing"])) == (6, "mismatch", ["perturbed_loss"])
+    assert "perturbed_loss" in capsys.readouterr().out
