@@ -117,7 +117,7 @@ class Store:
             if not whole():
                 raise
             top = self._root[: self._root.find("/", 1)] if "/" in self._root[1:] else self._root
-            if not self._asked(("top",), lambda system, _: system.exists(top)):
+            if not self._asked(("top",), lambda system, _: (system.invalidate_cache(), system.exists(top))[1]):
                 raise StorageError(f"{self.address}: {error}; there is no {top.strip('/')}") from error
             for folder in {os.path.dirname(self._path(name)) for name in names}:
                 self._asked(("folder", folder), lambda system, _, f=folder: system.makedirs(f, exist_ok=True))

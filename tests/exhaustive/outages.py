@@ -315,7 +315,7 @@ def bucket_gone(then: str) -> Callable[[Scene], Outcome]:
     def scenario(scene: Scene) -> Outcome:
         run = scene.start()
         _until(scene, run, scene.chance.randint(9, 16))
-        object_store.remove_bucket(scene.port)
+        object_store.remove_bucket()
         statuses = []
         try:
             if not wait_until(run, lambda: "NOT COPIED" in scene.log()):

@@ -43,20 +43,21 @@ def make_bucket(port: int, bucket: str = "bucket") -> None:
     _client(port).create_bucket(Bucket=bucket)
 
 
-def remove_bucket(port: int, bucket: str = "bucket") -> None:
-    """Removes a bucket and all that is in it."""
-    client = _client(port)
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
-        for found in page.get("Contents", []):
-            client.delete_object(Bucket=bucket, Key=found["Key"])
-    client.delete_bucket(Bucket=bucket)
+def remove_bucket(bucket: str = "bucket") -> None:
+    """Removes a bucket and all that is in it, at once."""
+    _backend().buckets[bucket].keys.clear()
+    _backend().delete_bucket(bucket)
 
 
 def plant(bucket: str, key: str, content: bytes) -> None:
     """Puts an object under a key that clients would mend on the way."""
+    _backend().put_object(bucket, key, content)
+
+
+def _backend():
     from moto.backends import get_backend
 
-    get_backend("s3")["123456789012"]["aws"].put_object(bucket, key, content)
+    return get_backend("s3")["123456789012"]["aws"]
 
 
 def _client(port: int):
