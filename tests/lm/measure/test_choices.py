@@ -43,8 +43,12 @@ def log_probabilities(trunk, vocabulary, params, inputs):
 
 
 def likelihood(found, query, choice):
-    """Sum of log-probabilities of a choice, token by token, each from the last 24 tokens before its end."""
+    """Sum of log-probabilities of a choice, token by token, each from the last 24 tokens before its end.
+
+    Blanks at the end of the query count with the choice.
+    """
     tokenizer = found.corpus.tokenizer
+    query, choice = query.rstrip(), query[len(query.rstrip()) :] + choice
     ids = [tokenizer.begin_id, *tokenizer.encode(query + choice)][-25:]
     inputs = np.zeros((1, 24), np.int32)
     inputs[0, : len(ids) - 1] = ids[:-1]
