@@ -239,7 +239,10 @@ def _until(scene: Scene, run: Started, step: int, machine: int = 0) -> None:
 def _said(scene: Scene, machine: int = 0) -> int:
     """The lines that spoke of an outage, each of which must tell what it means."""
     lines = [line for line in scene.log(machine).splitlines() if "NOT COPIED" in line or "stopped:" in line]
-    dumb = [line for line in lines if not re.search(r"what is newer than (step \d+|no checkpoint) is only in /", line)]
+    told = re.compile(
+        r"what is newer than (step \d+|no checkpoint) is only in /|no answer for \d+ s; what is on disk is"
+    )
+    dumb = [line for line in lines if not told.search(line)]
     if dumb or "Traceback" in scene.log(machine):
         raise RuntimeError(f"not said as it must be: {dumb or scene.log(machine)[-3000:]}")
     return len(lines)
@@ -248,8 +251,10 @@ def _said(scene: Scene, machine: int = 0) -> int:
 def _resume(scene: Scene, statuses: list, machine: int = 0, newest: int | None = None) -> Outcome:
     """Continues to the end, and says from where."""
     held = sealed(scene.place(machine)) if newest is None else [newest]
-    run = scene.start(machine)
-    statuses.append(run.wait())
+    for _ in range(3):  # on a busy machine the server may not answer in time, which refuses a start
+        statuses.append(scene.start(machine).wait())
+        if statuses[-1] == FINISHED or "no answer for" not in scene.log(machine).splitlines()[-1]:
+            break
     if statuses[-1] != FINISHED:
         raise RuntimeError(f"ended with {statuses}")
     starts = [record["step"] for record in records(scene.place(machine)) if record["kind"] == "run"]
