@@ -106,7 +106,7 @@ def several_of(*names: str) -> Accepted:
     def allows(value: tuple) -> bool:
         return len(set(value)) == len(value) and all(map(single.allows, value))
 
-    return Accepted(tuple, lambda: f"some of {', '.join(single.names())}, each at most once", allows)
+    return Accepted(tuple, lambda: f"some of {', '.join(single.names())}, each at most once", allows, single.names)
 
 
 def named(reference: str) -> Any:

@@ -1,9 +1,11 @@
 """The one way files are written, locked and hashed: a kill leaves the old file or the new one, never a part of it."""
 
 import contextlib
+import csv
 import errno
 import fcntl
 import glob
+import io
 import json
 import math
 import os
@@ -11,7 +13,7 @@ import re
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +56,13 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     with replacing(path) as aside, open(aside, "wb") as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes rows as CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write(path, text.getvalue())
 
 
 def write_json(path: str | os.PathLike, value: Any, *, digits: int | None = None) -> None:
@@ -183,10 +192,11 @@ def is_held(path: str | os.PathLike) -> bool:
     return False
 
 
-def below(root: str | os.PathLike, name: Any) -> Path:
+def below(root: str | os.PathLike, name: Any, *, links: bool = False) -> Path:
     """The path below a root of a name that a stored file, an address or a listing told, to read, write or delete.
 
-    root: a directory, which may be a link itself. name: its parts are divided by "/".
+    root: a directory, which may be a link itself. name: its parts are divided by "/". links: whether those of the
+    directory may lead out, as in a downloaded snapshot, to read only.
     DataError for what leads out, links of the directory too, and for what is no name of a file.
     """
     fault = ""
@@ -198,7 +208,7 @@ def below(root: str | os.PathLike, name: Any) -> Path:
         fault = "must be relative, without empty parts, . and .."
     elif len(name.encode()) > 1024 or max(len(part.encode()) for part in name.split("/")) > 255:
         fault = "is too long for a file"
-    else:
+    elif not links:
         real = os.path.realpath(root)
         if os.path.commonpath((real, os.path.realpath(os.path.join(real, name)))) != real:
             fault = "is, or passes through, a link that leads out of the directory"
@@ -214,6 +224,13 @@ def shown(value: Any) -> str:
     """A stored value for a message: one short line."""
     text = ascii(value) if isinstance(value, str) and _NO_NAME.search(value) else repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def visible(text: str, stream: Any) -> str:
+    """A text for a stream: on a terminal, which would obey them, control characters are escaped."""
+    if not (hasattr(stream, "isatty") and stream.isatty()):
+        return text
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def leftovers(directory: str | os.PathLike) -> list[Path]:

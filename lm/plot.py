@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from steppe.data import files
 from steppe.lm.track import lines
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by lightness and dash, in grey print
@@ -41,13 +42,20 @@ def figure(width: float, height: float):
 
 
 def save(drawn, path, **options) -> None:
-    """Writes a figure. What stands in it is text: names of runs and files hold dollars that are no mathematics."""
+    """Writes a figure to a path, or to an open file.
+
+    What stands in it is text: names of runs and files hold dollars that are no mathematics.
+    """
     from matplotlib.text import Text
 
     for text in drawn.findobj(Text):
         if "$" in text.get_text() and "mathdefault" not in text.get_text():  # of ticks, matplotlib's own
             text.set_parse_math(False)
-    drawn.savefig(path, **options)
+    if not isinstance(path, (str, os.PathLike)):
+        drawn.savefig(path, **options)
+        return
+    with files.replacing(path) as aside:
+        drawn.savefig(aside, format=Path(path).suffix[1:], **options)
 
 
 def loss_curve(workdir: str | os.PathLike) -> Path | None:
@@ -61,7 +69,8 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
     train, runs = records.train, records.of("run")
     if not len(train.step):
         return None
-    baselines = runs[-1]["baselines"] if runs and "baselines" in runs[-1] else {}
+    known = runs[-1].get("baselines", {}) if runs else {}
+    baselines = {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
     title = runs[-1]["title"] if runs and "title" in runs[-1] else Path(workdir).resolve().name
 
     gap = train.perturbed_loss - train.loss

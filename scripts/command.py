@@ -13,6 +13,7 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import functools
 import hashlib
 import importlib.machinery
@@ -34,7 +35,7 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 from steppe.configs import base, sizes
 from steppe.configs.keys import named
 from steppe.data import files
-from steppe.lm.keep.exits import REFUSALS, STORAGE
+from steppe.lm.keep.exits import REFUSALS, REFUSED, STORAGE
 
 _HELP = """
 config:
@@ -59,9 +60,12 @@ def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
             raise
         except OSError as error:
             fail(f"{error.filename or 'storage'}: {error.strerror or error}")
-            return STORAGE
+            return REFUSED if error.errno in NO_NAME else STORAGE
 
     return guarded
+
+
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)  # of names that are no such file
 
 
 class UsageError(ValueError):
@@ -91,6 +95,7 @@ def run_parser(name: str, summary: str) -> argparse.ArgumentParser:
     made.add_argument("--workdir", required=True, help="the run")
     made.add_argument("--step", type=integer(), metavar="K", help="its checkpoint after K steps; default: the newest")
     add_weights(made)
+    add_trust(made)
     return made
 
 
@@ -98,6 +103,12 @@ def add_weights(made: argparse.ArgumentParser) -> None:
     """The option that says which of a run's weights are meant."""
     help = "last, an average it keeps (ema, lawa), or the average of its base; default: those it is judged by"
     made.add_argument("--weights", metavar="NAME", help=help)
+
+
+def add_trust(made: argparse.ArgumentParser) -> None:
+    """The option by which a user stands up for what a stored config names outside of its workdir."""
+    help = "follow the addresses and modules that the run's stored config names: only of runs that are your own"
+    made.add_argument("--trust", action="store_true", help=help)
 
 
 def add_only(made: argparse.ArgumentParser) -> None:
@@ -134,6 +145,15 @@ def number(low: float = 0.0, *, above: bool = False) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def pattern(text: str) -> str:
+    """A regular expression, for add_argument(type=...)."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a regular expression ({error})") from None
+    return text
 
 
 def of_key(key: str) -> Callable[[str], str]:
@@ -188,7 +208,7 @@ def parse_unread(
         if printing:  # needs nothing else
             for each in (*parser._actions, *parser._mutually_exclusive_groups):
                 each.required = False
-        options, unknown = parser.parse_known_args(plain)
+        options, unknown = _parsed(parser, plain)
         if path is not None and getattr(options, "config", None):
             raise UsageError("--config: must be given once")
         path = path or getattr(options, "config", None)
@@ -206,6 +226,15 @@ def parse_unread(
         return path, overrides, options
     except (UsageError, *REFUSALS) as error:
         sys.exit(fail(error))
+
+
+def _parsed(parser: argparse.ArgumentParser, given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What argparse makes of arguments. It takes "--" for the end of the options also where it is an option's value,
+    and then reads the option with none."""
+    for argument in given:
+        if argument.endswith("=--") and argument.startswith("-"):
+            raise UsageError(f"{argument.removesuffix('=--')}=--: must have another value")
+    return parser.parse_known_args(given)
 
 
 def shown(config: ConfigDict) -> str:
@@ -603,4 +632,6 @@ def _override(config: ConfigDict, known: ConfigDict, key: str, texts: list[str |
         raise wrong from None
     if kind is tuple and not all(isinstance(item, str) for item in alone[name]):
         raise wrong
-    section[name] = alone[name]
+    known = base.keys()[key].accepted.names() if kind is tuple else []
+    cut = [item.strip() for text in alone[name] for item in text.split(",")] if known else []
+    section[name] = tuple(cut) if cut and set(cut) <= set(known) else alone[name]

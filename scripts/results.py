@@ -10,14 +10,19 @@ of runs, which reads like the directory.
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
-from steppe.configs.base import FREE, with_defaults
-from steppe.configs.keys import flatten
-from steppe.data import files
+from msgspec import Meta
+
+from steppe.configs.base import FREE, typed, with_defaults
+from steppe.configs.keys import ConfigError, flatten
+from steppe.data import files, stored
+from steppe.data.errors import DataError
 from steppe.data.manifest import DESCRIBED
 from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
@@ -34,6 +39,116 @@ OF_SIZE = ("model.layers", "model.width", "model.heads", "model.mlp_width")
 
 class ResultsError(UsageError):
     """A directory that holds no results, or damaged ones; one line."""
+
+
+class Sweep(TypedDict):
+    """sweep.json: the config that a sweep began with, flat and by name, and {run: its overrides, resolved}."""
+
+    config: str
+    base: stored.Flat
+    runs: dict[str, dict[str, str]]
+    resolved: dict[str, stored.Flat]
+
+
+class Outcome(TypedDict, total=False):
+    """outcome.json: how a run of a sweep ended for good."""
+
+    status: Required[Literal["finished", "diverged", "failed", "pruned"]]
+    exit: int
+    why: str
+    seconds: stored.Amount
+    cpu_seconds: stored.Amount
+    train_seconds: stored.Amount
+    flops: stored.Amount
+    code: str
+    loss: float | None
+
+
+class Attempt(TypedDict):
+    """One attempt at a run of a sweep, in seconds since 1970; ended: None while nobody has seen its end."""
+
+    began: stored.Amount
+    ended: stored.Amount | None
+    cpu: stored.Amount
+
+
+class Attempts(TypedDict):
+    """attempts.json."""
+
+    attempts: list[Attempt]
+
+
+class Tuned(TypedDict, total=False):
+    """A point on the way of fine-tuning, nats a token."""
+
+    step: stored.Count
+    gained: Required[float | None]
+    lost: Required[float | None]
+
+
+class TunedPath(TypedDict, total=False):
+    """Fine-tuning at one peak learning rate."""
+
+    rate: Required[stored.Amount]
+    points: Required[Annotated[list[Tuned], Meta(min_length=1)]]
+    along: dict[str, float | None]
+
+
+class FineTune(TypedDict, total=False):
+    """What fine-tuning on a second text gained and lost; loss: there before; text: its fingerprint, in a pack."""
+
+    loss: Required[float | None]
+    paths: Required[list[TunedPath]]
+    text: str
+
+
+class Details(TypedDict, total=False):
+    """How the numbers of a measurement came about, as far as it is read."""
+
+    fine_tune: FineTune | None
+
+
+class Measurement(TypedDict, total=False):
+    """What steppe curvature or retention measured of a checkpoint."""
+
+    step: Required[stored.Count]
+    summary: Required[dict[str, float | None]]
+    details: Details
+    fine_tune: dict[str, Any] | None
+    settings: dict[str, Any]
+
+
+class Packed(TypedDict, total=False):
+    """A run in a file of packed runs: a Result without what says nothing."""
+
+    name: Required[str]
+    config: stored.Flat
+    status: Required[Literal["finished", "diverged", "failed", "pruned", "unfinished"]]
+    why: str
+    parameters: stored.Count
+    total_parameters: stored.Count
+    steps: stored.Count
+    tokens: stored.Count
+    flops: float
+    adamw_flops: float
+    seconds: stored.Amount
+    loss: float
+    bits_per_byte: float
+    curve: list[tuple[stored.Count, stored.Count, float, float, float]]
+    code: str
+    branch: str
+    goodput: float
+    weights: str
+    averages: list[dict[str, Any]]
+    curvature: list[dict[str, float | None]]
+    retention: dict[str, float | None]
+    fine_tune: FineTune
+
+
+class Alike(TypedDict):
+    """The first line of a file of packed runs: the keys in which none of them differ."""
+
+    config: stored.Flat
 
 
 class Point(NamedTuple):
@@ -93,38 +208,39 @@ class Result(NamedTuple):
     fine_tune: Mapping[str, Any] = MappingProxyType({})
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def read(
     runs: str | os.PathLike | Iterable[str | os.PathLike],
     only: Sequence[str] = (),
-    left_out: Callable[[str], None] | None = None,
+    left_out: Callable[[str], None] = _say,
 ) -> list[Result]:
     """The runs of a sweep's directory, of one workdir, or of several workdirs or patterns of them, each once.
 
-    only: flags that choose among them, see sweep.spec.matching. ResultsError where there are none, and for one that
-    holds what no run writes: unless left_out is given, which then hears of it, and of every measurement that cannot be
-    read.
+    only: flags that choose among them, see sweep.spec.matching. left_out: hears of each run that holds what no run
+    writes, and of each measurement. ResultsError where no run is left, and for a place that is none of runs.
     """
     given = [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
-    found = [result for each in given if is_pack(each) for result in unpack(Path(each))]
+    problems: list[ResultsError] = []
+
+    def leave_out(error: ResultsError) -> None:
+        problems.append(error)
+        left_out(f"{error}; the run is left out")
+
+    found = [result for each in given if is_pack(each) for result in unpack(Path(each), leave_out)]
     _, places = _found([each for each in given if not is_pack(each)])
     once: dict[str, tuple] = {}
     for place in [place for _, listed in places for place in listed]:
         once.setdefault(os.path.realpath(place[1]), place)
     for name, directory, planned in once.values():
         try:
-            found.append(_of_workdir(name, directory, planned))
+            found.append(_of_workdir(name, directory, planned, left_out))
         except ResultsError as error:
-            if left_out is None:
+            if len(once) == 1 and not found and not problems:
                 raise
-            left_out(f"{error}; the run is left out")
-    for result in found if left_out else ():
-        if result.directory.is_file():  # of a pack, which was read whole
-            continue
-        for path in (*measured(result.directory), result.directory / RETENTION):
-            try:
-                read_json(path)
-            except ResultsError as error:
-                left_out(f"{error}; the measurement is left out")
+            leave_out(error)
     if not found:
         raise ResultsError(f"{', '.join(given)}: no run could be read")
     found = spec.matching(_described(found), only, lambda result: result.config)
@@ -159,7 +275,7 @@ def report_place(given: list[str], out: Path | None) -> Path:
         return out
     if len(given) > 1 or files.is_remote(given[0]) or is_pack(given[0]):
         raise UsageError("--out is missing: of several runs, a file or an address, it must say where this goes")
-    return Path(given[0]) / "report"
+    return files.below(given[0], "report")
 
 
 def with_averages(found: Iterable[Result]) -> list[Result]:
@@ -190,58 +306,55 @@ def _found(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[
     return directories, listed
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object that Steppe wrote; {} where there is no file. ResultsError for anything else."""
+def read_json(path: Path, kind: Any) -> dict:
+    """A JSON object that Steppe wrote, of a type declared here; {} where there is no file. ResultsError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return stored.read(path, kind)
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
-        raise ResultsError(f"{path}: is damaged ({' '.join(str(error).split())[:200]})") from None
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not isinstance(value, dict) or not isinstance(value.get("summary", {}), dict):
-        raise ResultsError(f"{path}: is no JSON object as Steppe writes it; remove it, or write it anew")
-    return value
+    except DataError as error:
+        raise ResultsError(error) from None
 
 
 def measured(directory: Path) -> list[Path]:
     """The files that steppe curvature wrote of the checkpoints of a run, in their order."""
-    steps = [path for path in (directory / "curvature").glob("*.json") if path.stem.isdigit()]
+    steps = [path for path in (directory / "curvature").glob("*.json") if re.fullmatch("[0-9]{1,15}", path.stem)]
     return sorted(steps, key=lambda path: int(path.stem))
 
 
-def _measured(directory: Path) -> dict[str, Any]:
+def _measured(directory: Path, left_out: Callable[[str], None]) -> dict[str, Any]:
     """What curvature and retention measured of a run, or an average, as fields of its Result; of damaged files none."""
 
     def numbers(path: Path) -> tuple[dict, dict]:
         try:
-            found = read_json(path)
-            return found, {"step": int(found.get("step", 0)), **found.get("summary", {})} if found else {}
-        except (ResultsError, TypeError, ValueError):
-            return {}, {}
+            found = read_json(path, Measurement)
+        except ResultsError as error:
+            left_out(f"{error}; the measurement is left out")
+            found = {}
+        return found, {"step": found["step"], **_known(found["summary"])} if found else {}
 
     curvature = [numbers(path)[1] for path in measured(directory)]
     record, retention = numbers(directory / RETENTION)
-    tuned = (record.get("details") or {}).get("fine_tune") or {}
-    tuned = tuned and {**tuned, "text": (record.get("fine_tune") or {}).get("corpus", "")}
+    tuned = record.get("details", {}).get("fine_tune") or {}
+    tuned = tuned and {**tuned, "text": str((record.get("fine_tune") or {}).get("corpus", ""))}
     return {"curvature": tuple(filter(None, curvature)), "retention": retention, "fine_tune": tuned}
+
+
+def _known(summary: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: value for key, value in summary.items() if value is not None}
 
 
 def read_sweep(directory: Path) -> dict:
     """The sweep.json of a directory, {} where there is none. ResultsError if it is none or its names lead elsewhere."""
     path = directory / SWEEP
-    found = read_json(path)
-    if not found:
-        return {}
-    base, resolved, runs = (found.get(key) for key in ("base", "resolved", "runs"))
-    sound = isinstance(found.get("config"), str)
-    sound = sound and all(isinstance(part, dict) for part in (base, resolved, runs))
-    if not sound or not all(isinstance(resolved.get(name), dict) for name in runs):
-        raise ResultsError(f"{path}: is no record of a sweep as Steppe writes it; choose another --out")
-    for name in runs:
-        if Path(name).name != name or name in (".", ".."):
-            raise ResultsError(f"{path}: its run {name!r} must be the name of a directory below {RUNS}")
+    found = read_json(path, Sweep)
+    for name in found.get("runs", ()):
+        try:
+            files.below(directory / RUNS, name)
+        except DataError as error:
+            raise ResultsError(f"{path}: {error}") from None
+        if "/" in name or name not in found["resolved"]:
+            raise ResultsError(f"{path}: its run {name!r} must be the name of a folder, and be resolved")
     return found
 
 
@@ -277,23 +390,34 @@ def _places(directory: Path, alone: bool) -> list[tuple[str, Path, dict[str, Any
     return [(path.parent.name, path.parent, {}) for path in sorted(directory.glob("*/config.json"))]
 
 
-def _of_workdir(name: str, directory: Path, planned: dict[str, Any]) -> Result:
+def config_of(path: Path) -> dict[str, Any]:
+    """The flat config of a config.json, of whatever version; {} where there is none. ResultsError."""
+    return _whole(flatten(read_json(path, dict[str, Any])), path)
+
+
+def _whole(flat: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A flat config with its types checked and what its version did not have; {} of an empty one. ResultsError."""
+    try:
+        return with_defaults(typed(stored.typed(flat, stored.Flat, str(path)))) if flat else {}
+    except (DataError, ConfigError) as error:
+        raise ResultsError(error if isinstance(error, DataError) else f"{path}: {error}") from None
+
+
+def _of_workdir(name: str, directory: Path, planned: dict[str, Any], left_out: Callable[[str], None]) -> Result:
     """The Result of one run, `varied` left empty; planned: its flat config if it has not begun."""
     try:
-        return _result(name, directory, planned)
+        return _result(name, directory, planned, left_out)
     except OSError as error:
         raise ResultsError(f"{error.filename or directory}: cannot be read ({error.strerror or error})") from None
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ResultsError(f"{directory}: holds what no run writes ({reason})") from None
+    except DataError as error:
+        raise ResultsError(error) from None
 
 
-def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
-    config = flatten(read_json(directory / "config.json")) or planned
-    config = config and with_defaults(config)
+def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Callable[[str], None]) -> Result:
+    config = config_of(directory / "config.json") or _whole(planned, directory)
     if not config:
         raise ResultsError(f"{directory}: must be the workdir of a run, with a config.json")
-    outcome = read_json(directory / OUTCOME)
+    outcome = read_json(directory / OUTCOME, Outcome)
     records = lines.read(directory)
     train, runs = records.train, records.of("run")
     about = runs[-1] if runs else {}
@@ -333,17 +457,20 @@ def _result(name: str, directory: Path, planned: dict[str, Any]) -> Result:
         train_curve=train,
         code=about.get("versions", {}).get("code", ""),
         goodput=_goodput(records),
-        **_measured(directory),
+        **_measured(directory, left_out),
         branch=next((f"{Path(r['parent']).name}@{r['step']}" for r in reversed(records.of("branch"))), ""),
     )
     averages: dict[str, list[dict]] = {}
     for record in records.of("average"):
         if record["name"] == first:
             averages.setdefault(record["weights"], []).append(record)
-    return whole._replace(averages=tuple(_average(whole, *each, point, records) for each in averages.items()))
+    kept = [_average(whole, *each, point, records, left_out) for each in averages.items()]
+    return whole._replace(averages=tuple(kept))
 
 
-def _average(whole: Result, weights: str, evaluations: list[dict], point: Callable, records: lines.Records) -> Result:
+def _average(
+    whole: Result, weights: str, evaluations: list[dict], point: Callable, records: lines.Records, left_out: Callable
+) -> Result:
     """The Result of an average of a run's weights."""
     last = _last(evaluations, whole.steps)
     outcome = {"status": whole.status, "why": whole.why}
@@ -352,7 +479,7 @@ def _average(whole: Result, weights: str, evaluations: list[dict], point: Callab
     return whole._replace(
         name=f"{whole.name} {weights}",
         directory=directory,
-        **_measured(directory),
+        **_measured(directory, left_out),
         status=status,
         why=why,
         loss=float(last.get("loss", math.nan)),
@@ -455,29 +582,44 @@ def pack(found: Iterable[Result]) -> str:
     return "".join(json.dumps(line) + "\n" for line in ({"config": alike}, *map(plain, found)))
 
 
-def unpack(path: Path) -> list[Result]:
-    """The runs that `pack` made text of; their directory is the file. ResultsError for any other file."""
+def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]:
+    """The runs that `pack` made text of; their directory is the file. left_out: hears of lines that are no such run.
+    ResultsError for any other file."""
     import numpy as np
 
-    unknown = {"loss": math.nan, "bits_per_byte": math.nan, "goodput": math.nan, "flops": math.nan, "why": ""}
+    unknown = {
+        "why": "", "parameters": 0, "total_parameters": 0, "steps": 0, "tokens": 0, "seconds": 0.0,
+        **dict.fromkeys(("loss", "bits_per_byte", "goodput", "flops", "adamw_flops"), math.nan),
+    }  # fmt: skip
     nothing = lines.Train(*[np.zeros(0)] * len(lines.Train._fields))
 
-    def made(fields: dict, alike: dict) -> Result:
-        fields = {**unknown, **fields}
-        given = {
-            "config": with_defaults({**alike, **fields.pop("config", {})}), "directory": path, "varied": {},
-            "train_curve": nothing, "curve": [Point(*point) for point in fields.pop("curve", ())],
-            "averages": tuple(made(each, alike) for each in fields.pop("averages", ())),
-            "curvature": tuple(fields.pop("curvature", ())),
-        }  # fmt: skip
-        return Result(**given, **fields)
+    def made(fields: dict, alike: dict, place: str) -> Result:
+        stored.typed(fields, Packed, place)
+        known = {**unknown, **{key: value for key, value in fields.items() if key in Result._fields}}
+        averages = tuple(made(each, alike, place) for each in fields.get("averages", ()))
+        curve = [Point(*point) for point in fields.get("curve", ())]
+        config = _whole({**alike, **fields.get("config", {})}, place)
+        measurements = {
+            "curvature": tuple(map(_known, fields.get("curvature", ()))),
+            "retention": _known(fields.get("retention", {})),
+        }
+        return Result(
+            **{**known, **measurements, "config": config, "directory": path, "varied": {}, "train_curve": nothing,
+               "curve": curve, "averages": averages}
+        )  # fmt: skip
 
+    found = []
     try:
-        first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        alike = first["config"]
-        return [made(fields, alike) for fields in rest]
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        remedy = "must be a file that `steppe report pack` wrote"
-        raise ResultsError(f"{path}: {remedy} ({' '.join(str(error).split())[:200]})") from None
+        first, *rest = stored.content_of(path, 4 * stored.MOST).splitlines() or [b""]
+        alike = stored.decode(first, Alike, f"{path}: line 1")["config"]
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: is no file any more") from None
+    except DataError as error:
+        raise ResultsError(f"{error}: must be a file that `steppe report pack` wrote") from None
+    for number, line in enumerate(rest, 2):
+        place = f"{path}: line {number}"
+        try:
+            found.append(made(stored.decode(line, dict[str, Any], place), alike, place))
+        except (DataError, ResultsError) as error:
+            left_out(ResultsError(error))
+    return found

@@ -37,6 +37,7 @@ def main(argv: Sequence[str], memo=None) -> int:
         metavar="K",
         help="stop after step K with a checkpoint, exit status 0; run again without it to go on",
     )
+    command.add_trust(parser)
     hosts = parser.add_argument_group("several processes, one per host or GPU, each started with the same command")
     hosts.add_argument(
         "--distributed", action="store_true", help="join the processes that SLURM or the TPU pod started"
@@ -92,10 +93,12 @@ def main(argv: Sequence[str], memo=None) -> int:
             replay.replay(config, options.workdir, options.replay_step)
             return 0
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
-        return train.run(config, options.workdir, allowed, options.until, memo)
+        return train.run(config, options.workdir, allowed, options.until, memo, options.trust)
     except exits.REFUSALS as error:
         return command.fail(error) if jax.process_index() == 0 else exits.REFUSED
     except OSError as error:
+        if error.errno in command.NO_NAME:
+            return command.fail(f"{error.filename or 'a path of the config'}: {error.strerror or error}")
         command.fail(f"stopped: {error}; what is on disk is sound, run the same command again once this is mended")
         return exits.STORAGE
 

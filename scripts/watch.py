@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from steppe.data.errors import DataError
 from steppe.lm.track import lines
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts import command, results
@@ -60,11 +61,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def rows(directory: str) -> list[Row]:
-    """What is known now of every run, those that changed last first. Reads only the ends of their files."""
-    places = results.places(directory)
-    return sorted(
-        (_row(name, Path(place)) for name, place in places), key=lambda row: (math.isnan(row.seconds), row.seconds)
-    )
+    """What is known now of every run, those that changed last first, and of damaged ones why they are left out. Reads
+    only the ends of their files."""
+    places, found = results.places(directory), []
+    for name, place in places:
+        try:
+            found.append(_row(name, Path(place)))
+        except (DataError, results.ResultsError) as error:
+            if len(places) == 1:
+                raise
+            found.append(Row(name, f"left out: {error}", "", "", "", "", "", math.nan))
+    return sorted(found, key=lambda row: (math.isnan(row.seconds), row.seconds))
 
 
 def _row(name: str, place: Path) -> Row:
@@ -72,14 +79,14 @@ def _row(name: str, place: Path) -> Row:
     about, train, evaluation = (found.get(kind, {}) for kind in ("run", "train", "evaluate"))
     step, steps = train.get("step", 0), about.get("steps", 0)
     since = time.time() - path.stat().st_mtime if path.exists() else math.nan
-    outcome = results.read_json(place / results.OUTCOME)
+    outcome = results.read_json(place / results.OUTCOME, results.Outcome)
     ended = evaluation.get("step") == steps > 0
     state = outcome.get("status") or ("finished" if ended else "waiting" if not found else "running")
     if state == "running" and since > SILENT:
         state = f"silent for {clock_face(since)}"
     pace = train.get("tokens_per_second", 0.0)
     per_step = about.get("tokens_per_step", 0)
-    left = (steps - step) * per_step / pace if pace and state == "running" else math.nan
+    left = (steps - step) * per_step / pace if pace and math.isfinite(pace) and state == "running" else math.nan
     return Row(
         name, state, f"{step:,}/{steps:,}" if steps else "", _shown(train.get("loss")), _shown(evaluation.get("loss")),
         f"{pace:,.0f}" if pace else "", clock_face(left) if left == left else "", since,

@@ -234,7 +234,7 @@ class _Zstandard(io.RawIOBase):
             chunk = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._started = self._new(), False
-            chunk = chunk or self._raw.read(1 << 18)
+            chunk = chunk or self._raw.read(1 << 14)  # may become 32,768 times as many bytes
             if not chunk:
                 if self._started:
                     raise EOFError
@@ -254,13 +254,22 @@ class _Zstandard(io.RawIOBase):
 # Of each kind: the records of one open file. A record's text is handed on, never kept: documents can be large.
 
 
+LONGEST = 256 << 20  # bytes of a document; a small compressed file may hold any number
+
+
+def _bounded(document: bytes, place: str) -> bytes:
+    if len(document) > LONGEST:
+        raise DataError(f"cannot read {place}: one document is longer than {LONGEST >> 20} MiB; cut it into several")
+    return document
+
+
 def _whole(handle, path, field, mine, seen) -> Iterator[Record]:
     if mine is None or mine(0):
-        yield Record(handle.read(), "", path)
+        yield Record(_bounded(handle.read(LONGEST + 1), path), "", path)
 
 
 def _lines(handle, path, field, mine, seen) -> Iterator[Record]:
-    for number, line in enumerate(handle):
+    for number, line in enumerate(iter(lambda: _bounded(handle.readline(LONGEST + 1), path), b"")):
         if (mine is None or mine(number)) and not line.isspace():
             yield Record(line.rstrip(b"\r\n"), "", f"{path}:{number + 1}")
 
@@ -280,7 +289,7 @@ _NOTHING = Record(b"")
 
 def _object(handle, place: str, field: str, wanted: bool, seen: dict[str, None]) -> Record | None:
     """The record of the next line; _NOTHING of a blank one. Nothing else of a line is held longer than it has to be."""
-    line = handle.readline()
+    line = _bounded(handle.readline(LONGEST + 1), place)
     if not line:
         return None
     if not wanted or line.isspace():

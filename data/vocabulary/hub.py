@@ -11,17 +11,73 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Required, TypedDict
 from unittest import mock
 
 import numpy as np
+from msgspec import Meta
 
+from steppe.data import stored
 from steppe.data.errors import DataError, refused
 from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
 
+Id = Annotated[int, Meta(ge=-1, le=1 << 31)]
 _NEAR = 400  # bytes on either side of a cut that must be encoded as without it
 _BETWEEN = re.compile(rb"[a-z](?= [a-z])")
 # What ends a text, where nothing beside the file names it; the first that a vocabulary has
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+
+
+class Added(TypedDict):
+    """A token that a tokenizer.json adds to its model's."""
+
+    id: Id
+    content: str
+
+
+class Model(TypedDict, total=False):
+    """The model of a tokenizer.json: {piece: id}, or [piece, score] of every id."""
+
+    type: str | None
+    vocab: dict[str, Id] | list[tuple[str, float]]
+    unk_id: Id | None
+    unk_token: str | None
+
+
+class Fast(TypedDict, total=False):
+    """tokenizer.json, as far as it is read here; the tokenizers library reads the rest."""
+
+    model: Required[Model]
+    added_tokens: list[Added]
+    pre_tokenizer: dict[str, Any] | None
+
+
+class Joined(TypedDict, total=False):
+    """What `joined` makes: one of two kinds."""
+
+    begin: Required[Id]
+    end: Required[Id]
+    tokenizer: Fast
+    tiktoken: dict[str, Id]
+    pattern: str
+    special: dict[str, Id]
+
+
+class Named(TypedDict):
+    """A token as an object."""
+
+    content: str
+
+
+class Beside(TypedDict, total=False):
+    """What stands beside a vocabulary and says which tokens begin and end a text, or how tiktoken cuts it."""
+
+    bos_token: str | Named | None
+    eos_token: str | Named | None
+    bos_token_id: Id | list[Id] | None
+    eos_token_id: Id | list[Id] | None
+    pat_str: str
+    special_tokens: dict[str, Id]
 
 
 def joined(spec: str, path: str, content: bytes) -> bytes:
@@ -31,11 +87,11 @@ def joined(spec: str, path: str, content: bytes) -> bytes:
     if content[:1] != b"{" or is_joined(content):
         return content
     try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"config.data.vocabulary={spec!r}: no tokenizer.json ({error})") from None
-    if not isinstance(found.get("model"), dict):
-        raise refused("data.vocabulary", spec, "a tokenizer.json of the tokenizers library, with a model in it")
+        found = stored.decode(content, Fast, path)
+    except stored.Wrong as error:
+        raise DataError(
+            f"config.data.vocabulary={spec!r}: no tokenizer.json of the tokenizers library ({error})"
+        ) from None
     ids = _ids(found)
     begin, end = (_named(path, name, ids) for name in ("bos", "eos"))
     end = end or next((token for token in _ENDS if token in ids), "")
@@ -75,7 +131,7 @@ def load(spec: str, content: bytes, kept: str = "") -> Tokenizer:
 
     DataError where its library is missing, or refuses it.
     """
-    found = json.loads(content)
+    found = stored.decode(content, Joined, spec)
     digest = hashlib.sha256(content).hexdigest()[:32]
     kind = "tokenizer" if "tokenizer" in found else "tiktoken"
     library = {"tokenizer": "tokenizers", "tiktoken": "tiktoken"}[kind]
@@ -284,11 +340,9 @@ def _known_encoding(name: str) -> dict:
 
 def _beside(path: str, name: str) -> dict:
     try:
-        with open(os.path.join(os.path.dirname(path), name), encoding="utf-8") as handle:
-            found = json.load(handle)
-    except (OSError, ValueError):
+        return stored.read(os.path.join(os.path.dirname(path), name), Beside)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _text(token) -> str:

@@ -6,16 +6,50 @@ there as here. Which axes of a kernel are summed over stands in the parameter ta
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.configs.keys import ConfigError
+from steppe.data import stored
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.model import parameters
 
 LAST_NORM = "final_norm/scale"  # before the readout
+_Size = stored.Positive | None
+
+
+class Rope(TypedDict, total=False):
+    """How positions turn."""
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: float | None
+
+
+class Theirs(TypedDict, total=False):
+    """A config.json of Hugging Face, as far as it is read."""
+
+    architectures: list[str] | None
+    rope_parameters: Rope | None
+    rope_scaling: Rope | None
+    num_hidden_layers: _Size
+    hidden_size: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size
+    head_dim: _Size
+    intermediate_size: _Size
+    max_position_embeddings: _Size
+    rms_norm_eps: float | None
+    rope_theta: float | None
+    tie_word_embeddings: bool | None
+    n_layer: _Size
+    n_embd: _Size
+    n_head: _Size
+    n_inner: _Size
+    n_positions: _Size
+    layer_norm_epsilon: float | None
 
 
 class Family(NamedTuple):

@@ -1,16 +1,19 @@
 """Parameters that a new run starts from: those of a checkpoint, or of a Hugging Face directory, placed on the mesh."""
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.configs.keys import ConfigError
+from steppe.data import files, stored
+from steppe.data.errors import DataError
 from steppe.data.vocabulary import load_tokenizer
 from steppe.lm.hub import families
 from steppe.lm.hub.families import LAST_NORM, Family
@@ -61,7 +64,7 @@ def _placed(arrays: dict[str, np.ndarray], abstract_params: Any) -> Any:
 
 def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str], None]) -> Any:
     """The parameters of a run's checkpoint; of a bare directory of checkpoints, which says no more, the last ones."""
-    if not (Path(source).expanduser() / "config.json").exists():
+    if not os.path.exists(os.path.join(os.path.expanduser(source), "config.json")):
         if weights not in ("", LAST):
             raise ConfigError("init_weights", weights, f'"" or {LAST} unless init_from is the workdir of a run')
         return checkpoint.load_params(source, abstract_params, log)
@@ -77,8 +80,9 @@ def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str]
 
 def is_hub(path: str) -> bool:
     """Whether a path is a directory that transformers could load a model from."""
-    return (Path(path).expanduser() / "config.json").exists() and any(
-        (Path(path).expanduser() / name).exists() for name in (INDEX, SINGLE)
+    folder = os.path.expanduser(path)
+    return os.path.exists(os.path.join(folder, "config.json")) and any(
+        os.path.exists(os.path.join(folder, name)) for name in (INDEX, SINGLE)
     )
 
 
@@ -86,13 +90,11 @@ def read_config(directory: str) -> tuple[dict[str, Any], Family]:
     """(config.json of a Hugging Face directory, its family). Unusable where it is none that is ours."""
     place = Path(directory).expanduser() / "config.json"
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = stored.read(place, families.Theirs)
+    except (OSError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Unusable(f"{place}: must be the config of a Hugging Face model ({reason})") from None
-    if not isinstance(found, dict):
-        raise Unusable(f"{place}: must be the config of a Hugging Face model, and is {type(found).__name__}")
-    if place.with_name(ADAPTER).exists():
+    if os.path.exists(place.with_name(ADAPTER)):
         raise Unusable(f"{place.with_name(ADAPTER)}: adapters are refused; merge them into the weights first")
     return found, families.of_theirs(found, str(place))
 
@@ -136,6 +138,12 @@ def _same_vocabulary(config: ConfigDict, source: str, found: dict[str, Any]) -> 
         raise ConfigError("data.vocabulary", config.data.vocabulary, f"{accepted} (this one has {ours.vocab_size:,})")
 
 
+class Index(TypedDict):
+    """model.safetensors.index.json, as far as it is read: which file holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
 class _Tensors:
     """The tensors of a directory's safetensors files by name, read as they are asked for."""
 
@@ -143,21 +151,26 @@ class _Tensors:
         self._folder, self._open, self._read = Path(directory).expanduser(), {}, set()
 
     def __enter__(self) -> "_Tensors":
+        if find_spec("safetensors") is None:
+            raise Unusable(f"{self._folder}: needs safetensors: pip install 'steppe[hub]'")
         try:
-            from safetensors import safe_open
-        except ImportError:
-            raise Unusable(f"{self._folder}: needs safetensors: pip install 'steppe[hub]'") from None
-        try:
-            if (self._folder / INDEX).exists():
-                where = json.loads((self._folder / INDEX).read_text())["weight_map"]
+            if os.path.exists(self._folder / INDEX):
+                where = stored.read(self._folder / INDEX, Index)["weight_map"]
             else:
-                with safe_open(self._folder / SINGLE, "numpy") as file:
+                with self._opened(SINGLE) as file:
                     where = dict.fromkeys(file.keys(), SINGLE)
-            files = {name: safe_open(self._folder / name, "numpy") for name in sorted(set(where.values()))}
+            opened = {name: self._opened(name) for name in sorted(set(where.values()))}
         except Exception as error:  # of the library's own kind
             raise Unusable(f"{self._folder}: its weights cannot be read ({' '.join(str(error).split())})") from None
-        self._where, self._open = where, files
+        self._where, self._open = where, opened
         return self
+
+    def _opened(self, name: str):
+        from safetensors import safe_open
+
+        path = files.below(self._folder, name, links=True)
+        files.ordinary(path).close()
+        return safe_open(path, "numpy")
 
     def __exit__(self, *_) -> None:
         self._open.clear()

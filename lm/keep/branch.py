@@ -11,7 +11,7 @@ import jax
 
 from steppe.configs.keys import ConfigError
 from steppe.data import files
-from steppe.lm.keep import checkpoint, mirror, seal, workdir
+from steppe.lm.keep import checkpoint, mirror, saved, seal, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.run.state import Optimizer, State
@@ -39,13 +39,13 @@ def named(text: str) -> tuple[str, int | None]:
 
 
 def take(
-    text: str, abstract: State, optimizer: Optimizer, log: Callable[[str], None] = print
+    text: str, abstract: State, optimizer: Optimizer, log: Callable[[str], None] = print, trust: bool = False
 ) -> tuple[State, dict[str, Any], Parent]:
     """(State placed as `abstract` says, meta of the checkpoint, parent) that a run branching from `text` begins with.
 
     Parameters and the base optimizer's state are the parent's, and so is the rule's where both runs keep the same; else
-    it begins anew, which is said. Averages begin at the branch. ConfigError or Unusable, each one line, where that
-    cannot be.
+    it begins anew, which is said. Averages begin at the branch. trust: see saved.checkpoints_of. ConfigError,
+    WorkdirError or Unusable, each one line, where that cannot be.
     """
     parent, step = named(text)
     directory = mirror.here(parent, checkpoints=True)
@@ -53,7 +53,7 @@ def take(
         config = workdir.config_of(directory)
     except WorkdirError:
         raise ConfigError(KEY, text, f"the workdir of a run, or RUN@STEP; there is no run in {directory}") from None
-    place = checkpoint.directory_of(config, directory)
+    place = saved.checkpoints_of(directory, config, trust)
     start = checkpoint.find(place if step is None else f"{place}/{step}", lambda line: None)
     step = int(start.name)
     theirs, ours = seal.read(start)["tree"], seal.tree_of(abstract)

@@ -274,7 +274,10 @@ def shapes_of(start: epath.Path) -> dict[str, tuple[int, ...]]:
 def _restore(start: epath.Path, item: Any, arguments: Any) -> Any:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-        return reader.restore(start / "state", args=args)
+        try:
+            return reader.restore(start / "state", args=args)
+        except Exception as error:  # its seal is sound, so this is what was saved, and not by this program
+            raise Unusable(f"{start}: cannot be restored ({' '.join(str(error).split())[:300]})") from None
 
 
 def find(path: str, log: Callable[[str], None] = print) -> epath.Path:

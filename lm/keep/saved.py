@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from steppe.data import files, sources
 from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
 from steppe.lm.keep import mirror, seal
@@ -16,6 +17,7 @@ from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.keep.weights import LAST, Weights, of_state, weights_of
 from steppe.lm.keep.workdir import config_of, kept_corpus
 from steppe.lm.run.assembly import Parts, assemble
+from steppe.lm.run.check import check_stored
 from steppe.lm.track.lines import AVERAGES
 from steppe.optim.methods import OPTIONS
 
@@ -53,18 +55,66 @@ class Unread(NamedTuple):
     weights: str = LAST
 
 
+CODE = ("seqio", "tfds")  # kinds of sources that are read by code which they name
+
+
+def own_data(config: ConfigDict, trust: bool) -> dict[str, Any]:
+    """config.data of a stored config, to read other text as it did. Unless it is trusted it names no module, no
+    address and no place to write to."""
+    data = config.data.to_dict()
+    return data if trust else {**data, "cache": "", "seqio_module": "", "tfds_dir": "", "directory": ""}
+
+
+def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], trust: bool = False) -> Corpus:
+    """The corpus of a run: what it has prepared, or else what its config names. WorkdirError where that is an address,
+    or read by code, and it is not trusted."""
+    kept = kept_corpus(directory)
+    if kept is not None:
+        return kept
+    data = config.data
+    if not trust:
+        if files.is_remote(data.directory):
+            raise _untrusted(directory, "data.directory", data.directory, "an address")
+        for key, listed in (
+            ("task", sources.parse(data.task)),
+            ("held_out", sources.held_out_sources("", data.held_out)),
+        ):
+            for source in () if data.directory else listed:
+                if source.kind in CODE or files.is_remote(source.where):
+                    what = "read by code of its own" if source.kind in CODE else "an address"
+                    raise _untrusted(directory, f"data.{key}", f"{source.kind}:{source.where}", what)
+    return open_of(data.to_dict() if trust else {**data.to_dict(), "cache": "", "seqio_module": ""}, log)
+
+
+def checkpoints_of(directory: str, config: ConfigDict, trust: bool = False) -> str:
+    """Where the checkpoints of a run lie. WorkdirError where that is an address, and it is not trusted."""
+    found = directory_of(config, directory)
+    if files.is_remote(found) and not trust:
+        raise _untrusted(directory, "checkpoint.directory", found, "an address")
+    return found
+
+
+def _untrusted(directory: str, key: str, value: str, what: str) -> WorkdirError:
+    remedy = "which is not followed on the word of a stored config; --trust does so, where the run is your own"
+    return WorkdirError(f"{directory}: needs config.{key} = {files.shown(value)}, {what}, {remedy}")
+
+
 def unread(
-    directory: str, step: int | None = None, log: Callable[[str], None] = print, weights: str | None = None
+    directory: str,
+    step: int | None = None,
+    log: Callable[[str], None] = print,
+    weights: str | None = None,
+    trust: bool = False,
 ) -> Unread:
     """The run of `directory` after `step` steps, by default at its newest sound checkpoint, nothing of it in memory.
 
-    weights: by name, default those that the run is judged by. WorkdirError, Unusable or DataError, each one line,
-    where that cannot be.
+    weights: by name, default those that the run is judged by. trust: see corpus_of. WorkdirError, Unusable or
+    DataError, each one line, where that cannot be.
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
-    corpus = kept_corpus(directory) or open_of(config.data, log)
-    found = directory_of(config, directory)
+    corpus = corpus_of(directory, config, log, trust)
+    found = checkpoints_of(directory, config, trust)
     start = find(found if step is None else f"{found}/{step}", log)
     known, (name, chosen) = shapes_of(start), choose(directory, config, weights)
     shapes = {name.removeprefix(PARAMS): shape for name, shape in known.items() if name.startswith(PARAMS)}
@@ -91,7 +141,8 @@ def measured_in(directory: str, weights: str | None) -> Path:
     """Where measurements of these weights of a run stand: in its directory those of what it is judged by."""
     config = config_of(directory)
     name, _ = choose(directory, config, weights)
-    return Path(directory) if name == next(iter(weights_of(config))) else Path(directory) / AVERAGES / name
+    own = name == next(iter(weights_of(config)))
+    return Path(directory) if own else files.below(directory, f"{AVERAGES}/{name}")
 
 
 def load(
@@ -100,6 +151,7 @@ def load(
     log: Callable[[str], None] = print,
     optimizer: bool = False,
     weights: str | None = None,
+    trust: bool = False,
 ) -> Saved:
     """The run of `directory` after `step` steps, by default at its newest sound checkpoint.
 
@@ -110,16 +162,16 @@ def load(
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
     devices = jax.devices()
-    if config.train.batch_size % len(devices) or config.model.width % len(devices):
-        devices = devices[:1]
+    devices = devices if spreads(config) else devices[:1]
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
     config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
-    corpus = kept_corpus(directory) or open_of(config.data, log)
+    corpus = corpus_of(directory, config, log, trust)
+    found = checkpoints_of(directory, config, trust)
+    check_stored(config)
     parts = assemble(
         config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices, tokens_per_row=corpus.tokens_per_row
     )
-    found = directory_of(config, directory)
     name, chosen = choose(directory, config, weights)
     fields = chosen.sections | ({"optimizer"} if optimizer else set())
     wanted = {field: getattr(parts.abstract, field) for field in fields}
@@ -128,9 +180,15 @@ def load(
     return Saved(config, corpus, parts, params, state["optimizer"] if optimizer else None, name)
 
 
-def steps(directory: str) -> list[int]:
+def spreads(config: ConfigDict) -> bool:
+    """Whether the devices here divide a run's batch and width, so that `load` spreads it over them."""
+    devices = len(jax.devices())
+    return config.train.batch_size % devices == 0 and config.model.width % devices == 0
+
+
+def steps(directory: str, trust: bool = False) -> list[int]:
     """The steps that the run of `directory` has sealed checkpoints of, in order. WorkdirError if it is no run."""
     directory = mirror.here(directory, checkpoints=True)
-    found = place(directory_of(config_of(directory), directory))
+    found = place(checkpoints_of(directory, config_of(directory), trust))
     names = [path.name for path in found.iterdir()] if found.exists() else []
     return sorted(int(name) for name in names if name.isdecimal() and (found / name / seal.NAME).exists())

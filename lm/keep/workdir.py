@@ -55,7 +55,7 @@ def adopt(workdir: str, config: ConfigDict) -> None:
 
 def is_new(workdir: str) -> bool:
     """Whether no run has taken the workdir yet."""
-    return not (Path(workdir) / CONFIG).exists()
+    return not os.path.exists(Path(workdir) / CONFIG)
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def config_of(workdir: str) -> ConfigDict:
     names outside of the workdir must be told to (keep.saved). WorkdirError if there is none, or one that none can be.
     """
     path = Path(workdir) / CONFIG
-    if not path.exists():
+    if not os.path.exists(path):
         raise WorkdirError(f"{workdir}: must be the workdir of a run, with a {CONFIG}")
     found = base.completed(_read(path))
     try:

@@ -52,6 +52,7 @@ def evaluate(
             return None
         batch = held_out_rows(corpus, name, index, batch_size, rows)
         results.append(step(params, place_batch(mesh, batch_size, rows, batch)))
+        jax.block_until_ready(results[-2:][0])  # at most one batch ahead, so that stop() is asked in time
     nats, tokens, size = (sum(np.float64(x) for x in column) for column in zip(*jax.device_get(results), strict=True))
     return {
         "loss": float(nats / tokens),

@@ -36,6 +36,12 @@ def check(config: ConfigDict, *, device_count: int | None, process_count: int = 
     _need(not config.log.tensorboard or bool(find_spec("tensorboardX")), config, "log.tensorboard", accepted)
 
 
+def check_stored(config: ConfigDict) -> None:
+    """Refuses a stored config that no run can have had, its text and devices aside. Raises ConfigError."""
+    _check_model(config, None)
+    _check_durations(config)
+
+
 def mesh_shape(config: ConfigDict, device_count: int | None) -> tuple[int, int, int]:
     """(data, fsdp, tensor) with the one -1 replaced by the devices that remain, 1 of None. Raises ConfigError."""
     axes = {name: config.mesh[name] for name in ("data", "fsdp", "tensor")}

@@ -53,12 +53,14 @@ def run(
     allow_change: Collection[str] = (),
     until: int | None = None,
     memo: Memo | None = None,
+    trust: bool = False,
 ) -> int:
     """Runs or continues the run of `directory`, which may be an address, to its end; returns the exit status, see
     lm.keep.exits.
 
     allow_change: config keys (or "corpus") that may differ from what the run had so far. until: stops after this step,
-    as if asked to; schedules stay those of the whole run. memo: of a process that has run after run. Raises, before
+    as if asked to; schedules stay those of the whole run. memo: of a process that has run after run. trust: the config
+    that the run of config.branch_from has stored. Raises, before
     anything is compiled, one of exits.REFUSALS for what cannot run; and OSError when the workdir or the checkpoints
     cannot be written any more.
     """
@@ -77,7 +79,7 @@ def run(
         # before the workdir is taken, in case one of them cannot be used
         place, given = checkpoint.place(checkpoint.directory_of(config, directory)), None
         if workdir.is_new(directory):
-            given = begin(config, parts, log) if config.init_from or config.branch_from else None
+            given = begin(config, parts, log, trust) if config.init_from or config.branch_from else None
             branched, total = (given[2].step if given and given[2] else 0), parts.budget.steps
             if profile.outside(config.log.profile, branched + 1, total):
                 raise ConfigError(
@@ -96,6 +98,7 @@ def run(
             memo=memo,
             goodput=goodput,
             log=log,
+            trust=trust,
         )
         here.checkpoints = stack.enter_context(here.open_checkpoints(place, run_id))
         here.restore(given)
@@ -123,10 +126,12 @@ def run(
             return here.train()
 
 
-def begin(config: ConfigDict, parts: Parts, log: Callable[[str], None]) -> tuple[State, dict, branch.Parent | None]:
+def begin(
+    config: ConfigDict, parts: Parts, log: Callable[[str], None], trust: bool = False
+) -> tuple[State, dict, branch.Parent | None]:
     """(State before anything of a run is saved, meta and parent where it branches off another)."""
     if config.branch_from:
-        return branch.take(config.branch_from, parts.abstract, parts.optimizer, log)
+        return branch.take(config.branch_from, parts.abstract, parts.optimizer, log, trust)
     if config.init_from:
         return create_from(parts.abstract, parts.optimizer, initial_params(config, parts, log)), {}, None
     return create(parts.mesh, parts.initialise), {}, None
@@ -152,6 +157,7 @@ class Run:
         memo: Memo,
         goodput: Goodput,
         log: Callable[[str], None] = print,
+        trust: bool = False,
     ):
         self.config, self.directory, self.corpus, self.parts = config, directory, corpus, parts
         self.stopping, self.until, self.memo, self.goodput, self.log = stopping, until, memo, goodput, log
@@ -159,7 +165,7 @@ class Run:
         self.now = {"config": config.to_dict(), "versions": record.versions(), "corpus": corpus.fingerprint}
         self.pending, self.latest, self.measured = [], {}, []
         self.stop = self.owes_evaluation = False
-        self.ended, self.parent = "failed", None
+        self.ended, self.parent, self.trust = "failed", None, trust
         tokenizer, length = corpus.tokenizer, config.data.sequence_length
         self.weights = weights_of(config)
         self.judged = next(iter(self.weights))
@@ -228,7 +234,7 @@ class Run:
         if newest is not None:
             self.state, self.meta = self.checkpoints.restore(newest, self.parts.abstract)
         else:
-            self.state, self.meta, self.parent = given or begin(self.config, self.parts, self.log)
+            self.state, self.meta, self.parent = given or begin(self.config, self.parts, self.log, self.trust)
         self.done = int(self.state.step)
         self.seen = seen(self.done, self.meta) if self.meta else 0
         self.watch = anomaly.Watch(self.config, self.meta["watch"] if self.meta else None)

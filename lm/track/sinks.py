@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
+from steppe.data import files, stored
 from steppe.lm.track.goodput import share
 from steppe.lm.track.lines import METRICS, records
 
@@ -250,9 +251,9 @@ class Sinks:
 def _id(workdir: Path, given: str) -> str:
     file = workdir / "wandb_id"
     if file.exists():  # a rollback may have begun another since the checkpoint
-        given = file.read_text().strip() or given
+        given = stored.content_of(file, 1000).decode(errors="replace").strip() or given
     given = given or _new_id()
-    file.write_text(given + "\n")
+    files.write(file, given + "\n")
     return given
 
 

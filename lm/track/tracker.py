@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
+from steppe.data import files
 from steppe.lm.track.goodput import Goodput, described, earlier
 from steppe.lm.track.lines import METRICS, number, plain, read, restored, rewind
 from steppe.lm.track.sinks import Sinks
@@ -242,6 +243,7 @@ class Tracker:
         self._sinks.record(restored(record))
 
     def _print(self, text: str) -> None:
+        text = files.visible(text, self._stream)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -59,11 +59,17 @@ def main(argv: Sequence[str]) -> int:
         "--slices", type=command.integer(), default=7, metavar="N", help="points of a line of the slices; 0: none"
     )
     parser.add_argument(
-        "--within", action="append", default=[], metavar="REGEX", help="spectra of these parameters only"
+        "--within",
+        action="append",
+        default=[],
+        type=command.pattern,
+        metavar="REGEX",
+        help="spectra of these parameters only",
     )
     parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="of every random vector")
     parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
     command.add_weights(parser)
+    command.add_trust(parser)
     parser.add_argument(
         "--towards", metavar="RUN", help="also the curvature along the way to this run's model, as fine-tuning made it"
     )
@@ -75,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
     command.ready_to_compute()
     from steppe.lm.keep import mirror
-    from steppe.lm.keep.exits import Unusable
+    from steppe.lm.keep.exits import REFUSALS
     from steppe.lm.track.lines import AVERAGES
     from steppe.scripts.measure import curvature_plots
 
@@ -84,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         for directory, step in todo:
             try:
                 rows.append((directory, step, examine(directory, step, options, made, progress)))
-            except Unusable as error:
+            except REFUSALS as error:
                 if len(todo) == 1:
                     raise
                 progress.end(f"{directory} step {step} IS PASSED OVER: {error}")
@@ -98,19 +104,25 @@ def main(argv: Sequence[str]) -> int:
 
 def checkpoints(options) -> list[tuple[str, int]]:
     """The (workdir, step) pairs asked for, what has none of them named. WorkdirError where there are none."""
-    from steppe.configs.base import with_defaults
-    from steppe.configs.keys import flatten
     from steppe.lm.keep import saved
-    from steppe.lm.keep.exits import WorkdirError
+    from steppe.lm.keep.exits import REFUSALS, WorkdirError
     from steppe.scripts import results
     from steppe.scripts.sweep import spec
 
     once = {place.resolve(): place for _, place in results.places(options.workdir)}
     begun = [place for place in once.values() if (place / "config.json").exists()]
-    flats = {place: with_defaults(flatten(results.read_json(place / "config.json"))) for place in begun}
-    found, lacking = [], []
-    for place in spec.matching(begun, options.only, flats.__getitem__):
-        steps = saved.steps(str(place))
+    flats, found, lacking = {}, [], []
+    for place in begun:
+        try:
+            flats[place] = results.config_of(place / "config.json")
+        except results.ResultsError as error:
+            lacking.append(str(error))
+    for place in spec.matching(list(flats), options.only, flats.__getitem__):
+        try:
+            steps = saved.steps(str(place), options.trust)
+        except REFUSALS as error:
+            lacking.append(str(error))
+            continue
         if options.step.isdecimal():
             wanted = [step for step in steps if step == int(options.step)]
         else:
@@ -132,7 +144,7 @@ def path_of(directory: str, step: int, weights: str | None = None) -> Path:
     """Where the results of a checkpoint stand, of weights by name."""
     from steppe.lm.keep import saved
 
-    return saved.measured_in(directory, weights) / "curvature" / f"{step}.json"
+    return files.below(saved.measured_in(directory, weights), f"curvature/{step}.json")
 
 
 def examine(directory: str, step: int, options, made: dict, progress: "Progress") -> dict[str, float]:
@@ -158,7 +170,9 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
         within=tuple(options.within),
     )
     progress.begin(f"{directory} step {step}", len(sharpness.stages(settings)))
-    run = saved.load(directory, step, log=lambda line: None, optimizer=True, weights=options.weights)
+    run = saved.load(
+        directory, step, log=lambda line: None, optimizer=True, weights=options.weights, trust=options.trust
+    )
     if jax.tree.reduce(lambda bad, leaf: bad or not bool(jnp.all(jnp.isfinite(leaf))), run.params, False):
         raise Unusable(f"{directory}: the checkpoint of step {step} holds parameters that are not finite")
     name, size = next(iter(run.corpus.held_out)), run.config.train.batch_size
@@ -186,7 +200,7 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
         settings,
         scale,
         next_step=_next_step(run, step) if run.weights == LAST else None,
-        towards=_other(options.towards, run) if options.towards else None,
+        towards=_other(options.towards, run, options.trust) if options.towards else None,
         tick=progress.tick,
     )
     found = {
@@ -222,14 +236,14 @@ def _next_step(run, step: int):
     return lambda gradient: jax.block_until_ready(taken(gradient, state))
 
 
-def _other(directory: str, run):
+def _other(directory: str, run, trust: bool):
     """The parameters of another run of the same model."""
     import jax
 
     from steppe.lm.keep import saved
     from steppe.lm.keep.exits import WorkdirError
 
-    other = saved.load(directory, log=lambda line: None).params
+    other = saved.load(directory, log=lambda line: None, trust=trust).params
     shapes = [jax.tree.map(lambda leaf: leaf.shape, params) for params in (other, run.params)]
     if shapes[0] != shapes[1]:
         raise WorkdirError(f"--towards={directory}: must be a run of the same model")

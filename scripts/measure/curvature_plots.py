@@ -1,10 +1,12 @@
 """Pictures of what steppe curvature measured: spectra, slices, and what becomes of them over training."""
 
+import contextlib
+import math
 from pathlib import Path
 
 from steppe.lm import plot
 from steppe.lm.track import lines
-from steppe.scripts.results import read_json
+from steppe.scripts.results import Measurement, ResultsError, measured, read_json
 
 _COLOURS = {"hessian": plot.BLUE, "ggn": plot.VERMILION, "nme": plot.GREEN}
 _NAMES = {"hessian": "H", "ggn": "GGN", "nme": "NME"}
@@ -12,7 +14,7 @@ _NAMES = {"hessian": "H", "ggn": "GGN", "nme": "NME"}
 
 def of_checkpoint(path: Path) -> list[Path]:
     """Draws spectra-STEP.png and, where there are slices, slices-STEP.png beside STEP.json; returns their paths."""
-    found = read_json(path)
+    found = read_json(path, Measurement)
     title = f"{path.parents[1].resolve().name}, step {found['step']}"
     with _styled():
         drawn = [_spectra(found, title, path.with_name(f"spectra-{found['step']}.png"))]
@@ -23,8 +25,10 @@ def of_checkpoint(path: Path) -> list[Path]:
 
 def over_training(workdir: str | Path) -> Path | None:
     """Draws curvature/training.png from every STEP.json and the run's curvature records; None where there are none."""
-    files = sorted(filter(lambda path: path.stem.isdecimal(), Path(workdir).glob("curvature/*.json")), key=_step)
-    found = [measured for path in files if {"step", "summary"} <= (measured := read_json(path)).keys()]
+    found = []
+    for path in measured(Path(workdir)):
+        with contextlib.suppress(ResultsError):  # of another version, or damaged
+            found.append(read_json(path, Measurement))
     recorded = lines.read(workdir).of("curvature")
     if not found and not recorded:
         return None
@@ -32,10 +36,6 @@ def over_training(workdir: str | Path) -> Path | None:
     path.parent.mkdir(exist_ok=True)
     with _styled():
         return _training(found, recorded, Path(workdir).resolve().name, path)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem)
 
 
 def _styled():
@@ -47,27 +47,29 @@ def _training(found: list[dict], recorded: list[dict], title: str, path: Path) -
 
     # two batches, so two lines: what the run recorded, and what was measured of its checkpoints
     series = {
-        ("-", "while training"): [(r["step"], r["all"]["logit_norm"], r["all"]["functional_norm"]) for r in recorded],
+        ("-", "while training"): [
+            (r["step"], *(number(r.get("all", {}), key) for key in ("logit_norm", "functional_norm"))) for r in recorded
+        ],
         ("--", "checkpoints"): [
-            (f["step"], f["summary"]["delta_logit_norm"], f["summary"]["delta_func_norm"]) for f in found
+            (f["step"], *(number(f["summary"], key) for key in ("delta_logit_norm", "delta_func_norm"))) for f in found
         ],
     }
     for (dash, label), rows in series.items():
         if rows:
-            steps, logit, functional = zip(*rows, strict=True)
+            at, logit, functional = zip(*rows, strict=True)
             share = [b**2 / max(a**2 + b**2, 1e-300) for _, a, b in rows]
-            shares.semilogy(steps, share, dash, color=plot.GREEN, marker=".", label=label)
-            norms.semilogy(steps, logit, dash, color=plot.VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
-            norms.semilogy(steps, functional, dash, color=plot.GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
+            shares.semilogy(at, share, dash, color=plot.GREEN, marker=".", label=label)
+            norms.semilogy(at, logit, dash, color=plot.VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
+            norms.semilogy(at, functional, dash, color=plot.GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
     shares.set_title("share of δ_func in ‖δ_logit‖² + ‖δ_func‖²", loc="left", fontsize=9)
     norms.set_title("norms", loc="left", fontsize=9)
     for axes in (shares, norms):
         axes.legend(fontsize=7)
 
-    measured = [f["step"] for f in found]
+    steps = [f["step"] for f in found]
     for matrix, label in _NAMES.items():
-        largest = [f["summary"]["lambda_max" if matrix == "hessian" else f"{matrix}_lambda_max"] for f in found]
-        eigenvalues.plot(measured, largest, color=_COLOURS[matrix], marker=".", label=label)
+        largest = [number(f["summary"], f"{matrix}_lambda_max".removeprefix("hessian_")) for f in found]
+        eigenvalues.plot(steps, largest, color=_COLOURS[matrix], marker=".", label=label)
     eigenvalues.set_title("largest eigenvalue", loc="left", fontsize=9)
     for key, label, colour in (
         ("sam_sharpness", "worst case", plot.BLUE),
@@ -75,7 +77,7 @@ def _training(found: list[dict], recorded: list[dict], title: str, path: Path) -
         ("functional_sharpness", "its functional part", plot.GREEN),
         ("average_sharpness", "average case", plot.GREY),
     ):
-        sharpness.plot(measured, [f["summary"][key] for f in found], color=colour, marker=".", label=label)
+        sharpness.plot(steps, [number(f["summary"], key) for f in found], color=colour, marker=".", label=label)
     sharpness.set_title("rise of the loss, nats per token", loc="left", fontsize=9)
     for axes in (eigenvalues, sharpness):
         axes.set_xlabel("step")
@@ -136,6 +138,12 @@ def _slices(found: dict, title: str, path: Path) -> Path:
     plane.set_xlabel("along ε̂")
     plane.set_ylabel("along NME's top eigenvector", fontsize=8)
     return _save(figure, title, path)
+
+
+def number(values: dict, key: str) -> float:
+    """A number of a stored measurement, NaN where it has none."""
+    found = values.get(key)
+    return math.nan if found is None else found
 
 
 def _numbers(values: list) -> list[float]:

@@ -15,9 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict
 
 from steppe.data import files
+from steppe.data import stored as stored_json
+from steppe.data.errors import DataError
 from steppe.lm.measure import frontier
 from steppe.scripts import command
 
@@ -25,6 +27,23 @@ NAME = "retention.json"
 POINTS = (0.125, 0.25, 0.5, 1.0)  # shares of the fine-tuning after which both losses are measured
 HELD_OUT = 0.1  # share of the second corpus's documents held out
 NO_TEXT = "none"
+
+
+class Corpus(TypedDict, total=False):
+    """Which text a number is of."""
+
+    corpus: Required[str]
+
+
+class Record(TypedDict):
+    """retention.json, as far as a command reads again what one before it wrote."""
+
+    step: stored_json.Count
+    held_out: Corpus
+    fine_tune: Corpus | None
+    settings: dict[str, Any]
+    summary: dict[str, float]
+    details: dict[str, Any]
 
 
 class Target(NamedTuple):
@@ -55,14 +74,15 @@ def main(argv: Sequence[str]) -> int:
     def log(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
 
-    targets = find(options.workdir, options.only, options.step, log, options.weights or (None,))
+    targets = find(options.workdir, options.only, options.step, log, options.weights or (None,), options.trust)
     settings = settings_of(options)
+    _check_all(targets, settings, options)
     found, programs, first = {}, {}, None
     for number, target in enumerate(targets, 1):
         record = None if options.again else stored(target, settings)
         log(f"{number} of {len(targets)}  {target.name}" + (": already measured" if record else ""))
         if record is None:
-            record = measure(target, settings, programs, first, lambda text: log(f"        {text}"))
+            record = measure(target, settings, programs, first, lambda text: log(f"        {text}"), options.trust)
             target.directory.mkdir(parents=True, exist_ok=True)
             files.write_json(target.directory / NAME, record)
         first = _same_text(target, first, record["held_out"]["corpus"], record["fine_tune"])
@@ -137,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="batches of a held-out set (default 32; 0: all)",
     )
+    command.add_trust(parser)
     add("--again", action="store_true", help="measure also what has been measured")
     add("--out", type=command.writable_directory, metavar="DIR", help="where table and plots of the comparison go")
     return parser
@@ -164,10 +185,11 @@ def find(
     step: int | None,
     log: Callable[[str], None],
     weights: Sequence[str | None] = (None,),
+    trust: bool = False,
 ) -> list[Target]:
     """The chosen runs of workdirs and of sweeps, of these the finished ones; those left out are named to the log."""
     from steppe.lm.keep import saved
-    from steppe.lm.keep.checkpoint import Checkpoints, directory_of
+    from steppe.lm.keep.checkpoint import Checkpoints
     from steppe.lm.keep.exits import Unusable, WorkdirError
     from steppe.lm.keep.workdir import config_of
     from steppe.scripts import results
@@ -189,7 +211,7 @@ def find(
         chosen = step
         if chosen is None:
             config = config_of(str(result.directory))
-            checkpoints = directory_of(config, str(result.directory))
+            checkpoints = saved.checkpoints_of(str(result.directory), config, trust)
             with Checkpoints(checkpoints, read_only=True, log=log) as kept:
                 chosen = kept.newest()
             if chosen is None:
@@ -221,10 +243,37 @@ def settings_of(options: argparse.Namespace) -> dict:
 def stored(target: Target, settings: dict) -> dict | None:
     """What has been measured of this checkpoint with these settings, if it has."""
     try:
-        record = json.loads((target.directory / NAME).read_text())
-        return record if (record["settings"], record["step"]) == (settings, target.step) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = stored_json.read(target.directory / NAME, Record)
+    except (FileNotFoundError, DataError):
         return None
+    return record if (record["settings"], record["step"]) == (settings, target.step) else None
+
+
+def _check_all(targets: Sequence[Target], settings: dict, options: argparse.Namespace) -> None:
+    """Refuses before anything is measured what cannot be: runs of other text, and batches that no device can share."""
+    import jax
+
+    from steppe.lm.keep import saved
+    from steppe.lm.keep.workdir import config_of
+
+    first = None
+    for target in targets:
+        record = None if options.again else stored(target, settings)
+        if record is not None:
+            first = _same_text(target, first, record["held_out"]["corpus"], record["fine_tune"])
+            continue
+        config = config_of(str(target.workdir))
+        devices = len(jax.devices()) if saved.spreads(config) else 1
+        if settings["batch_size"] % devices:
+            given = settings["batch_size"]
+            raise command.UsageError(f"--batch_size = {given}: must be a multiple of the {devices} devices here")
+        corpus = saved.corpus_of(str(target.workdir), config, lambda text: None, options.trust)
+        second = None
+        if settings["fine_tune"] != NO_TEXT:
+            second = {
+                "corpus": open_second(second_config(config, settings, options.trust), lambda text: None).fingerprint
+            }
+        first = _same_text(target, first, corpus.fingerprint, second)
 
 
 def _same_text(target: Target, first: tuple | None, corpus: str, second: dict | None) -> tuple:
@@ -239,7 +288,9 @@ def _same_text(target: Target, first: tuple | None, corpus: str, second: dict | 
 
 
 # -------------------------------------------------------------------------------------------------------- measuring one
-def measure(target: Target, settings: dict, programs: dict, first: tuple | None, log: Callable[[str], None]) -> dict:
+def measure(
+    target: Target, settings: dict, programs: dict, first: tuple | None, log: Callable[[str], None], trust: bool = False
+) -> dict:
     """The record of a run: its summary of loss increases, and how they came about.
 
     programs: the compiled ones of runs before, by what they depend on; takes those of this run. first: the corpora of
@@ -249,11 +300,9 @@ def measure(target: Target, settings: dict, programs: dict, first: tuple | None,
     from steppe.lm.measure import gptq, retention
     from steppe.lm.run.assembly import assemble, batch_reader
 
-    run = saved.load(str(target.workdir), target.step, log=lambda text: None, weights=target.weights)
+    run = saved.load(str(target.workdir), target.step, log=lambda text: None, weights=target.weights, trust=trust)
     devices, batch_size = list(run.parts.mesh.devices.flat), settings["batch_size"]
-    if batch_size % len(devices):
-        raise command.UsageError(f"--batch_size = {batch_size}: must be a multiple of the {len(devices)} devices here")
-    config = second_config(run.config, settings)
+    config = second_config(run.config, settings, trust)
     second = open_second(config, log) if settings["fine_tune"] != NO_TEXT else None
     _same_text(target, first, run.corpus.fingerprint, second and {"corpus": second.fingerprint})
     epoch_tokens = (second or run.corpus).epoch_tokens
@@ -320,7 +369,7 @@ def _line(summary: dict, prefix: str) -> str:
     return "  ".join(f"{key.removeprefix('noise_')} {value:+.4f}" for key, value in chosen.items())
 
 
-def second_config(config, settings: dict):
+def second_config(config, settings: dict, trust: bool = False):
     """The run's config for fine-tuning: the same model, plain AdamW of configs/base.py at peak 1, plain cross-entropy.
 
     Whatever the run was trained with, this is the same for all; the learning rate comes with each step.
@@ -328,8 +377,9 @@ def second_config(config, settings: dict):
     from ml_collections import ConfigDict
 
     from steppe.configs import base
+    from steppe.lm.keep import saved
 
-    plain = config.to_dict()
+    plain = {**config.to_dict(), "data": saved.own_data(config, trust)}
     fixed = base.get_config().to_dict()
     plain["seed"], plain["optim"], plain["train"] = 0, fixed["optim"], fixed["train"]
     plain["optim"] |= {"peak_learning_rate": 1.0, "schedule": "constant", "warmup": "10%"}

@@ -1,11 +1,11 @@
 """The table and the plots of steppe retention: runs side by side, those that differ only in their seed as one."""
 
-import csv
 import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from steppe.data import files
 from steppe.lm import plot
 from steppe.scripts import results
 
@@ -93,8 +93,7 @@ def save(out: Path, found: dict[str, dict], made: Table) -> list[Path]:
     """Writes retention.csv and retention.png into a directory, which it makes; their paths."""
     out.mkdir(parents=True, exist_ok=True)
     sheet = out / "retention.csv"
-    with open(sheet, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([made.header, *made.rows])
+    files.write_csv(sheet, [made.header, *made.rows])
     return [sheet, draw(out / "retention.png", found, made.groups)]
 
 

@@ -33,10 +33,18 @@ def main(argv: Sequence[str]) -> int:
     from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 
     questions = choices.read(options.choices or ())
-    run = saved.load(options.workdir, options.step, weights=options.weights)
-    questions = questions or choices.read(run.config.evaluate.choices)
+    run = saved.load(options.workdir, options.step, weights=options.weights, trust=options.trust)
+    stored = run.config.evaluate.choices
+    if not questions and not options.trust and any("://" in each for each in stored):
+        raise command.UsageError(
+            f"{options.workdir}: config.evaluate.choices = {', '.join(stored)}: is not followed on the word of a "
+            "stored config; --choices names the questions, or --trust, where the run is your own"
+        )
+    questions = questions or choices.read(stored)
     step = make_evaluation_step(run.parts)
-    corpus = run.corpus if options.task is None else held_out_of(run.config.data, options.task)
+    corpus = (
+        run.corpus if options.task is None else held_out_of(saved.own_data(run.config, options.trust), options.task)
+    )
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
     for name in corpus.held_out:

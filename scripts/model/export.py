@@ -29,7 +29,13 @@ def main(argv: Sequence[str]) -> int:
     from steppe.lm.hub import export
     from steppe.lm.keep import saved
 
-    run = saved.unread(options.workdir, options.step, log=lambda line: print(line, flush=True), weights=options.weights)
+    run = saved.unread(
+        options.workdir,
+        options.step,
+        log=lambda line: print(line, flush=True),
+        weights=options.weights,
+        trust=options.trust,
+    )
     export.export(run, str(options.out), log=lambda line: print(line, flush=True))
     shown = Path(options.out)
     print(f"{shown} holds {run.config.model.style} as {export.architecture(run)}; load it with")

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from steppe.lm.keep import saved
     from steppe.lm.run import generate
 
-    run = saved.load(options.workdir, options.step, log=lambda line: None, weights=options.weights)
+    run = saved.load(options.workdir, options.step, log=lambda line: None, weights=options.weights, trust=options.trust)
     tokenizer, cap = run.corpus.tokenizer, run.config.model.logit_soft_cap
     decoder = generate.make_decoder(run.parts.shape, tokenizer.vocab_size, cap)
     prompts = [run.config.sample.prompt if prompt is None else prompt for prompt in prompts]
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         )
         if options.out is None:
             for prompt, text in zip(prompts[start:], texts[start:], strict=False):
+                text = files.visible(text, sys.stdout)
                 print(f"=== {prompt!r}\n{text}" if options.prompts else text, flush=True)
     if options.out is not None:
         rows = ({"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True))

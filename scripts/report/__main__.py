@@ -12,19 +12,27 @@ behind figures and tables as CSV.
 """
 
 import collections
+import contextlib
 import importlib
-import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
-from steppe.data import files
+from steppe.data import files, stored
+from steppe.data.errors import DataError
 from steppe.scripts import command
 from steppe.scripts.cli import KINDS
 
 PAGE = "index.html"
-WRITTEN = "files.json"  # the names of a report's files, so that the next one in its place leaves none of them behind
+WRITTEN = "files.json"
+
+
+class Written(TypedDict, total=False):
+    """files.json: {name: hash} of a report's files, so that the next one in its place leaves none of them behind."""
+
+    hashes: dict[str, str]
 
 
 @command.refusing
@@ -42,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
     directories = options.directories
     out = results.report_place(directories, options.out)
-    found = results.read(directories, options.only, left_out=lambda line: print(line, file=sys.stderr))
+    found = results.read(directories, options.only)
     name = Path(directories[0]).resolve().stem if len(directories) == 1 else f"{len(found)} runs"
     path = write(found, out, name)
     print(f"wrote {path}")
@@ -70,7 +78,7 @@ def write(found: list, out: Path, name: str) -> Path:
     measured = {source: by_measure for source, by_measure in an.measures(study).items() if by_measure}
 
     out.mkdir(parents=True, exist_ok=True)
-    before, written = results.read_json(out / WRITTEN).get("files", ()), []
+    before, written = _before(out), []
     Section, tables, figures = report_page.Section, report_tables, report_figures
 
     def add(section, *parts):
@@ -124,11 +132,27 @@ def write(found: list, out: Path, name: str) -> Path:
             sections.append(add(Section(source.capitalize()), told, *parts))
         sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
         sections.append(add(Section("Runs"), tables.runs(study)))
-    for name in set(before) - set(written):
-        (out / Path(name).name).unlink(missing_ok=True)
-    files.write(out / WRITTEN, json.dumps({"files": written}))
     files.write(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))
+    for each in set(before) - set(written):
+        _remove(out, each, before[each])
+    files.write_json(out / WRITTEN, {"hashes": {each: files.content_hash(out / each) for each in written}})
     return out / PAGE
+
+
+def _before(out: Path) -> dict[str, str]:
+    """{name: hash} of the files of the report that stands there. Only what is still so was written by a report."""
+    try:
+        return stored.read(out / WRITTEN, Written).get("hashes", {})
+    except (FileNotFoundError, DataError):
+        return {}
+
+
+def _remove(out: Path, name: str, content: str) -> None:
+    """Removes a file of an earlier report, unless it is none, or another one by now."""
+    with contextlib.suppress(OSError, DataError):
+        path = files.below(out, name)
+        if not path.is_symlink() and files.content_hash(path) == content:
+            path.unlink()
 
 
 def _introduction(study) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from steppe.data import files
 from steppe.scripts import command
 
 LONGEST = 48  # characters of a run's name where it stands beside another
@@ -142,7 +143,7 @@ def _page(path: Path, pair, keys, facts) -> Path:
         drawing = _drawing(path.stem, pair)
         curves = report_page.Section("Curves").figure(drawing, report_drawing.save(drawing, path.parent))
     title = f"{pair[0].name} (A) and {pair[1].name} (B)"
-    path.write_text(report_page.page(title, "", [section, curves, config]), encoding="utf-8")
+    files.write(path, report_page.page(title, "", [section, curves, config]))
     return path
 
 

@@ -60,7 +60,10 @@ def pack(argv: Sequence[str]) -> int:
     out = Path(options.out)
     if out.suffix != results.PACK or out.is_dir():
         return command.fail(f"--out={out}: must be a file that ends in {results.PACK}")
-    command.writable_directory(str(out.parent))
+    try:
+        command.writable_directory(str(out.parent))
+    except argparse.ArgumentTypeError as error:
+        return command.fail(f"--out={out}: {error}")
     ended = [run for run in results.read(options.directories, options.only) if run.status in ("finished", "diverged")]
     ended = [_called(run, options.call) for run in ended]
     before = {_computed(run): run for run in results.read(str(out))} if out.exists() else {}

@@ -6,10 +6,10 @@ An entry is a method on a base, or an average of its weights, with whatever else
 learning rate and seed: of these two it takes the best, as far as its grid goes. Writes rivals.csv and rivals.png.
 """
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from steppe.data import files
 from steppe.scripts import command
 
 
@@ -75,8 +75,7 @@ def rivals(argv: Sequence[str]) -> int:
         return command.fail(f"--against={given}: must be one of {', '.join(names) or 'no finished run'}")
     out.mkdir(parents=True, exist_ok=True)
     titles, rows = table(found, against)
-    with open(out / "rivals.csv", "w", newline="", encoding="utf-8") as handle:
-        csv.writer(handle, lineterminator="\n").writerows([titles, *rows])
+    files.write_csv(out / "rivals.csv", [titles, *rows])
     draw(found, against, out / "rivals.png")
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     for row in [titles, *rows]:

@@ -7,11 +7,11 @@ Writes transfer.csv (every run) and transfer.png: held-out loss over the learnin
 over rho at the best rate; a line a width.
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from steppe.data import files
 from steppe.scripts import command
 
 KEYS = {
@@ -93,10 +93,9 @@ def transfer(argv: Sequence[str]) -> int:
     if len(kinds) < 2:
         return command.fail(f"{options.sweep}: must hold finished runs of several widths or parametrisations")
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "transfer.csv", "w", newline="") as handle:
-        writer = csv.DictWriter(handle, [*KEYS.values(), "loss"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, "loss": f"{row['loss']:.5f}"} for row in rows)
+    titles = [*KEYS.values(), "loss"]
+    shown = [{**row, "loss": f"{row['loss']:.5f}"} for row in rows]
+    files.write_csv(out / "transfer.csv", [titles, *([row[title] for title in titles] for row in shown)])
     draw(rows, out / "transfer.png")
     for kind in dict.fromkeys(row["parametrisation"] for row in rows):
         mine: dict[int, list[dict]] = {}

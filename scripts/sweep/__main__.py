@@ -219,7 +219,7 @@ def _prepare(runs: list) -> None:
 
 
 def _outcome(run: Any) -> dict:
-    return results.read_json(run.directory / results.OUTCOME)
+    return results.read_json(run.directory / results.OUTCOME, results.Outcome)
 
 
 def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Callable[[list, dict], bool]) -> bool:
@@ -263,7 +263,7 @@ def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) 
     print(", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)
     for name, outcome in outcomes.items():
         if outcome.get("status") in ("failed", "diverged"):
-            print(f"{outcome['status']:<10}{name}: {outcome['why']}", flush=True)
+            print(f"{outcome['status']:<10}{name}: {outcome.get('why', '')}", flush=True)
     if not complete or "unfinished" in named:
         print("run the same command again to continue", flush=True)
         return STOPPED

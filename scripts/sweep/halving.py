@@ -106,7 +106,8 @@ def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, 
 def saved(runs: Sequence[Run]) -> str:
     """What pruned runs of these did not cost, for a reader."""
     tokens = flops = 0.0
-    pruned = [run for run in runs if results.read_json(run.directory / results.OUTCOME).get("status") == "pruned"]
+    outcomes = {run.name: results.read_json(run.directory / results.OUTCOME, results.Outcome) for run in runs}
+    pruned = [run for run in runs if outcomes[run.name].get("status") == "pruned"]
     for run in pruned:
         rest = 1 - max(lines.read(run.directory).train.step, default=0) / run.steps
         tokens, flops = tokens + rest * run.tokens, flops + rest * run.flops

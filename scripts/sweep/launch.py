@@ -93,7 +93,7 @@ def settle(directory: Path) -> dict[str, Any]:
 
     So it is after a sweep was killed, and with runs that another scheduler started.
     """
-    outcome = results.read_json(directory / results.OUTCOME)
+    outcome = results.read_json(directory / results.OUTCOME, results.Outcome)
     if outcome or not (directory / "metrics.jsonl").exists() or held(directory):
         return outcome
     (result,) = results.read([directory])
@@ -138,7 +138,7 @@ def record(directory: Path, named: str, status: int, why: str, result: results.R
 
 def _attempts(directory: Path) -> list[dict]:
     """The attempts so far; one whose end nobody saw ended when its log was last written."""
-    found = results.read_json(directory / ATTEMPTS).get("attempts", [])
+    found = results.read_json(directory / ATTEMPTS, results.Attempts).get("attempts", [])
     for attempt in found[:-1]:
         attempt["ended"] = attempt["ended"] or attempt["began"]
     if found and found[-1]["ended"] is None:

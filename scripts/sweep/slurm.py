@@ -117,7 +117,9 @@ def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, p
     parameters: of submitit's SlurmExecutor, time in minutes. Raises UsageError for what SLURM or submitit refuse.
     """
     queued = _queued()
-    left = [run for run in runs if results.read_json(run.directory / JOB).get("job") not in queued]
+    left = [
+        run for run in runs if results.read_json(run.directory / JOB, dict[str, str | int]).get("job") not in queued
+    ]
     said = [f"{len(runs) - len(left)} runs have a job in the queue"] if len(left) < len(runs) else []
     if not left:
         return said

@@ -1,6 +1,5 @@
 """What a sweep shows while it runs: a live table on a terminal, else a line for each run that ends."""
 
-import json
 import sys
 import time
 from collections import Counter
@@ -8,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from steppe.data.errors import DataError
+from steppe.lm.track import lines
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts.sweep.launch import STOPPED, Job
 from steppe.scripts.sweep.plan import Run, Speed, makespan
@@ -125,17 +126,8 @@ class View:
 
 def progress(directory: Path) -> tuple[int, float]:
     """(last step recorded, its training loss) of a run under way, from the end of its metrics.jsonl; (0, nan)."""
-    path = directory / "metrics.jsonl"
-    if not path.exists():
-        return 0, float("nan")
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 8000))
-        lines = file.read().split(b"\n")
-    for line in reversed(lines):
-        if b'"train"' in line[:40]:
-            try:
-                record = json.loads(line)
-                return record["step"], float(record["loss"])
-            except (ValueError, KeyError):
-                continue
-    return 0, float("nan")
+    try:
+        last = lines.latest(directory, ("train",)).get("train", {})
+    except DataError:
+        last = {}
+    return last.get("step", 0), last.get("loss", float("nan"))
