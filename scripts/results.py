@@ -447,7 +447,7 @@ def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Calla
         parameters=parameters.get("non_embedding", 0),
         total_parameters=parameters.get("total", 0),
         steps=steps,
-        tokens=int(train.tokens[-1]) if len(train.step) and train.step[-1] == steps else about.get("tokens", 0),
+        tokens=(int(train.tokens[-1]) if len(train.step) and train.step[-1] == steps else 0) or about.get("tokens", 0),
         flops=about.get("flops", about.get("flops_per_step", 0.0) * steps),
         adamw_flops=about.get("adamw_flops", about.get("adamw_flops_per_step", 0.0) * steps),
         seconds=float(max(train.seconds, default=0.0)),
