@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.modules.setdefault("torch", None)  # tensorboardX imports it, in seconds, where it is installed
+if __name__ == "__main__":
+    sys.modules.setdefault("torch", None)  # tensorboardX imports it, in seconds, where it is installed
 
-from steppe.configs import base  # noqa: E402
-from steppe.lm.track.lines import METRICS, restored  # noqa: E402
-from steppe.lm.track.tracker import Tracker  # noqa: E402
+from steppe.configs import base
+from steppe.lm.track.lines import METRICS, restored
+from steppe.lm.track.tracker import Tracker
 
 STEPS, EVALUATE, SAVE = 400, 7, 25  # how many, and how often
 

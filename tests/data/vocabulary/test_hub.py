@@ -170,7 +170,7 @@ def test_a_corpus_keeps_the_whole_vocabulary_in_one_file(folder, tmp_path, name,
     ("content", "said"),
     [
         ("{", "no tokenizer.json"),
-        ('{"model": 3}', "with a model in it"),
+        ('{"model": 3}', "model = 3: must be an object"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "with an end of text"),
         ('{"model": {"type": "Unheard", "vocab": {"</s>": 0}}}', "tokenizers refuses it"),
     ],

@@ -127,9 +127,14 @@ def test_a_branch_may_begin_averages(corpus, plain, whole, tmp_path):
     for name, parent in (("new", plain), ("kept", whole)):
         config = lm_runs.config(*corpus, **METHOD, **KEPT, branch_from=f"{parent}@10")
         assert lm_runs.run(config, str(tmp_path / name)) == train.FINISHED
-    for a, b in zip(jax.tree.leaves(state(tmp_path / "kept")), jax.tree.leaves(state(whole)), strict=True):
-        assert np.array_equal(a, b)
-    assert state(tmp_path / "new")["averages"].keys() == {"ema", "lawa"}
+    new, kept, trunk = (state(place) for place in (tmp_path / "new", tmp_path / "kept", whole))
+    averages = [found.pop("averages") for found in (new, kept, trunk)]
+    for one, other in ((kept, trunk), tuple(averages[:2])):  # averages begin at the branch, whatever its parent has
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert np.array_equal(a, b)
+    assert averages[0].keys() == {"ema", "lawa"}
+    first = (jax.tree.leaves(found)[0] for found in averages[1:])
+    assert not np.array_equal(*first)
 
 
 def test_a_new_run_starts_from_the_weights_that_are_named(corpus, whole, tmp_path):

@@ -53,7 +53,7 @@ def likelihood(found, query, choice):
     inputs = np.zeros((1, 24), np.int32)
     inputs[0, : len(ids) - 1] = ids[:-1]
     log_p = np.asarray(log_probabilities(found.parts.objective.trunk, tokenizer.vocab_size, found.params, inputs))
-    n = len(tokenizer.encode(choice))
+    n = len(tokenizer.encode(query[len(query.rstrip()) :] + choice))  # blanks before a choice count with it
     return float(sum(log_p[t, ids[t + 1]] for t in range(len(ids) - 1 - n, len(ids) - 1)))
 
 
