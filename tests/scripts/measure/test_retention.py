@@ -189,7 +189,7 @@ def test_bad_input_is_one_line(place, measured, arguments, named, capsys):
     if not other.exists():
         config = lm_runs.config(str(place), str(place / "cache"), data__sequence_length=8, train__batch_size=4)
         keep(other, config, loader.open_corpus(cache.ensure(config.data)))
-        before = json.dumps({"settings": None})
+        before = json.dumps({"step": 1, "summary": {}, "settings": {}})
         (other / "retention.json").write_text(before)
     capsys.readouterr()
     try:

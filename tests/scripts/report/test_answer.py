@@ -426,7 +426,10 @@ def test_bad_packs_are_one_line(sweep, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a document"}\n')
     assert command.main([str(bad), f"--out={tmp_path}"]) == 2
-    assert "bad.jsonl: must be a file that `steppe report pack` wrote" in capsys.readouterr().err
+    assert (
+        "bad.jsonl: line 1: config: is missing: must be a file that `steppe report pack` wrote"
+        in capsys.readouterr().err
+    )
     assert command.main([str(bad)]) == 2
     assert "--out is missing" in capsys.readouterr().err
 
