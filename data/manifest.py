@@ -102,6 +102,8 @@ def read_json(path: str) -> dict:
 
 def read(directory: str) -> Manifest:
     """The manifest of a finished directory, whose files all have names below it."""
+    if os.path.isfile(directory):
+        raise CorpusDamaged(f"config.data.directory={directory!r} is a file")
     try:
         manifest = read_json(os.path.join(directory, NAME))
     except FileNotFoundError as error:

@@ -40,7 +40,7 @@ def ordered(compiled: jax.stages.Compiled, mesh: Mesh, name: str) -> Callable:
 
 
 def jitted(function: Callable, mesh: Mesh, name: str, **options: Any) -> Callable:
-    """jax.jit(function, **options) as `ordered` has it: compiled for the arguments it first meets."""
+    """jax.jit(function, **options) as `ordered` has it: compiled for the arguments it meets. It has jit's trace too."""
     once = jax.jit(function, **options)
     if not several_cpus(mesh):
         return once
@@ -53,4 +53,5 @@ def jitted(function: Callable, mesh: Mesh, name: str, **options: Any) -> Callabl
             programs[key] = ordered(once.lower(*arguments).compile(), mesh, name)
         return programs[key](*arguments)
 
+    run.trace = once.trace
     return run

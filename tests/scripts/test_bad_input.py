@@ -61,7 +61,7 @@ TABLE = [
     (["evaluate"], "--workdir"),
     (["evaluate", "--workdir=absent"], "absent: must be the workdir of a run"),
     (["evaluate", "--workdir=here.txt"], "here.txt"),
-    (["evaluate", "--workdir=list"], "config.json: is no config, but list"),
+    (["evaluate", "--workdir=list"], "config.json: it = []: must be an object"),
     (["evaluate", "--workdir=absent", "--batches=-1"], "--batches: -1: must be"),
     (["evaluate", "--workdir=absent", "--config.seed=1"], "--config: must be left out"),
     (["generate", "--workdir=absent"], "absent: must be the workdir of a run"),
