@@ -95,7 +95,7 @@ def test_schedule_free_is_evaluated_at_the_weighted_mean_of_its_steps():
         v = b2 * v + (1 - b2) * g**2
         step = g / (np.sqrt(v / (1 - b2 ** (count + 1))) + eps) + decay * at_y
         z = z - float(rate(count)) * step
-        most = max(most, float(rate(count + 1)))  # optax counts these from one
+        most = max(most, float(rate(count)))  # the rate that the step takes, as the official package has it
         total += most**2
         x = x + most**2 / total * (z - x)
         updates, state = base.transform.update({"w": jnp.asarray(g)}, state, y)
