@@ -117,4 +117,4 @@ def test_a_refused_step_moves_the_rate_of_schedule_free_with_the_runs_count():
     base = optim.base_optimizer("schedule_free", lambda count: seen.append(count) or 0.1)
     state = at_step(base.transform.init({"w": jnp.ones(3)}), jnp.int32(7))
     base.transform.update({"w": jnp.ones(3)}, state, {"w": jnp.ones(3)})
-    assert sorted(map(int, seen)) == [7, 8]
+    assert sorted(map(int, seen)) == [7, 7]  # the step and its weight in the average take one rate
