@@ -78,6 +78,10 @@ class Objective(NamedTuple):
     ascent_readout: Readout | None = None
     sharded: bool = False
 
+    def after(self, tree: Tree, known: Tree) -> Tree:
+        """The tree, which waits for `known` where collectives need it: see `after`."""
+        return after(tree, known) if self.sharded else tree
+
 
 class Rule(Protocol):
     """A gradient rule: two pure functions, jit-able, that shard as their inputs do."""
@@ -232,6 +236,19 @@ def accumulate(function: Callable, state: Tree, parts: Tree, shares: jax.Array |
     zeros = jax.tree.map(lambda t: jnp.zeros(t.shape, jnp.promote_types(t.dtype, jnp.float32)), totals)
     (state, sums), kept = lax.scan(body, (state, zeros), (parts, shares))
     return state, jax.tree.map(lambda s, t: s.astype(t.dtype), sums, totals), kept
+
+
+def after(tree: Tree, known: Tree) -> Tree:
+    """The tree, which on CPUs waits for `known`, a scalar or a tree like it. Its values stay; NaN where `known` is.
+
+    So no collective of it overtakes those in a loop or a branch before it, see steppe.lm.model.hlo.unordered.
+    """
+
+    def waiting(tree, known):
+        known = jax.tree.map(lambda x, y: jnp.asarray(y).astype(x.dtype), tree, jax.tree.broadcast(known, tree))
+        return jax.tree.map(lambda x, y: jnp.where(y == y, x, y), tree, known)
+
+    return lax.platform_dependent(tree, known, cpu=waiting, default=lambda tree, known: tree)
 
 
 def microbatched(objective: Objective, batch: Tree, microbatches: int) -> tuple[Tree, jax.Array | None]:

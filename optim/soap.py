@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from steppe.optim.masks import dimensions
-from steppe.optim.rule import Tree
+from steppe.optim.rule import Tree, after
 
 EVERY = 10  # steps between two refreshes of the bases, as in the paper
 SHIFT = 100  # rounding errors of a factor's trace that are added to its diagonal when a basis is turned
@@ -105,27 +105,39 @@ def scale_by_soap(
         moved = jnp.take_along_axis(product + shift[:, None, None] * basis, order[:, None, :], axis=-1)
         return jnp.linalg.qr(moved)[0], order
 
-    def grown(count, whole, sides):
-        """(sides, orders of their columns) once a gradient has entered the factors; () for one that is too long."""
+    def fed(whole, sides):
+        """The sides of a matrix once a gradient has entered their factors."""
         grams = jnp.einsum("smn,skn->smk", whole, whole), jnp.einsum("smn,smk->snk", whole, whole)
-        sides = [
+        return tuple(
             {**side, "factor": b2 * side["factor"] + (1 - b2) * gram} if side else ()
             for side, gram in zip(sides, grams, strict=True)
-        ]
-        same = [jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape[:-1]) for x in grams]
+        )
+
+    def renewed(count, wholes, pairs):
+        """(per matrix its two (basis, order of the columns), a number that is known when they are).
+
+        One branch for all: a collective outside could overtake one inside, see steppe.lm.model.hlo.unordered.
+        """
+        same = [[jnp.broadcast_to(jnp.arange(n), (len(x), n)) for n in x.shape[1:]] for x in wholes]
 
         def first():
-            return list(zip(begun(whole, sides), same, strict=True))
+            bases = [begun(whole, sides) for whole, sides in zip(wholes, pairs, strict=True)]
+            return [list(zip(*each, strict=True)) for each in zip(bases, same, strict=True)], 0.0
 
         def then():
-            return [turned(side) if side else ((), one) for side, one in zip(sides, same, strict=True)]
+            return [
+                [turned(side) if side else ((), one) for side, one in zip(*each, strict=True)]
+                for each in zip(pairs, same, strict=True)
+            ], 1.0
 
         def between():
-            return [(side["basis"] if side else (), one) for side, one in zip(sides, same, strict=True)]
+            return [
+                [(side["basis"] if side else (), one) for side, one in zip(*each, strict=True)]
+                for each in zip(pairs, same, strict=True)
+            ], 2.0
 
         place = jnp.where(count == 0, 0, jnp.where(count % EVERY == 0, 1, 2))
-        bases, orders = zip(*lax.switch(place, [first, then, between]), strict=True)
-        return tuple({**side, "basis": q} if side else () for side, q in zip(sides, bases, strict=True)), orders
+        return lax.switch(place, [first, then, between])
 
     def into(sides, x):
         left, right = sides
@@ -140,11 +152,17 @@ def scale_by_soap(
     def update(gradient: Tree, state: SoapState, params: Any = None):
         del params
         leaves, structure = jax.tree.flatten(gradient)
+        shapes = matrices(gradient)
+        wholes = [matrix.to(g) for g, matrix in zip(leaves, shapes, strict=True) if matrix]
+        pairs = [fed(*each) for each in zip(wholes, filter(None, state.sides), strict=True)]
+        turns, known = renewed(state.count, wholes, pairs)
+        leaves, before = after((leaves, state.sides), known)
+        turns = iter(zip(pairs, turns, strict=True))
         entered = jnp.where(state.count == 0, 0.0, 1.0)  # of the first gradient nothing enters the moments
         by = [1 - b ** jnp.maximum(state.count, 1).astype(jnp.float32) for b in (b1, b2)]
         found = []
         for g, m, v, sides, matrix in zip(
-            leaves, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), state.sides, matrices(gradient), strict=True
+            leaves, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), before, shapes, strict=True
         ):
             kept, scale = entered.astype(g.dtype), (entered * jnp.sqrt(by[1]) / by[0]).astype(g.dtype)
             first = m + kept * (1 - b1) * (g - m)
@@ -154,7 +172,9 @@ def scale_by_soap(
             direction = scale * moved / (jnp.sqrt(second) + eps)
             if matrix:
                 direction = out_of(sides, direction)
-                sides, (rows, columns) = grown(state.count, to(g), sides)
+                pair, ((left, rows), (right, columns)) = next(turns)
+                bases = zip(pair, (left, right), strict=True)
+                sides = tuple({**side, "basis": basis} if side else () for side, basis in bases)
                 second = jnp.take_along_axis(second, rows[:, :, None], axis=1)
                 second = jnp.take_along_axis(second, columns[:, None, :], axis=2)
             found.append((back(direction), first, back(second), sides))

@@ -204,8 +204,8 @@ class TwoPass(NamedTuple):
         epsilon, climbed = perturbation(self.ascent, known, self.switches.radius(given.step), self.switches)
         # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
         perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
-        if objective.sharded and gradients.loss is not None:
-            perturbed = _after(perturbed, gradients.loss, given.step)
+        if gradients.loss is not None:
+            perturbed = objective.after(perturbed, gradients.loss)
         second = partial(self.second_pass, given, epsilon, perturbed)
         first_aux, residuals = residuals.aux, residuals._replace(aux=None)
         _, (perturbed_loss, vectors), aux = accumulate(second, (), residuals, weights)
@@ -360,15 +360,6 @@ def _late(trunk: Callable) -> Callable:
         return lax.platform_dependent(params, cpu=behind_a_branch, default=lambda p: trunk(p, batch))
 
     return run
-
-
-def _after(tree: Tree, loss: jax.Array, step: jax.Array) -> Tree:
-    """The tree, which on CPUs waits for the loss: a loop of the first pass is not to be overtaken by the second."""
-
-    def waiting(tree):
-        return jax.tree.map(lambda x: jnp.where(step < 0, loss.astype(x.dtype), x), tree)  # no step is below 0
-
-    return lax.platform_dependent(tree, cpu=waiting, default=lambda tree: tree)
 
 
 def _slim(residuals: Residuals, anchored: bool) -> Residuals:

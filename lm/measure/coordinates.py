@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from steppe.lm.model.objective import readout_kernel
+from steppe.lm.model.ordered import jitted
 from steppe.lm.run.assembly import Parts
 from steppe.lm.run.state import create
 from steppe.lm.run.step import compile_step
@@ -28,7 +29,7 @@ def measure(parts: Parts, batches: list[dict]) -> dict[str, float]:
     method's epsilon after them changes; absent where it has none.
     """
     batch = batches[0]
-    outputs = jax.jit(lambda params: _outputs(parts, params, batch))
+    outputs = jitted(lambda params: _outputs(parts, params, batch), parts.mesh, "outputs")
     state = create(parts.mesh, parts.initialise)
     first = outputs(state.params)
     step = compile_step(
@@ -41,7 +42,7 @@ def measure(parts: Parts, batches: list[dict]) -> dict[str, float]:
     found |= {f"{kind} update": _rms(last[kind] - first[kind]) for kind in KINDS}
     rule = parts.optimizer.rule
     if isinstance(rule, TwoPass):
-        moved = outputs(jax.jit(lambda state: _perturbed(parts, rule, state, batch))(state))
+        moved = outputs(jitted(lambda state: _perturbed(parts, rule, state, batch), parts.mesh, "perturbation")(state))
         found |= {f"{kind} perturbation": _rms(moved[kind] - last[kind]) for kind in KINDS}
     return found
 

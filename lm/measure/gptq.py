@@ -16,6 +16,7 @@ import numpy as np
 
 from steppe.lm.model import parameters
 from steppe.lm.model.mesh import Placement
+from steppe.lm.model.ordered import jitted
 from steppe.lm.model.transformer import INPUTS, Trunk
 from steppe.lm.run.assembly import Parts
 from steppe.optim.masks import path_names
@@ -40,7 +41,7 @@ def gram_program(parts: Parts) -> Callable:
         found, _ = jax.tree_util.tree_flatten_with_path(kept[INPUTS])  # a tuple of one each
         return {f"{parameters.name_of(path[:-1]).removesuffix('_input')}/kernel": gram(x) for path, x in found}
 
-    return jax.jit(grams)
+    return jitted(grams, parts.mesh, "inputs of products")
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -48,13 +48,13 @@ def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1)
         _, gradient = last = plain_gradient(objective, state.params, batch, microbatches)
         update, rate = next_step(parts.optimizer_at(**scalars), gradient, state)
         found = critical(rate, critical_step(objective, state.params, batch, update, microbatches))
-        at = state.params if params is None else params
+        at = objective.after(state.params if params is None else params, found["critical_forwards"])
         _, gradient = last if params is None else plain_gradient(objective, at, batch, microbatches)
         direction = optax.tree.scale(ratio(1.0, norm(gradient), 0.0), gradient)
         found |= split_directions(objective, at, batch, direction, named, stacked=LAYERS, microbatches=microbatches)
         if origin is not None:
-            way = jax.tree.map(jnp.subtract, at, origin)
-            found["displacement"] = along(objective, origin, batch, way, microbatches)
+            begin = objective.after(origin, found["all"]["functional_norm"])
+            found["displacement"] = along(objective, begin, batch, jax.tree.map(jnp.subtract, at, origin), microbatches)
         return found
 
     return jax.jit(measure)

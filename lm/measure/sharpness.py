@@ -4,7 +4,7 @@ Programs depend on shapes alone, so checkpoints and runs of equal shapes share t
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from steppe.lm.measure.in_training import LAYERS, logit_hessian, twice_differentiable
 from steppe.lm.model.mesh import AXES
+from steppe.lm.model.ordered import jitted
 from steppe.lm.run.assembly import Parts
 from steppe.optim.curvature import landscape, products, spectra
 from steppe.optim.curvature.along import along, critical, critical_step
@@ -100,34 +101,23 @@ def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
         return optax.tree.scale(1 / norm(drawn), drawn)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract.params)
+    compiled = partial(jitted, mesh=parts.mesh, name="curvature")
     landscape_ = {
-        name: _waited(partial(getattr(landscape, name), target, microbatches=microbatches))
+        name: compiled(partial(getattr(landscape, name), target, microbatches=microbatches))
         for name in ("ascend", "rise", "loss_at")
     }
     return Programs(
-        _waited(view.flatten),
-        _waited(view.unflatten, out_shardings=places),
-        {name: _waited(partial(lanczos, name)) for name in OPERATORS},
-        {name: _waited(partial(action, name)) for name in ("ggn", "nme")},
+        compiled(view.flatten),
+        compiled(view.unflatten, out_shardings=places),
+        {name: compiled(partial(lanczos, name)) for name in OPERATORS},
+        {name: compiled(partial(action, name)) for name in ("ggn", "nme")},
         **landscape_,
-        logits=_waited(lambda params, batch, key: logit_hessian(parts, params, batch, key, microbatches)),
-        along=_waited(partial(along, target, microbatches=microbatches)),
-        critical=_waited(partial(critical_step, target, microbatches=microbatches)),
-        start=_waited(lambda key: spectra.signs(view, key, keep)),
-        gaussian=_waited(gaussian, out_shardings=places),
+        logits=compiled(lambda params, batch, key: logit_hessian(parts, params, batch, key, microbatches)),
+        along=compiled(partial(along, target, microbatches=microbatches)),
+        critical=compiled(partial(critical_step, target, microbatches=microbatches)),
+        start=compiled(lambda key: spectra.signs(view, key, keep)),
+        gaussian=compiled(gaussian, out_shardings=places),
     )
-
-
-def _waited(function: Callable, **options) -> Callable:
-    """The function compiled, and done when it returns: on a CPU mesh, programs with sums over devices that are started
-    ahead of each other can block each other's threads for good."""
-    compiled = jax.jit(function, **options)
-
-    @wraps(compiled)
-    def waited(*arguments):
-        return jax.block_until_ready(compiled(*arguments))
-
-    return waited
 
 
 def measure(

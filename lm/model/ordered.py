@@ -1,10 +1,11 @@
-"""Programs on several CPU devices: over processes only those whose collectives XLA keeps in order; one at a time.
+"""Programs on several CPU devices: only those whose collectives XLA keeps in order, and one at a time.
 
 Elsewhere a program is itself. What can go wrong on CPUs is said at `hlo.unordered`; jax#40830 (psum_scatter over gloo
 gives wrong values from jax 0.12 on) and jax#40831 (it gives up after 30 seconds) are faults of the same transport.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import jax
@@ -23,13 +24,13 @@ def several_cpus(mesh: Mesh) -> bool:
 def ordered(compiled: jax.stages.Compiled, mesh: Mesh, name: str) -> Callable:
     """A compiled program as a function. On several CPU devices it returns when all have finished.
 
-    Two executions at a time would share the runtime's few threads, whose collectives block them. Raises ConfigError
-    where several processes would run a program in which a collective may overtake another: gloo pairs by order alone.
-    Devices of one process pair by the operation, too. name: of the program, for the message.
+    Two executions at a time would share the runtime's few threads, whose collectives block them. Raises ConfigError for
+    a program in which a collective may overtake another: gloo pairs by order alone, and devices of one process may wait
+    for each other forever. name: of the program, for the message.
     """
     if not several_cpus(mesh):
         return compiled
-    if jax.process_count() > 1 and (found := hlo.unordered(compiled.as_text())):
+    if found := hlo.unordered(compiled.as_text()):
         flow, collective = found[0]
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         why = f"{collective} may overtake the collectives in {flow}, {len(found)} such pairs"
@@ -55,4 +56,4 @@ def jitted(function: Callable, mesh: Mesh, name: str, **options: Any) -> Callabl
         return programs[key](*arguments)
 
     run.trace = once.trace
-    return run
+    return wraps(once)(run)

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from steppe.data.vocabulary import Tokenizer
 from steppe.lm.model.attention import CACHED
 from steppe.lm.model.objective import readout_kernel
+from steppe.lm.model.ordered import jitted
 from steppe.lm.model.transformer import Shape, Trunk
 
 
@@ -31,8 +33,8 @@ class Decoder(NamedTuple):
     length: int
 
 
-def make_decoder(shape: Shape, vocabulary: int, soft_cap: float = 0.0) -> Decoder:
-    """The Decoder of a model; soft_cap: as config.model.logit_soft_cap."""
+def make_decoder(shape: Shape, vocabulary: int, mesh: Mesh, soft_cap: float = 0.0) -> Decoder:
+    """The Decoder of a model on a mesh; soft_cap: as config.model.logit_soft_cap."""
     plain = shape._replace(remat="none", kernel="einsum")
     whole, cached = Trunk(plain), Trunk(plain._replace(kernel=CACHED))
 
@@ -60,7 +62,10 @@ def make_decoder(shape: Shape, vocabulary: int, soft_cap: float = 0.0) -> Decode
         hidden = whole.apply({"params": params}, tokens_BxT)
         return draw(params, at(hidden, lengths_B - 1), keys_B, temperature)
 
-    return Decoder(jax.jit(first), jax.jit(following, donate_argnums=1), jax.jit(again), shape.sequence_length)
+    programs = (first, {}), (following, {"donate_argnums": 1}), (again, {})
+    return Decoder(
+        *(jitted(program, mesh, "sampling", **options) for program, options in programs), shape.sequence_length
+    )
 
 
 def generate(

@@ -577,7 +577,7 @@ class Run:
         sample, vocabulary = self.config.sample, self.corpus.tokenizer.vocab_size
         cap = self.config.model.logit_soft_cap
         (text,) = generate.generate(
-            generate.make_decoder(self.parts.shape, vocabulary, cap),
+            generate.make_decoder(self.parts.shape, vocabulary, self.parts.mesh, cap),
             self.params(self.judged),
             self.corpus.tokenizer,
             [sample.prompt],

@@ -61,13 +61,15 @@ def along(objective: Objective, params: Tree, batch: Tree, direction: Tree, micr
     fine-tuning has done to params and batch of the text before it, that is the mechanism of forgetting.
     """
     loss, gradient = plain_gradient(objective, params, batch, microbatches)
-    there = loss_at(objective, params, batch, (direction,), jnp.ones(1), microbatches)
+    there = loss_at(objective, objective.after(params, loss), batch, (direction,), jnp.ones(1), microbatches)
     length = norm(direction)
     unit = jax.tree.map(lambda v: (ratio(1.0, length, 0.0) * v).astype(v.dtype), direction)
     slope = inner(gradient, unit)
-    curvature, functional = (
-        inner(unit, product(objective, params, batch, unit, microbatches)) for product in (hessian_product, nme_product)
-    )
+    known, bends = there, []
+    for product in (hessian_product, nme_product):
+        known = inner(unit, product(objective, objective.after(params, known), batch, unit, microbatches))
+        bends.append(known)
+    curvature, functional = bends
     return {
         "norm": length,
         "slope": slope,

@@ -56,13 +56,13 @@ def ggn_product(objective: Objective, params: Tree, batch: Tree, vector: Tree, m
         hidden, pull = jax.vjp(trunk, params)
         # The tangent of vjp's result, not of the trunk: a custom reverse rule in it has no forward one.
         moved = jax.jvp(lambda p: jax.vjp(trunk, p)[0], (params,), (vector,))[1]
-        anchor = Anchor(params, hidden)
 
-        def bend(readout):
-            return jax.jvp(jax.grad(readout, argnums=(0, 1)), (params, hidden), (vector, moved))[1]
+        def bend(readout, at):
+            return jax.jvp(jax.grad(readout, argnums=(0, 1)), at, (vector, moved))[1]
 
-        whole = bend(lambda p, h: objective.readout(p, h, part)[0])
-        frozen = bend(lambda p, h: objective.frozen_readout(p, h, anchor, part))
+        whole = bend(lambda p, h: objective.readout(p, h, part)[0], (params, hidden))
+        at = objective.after((params, hidden), whole)
+        frozen = bend(lambda p, h: objective.frozen_readout(p, h, Anchor(*at), part), at)
         direct, cotangent = jax.tree.map(jnp.subtract, whole, frozen)
         return state, jax.tree.map(jnp.add, pull(cotangent)[0], direct), ()
 
@@ -118,7 +118,7 @@ def split_directions(
     the two. ValueError for a regex that matches nothing.
     """
     logit = ggn_product(objective, params, batch, epsilon, microbatches)
-    functional = nme_product(objective, params, batch, epsilon, microbatches)
+    functional = nme_product(objective, objective.after(params, norm(logit)), batch, epsilon, microbatches)
     return compare(logit, functional, groups, stacked=stacked)
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
     run = saved.load(options.workdir, options.step, log=lambda line: None, weights=options.weights, trust=options.trust)
     tokenizer, cap = run.corpus.tokenizer, run.config.model.logit_soft_cap
-    decoder = generate.make_decoder(run.parts.shape, tokenizer.vocab_size, cap)
+    decoder = generate.make_decoder(run.parts.shape, tokenizer.vocab_size, run.parts.mesh, cap)
     prompts = [run.config.sample.prompt if prompt is None else prompt for prompt in prompts]
     texts = []
     for start in range(0, len(prompts), options.batch_size):

@@ -110,7 +110,7 @@ def test_an_export_is_the_run_called_as_users_call_it(corpus, tmp_path, family):
         at = len(made) - 6 - len(tokenizer.encode(prompt)) - 1  # of padding
         assert set(made[:at]) <= {theirs.pad_token_id}
         assert made[at:][: len(said[prompt])] == said[prompt]
-    decoder = make_decoder(parts.shape, tokenizer.vocab_size)
+    decoder = make_decoder(parts.shape, tokenizer.vocab_size, parts.mesh)
     texts = generate(decoder, params, tokenizer, PROMPTS, tokens=6, temperature=0.0, seed=0)
     for prompt, found in zip(PROMPTS, texts, strict=True):
         assert found == tokenizer.decode(said[prompt])

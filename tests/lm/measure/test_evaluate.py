@@ -66,7 +66,7 @@ def test_held_out_loss_is_plain_cross_entropy_over_every_token_once(run):
 
 def test_greedy_sampling_follows_the_most_likely_token(run):
     _, corpus, parts, state = run
-    decoder = make_decoder(parts.shape, corpus.tokenizer.vocab_size, 5.0)
+    decoder = make_decoder(parts.shape, corpus.tokenizer.vocab_size, parts.mesh, 5.0)
     drawn = {"tokens": 12, "temperature": 0.0, "seed": 0}
     (text,) = generate(decoder, state.params, corpus.tokenizer, ["import os"], **drawn)
     ids = [0, *corpus.tokenizer.encode("import os")]
@@ -89,7 +89,7 @@ def test_kept_keys_and_values_change_no_token_nor_do_neighbours(tmp_path, model)
     corpus = loader.open_corpus(cache.ensure(config.data))
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=jax.devices()[:1])
     params = jax.tree.map(lambda leaf: 2 * leaf, create(parts.mesh, parts.initialise).params)
-    decoder = make_decoder(parts.shape, corpus.tokenizer.vocab_size)
+    decoder = make_decoder(parts.shape, corpus.tokenizer.vocab_size, parts.mesh)
     prompts = ["", "import os", "x" * 30, "y" * 47, "z" * 60]
     for temperature in (0.0, 1.0):
         drawn = {"tokens": 25, "temperature": temperature}

@@ -1,49 +1,16 @@
 """Every program of a run lowers for TPU and GPU meshes of eight, with the attention kernel that it would take there."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from helpers import lm_runs
-from steppe.lm.measure import in_training, retention, sharpness
+from helpers.programs import LENGTH, PLATFORMS, VOCABULARY, batch_of, curvature_calls, parts_on
+from steppe.lm.measure import retention
 from steppe.lm.measure.evaluate import evaluation_step
-from steppe.lm.model.attention import differentiable
-from steppe.lm.model.mesh import Placement, batch_sharding
-from steppe.lm.model.objective import objective
 from steppe.lm.run import state as states
-from steppe.lm.run.assembly import Parts, assemble
 from steppe.lm.run.generate import make_decoder
 from steppe.lm.run.step import lower_step
 from steppe.optim import methods
-
-VOCABULARY, LENGTH, ROWS = 50, 128, 8
-# splash walks 128 tokens at a time, one head on each device of the tensor axis. cuDNN's call can be made only where
-# it is installed: its partitioner takes any placement, so that the kernel for segments stands for it here.
-PLATFORMS = {"tpu": "splash", "cuda": "blockwise"}
-MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-
-
-@functools.cache
-def parts_on(platform: str, method: str = "adamw", rows: int = ROWS, **overrides) -> Parts:
-    """A run's parts on eight simulated devices, with the kernel of another platform."""
-    given = {"model__heads": 2, "data__sequence_length": LENGTH, "train__batch_size": rows, **MESH, **overrides}
-    rho = {} if methods.row_of(method) is None else {"optim__rho": 0.05}
-    config = lm_runs.config("unused", "unused", optim__method=method, **rho, **given)
-    frequency = jnp.full(256, 1 / 256)
-    parts = assemble(config, VOCABULARY, 10**6, frequency, jax.devices()[:8])
-    row = methods.row_of(method)
-    kernel = differentiable(LENGTH) if row and row.second_derivatives else PLATFORMS[platform]
-    shape = parts.shape._replace(kernel=kernel)
-    made = objective(shape, parts.options, Placement(parts.mesh), config.mesh.ascent_reduction)
-    return parts._replace(shape=shape, objective=made)
-
-
-def batch_of(parts: Parts, rows: int = ROWS, **others) -> dict:
-    place = batch_sharding(parts.mesh)
-    names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, **others}
-    return {name: jax.ShapeDtypeStruct((rows, LENGTH), dtype, sharding=place) for name, dtype in names.items()}
 
 
 def lower(platform: str, function, *arguments, **options) -> str:
@@ -101,40 +68,21 @@ def test_creation_evaluation_and_sampling(platform):
     params, batch = parts.abstract.params, batch_of(parts, bytes=jnp.int32)
     text = lower(platform, evaluation_step(parts.objective, parts.shape, parts.options), params, batch)
     assert (kernels(text) > 0) == (platform == "tpu")
-    decoder, ids = make_decoder(parts.shape, VOCABULARY), jax.ShapeDtypeStruct((3,), jnp.int32)
+    decoder, ids = make_decoder(parts.shape, VOCABULARY, parts.mesh), jax.ShapeDtypeStruct((3,), jnp.int32)
     window, keys = jax.ShapeDtypeStruct((3, LENGTH), jnp.int32), jax.random.split(jax.random.key(0), 3)
-    _, cache = jax.eval_shape(decoder.first, params, window, ids, keys, jnp.float32(0.5))
+    _, cache = jax.eval_shape(decoder.first.__wrapped__, params, window, ids, keys, jnp.float32(0.5))
     for program, *arguments in (
         (decoder.first, window, ids),
         (decoder.next, cache, ids, ids),
         (decoder.again, window, ids),
     ):
-        assert kernels(lower(platform, program.__wrapped__, params, *arguments, keys, jnp.float32(0.5))) == 0
+        assert kernels(lower(platform, program, params, *arguments, keys, jnp.float32(0.5))) == 0
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_curvature(platform):
-    parts = parts_on(platform)
-    settings = sharpness.Settings(lanczos=3)
-    made, params, batch = sharpness.programs(parts, 1, settings), parts.abstract.params, batch_of(parts)
-    key = jax.random.key(0)
-    vector, scale = jax.eval_shape(made.flatten.__wrapped__, params), jnp.float32(0.05)
-    for program, *arguments in [
-        (made.flatten, params),
-        (made.unflatten, vector),
-        *((program, params, batch, vector) for program in (*made.lanczos.values(), *made.action.values())),
-        (made.ascend, params, batch, params, scale),
-        (made.rise, params, batch, params, params),
-        (made.loss_at, params, batch, (params, params), jnp.ones(2)),
-        (made.logits, params, batch, key),
-        (made.along, params, batch, params),
-        (made.critical, params, batch, params),
-        (made.start, key),
-        (made.gaussian, key),
-    ]:
-        lower(platform, program.__wrapped__, *arguments)
-    in_step = in_training.make_measurement(parts, ("norms=norm",))
-    lower(platform, in_step, params, parts.abstract, params, batch, parts.scalars)
+    for program, *arguments in curvature_calls(parts_on(platform)):
+        lower(platform, program, *arguments)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
