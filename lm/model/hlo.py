@@ -78,30 +78,31 @@ def array_shapes(text: str) -> set[tuple[int, ...]]:
 def collectives(text: str) -> list[Collective]:
     """Every collective an execution reaches, loops multiplied by their trip counts; of branches the dearest.
 
-    What a TPU spreads over a start, other work and a done has one channel, and is one.
+    What a TPU spreads over fusions for a start, other work and a done is one: it has one kind, result and channel, and
+    lies in one computation. Elsewhere several collectives may share a channel.
     """
     found, entry = computations(text)
-    channels: set[str] = set()
 
-    def within(name: str, times: int, fused: bool = False) -> list[Collective]:
-        result = []
+    def within(name: str, times: int, spread: set | None = None) -> list[Collective]:
+        result, parts = [], set()
         for instruction in found.get(name, []):
             kind = instruction.operation.removesuffix("-start")
             if kind in _KINDS:
                 channel = _CHANNEL.search(instruction.rest)
-                if fused and channel:
-                    if channel[1] in channels:
+                if spread is not None and channel:
+                    same = kind, instruction.type, channel[1]
+                    if same in spread:
                         continue
-                    channels.add(channel[1])
+                    spread.add(same)
                 # TPU's fusion of an all-reduce with the slice each device keeps of it is a reduce-scatter on the wire.
                 scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 result.append(_collective(kind, instruction, times, scatters))
                 continue
             inner = times
             if instruction.operation == "while":
-                inner = times * _trips(instruction, found)
+                inner = times * _trips(instruction, found, found[name])
             for called in _CALLED.findall(instruction.rest):
-                result += within(called, inner, instruction.operation == "fusion")
+                result += within(called, inner, parts if instruction.operation == "fusion" else None)
             if branches := _BRANCHES.search(instruction.rest):
                 names = [part.strip().lstrip("%") for group in branches.groups() if group for part in group.split(",")]
                 result += max((within(n, times) for n in names), key=lambda cs: sum(c.bytes for c in cs))
@@ -149,17 +150,53 @@ def unordered(text: str) -> list[tuple[str, str]]:
     return result
 
 
-def _trips(loop: Instruction, found: dict) -> int:
-    """How often a loop runs: as XLA notes it, else the bound its condition compares the counter with."""
+def _trips(loop: Instruction, found: dict, around: list[Instruction]) -> int:
+    """How often a loop runs: as XLA notes it, else from its counter; around: the instructions beside the loop.
+
+    The counter is what the condition compares with a constant. A windowed product counts by two, its body unrolled.
+    """
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
-    bounds = [
-        int(number[1])
-        for instruction in found.get(condition, [])
-        if instruction.operation == "constant" and (number := re.match(r"(\d+)\)", instruction.rest))
-    ]
-    return max(bounds, default=1)
+    condition, body = (
+        {each.name: each for each in found.get(re.search(rf"{part}=%?([\w.\-]+)", loop.rest)[1], [])}
+        for part in ("condition", "body")
+    )
+    constants = {name: number for name, each in condition.items() if (number := _constant(each)) is not None}
+    bound, step, start = max(constants.values(), default=1), 1, 0
+    for compare in condition.values():
+        operands = _NAMES.findall(compare.rest.split("), ")[0]) if compare.operation == "compare" else []
+        counter = next((condition[name] for name in operands if name in condition and name not in constants), None)
+        place = counter and re.search(r"index=(\d+)", counter.rest)
+        if not place:
+            continue
+        bound = next((constants[name] for name in operands if name in constants), bound)
+        if steps := _added(body, _operand(list(body.values())[-1], int(place[1]))):
+            step = steps
+        beside = {each.name: each for each in around}
+        begins = _operand(beside.get(_operand(loop, 0)), int(place[1]))
+        while begins in beside and beside[begins].operation in ("copy", "bitcast"):
+            begins = _operand(beside[begins], 0)
+        start = _constant(beside.get(begins)) or 0
+    return max(0, -(-(bound - start) // step))
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    number = instruction and instruction.operation == "constant" and re.match(r"(\d+)\)", instruction.rest)
+    return int(number[1]) if number else None
+
+
+def _operand(instruction: Instruction | None, index: int) -> str:
+    """The name of an operand; "" where there is none."""
+    names = _NAMES.findall(instruction.rest.split("), ")[0]) if instruction else []
+    return names[index] if index < len(names) else ""
+
+
+def _added(body: dict[str, Instruction], name: str) -> int:
+    """The constant that a loop's body adds to its counter; 0 where it does something else."""
+    each = body.get(name)
+    if not each or each.operation != "add":
+        return 0
+    return next((n for operand in (0, 1) if (n := _constant(body.get(_operand(each, operand))))), 0)
 
 
 def _collective(kind: str, instruction: Instruction, times: int, scatters: bool) -> Collective:

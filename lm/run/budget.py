@@ -130,20 +130,20 @@ def averages_kept(config) -> int:
 
 
 def roofline(
-    flops: float, weights: float, activations: float, sent: float, chip: Chip, passes: float
+    flops: float, weights: float, activations: float, sent: float, chip: Chip, link: float, passes: float
 ) -> tuple[float, float]:
     """Seconds of a step on one device: (the slowest of products, memory and network; their sum).
 
     flops, bytes of its weights (float32), of what the backward pass finds, and sent to others, all of one device.
-    passes: forward and backward pairs. Memory traffic is a lower bound: state read and written once (7 copies),
-    weights and activations read and written once a pass.
+    link: bytes/s of its network (chips.network_of). passes: forward and backward pairs. Memory traffic is a lower
+    bound: state read and written once (7 copies), weights and activations read and written once a pass.
     """
     traffic = 7 * weights + passes * (2 * weights + 2 * activations)
-    parts = flops / chip.flops, traffic / chip.bandwidth, sent / chip.link
+    parts = flops / chip.flops, traffic / chip.bandwidth, sent / link
     return max(parts), sum(parts)
 
 
-def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple[float, float]:
+def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip, link: float) -> tuple[float, float]:
     """(seconds, bytes of memory) of a step on one device by estimate, to rank meshes and remat policies."""
     shape_ = shape(config.model, vocabulary_size, config.data.sequence_length, "")
     data, fsdp, tensor = mesh
@@ -166,7 +166,7 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip) -> tuple
     gathered += 8.0 * parameters / (fsdp * tensor) * backwards * (data - 1) / data
     summed = 2 * shape_.layers * tokens * shape_.width * small * 2 * (forwards + backwards) * (tensor - 1) / tensor
     state, _, activations, *_ = memory
-    seconds = roofline(flops, state / (3 + averages), activations, gathered + summed, chip, backwards)
+    seconds = roofline(flops, state / (3 + averages), activations, gathered + summed, chip, link, backwards)
     return sum(seconds), sum(memory[:4])
 
 

@@ -1,31 +1,79 @@
 """What one accelerator can do, by the kind JAX reports, and how much memory a device has."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One device. memory: bytes a program may use; flops: dense bfloat16 peak, 1/s; bandwidth: of its memory, bytes/s;
-    link: bytes/s a ring collective moves through it along one axis of the network, both directions."""
+    """One device as JAX counts them.
+
+    memory: bytes a program may use; flops: dense bfloat16 peak, 1/s; bandwidth: of its memory, bytes/s; link: bytes/s
+    a ring collective moves through it, of a TPU along one axis of its torus in both directions; hosts: bytes/s to
+    another host (GPU) or slice (TPU); closes: devices at which an axis of the torus becomes a ring, 0 without a torus.
+    """
 
     name: str
     memory: float
     flops: float
     bandwidth: float
     link: float
+    hosts: float = 0.0
+    closes: int = 0
 
 
-# Makers' published figures; TPU links are per torus axis (v5e: 2 x 45 GB/s), GPU links NVLink within one host. TPU v5e
-# memory is what its compiler allows, 15.75 GiB.
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; of a link's rate nine tenths reach a program
+# (jax-ml.github.io/scaling-book/tpus). v5e memory is what its compiler allows, 15.75 GiB. A TPU7x chip is two devices.
+# GPUs: NVIDIA's data sheets, without sparsity; NVLink in one direction, else PCIe. To other hosts: a DGX's network
+# adapters, one a GPU, of 400 Gb/s (A100: 200 Gb/s); of PCIe cards 100 Gb/s each are assumed.
 CHIPS = {
-    "TPU v4": Chip("v4", 31.25 * 2**30, 275e12, 1.228e12, 0.9e11),
-    "TPU v5 lite": Chip("v5e", 15.75 * 2**30, 197e12, 0.819e12, 0.9e11),
-    "TPU v5": Chip("v5p", 95.74 * 2**30, 459e12, 2.765e12, 1.8e11),
-    "TPU v6 lite": Chip("v6e", 31.25 * 2**30, 918e12, 1.640e12, 1.8e11),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 79e9, 312e12, 2.039e12, 3.0e11),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 79e9, 989e12, 3.35e12, 4.5e11),
-    "NVIDIA H200": Chip("H200", 139e9, 989e12, 4.8e12, 4.5e11),
+    "TPU v4": Chip("v4", 31.25 * 2**30, 275e12, 1.228e12, 0.9e11, 6.25e9, 4),
+    "TPU v5 lite": Chip("v5e", 15.75 * 2**30, 197e12, 0.819e12, 0.9e11, 3.125e9, 16),
+    "TPU v5": Chip("v5p", 95.74 * 2**30, 459e12, 2.765e12, 1.8e11, 6.25e9, 4),
+    "TPU v6 lite": Chip("v6e", 31.25 * 2**30, 918e12, 1.640e12, 1.8e11, 12.5e9, 16),
+    "TPU7x": Chip("TPU7x", 94.75 * 2**30, 1153e12, 3.690e12, 0.9e11, 6.25e9, 4),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 39e9, 312e12, 1.555e12, 3.0e11, 25e9),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 79e9, 312e12, 2.039e12, 3.0e11, 25e9),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 79e9, 989e12, 3.35e12, 4.5e11, 50e9),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 79e9, 756e12, 2.0e12, 0.64e11, 12.5e9),
+    "NVIDIA H100 NVL": Chip("H100 NVL", 93e9, 835e12, 3.9e12, 0.64e11, 12.5e9),
+    "NVIDIA H200": Chip("H200", 139e9, 989e12, 4.8e12, 4.5e11, 50e9),
+    "NVIDIA B200": Chip("B200", 178e9, 2250e12, 7.7e12, 9.0e11, 50e9),
+    "NVIDIA L40S": Chip("L40S", 47e9, 362e12, 0.864e12, 0.32e11, 12.5e9),
 }
+
+
+class Network(NamedTuple):
+    """How devices are joined. bandwidth: bytes/s that a ring collective over all of them moves through each."""
+
+    bandwidth: float
+    name: str
+
+
+def network_of(devices: Sequence, chip: Chip) -> Network:
+    """The Network of devices, also of described ones.
+
+    A TPU slice uses every axis of its torus at once; an axis too short to close is a line, on which a ring must go
+    back and has half the bandwidth. Between hosts, or slices, a ring enters and leaves each through all its adapters.
+    """
+    if devices[0].platform == "cpu":
+        return Network(chip.link, "memory of one host")
+    apart = "slice_index" if devices[0].platform == "tpu" else "process_index"
+    groups = Counter(getattr(device, apart, 0) for device in devices)
+    name, within = f"links of one host, {chip.link / 1e9:.0f} GB/s", chip.link
+    if devices[0].platform == "tpu":
+        sizes = [len(set(places)) for places in zip(*(device.coords for device in devices), strict=True)]
+        axes = [size for size in sizes if size > 1] or [1]
+        closed = [chip.closes and size % chip.closes == 0 for size in axes]
+        within = sum(chip.link if ring else chip.link / 2 for ring in closed)
+        kinds = ", ".join(f"{size} in a {'ring' if ring else 'line'}" for size, ring in zip(axes, closed, strict=True))
+        name = f"torus ({kinds}), {within / 1e9:.0f} GB/s"
+    between = chip.hosts * min(groups.values())
+    if len(groups) == 1 or not between:
+        return Network(within, name)
+    what = "slices" if devices[0].platform == "tpu" else "hosts"
+    return Network(min(within, between), f"{name}; {len(groups)} {what}, {between / 1e9:.0f} GB/s between them")
 
 
 def peak_flops(mesh) -> float:

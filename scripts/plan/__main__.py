@@ -51,7 +51,8 @@ METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam")
 
 
 class Plan(NamedTuple):
-    """Bytes are of one device. temporary: of the compiled step, without the anchor; seconds: (best, worst) a step."""
+    """Bytes are of one device. temporary: of the compiled step, without the anchor; seconds: (best, worst) a step;
+    tokens: a device takes a step; bound: fewer of them wait for the network, NaN where what is sent grows with them."""
 
     parameters: int
     optimizer: int
@@ -61,6 +62,9 @@ class Plan(NamedTuple):
     collectives: list
     seconds: tuple[float, float]
     mfu: tuple[float, float]
+    network: str
+    tokens: int
+    bound: float
 
 
 @command.refusing
@@ -178,7 +182,7 @@ def plan(config, parts, program, devices: list) -> Plan:
 
     from steppe.lm.model import hlo
     from steppe.lm.run.budget import roofline
-    from steppe.lm.run.chips import chip_of
+    from steppe.lm.run.chips import chip_of, network_of
     from steppe.optim.methods import is_anchored
 
     def local(tree):
@@ -198,16 +202,20 @@ def plan(config, parts, program, devices: list) -> Plan:
     parameters, optimizer = local(parts.abstract.params), local(tuple(parts.abstract)[2:])
     found = hlo.collectives(program.as_text())
     chip = chip_of(devices[0], len(devices))
-    activations = shape.layers * hidden * 8
+    network = network_of(devices, chip)
+    activations, sent = shape.layers * hidden * 8, sum(c.bytes for c in found)
     estimate = roofline(
-        parts.budget.flops / len(devices), parameters, activations, sum(c.bytes for c in found), chip,
+        parts.budget.flops / len(devices), parameters, activations, sent, chip, network.bandwidth,
         passes=parts.budget.flops / parts.budget.adamw_flops,
     )  # fmt: skip
     useful = parts.budget.flops / len(devices) / chip.flops
+    tokens = config.train.batch_size * shape.sequence_length // len(devices)
+    grows = parts.mesh.shape["tensor"] > 1
     return Plan(
         parameters, optimizer, anchor, max(0, memory.temp_size_in_bytes - anchor),
         max(0, memory.argument_size_in_bytes - parameters - optimizer), found, estimate,
-        (useful / estimate[0], useful / estimate[1]),
+        (useful / estimate[0], useful / estimate[1]), network.name, tokens,
+        math.nan if grows else tokens * sent / network.bandwidth / useful,
     )  # fmt: skip
 
 
@@ -242,12 +250,16 @@ def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool
     for kind in sorted({c.kind for c in found.collectives}):
         of_kind = [c for c in found.collectives if c.kind == kind]
         print(f"  {kind:<20}{sum(c.times for c in of_kind):6} times {sum(c.bytes for c in of_kind) / 2**30:10.3f} GiB")
+    print(f"network     {found.network}")
+    if not math.isnan(found.bound):
+        slower = "slower" if found.tokens < found.bound else "faster"
+        print(f"            {slower} than products: {found.tokens:,} tokens a device, level at {found.bound:,.0f}")
     best, worst = found.seconds
     print(f"step        {best:.3g} s ({found.mfu[0]:.0%} MFU) if traffic hides behind products, {worst:.3g} s "
           f"({found.mfu[1]:.0%}) if nothing overlaps")  # fmt: skip
     print(f"run         {span(best * parts.budget.steps, worst * parts.budget.steps)}")
-    print(f"assumes     {chip.flops / 1e12:.3g} TFLOP/s (bfloat16 peak), {chip.bandwidth / 1e9:.0f} GB/s of memory, "
-          f"{chip.link / 1e9:.0f} GB/s a ring; no input, evaluation or checkpoint time")  # fmt: skip
+    print(f"assumes     {chip.flops / 1e12:.3g} TFLOP/s (bfloat16 peak), {chip.bandwidth / 1e9:.0f} GB/s of memory; "
+          f"no input, evaluation or checkpoint time")  # fmt: skip
     return fits
 
 

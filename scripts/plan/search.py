@@ -11,9 +11,10 @@ def candidates(config, vocabulary_size: int, devices: list) -> list[tuple[float,
     from steppe.configs.keys import ConfigError
     from steppe.lm.run.budget import step_traffic
     from steppe.lm.run.check import check
-    from steppe.lm.run.chips import chip_of
+    from steppe.lm.run.chips import chip_of, network_of
 
     chip, count, found = chip_of(devices[0], len(devices)), len(devices), []
+    link = network_of(devices, chip).bandwidth
     processes = len({device.process_index for device in devices})
     remats = ("none", "dots", "full") if chip.name == "cpu" else ("none", "dots", "offload", "full")
     sizes = [size for size in (2**n for n in range(count.bit_length())) if count % size == 0]
@@ -26,7 +27,7 @@ def candidates(config, vocabulary_size: int, devices: list) -> list[tuple[float,
             check(config, device_count=count, process_count=processes, backend=devices[0].platform)
         except ConfigError:
             continue
-        seconds, memory = step_traffic(config, vocabulary_size, mesh, chip)
+        seconds, memory = step_traffic(config, vocabulary_size, mesh, chip, link)
         if memory < chip.memory:
             found.append((seconds, remat, mesh))
     return sorted(found)

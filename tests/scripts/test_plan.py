@@ -1,9 +1,11 @@
 """What a step holds and exchanges, read from its compiled program: the promises about memory, traffic and FLOPs."""
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,69 @@ def test_what_travels_together_or_in_parts_counts_once():
     assert (scattered.kind, scattered.bytes) == ("reduce-scatter", 1280 * 64 * 4 * 63 / 64)
     (gathered,) = hlo.collectives(_OF_A_TPU.replace("REPLICAS", replicas))
     assert (gathered.times, gathered.bytes) == (1, 1280 * 64 * 2 * 63 / 64)
+
+
+_WINDOWED = """
+%counts (p: (bf16[20,64], u32[])) -> pred[] {
+  %p = (bf16[20,64]{1,0}, u32[]) parameter(0)
+  %c = u32[] constant(4)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+%turns (q: (bf16[20,64], u32[])) -> (bf16[20,64], u32[]) {
+  %q = (bf16[20,64]{1,0}, u32[]) parameter(0)
+  %x = bf16[20,64]{1,0} get-tuple-element(%q), index=0
+  %j = u32[]{:T(128)} get-tuple-element(%q), index=1
+  %by = u32[] constant(STEP)
+  %r = bf16[20,64]{1,0} collective-permute(%x), channel_id=7, source_target_pairs={{0,1},{1,0}}
+  %n = u32[]{:T(128)} add(%j, %by)
+  ROOT %t = (bf16[20,64]{1,0}, u32[]) tuple(%r, %n)
+}
+ENTRY %main (a: bf16[20,64]) -> (bf16[20,64], u32[]) {
+  %zero = u32[] constant(START)
+  %begin = u32[]{:T(128)} copy(%zero)
+  %in = (bf16[20,64]{1,0}, u32[]) tuple(%a, %begin)
+  %twin = bf16[20,64]{1,0} collective-permute(%a), channel_id=7, source_target_pairs={{0,1},{1,0}}
+  ROOT %out = (bf16[20,64]{1,0}, u32[]) while(%in), condition=%counts, body=%turns
+}
+"""
+
+
+@pytest.mark.parametrize(("start", "step", "times"), [(0, 1, 4), (0, 2, 2), (1, 1, 3), (1, 2, 2), (0, 3, 2), (4, 1, 0)])
+def test_a_loop_of_which_xla_notes_no_count_runs_as_its_counter_says(start, step, times):
+    before, inside = hlo.collectives(_WINDOWED.replace("START", str(start)).replace("STEP", str(step)))
+    assert (before.times, inside.times) == (1, times)  # one channel, two collectives
+    assert inside.bytes == times * 20 * 64 * 2
+
+
+def test_a_network_is_that_of_the_devices():
+    class Device(NamedTuple):
+        platform: str
+        device_kind: str
+        coords: tuple = ()
+        process_index: int = 0
+        slice_index: int = 0
+
+    def tpus(kind, *sizes, slices=1):
+        places = itertools.product(*map(range, sizes))
+        return [Device("tpu", kind, place, 0, at) for at, place in itertools.product(range(slices), places)]
+
+    def gpus(kind, hosts, each):
+        return [Device("gpu", kind, (), host) for host in range(hosts) for _ in range(each)]
+
+    for devices, gigabytes, said in (
+        (tpus("TPU v5 lite", 2, 4, 1), 90, "2 in a line, 4 in a line"),
+        (tpus("TPU v5 lite", 16, 16, 1), 180, "16 in a ring, 16 in a ring"),
+        (tpus("TPU v6 lite", 4, 4, 1), 180, "4 in a line, 4 in a line"),
+        (tpus("TPU v5", 4, 4, 4), 540, "4 in a ring, 4 in a ring, 4 in a ring"),
+        (tpus("TPU v5 lite", 4, 4, 1, slices=2), 50, "2 slices, 50 GB/s between them"),
+        (gpus("NVIDIA H100 80GB HBM3", 1, 8), 450, "links of one host"),
+        (gpus("NVIDIA H100 80GB HBM3", 4, 8), 400, "4 hosts, 400 GB/s between them"),
+        (gpus("NVIDIA H100 80GB HBM3", 4, 1), 50, "4 hosts, 50 GB/s between them"),
+    ):
+        found = chips.network_of(devices, chips.chip_of(devices[0]))
+        assert found.bandwidth == pytest.approx(gigabytes * 1e9)
+        assert said in found.name
 
 
 @pytest.fixture(scope="module")
