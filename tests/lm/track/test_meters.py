@@ -32,28 +32,36 @@ def lines(workdir):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_and_compare(workdir, kills, seed=0):
-    """Kills a run at random moments, its start and its rollbacks among them; compares after each next start."""
-    draw = random.Random(seed)
+def kill_and_compare(place, kills, seed=0):
+    """Kills runs at random moments, their starts and rollbacks among them; compares after each next start."""
+    draw, workdir = random.Random(seed), place / "0"
     for number in range(kills):
+        if meters.saved(workdir)["step"] > meters.STEPS - 100:  # near its end: it goes there, and another begins
+            meters.train(workdir)
+            assert meters.differences(workdir) == []
+            workdir = place / str(number)
+        workdir.mkdir(exist_ok=True)
         roll_back = () if number % 3 else (meters.saved(workdir)["step"] + draw.randrange(8, 24),)
-        child, before = start(workdir, 0.002, *roll_back), lines(workdir)
+        child, before = start(workdir, 0.01, *roll_back), lines(workdir)
         if number % 4 == 0:  # while it starts
             time.sleep(draw.uniform(0.5, 5))
         else:
             wanted, deadline = before + draw.randrange(3, 60), time.monotonic() + 60
-            while lines(workdir) < wanted and child.poll() is None and time.monotonic() < deadline:
+            while lines(workdir) < wanted and time.monotonic() < deadline:
                 time.sleep(0.005)
+        assert child.poll() is None, "it was to be killed before its end"
         kill(child)
         meters.track(workdir).close("stopped")
         assert meters.differences(workdir) == [], f"kill {number}"
     meters.train(workdir)
     assert meters.differences(workdir) == []
     assert list(meters.recorded(workdir)[0]) == list(range(1, meters.STEPS + 1))
+    return workdir
 
 
 def test_after_a_kill_the_meters_are_the_record(tmp_path):
-    meters.train(tmp_path, until=40)
+    (tmp_path / "0").mkdir()
+    meters.train(tmp_path / "0", until=40)
     kill_and_compare(tmp_path, 2, seed=1)
 
 
@@ -61,9 +69,9 @@ def test_after_a_kill_the_meters_are_the_record(tmp_path):
 def test_after_each_of_forty_kills_the_meters_are_the_record(tmp_path):
     from tensorflow.compat.v1.train import summary_iterator  # as TensorBoard itself reads
 
-    kill_and_compare(tmp_path, 40)
-    rows = meters.tensorboard_rows(tmp_path)
-    assert meters.tensorboard_rows(tmp_path, lambda path: summary_iterator(str(path))) == rows
+    workdir = kill_and_compare(tmp_path, 40)
+    rows = meters.tensorboard_rows(workdir)
+    assert meters.tensorboard_rows(workdir, lambda path: summary_iterator(str(path))) == rows
 
 
 def test_a_kill_before_the_first_checkpoint_and_rollbacks_leave_each_step_once(tmp_path):
