@@ -9,7 +9,12 @@ import sys
 
 import pytest
 
+from steppe.data import sources
+from steppe.data.errors import DataError
+from steppe.data.readers import plain
+from steppe.lm.measure import choices
 from steppe.scripts import cli, command
+from steppe.scripts.model import generate
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAY_IMPORT = {
@@ -90,6 +95,42 @@ def test_help_comes_at_once(name):
     for summary in [command.summary(cli.COMMANDS[n][0]) for n in ([name] if name else cli.COMMANDS)]:
         assert summary
         assert summary in done.stdout
+
+
+def _is_record(line, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(line)
+    (source,) = sources.parse(f"jsonl:{tmp_path}/a.jsonl@all")
+    (record,) = plain.records(source, sources.Reading(text_field="prompt"))
+    return not record.fault
+
+
+def _is_item(line, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(line)
+    return bool(choices.read((f"a=jsonl:{tmp_path}/a.jsonl",)))
+
+
+def _is_prompt(line, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(line)
+    return bool(generate._prompts(str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize("reads", [_is_record, _is_item, _is_prompt])
+@pytest.mark.parametrize(
+    ("more", "valid"),
+    [(b"1.5", True), (b'"\\u2028\x7f"', True), (b"-0e1", True), (b'{"": [null]}', True), (b"NaN", False),
+     (b"Infinity", False), (b"-Infinity", False), (b"01", False), (b"1.", False), (b"'a'", False), (b'"\t"', False),
+     (b'"\xff"', False), (b'"\xed\xa0\x80"', False), (b"[" * 10**5 + b"]" * 10**5, False), (b"1}}", False),
+     (b"[1,]", False), (b"\xef\xbb\xbf1", False), (b"/**/1", False)],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+def test_every_line_of_jsonl_is_strictly_json(tmp_path, reads, more, valid):
+    """Whichever it is of: a corpus, questions, prompts."""
+    line = b'{"prompt": "a b", "query": "a", "choices": ["b", "c"], "gold": 0, "more": ' + more + b"}\n"
+    try:
+        found = reads(line, tmp_path)
+    except (DataError, command.UsageError):
+        found = False
+    assert found == valid
 
 
 def test_an_unknown_command_is_one_line_and_status_2(capsys):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count, islice
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -297,10 +297,10 @@ def _object(handle, place: str, field: str, wanted: bool, seen: dict[str, None])
     try:
         text = line.decode("utf-8")
         line = b""
-        value = json.loads(text)
+        value = json_value(text)
     except UnicodeDecodeError:
         return Record(line, "json", place)
-    except (ValueError, RecursionError):
+    except ValueError:
         return Record(text.encode(), "json", place)
     found = value_at(value, field)
     if not isinstance(found, str):
@@ -308,6 +308,21 @@ def _object(handle, place: str, field: str, wanted: bool, seen: dict[str, None])
         return Record(text.encode(), "field", place)
     del text, value
     return Record(found.encode("utf-8", "surrogatepass"), "", place)  # lone surrogates are then found to be no UTF-8
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_json)
+
+
+def json_value(text: str) -> Any:
+    """The value of a line of JSONL. ValueError where it is not strictly JSON: NaN and Infinity are none."""
+    try:
+        return _JSON.decode(text)
+    except RecursionError as error:
+        raise ValueError("is nested too deep") from error
 
 
 def value_at(value, field: str):

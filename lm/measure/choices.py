@@ -4,7 +4,6 @@ A file has an object a line: {"query", "choices", "gold"}, joined as they stand,
 "label"}, joined by a blank.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from steppe.data import files
 from steppe.data.errors import DataError, refused
-from steppe.data.readers.plain import opened_text
+from steppe.data.readers.plain import json_value, opened_text
 from steppe.data.vocabulary import Tokenizer
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.objective import readout_kernel
@@ -57,8 +56,8 @@ def _items(path: str) -> list[Item]:
         for number, line in enumerate(handle, 1):
             if line.strip():
                 try:
-                    items.append(_item(json.loads(line)))
-                except (ValueError, TypeError, KeyError, IndexError):
+                    items.append(_item(json_value(line.decode())))
+                except (ValueError, KeyError):
                     fields = " or ".join("{" + ", ".join(names[:3]) + "}" for names in _FIELDS)
                     raise DataError(f"config.{KEY}: {place}:{number} is no item: an object with {fields}") from None
     if not items:
@@ -67,12 +66,20 @@ def _items(path: str) -> list[Item]:
 
 
 def _item(value: Any) -> Item:
-    query, choices, gold, between = next(names for names in _FIELDS if names[0] in value)
-    texts = tuple(between + choice for choice in value[choices])
-    right = int(value[gold])
-    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+    """ValueError or KeyError where a line's value is no item."""
+    names = next((names for names in _FIELDS if isinstance(value, dict) and names[0] in value), None)
+    if names is None:
         raise ValueError
-    return Item(str(value[query]), texts, range(len(texts)).index(right))
+    query, choices, gold = (value[name] for name in names[:3])
+    texts = choices if isinstance(choices, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) for text in (query, *texts)) or not all(map(str.strip, texts)):
+        raise ValueError
+    if isinstance(gold, str) and gold.isdecimal():
+        gold = int(gold)
+    if type(gold) is not int or gold not in range(len(texts)):
+        raise ValueError
+    "".join((query, *texts)).encode()  # lone surrogates are no text
+    return Item(query, tuple(names[3] + text for text in texts), gold)
 
 
 class Rows(NamedTuple):

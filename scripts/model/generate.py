@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _prompts(path: str) -> list[str]:
     """The prompts of a file. A line ends at \\n alone (or \\r\\n), and no byte order mark is part of it."""
+    from steppe.data.readers.plain import json_value
+
     try:
         text = Path(path).read_bytes().decode()
     except (OSError, ValueError) as error:
@@ -79,7 +81,7 @@ def _prompts(path: str) -> list[str]:
         line = line.removesuffix("\r").removeprefix("\ufeff")
         if path.endswith(".jsonl"):
             try:
-                line = json.loads(line, parse_constant=_no_json)["prompt"]
+                line = json_value(line)["prompt"]
             except (ValueError, TypeError, KeyError):
                 line = None
         if not isinstance(line, str) or not TEXT.allows(line):
@@ -88,10 +90,6 @@ def _prompts(path: str) -> list[str]:
     if not found:
         raise command.UsageError(f"--prompts={path}: must hold a prompt")
     return found
-
-
-def _no_json(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 if __name__ == "__main__":

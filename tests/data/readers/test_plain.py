@@ -10,6 +10,9 @@ import re
 import tarfile
 import zipfile
 
+import hypothesis
+import hypothesis.strategies as st
+import msgspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -116,6 +119,37 @@ def test_bad_records_are_told_apart(tmp_path):
     found = read(f"jsonl:{path}@all")
     assert [record.fault for record in found] == ["", "json", "field", "field", "field", "json", "", "", ""]
     assert [record.text for record in found if not record.fault] == [b"good", b"", b"\xed\xa0\x80", b"last"]
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(-1e9, 1e9)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+FOREIGN = [
+    "NaN", "Infinity", "-Infinity", "-", "+1", "01", "1.", ".5", "1e", "'a'", ",", "]", "{", '"', "\\q", "\t", "\x0c",
+    " ", "undefined", "True", "/**/", "\ufeff", "\u2028", "\r",
+]  # fmt: skip
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(VALUES, st.sampled_from(FOREIGN), st.integers(0, 200), st.integers(0, 3))
+def test_a_line_is_json_where_msgspec_says_so(value, foreign, at, cut):
+    """Of values as they are written, and with something put in or taken out."""
+    text = json.dumps(value, ensure_ascii=False)
+    for line in (text, text[:at] + foreign + text[at + cut :]):
+        try:
+            wanted = msgspec.json.decode(line)
+        except msgspec.ValidationError:  # a number that it does not hold
+            plain.json_value(line)
+        except msgspec.DecodeError:
+            with pytest.raises(ValueError):  # noqa: PT011
+                plain.json_value(line)
+        else:
+            assert plain.json_value(line) == wanted
 
 
 def test_a_null_in_parquet_is_a_bad_record_and_a_missing_column_an_error(tmp_path):

@@ -88,6 +88,26 @@ def test_likelihoods_are_the_sums_and_the_likeliest_is_the_answer(run, capsys):
         ("mine=jsonl:items.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 2}', ":1 is no item"),
         ("mine=jsonl:items.jsonl", '\n{"query": "a", "choices": ["b"], "gold": 0}', ":2 is no item"),
         ("mine=jsonl:items.jsonl", "[1]", "JSON array"),
+        *(
+            (
+                "mine=jsonl:items.jsonl",
+                json.dumps({"query": "a", "choices": ["b", "c"], "gold": 0} | change),
+                ":1 is no item",
+            )
+            for change in (
+                {"choices": "bc"},
+                {"query": None},
+                {"gold": 1.0},
+                {"gold": True},
+                {"gold": "-1"},
+                {"gold": None},
+                {"choices": ["b", 3]},
+                {"choices": ["b", " "]},
+                {"query": "\ud800"},
+            )
+        ),
+        ("mine=jsonl:items.jsonl", '{"question": "a"}', ":1 is no item"),
+        ("mine=jsonl:items.jsonl", "3", ":1 is no item"),
     ],
 )
 def test_what_is_no_question_is_refused_with_its_place(tmp_path, monkeypatch, source, content, said):
