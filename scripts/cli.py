@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from steppe.scripts import command
+from steppe.configs import packages
 
 # name: (module, an example of its use), in the order of a user's day
 COMMANDS = {
@@ -30,6 +30,7 @@ COMMANDS = {
     "curvature": ("steppe.scripts.measure.curvature", "--workdir=runs/quickstart --step=all"),
     "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
     "coordinates": ("steppe.scripts.measure.coordinates", "--config=quickstart --out=coordinates"),
+    "doctor": ("steppe.scripts.doctor", ""),
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
     "chaos": ("steppe.scripts.chaos", "--runs=15"),
 }
@@ -47,13 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Dispatches to the main(argv) of a command's module, importing nothing else; returns its exit status."""
     try:
         return dispatch(argv)
+    except ImportError as error:
+        if not (said := packages.explain(error)):
+            raise
+        print(said, file=sys.stderr)
+        return 2
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def dispatch(argv: Sequence[str] | None) -> int:
-    """The same, with the output's end left to the caller."""
+    """The same, with the output's end left to the caller. It imports little: doctor must run where packages lack."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
         arguments = completed_command()
@@ -64,11 +70,15 @@ def dispatch(argv: Sequence[str] | None) -> int:
         if len(arguments) > 1:
             return main([*arguments[1:], "--help"])
         print("usage: steppe COMMAND [--help] ...\n")
+        from steppe.scripts import command
+
         for name, (_, example) in COMMANDS.items():
             print(f"  {name:<13} {command.summary(COMMANDS[name][0])}\n{'':16}steppe {name} {example}")
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
+        from steppe.scripts import command
+
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return command.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")

@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from steppe.configs import base, sizes
+from steppe.configs import base, packages, sizes
 from steppe.configs.keys import named
 from steppe.data import files
 from steppe.lm.keep.exits import REFUSALS, REFUSED, STORAGE
@@ -56,6 +56,10 @@ def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
             return main(argv)
         except (UsageError, *REFUSALS) as error:
             return fail(error)
+        except ImportError as error:
+            if not (said := packages.explain(error)):
+                raise
+            return fail(said)
         except BrokenPipeError:  # whoever reads the output has seen enough: cli.main knows
             raise
         except OSError as error:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import xxhash
 
+from steppe.configs import packages
 from steppe.data.errors import DataError, refused
 from steppe.data.sources import Reading, Record, Source
 
@@ -14,7 +15,9 @@ BATCH = 256  # records that cross from tensorflow to Python at a time
 
 
 def import_tensorflow():
-    """Imports tensorflow and seqio, quiet and without accelerators: they belong to the training process."""
+    """Imports tensorflow and seqio, quiet and without accelerators: they belong to the training process. DataError."""
+    if lacking := packages.lacking("seqio", "tensorflow", "tensorflow_datasets"):
+        raise DataError(f"config.data.task: a task of seqio or TFDS {lacking}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # What tensorflow's libraries print while they load ignores that level.
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 from msgspec import Meta
 
+from steppe.configs import packages
 from steppe.data import stored
 from steppe.data.errors import DataError, refused
 from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
@@ -140,8 +141,7 @@ def load(spec: str, content: bytes, kept: str = "") -> Tokenizer:
     try:
         made = _ranked(found) if kind == "tiktoken" else _fast(found, textual)
     except ImportError:
-        remedy = f"needs {library}: pip install 'steppe[hub]'"
-        raise DataError(f"config.data.vocabulary={spec!r}: {remedy}") from None
+        raise DataError(f"config.data.vocabulary={spec!r}: {packages.lacking(library)}") from None
     except Exception as error:  # of the library's own kinds
         reason = " ".join(f"{error}".split())[:200]
         raise DataError(f"config.data.vocabulary={spec!r}: {library} refuses it ({reason})") from None

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from steppe.configs import packages
 from steppe.configs.keys import ConfigError
 from steppe.data import files, stored
 from steppe.data.errors import DataError
@@ -151,8 +151,8 @@ class _Tensors:
         self._folder, self._open, self._read = Path(directory).expanduser(), {}, set()
 
     def __enter__(self) -> "_Tensors":
-        if find_spec("safetensors") is None:
-            raise Unusable(f"{self._folder}: needs safetensors: pip install 'steppe[hub]'")
+        if lacking := packages.lacking("safetensors"):
+            raise Unusable(f"{self._folder}: {lacking}")
         try:
             if os.path.exists(self._folder / INDEX):
                 where = stored.read(self._folder / INDEX, Index)["weight_map"]

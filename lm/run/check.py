@@ -1,12 +1,11 @@
 """Refuses a config that cannot run, before anything is compiled or written."""
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from steppe.configs import base
+from steppe.configs import base, packages
 from steppe.configs.keys import ConfigError
 from steppe.data import cache, manifest, sources, vocabulary
 from steppe.lm.model import attention
@@ -32,8 +31,10 @@ def check(config: ConfigDict, *, device_count: int | None, process_count: int = 
     _check_method(config)
     _check_durations(config)
     _check_mesh(config, device_count, process_count)
-    accepted = "false, or tensorboardX must be installed: pip install 'steppe[tensorboard]'"
-    _need(not config.log.tensorboard or bool(find_spec("tensorboardX")), config, "log.tensorboard", accepted)
+    for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        off = base.keys()[f"log.{name}"].default
+        lacking = packages.lacking(module) if config.log[name] != off else ""
+        _need(not lacking, config, f"log.{name}", f"{off}: it {lacking}")
 
 
 def check_stored(config: ConfigDict) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from steppe.configs import packages
 from steppe.configs.keys import ConfigError
 from steppe.data import baselines, files, loader
 from steppe.lm import plot
@@ -569,7 +570,9 @@ class Run:
 
     def draw(self) -> None:
         """The loss curve of the run so far."""
-        if self.primary and (picture := plot.loss_curve(self.directory)):
+        if self.primary and (lacking := packages.lacking("matplotlib")):
+            self.tracker.note(f"loss curve  {lacking}; then: steppe plot {self.directory}")
+        elif self.primary and (picture := plot.loss_curve(self.directory)):
             self.tracker.note(f"loss curve  {picture}")
 
     def sample(self) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from steppe.configs import packages
 from steppe.scripts import command
 
 
@@ -20,11 +21,8 @@ def main(argv: Sequence[str]) -> int:
     options = command.options_of(argv, parser)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         return command.fail(f"--out={options.out}: must be a new or empty directory")
-    try:
-        import safetensors  # noqa: F401
-        import tokenizers  # noqa: F401
-    except ImportError as error:
-        return command.fail(f"export needs {error.name}: pip install 'steppe[hub]'")
+    if lacking := packages.lacking("safetensors", "tokenizers", "transformers"):
+        return command.fail(f"export {lacking}")
 
     from steppe.lm.hub import export
     from steppe.lm.keep import saved

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from steppe.configs import packages
 from steppe.data import files
 from steppe.scripts import results
 from steppe.scripts.command import UsageError
@@ -138,7 +139,7 @@ def _submitted(tasks: Sequence, folder: Path, parameters: dict[str, Any]) -> lis
     try:
         from submitit import SlurmExecutor
     except ImportError:
-        raise UsageError("--launcher=slurm: needs submitit: pip install 'steppe[slurm]'") from None
+        raise UsageError(f"--launcher=slurm: {packages.lacking('submitit')}") from None
     try:
         executor = SlurmExecutor(folder=folder, max_num_timeout=MOST_TIMEOUTS)
         executor.update_parameters(**{"additional_parameters": {"requeue": True}, **parameters})

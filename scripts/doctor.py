@@ -1,0 +1,127 @@
+"""Versions, devices, kernels and missing packages of this machine, with the command that brings each.
+
+    steppe doctor
+
+One screen, to be sent with every report of a fault. Returns 0 where `steppe train` can run here, 1 where not. Until it
+has said what is missing it imports the standard library alone.
+"""
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from steppe.configs import packages
+
+# What an extra is for, in the words of who would install it.
+PURPOSES = {
+    "gpu": "NVIDIA GPUs, CUDA 13",
+    "gpu12": "NVIDIA GPUs, CUDA 12",
+    "tpu": "TPUs",
+    "plan": "plans for TPUs",
+    "seqio": "seqio tasks and TFDS corpora",
+    "wandb": "Weights & Biases",
+    "tensorboard": "TensorBoard",
+    "slurm": "sweeps on SLURM",
+    "hub": "export, import, lm-eval, quantisation",
+}
+_SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what is here; returns the exit status."""
+    if argv:
+        print(f"{argv[0]}: must be left out; steppe doctor takes no arguments", file=sys.stderr)
+        return 2
+    declared = packages.requirements()
+    core = [each for each in declared if not each.extra]
+    absent = [each for each in core if not each.present]
+    versions = {name: packages.Requirement(name, "", "").version for name in _SHOWN}
+    _say("steppe", f"{packages.Requirement(packages.OWN, '', '').version}, Python {platform.python_version()}, "
+         f"{platform.platform(terse=True)} {platform.machine()}, {os.cpu_count()} cores, {_memory()}")  # fmt: skip
+    _say("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    if absent:
+        names = ", ".join(f"{each.distribution}{each.wanted}" for each in absent)
+        _say("missing", f"{names}: {packages.remedy(*(each.module for each in absent))}")
+    ready = _devices() and _trains()
+    extras = {each.extra: [] for each in declared if each.extra and each.extra not in packages.DEVELOPERS}
+    for each in declared:
+        if each.extra in extras:
+            extras[each.extra].append(each)
+    for extra, parts in extras.items():
+        lacking = [each.distribution for each in parts if not each.present]
+        needed = f"pip install 'steppe[{extra}]' brings {', '.join(lacking)}" if lacking else "installed"
+        _say(extra, f"{PURPOSES.get(extra, extra)}: {needed}")
+    _say("storage", f"{_free(Path.home() / '.cache')} free for caches in ~/.cache, {_free(Path.cwd())} here")
+    _say("verdict", "steppe train runs here" if ready else "steppe train cannot run here; see missing and devices")
+    return 0 if ready else 1
+
+
+def _devices() -> bool:
+    """Says what jax finds and whether it multiplies; returns whether it does."""
+    try:
+        import jax
+        import jax.numpy as jnp
+
+        begun = time.monotonic()
+        devices = jax.devices()
+        backend = jax.default_backend()
+        for device in devices:
+            ones = jax.device_put(jnp.ones((512, 512), jnp.bfloat16), device)
+            if float(jnp.sum((ones @ ones).astype(jnp.float32))) != 512**3:
+                _say("devices", f"{device}: a product of ones is wrong")
+                return False
+    except Exception as error:  # of jax, its plugins and drivers: whatever it is, it is what the reader needs to know
+        _say("devices", f"jax cannot compute: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
+        return False
+    kinds = sorted({device.device_kind for device in devices})
+    _say("devices", f"{len(devices)} x {', '.join(kinds)} ({backend}), a product took {time.monotonic() - begun:.1f} s")
+    plugins = ("jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu")
+    found = [f"{name} {version}" for name in plugins if (version := packages.Requirement(name, "", "").version)]
+    _say("plugins", ", ".join(found) or "none: jax computes on the CPU")
+    try:
+        from steppe.lm.model.attention import choose
+        from steppe.lm.run.chips import chip_of
+    except ImportError as error:
+        _say("kernels", packages.explain(error) or str(error))
+        return False
+    once, twice = (
+        choose("auto", backend, 1024, "bfloat16", segmented=False, second_order=again) for again in (False, True)
+    )
+    _say("kernels", f"attention over 1,024 tokens in bfloat16: {once}; where a method differentiates twice: {twice}")
+    chip = chip_of(devices[0], len(devices))
+    _say("chip", f"{chip.name}: {chip.memory / 1e9:.0f} GB, {chip.flops / 1e12:.3g} TFLOP/s bfloat16, "
+         f"{chip.bandwidth / 1e9:.0f} GB/s")  # fmt: skip
+    return True
+
+
+def _trains() -> bool:
+    """Whether everything that training imports is there; says what is not."""
+    try:
+        import steppe.data.loader
+        import steppe.lm.run.train  # noqa: F401
+    except ImportError as error:
+        _say("train", packages.explain(error) or f"{type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def _memory() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB"
+
+
+def _say(what: str, said: str) -> None:
+    print(f"{what:<12}{said}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
