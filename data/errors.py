@@ -1,6 +1,6 @@
 """What can go wrong in this room, one class per remedy. Every message is one line and names the key or file."""
 
-from typing import Any
+from typing import Any, Required, TypedDict
 
 
 class DataError(ValueError):
@@ -29,12 +29,23 @@ class BadRecords(DataError):
     """More records than config.data.bad_records allows could not be read."""
 
 
-def to_json(error: DataError) -> dict:
+class Refusal(TypedDict, total=False):
+    """What `to_json` makes of an error."""
+
+    kind: Required[str]
+    message: Required[str]
+    key: str
+    value: Any
+    accepted: str
+
+
+def to_json(error: DataError) -> Refusal:
     """An error for another process; `from_json` makes it again."""
     return {"kind": type(error).__name__, "message": str(error), **vars(error)}
 
 
-def from_json(said: dict) -> DataError:
+def from_json(said: Refusal) -> DataError:
     """The error that another process told of."""
     kinds = {kind.__name__: kind for kind in (DataError, CorpusMismatch, CorpusDamaged, BadRecords)}
-    return kinds[said.pop("kind")](said.pop("message"), **said)
+    fields = {name: said[name] for name in ("key", "value", "accepted") if name in said}
+    return kinds.get(said["kind"], DataError)(said["message"], **fields)

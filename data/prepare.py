@@ -8,7 +8,7 @@ import glob
 import itertools
 import json
 import os
-import shutil
+import re
 import sys
 import time
 from collections import Counter
@@ -17,10 +17,10 @@ from importlib import metadata
 
 import xxhash
 
-from steppe.data import files, readers, shards, sources
+from steppe.data import files, readers, shards, sources, stored
 from steppe.data import manifest as manifests
 from steppe.data import workers as workers_of
-from steppe.data.errors import BadRecords, CorpusMismatch, DataError, from_json, refused, to_json
+from steppe.data.errors import BadRecords, CorpusMismatch, DataError, Refusal, from_json, refused, to_json
 from steppe.data.packing import PACKINGS, token_dtype
 from steppe.data.readers import plain
 from steppe.data.shards import Job, Recipe
@@ -177,8 +177,8 @@ def _beside_others(out: str, expected: dict, log, work: Callable[[], dict]) -> d
 
 
 def _refuse_what_others_refused(out: str) -> None:
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(out, BAD), encoding="utf-8") as handle:
-        raise from_json(json.load(handle))
+    with contextlib.suppress(FileNotFoundError):
+        raise from_json(stored.read(os.path.join(out, BAD), Refusal))
 
 
 def same(out: str, manifest: dict, expected: dict) -> None:
@@ -221,8 +221,26 @@ def _start(out: str, expected: dict, log: Callable[[str], None]) -> None:
 
 
 def _remove_leftovers(out: str) -> None:
-    for leftover in files.leftovers(out):
-        leftover.unlink()
+    for name in _made(out):
+        if name.endswith(files.ASIDE):
+            os.unlink(os.path.join(out, name))
+
+
+def _made(out: str) -> list[str]:
+    """The names of all files in a directory that a preparation makes; whatever else is there is somebody's own."""
+    return [
+        name
+        for folder, _, inside in os.walk(out)
+        for name in (os.path.relpath(os.path.join(folder, each), out) for each in inside)
+        if _MADE.fullmatch(name)
+    ]
+
+
+_MADE = re.compile(
+    rf"({'|'.join(map(re.escape, (PLAN, BAD, LOCK, manifests.NAME, manifests.NAME + LOCK, manifests.VOCABULARY)))}"
+    rf"|(train|held_out)/[^/]+/\d{{5}}-of-\d{{5}}\.array_record(\.json|\.digests|{re.escape(LOCK)})?)"
+    rf"(\.[^/]+{re.escape(files.ASIDE)})?"
+)
 
 
 def _any_shard(out: str) -> bool:
@@ -230,11 +248,12 @@ def _any_shard(out: str) -> bool:
 
 
 def _clear(out: str, created: bool, kept: Sequence[str] = ()) -> None:
-    for name in sorted(set(os.listdir(out)) - {*kept}, key=lambda name: name == PLAN):  # which says what this is, last
-        path = os.path.join(out, name)
-        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    if created:
-        os.rmdir(out)
+    for name in sorted(set(_made(out)) - {*kept}, key=lambda name: name == PLAN):  # which says what this is, last
+        os.unlink(os.path.join(out, name))
+    for folder, _, _ in os.walk(out, topdown=False):
+        if folder != out or created:
+            with contextlib.suppress(OSError):  # it holds what is not ours
+                os.rmdir(folder)
 
 
 def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log, report, together: bool) -> dict:
@@ -348,21 +367,19 @@ def _copy_vocabulary(spec: str, out: str) -> dict | None:
         return None
     path = os.path.join(out, manifests.VOCABULARY)
     model = read_model(spec)
-    with open(path, "wb") as handle:
-        handle.write(model)
+    files.write(path, model)
     return {"file": manifests.VOCABULARY, "size": len(model), "hash": files.content_hash(path)}
 
 
 def _tidy(out: str, manifest: dict) -> None:
-    """Leaves of a finished preparation only what its manifest names, read-only. Its lock must be held."""
+    """Leaves of what a finished preparation made only what its manifest names, read-only. Its lock must be held."""
     keep = {entry["file"] for entry in manifests.shards(manifest)} | {manifests.NAME, manifests.VOCABULARY}
-    for folder, _, names in os.walk(out):
-        for name in names:
-            path = os.path.join(folder, name)
-            if os.path.relpath(path, out) not in keep:
-                os.unlink(path)
-            else:
-                os.chmod(path, 0o444)
+    for name in _made(out):
+        path = os.path.join(out, name)
+        if name in keep:
+            os.chmod(path, 0o444)
+        else:
+            os.unlink(path)
 
 
 def code_version() -> str:

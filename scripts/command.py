@@ -370,7 +370,7 @@ def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str])
 
 def fail(message: object) -> int:
     """Prints one line on standard error and returns the exit status for bad input, 2."""
-    print(" ".join(str(message).split()), file=sys.stderr, flush=True)
+    print(files.visible(" ".join(str(message).split()), sys.stderr), file=sys.stderr, flush=True)
     return 2
 
 

@@ -14,6 +14,7 @@ from steppe.data import files
 from steppe.lm.keep import checkpoint, mirror, saved, seal, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.keep.record import meta_of
 from steppe.lm.run.state import Optimizer, State
 from steppe.lm.track.lines import METRICS, rewind
 
@@ -59,7 +60,7 @@ def take(
     theirs, ours = seal.read(start)["tree"], seal.tree_of(abstract)
     shared = _within(theirs, "rule") == _within(ours, "rule")
     with Checkpoints(place, read_only=True, log=log) as checkpoints:
-        meta = checkpoints.meta(step)
+        meta = meta_of(checkpoints.meta(step), start)
     wanted = {"step": abstract.step, "params": abstract.params, "optimizer": abstract.optimizer}
     wanted |= {"rule": abstract.rule} if shared and _within(ours, "rule") else {}
     found = checkpoint.load_parts(str(start), wanted, lambda line: None)

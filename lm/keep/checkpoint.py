@@ -116,15 +116,20 @@ class Checkpoints:
         """
         path = self.directory / str(step)
         _compare(path, seal.read(path)["tree"], seal.tree_of(abstract))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_written(abstract)), meta=ocp.args.JsonRestore())
-        restored = self._orbax.restore(path, args=args)
+        restored = self._read(path, state=ocp.args.StandardRestore(_written(abstract)), meta=ocp.args.JsonRestore())
         return State(**{"averages": {}, **restored["state"]}), restored["meta"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """The meta of a step that `newest` gave."""
-        return self._orbax.restore(self.directory / str(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
+        return self._read(self.directory / str(step), meta=ocp.args.JsonRestore())["meta"]
+
+    def _read(self, path: epath.Path, **parts: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self._orbax.restore(path, args=ocp.args.Composite(**parts))
+        except OSError:
+            raise
+        except Exception as error:  # its seal is sound, so this is what was saved, and not by this program
+            raise _not_ours(path, error) from None
 
     def room(self, state: State) -> str:
         """Why the next save would not fit, "" if it does; bytes before compression, local directories only."""
@@ -276,8 +281,8 @@ def _restore(start: epath.Path, item: Any, arguments: Any) -> Any:
         args = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
         try:
             return reader.restore(start / "state", args=args)
-        except Exception as error:  # its seal is sound, so this is what was saved, and not by this program
-            raise Unusable(f"{start}: cannot be restored ({' '.join(str(error).split())[:300]})") from None
+        except Exception as error:
+            raise _not_ours(start, error) from None
 
 
 def find(path: str, log: Callable[[str], None] = print) -> epath.Path:
@@ -360,6 +365,10 @@ def _meet(name: str) -> None:
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Leaves out the tracebacks that orbax's threads print of errors which are raised here as well."""
     return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
+
+
+def _not_ours(path: epath.Path, error: BaseException) -> Unusable:
+    return Unusable(f"{path}: cannot be restored ({' '.join(str(error).split())[:300]})")
 
 
 def _storage_error(path: epath.Path, error: BaseException) -> StorageError:

@@ -38,7 +38,12 @@ def seen(step: int, meta: Mapping[str, Any]) -> int:
     if "tokens" in meta:
         return meta["tokens"]
     before = base.completed(meta["config"])
-    return Leg(**meta.get("leg", {})).tokens_after(step, before.train.batch_size * before.data.sequence_length)
+    return kept(meta).tokens_after(step, before.train.batch_size * before.data.sequence_length)
+
+
+def kept(meta: Mapping[str, Any]) -> Leg:
+    """The Leg that a checkpoint's meta holds."""
+    return Leg(**{name: value for name, value in meta.get("leg", {}).items() if name in Leg._fields})
 
 
 WHOLE = Leg()  # a run whose sizes never changed
@@ -49,7 +54,7 @@ def leg_of(step: int, meta: Mapping[str, Any], config: Mapping[str, Any], branch
 
     branched: from another run's checkpoint, whose method may cost something else.
     """
-    leg, before = Leg(**meta.get("leg", {})), base.completed(meta["config"])
+    leg, before = kept(meta), base.completed(meta["config"])
     old, new = ((c["train"]["batch_size"], c["data"]["sequence_length"]) for c in (before, config))
     if old == new and not branched:
         return leg

@@ -3,13 +3,65 @@
 import importlib.metadata
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, Literal, Required, TypedDict
 
 import xxhash
 from ml_collections import ConfigDict
 
+from steppe.configs import base
 from steppe.configs.keys import ConfigError
+from steppe.data import stored
 from steppe.data.baselines import NAMES
+from steppe.data.errors import DataError
 from steppe.lm.keep import workdir
+from steppe.lm.keep.exits import Unusable
+
+
+class Watched(TypedDict, total=False):
+    """anomaly.Watch.memory()."""
+
+    losses: list[tuple[stored.Count, float]]
+    skipped: stored.Count
+    windows: Required[list[tuple[stored.Count, stored.Count]]]
+
+
+class KeptLeg(TypedDict, total=False):
+    """The fields of a leg.Leg."""
+
+    step: stored.Count
+    rows: stored.Count
+    batches: stored.Count
+    tokens: stored.Count
+    flops: stored.Amount
+    adamw_flops: stored.Amount
+    branch: stored.Count
+    planned: stored.Amount | None
+
+
+class Meta(TypedDict, total=False):
+    """What a checkpoint holds beside its arrays. Those that are not required came with later versions."""
+
+    config: Required[dict[str, Any]]
+    versions: Required[dict[str, str]]
+    corpus: Required[str]
+    wandb_id: Required[str]
+    watch: Required[Watched]
+    owes_evaluation: Required[bool]
+    leg: KeptLeg
+    tokens: stored.Count
+    tokens_per_step: stored.Amount
+    flops_per_step: tuple[stored.Amount, stored.Amount]
+    next: dict[Literal["learning_rate", "rho"], float]
+
+
+def meta_of(found: Any, place: object) -> Meta:
+    """A checkpoint's meta, once it is of its types and its config one that a run can have had. Unusable."""
+    try:
+        stored.typed(found, Meta, f"{place}: meta")
+        base.completed(found["config"])
+    except (DataError, ConfigError) as error:
+        raise Unusable(f"{place}: {error}" if isinstance(error, ConfigError) else str(error)) from None
+    return found
 
 
 def versions() -> dict[str, str]:

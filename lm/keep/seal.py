@@ -5,6 +5,7 @@ with the hash of what follows, then JSON. Reading it runs nothing and trusts not
 """
 
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
@@ -14,6 +15,7 @@ import xxhash
 from etils import epath
 
 from steppe.data import files, stored
+from steppe.data.errors import DataError
 
 NAME = "SEAL"
 FORMAT = 1
@@ -79,6 +81,12 @@ def read(directory: epath.Path) -> Seal:
         raise Broken(f"its seal is not of the format that this version reads, {FORMAT} ({error})") from None
     if seal["format"] != FORMAT:
         raise Broken(f"its seal is not of the format that this version reads, {FORMAT}")
+    try:
+        if is_local(directory):
+            for name in seal["files"]:
+                files.below(directory, name)
+    except DataError as error:
+        raise Broken(f"its seal names what is no file of it ({error})") from None
     return seal
 
 
@@ -91,12 +99,13 @@ def verify(directory: epath.Path, step: int, run: str = "", share: tuple[int, in
     if seal["step"] != step:
         raise Broken(f"it was saved as step {seal['step']} and renamed")
     if run and seal["run"] != run:
-        raise Broken(f"it belongs to another run ({seal['run']}, this one is {run}); config.init_from starts from it")
-    files = set(_files(directory)) - {NAME}
-    for what, names in (("lacks", set(seal["files"]) - files), ("has a foreign file", files - set(seal["files"]))):
+        other = files.shown(seal["run"])
+        raise Broken(f"it belongs to another run ({other}, this one is {run}); config.init_from starts from it")
+    found = set(_files(directory)) - {NAME}
+    for what, names in (("lacks", set(seal["files"]) - found), ("has a foreign file", found - set(seal["files"]))):
         if names:
-            raise Broken(f"it {what} {min(names)}")
-    names = sorted(files)[share[0] :: share[1]]
+            raise Broken(f"it {what} {min(names)[:100]}")
+    names = sorted(found)[share[0] :: share[1]]
     with ThreadPoolExecutor(4) as pool:
         for name, (size, digest) in zip(names, pool.map(lambda name: _look(directory / name), names), strict=True):
             if [size, digest] != seal["files"][name]:
@@ -137,9 +146,12 @@ def _look(path: epath.Path) -> list:
 
 
 def _files(directory: epath.Path, below: str = "") -> Iterable[str]:
-    """Paths of all files under a directory, relative to it."""
+    """Names of all files under a step directory, relative to it. Broken for a link: what it leads to is not of a run,
+    and may have no end."""
     for path in directory.iterdir():
         name = f"{below}{path.name}"
+        if os.path.islink(path):
+            raise Broken(f"{name} is a link")
         if path.is_dir():
             yield from _files(path, f"{name}/")
         else:

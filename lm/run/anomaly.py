@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from steppe.data import files
+
 FOLDER = "anomalies"
 UPDATE = 2.0  # the metric nonfinite where loss and gradients were finite, and the update was not
 AGREED, PARTED, KNOWN = 0.9, 0.5, 8  # cosines of the two passes: before, now; and over how many steps before
@@ -120,7 +122,8 @@ def save_batch(workdir: str, step: int, batch: dict[str, np.ndarray]) -> str:
     """Writes the whole batch of a bad step to WORKDIR/anomalies/step-K.npz; returns the path."""
     path = Path(workdir) / FOLDER / f"step-{step}.npz"
     path.parent.mkdir(exist_ok=True)
-    np.savez_compressed(path, **batch)
+    with files.replacing(path) as aside, open(aside, "wb") as handle:
+        np.savez_compressed(handle, **batch)
     return str(path)
 
 

@@ -233,7 +233,8 @@ class Run:
         """Takes the newest sound checkpoint (before a step), or what `begin` gave, or gives now."""
         newest = self.checkpoints.newest(before)
         if newest is not None:
-            self.state, self.meta = self.checkpoints.restore(newest, self.parts.abstract)
+            self.state, meta = self.checkpoints.restore(newest, self.parts.abstract)
+            self.meta = record.meta_of(meta, self.checkpoints.directory / str(newest))
         else:
             self.state, self.meta, self.parent = given or begin(self.config, self.parts, self.log, self.trust)
         self.done = int(self.state.step)
