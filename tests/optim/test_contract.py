@@ -231,7 +231,7 @@ def test_sharded_in_microbatches_equals_whole_on_one_device(name):
             np.testing.assert_allclose(report_8[key], report[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["precond_functional_sam", "k_sam"])
+@pytest.mark.parametrize("name", ["precond_functional_sam", pytest.param("k_sam", marks=pytest.mark.exhaustive)])
 def test_compiled_equals_op_by_op(name):
     step, carry = step_of(name), start(name, base_of("adamw"))
     *carry, _, _ = step(0.1, *carry, trap(problems.batch()), 0)

@@ -165,6 +165,7 @@ def rows(said: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines]
 
 
+@pytest.mark.exhaustive  # a command of minutes
 def test_bench_step(steppe):
     methods = ["adamw", "functional_sam:keep"]  # the defaults without those that compile nothing else
     table = rows(steppe("bench", "step", *TINY, "--methods", *methods, "--against")[0])
@@ -173,6 +174,7 @@ def test_bench_step(steppe):
     steppe("bench", "step", *TINY, "--methods", "samm", status=2)
 
 
+@pytest.mark.exhaustive  # a command of minutes
 def test_bench_collectives(steppe):
     sizes = ("--size=0.01m", "--batch_size=8", "--topology", "cpu:8")
     out, _ = steppe("bench", "collectives", *sizes, "--methods", "adamw", "sam", "--sources")
@@ -187,6 +189,7 @@ def test_bench_gpu_needs_one(steppe):
     assert "needs a GPU that jax can use" in steppe("bench", "gpu", status=2)[1]
 
 
+@pytest.mark.exhaustive  # a command of minutes
 def test_bench_methods(steppe):
     shape = ("--layers=1", "--width=16", "--vocabulary=64", "--batch_size=4", "--sequence_length=16", "--chunks=2")
     table = rows(steppe("bench", "methods", "adamw", "sam", *shape)[0])
@@ -196,11 +199,13 @@ def test_bench_methods(steppe):
     assert said.count("\n") == 1
 
 
+@pytest.mark.exhaustive  # a command of minutes
 def test_bench_curvature(steppe):
     table = rows(steppe("bench", "curvature", *TINY)[0])
     assert [row[0] for row in table] == ["gradient", "hessian", "ggn", "nme", "preconditioned hessian"]
 
 
+@pytest.mark.exhaustive  # a command of minutes
 def test_bench_shares(steppe):
     two = ("precond_functional_sam, stale", "precond_functional_sam, stale, no floor")
     table = rows(steppe("bench", "shares", "bytes", "--size=0.01m", "--steps", "2", "--directions", *two)[0])
@@ -233,6 +238,7 @@ def test_a_named_sweep_is_planned(steppe, tmp_path):
     assert "runs    " in said
 
 
+@pytest.mark.exhaustive  # a command of minutes
 def test_bench_data(steppe):
     said, _ = steppe("bench", "data", "--size=0.01m", "--steps=1", "--seconds=0.05")
     assert [line.split("|")[0].split()[0] for line in said.splitlines()[-2:]] == ["quickstart", "0.01m,"]
