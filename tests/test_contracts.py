@@ -6,8 +6,10 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
+import yaml
 
 from steppe.data import sources
 from steppe.data.errors import DataError
@@ -159,3 +161,30 @@ def test_nothing_names_a_machine_or_a_registry():
     for path in _text_files():
         found = pattern.search(path.read_text(encoding="utf-8"))
         assert not found, f"{path.relative_to(ROOT)}: {found[0]!r}"
+
+
+def test_the_version_is_that_of_the_changelog_and_of_the_citation():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert version == newest == cited
+
+
+def test_hooks_and_workflows_call_what_ci_calls():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    run = (ROOT / ".ci" / "run").read_text()
+    for hook in hooks:
+        assert hook["entry"].removeprefix(".venv/bin/").removesuffix(" --check") in run
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    for name in re.findall(r"\.ci/[\w.]+", " ".join(commands)):
+        assert (ROOT / name).is_file()
+    assert "bash .ci/run" in commands
+
+
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[fw]*.yml")), ids=lambda form: form.stem
+)
+def test_forms_ask_for_the_doctor(form):
+    fields = yaml.safe_load(form.read_text())["body"]
+    assert any("steppe doctor" in field["attributes"]["label"] for field in fields)
