@@ -127,18 +127,28 @@ def update(
     update_length: Annotated[
         str, Option("what rho counts: the l2 norm of epsilon, or steps of the base", *one_of("l2", "steps"))
     ] = "l2",
+    update_floor: Annotated[
+        float,
+        Option(
+            "share of its parameter's mean below which the second moment of an entry is that mean",
+            *NOT_NEGATIVE,
+            former=(0.0, "update_floor"),
+        ),
+    ] = 0.1,
 ) -> Ascent:
     """The way the base is going: what it would add to the parameters now if this gradient were zero, without decay.
 
-    Of Adam -D^-1 m with both moments as they are, of Lion -sign(m), of Muon its orthogonalised momentum; m and v hold
-    the same gradients, so no entry explodes, and it costs no gradient. update_length: "l2" gives |epsilon|_2 = rho;
-    with "steps" epsilon is rho times that update, so its radius follows learning rate and update.
+    Of Adam -D^-1 m, of Lion -sign(m), of Muon its orthogonalised momentum; m and v hold the same gradients, so no entry
+    explodes, and it costs no gradient. update_floor: what is as good as unseen has a typical v, see `filled`: else each
+    row of a large embedding table moves as far as any of a layer, and there are many more of them. update_length: "l2"
+    gives |epsilon|_2 = rho; with "steps" epsilon is rho times that update, so its radius follows learning rate and
+    update.
     """
 
     def direction(given):
         if given.moments.update is None:
             raise OptionError("base", None, "an optim.base.Base, whose update this direction follows")
-        vector = given.moments.update(given.step)
+        vector = given.moments.update(given.step, lambda second: filled(second, update_floor))
         return vector, jnp.ones(()) if update_length == "steps" else None, given.state
 
     return Ascent(direction, ("first", "update"), widths=(0, 0))  # mup scales the base's updates already

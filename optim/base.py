@@ -18,8 +18,9 @@ from steppe.optim.soap import SoapState, scale_by_soap
 class Moments(NamedTuple):
     """Moments of the base before this step's update: first, second (bias-corrected), the count of updates so far.
 
-    fresh(gradient) -> the bias-corrected second moment as it will be once this gradient has entered it. update(step) ->
-    what the base would add to the parameters now, without decay, if the gradient were zero; None unless of a Base.
+    fresh(gradient) -> the bias-corrected second moment as it will be once this gradient has entered it.
+    update(step, fill) -> what the base would add to the parameters now, without decay, if the gradient were zero and
+    its second moment fill(second); None unless of a Base.
     """
 
     first: Tree = None
@@ -86,6 +87,23 @@ def at_step(state: Any, step: jax.Array) -> Any:
 
     scheduled = (ScheduleFreeState, optax.ScaleByScheduleState)
     return jax.tree.map(moved, state, is_leaf=lambda x: isinstance(x, scheduled))
+
+
+def _with_second(state: Any, fill: Callable[[Tree], Tree]) -> Any:
+    """The optimizer state with fill(second) for Adam's second moments, of SOAP's of what is no matrix."""
+
+    def moved(x):
+        if isinstance(x, optax.ScaleByAdamState):
+            return x._replace(nu=fill(x.nu))
+        if isinstance(x, SoapState):  # a small moment along an eigenvector was seen
+            leaves, structure = jax.tree.flatten(x.nu)
+            plain = fill([v for v, sides in zip(leaves, x.sides, strict=True) if not sides])
+            rest = iter(plain)
+            kept = [v if sides else next(rest) for v, sides in zip(leaves, x.sides, strict=True)]
+            return x._replace(nu=jax.tree.unflatten(structure, kept))
+        return x
+
+    return jax.tree.map(moved, state, is_leaf=lambda x: isinstance(x, (optax.ScaleByAdamState, SoapState)))
 
 
 def _merge(a: Tree, b: Tree) -> Tree:
@@ -287,7 +305,9 @@ def base(
     def read(state: Any, params: Tree) -> Moments:
         nothing = jax.tree.map(jnp.zeros_like, params)  # of parameters of zero nothing decays
         return moments(state, params, b2)._replace(
-            update=lambda step: transform.update(nothing, at_step(state, step), nothing)[0]
+            update=lambda step, fill=lambda second: second: transform.update(
+                nothing, _with_second(at_step(state, step), fill), nothing
+            )[0]
         )
 
     return Base(name, transform, read)

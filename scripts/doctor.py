@@ -33,6 +33,9 @@ _SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what is here; returns the exit status."""
+    if argv in (["-h"], ["--help"]):
+        print(f"usage: steppe doctor [--help]\n\n{__doc__}")
+        return 0
     if argv:
         print(f"{argv[0]}: must be left out; steppe doctor takes no arguments", file=sys.stderr)
         return 2

@@ -81,6 +81,9 @@ def test_a_run_from_before_a_default_changed_keeps_it():
         assert (then.precond_moment, then.precond_floor) == kept
         now = base.completed({**written, "optim": {**written["optim"], "precond_floor": None}}).optim
         assert (now.precond_moment, now.precond_floor) == (None, None)
+    written["optim"] |= {"method": "precond_msam", "update_length": "l2"}
+    written["optim"].pop("update_floor", None)
+    assert base.completed(written).optim.update_floor == 0.0
     written["optim"] |= {"method": "precond_sam", "precond_moment": "fresh"}
     assert base.completed(written).optim.precond_moment == "fresh"
 

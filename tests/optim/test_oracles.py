@@ -250,6 +250,12 @@ def test_focal_sam(problem):
     assert np.linalg.norm(first + second - problem.gradient(problem.theta)) > 1e-3
 
 
+def floored(problem, v, floor):
+    """v, each entry below floor * the mean of its parameter replaced by that mean."""
+    parts = [np.asarray(part) for part in jax.tree.leaves(problem.tree(jnp.asarray(v)))]
+    return np.concatenate([np.where(part < floor * part.mean(), part.mean(), part).ravel() for part in parts])
+
+
 @pytest.mark.parametrize("moment", ["stale", "fresh"])
 @pytest.mark.parametrize("scaled", ["l2", "ellipsoid"])
 def test_preconditioned_ascent(problem, moment, scaled):
@@ -263,8 +269,7 @@ def test_preconditioned_ascent(problem, moment, scaled):
     v = (1 - b2) * g1**2
     v = v / (1 - b2) if moment == "stale" else (b2 * v + (1 - b2) * g**2) / (1 - b2**2)
     if moment == "stale":
-        parts = [np.asarray(part) for part in jax.tree.leaves(problem.tree(jnp.asarray(v)))]
-        v = np.concatenate([np.where(part < floor * part.mean(), part.mean(), part).ravel() for part in parts])
+        v = floored(problem, v, floor)
         assert 0 < np.sum(v != g1**2) < len(v) / 2
     direction = g / (v**power + eps)
     length = np.linalg.norm(direction) if scaled == "l2" else np.sqrt(g @ direction)
@@ -282,17 +287,20 @@ def test_preconditioned_ascent(problem, moment, scaled):
         close(np.asarray(ravel_pytree(got)[0]), problem.gradient(problem.theta + rho * unit(g1)))
 
 
-def test_ascent_along_the_update_of_the_base(problem):
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_ascent_along_the_update_of_the_base(problem, floor):
     """One step after another: gradients at theta - rho u/|u|, u = D^-1 m of Adam's moments of those gradients."""
     b1, b2, eps, rate, decay, rho = 0.8, 0.9, 1e-8, 1e-2, 0.3, 0.2
     made = optim.base_optimizer("adamw", rate, b1=b1, b2=b2, eps=eps, weight_decay=decay)
     theta, first, second = problem.theta, 0.0, 0.0
     for step in range(1, 4):
-        u = 0.0 if step == 1 else (first / (1 - b1 ** (step - 1))) / (np.sqrt(second / (1 - b2 ** (step - 1))) + eps)
+        seen = floored(problem, second + 0 * theta, floor)
+        assert step == 1 or (0 < np.sum(seen != second) < len(theta) / 2) == bool(floor)
+        u = 0.0 if step == 1 else (first / (1 - b1 ** (step - 1))) / (np.sqrt(seen / (1 - b2 ** (step - 1))) + eps)
         g = problem.gradient(theta - (rho * unit(u) if step > 1 else 0.0))
         first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
         theta = theta - rate * ((first / (1 - b1**step)) / (np.sqrt(second / (1 - b2**step)) + eps) + decay * theta)
-    _, got = problem.run("precond_msam", steps=3, transform=made.transform, base=made, rho=rho)
+    _, got = problem.run("precond_msam", steps=3, transform=made.transform, base=made, rho=rho, update_floor=floor)
     close(got, theta, 1e-7)  # eps stands beside moments that are a step older
 
 

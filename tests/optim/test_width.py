@@ -75,7 +75,7 @@ def test_a_direction_without_the_gradients_scale_shrinks_in_matrices():
 @pytest.mark.parametrize("up", [ascent.gradient(), ascent.friendly(), ascent.momentum(), ascent.update()])
 def test_no_direction_is_changed_at_the_base_width(up):
     vector = jax.tree.map(jnp.cos, problems.parameters(jnp.float64))
-    moments = Moments(first=vector, update=lambda step: vector)
+    moments = Moments(first=vector, update=lambda step, fill: vector)
     state = jax.tree.map(jnp.zeros_like, vector)
     direction = ascent.Ascent(lambda given: up.direction(given._replace(state=state)), widths=up.widths)
     _, one = epsilon(direction, 1.0, moments)

@@ -47,6 +47,7 @@ STEP = {
     "optim.lam": (0.3, {"optim.method": "focal_sam"}),
     "optim.sigma": (0.3, {"optim.method": "friendly_sam"}),
     "optim.update_length": ("steps", {"optim.method": "precond_msam"}),
+    "optim.update_floor": (0.5, {"optim.method": "precond_msam"}),
     "optim.decay": (0.3, {"optim.method": "friendly_sam"}),
     "optim.k": (2, {"optim.method": "k_sam", "optim.k": 1}),
     "optim.seed": (2, {"optim.method": "random_sam"}),
