@@ -1,7 +1,9 @@
 """Contracts across modules: who imports whom, and how fast commands answer."""
 
 import ast
-import importlib
+import contextlib
+import importlib.metadata
+import itertools
 import pathlib
 import re
 import subprocess
@@ -10,6 +12,8 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from steppe.data import sources
 from steppe.data.errors import DataError
@@ -66,6 +70,32 @@ def test_no_name_of_a_package_hides_a_module_of_it():
         module = importlib.import_module(".".join(("steppe", *parts)))
         package = importlib.import_module(".".join(("steppe", *parts[:-1])))
         assert getattr(package, parts[-1]) is module, f"import {module.__name__} as it gives something else"
+
+
+def _declared():
+    """Distributions that pyproject.toml names, and what they need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    found, waiting = set(), [Requirement(line) for line in named if not line.startswith("steppe[")]
+    while waiting:
+        needed = waiting.pop()
+        name, extras = canonicalize_name(needed.name), ("", *needed.extras)
+        if {(name, extra) for extra in extras} <= found:
+            continue
+        found |= {(name, extra) for extra in extras}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            each = map(Requirement, importlib.metadata.requires(name) or ())
+            waiting += [one for one in each if not one.marker or any(one.marker.evaluate({"extra": e}) for e in extras)]
+    return {name for name, _ in found}
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared, provided = _declared(), importlib.metadata.packages_distributions()
+    for path in [*MODULES, *(ROOT / "tests").rglob("*.py")]:
+        tops = {name.partition(".")[0] for _, name in _imports(_tree(path))}
+        for top in tops - {"steppe", "helpers", "parity", "exhaustive"} - sys.stdlib_module_names:
+            names = {canonicalize_name(name) for name in provided.get(top, [top])}
+            assert names & declared, f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not bring"
 
 
 @each_module

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from steppe.configs import packages
 from steppe.data import files
 from steppe.lm.hub import tokenizers
 from steppe.lm.keep.exits import Unusable
@@ -47,11 +48,11 @@ _CONTROL = 3  # a kind of token there
 
 def write(source: str, out: str) -> None:
     """Writes the model of `source` to directory `out`, which appears when it is whole. Unusable, by what it is."""
-    try:
-        import gguf
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise Unusable(f"{source}: needs {error.name}: pip install gguf 'steppe[hub]'") from None
+    if lacking := packages.lacking("gguf", "safetensors"):
+        raise Unusable(f"{source}: {lacking}")
+    import gguf
+    from safetensors.numpy import save_file
+
     try:
         reader = gguf.GGUFReader(source)
         said = {name: field.contents() for name, field in reader.fields.items()}

@@ -5,16 +5,16 @@ The oracle of the import is transformers' own reading of the .gguf file.
 
 import importlib.metadata
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from helpers import lm_runs
+from helpers import lm_runs, processes
 from steppe.lm.keep import saved
 from steppe.lm.model.objective import readout_kernel
-from steppe.lm.run import train
-from steppe.scripts import command
 from steppe.scripts import config as config_script
 from steppe.scripts.model import export
 
@@ -46,14 +46,17 @@ def test_a_real_model_goes_the_whole_way(tmp_path, capsys):
     text = "Functional-SAM perturbs 1,234 weights, don't it?\n\n  def f(x): return x\t# naïve 漢字"
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text).input_ids == tokenizer(text).input_ids
 
-    config = command.read_config(str(tmp_path / "theirs.py")).unlock()
-    config.data.update(task="topics", cache=str(tmp_path / "cache"), sequence_length=64)
-    config.train.update(batch_size=2, duration="20 steps")
-    config.evaluate.update(every="20 steps", batches=8, batch_size=2)
-    config.optim.update(method="functional_sam", rho=0.01, peak_learning_rate=1e-5, warmup="2 steps")
-    config.checkpoint.every = "20 steps"
-    config.sample.tokens = 0
-    assert train.run(config.lock(), str(tmp_path / "run")) == train.FINISHED
+    options = {
+        "data.task": "topics", "data.cache": tmp_path / "cache", "data.sequence_length": 64, "train.batch_size": 2,
+        "train.duration": "20 steps", "optim.method": "functional_sam", "optim.rho": 0.01, "optim.warmup": "2 steps",
+        "optim.peak_learning_rate": 1e-5, "evaluate.every": "20 steps", "evaluate.batches": 8,
+        "evaluate.batch_size": 2, "checkpoint.every": "20 steps", "sample.tokens": 0,
+    }  # fmt: skip
+    line = [sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={tmp_path / 'theirs.py'}"]
+    line += [f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in options.items())]
+    one = processes.environment(devices=1) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # eight would hold eight copies
+    done = subprocess.run(line, env=one, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     before, after = (record["bits_per_byte"] for record in lm_runs.records(tmp_path / "run", "evaluate"))
     with capsys.disabled():
         print(f"\nSmolLM2-135M on the topics: {before:.4f} bits per byte, after 20 steps of functional_sam {after:.4f}")

@@ -1,7 +1,9 @@
 """Ids of a run beside those of its exported tokenizer, loaded as users load it, on text that aims at differences."""
 
 import base64
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from steppe.data.vocabulary import load_tokenizer, read_model
 from steppe.lm.hub import differences
 from steppe.lm.hub import tokenizers as exported
 from steppe.lm.keep.exits import Unusable
+from steppe.lm.measure import choices
 
 transformers = pytest.importorskip("transformers", reason="steppe[hub] is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="steppe[hub] is not installed")
@@ -65,6 +68,7 @@ SAME = {
     "WordLevel": {},
 }
 SYMBOLS = ["<sep>", "    ", "\n", "import"]
+ONCE = ("a<sep>b", "import x", "hello", "say hello world", STRIKE, "a<|endoftext|>b", "x</s>y")  # once unlike the run's
 LLAMA = {"pad_id": -1, "unk_id": 0, "bos_id": 1, "eos_id": 2, "add_dummy_prefix": True}
 NORMALISED = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True, "add_dummy_prefix": True}
 VOCABULARIES = {
@@ -123,20 +127,57 @@ def test_ids_are_the_runs_on_hostile_text(tmp_path, name):
     assert not found.normal or "normalised" in name or name == "c4"
     assert sum(found[1:4]) < found.texts / 100
     # text is text, and no token but the first is a control token
-    for text in (STRIKE, *control, *(f"a{string}b" for string in control)):
+    for text in (*ONCE, *control, *(f"a{string}b" for string in control)):
         ids = ours.encode(text)
         assert {ours.begin_id, ours.eos_id}.isdisjoint(ids)
         assert ours.measure([text.encode()]).ids.tolist() == ids
         assert theirs(text)["input_ids"] == [ours.begin_id, *ids]
         if "normalised" not in name and name not in ("c4", "hub unigram"):
             assert ours.decode(ids) == text == theirs.decode(ids)
-    # begin, end and padding are named alike everywhere
+    # begin, end and padding are named alike everywhere; a model that has its own beginning begins with that
+    if wanted := {"llama": (1, 2), "bytes": (0, 1), "byte-level bpe": (0, 0)}.get(name):
+        assert (ours.begin_id, ours.eos_id) == wanted
     said = json.loads((tmp_path / "hf" / "special_tokens_map.json").read_text())
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.begin_id, ours.eos_id)
     assert (said["bos_token"], said["eos_token"]) == (theirs.bos_token, theirs.eos_token)
     assert theirs.pad_token_id not in (ours.begin_id, ours.eos_id)
     assert said.get("pad_token") == theirs.pad_token
     assert theirs.padding_side == "left"
+
+
+CHOICES = [
+    ("for x in the cl", "ass"),
+    ("        self.ret", "urn x"),
+    ("a", "b"),
+    ("def f(x):\n    ", "return"),
+    ("", "x"),
+    ("in ", "os"),
+]
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_the_first_token_that_reaches_into_a_choice_counts(tmp_path, name):
+    """Whatever merges with the query before; the tokenizers library says where each token ends."""
+    corpus, theirs = export(tmp_path, VOCABULARIES[name](tmp_path))
+    drawn = random.Random(0)
+    lines = [line for line in itertools.islice(sentences(), 400) if line.isascii() and len(line) > 20]
+    cuts = ((line[:at], line[at : at + 8]) for line in lines for at in (drawn.randrange(1, len(line) - 8),))
+    pairs = [*CHOICES, *((query, choice) for query, choice in cuts if choice.strip())]
+    if "normalised" in name or name in ("c4", "hub unigram"):  # offsets there are of text without its blanks
+        pairs = [(query, choice) for query, choice in pairs if "  " not in query + choice and query == query.strip()]
+    items = [choices.Item(query, (choice, choice + "?"), 0) for query, choice in pairs]
+    made = choices.rows(items, corpus.tokenizer, 512)
+    merged = 0
+    for row, (query, choice) in zip(range(0, len(made.inputs), 2), pairs, strict=True):
+        found = theirs.backend_tokenizer.encode(query + choice, add_special_tokens=False)
+        if found.ids != corpus.tokenizer.encode(query + choice):
+            continue  # a tie of a unigram model
+        counted = [end > len(query.rstrip()) for _, end in found.offsets]
+        assert (made.weights[row, : len(counted)] > 0).tolist() == counted, (query, choice)
+        assert any(counted)
+        begins = [begin for (begin, _), counts in zip(found.offsets, counted, strict=True) if counts]
+        merged += begins[0] < len(query.rstrip())
+    assert merged or name in ("bytes", "tiktoken, gaps")
 
 
 def test_a_token_that_no_merge_reaches_is_a_word(tmp_path):
@@ -154,19 +195,3 @@ def test_a_difference_is_refused_with_the_shortest_text(tmp_path):
         differences.said(tmp_path / "hf", corpus)
     shown = str(caught.value).split("'")[2].split("' is ")[0]
     assert len(shown) <= 2 * len("".join(lost)), (shown, lost)
-
-
-@pytest.mark.parametrize("name", ["bpe_endoftext", "tiktoken_unreachable/mine.tiktoken", "uds.model", "uds_uni.model",
-                                  "llama.model", "hf_special_map"])  # fmt: skip
-def test_vocabularies_that_once_differed(tmp_path, name):
-    place = SHARED / "cases" / "turn3" / name
-    if not place.exists():
-        pytest.skip("the cases are not beside the repository")
-    corpus, theirs = export(tmp_path, str(place))
-    wanted = {"llama.model": (1, 2), "hf_special_map": (1, 2), "bpe_endoftext": (0, 0)}.get(name)
-    assert not wanted or (theirs.bos_token_id, theirs.eos_token_id) == wanted
-    assert " hostile texts" in differences.said(tmp_path / "hf", corpus)
-    for text in ("a<sep>b", "import x", "hello", STRIKE, "a<|endoftext|>b"):
-        ids = corpus.tokenizer.encode(text)
-        assert theirs(text)["input_ids"][1:] == ids
-        assert corpus.tokenizer.decode(ids) == text

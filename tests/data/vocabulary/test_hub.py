@@ -140,6 +140,15 @@ def test_control_strings_in_text_are_text(folder, tmp_path, name):
         ({"config": {"bos_token_id": 1, "eos_token_id": [2, 0]}}, 1, 2),
         ({"config": {"bos_token_id": 0, "eos_token_id": 0}, "special_tokens_map": {"bos_token": "<s>"}}, 1, 0),
         ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"bos_token": "<s>"}}, 1, 2),
+        (
+            {
+                "config": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0},
+                "generation_config": {"bos_token_id": 0},
+                "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"},
+            },
+            1,
+            2,
+        ),
         ({}, 2, 2),
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -259,13 +260,70 @@ def test_a_vocabulary_that_is_not_the_models_is_refused(text, made, tmp_path):
             load.initial_params(config, parts)
 
 
-@pytest.mark.parametrize("case", ["hf_int8"])
-def test_directories_that_were_once_misread_are_refused(case):
-    place = Path(__file__).parents[4] / "shared" / "cases" / "turn3" / case
-    if not place.exists():
-        pytest.skip("the cases are not beside the repository")
-    with pytest.raises(Unusable, match="quantization_config"):
-        load.read_config(str(place))
+def _eight_bits(tensors):
+    """As compressed-tensors writes them."""
+    made = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+    for name in (name for name in tensors if "proj" in name):
+        scale = np.abs(tensors[name]).max() / 448
+        made[name] = (tensors[name] / scale).astype(ml_dtypes.float8_e4m3fn)
+        made[f"{name}_scale"] = np.array([scale], np.float32)
+    return made
+
+
+FLOAT8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "without"),
+    [(_quantised, INT8, "_proj.weight is I8: must be one of F64"),
+     (_eight_bits, FLOAT8, "_proj.weight is F8_E4M3: must be one of F64")],
+)  # fmt: skip
+def test_quantised_directories_are_refused_with_and_without_their_key(text, made, tmp_path, change, said, without):
+    from safetensors.numpy import load_file, save_file
+
+    parts, _, run = made(*MODELS["modern"].items())
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    config = run.config.copy_and_resolve_references().unlock()
+    config.init_from = str(tmp_path / "hf")
+    weights, place = tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "config.json"
+    save_file(change(load_file(weights)), weights)
+    with pytest.raises(Unusable, match=rf"^[^\n]*{re.escape(without)}[^\n]*$"):
+        load.initial_params(config, parts)
+    place.write_text(json.dumps({**json.loads(place.read_text()), "quantization_config": said}))
+    with pytest.raises(Unusable, match=r"^[^\n]*quantization_config = .*: quantised weights are refused[^\n]*$"):
+        load.initial_params(config, parts)
+
+
+def test_half_precision_and_a_snapshot_of_links_are_read_for_what_they_are(text, made, tmp_path):
+    """bfloat16 bit for bit, and equal logits in transformers; links as the hub's cache has them."""
+    torch = pytest.importorskip("torch", reason="steppe[hub] is not installed")
+    transformers = pytest.importorskip("transformers", reason="steppe[hub] is not installed")
+    from safetensors.numpy import load_file, save_file
+
+    parts, _, run = made(*MODELS["modern"].items())
+    export.export(run, str(tmp_path / "hf"), log=lambda line: None)
+    weights, place = tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "config.json"
+    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(weights).items()}
+    save_file(halves, weights, metadata={"format": "pt"})
+    place.write_text(json.dumps({**json.loads(place.read_text()), "dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(sorted((tmp_path / "hf").iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{number}")
+    config = run.config.copy_and_resolve_references().unlock()
+    config.init_from = str(tmp_path / "snapshot")
+    params = load.initial_params(config, parts, log=lambda line: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "snapshot", dtype=torch.float32)
+    embedding = np.asarray(params["embed"]["embedding"])[: run.corpus.tokenizer.vocab_size]
+    np.testing.assert_array_equal(embedding, halves["model.embed_tokens.weight"].astype(np.float32))
+    ids = np.random.default_rng(1).integers(0, run.corpus.tokenizer.vocab_size, (3, 16))
+    hidden = jax.jit(parts.objective.trunk)(params, {"inputs": ids})
+    ours = np.asarray(hidden @ readout_kernel(params, parts.shape).T)[..., : run.corpus.tokenizer.vocab_size]
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(theirs, ours, atol=1e-5 * np.abs(ours).max())
 
 
 def test_an_interrupted_export_leaves_nothing(text, made, tmp_path):

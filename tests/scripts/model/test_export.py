@@ -1,0 +1,17 @@
+"""What an export needs."""
+
+import sys
+
+import pytest
+
+from steppe.scripts.model import export
+
+
+@pytest.mark.parametrize("missing", ["safetensors", "tokenizers", "transformers"])
+def test_what_is_not_installed_is_said_before_anything_is_read(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'hf'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"export needs {missing}: pip install 'steppe[hub]'" in said
+    assert not list(tmp_path.iterdir())
