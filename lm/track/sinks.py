@@ -80,7 +80,8 @@ class Wandb:
     """A wandb run that a resumed run continues. workdir: where it writes; id: of the wandb run.
 
     Offline, its directories are made anew, but for those that were synchronised. Online, rows that wandb has are not
-    sent again; after a rollback a wandb run with another id begins, as wandb cannot take rows back.
+    sent again. Where it has rows that metrics.jsonl has no more, after a rollback or a kill, a wandb run with another
+    id begins, as wandb cannot take rows back.
     """
 
     name = "wandb"
@@ -117,6 +118,11 @@ class Wandb:
         for axis in ("tokens", "seconds"):
             self._run.define_metric(axis, step_metric="step")
         self._known = 0 if offline else self._run.step  # rows that it has, which are those of metrics.jsonl
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it has rows beyond those that came."""
+        return self._known > 0
 
     def row(self, row: Row) -> None:
         if self._known:
@@ -191,6 +197,8 @@ class Sinks:
         if config.log.tensorboard:
             self._start(lambda: TensorBoard(workdir), "tensorboard")
         self._replay()
+        if self._wandb and self._wandb.is_ahead:
+            self.again()
 
     @property
     def wandb_id(self) -> str:

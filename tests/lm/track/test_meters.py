@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from helpers import meters
+from steppe.lm.track.lines import records
+from steppe.lm.track.sinks import Rows
+from steppe.lm.track.tracker import Tracker
 
 TESTS = Path(meters.__file__).parents[1]
 
@@ -99,3 +103,54 @@ def test_what_was_synchronised_is_left_alone(tmp_path):
     meters.train(tmp_path, until=5)
     assert file.exists()
     assert mine.read_text() == "of the user"
+
+
+class Online:
+    """In place of wandb's server, which no test reaches: the rows it has of each run. A kill loses those under way."""
+
+    def __init__(self):
+        self.rows, self.under_way = {}, []
+
+    def init(self, *, id, **_):
+        self.arrive(len(self.under_way))
+        kept = self.rows.setdefault(id, [])
+        config = types.SimpleNamespace(update=lambda *_, **__: None)
+        return types.SimpleNamespace(
+            step=len(kept), config=config, define_metric=lambda *_, **__: None,
+            log=lambda row: self.under_way.append((id, row)), finish=lambda **_: self.arrive(len(self.under_way)),
+        )  # fmt: skip
+
+    def arrive(self, count):
+        for id, row in self.under_way[:count]:
+            self.rows[id].append(row)
+        self.under_way = []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_online_are_those_of_the_record(tmp_path, monkeypatch, seed):
+    """Whatever of them arrives before a kill, and wherever the run is stopped or goes back."""
+    import wandb
+
+    draw, server = random.Random(seed), Online()
+    monkeypatch.setattr(wandb, "init", server.init)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    monkeypatch.setattr(meters, "STEPS", 120)
+    made = meters.config()
+    made.log.wandb = "online"
+    monkeypatch.setattr(meters, "config", lambda: made)
+    for _ in range(6):
+        step = meters.saved(tmp_path)["step"]
+        kind, until = draw.choice(("killed", "stopped", "rolled back")), step + draw.randrange(1, 40)
+        if kind == "killed":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Tracker, "close", lambda *_: None)
+                meters.train(tmp_path, until=until)
+            server.arrive(draw.randrange(len(server.under_way) + 1))
+        else:
+            meters.train(tmp_path, until=until, roll_back=(until - 1,) if kind == "rolled back" else ())
+    meters.train(tmp_path)
+    rows, names = Rows(), ("train/loss", "held_out/books/loss", "goodput")
+    made = [row for record in records(tmp_path / meters.METRICS) if (row := rows.of(record))]
+    wanted = [(row.step, *map(row.values.get, names)) for row in made]
+    found = server.rows[(tmp_path / "wandb_id").read_text().strip()]
+    assert [(row["step"], *map(row.get, names)) for row in found] == wanted
