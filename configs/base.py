@@ -330,7 +330,7 @@ def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     An option left to its method whose default has changed since is at what it then was.
     """
-    found = _DEFAULTS | dict(flat)
+    found = {f"optim.{option}": None for option in named("optim.methods:OPTIONS")} | _DEFAULTS | dict(flat)
     found |= former(found, flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(found["optim.method"], options).items():
