@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import meters
+from helpers import lm_runs, meters, processes
 from steppe.lm.track.lines import records
 from steppe.lm.track.sinks import Rows
 from steppe.lm.track.tracker import Tracker
@@ -90,6 +90,30 @@ def test_a_kill_before_the_first_checkpoint_and_rollbacks_leave_each_step_once(t
     assert meters.recorded(tmp_path)[0][400] == pytest.approx(3 + 3 / 400)  # rolled back three times
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.exhaustive
+def test_a_real_run_killed_before_its_first_checkpoint_has_each_step_once(tmp_path):
+    folder, _ = lm_runs.write_text(tmp_path)
+    options = {
+        "model.size": "0.01m", "data.task": f"text:{folder}/train.txt@all", "data.cache": tmp_path / "cache",
+        "data.held_out": f"('books=text:{folder}/val.txt@all',)", "data.sequence_length": 16, "train.batch_size": 8,
+        "train.duration": "400 steps", "optim.method": "adamw", "optim.rho": None, "evaluate.every": "50 steps",
+        "evaluate.batches": 1, "sample.tokens": 0, "checkpoint.every": "100%", "log.tensorboard": True,
+        "log.wandb": "offline",
+    }  # fmt: skip
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-P", "-m", "steppe.scripts.train", "--config=quickstart", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in options.items()]
+    first = subprocess.Popen(command, env=processes.environment(), start_new_session=True)
+    while lines(workdir) < 250:
+        assert first.poll() is None, "it was to be killed before its end"
+        time.sleep(0.005)
+    kill(first)
+    subprocess.run(command, env=processes.environment(), check=True)
+    assert meters.differences(workdir) == []
+    rows = meters.tensorboard_rows(workdir)["train/loss"], meters.wandb_rows(workdir)["train/loss"]
+    assert [list(each) for each in rows] == [list(range(1, 401))] * 2
 
 
 def test_what_was_synchronised_is_left_alone(tmp_path):
