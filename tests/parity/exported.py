@@ -1,4 +1,4 @@
-"""How equal exported models are to their runs, over families and vocabularies; prints the table of lm/README.md.
+"""How equal exported models are to their runs, over families and vocabularies; prints the tables of lm/README.md.
 
     cd tests && python -m parity.exported
 
@@ -19,9 +19,8 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from parity.test_tokenizers import LLAMA, ranks
-from parity.test_tokenizers import VOCABULARIES as EVERY
-from parity.test_tokenizers import pieces as trained
+from parity import test_tokenizers
+from parity.test_tokenizers import LLAMA, pieces, ranks
 
 from helpers import lm_runs
 from steppe.data import cache
@@ -42,9 +41,9 @@ FAMILIES = {
 }
 VOCABULARIES = {
     "bytes": lambda folder: "bytes",
-    "SentencePiece BPE": lambda folder: trained(folder, **LLAMA),  # with a beginning and a dummy prefix
-    "SentencePiece unigram": lambda folder: trained(folder, model_type="unigram"),
-    "tokenizer.json": EVERY["byte-level bpe"],
+    "SentencePiece BPE": lambda folder: pieces(folder, **LLAMA),  # with a beginning and a dummy prefix
+    "SentencePiece unigram": lambda folder: pieces(folder, model_type="unigram"),
+    "tokenizer.json": test_tokenizers.VOCABULARIES["byte-level bpe"],
     "tiktoken": lambda folder: ranks(folder, [b"he", b"ll", b"or", b"as", b"ass", b"lass", b"cl", b"th"]),
 }
 T, MADE = 24, 6  # positions, tokens of a continuation
@@ -187,7 +186,7 @@ def _log_p(logits, ids: list[int], length: int = 0) -> np.ndarray:
 
 
 def main() -> int:
-    """Prints a row a family and vocabulary."""
+    """Prints a row a family and vocabulary, then a row a vocabulary."""
     shown = ("logits", "greedy tokens", "ids", "choices", "rolling")
     print("| family | vocabulary |", " | ".join(shown), "|")
     print("|---" * (2 + len(shown)) + "|")
@@ -199,6 +198,13 @@ def main() -> int:
                 row = [family, vocabulary, f"{found.logits:.1e}", f"{found.greedy} of {found.tokens}"]
                 row += [f"{found.ids:,} of {found.texts:,}", f"{found.choices:.1e}", f"{found.rolling:.1e}"]
                 print("|", " | ".join(row), "|", flush=True)
+    print("\n| vocabulary | texts | other ids: as likely | normalised otherwise | a control string | unknown |")
+    print("|---" * 6 + "|")
+    for vocabulary, made in test_tokenizers.VOCABULARIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found, _ = test_tokenizers.compared(Path(folder), *test_tokenizers.export(Path(folder), made(Path(folder))))
+            counts = (found.texts, found.ties, found.normal, found.control, len(found.other))
+            print(f"| {vocabulary} |", " | ".join(f"{count:,}" for count in counts), "|", flush=True)
     return 0
 
 

@@ -57,7 +57,9 @@ def fast(folder, model, trainer, special, **parts):
     made = tokenizers.Tokenizer(model)
     for name, part in parts.items():
         setattr(made, name, part)
-    made.train_from_iterator(sentences(), trainer(vocab_size=600, special_tokens=special, **SAME[type(model).__name__]))
+    made.train_from_iterator(
+        sentences(), trainer(vocab_size=600, show_progress=False, special_tokens=special, **SAME[type(model).__name__])
+    )
     made.save(str(folder / "tokenizer.json"))
     return str(folder / "tokenizer.json")
 
@@ -110,17 +112,24 @@ def export(folder, spec):
     return corpus, transformers.AutoTokenizer.from_pretrained(folder / "hf")
 
 
+def compared(folder, corpus, theirs):
+    """(what is found on hostile texts, {control string: id}) of an export."""
+    made = json.loads((folder / "hf" / "tokenizer.json").read_text())
+    control = {token["content"]: token["id"] for token in made["added_tokens"] if token["special"]}
+    found = differences.compare(
+        corpus.tokenizer, lambda texts: theirs(list(texts), verbose=False)["input_ids"], control,
+        differences.scores_of(made), differences.normalisers(folder / "hf", theirs),
+    )  # fmt: skip
+    return found, control
+
+
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_are_the_runs_on_hostile_text(tmp_path, name):
     if name == "c4" and not (SHARED / "t5_cc_all_32000_100extra.model").exists():
         pytest.skip("the C4 vocabulary is not beside the repository")
     corpus, theirs = export(tmp_path, VOCABULARIES[name](tmp_path))
-    ours, made = corpus.tokenizer, json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
-    control = {token["content"]: token["id"] for token in made["added_tokens"] if token["special"]}
-    found = differences.compare(
-        ours, lambda texts: theirs(list(texts), verbose=False)["input_ids"], control,
-        differences.scores_of(made), differences.normalisers(tmp_path / "hf", theirs),
-    )  # fmt: skip
+    ours = corpus.tokenizer
+    found, control = compared(tmp_path, corpus, theirs)
     assert found.texts > 5000
     assert (found.control, found.other) == (0, ())
     assert not found.ties or "unigram" in name or name == "c4"
