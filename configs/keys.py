@@ -18,7 +18,8 @@ class ConfigError(ValueError):
 
     def __init__(self, key: str, value: Any, accepted: str):
         self.key, self.value, self.accepted = key, value, accepted
-        super().__init__(f"config.{key} = {value!r}: must be {accepted}")
+        shown = repr(value)
+        super().__init__(f"config.{key} = {shown if len(shown) < 500 else f'{shown[:500]}...'}: must be {accepted}")
 
 
 class Accepted(NamedTuple):

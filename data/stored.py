@@ -114,7 +114,9 @@ def _fault(value: Any, kind: Any, said: str) -> str:
     accepted = " or ".join(_WORDS.get(each, each) for each in kinds.split(" | "))
     if message.startswith("Expected"):
         return f"{where or 'it'} = {files.shown(inside)}: must be {accepted}{bound}"
-    return f"{where or 'it'} = {files.shown(inside)}: {message[:1].lower()}{message[1:]}"
+    if message.startswith("Invalid enum value"):
+        return f"{where or 'it'} = {files.shown(inside)}: must be a value that Steppe writes there"
+    return f"{where or 'it'} = {files.shown(inside)}: {message[:1].lower()}{message[1:100]}"
 
 
 def _culprit(whole: Any, inside: dict, kind: Any, said: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from steppe.configs.keys import ConfigError
-from steppe.data import stored
+from steppe.data import files, stored
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.model import parameters
 
@@ -222,12 +222,12 @@ def of_theirs(found: Mapping[str, Any], place: str) -> Family:
     for key, value in family.fixed.items():
         if key not in _DROPOUTS and found.get(key, value) != value:
             raise Unusable(
-                f"{place}: {key} = {found[key]!r}: must be {value!r}, as Steppe's {family.style} model has it"
+                f"{place}: {key} = {files.shown(found[key])}: must be {value!r}, as Steppe's {family.style} model has it"
             )
     rope = {**(found.get("rope_parameters") or {}), **(found.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise Unusable(f"{place}: rope_type = {kind!r}: must be 'default'; Steppe scales no positions")
+        raise Unusable(f"{place}: rope_type = {files.shown(kind)}: must be 'default'; Steppe scales no positions")
     for key, value in {**{name: v for name, v in rope.items() if name not in ("type", "rope_type")}, **found}.items():
         if value is not None and not _accounted(family, key, value, found):
             raise Unusable(f"{place}: {key} = {_short(value)}: {_REASONS.get(key, 'is no key that Steppe knows')}")

@@ -168,6 +168,8 @@ def load(
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
     corpus = corpus_of(directory, config, log, trust)
     found = checkpoints_of(directory, config, trust)
+    rows = max((part.rows for part in corpus.held_out.values()), default=1)
+    config.train.batch_size = min(config.train.batch_size, -(-rows // len(devices)) * len(devices))  # no more is read
     check_stored(config)
     parts = assemble(
         config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices, tokens_per_row=corpus.tokens_per_row

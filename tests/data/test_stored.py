@@ -2,9 +2,10 @@
 
 import json
 import os
-from typing import Required, TypedDict
+from typing import Annotated, Literal, Required, TypedDict
 
 import pytest
+from msgspec import Meta
 
 from steppe.data import files, stored
 
@@ -94,3 +95,67 @@ def test_a_pipe_a_device_and_a_directory_are_refused_at_once(tmp_path):
     (tmp_path / "large").write_bytes(b" " * 100)
     with pytest.raises(stored.Wrong, match="too large"):
         stored.read(tmp_path / "large", dict, most=99)
+
+
+class Leaf(TypedDict):
+    n: int
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (int, "x", "a.b = 'x': must be an integer"),
+        (int, 1.5, "a.b = 1.5: must be an integer"),
+        (float, None, "a.b = None: must be a number"),
+        (str, 1, "a.b = 1: must be a text"),
+        (bool, 1, "a.b = 1: must be true or false"),
+        (dict, [], "a.b = []: must be an object"),
+        (list, {}, "a.b = {}: must be a list"),
+        (int | str, None, "a.b = None: must be an integer or a text"),
+        (int | None, "x", "a.b = 'x': must be an integer or null"),
+        (Literal["up", "down"], "x", "a.b = 'x': must be a value that Steppe writes there"),
+        (Literal["up"], 3, "a.b = 3: must be a text"),
+        (dict[Literal["up"], int], {"x": 1}, "a.b = {'x': 1}: must be a value that Steppe writes there"),
+        (Annotated[int, Meta(ge=0)], -1, "a.b = -1: must be an integer >= 0"),
+        (Annotated[int, Meta(le=5)], 9, "a.b = 9: must be an integer <= 5"),
+        (Annotated[float, Meta(ge=0)], -1.5, "a.b = -1.5: must be a number >= 0.0"),
+        (Annotated[str, Meta(max_length=0)], "x", "a.b = 'x': must be a text of length <= 0"),
+        (Annotated[str, Meta(pattern="^a$")], "x", "a.b = 'x': must be a text matching regex '^a$'"),
+        (Annotated[list, Meta(max_length=1)], [1, 2], "a.b = [1, 2]: must be a list of length <= 1"),
+        (tuple[int, int], [1], "a.b = [1]: must be a list of length 2"),
+        (tuple[int, int], [1, "x"], "a.b[1] = 'x': must be an integer"),
+        (list[Leaf], [{"n": 1}, {"n": None}], "a.b[1].n = None: must be an integer"),
+        (dict[str, Leaf], {"one.two": {"n": 1}, "x [y]": {"n": None}}, "a.b.x [y].n = None: must be an integer"),
+        (dict[str, dict[str, Leaf]], {"p": {"q": {"n": 1}, "r": {}}}, "a.b.p.r.n: is missing"),
+        (Leaf, {}, "a.b.n: is missing"),
+    ],
+    ids=str,
+)
+def test_the_librarys_wording_of_every_kind_of_fault_is_understood(kind, value, said):
+    """msgspec tells of a fault in words alone, which `_fault` takes apart: an upgrade may word it differently."""
+
+    class Inside(TypedDict):
+        b: kind
+
+    class Outside(TypedDict):
+        a: Inside
+
+    with pytest.raises(stored.Wrong) as refusal:
+        stored.typed({"a": {"b": value}}, Outside, "file")
+    assert str(refusal.value) == f"file: {said}"
+
+
+KINDS = [int, float, str, bool, dict, list, Literal["up"], tuple[int, int], Leaf, list[Leaf], dict[str, int]]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_no_fault_is_worded_in_a_way_that_is_not_known(kind):
+    for value in (None, True, 3, 1.5, "x", [], [1], ["x"], {}, {"n": "x"}, {"x": []}, 2**70, [{"n": 1}, 3]):
+        said = ""
+        try:
+            stored.typed([value], list[kind], "file")
+        except stored.Wrong as wrong:
+            said = str(wrong)
+        assert not said or ": must be " in said or said.endswith(": is missing")
+        assert not said or said.startswith("file: [0]")
+        assert "`" not in said

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -97,6 +98,21 @@ TABLE = [
     (["plot", "absent"], "absent: must be the directory of a sweep"),
     (["curvature", "--workdir=absent"], "absent: must be the directory of a sweep, or the workdir of a run"),
     (["curvature", "--workdir=absent", "--batches=0"], "--batches"),
+    (["curvature", "--workdir=absent", "--within=("], "--within: (: must be a regular expression"),
+    (["report", "pack", "list", "--out=here.txt/x.jsonl"], "--out=here.txt/x.jsonl: "),
+    ([*TRAIN, "--branch_from=" + "x" * 5000], "config.branch_from = 'xxx"),
+    ([*TRAIN, "--config.init_from=" + "x" * 5000], "xxx"),
+    (["config", "from-hf", "deep"], "deep/config.json: is nested more than 64 deep"),
+    (["config", "from-hf", "rope"], "rope/config.json: rope_parameters = 1.5: must be an object or null"),
+    (["config", "diff", "deep", "base"], "deep/config.json: is nested more than 64 deep"),
+    (["evaluate", "--workdir=deep"], "deep/config.json: is nested more than 64 deep"),
+    (["plot", "deep"], "deep/config.json: is nested more than 64 deep"),
+    (["report", "deep.jsonl", "--out=o"], "deep.jsonl: line 1: is nested more than 64 deep"),
+    (["report", "pipes"], "pipes/sweep.json: must be an ordinary file"),
+    (["plot", "pipes"], "pipes/sweep.json: must be an ordinary file"),
+    (["watch", "pipes", "--once"], "pipes/sweep.json: must be an ordinary file"),
+    (["curvature", "--workdir=pipes"], "pipes/sweep.json: must be an ordinary file"),
+    (["retention", "--workdir=pipes"], "pipes/sweep.json: must be an ordinary file"),
     (["retention", "--workdir=absent"], "absent"),
     (["plan", "--config=quickstart"], "--topology"),
     (["plan", "--config=quickstart", "--topology=moon:8"], "--topology"),
@@ -129,6 +145,15 @@ def here(tmp_path, monkeypatch):
     head = "import sys\nfrom steppe.configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
     (tmp_path / "ends.py").write_text(f"{head}    sys.exit(3)\n")
     (tmp_path / "array.py").write_text("def get_config():\n    return []\n\n\ndef get_spec():\n    return [3]\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "config.json").write_text("[" * 10**5)
+    (tmp_path / "deep.jsonl").write_text('{"config":' * 10**5)
+    (tmp_path / "rope").mkdir()
+    (tmp_path / "rope" / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "rope_parameters": 1.5}'
+    )
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "sweep.json")
     for name, value in (("truth", True), ("none", None)):
         change = f"    with config.ignore_type():\n        config.train.batch_size = {value}\n    return config\n"
         (tmp_path / f"{name}.py").write_text(head + change)
@@ -177,6 +202,27 @@ def test_every_number_of_a_command_line_is_bounded(monkeypatch, line):
         for text in ("-1", "nan", "", "9" * 400):
             with pytest.raises(argparse.ArgumentTypeError):
                 action.type(text)
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
+def test_two_dashes_are_no_value_of_any_option(monkeypatch, capsys, line):
+    options = []
+
+    def seen(parser, given):
+        options.extend(parser._option_string_actions)
+        options.extend(["--config.seed", "--config"] if parser.takes_config else [])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "_parsed", seen)
+        with contextlib.suppress(Exception, SystemExit):
+            cli.main([*line, "--nothing"])
+    capsys.readouterr()
+    for option in options:
+        if option.startswith("--"):
+            assert ended([*line, f"{option}=--"]) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1, (option, said)
+            assert option.startswith("--config") or option in said
 
 
 def is_number(read) -> bool:

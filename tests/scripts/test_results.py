@@ -139,6 +139,62 @@ def test_reading_imports_no_jax():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.parametrize("value", [None, True, -1, "x", [], {}, [1], 10**30, [[[]]], [[1, 2]]], ids=repr)
+@pytest.mark.parametrize("key", ["steps", "loss", "curve", "seed", "config", "status", "tokens", "averages", "name"])
+def test_a_packed_run_of_wrong_types_is_left_out_or_read_and_the_others_stay(tmp_path, key, value):
+    for seed in (1, 2):
+        write_run(tmp_path / str(seed), seed=seed)
+    alike, first, second = map(json.loads, results.pack(results.read(tmp_path)).splitlines())
+    (second["config"] if key == "seed" else second)[key] = value
+    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, (alike, first, second))))
+    said = []
+    found = results.read(tmp_path / "runs.jsonl", left_out=said.append)
+    assert [result.config["seed"] for result in found][:1] == [first["config"]["seed"]]
+    assert len(found) + len(said) == 2
+    assert all(f"{tmp_path}/runs.jsonl: line 3: " in line and "\n" not in line for line in said)
+    assert not said or key in said[0]
+
+
+def test_packed_runs_without_a_config_are_left_out_or_those_that_all_share(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / str(seed), seed=seed)
+    alike, first, second = map(json.loads, results.pack(results.read(tmp_path)).splitlines())
+    del second["config"]
+    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, (alike, first, second))))
+    said = []
+    assert len(results.read(tmp_path / "runs.jsonl", left_out=said.append)) + len(said) == 2
+    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, (first, second))))
+    del first["config"]
+    (tmp_path / "none.jsonl").write_text(json.dumps(first))
+    with pytest.raises(results.ResultsError, match="must be a file that `steppe report pack` wrote"):
+        results.read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("outcome.json", {"status": True}, "outcome.json: status = True: must be "),
+        ("outcome.json", {"status": "finished", "exit": "x"}, "outcome.json: exit = 'x': must be an integer"),
+        (
+            "retention.json",
+            {"step": 4, "summary": {}, "details": {"fine_tune": {"paths": -1}}},
+            "paths = -1: must be a list",
+        ),
+        ("curvature/4.json", {"step": -1, "summary": {}}, "step = -1: must be an integer >= 0"),
+        ("curvature/4.json", {"step": 4, "summary": {"trace": "x"}}, "summary.trace = 'x': must be a number"),
+    ],
+)
+def test_a_wrong_value_of_a_run_is_one_line_with_its_place(tmp_path, name, content, said):
+    write_run(tmp_path / "good", seed=1)
+    write_run(tmp_path / "bad", seed=2)
+    (tmp_path / "bad" / "curvature").mkdir()
+    (tmp_path / "bad" / name).write_text(json.dumps(content))
+    lines = []
+    assert "good" in [result.name for result in results.read(tmp_path, left_out=lines.append)]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
 @pytest.mark.parametrize(
     "content", ["[]", "3", "null", '{"a":', '"text"', "{}", '{"model": 3}', '{"optim": {"method": []}}', None]
 )

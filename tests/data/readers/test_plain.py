@@ -218,6 +218,19 @@ def test_what_a_file_is_not_is_found_before_it_is_read(tmp_path, kind, content, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "content"), [("text", b"%s"), ("lines", b"short\n%s\n"), ("jsonl", b'{"text": "short"}\n{"text": "%s"}\n')]
+)
+@pytest.mark.parametrize("packer", [None, *PACKERS])
+def test_a_document_of_any_length_in_a_small_file_is_refused_early(tmp_path, monkeypatch, kind, content, packer):
+    monkeypatch.setattr(plain, "LONGEST", 1 << 20)
+    path, content = tmp_path / "x", content % (b"a" * (3 << 20))
+    path.write_bytes(PACKERS[packer](content) if packer else content)
+    with pytest.raises(DataError, match=r"cannot read [^\n]*x[:\d]*: one document is longer than 1 MiB") as error:
+        texts(f"{kind}:{path}@all")
+    assert "\n" not in str(error.value)
+
+
 def test_a_name_says_nothing_of_what_a_file_is(tmp_path):
     (tmp_path / "plain.jsonl.gz").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n  \n{"text": "b"}\n')
     (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b'{"text": "c"}\n'))

@@ -181,6 +181,8 @@ def test_a_corpus_keeps_the_whole_vocabulary_in_one_file(folder, tmp_path, name,
         ("{", "no tokenizer.json"),
         ('{"model": 3}', "model = 3: must be an object"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "with an end of text"),
+        ('{"model": {"type": "BPE", "vocab": [1], "merges": []}}', "vocab"),
+        ('{"model":' + "[" * 10**5, "nested more than 64 deep"),
         ('{"model": {"type": "Unheard", "vocab": {"</s>": 0}}}', "tokenizers refuses it"),
     ],
 )

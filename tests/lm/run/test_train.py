@@ -1,6 +1,7 @@
 """Whole runs in small: resume, refusal, non-finite steps, what is left in the workdir."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,24 @@ def test_what_was_trained_can_be_evaluated_and_sampled(whole, capsys):
     assert capsys.readouterr().out == first
     assert evaluate.main([f"--workdir={whole}", "--step=3"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_one_signal_in_the_last_evaluation_ends_the_run_which_then_owes_it(corpus, whole, tmp_path, monkeypatch):
+    real = train.evaluate
+
+    def signalled(*arguments, **options):
+        if options["batches"] == 0:  # of the end
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    config = lm_runs.config(*corpus, **METHOD, curvature__every=10)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", signalled)
+        assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.STOPPED
+    assert [record["step"] for record in lm_runs.records(tmp_path, "evaluate")] == [0, 10]
+    assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.FINISHED
+    ends = [[(r["step"], r["loss"]) for r in lm_runs.records(run, "evaluate")] for run in (tmp_path, whole)]
+    assert ends[0] == ends[1]
 
 
 def test_a_finished_run_does_nothing_more(corpus, whole):
