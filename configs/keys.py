@@ -170,10 +170,10 @@ def config_of(keys: Mapping[str, Key]) -> ConfigDict:
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"optim.rho": 0.1, ...} of a nested config; tuples as lists, as JSON has them."""
+    """{"optim.rho": 0.1, ...} of a nested config; tuples as lists, as JSON has them. {} in place of a value stays."""
     flat = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
+        if isinstance(value, Mapping | ConfigDict) and (value or not prefix):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value

@@ -596,6 +596,9 @@ def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]
     def made(fields: dict, alike: dict, place: str) -> Result:
         stored.typed(fields, Packed, place)
         known = {**unknown, **{key: value for key, value in fields.items() if key in Result._fields}}
+        for key in ("steps", "tokens"):
+            if known["status"] == "finished" and not known[key]:
+                raise stored.Wrong(f"{place}: {key} = 0: must be an integer >= 1 of a run that finished")
         averages = tuple(made(each, alike, place) for each in fields.get("averages", ()))
         curve = [Point(*point) for point in fields.get("curve", ())]
         config = _whole({**alike, **fields.get("config", {})}, place)

@@ -221,9 +221,8 @@ def of_theirs(found: Mapping[str, Any], place: str) -> Family:
         raise Unusable(f"{place}: architectures = {names}: must be one of {known}")
     for key, value in family.fixed.items():
         if key not in _DROPOUTS and found.get(key, value) != value:
-            raise Unusable(
-                f"{place}: {key} = {files.shown(found[key])}: must be {value!r}, as Steppe's {family.style} model has it"
-            )
+            given, style = files.shown(found[key]), family.style
+            raise Unusable(f"{place}: {key} = {given}: must be {value!r}, as Steppe's {style} model has it")
     rope = {**(found.get("rope_parameters") or {}), **(found.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":

@@ -13,7 +13,7 @@ from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
 from steppe.lm.keep import mirror, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
-from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.weights import LAST, Weights, of_state, weights_of
 from steppe.lm.keep.workdir import config_of, kept_corpus
 from steppe.lm.run.assembly import Parts, assemble
@@ -118,6 +118,12 @@ def unread(
     start = find(found if step is None else f"{found}/{step}", log)
     known, (name, chosen) = shapes_of(start), choose(directory, config, weights)
     shapes = {name.removeprefix(PARAMS): shape for name, shape in known.items() if name.startswith(PARAMS)}
+
+    stacked = {shape[:1] for name, shape in shapes.items() if name.startswith("layers/")}
+    width = shapes.get("embed/embedding", ())[1:]
+    for key, found in (("layers", stacked), ("width", {width})):
+        if found != {(config.model[key],)}:
+            raise Unusable(f"{start} does not fit config.model.{key} = {config.model[key]} of {directory}")
 
     def read(paths: Collection[str]) -> dict[str, np.ndarray]:
         sources = {path: chosen.names(path, known) for path in paths}

@@ -68,7 +68,9 @@ def costs(cell: Cell, variant: Variant) -> tuple[float, float]:
     reference = cell.variants.get(variant.reference)
 
     def pace(runs: list[Run]) -> float:
-        found = [run.result.seconds / run.result.tokens for run in runs if run.result.status == "finished"]
+        found = [
+            run.result.seconds / (run.result.tokens or math.nan) for run in runs if run.result.status == "finished"
+        ]
         return statistics.median(found) if found else math.nan
 
     return flops, pace(variant.runs) / (pace(reference.runs) or math.nan) if reference else math.nan
@@ -115,7 +117,7 @@ def unsteadiness(study: Study) -> float:
     paces = {}
     for run in study.runs:
         if run.result.status == "finished" and run.result.seconds:
-            paces.setdefault((run.scale, run.variant), []).append(run.result.seconds / run.result.tokens)
+            paces.setdefault((run.scale, run.variant), []).append(run.result.seconds / (run.result.tokens or math.nan))
     return max((max(found) / min(found) for found in paces.values()), default=1.0)
 
 
