@@ -204,19 +204,24 @@ class TwoPass(NamedTuple):
         epsilon, climbed = perturbation(self.ascent, known, self.switches.radius(given.step), self.switches)
         # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
         perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
-        if gradients.loss is not None:
-            perturbed = objective.after(perturbed, gradients.loss)
+        clean = gradients.clean
+        found = {
+            "gradient_norm": None if clean is None else norm(clean), "epsilon_norm": norm(epsilon),
+            **survival(params, perturbed, epsilon, objective.compute_dtype), **shares(epsilon, self.switches.groups),
+        }  # fmt: skip
+        # All that the first pass says is reduced before the second begins; whether it is a number does not matter.
+        said = [value for value in (gradients.loss, *found.values()) if value is not None]
+        perturbed = objective.after(perturbed, jnp.sum(jnp.isnan(jnp.stack(said))))
         second = partial(self.second_pass, given, epsilon, perturbed)
         first_aux, residuals = residuals.aux, residuals._replace(aux=None)
         _, (perturbed_loss, vectors), aux = accumulate(second, (), residuals, weights)
 
         returned = self.second.combine(gradients, vectors) if self.second.combine else vectors
-        returned, clean = _as(returned, params), gradients.clean
+        returned = _as(returned, params)
         facts = report(
-            perturbed_loss if gradients.loss is None else gradients.loss, None if clean is None else norm(clean),
-            returned, perturbed_loss=perturbed_loss, epsilon_norm=norm(epsilon),
-            cosine=jnp.nan if clean is None else cosine(clean, returned), groups=self.switches.groups,
-            **survival(params, perturbed, epsilon, objective.compute_dtype), **shares(epsilon, self.switches.groups),
+            perturbed_loss if gradients.loss is None else gradients.loss, found.pop("gradient_norm"), returned,
+            perturbed_loss=perturbed_loss, cosine=jnp.nan if clean is None else cosine(clean, returned),
+            groups=self.switches.groups, **found,
         )  # fmt: skip
         aux = aux if first_aux is None else first_aux
         return climbed, (returned, clean if self.second.remember else (), facts), aux

@@ -19,6 +19,11 @@ STEPS = [
     *(pytest.param("functional_sam", {"optim__base": base}, id=base) for base in BASES),
     pytest.param("functional_sam", {"train__microbatches": 2}, id="microbatches"),
     pytest.param("functional_sam", {"optim__ascent_over": "subset", "optim__ascent_fraction": 0.3}, id="subset"),
+    pytest.param(
+        "functional_sam",
+        {"model__style": "modern", "model__heads": 6, "model__kv_heads": 2, "model__width": 288, "model__layers": 6},
+        id="a deep model of few keys",
+    ),
     pytest.param("sam", {"optim__every": 2, "optim__start": "10%"}, id="every second step"),
 ]
 
@@ -28,7 +33,7 @@ def pairs(program, *arguments) -> list:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1), (1, 4, 2)], ids=lambda mesh: "x".join(map(str, mesh)))
 @pytest.mark.parametrize(("method", "switches"), STEPS)
 def test_steps(mesh, method, switches):
     k = {"optim__k": 2} if method == "k_sam" else {}
