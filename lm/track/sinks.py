@@ -220,7 +220,7 @@ class Sinks:
         self._each(lambda sink: sink.again())
         if self._wandb and self._wandb.id != self._given:
             self._given = self._wandb.id
-            (self._workdir / "wandb_id").write_text(self._given + "\n")
+            files.write(self._workdir / "wandb_id", self._given + "\n")
             self._note(f"wandb       goes on as run {self._given}: rows of another cannot be taken back")
         self._replay()
         if self._facts is not None:
