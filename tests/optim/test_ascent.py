@@ -167,7 +167,7 @@ def _orthogonal(momentum):
 def test_the_way_the_base_is_going_against_its_formula(name):
     """From the gradients alone, in NumPy: D^-1 m of Adam and NAdam, -sign(m), -m, and of Muon U V^T."""
     base, state, params, gradients = _driven(name)
-    made = DIRECTIONS["update"]()
+    made = DIRECTIONS["update"](update_floor=0.0)
     given = AscentInput(gradients[0], params, base.moments(state, params), made.init(params), jnp.int32(4))
     vector, length, _ = made.direction(given)
     assert length is None
@@ -193,7 +193,7 @@ def test_the_way_the_base_is_going_against_its_formula(name):
 @jax.enable_x64(True)
 def test_radius_in_steps_of_the_base_and_none_before_the_first():
     base, state, params, gradients = _driven("adamw")
-    made = DIRECTIONS["update"](update_length="steps")
+    made = DIRECTIONS["update"](update_length="steps", update_floor=0.0)
 
     def at(state, step):
         given = AscentInput(gradients[0], params, base.moments(state, params), (), jnp.int32(step))
