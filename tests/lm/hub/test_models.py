@@ -15,7 +15,7 @@ import pytest
 from helpers import lm_runs
 from steppe.configs.keys import ConfigError
 from steppe.data import cache
-from steppe.data.loader import held_out_rows, held_out_steps, open_corpus
+from steppe.data.loader import open_corpus
 from steppe.lm.hub import export, families, load
 from steppe.lm.keep.exits import STORAGE, Unusable
 from steppe.lm.keep.saved import Unread
@@ -366,29 +366,3 @@ def test_a_config_from_hf_reads_as_the_run(text, made, tmp_path, capsys):
     assert (read.init_from, read.data.vocabulary) == (str(tmp_path / "hf"), str(tmp_path / "hf" / "tokenizer.json"))
     assert config.main(["from-hf", str(tmp_path)]) == 2
     assert "must be the config of a Hugging Face model" in capsys.readouterr().err
-
-
-def test_a_trained_model_has_its_held_out_loss_there_and_loads_in_four_bits(trained, tmp_path):
-    """The loss of the run's last evaluation, from transformers; then every linear layer in int4 by torchao."""
-    torch = pytest.importorskip("torch", reason="steppe[hub] is not installed")
-    transformers = pytest.importorskip("transformers", reason="steppe[hub] is not installed")
-    quantization = pytest.importorskip("torchao.quantization", reason="steppe[hub] is not installed")
-    config, place = trained
-    assert export_script.main([f"--workdir={place}", f"--out={tmp_path / 'hf'}"]) == 0
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    corpus = open_corpus(cache.ensure(config.data))
-    batch = held_out_rows(corpus, "val", 0, held_out_steps(corpus, "val", 1))
-
-    def loss():
-        with torch.no_grad():
-            log_p = torch.log_softmax(model(torch.tensor(batch["inputs"])).logits, -1)
-        found = log_p.gather(-1, torch.tensor(batch["targets"]).long()[..., None])[..., 0].double()
-        weights = torch.tensor(batch["weights"]).double()
-        return float(-(found * weights).sum() / weights.sum())
-
-    recorded = lm_runs.records(place, "evaluate")[-1]["loss"]
-    assert loss() == pytest.approx(recorded, rel=1e-6)  # sums of float32 in another order
-    assert f"{recorded:.4f} nats a token" in (tmp_path / "hf" / "README.md").read_text()
-    axis = quantization.granularity.PerAxis(0)
-    quantization.quantize_(model, quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=axis))
-    assert recorded != loss() < 1.1 * recorded
