@@ -215,6 +215,7 @@ def test_bench_shares(steppe):
     steppe("bench", "shares", "--size=9t", status=2)
 
 
+@pytest.mark.exhaustive  # from the wheel in test_package.py
 def test_a_sweep_and_its_report_where_the_user_has_files_of_our_names(steppe, small, tmp_path, monkeypatch):
     """Of the command's own process tests/test_package.py says the same."""
     for name in ("configs", "data", "optim", "lm", "scripts", "steppe"):
