@@ -53,7 +53,7 @@ def test_a_branch_that_changes_nothing_is_the_trunk_bit_for_bit(text, trunk, tmp
 
 def test_three_cooldowns_share_a_trunk(text, trunk, tmp_path):
     ends = {}
-    for steps in (12, 20):
+    for steps in (12, 16, 20):
         config = lm_runs.config(
             *text,
             **{**METHOD, "optim__cooldown": "2 steps"},

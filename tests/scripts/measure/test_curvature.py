@@ -139,7 +139,7 @@ def test_the_logit_hessian_against_its_matrices(found, dense):
     assert summary["logit_lambda_max_worst"] == pytest.approx(tops.max(), rel=0.05)
 
 
-@pytest.mark.exhaustive  # minutes; every product on 2 x 2 x 2: model/test_oracle.py
+@pytest.mark.exhaustive  # minutes; eight devices against the loss written out on one, above
 def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, capsys):
     first = jax.devices()[:1]
     monkeypatch.setattr(saved.jax, "devices", lambda: first)
@@ -156,7 +156,6 @@ def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, ca
             assert one["summary"][key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
 
 
-@pytest.mark.exhaustive  # a minute
 def test_within_measures_a_group(run, found):
     flags = [f"--workdir={run}", "--step=2", *FLAGS]
     assert curvature.main([*flags, "--within=^layers/mlp", "--within=norm", "--slices=0"]) == 0

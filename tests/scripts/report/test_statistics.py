@@ -216,7 +216,6 @@ def test_a_scaling_law_without_noise_is_found_exactly():
     assert st.predict(law, n, d) == pytest.approx(losses, rel=1e-6)
 
 
-@pytest.mark.exhaustive  # a minute of fits
 def test_intervals_of_a_scaling_law_cover_the_truth():
     random, hits = np.random.default_rng(5), []
     for repeat in range(24):

@@ -60,9 +60,10 @@ def test_runs_of_a_worker_are_those_of_a_process_each(config, worker, tmp_path):
         status, cpu_seconds = wait(worker)
         assert status == launch.FINISHED, (tmp_path / f"{name}.log").read_text()
         assert cpu_seconds > 0
-    line = [sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={config}", *RUNS["seed"]]
-    subprocess.run([*line, f"--workdir={tmp_path / 'alone'}"], env=ENVIRONMENT, check=True)
-    assert numbers(tmp_path / "seed") == numbers(tmp_path / "alone")
+    for name in ("seed", "rate"):
+        line = [sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={config}", *RUNS[name]]
+        subprocess.run([*line, f"--workdir={tmp_path / 'alone' / name}"], env=ENVIRONMENT, check=True)
+        assert numbers(tmp_path / name) == numbers(tmp_path / "alone" / name)
     assert numbers(tmp_path / "same") == numbers(tmp_path / "sam")
     compiled = {name: (tmp_path / f"{name}.log").read_text().split("compiled    in ")[1][:3] for name in RUNS}
     assert compiled["seed"] == compiled["same"] == "0.0", "another's programs served"
