@@ -11,6 +11,10 @@ class DataError(ValueError):
         super().__init__(message)
 
 
+class StorageError(OSError):
+    """Something could not be written where it belongs; one line."""
+
+
 def refused(key: str, value: Any, accepted: str) -> DataError:
     """The error of the value of a key, or of an --option."""
     name = key if key.startswith("--") else f"config.{key}"
@@ -39,13 +43,13 @@ class Refusal(TypedDict, total=False):
     accepted: str
 
 
-def to_json(error: DataError) -> Refusal:
+def to_json(error: DataError | StorageError) -> Refusal:
     """An error for another process; `from_json` makes it again."""
     return {"kind": type(error).__name__, "message": str(error), **vars(error)}
 
 
-def from_json(said: Refusal) -> DataError:
+def from_json(said: Refusal) -> DataError | StorageError:
     """The error that another process told of."""
-    kinds = {kind.__name__: kind for kind in (DataError, CorpusMismatch, CorpusDamaged, BadRecords)}
+    kinds = {kind.__name__: kind for kind in (DataError, CorpusMismatch, CorpusDamaged, BadRecords, StorageError)}
     fields = {name: said[name] for name in ("key", "value", "accepted") if name in said}
     return kinds.get(said["kind"], DataError)(said["message"], **fields)

@@ -46,6 +46,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         sync(aside)
         os.replace(aside, path)
         sync(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, aside):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # a full disk does not say which file
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
@@ -171,7 +175,8 @@ def lock(path: str | os.PathLike, *, wait: bool = False, shared: bool = False) -
                 raise
             raise Held(os.pread(number, 200, 0).decode(errors="replace").strip() or "another process") from None
         os.ftruncate(number, 0)
-        os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk it is held all the same
+            os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(number)

@@ -20,7 +20,7 @@ import xxhash
 from steppe.data import files, readers, shards, sources, stored
 from steppe.data import manifest as manifests
 from steppe.data import workers as workers_of
-from steppe.data.errors import BadRecords, CorpusMismatch, DataError, Refusal, from_json, refused, to_json
+from steppe.data.errors import BadRecords, CorpusMismatch, DataError, Refusal, StorageError, from_json, refused, to_json
 from steppe.data.packing import PACKINGS, token_dtype
 from steppe.data.readers import plain
 from steppe.data.shards import Job, Recipe
@@ -121,9 +121,12 @@ def prepare(
         raise DataError(
             f"--out={out}: another process is preparing it; wait for it, or work beside it with --together"
         ) from None
+    except StorageError:
+        raise
     except OSError as error:
-        raise DataError(
-            f"cannot write {out}: {error.strerror or error}; finished shards are kept, run again"
+        place = error.filename or out
+        raise StorageError(
+            f"cannot write {place}: {error.strerror or error}; finished shards are kept, run again"
         ) from error
 
 
@@ -436,7 +439,7 @@ def main(arguments: Iterable[str]) -> int:
         workers_of.follow(int(parent[0]))
     try:
         prepare(Recipe(**json.loads(recipe)), directory, log=lambda line: print(line, flush=True), wait=True)
-    except DataError as error:
+    except (DataError, StorageError) as error:
         print(json.dumps(to_json(error), default=str), file=sys.stderr)
         return REFUSED
     return 0

@@ -11,7 +11,7 @@ import xxhash
 
 from steppe.data import files, packing, readers
 from steppe.data import manifest as manifests
-from steppe.data.errors import BadRecords, CorpusDamaged, DataError
+from steppe.data.errors import BadRecords, CorpusDamaged, StorageError
 from steppe.data.sources import Reading, Record, Source
 from steppe.data.vocabulary import PART, Tokenizer, load_tokenizer
 
@@ -278,12 +278,12 @@ def _read_back(path: str, rows: int, content: str) -> None:
         raise _cannot_write(path, "what was written reads back differently")
 
 
-def _cannot_write(path: str, error: Exception | str) -> DataError:
+def _cannot_write(path: str, error: Exception | str) -> StorageError:
     reason = " ".join(str(error).split())[:200]
     status = os.statvfs(os.path.dirname(path))
     free = status.f_bavail * status.f_frsize
     remedy = "finished shards are kept, make room and run again"
-    return DataError(f"cannot write {path}: {reason} ({free / 1e6:.1f} MB free there); {remedy}")
+    return StorageError(f"cannot write {path}: {reason} ({free / 1e6:.1f} MB free there); {remedy}")
 
 
 def _held_out_digests(directory: str) -> frozenset[bytes]:

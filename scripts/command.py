@@ -63,7 +63,7 @@ def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
         except BrokenPipeError:  # whoever reads the output has seen enough: cli.main knows
             raise
         except OSError as error:
-            fail(f"{error.filename or 'storage'}: {error.strerror or error}")
+            fail(error if error.errno is None else f"{error.filename or 'storage'}: {error.strerror or error}")
             return REFUSED if error.errno in NO_NAME else STORAGE
 
     return guarded
@@ -328,10 +328,28 @@ def keep_programs() -> None:
     except OSError:
         kind = socket.gethostname()
     place = Path(files.user_cache()) / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:12]
+    _drop_unfinished(place)
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _drop_unfinished(place: Path) -> None:
+    """Removes programs of which a kill or a full disk left a part.
+
+    jax writes a program, then the time of its use. It never replaces one that it cannot read, and writes no more where
+    a time is missing.
+    """
+    if not place.is_dir():
+        return
+    import filelock
+
+    with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(place / ".lockfile", timeout=0):
+        for program in place.glob("*-cache"):
+            time_of_use = program.with_name(program.name.removesuffix("-cache") + "-atime")
+            if not time_of_use.is_file() or time_of_use.stat().st_size != 8:
+                program.unlink()
 
 
 def keep_memory() -> None:

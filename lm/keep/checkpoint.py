@@ -19,8 +19,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from steppe.data.errors import StorageError
 from steppe.lm.keep import seal
-from steppe.lm.keep.exits import StorageError, Unusable
+from steppe.lm.keep.exits import Unusable
 from steppe.lm.keep.seal import Broken
 from steppe.lm.run.state import State
 
@@ -154,7 +155,7 @@ class Checkpoints:
         try:
             self._orbax.save(path, args=args)
         except Exception as error:  # tensorstore and jax raise errors of many kinds for a full disk
-            raise _storage_error(path, error) from error
+            raise self._not_written(path, error) from error
         self._thread = threading.Thread(target=self._finish, args=(path, step, tree), name="seal")
         self._thread.start()
         return time.monotonic() - began
@@ -183,7 +184,15 @@ class Checkpoints:
                 seal.write(path, step, self._run, tree)
                 self._retire()
         except Exception as error:
-            self._failure = _storage_error(path, error)
+            self._failure = self._not_written(path, error)
+
+    def _not_written(self, path: epath.Path, error: BaseException) -> StorageError:
+        """The error of a checkpoint that failed. The part that was written is removed: it takes room."""
+        if self._primary and seal.is_local(path):
+            for part in Path(path.parent).glob(f"{path.name}{ASIDE}*"):
+                shutil.rmtree(part, ignore_errors=True)
+        reason = " ".join(str(error).split())
+        return StorageError(f"checkpoint {path}: not written ({type(error).__name__}: {reason[:300]})")
 
     def _retire(self) -> None:
         """Deletes sealed checkpoints that retention does not keep; others are nobody's business here."""
@@ -369,8 +378,3 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 def _not_ours(path: epath.Path, error: BaseException) -> Unusable:
     return Unusable(f"{path}: cannot be restored ({' '.join(str(error).split())[:300]})")
-
-
-def _storage_error(path: epath.Path, error: BaseException) -> StorageError:
-    reason = " ".join(str(error).split())
-    return StorageError(f"checkpoint {path}: not written ({type(error).__name__}: {reason[:300]})")

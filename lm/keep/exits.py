@@ -11,10 +11,6 @@ class WorkdirError(RuntimeError):
     """The workdir cannot be used for this run; one line."""
 
 
-class StorageError(OSError):
-    """A checkpoint could not be written; one line."""
-
-
 class Unusable(ValueError):
     """A checkpoint that may not, or cannot, be restored here; one line."""
 

@@ -20,9 +20,10 @@ from typing import TypedDict
 from etils import epath
 
 from steppe.data import files, stored
+from steppe.data.errors import StorageError
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
-from steppe.lm.keep.exits import StorageError, WorkdirError
+from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.keep.store import Store, There
 from steppe.lm.keep.workdir import LOCK, RUN
 

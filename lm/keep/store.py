@@ -12,8 +12,7 @@ import xxhash
 from fsspec.callbacks import Callback
 
 from steppe.data import files, remote
-from steppe.data.errors import DataError
-from steppe.lm.keep.exits import StorageError
+from steppe.data.errors import DataError, StorageError
 
 PATIENCE = 60.0  # seconds without a byte or an answer after which a request is given up for now
 

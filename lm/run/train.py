@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from steppe.configs import packages
 from steppe.configs.keys import ConfigError
 from steppe.data import baselines, files, loader
+from steppe.data.errors import StorageError
 from steppe.lm import plot
 from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
-from steppe.lm.keep.exits import ANOMALY, FINISHED, REFUSALS, STOPPED, StorageError
+from steppe.lm.keep.exits import ANOMALY, FINISHED, REFUSALS, STOPPED
 from steppe.lm.keep.leg import WHOLE, Leg, leg_of, seen
 from steppe.lm.keep.weights import LAST, of_state, weights_of
 from steppe.lm.measure import choices

@@ -20,7 +20,7 @@ from steppe.data import files, shards, sources
 from steppe.data import manifest as manifests
 from steppe.data import prepare as preparing
 from steppe.data.baselines import baselines, token_counts
-from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError
+from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError, StorageError
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus, training_rows
 from steppe.data.packing import from_record
 from steppe.data.prepare import prepare, recipe_of
@@ -312,7 +312,7 @@ def test_a_full_disk_is_an_error_and_the_preparation_continues_after_room_is_mad
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        with pytest.raises(DataError, match=r"^cannot write [^\n]*MB free[^\n]*run again$"):
+        with pytest.raises(StorageError, match=r"^cannot write [^\n]*MB free[^\n]*run again$"):
             prepare(chosen, str(disk / "out"), log=quiet)
         assert not list(disk.rglob("*.tmp"))
         with pytest.raises(CorpusDamaged, match="unfinished preparation" if megabytes > 1 else "unfinished|not exist"):

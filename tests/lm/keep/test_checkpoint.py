@@ -10,9 +10,10 @@ import pytest
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from steppe.data.errors import StorageError
 from steppe.lm.keep import checkpoint, seal
 from steppe.lm.keep.checkpoint import Checkpoints
-from steppe.lm.keep.exits import StorageError, Unusable
+from steppe.lm.keep.exits import Unusable
 from steppe.lm.run.state import State
 
 

@@ -16,9 +16,9 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFile
 
 from helpers import lm_runs, object_store
-from steppe.data.errors import DataError
+from steppe.data.errors import DataError, StorageError
 from steppe.lm.keep import branch, checkpoint, mirror, saved, seal, store
-from steppe.lm.keep.exits import StorageError, WorkdirError
+from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.run import train
 from steppe.scripts import cli
 

@@ -5,8 +5,8 @@ import threading
 import fsspec
 import pytest
 
+from steppe.data.errors import StorageError
 from steppe.lm.keep import store
-from steppe.lm.keep.exits import StorageError
 
 
 def test_a_request_without_an_answer_holds_the_next_and_is_taken_up_again(monkeypatch, tmp_path):
