@@ -113,7 +113,7 @@ _KEYS = {
     "data.vocabulary": Key(
         "bytes", "bytes | path of a SentencePiece model, a tokenizer.json or a .tiktoken file", TEXT
     ),
-    "data.sequence_length": Key(256, "T, tokens predicted per sequence", integer(1)),
+    "data.sequence_length": Key(256, "T, tokens predicted per sequence", integer(1, 1 << 24)),
     "data.packing": Key(
         "concat",
         "concat: documents joined by a separator | bestfit: whole documents, no attention across",

@@ -3,6 +3,7 @@
 What a stored config names is followed only with --trust, and no command that reads a run touches what was not named.
 """
 
+import io
 import json
 import os
 import shutil
@@ -136,6 +137,37 @@ def test_with_trust_it_is_followed(downloaded, tmp_path, capsys, command):
     _, said = said_by([*line, f"--workdir={run}", "--trust"], capsys)
     assert Elsewhere.asked, said
     assert "elsewhere://x/corpus: cannot be reached (PermissionError: nothing for you)" in said
+
+
+def test_with_trust_a_module_is_imported(downloaded, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "modules", {**sys.modules})  # the module that is imported here is none of the next test's
+    run = downloaded({"data.task": "seqio:task", "data.seqio_module": "strangers_own"})
+    status, said = said_by([*MODELS["evaluate"], f"--workdir={run}", "--trust"], capsys)
+    assert status == 2
+    assert "config.data.seqio_module='strangers_own': " in said, said
+
+
+def test_the_run_that_curvature_goes_towards_is_not_followed_either(trained, downloaded, capsys):
+    run = downloaded({"checkpoint.directory": "elsewhere://x/steps"})
+    line = [*MODELS["curvature"], f"--workdir={trained[1]}", f"--towards={run}"]
+    status, said = said_by(line, capsys)
+    assert status == 2
+    assert "config.checkpoint.directory = 'elsewhere://x/steps'" in said
+    assert not Elsewhere.asked
+    _, said = said_by([*line, "--trust"], capsys)
+    assert "elsewhere://x/steps: cannot be reached" in said
+
+
+def test_control_characters_of_a_model_are_escaped_on_a_terminal(trained, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, raw in ((Terminal(), False), (io.StringIO(), True)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(["generate", f"--workdir={trained[1]}", "--tokens=1", "--prompt=a\x1b[2Jb"]) == 0
+        assert ("\x1b" in stream.getvalue()) == raw
+        assert ("\\x1b[2J" in stream.getvalue()) == (not raw)
 
 
 def test_questions_of_a_stored_config_are_not_fetched(downloaded, capsys):

@@ -308,7 +308,8 @@ def open_parts(
 
 
 def must_fit(config: ConfigDict, parts: Parts) -> None:
-    """Raises ConfigError where not even the state and a gradient fit a device: a bound from below, before compiling."""
+    """Raises ConfigError where not even the state and a gradient fit a device, or one activation: a bound from below,
+    before compiling."""
 
     def bytes_of(tree) -> int:
         return sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(tree))
@@ -319,6 +320,16 @@ def must_fit(config: ConfigDict, parts: Parts) -> None:
         sizes = f"{parts.budget.parameters.total:,} parameters on {parts.mesh.size} devices"
         accepted = f"a model whose state and gradient fit a device: {sizes} are {needed / 1e9:,.1f} GB on each"
         raise ConfigError("model.size", config.model.size, f"{accepted}, which has {memory / 1e9:,.1f} GB")
+    data, train, held_out = config.data, config.train, config.evaluate.batch_size
+    each = data.sequence_length * config.model.width * jnp.dtype(config.model.compute_dtype).itemsize
+    for key, rows in (("train.batch_size", train.batch_size // train.microbatches), ("evaluate.batch_size", held_out)):
+        needed = rows * each // parts.mesh.size
+        if memory and needed > memory:
+            accepted = (
+                f"a batch of which one activation fits a device: {rows:,} sequences of {data.sequence_length:,} tokens "
+                f"are {needed / 1e9:,.1f} GB on each of {parts.mesh.size} devices, which has {memory / 1e9:,.1f} GB"
+            )
+            raise ConfigError(key, config[key.partition(".")[0]].batch_size, accepted)
 
 
 def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:

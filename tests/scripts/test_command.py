@@ -62,6 +62,12 @@ def test_overrides_take_the_type_of_their_key():
     assert config.is_locked
 
 
+@pytest.mark.parametrize("text", ["ema,lawa", "('ema', 'lawa')", "['ema','lawa']", "ema, lawa"])
+def test_a_list_is_written_with_commas_or_as_python_has_it(text):
+    config, _ = command.parse(["--config=quickstart", f"--config.average.weights={text}"], command.parser("train", ""))
+    assert config.average.weights == ("ema", "lawa")
+
+
 def test_negative_numbers_and_last_config_position():
     config, _ = command.parse(
         ["--config.optim.rho", "-0.5", "--workdir", "w", "--config", "configs/base.py"], _parser()

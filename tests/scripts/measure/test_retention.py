@@ -133,6 +133,19 @@ def record(loss, path, **summary):
     }  # fmt: skip
 
 
+def test_all_runs_are_checked_before_one_is_measured(place, measured, capsys, monkeypatch):
+    other = place / "of another text"
+    (place / "more").mkdir()
+    for name in ("train.txt", "val.txt"):
+        (place / "more" / name).write_text((place / name).read_text()[::-1])
+    config = lm_runs.config(str(place / "more"), str(place / "cache"))
+    keep(other, config, loader.open_corpus(cache.ensure(config.data)))
+    monkeypatch.setattr(retention, "measure", lambda *_: pytest.fail("the first run was measured"))
+    first = next(path.parent for path in sorted(place.rglob("config.json")) if path.parent != other)
+    assert retention.main([f"--workdir={first}", f"--workdir={other}", "--again", "--fine_tune=none"]) == 2
+    assert "must be of the same text" in capsys.readouterr().err
+
+
 def test_runs_are_compared_at_the_gain_and_at_the_loss_that_all_reach():
     found = {
         "strong": record(3.0, [(0.5, 0.1), (1.0, 0.5)]),
