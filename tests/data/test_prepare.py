@@ -213,6 +213,24 @@ def test_a_wrong_field_is_refused_early(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("bad", [0.01, 0.05], ids=["refused", "finished"])
+def test_files_that_a_preparation_did_not_make_stay(tmp_path, documents, bad):
+    chosen = recipe(write_jsonl(tmp_path / "a.jsonl", documents, BAD), bad_records=bad)
+    out = tmp_path / "out"
+    own = ["notes.txt", "notes.txt.tmp", "train/jsonl/mine", "train/jsonl/00000-of-00001.array_record.bak", "a/b/c.tmp"]
+    for name in own:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(name)
+    manifests.write_json(str(out / preparing.PLAN), preparing.identity(chosen))  # of one that was interrupted
+    if bad < 0.04:
+        with pytest.raises(BadRecords):
+            prepare(chosen, str(out), log=quiet)
+        assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(own)
+    else:
+        prepare(chosen, str(out), log=quiet)
+    assert [(out / name).read_text() for name in own] == own
+
+
 def test_workers_do_not_change_the_corpus_and_a_killed_preparation_resumes(tmp_path, documents):
     """Two real worker processes, killed with SIGKILL as soon as one shard is finished, then run again."""
     parquet = tmp_path / "a.parquet"
