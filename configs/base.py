@@ -361,6 +361,15 @@ def completed(config: Mapping) -> ConfigDict:
     return whole
 
 
+def _suits(key: Key, value: Any) -> bool:
+    return key.is_typed(value) and (key.accepted.kind not in (int, float) or key.accepted.allows(value))
+
+
+@functools.lru_cache(1 << 14)  # many runs are read, of which most values are the same
+def _fits(name: str, kind: type, value: Any) -> bool:
+    return _suits(keys()[name], value)
+
+
 def typed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
     """A flat config that some version of Steppe wrote, once its values are of their keys' types, and numbers within
     their bounds; keys that this version does not know are let through. ConfigError."""
@@ -368,6 +377,7 @@ def typed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
         key = keys().get(name)
         if key is None or (value is None and key.default is None):
             continue
-        if not key.is_typed(value) or (key.accepted.kind in (int, float) and not key.accepted.allows(value)):
+        simple = isinstance(value, (bool, int, float, str))
+        if not (_fits(name, type(value), value) if simple else _suits(key, value)):
             raise ConfigError(name, value, key.accepted.text())
     return flat

@@ -54,7 +54,8 @@ def decode(content: bytes, kind: Any, place: str) -> Any:
         raise Wrong(f"{place}: is nested more than {DEPTH} deep")
     try:
         value = msgspec.json.decode(content)
-        json.loads(content, object_pairs_hook=_once)
+        if _keys(value) != len(_KEY.findall(content)):  # a key is there twice, or text looks like one: look closely
+            json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
         raise Wrong(f"{place}: is damaged ({' '.join(str(error).split())[:200]})") from None
     return typed(value, kind, place)
@@ -67,6 +68,16 @@ def typed(value: Any, kind: Any, place: str) -> Any:
     except msgspec.ValidationError as error:
         raise Wrong(f"{place}: {_fault(value, kind, str(error))}") from None
     return value
+
+
+_KEY = re.compile(rb'"\s*:')
+
+
+def _keys(value: Any) -> int:
+    """The keys of all objects in a value."""
+    if isinstance(value, dict):
+        return len(value) + sum(_keys(each) for each in value.values() if isinstance(each, (dict, list)))
+    return sum(map(_keys, value)) if isinstance(value, list) else 0
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
