@@ -373,8 +373,13 @@ def _fits(name: str, kind: type, value: Any) -> bool:
 def typed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
     """A flat config that some version of Steppe wrote, once its values are of their keys' types, and numbers within
     their bounds; keys that this version does not know are let through. ConfigError."""
+    sections = {name.rpartition(".")[0] for name in keys()} - {""}
     for name, value in flat.items():
         key = keys().get(name)
+        if key is None and name in sections:
+            raise ConfigError(name, value, "an object")
+        if key is None and (leaf := next((n for n in keys() if name.startswith(f"{n}.")), "")):
+            raise ConfigError(leaf, "{...}", keys()[leaf].accepted.text())
         if key is None or (value is None and key.default is None):
             continue
         simple = isinstance(value, (bool, int, float, str))

@@ -247,9 +247,12 @@ def read(
     flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
     varying = varying_keys(flats)
 
+    every = dict.fromkeys(key for flat in flats for key in flat)
+
     def told_apart(result: Result) -> Result:
-        varied = {key: result.config.get(key) for key in varying}
-        return result._replace(varied=varied, averages=tuple(map(told_apart, result.averages)))
+        config = result.config | {key: None for key in every if key not in result.config}
+        varied = {key: config[key] for key in varying}
+        return result._replace(config=config, varied=varied, averages=tuple(map(told_apart, result.averages)))
 
     return [told_apart(result) for result in found]
 

@@ -143,7 +143,9 @@ def card(run: Unread) -> str:
         lines.append(f"- the weights are {run.weights}: averaged, not those of the last step")
     for record in records.of("evaluate" if judged else "average"):
         if record["step"] == step and (judged or record["weights"] == run.weights):
-            losses = f"{record['loss']:.4f} nats a token, {record['bits_per_byte']:.4f} bits a byte"
+            losses = f"{record['loss']:.4f} nats a token"
+            if "bits_per_byte" in record:
+                losses += f", {record['bits_per_byte']:.4f} bits a byte"
             lines.append(f"- held-out {record['name']}: {losses}")
     lines += ["", "The whole configuration of the run:", "", "```json"]
     lines += [json.dumps(files.plain(config.to_dict()), indent=1), "```", ""]

@@ -20,7 +20,7 @@ from typing import TypedDict
 from etils import epath
 
 from steppe.data import files, stored
-from steppe.data.errors import StorageError
+from steppe.data.errors import DataError, StorageError
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
 from steppe.lm.keep.exits import WorkdirError
@@ -528,7 +528,7 @@ def _seals(place: Path) -> dict[int, str]:
     with suppress(FileNotFoundError):
         for folder in (place / CHECKPOINTS).iterdir():
             if (step := _number(folder.name)) is not None:
-                with suppress(FileNotFoundError, NotADirectoryError):
+                with suppress(FileNotFoundError, NotADirectoryError, DataError):  # of no ordinary file: it is no seal
                     found[step] = _digest(folder / seal.NAME)
     return found
 
@@ -537,12 +537,12 @@ def _retired(place: Path) -> Iterator[tuple[int, str]]:
     """(step, digest) of what retention has let go since the address was last told."""
     for path in sorted((place / CHECKPOINTS / seal.RETIRED).glob("*")):
         if (step := _number(path.name)) is not None:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, DataError):
                 yield step, _digest(path)
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as handle:
+    with files.ordinary(path) as handle:
         return handle.read(_DIGEST).decode(errors="replace")
 
 
@@ -573,8 +573,8 @@ def _is_shared(name: str) -> bool:
 
 
 def _read(path: Path) -> str:
-    with suppress(OSError):
-        return path.read_text(errors="replace").strip()
+    with suppress(OSError, DataError), files.ordinary(path) as handle:
+        return handle.read().decode(errors="replace").strip()
     return ""
 
 

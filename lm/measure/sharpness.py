@@ -20,6 +20,7 @@ from steppe.lm.model.ordered import jitted
 from steppe.lm.run.assembly import Parts
 from steppe.optim.curvature import landscape, products, spectra
 from steppe.optim.curvature.along import along, critical, critical_step
+from steppe.optim.curvature.noise import noise_scale
 from steppe.optim.masks import mask
 from steppe.optim.rule import Tree, norm, ratio
 
@@ -32,7 +33,8 @@ class Settings(NamedTuple):
     probes: sign vectors, for traces; the first `densities` of them go `lanczos` steps, for eigenvalues and densities.
     rho: radius of the worst case, `ascent` steps of which climb after SAM's own. noise: l2 norm of the average case's
     Gaussian, of which `draws` are taken, each with its mirror image. slices: points of a line, 0 for none. within:
-    regexes over parameter paths; the spectra are those of the parameters they match, none: all.
+    regexes over parameter paths; the spectra are those of the parameters they match, none: all. noise_scale: batches
+    of the run's size of which the gradient's noise is taken, 0 for none.
     """
 
     probes: int = 4
@@ -45,6 +47,7 @@ class Settings(NamedTuple):
     slices: int = 7
     seed: int = 0
     within: tuple[str, ...] = ()
+    noise_scale: int = 16
 
 
 class Programs(NamedTuple):
@@ -65,11 +68,12 @@ class Programs(NamedTuple):
     critical: Callable
     start: Callable
     gaussian: Callable
+    noise: Callable
 
 
 def compile_key(parts: Parts, microbatches: int, settings: Settings) -> tuple:
     """Runs with equal keys share programs."""
-    return parts.shape, parts.options, parts.mesh, microbatches, settings.lanczos, settings.within
+    return parts.shape, parts.options, parts.mesh, microbatches, settings.lanczos, settings.within, settings.noise_scale
 
 
 def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
@@ -117,19 +121,21 @@ def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
         critical=compiled(partial(critical_step, target, microbatches=microbatches)),
         start=compiled(lambda key: spectra.signs(view, key, keep)),
         gaussian=compiled(gaussian, out_shardings=places),
+        noise=compiled(partial(noise_scale, target, parts=settings.noise_scale)),
     )
 
 
 def measure(
     made: Programs, params: Tree, batch: dict, groups: dict[str, str], settings: Settings, scale: Tree | None = None,
     next_step: Callable[[Tree], tuple[Tree, float]] | None = None, towards: Tree | None = None,
-    tick: Callable[[str], None] = lambda stage: None,
+    noisy: dict | None = None, tick: Callable[[str], None] = lambda stage: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
     """(summary: {name: number}, details) of one checkpoint on one batch; every number is a Python float.
 
     scale: D of the base's second moment, for what is preconditioned; None leaves that out. next_step: gradient ->
     (update, learning rate) of the run's base, for its critical sharpness. towards: other parameters, for the curvature
-    along the way there. tick(stage): called before each stage, len(stages(settings)) times if there is a scale.
+    along the way there. noisy: settings.noise_scale batches of the run, as one, in random order.
+    tick(stage): called before each stage, len(stages(settings)) times if there is a scale.
     """
     key = jax.random.key(settings.seed)
     summary, details = {}, {}
@@ -184,6 +190,11 @@ def measure(
     }
     details["ascent_losses"] = losses
 
+    if noisy is not None:
+        tick("noise scale")
+        details["noise"] = {name: float(value) for name, value in made.noise(params, noisy).items()}
+        summary |= _of_noise(details["noise"], int(jnp.sum(noisy["weights"] > 0)), settings.noise_scale)
+
     if settings.slices:
         tick("slices")
         unit = jax.block_until_ready(_unit(gradient))
@@ -192,10 +203,26 @@ def measure(
     return summary, details
 
 
+def _of_noise(found: dict[str, float], tokens: int, batches: int) -> dict[str, float]:
+    """The noise scale in tokens, left out where no scale is seen, and the parts of delta that a step expects.
+
+    tokens: of the whole batch that `found` was measured on, which is so many batches of the run.
+    """
+    logit, functional = found["expected_logit_norm"], found["expected_functional_norm"]
+    expected = {
+        "batch_tokens": tokens / batches,
+        "expected_delta_logit_norm": logit,
+        "expected_delta_func_norm": functional,
+        "expected_delta_func_share": functional**2 / max(logit**2 + functional**2, 1e-300),
+    }
+    return expected | ({"noise_scale": found["scale"] * tokens} if np.isfinite(found["scale"]) else {})
+
+
 def stages(settings: Settings) -> list[str]:
     """The stages of `measure`, in order."""
     runs = [f"{name} {i + 1}" for name in (*OPERATORS, "preconditioned") for i in range(_runs(name, settings))]
-    return ["gradient", *runs, "traces", "delta split", "sharpness", *(["slices"] if settings.slices else [])]
+    return ["gradient", *runs, "traces", "delta split", "sharpness", *(["noise scale"] if settings.noise_scale else []),
+            *(["slices"] if settings.slices else [])]  # fmt: skip
 
 
 def _runs(name: str, settings: Settings) -> int:

@@ -19,6 +19,7 @@ SHOWN = {
     "loss": "loss", "lambda_max": "λmax", "ggn_lambda_max": "GGN λmax", "nme_lambda_max": "NME λmax", "trace": "trace",
     "nme_trace": "NME trace", "delta_func_share": "δ_func share", "sam_sharpness": "worst case",
     "functional_sharpness": "functional", "average_sharpness": "average", "critical_sharpness": "critical",
+    "noise_scale": "noise scale",
 }  # fmt: skip
 
 
@@ -66,6 +67,10 @@ def main(argv: Sequence[str]) -> int:
         metavar="REGEX",
         help="spectra of these parameters only",
     )
+    parser.add_argument(
+        "--noise_scale", type=command.integer(), default=16, metavar="N",
+        help="held-out batches that the gradient noise scale is taken from; 0: none, else at least 2",
+    )  # fmt: skip
     parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="of every random vector")
     parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
     command.add_weights(parser)
@@ -76,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     options = command.options_of(argv, parser)
     if options.densities > options.probes:
         return command.fail(f"--densities={options.densities}: must be at most --probes={options.probes}")
+    if options.noise_scale == 1:
+        return command.fail("--noise_scale=1: must be 0, or at least 2")
     if options.step not in ("last", "all") and not options.step.isdecimal():
         return command.fail(f"--step={options.step}: must be a number of steps, or all")
 
@@ -99,7 +106,18 @@ def main(argv: Sequence[str]) -> int:
         curvature_plots.over_training(directory)
         mirror.add(directory, "curvature" if options.weights is None else AVERAGES)
     print(table(rows))
+    for directory, step, summary in rows:
+        if "noise_scale" in summary:
+            print(f"{Path(directory).resolve().name}:{step}  {regime(summary)}")
     return passed_over
+
+
+def regime(summary: dict[str, float]) -> str:
+    """How a run's batch compares with the gradient noise scale, and what follows."""
+    tokens, scale = summary["batch_tokens"], summary["noise_scale"]
+    said = f"a batch of {tokens:,.0f} tokens is {tokens / scale:.2g} of the gradient noise scale, {scale:,.0f} tokens"
+    follows = "differ little here" if tokens < scale else "can part here"
+    return f"{said}: SAM and a functional method {follows}"
 
 
 def checkpoints(options) -> list[tuple[str, int]]:
@@ -151,7 +169,6 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     """Measures one checkpoint, writes its file and plots, and returns the summary. made: programs by their key."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from steppe.data import loader
     from steppe.lm.keep import saved
@@ -176,10 +193,16 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
     if jax.tree.reduce(lambda bad, leaf: bad or not bool(jnp.all(jnp.isfinite(leaf))), run.params, False):
         raise Unusable(f"{directory}: the checkpoint of step {step} holds parameters that are not finite")
     name, size = next(iter(run.corpus.held_out)), run.config.train.batch_size
-    batches = min(options.batches, loader.held_out_steps(run.corpus, name, size))
-    rows = loader.held_out_rows(run.corpus, name, 0, batches * size)
-    rows.pop("bytes")
-    batch = place_batch(run.parts.mesh, batches * size, local_rows(run.parts.mesh, batches * size), rows)
+    most = loader.held_out_steps(run.corpus, name, size)
+    batches, parts = min(options.batches, most), min(options.noise_scale, most)
+    settings = settings._replace(noise_scale=parts if parts > 1 else 0)
+
+    def placed(count):
+        rows = loader.held_out_rows(run.corpus, name, 0, count * size)
+        rows.pop("bytes")
+        return place_batch(run.parts.mesh, count * size, local_rows(run.parts.mesh, count * size), rows)
+
+    batch = placed(batches)
 
     scale = None
     if "second" in BASES[run.parts.optimizer.base.name].moments:
@@ -201,6 +224,7 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
         scale,
         next_step=_next_step(run, step) if run.weights == LAST else None,
         towards=_other(options.towards, run, options.trust) if options.towards else None,
+        noisy=placed(settings.noise_scale) if settings.noise_scale else None,
         tick=progress.tick,
     )
     found = {
@@ -208,7 +232,7 @@ def examine(directory: str, step: int, options, made: dict, progress: "Progress"
         "step": step,
         "weights": run.weights,
         "held_out": name,
-        "tokens": int(np.sum(rows["weights"] > 0)),
+        "tokens": int(jnp.sum(batch["weights"] > 0)),
         "settings": {**settings._asdict(), "batches": batches, "devices": run.parts.mesh.size},
         "seconds": time.perf_counter() - began,
         **details,

@@ -45,7 +45,7 @@ def batch_of(parts: Parts, rows: int = ROWS, **others) -> dict:
 
 def curvature_calls(parts: Parts) -> list[tuple]:
     """(program, *arguments) of everything that measures curvature, by command and in a run."""
-    settings = sharpness.Settings(lanczos=3)
+    settings = sharpness.Settings(lanczos=3, noise_scale=2)
     made, params, batch = sharpness.programs(parts, 1, settings), parts.abstract.params, batch_of(parts)
     key = jax.random.key(0)
     vector, scale = jax.eval_shape(made.flatten.__wrapped__, params), jnp.float32(0.05)
@@ -61,5 +61,6 @@ def curvature_calls(parts: Parts) -> list[tuple]:
         (made.critical, params, batch, params),
         (made.start, key),
         (made.gaussian, key),
+        (made.noise, params, batch),
         (in_training.make_measurement(parts, ("norms=norm",)), params, parts.abstract, params, batch, parts.scalars),
     ]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from helpers import report_runs
-from steppe.scripts import results
+from steppe.scripts import cli, results
 
 
 def write_run(directory, *, steps=4, done=None, loss=2.0, rho=0.1, seed=0, outcome=None, extra=()):
@@ -95,6 +95,32 @@ def test_statuses(tmp_path):
     assert found["9"].why == "not begun"
     assert math.isnan(found["4"].loss)
     assert {result.status for result in found.values()} == set(results.STATUSES)
+
+
+def test_a_key_that_one_run_alone_has_is_none_in_the_others(tmp_path):
+    runs = {seed: report_runs.plan("adamw", seed=seed) for seed in (0, 1)}
+    report_runs.write_sweep(tmp_path, {name: (overrides, 3.0) for name, overrides in runs.values()})
+    of_a_newer_version = tmp_path / "runs" / runs[0][0] / "config.json"
+    config = json.loads(of_a_newer_version.read_text())
+    of_a_newer_version.write_text(json.dumps(config | {"newer": {"key": 1}}))
+    found = results.read(tmp_path)
+    assert [result.config["newer.key"] for result in found] == [1, None]
+    assert cli.main(["report", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("checkpoint", -1e308, "config.checkpoint = -1e+308: must be an object"), ("seed", {"x": 1}, "config.seed = ")],
+)
+def test_a_section_that_is_none_or_a_value_that_is_one_leaves_the_run_out(tmp_path, key, value, said):
+    runs = {seed: report_runs.plan("adamw", seed=seed) for seed in (0, 1)}
+    report_runs.write_sweep(tmp_path, {name: (overrides, 3.0) for name, overrides in runs.values()})
+    changed = tmp_path / "runs" / runs[0][0] / "config.json"
+    changed.write_text(json.dumps(json.loads(changed.read_text()) | {key: value}))
+    lines = []
+    assert len(results.read(tmp_path, left_out=lines.append)) == 1
+    (line,) = lines
+    assert said in line
 
 
 def test_a_sweep_lists_runs_that_have_not_begun(tmp_path):

@@ -78,6 +78,22 @@ def test_another_machine_goes_on_bit_for_bit_and_reads(text, machine, address, t
     assert "nats/token" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("made", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("reading", [False, True], ids=["of the run", "of readers"])
+def test_a_seal_in_the_cache_that_is_no_file_is_none(machine, address, reading, made):
+    machine("first")
+    with mirror.kept(address, True, print) as place:
+        step(place, 5, "five")
+    if reading:
+        shutil.rmtree(mirror._place(address).parent)
+    mirror.here(address, checkpoints=True)
+    damaged = mirror._place(address, reading) / "checkpoints" / "5" / seal.NAME
+    damaged.unlink()
+    made(damaged)
+    found = mirror.here(address, checkpoints=True)
+    assert seal.read(epath.Path(found) / "checkpoints" / "5")["step"] == 5, "fetched again"
+
+
 def test_a_branch_and_a_start_off_an_address(text, machine, address, tmp_path):
     config = lm_runs.config(*text, **METHOD)
     machine("first")

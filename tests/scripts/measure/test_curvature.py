@@ -17,10 +17,11 @@ from steppe.lm.keep import saved
 from steppe.lm.run import train
 from steppe.optim.ascent import preconditioner
 from steppe.optim.base import moments
-from steppe.optim.rule import norm
+from steppe.optim.rule import norm, plain_gradient
 from steppe.scripts.measure import curvature
 
 FLAGS = ["--batches=1", "--probes=3", "--densities=1", "--lanczos=8", "--ascent=1", "--draws=2", "--slices=3"]
+NOISE = "--noise_scale=3"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,9 @@ def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     assert train.run(config, str(workdir)) == train.FINISHED
     assert saved.steps(str(workdir)) == [2, 4]
-    assert curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", f"--towards={workdir}", *FLAGS]) == 0
+    assert (
+        curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", f"--towards={workdir}", *FLAGS, NOISE]) == 0
+    )
     return workdir
 
 
@@ -147,7 +150,7 @@ def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, ca
     copy.mkdir()
     for name in ("config.json", "checkpoints", "metrics.jsonl"):
         (copy / name).symlink_to(run / name)
-    assert curvature.main([f"--workdir={copy}", f"--towards={run}", *FLAGS]) == 0
+    assert curvature.main([f"--workdir={copy}", f"--towards={run}", *FLAGS, NOISE]) == 0
     assert "copy:4" in capsys.readouterr().out
     one = json.loads((copy / "curvature" / "4.json").read_text())
     assert (one["settings"]["devices"], found["settings"]["devices"]) == (1, 8)
@@ -156,8 +159,30 @@ def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, ca
             assert one["summary"][key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
 
 
+def test_the_noise_scale_is_that_of_the_run_s_batches(run, found):
+    made, noise, summary = saved.load(str(run), log=lambda line: None), found["noise"], found["summary"]
+    rows = loader.held_out_rows(made.corpus, "val", 0, 3 * 8)
+    rows.pop("bytes")
+    gradients = []
+    for k in range(3):
+        part = {name: jnp.asarray(values[k::3]) for name, values in rows.items()}
+        gradient = jax.device_get(plain_gradient(made.parts.objective, made.params, part)[1])
+        gradients.append(np.asarray(ravel_pytree(gradient)[0], np.float64))
+    tokens = np.array([(rows["weights"][k::3] > 0).sum() for k in range(3)])
+    assert summary["batch_tokens"] == pytest.approx(tokens.mean())
+    shares = tokens / tokens.sum()
+    each, mean = shares @ np.sum(np.square(gradients), 1), np.sum((shares @ gradients) ** 2)
+    assert noise["noise_square"] == pytest.approx((each - mean) / 2, rel=1e-3)
+    assert noise["gradient_square"] == pytest.approx(mean - (each - mean) / 2, rel=1e-3)
+    scale = noise["noise_square"] / noise["gradient_square"] * tokens.sum()
+    assert summary["noise_scale"] == pytest.approx(scale, rel=1e-4)
+    said = curvature.regime(summary)
+    assert "of the gradient noise scale" in said
+    assert ("differ little" in said) == (summary["batch_tokens"] < scale)
+
+
 def test_within_measures_a_group(run, found):
-    flags = [f"--workdir={run}", "--step=2", *FLAGS]
+    flags = [f"--workdir={run}", "--step=2", *FLAGS, "--noise_scale=0"]
     assert curvature.main([*flags, "--within=^layers/mlp", "--within=norm", "--slices=0"]) == 0
     group = json.loads((run / "curvature" / "2.json").read_text())
     assert group["spectra"]["hessian"]["dimension"] < found["spectra"]["hessian"]["dimension"]
