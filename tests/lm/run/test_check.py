@@ -26,7 +26,7 @@ BAD = [
     ({"model.readout_chunk": -1}, "model.readout_chunk", "-1", "an integer >= 0"),
     ({"model.z_loss": -1e-4}, "model.z_loss", "-0.0001", "a finite number >= 0"),
     ({"model.label_smoothing": 1.0}, "model.label_smoothing", "1.0", ">= 0 and < 1"),
-    ({"data.sequence_length": 0}, "data.sequence_length", "0", "an integer >= 1"),
+    ({"data.sequence_length": 0}, "data.sequence_length", "0", "an integer from 1 to 16777216"),
     ({"data.packing": "greedy"}, "data.packing", "'greedy'", "one of concat, bestfit"),
     ({"data.held_out_fraction": 0.0}, "data.held_out_fraction", "0.0", "a number > 0 and < 1"),
     ({"optim.method": "samm"}, "optim.method", "'samm'", "functional_sam"),
