@@ -5,7 +5,6 @@ step s is element s * batch_size + r of that endless sequence: no iterator state
 restarts.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +103,7 @@ def open_corpus(
             raise CorpusMismatch(f"config.data.{key} is {value}, but {directory} was prepared with {manifest[key]}")
     manifests.verify(directory, manifest, verify)
     if tokenizer is None:
-        copied = os.path.join(directory, have["file"]["file"]) if have["file"] else "bytes"
+        copied = manifests.path_of(directory, have["file"]) if have["file"] else "bytes"
         tokenizer = load_tokenizer(copied, have["fingerprint"])
     return Corpus(
         directory=directory,
@@ -118,7 +117,7 @@ def open_corpus(
 
 
 def _open_rows(directory: str, entry: dict) -> Rows:
-    paths = [os.path.join(directory, shard["file"]) for shard in entry["shards"] if shard["rows"]]
+    paths = [manifests.path_of(directory, shard) for shard in entry["shards"] if shard["rows"]]
     try:
         records = grain.sources.ArrayRecordDataSource(paths)
     except Exception as error:  # array_record raises bare RuntimeError and ValueError

@@ -127,7 +127,7 @@ def checked(manifest: dict, directory: str) -> Manifest:
     try:
         stored.typed(manifest, Manifest, os.path.join(directory, NAME))
         for entry in entries(manifest):
-            files.below(directory, entry["file"])
+            path_of(directory, entry)
     except DataError as error:
         raise CorpusDamaged(f"{error}; prepare the directory again") from None
     return manifest
@@ -151,6 +151,11 @@ def entries(manifest: Manifest) -> list[File]:
     return [*shards(manifest), *([copied] if copied else [])]
 
 
+def path_of(directory: str, entry: File) -> str:
+    """The path of a file that a manifest names. DataError where it leads out of the directory."""
+    return str(files.below(directory, entry["file"]))
+
+
 def verify(directory: str, manifest: dict, how: str = "auto") -> None:
     """Compares every shard with the manifest: presence and size, and contents (`full`; `auto`: up to 8 GiB in total).
 
@@ -159,7 +164,7 @@ def verify(directory: str, manifest: dict, how: str = "auto") -> None:
     """
     listed = entries(manifest)
     for entry in listed:
-        path = os.path.join(directory, entry["file"])
+        path = path_of(directory, entry)
         try:
             size = os.stat(path).st_size
         except OSError as error:
@@ -175,12 +180,12 @@ def verify(directory: str, manifest: dict, how: str = "auto") -> None:
     with ThreadPoolExecutor(4) as pool:
         for entry, found in zip(listed, pool.map(lambda e: _hash_or_error(directory, e), listed), strict=True):
             if found != entry["hash"]:
-                raise CorpusDamaged(f"{os.path.join(directory, entry['file'])} was altered ({found}); prepare again")
+                raise CorpusDamaged(f"{path_of(directory, entry)} was altered ({found}); prepare again")
 
 
 def _hash_or_error(directory: str, entry: dict) -> str:
     try:
-        return files.content_hash(os.path.join(directory, entry["file"]))
+        return files.content_hash(path_of(directory, entry))
     except OSError as error:
         return f"unreadable: {error.strerror}"
     except DataError:

@@ -50,7 +50,7 @@ def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:
                 size = sum(entry["size"] for entry in missing)
                 log(f"fetching {len(missing)} files, {size / 1e6:,.1f} MB, of {address} to {place}, once")
             for entry in missing:
-                target = files.below(place, entry["file"])
+                target = manifests.path_of(place, entry)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with files.replacing(target) as partial:
                     system.get_file(f"{path}/{entry['file']}", partial)
@@ -88,7 +88,7 @@ def publish(directory: str, address: str, log: Callable[[str], None] = print) ->
     names = [*(entry["file"] for entry in manifests.entries(manifest)), manifests.NAME]
     try:
         for name in names:
-            source = os.path.join(directory, name)
+            source = files.below(directory, name)
             if name == manifests.NAME or not _has(system, f"{path}/{name}", os.stat(source).st_size):
                 system.makedirs(os.path.dirname(f"{path}/{name}"), exist_ok=True)
                 system.put_file(source, f"{path}/{name}")
@@ -108,7 +108,7 @@ def discard(directory: str) -> None:
 
 
 def _whole(place: str, entry: dict) -> bool:
-    path = os.path.join(place, entry["file"])
+    path = manifests.path_of(place, entry)
     return os.path.exists(path) and os.stat(path).st_size == entry["size"] and files.content_hash(path) == entry["hash"]
 
 

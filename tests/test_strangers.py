@@ -170,6 +170,20 @@ def test_control_characters_of_a_model_are_escaped_on_a_terminal(trained, monkey
         assert ("\\x1b[2J" in stream.getvalue()) == (not raw)
 
 
+def test_a_record_without_bits_per_byte_leaves_them_out_of_the_card(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("bits_per_byte", None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, said = said_by(["export", f"--workdir={run}", f"--out={tmp_path / 'out'}"], capsys)
+    assert status == 0, said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert " nats a token\n" in card
+    assert "bits a byte" not in card
+
+
 def test_questions_of_a_stored_config_are_not_fetched(downloaded, capsys):
     run = downloaded({"evaluate.choices": ["q=jsonl:elsewhere://x/q.jsonl"]})
     status, said = said_by(["evaluate", f"--workdir={run}", "--batches=1"], capsys)

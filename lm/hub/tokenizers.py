@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from steppe.data import files
 from steppe.data.loader import Corpus
+from steppe.data.manifest import path_of
 from steppe.data.vocabulary import hub, read_model
 from steppe.data.vocabulary.byte import BYTE_OFFSET
 
@@ -80,7 +81,7 @@ def _made(folder: Path, corpus: Corpus) -> dict[str, Any]:
     kept = corpus.manifest["vocabulary"]["file"]
     if not kept:
         return _of_bytes()
-    content = read_model(str(Path(corpus.directory) / kept["file"]))
+    content = read_model(path_of(corpus.directory, kept))
     if hub.is_joined(content):
         found = json.loads(content)
         return hub.textual_tokenizer(found)[0] if "tokenizer" in found else _of_ranks(found)
