@@ -109,6 +109,8 @@ def prepare(
     tokenizer = load_tokenizer(recipe.vocabulary)
     for source in {(s.kind, s.where, s.split): s for part in sources_of(recipe).values() for s in part}.values():
         readers.of(source.kind).check(source, recipe.reading)
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise DataError(f"--out={out}: exists and is no directory; choose an empty or new one")
     created = not os.path.exists(out)
     try:
         os.makedirs(out, exist_ok=True)

@@ -294,7 +294,7 @@ def writable_directory(text: str) -> Path:
 
 
 def workdir(text: str) -> str:
-    """An argparse type: where a run lives, a writable directory or an address that fsspec knows the driver of."""
+    """An argparse type: a writable directory, or an address that fsspec knows the driver of."""
     if not files.is_remote(text):
         return str(writable_directory(text))
     import fsspec  # here: no other command line needs it

@@ -37,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _prepare(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data", __doc__)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to prepare, new or interrupted")
+    parser.add_argument(
+        "--out", required=True, type=command.workdir, metavar="DIR", help="the directory to prepare, new or interrupted"
+    )
     parser.add_argument(
         "--shards", type=command.integer(1, 99_999), metavar="N", help="files per training source (config.data.shards)"
     )
