@@ -31,7 +31,8 @@ from steppe.configs.keys import (
     several_of,
 )
 
-_METHOD_OPTIONS = "optim.*"  # where the options of methods stand among the keys
+# where the options of methods, and the switches of all of them, stand among the keys
+_METHOD_OPTIONS, _SWITCHES = "optim.*", "optim.**"
 _KEYS = {
     "seed": Key(
         0, "seeds initialisation and data order; runs that share it see the same tokens", integer(0, 2**32 - 1)
@@ -155,29 +156,7 @@ _KEYS = {
     ),
     "optim.start": Key("0%", "duration before which the method is its base optimizer", DURATION),
     "optim.stop": Key("100%", "duration after which the method is its base optimizer", DURATION),
-    "optim.every": Key(1, "perturb on every k-th step, the base gradient in between", integer(1)),
-    "optim.ascent_over": Key(
-        "global", "the tokens that one perturbation is computed from", one_of("optim.two_pass:ASCENT_OVER")
-    ),
-    "optim.ascent_fraction": Key(
-        1.0, "with subset: fraction of each microbatch's sequences used for the ascent", number(above=0, most=1)
-    ),
-    "optim.perturb": Key(
-        (".*",), "regexes over parameter paths: a parameter is perturbed if one matches", patterns(least=1)
-    ),
-    "optim.layerwise_rho": Key(
-        "none",
-        "scaling of rho per parameter: norm by |theta_l|, width by 1 / sqrt(fan-in)",
-        one_of("optim.two_pass:LAYERWISE"),
-    ),
-    "optim.rho_factors": Key(
-        (), 'rho of parameters apart, as ("^embed=0.1",): each rule a group, perturbed by so many times rho', FACTORS
-    ),
-    "optim.rho_budget": Key(
-        0.0,
-        "nats that the perturbation may add to the loss, to first order: else it is shortened; 0: any",
-        number(least=0),
-    ),
+    "optim.**": Key(None, "the switches of every method, from optim/two_pass.py", TEXT),
     "optim.clip_order": Key(
         "after", "after: clip the returned gradient | before: also clip the ascent gradient", one_of("after", "before")
     ),
@@ -309,6 +288,10 @@ def keys() -> dict[str, Key]:
         if name == _METHOD_OPTIONS:
             for option, (kind, meaning, accepted) in named("optim.methods:OPTIONS").items():
                 found[f"optim.{option}"] = Key(None, meaning, Accepted(kind, lambda text=accepted: text))
+        elif name == _SWITCHES:
+            for switch, (kind, default, option) in named("optim.two_pass:SWITCHES").items():
+                accepted = Accepted(kind, lambda o=option: o.accepted, option.allows, lambda o=option: list(o.names))
+                found[f"optim.{switch}"] = Key(default, option.meaning, accepted)
         else:
             found[name] = key
     return found
@@ -322,15 +305,12 @@ def get_config() -> ConfigDict:
 FREE = frozenset(name for name, key in _KEYS.items() if key.free)
 
 
-_DEFAULTS = flatten({name: key.default for name, key in _KEYS.items() if name != _METHOD_OPTIONS})
-
-
 def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
     """A flat config of some version of Steppe with the keys it did not have yet; absent options of methods are None.
 
     An option left to its method whose default has changed since is at what it then was.
     """
-    found = {f"optim.{option}": None for option in named("optim.methods:OPTIONS")} | _DEFAULTS | dict(flat)
+    found = flatten({name: key.default for name, key in keys().items()}) | dict(flat)
     found |= former(found, flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(found["optim.method"], options).items():

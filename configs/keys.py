@@ -62,7 +62,7 @@ class Key(NamedTuple):
         kind = self.accepted.kind
         if kind is tuple:
             return isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind in (int, float) and isinstance(value, int) and not isinstance(value, bool):
             return abs(value) <= LARGEST
         return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 

@@ -1,7 +1,6 @@
 """Every named method as first pass x ascent x second pass: the table that code, configs and help read."""
 
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -11,7 +10,7 @@ from steppe.optim.base import moments as read_moments
 from steppe.optim.options import AT_LEAST_ONE, NOT_NEGATIVE, Declared, Option, make, nearest, needs, options
 from steppe.optim.rule import OptionError, Rule
 from steppe.optim.schedules import is_number
-from steppe.optim.two_pass import ASCENT_OVER, LAYERWISE, Plain, Switches, TwoPass
+from steppe.optim.two_pass import SWITCHES, Plain, Switches, TwoPass
 
 
 class Method(NamedTuple):
@@ -357,80 +356,33 @@ def _defaults(part: Callable) -> Any:
     return make(part, {name: declared.default for name, declared in options(part).items()})
 
 
-def method(
-    name: str,
-    *,
-    rho: float | Callable | None = None,
-    base: Base | None = None,
-    b2: float = 0.999,
-    every: int = 1,
-    start: int = 0,
-    stop: int | None = None,
-    microbatches: int = 1,
-    ascent_over: str = "global",
-    ascent_fraction: float = 1.0,
-    perturb: tuple[str, ...] = (".*",),
-    layerwise_rho: str = "none",
-    rho_factors: tuple[str, ...] = (),
-    rho_budget: float = 0.0,
-    widening: float = 1.0,
-    matrix_axes: Callable | None = None,
-    clip_norm: float | None = None,
-    shards: int = 1,
-    groups: Mapping[str, str] = {},
-    **given,
-) -> Rule:
+def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: int = 1, **given) -> Rule:
     """A gradient rule by name. rho = 0 is the base gradient itself; rho None is the method's published default.
     It may be traced, and is then taken to be above 0, so that one compiled step serves every radius.
 
     base: the optim.base.Base whose moments a direction may need; without one, moments are read from any optax state
     that holds a single one, Adam's second moment corrected with b2. shards: equal blocks of a batch's rows, one a
-    device, from which as many sequences are taken where some are. The other switches: see Switches. given: the method's
-    options, and what it needs of its surroundings (Method.needs).
+    device, from which as many sequences are taken where some are. given: the method's options, rho among them; fields
+    of Switches; and what it needs of its surroundings (Method.needs).
     OptionError for an unknown name, an option the method does not take, a switch that would be ignored, a need that is
     not met, or a base without the moment it needs.
     """
     row = row_of(name)
     needed = {need: given.pop(need, None) for need in (row.needs() if row else ())}
-    values = options_of(name, {**given, "rho": rho})
+    switches, own = _switches(given)
+    values = options_of(name, own)
     rho = values.get("rho", 0.0)
-    for switch, value, accepted, allowed in (
-        ("ascent_over", ascent_over, f"one of {', '.join(ASCENT_OVER)}", ascent_over in ASCENT_OVER),
-        ("layerwise_rho", layerwise_rho, f"one of {', '.join(LAYERWISE)}", layerwise_rho in LAYERWISE),
-        ("every", every, "an integer >= 1", every >= 1),
-        ("microbatches", microbatches, "an integer >= 1", microbatches >= 1),
-        ("rho_budget", rho_budget, "a finite number >= 0", 0 <= rho_budget < math.inf),
-        ("ascent_fraction", ascent_fraction, "a number > 0 and <= 1", 0 < ascent_fraction <= 1),
-    ):
-        if not allowed:
-            raise OptionError(switch, value, accepted)
+    over, fraction = switches.ascent_over, switches.ascent_fraction
     if base is not None and base.name not in accepted_bases(name):
         raise OptionError("base", base.name, f"one of {', '.join(accepted_bases(name))} with {name}")
-    if ascent_fraction != 1 and ascent_over != "subset":
-        raise OptionError(
-            "ascent_fraction", ascent_fraction, f"1.0 unless ascent_over is subset, and it is {ascent_over}"
-        )
-    if own := period_options(name):
-        if every != 1:
-            raise OptionError("every", every, f"1 with optim.method = {name}, whose period is optim.{own[0]}")
-        every = period(name, **values)
-    switches = Switches(
-        rho=rho,
-        start=start,
-        stop=stop,
-        every=every,
-        microbatches=microbatches,
-        ascent_over=ascent_over,
-        ascent_fraction=ascent_fraction,
-        perturb=tuple(perturb),
-        layerwise_rho=layerwise_rho,
-        rho_factors=tuple(rho_factors),
-        rho_budget=rho_budget,
-        widening=widening,
-        matrix_axes=matrix_axes,
-        clip_norm=clip_norm,
-        groups=groups,
-    )
+    if fraction != 1 and over != "subset":
+        raise OptionError("ascent_fraction", fraction, f"1.0 unless ascent_over is subset, and it is {over}")
+    if period_of := period_options(name):
+        if switches.every != 1:
+            accepted = f"1 with optim.method = {name}, whose period is optim.{period_of[0]}"
+            raise OptionError("every", switches.every, accepted)
+        switches = switches._replace(every=period(name, **values))
+    switches = switches._replace(rho=rho)
     if not perturbs(name, rho):
         return Plain(switches)
     for need, must in row.needs().items():
@@ -438,12 +390,12 @@ def method(
             raise OptionError(need, None, f"given, as {name} needs it: see optim.methods.Method.needs")
     values |= {need: value for need, value in needed.items() if value is not None} | {"shards": shards}
     up, down = make(row.ascent, values), make(row.second, values)
-    if widening != 1 and layerwise_rho != "none":
-        raise OptionError("layerwise_rho", layerwise_rho, "none under mup, which scales rho by itself")
-    if widening != 1 and up.widths is None:
+    if switches.widening != 1 and switches.layerwise_rho != "none":
+        raise OptionError("layerwise_rho", switches.layerwise_rho, "none under mup, which scales rho by itself")
+    if switches.widening != 1 and up.widths is None:
         raise OptionError("method", name, "another under mup, with a direction so defined that its scaling is known")
-    if rho_budget and "gradient" not in up.needs:
-        raise OptionError("rho_budget", rho_budget, f"0 with {name}, whose direction knows no gradient")
+    if switches.rho_budget and "gradient" not in up.needs:
+        raise OptionError("rho_budget", switches.rho_budget, f"0 with {name}, whose direction knows no gradient")
     return TwoPass(
         ascent=up,
         second=down,
@@ -451,6 +403,19 @@ def method(
         moments=base.moments if base else lambda state, params: read_moments(state, params, b2),
         first=_first(name, values, switches, up, down),
     )
+
+
+def _switches(given: Mapping[str, Any]) -> tuple[Switches, dict[str, Any]]:
+    """(the switches among the keyword arguments of `method`, checked; the other arguments)."""
+    said = {name: given[name] for name in Switches._fields if name in given and name != "rho"}
+    said |= {name: tuple(said[name]) for name in said if SWITCHES.get(name) and SWITCHES[name].kind is tuple}
+    for name, value in said.items():
+        option = SWITCHES[name].option if name in SWITCHES else None
+        if option and not option.allows(value):
+            raise OptionError(name, value, option.accepted)
+    if said.get("microbatches", 1) < 1:
+        raise OptionError("microbatches", said["microbatches"], "an integer >= 1")
+    return Switches(**said), {name: value for name, value in given.items() if name not in said}
 
 
 def _first(name: str, values: dict, switches: Switches, up: ascent.Ascent, down: second_pass.SecondPass):
@@ -483,38 +448,29 @@ class Cost(NamedTuple):
         return Cost(*(own + share * (one - own) for one, own in zip(self, Cost(), strict=True)))
 
 
-def cost(
-    name: str,
-    *,
-    sequences: int = 1,
-    microbatches: int = 1,
-    shards: int = 1,
-    ascent_over: str = "global",
-    ascent_fraction: float = 1.0,
-    keep: bool = False,
-    **given,
-) -> Cost:
+def cost(name: str, *, sequences: int = 1, shards: int = 1, keep: bool = False, **given) -> Cost:
     """The Cost of a step that perturbs, over all of its microbatches.
 
-    sequences: of a step. shards, ascent_over, ascent_fraction, given: see method. keep: the readout stores its loss
-    derivative at theta.
+    sequences: of a step. shards, given: see method. keep: the readout stores its loss derivative at theta.
     """
     row = row_of(name)
     if row is None:
         return Cost()
-    values, each = options_of(name, given), sequences // microbatches
+    switches, own = _switches(given)
+    over, fraction, microbatches = switches.ascent_over, switches.ascent_fraction, switches.microbatches
+    values, each = options_of(name, own), sequences // microbatches
     forwards, backwards = row.passes
     products, second = row.products or forwards + 2 * backwards, make(row.second, values)
     if row.share:
         # One forward over all sequences; the two passes are of a share of them.
         share = make(row.share, values | {"shards": shards, "sequences": each})
         forwards, backwards, products = 1 + forwards * share, backwards * share, 1 + products * share
-    if ascent_over == "subset":
+    if over == "subset":
         # The ascent takes a share of a pass; an anchored path needs the whole forward at theta besides.
-        missing = 1 - first_pass.subset_rows(ascent_fraction, each, shards) / each
+        missing = 1 - first_pass.subset_rows(fraction, each, shards) / each
         again = 1 if second.anchored else 0
         forwards, backwards, products = forwards - missing + again, backwards - missing, products - 3 * missing + again
-    if second.pulls and (ascent_over == "subset" or (ascent_over == "global" and microbatches > 1)):
+    if second.pulls and (over == "subset" or (over == "global" and microbatches > 1)):
         forwards += 1  # the whole batch's pass at theta is not held until then
     return Cost(forwards, backwards, products - (1 if keep and second.frozen else 0))
 

@@ -18,20 +18,28 @@ from typing import Annotated, Any, NamedTuple
 class Option(NamedTuple):
     """What an option means, and its accepted values: `accepted` completes "must be ...", allows(value) decides.
 
-    former: (value, option): what it was where nothing was said, before the other option existed.
+    names: the values, where they are few. former: (value, option): the value before the other option existed.
     """
 
     meaning: str
     accepted: str
     allows: Callable[[Any], bool]
+    names: tuple[str, ...] = ()
     former: tuple[Any, str] | None = None
 
 
 FINITE = ("a finite number", math.isfinite)
 NOT_NEGATIVE = ("a finite number >= 0", lambda value: 0 <= value < math.inf)
 POSITIVE = ("a finite number > 0", lambda value: 0 < value < math.inf)
+PART = ("a number > 0 and <= 1", lambda value: 0 < value <= 1)
 SHARE = ("a number >= 0 and < 1", lambda value: 0 <= value < 1)
 AT_LEAST_ONE = ("an integer >= 1", lambda value: value >= 1)
+PATTERNS = ("at least 1 of regular expressions over parameter paths", lambda value: bool(value) and _all_compile(value))
+# as optim.masks.factors reads them
+FACTORS = (
+    "rules REGEX=FACTOR over parameter paths, FACTOR >= 0",
+    lambda value: _all_compile(value) and all(re.fullmatch(r".+=\d+(\.\d+)?(e[+-]?\d+)?", rule) for rule in value),
+)
 PATTERN = ("a regular expression", lambda value: _compiles(value))
 NATURAL = ("an integer >= 0", lambda value: value >= 0)
 
@@ -54,9 +62,13 @@ def _compiles(pattern: str) -> bool:
         return False
 
 
-def one_of(*names: str) -> tuple[str, Callable]:
+def _all_compile(patterns: Iterable[str]) -> bool:
+    return all(map(_compiles, patterns))
+
+
+def one_of(*names: str) -> tuple[str, Callable, tuple[str, ...]]:
     """One of these texts."""
-    return f"one of {', '.join(names)}", names.__contains__
+    return f"one of {', '.join(names)}", names.__contains__, names
 
 
 class Declared(NamedTuple):

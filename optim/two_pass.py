@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from steppe.optim.ascent import Ascent, AscentInput
 from steppe.optim.base import Moments
 from steppe.optim.first_pass import FirstPass, Residuals, whole
 from steppe.optim.masks import by_width, dimensions, factors, mask, path_names
+from steppe.optim.options import AT_LEAST_ONE, FACTORS, NOT_NEGATIVE, PART, PATTERNS, Option, one_of, options
 from steppe.optim.rule import (
     Objective,
     Tree,
@@ -30,12 +31,9 @@ from steppe.optim.rule import (
 )
 from steppe.optim.second_pass import PassInput, SecondPass
 
-LAYERWISE = ("none", "norm", "width")
-ASCENT_OVER = ("global", "microbatch", "subset")
-
 
 class Switches(NamedTuple):
-    """What every method takes beside its own options.
+    """The settings of every method. A field that is annotated with an Option is a key of every config, optim.NAME.
 
     rho: step -> radius (or a constant). start, stop, every: steps on which the method perturbs; on the others, and
     where a schedule gives rho = 0, the base gradient is returned (or what SecondPass.reuse makes of it).
@@ -54,14 +52,34 @@ class Switches(NamedTuple):
     rho: float | Callable = 0.0
     start: int = 0
     stop: int | None = None
-    every: int = 1
+    every: Annotated[int, Option("perturb on every k-th step, the base gradient in between", *AT_LEAST_ONE)] = 1
     microbatches: int = 1
-    ascent_over: str = "global"
-    ascent_fraction: float = 1.0
-    perturb: tuple[str, ...] = (".*",)
-    layerwise_rho: str = "none"
-    rho_factors: tuple[str, ...] = ()
-    rho_budget: float = 0.0
+    ascent_over: Annotated[
+        str, Option("the tokens that one perturbation is computed from", *one_of("global", "microbatch", "subset"))
+    ] = "global"
+    ascent_fraction: Annotated[
+        float, Option("with subset: fraction of each microbatch's sequences used for the ascent", *PART)
+    ] = 1.0
+    perturb: Annotated[
+        tuple, Option("regexes over parameter paths: a parameter is perturbed if one matches", *PATTERNS)
+    ] = (".*",)
+    layerwise_rho: Annotated[
+        str,
+        Option(
+            "scaling of rho per parameter: norm by |theta_l|, width by 1 / sqrt(fan-in)",
+            *one_of("none", "norm", "width"),
+        ),
+    ] = "none"
+    rho_factors: Annotated[
+        tuple, Option('rho of groups of parameters, as ("^embed=0.1",): each rule a group and its factor', *FACTORS)
+    ] = ()
+    rho_budget: Annotated[
+        float,
+        Option(
+            "nats that the perturbation may add to the loss, to first order: else it is shortened; 0: any",
+            *NOT_NEGATIVE,
+        ),
+    ] = 0.0
     widening: float = 1.0
     matrix_axes: Callable | None = None
     clip_norm: float | None = None
@@ -86,6 +104,9 @@ class Switches(NamedTuple):
         """The share of the first `steps` steps that perturb."""
         active = self.active(jnp.arange(steps))
         return 1.0 if active is None else float(jnp.mean(active))
+
+
+SWITCHES = options(Switches)
 
 
 class Plain(NamedTuple):

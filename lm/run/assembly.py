@@ -26,7 +26,7 @@ from steppe.lm.model.parameters import GROUPS, MATRIX_AXES
 from steppe.lm.model.transformer import Shape, shape, widening_of
 from steppe.lm.run import budget as budgets
 from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, length
-from steppe.lm.run.check import kernel_of, mesh_shape, method_options
+from steppe.lm.run.check import kernel_of, mesh_shape, method_options, method_settings
 from steppe.lm.run.chips import chip_of
 from steppe.lm.run.memo import Memo
 from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
@@ -187,22 +187,15 @@ def _optimizers(
         rule = method(
             optim.method,
             base=the_base,
-            every=optim.every,
             start=max(0, steps(optim.start) - round(offset)),
             stop=None if stop >= total else max(0, stop - round(offset)),
             microbatches=config.train.microbatches,
-            ascent_over=optim.ascent_over,
-            ascent_fraction=optim.ascent_fraction,
-            perturb=tuple(optim.perturb),
-            layerwise_rho=optim.layerwise_rho,
-            rho_factors=tuple(optim.rho_factors),
-            rho_budget=optim.rho_budget,
             widening=widening,
             matrix_axes=MATRIX_AXES,
             clip_norm=optim.clip_norm if optim.clip_order == "before" else None,
             shards=shards,
             groups=GROUPS,
-            **{**method_options(config), "rho": rho},
+            **{**method_settings(config), "rho": rho},
             **met,
         )
         return Optimizer(the_base, rule, rate, rho if callable(rho) else lambda step: rho, averages)

@@ -9,7 +9,7 @@ from steppe.configs.keys import ConfigError
 from steppe.lm.keep.leg import WHOLE, Leg
 from steppe.lm.model import parameters
 from steppe.lm.model.transformer import Shape, shape
-from steppe.lm.run.check import method_options
+from steppe.lm.run.check import method_settings
 from steppe.lm.run.chips import Chip
 from steppe.optim import Rule, methods
 from steppe.optim.averaging import AVERAGES
@@ -230,10 +230,8 @@ def budget(
         sequences=train.batch_size,
         microbatches=train.microbatches,
         shards=shards,
-        ascent_over=optim.ascent_over,
-        ascent_fraction=optim.ascent_fraction,
         keep=keep,
-        **method_options(config),
+        **method_settings(config),
     )
     positions = train.batch_size * config.data.sequence_length
     steps, left = length.steps, length.steps - leg.step

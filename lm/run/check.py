@@ -14,6 +14,7 @@ from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import DurationError, duration_steps, in_steps
+from steppe.optim.two_pass import SWITCHES
 
 
 def check(config: ConfigDict, *, device_count: int | None, process_count: int = 1, backend: str | None = None) -> None:
@@ -148,13 +149,8 @@ def _check_method(config: ConfigDict) -> None:
         methods.method(
             optim.method,
             base=base_optimizer(optim.base, optim.peak_learning_rate, b1=optim.b1),
-            every=optim.every,
-            ascent_over=optim.ascent_over,
-            ascent_fraction=optim.ascent_fraction,
-            rho_budget=optim.rho_budget,
-            layerwise_rho=optim.layerwise_rho,
             widening=widening_of(config.model),
-            **method_options(config),
+            **method_settings(config),
             **dict.fromkeys(row.needs() if row else (), 1),  # what they are is known later
         )
     except OptionError as error:
@@ -164,6 +160,11 @@ def _check_method(config: ConfigDict) -> None:
 def method_options(config: ConfigDict) -> dict[str, Any]:
     """The options of methods that a config sets, None where it leaves one to its method."""
     return {name: config.optim[name] for name in methods.OPTIONS}
+
+
+def method_settings(config: ConfigDict) -> dict[str, Any]:
+    """These, and the switches of every method."""
+    return method_options(config) | {name: config.optim[name] for name in SWITCHES}
 
 
 def _check_durations(config: ConfigDict) -> None:
