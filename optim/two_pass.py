@@ -37,13 +37,8 @@ class Switches(NamedTuple):
 
     rho: step -> radius (or a constant). start, stop, every: steps on which the method perturbs; on the others, and
     where a schedule gives rho = 0, the base gradient is returned (or what SecondPass.reuse makes of it).
-    microbatches: parts in which the batch is processed. ascent_over: "global" one epsilon from the whole batch,
-    "microbatch" one per part (m-sharpness), "subset" one from ascent_fraction of the sequences.
-    perturb: regexes over parameter paths, one must match. layerwise_rho: scales each parameter's share of epsilon.
-    rho_factors: rules of masks.factors: the parameters that one matches are a group, perturbed by its factor times rho
-    along the direction within it. rho_budget: epsilon is shortened where it would raise the loss by more, to first
-    order (LE-SAM, arXiv 2605.10183: rho = min(budget / |g|, rho)); 0 for no bound. widening: the width over that of
-    mup's base, see `widened`; 1 for the standard parametrisation. matrix_axes: see layer_scale.
+    microbatches: parts in which the batch is processed. rho_factors: see masks.factors. widening: the width over that
+    of mup's base, see `widened`; 1 for the standard parametrisation. matrix_axes: see layer_scale.
     clip_norm: bound on the gradient climbed and on the one returned, each by itself; None leaves both, for a base that
     clips what it is given. groups: {name: regex over parameter paths} of which the report says what share of
     |epsilon|^2 they have.
@@ -55,7 +50,11 @@ class Switches(NamedTuple):
     every: Annotated[int, Option("perturb on every k-th step, the base gradient in between", *AT_LEAST_ONE)] = 1
     microbatches: int = 1
     ascent_over: Annotated[
-        str, Option("the tokens that one perturbation is computed from", *one_of("global", "microbatch", "subset"))
+        str,
+        Option(
+            "what one perturbation is of: the whole batch, each microbatch (m-sharpness), or part of each microbatch",
+            *one_of("global", "microbatch", "subset"),
+        ),
     ] = "global"
     ascent_fraction: Annotated[
         float, Option("with subset: fraction of each microbatch's sequences used for the ascent", *PART)
@@ -66,17 +65,22 @@ class Switches(NamedTuple):
     layerwise_rho: Annotated[
         str,
         Option(
-            "scaling of rho per parameter: norm by |theta_l|, width by 1 / sqrt(fan-in)",
+            "scaling of rho per parameter: norm by |theta_l|, width by 1 / sqrt(fan-in); the length stays rho",
             *one_of("none", "norm", "width"),
         ),
     ] = "none"
     rho_factors: Annotated[
-        tuple, Option('rho of groups of parameters, as ("^embed=0.1",): each rule a group and its factor', *FACTORS)
+        tuple,
+        Option(
+            'rho of groups of parameters, as ("^embed=0.1",): each rule a group, perturbed by its factor times rho',
+            *FACTORS,
+        ),
     ] = ()
     rho_budget: Annotated[
         float,
         Option(
-            "nats that the perturbation may add to the loss, to first order: else it is shortened; 0: any",
+            "nats that the perturbation may add to the loss, to first order: else it is shortened; 0: any "
+            "(LE-SAM, arXiv 2605.10183: along the gradient rho = min(budget / |g|, rho))",
             *NOT_NEGATIVE,
         ),
     ] = 0.0
@@ -107,6 +111,15 @@ class Switches(NamedTuple):
 
 
 SWITCHES = options(Switches)
+
+
+def table() -> str:
+    """SWITCHES as a Markdown table."""
+    lines = ["switch | default | accepted | meaning", "|".join(["---"] * 4)]
+    for name, (_, default, option) in SWITCHES.items():
+        meaning = option.meaning.replace("|", "\\|")
+        lines.append(f"`{name}` | `{default}` | {option.accepted} | {meaning}")
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 class Plain(NamedTuple):

@@ -3,7 +3,9 @@
 import doctest
 from pathlib import Path
 
-from steppe.optim import methods, schedules
+import pytest
+
+from steppe.optim import methods, schedules, two_pass
 
 README = Path(methods.__file__).parent / "README.md"
 
@@ -18,16 +20,27 @@ def test_examples_of_docstrings():
     assert doctest.testmod(schedules) == doctest.TestResults(failed=0, attempted=2)
 
 
-MARKER = "<!-- methods: written by optim.methods.table() -->\n"
+# the tables of the README: (what begins one, what ends it): its writer
+TABLES = {
+    ("<!-- methods: written by optim.methods.table() -->\n", "<!-- end -->"): methods.table,
+    ("<!-- switches: written by optim.two_pass.table() -->\n", "<!-- end of switches -->"): two_pass.table,
+}
 
 
-def test_method_table_is_written_from_the_code():
-    written = README.read_text().split(MARKER)[1].split("<!-- end -->")[0]
-    assert written == methods.table(), "to write it: python tests/optim/test_readme.py"
-    for name in methods.METHODS:
-        assert f"`{name}`" in written
+@pytest.mark.parametrize("marks", TABLES, ids=lambda marks: marks[0][5:13])
+def test_tables_are_written_from_the_code(marks):
+    begin, end = marks
+    written = README.read_text().split(begin)[1].split(end)[0]
+    assert written == TABLES[marks](), "to write it: python tests/optim/test_readme.py"
+
+
+def test_tables_name_every_method_and_switch():
+    text = README.read_text()
+    for name in (*methods.METHODS, *two_pass.SWITCHES):
+        assert f"| `{name}`" in text
 
 
 if __name__ == "__main__":
-    before, after = README.read_text().split(MARKER)
-    README.write_text(before + MARKER + methods.table() + after[after.index("<!-- end -->") :])
+    for (begin, end), table in TABLES.items():
+        before, after = README.read_text().split(begin)
+        README.write_text(before + begin + table() + after[after.index(end) :])

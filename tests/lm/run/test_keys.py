@@ -12,6 +12,7 @@ from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.run.anomaly import Watch
 from steppe.lm.run.assembly import assemble, program_key
 from steppe.lm.run.step import lower_step
+from steppe.optim.two_pass import SWITCHES
 
 SAM = {"optim.method": "sam"}
 PRECOND = {"optim.method": "precond_sam"}
@@ -22,13 +23,8 @@ STEP = {
     "optim.rho_schedule": ("cosine", SAM),
     "optim.start": ("10%", SAM),
     "optim.stop": ("90%", SAM),
-    "optim.every": (2, SAM),
     "optim.ascent_over": ("microbatch", {**SAM, "train.microbatches": 2}),
     "optim.ascent_fraction": (0.5, {**SAM, "optim.ascent_over": "subset"}),
-    "optim.perturb": (("layers/",), SAM),
-    "optim.layerwise_rho": ("norm", SAM),
-    "optim.rho_factors": (("layers/=0.5",), SAM),
-    "optim.rho_budget": (0.1, SAM),
     "optim.rate_factors": (("layers/=0.5",), {}),
     "average.weights": (("ema",), {}),
     "average.horizon": ("50%", {"average.weights": ("ema",)}),
@@ -71,6 +67,17 @@ STEP = {
     "train.batch_size": (16, {}),
     "train.microbatches": (2, {}),
 }
+
+
+def another(name: str):
+    """A value that a switch accepts and that is not its default."""
+    kind, default, option = SWITCHES[name]
+    tried = {tuple: (("layers/",), ("layers/=0.5",)), str: option.names, bool: (True, False)}.get(kind, (0.1, 2))
+    return next(value for value in tried if value != default and isinstance(value, kind) and option.allows(value))
+
+
+for name in SWITCHES:
+    STEP.setdefault(f"optim.{name}", (another(name), SAM))
 OPERANDS = {"optim.peak_learning_rate": (2e-3, {}), "optim.rho": (0.2, SAM)}
 WATCH = {
     "train.on_nonfinite": "skip",
