@@ -11,10 +11,8 @@ stand there together. OUT takes index.html, which needs nothing beside it, and e
 behind figures and tables as CSV.
 """
 
-import collections
 import contextlib
 import importlib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,80 +57,73 @@ def main(argv: Sequence[str]) -> int:
 
 def write(found: list, out: Path, name: str) -> Path:
     """Writes the report of results.read(...) into a directory; returns the path of its page."""
-    from steppe.scripts import results
-    from steppe.scripts.report import answer as report_answer
-    from steppe.scripts.report import drawing as report_drawing
-    from steppe.scripts.report import figures as report_figures
-    from steppe.scripts.report import measured as report_measured
-    from steppe.scripts.report import page as report_page
-    from steppe.scripts.report import tables as report_tables
+    from steppe.scripts import results, style
+    from steppe.scripts.report import answer, drawing, figures, measured, page, tables
     from steppe.scripts.report.numbers import analysis as an
-    from steppe.scripts.report.numbers import entries as report_entries
-    from steppe.scripts.report.numbers import groups as report_groups
+    from steppe.scripts.report.numbers import beside, entries
 
-    found = results.with_averages(found)
-    study = report_groups.analyse(found)
-    entries = report_entries.entries(study.runs)
-    laws = an.power_laws(study)
-    scaling, refused = an.scaling_laws(study)
-    measured = {source: by_measure for source, by_measure in an.measures(study).items() if by_measure}
+    study = entries.analyse(results.with_averages(found))
+    made, compared = beside.answer(study.entries), an.comparison(study)
+    optima, (scaled, refused), measures = an.best_rho(study), an.scaling_laws(study), an.measures(study)
+    laws, steady, styles = (
+        an.power_laws(optima),
+        an.unsteadiness(study) <= an.STEADY,
+        style.of_variants(an.variants(study)),
+    )
 
     out.mkdir(parents=True, exist_ok=True)
     before, written = _before(out), []
-    Section, tables, figures = report_page.Section, report_tables, report_figures
+    Section = page.Section
 
     def add(section, *parts):
         """Tables and figures of a section, each also written beside the page."""
         for part in parts:
-            if part is None or not part.rows:
+            if part is None or not len(part.frame):
                 continue
-            stem = f"{part.name}_table" if isinstance(part, tables.Table) else part.name
-            files.write(out / f"{stem}.csv", tables.to_csv(part.rows))
+            is_table = isinstance(part, tables.Table)
+            stem = f"{part.name}_table" if is_table else part.name
+            files.write(out / f"{stem}.csv", tables.to_csv(part.frame))
             written.append(f"{stem}.csv")
-            if isinstance(part, tables.Table):
+            if is_table:
                 section.table(part)
             else:
-                section.figure(part, report_drawing.save(part, out))
+                section.figure(part, drawing.save(part, out))
                 written.append(f"{stem}.png")
         return section
 
-    with report_drawing.styled():
-        compared, answer = tables.comparison(study), report_answer.answer(entries)
+    with drawing.styled():
         sections = [
-            add(Section("Answer").points(report_answer.sentences(answer)), *report_answer.figures(answer)).points(
-                report_answer.lines(answer)
-            ),
-            add(Section("What it rests on").points(summary(study, compared)), report_answer.power(answer)),
-            add(Section("Methods"), report_answer.beside(answer), compared, tables.costs(study)),
-            add(Section("Loss against rho"), figures.loss_against_rho(study)),
+            add(Section("Answer").points(answer.sentences(made)), *answer.figures(made)).points(answer.lines(made)),
+            add(Section("What it rests on").points(summary(study, compared)), answer.power(made)),
             add(
-                Section("Best rho against size"), figures.best_rho(study, laws), tables.power_laws(study, laws),
-                tables.optima(study),
+                Section("Methods"), answer.beside(made), tables.comparison(compared),
+                tables.costs(compared, study.names),
+            ),
+            add(Section("Loss against rho"), figures.loss_against_rho(an.loss_against_rho(study), styles)),
+            add(
+                Section("Best rho against size"), figures.best_rho(optima, laws, study.names),
+                tables.power_laws(an.laws_table(optima, laws)), tables.optima(optima, study.names),
             ),
             add(
-                Section("Tokens, compute, time"), figures.differences(study), figures.frontier(study),
-                figures.curves(study),
+                Section("Tokens, compute, time"), figures.differences(an.on_the_way(study), styles),
+                figures.frontier(an.frontier(study), styles, steady), figures.curves(an.curves(study), styles, steady),
             ),
-            add(Section("Scaling law"), figures.scaling(study, scaling), tables.scaling_laws(scaling)).points(
-                [f"{name}: no scaling law; {reason}." for name, reason in refused.items()]
-            ),
+            add(
+                Section("Scaling law"), figures.scaling(an.scaling(study, scaled), scaled),
+                tables.scaling_laws(an.scaling_table(scaled)),
+            ).points([f"{name}: no scaling law; {reason}." for name, reason in refused.items()]),
         ]  # fmt: skip
-        for source, by_measure in measured.items():
-            drawn = an.shown(by_measure)
-            parts = [
-                report_measured.sharpness(study, source, drawn, part)
-                for part in range(math.ceil(len(drawn) / report_measured.PART))
-            ]
+        for source, own in measures.groupby("source", observed=True):
+            parts = measured.sharpness(source, own, styles)
             if source == "curvature":
-                parts.append(report_measured.curvature_over_training(study))
+                parts.append(measured.curvature_over_training(an.over_training(study), styles))
             else:
-                parts = [report_measured.kept_against_rho(entries), report_measured.forgetting(answer), *parts]
-                parts.append(report_answer.fine_tuning(answer))
-            told = tables.sharpness(study, source, by_measure)
-            sections.append(add(Section(source.capitalize()), told, *parts))
-        sections.append(add(Section("Rank correlations"), tables.correlations(study, measured)))
+                kept, costs = beside.kept_against_rho(study.entries), beside.forgetting(made)
+                parts = [measured.kept_against_rho(kept), measured.forgetting(costs), *parts, answer.fine_tuning(made)]
+            sections.append(add(Section(source.capitalize()), tables.sharpness(source, own), *parts))
+        sections.append(add(Section("Rank correlations"), tables.correlations(measures)))
         sections.append(add(Section("Runs"), tables.runs(study)))
-    files.write(out / PAGE, report_page.page(f"Report: {name}", _introduction(study), sections))
+    files.write(out / PAGE, page.page(f"Report: {name}", _introduction(study), sections))
     for each in set(before) - set(written):
         _remove(out, each, before[each])
     files.write_json(out / WRITTEN, {"hashes": {each: files.content_hash(out / each) for each in written}})
@@ -168,56 +159,49 @@ def _introduction(study) -> str:
 
 def summary(study, compared) -> list[str]:
     """What the numbers allow to say, as sentences."""
-    from steppe.scripts.report.numbers import analysis as report_analysis
+    from steppe.scripts.report.numbers import analysis as an
 
-    counts = collections.Counter(run.result.status for run in study.trained)
+    trained, counts = study.trained, study.trained["status"].value_counts()
     names = {"unfinished": "missing or unfinished"}
-    said = [
-        f"{len(study.trained)} runs: "
-        + ", ".join(
-            f"{counts[status]} {names.get(status, status)}"
-            for status in ("finished", "diverged", "failed", "pruned", "unfinished")
-            if counts[status]
-        )
-        + "."
-    ]
-    if counts["unfinished"]:
+    statuses = ("finished", "diverged", "failed", "pruned", "unfinished")
+    listed = ", ".join(f"{counts[status]} {names.get(status, status)}" for status in statuses if counts.get(status))
+    said = [f"{len(trained)} runs: {listed}."]
+    if counts.get("unfinished"):
         said.append("The sweep is not complete: everything below is of the runs that have ended.")
-    rows = [row for row in compared.rows if row["difference_all"].n]
-    if not any(run.variant.split(",")[0] == "adamw" for run in study.runs):
+    pairs = compared["difference_n"].max() if len(compared) else 0
+    if not any(entry.adamw for entry in study.entries):
         said.append("There is no AdamW run: losses are shown, no differences to it.")
-    elif not rows:
+    elif not pairs:
         said.append("No method shares a seed with a finished AdamW run yet: there are no differences.")
-    if rows and max(row["difference_all"].n for row in rows) < 2:
+    if pairs == 1:
         said.append("One seed a method: no difference has an interval, and none can be told from seed noise.")
-    grids = {row["variant"]: row["tried"] for row in compared.rows if row["tried"] > 1}
-    if len(set(grids.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in grids.items())
+    tried = compared[compared["tried"] > 1].groupby("variant", sort=False)["tried"].last() if len(compared) else {}
+    if len(set(tried)) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in tried.items())
         said.append(f"Numbers of rho tried differ ({listed}): more of them are more chances to look good by luck.")
-    chosen = [row for row in compared.rows if row["selection"] or math.isnan(row["selection"])]
-    if chosen:
-        known = [row["selection"] for row in chosen if math.isfinite(row["selection"])]
+    chosen = compared.loc[compared["selection"] != 0, "selection"] if len(compared) else compared
+    if len(chosen):
+        known = chosen.dropna()
         said.append(
             "Best rho is the best of a grid on the mean over the seeds that every rho has, judged by the same held-out "
             "text as the final loss, which flatters the methods over AdamW on those seeds, "
             + (
-                f"by up to {min(known):.4f} to {max(known):.4f} nats if all rho were equally good."
-                if known
+                f"by up to {known.min():.4f} to {known.max():.4f} nats if all rho were equally good."
+                if len(known)
                 else "by an amount unknown with one seed."
             )
         )
-    unsteady = report_analysis.unsteadiness(study)
-    if unsteady > report_analysis.STEADY:
+    unsteady = an.unsteadiness(study)
+    if unsteady > an.STEADY:
         said.append(
             f"Seconds a token of runs that do the same work differ by up to a factor of {unsteady:.2g}: the machine "
             "did other things meanwhile, so measured times and their ratios say little; FLOPs are exact."
         )
-    branches = sorted({run.result.branch for run in study.runs} - {""})
+    branches = [result.branch for result in trained["result"] if result.branch]
     if branches:
-        count = sum(bool(run.result.branch) for run in study.trained)
         said.append(
-            f"{count} runs are branches of others ({', '.join(branches)}): tokens, FLOPs and curves begin with "
-            "those of the trunk, which they share."
+            f"{len(branches)} runs are branches of others ({', '.join(sorted(set(branches)))}): tokens, FLOPs and "
+            "curves begin with those of the trunk, which they share."
         )
     return said + study.notes
 

@@ -1,7 +1,6 @@
 """Two runs side by side: the config keys that differ, the first step where their losses do, and both curves."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,20 +122,17 @@ def _one(results, workdir: str):
 
 
 def _page(path: Path, pair, keys, facts) -> Path:
+    import pandas as pd
+
     from steppe.scripts.report import drawing as report_drawing
     from steppe.scripts.report import page as report_page
-    from steppe.scripts.report.tables import Column, Table
+    from steppe.scripts.report.tables import Table, words
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    heads = [
-        Column(key, header, number=False) for key, header in zip("wabd", ("", "A", "B", "B beside A"), strict=True)
-    ]
-    section = report_page.Section("Numbers").table(
-        Table("numbers", "Numbers", "", heads, [dict(zip("wabd", row, strict=True)) for row in facts])
-    )
-    config = report_page.Section("Config keys that differ").table(
-        Table("config", "Config", "", heads[:3], [dict(zip("wab", row, strict=True)) for row in keys])
-    )
+    heads = [words(key, header) for key, header in zip("wabd", ("", "A", "B", "B beside A"), strict=True)]
+    numbered, differing = pd.DataFrame(facts, columns=[*"wabd"]), pd.DataFrame(keys, columns=[*"wab"])
+    section = report_page.Section("Numbers").table(Table("numbers", "Numbers", "", heads, numbered))
+    config = report_page.Section("Config keys that differ").table(Table("config", "Config", "", heads[:3], differing))
     if not keys:
         config.text("None.")
     with report_drawing.styled():
@@ -147,45 +143,43 @@ def _page(path: Path, pair, keys, facts) -> Path:
     return path
 
 
+def curves(pair):
+    """A frame with a row a point: run (A, B, or B - A), kind (training or held-out), step, loss."""
+    import pandas as pd
+
+    found = []
+    for letter, run in zip("AB", pair, strict=True):
+        train, thin = run.train_curve, slice(None, None, max(1, len(run.train_curve.step) // 400))
+        found += [(letter, "training", *each) for each in zip(train.step[thin], train.loss[thin], strict=True)]
+        found += [(letter, "held-out", point.step, point.loss) for point in run.curve]
+    found += [("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(*pair, kind)]
+    return pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
+
+
 def _drawing(name: str, pair):
     from steppe.scripts import style
     from steppe.scripts.report import drawing as dr
+    from steppe.scripts.report.numbers import statistics as st
 
-    styles = style.series(2)
     figure, panels = dr.grid([(0, "loss"), (0, "difference")], 3.9)
-    rows = []
-    for letter, run, (colour, marker, dash) in zip("AB", pair, styles, strict=True):
-        train, label = run.train_curve, f"{letter}: {run.name}"
-        thin = slice(None, None, max(1, len(train.step) // 400))
-        training = [*zip(train.step[thin].tolist(), train.loss[thin].tolist(), strict=True)]
-        for kind, points in (("training", training), ("held-out", [(p.step, p.loss) for p in run.curve])):
-            rows += [{"run": run.name, "kind": kind, "step": step, "loss": loss} for step, loss in points]
-            line = [(step, loss) for step, loss in points if step]
-            kept = dict(alpha=0.35, linewidth=0.8) if kind == "training" else dict(marker=marker, linestyle=dash)
-            if line:
-                panels[0, "loss"].plot(*zip(*line, strict=True), color=colour, label=f"{label}, {kind}", **kept)
-    apart = {kind: apart_by_step(*pair, kind) for kind in ("training", "held-out")}
-    ends = [v for steps in apart.values() for step, v in steps if step >= 0.2 * steps[-1][0] and math.isfinite(v)]
-    for kind, points in apart.items():
-        rows += [{"run": "B - A", "kind": kind, "step": step, "loss": value} for step, value in points]
-        thin = points[:: max(1, len(points) // 400)]
-        kept = (
-            dict(alpha=0.4, linewidth=0.8, color="#555555") if kind == "training" else dict(marker="o", color="#000000")
-        )
-        if thin:
-            panels[0, "difference"].plot(*zip(*thin, strict=True), label=f"B − A, {kind}", **kept)
+    frame, titles = curves(pair), {"A": f"A: {pair[0].name}", "B": f"B: {pair[1].name}", "B - A": "B − A"}
+    looks = dict(zip(titles, (*style.series(2), ("#000000", "o", "-")), strict=True))
+    known = frame[frame["step"] > 0]
+    for (run, kind), line in known.groupby(["run", "kind"], sort=False):
+        colour, marker, dash = looks[run]
+        faint = {"alpha": 0.35, "linewidth": 0.8}
+        kept = faint if kind == "training" else {"marker": marker, "linestyle": dash}
+        axes = panels[0, "difference" if run == "B - A" else "loss"]
+        thin = line[:: max(1, len(line) // 400)]
+        axes.plot(thin["step"], thin["loss"], color=colour, label=f"{titles[run]}, {kind}", **kept)
     panels[0, "difference"].axhline(0, color="#000000", linewidth=0.8)
-    low, high = min([*ends, 0.0]), max([*ends, 0.0])
-    room = 0.1 * (high - low) + 1e-4
-    panels[0, "difference"].set_ylim(low - room, high + room)
-    late = [
-        row["loss"]
-        for row in rows
-        if row["run"] != "B - A" and row["step"] > max(r["step"] for r in rows) / 20 and math.isfinite(row["loss"])
-    ]
-    if late:
-        pad = 0.05 * (max(late) - min(late)) + 1e-3
-        panels[0, "loss"].set_ylim(min(late) - pad, max(late) + pad)
+    known = known[st.finite(known["loss"])]
+    apart = known["run"] == "B - A"
+    last = known.groupby(["run", "kind"])["step"].transform("max")
+    late = known.loc[~apart & (known["step"] > known["step"].max() / 20), "loss"]
+    panels[0, "difference"].set_ylim(dr.around([0.0, *known.loc[apart & (known["step"] >= 0.2 * last), "loss"]], 0.1))
+    if len(late):
+        panels[0, "loss"].set_ylim(dr.around(late, 0.05))
     for (_, what), axes in panels.items():
         axes.set(xlabel="step", ylabel="loss, nats per token" if what == "loss" else "B − A: below zero B is better")
         axes.set_xlim(left=0)
@@ -196,7 +190,7 @@ def _drawing(name: str, pair):
         "training. B − A is at the same step, of the training loss averaged over windows of a hundredth of the run."
     )
     alt = f"Training and held-out loss of {pair[0].name} and {pair[1].name} against the step, and their difference."
-    return dr.Drawing(name, "Loss of both runs", caption, alt, figure, rows)
+    return dr.Drawing(name, "Loss of both runs", caption, alt, figure, frame.assign(run=frame["run"].replace(titles)))
 
 
 def _signed(value: float) -> str:

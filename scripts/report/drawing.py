@@ -1,11 +1,13 @@
 """What the figures of a report share: panels, their one legend, and saving as SVG and PNG."""
 
 import re
+from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from steppe.lm import plot
 from steppe.scripts import style
@@ -14,14 +16,14 @@ WIDTH = 11.0  # inches of every figure: the page's
 
 
 class Drawing(NamedTuple):
-    """name: stem of its files. alt: what it shows, in words. rows: the data, one dict a point."""
+    """name: stem of its files. alt: what it shows, in words. frame: the data, a row a point."""
 
     name: str
     title: str
     caption: str
     alt: str
     figure: object
-    rows: list[dict]
+    frame: pd.DataFrame
 
 
 def styled(**changes):
@@ -91,6 +93,13 @@ def finish(figure, panels: dict, ylabel: str) -> None:
         longest = max(map(len, labels))
         columns = max(1, min(len(labels), 4, 150 // (longest + 8)))  # so many characters are as wide as the page
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
+
+
+def around(values: Iterable[float], share: float) -> tuple[float, float]:
+    """Bounds of an axis that show all values, with a share of their range to either side."""
+    low, high = min(values), max(values)
+    pad = share * (high - low) + 1e-3
+    return low - pad, high + pad
 
 
 def ticks_at(axis, values: list[float]) -> None:

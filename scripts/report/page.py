@@ -3,6 +3,8 @@
 import base64
 from html import escape
 
+import pandas as pd
+
 from steppe.scripts.report.drawing import Drawing
 from steppe.scripts.report.tables import Table, to_csv
 
@@ -69,11 +71,11 @@ class Section:
         return self
 
     def table(self, table: Table) -> "Section":
-        if table.rows:
+        if len(table.frame):
             self.parts.append(
                 f'<h3 id="title-{table.name}">{escape(table.title)}</h3>\n'
                 f'<p class="caption" id="about-{table.name}">{escape(table.caption)}</p>\n'
-                f'<div class="wide">{_table(table)}</div>\n<p class="data">{_download(table.name, table.rows)}</p>'
+                f'<div class="wide">{_table(table)}</div>\n<p class="data">{_download(table.name, table.frame)}</p>'
             )
         return self
 
@@ -108,7 +110,7 @@ def page(title: str, introduction: str, sections: list[Section]) -> str:
 def _table(table: Table) -> str:
     heads = "".join(f'<th scope="col"{_class(column.number)}>{escape(column.header)}</th>' for column in table.columns)
     lines, group = [], None
-    for row in table.rows:
+    for row in table.frame.to_dict("records"):
         if table.group and row[table.group] != group:
             group = row[table.group]
             lines.append(
@@ -118,7 +120,7 @@ def _table(table: Table) -> str:
         cells = []
         for number, column in enumerate(table.columns):
             kind = 'th scope="row"' if number == 0 else "td"
-            shown = escape(column.show(row[column.key])).replace("\n", "<br>")
+            shown = escape(column.of(row)).replace("\n", "<br>")
             cells.append(f"<{kind}{_class(column.number)}>{shown}</{kind.split()[0]}>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
@@ -137,24 +139,23 @@ def _described(svg: str, alt: str) -> str:
     return f'{head} role="img" aria-label="{escape(alt, quote=True)}">\n<title>{escape(alt)}</title>{rest}'
 
 
-def _download(name: str, rows: list[dict]) -> str:
-    text = base64.b64encode(to_csv(rows).encode()).decode()
+def _download(name: str, frame: pd.DataFrame) -> str:
+    text = base64.b64encode(to_csv(frame).encode()).decode()
     return f'<a download="{name}.csv" href="data:text/csv;charset=utf-8;base64,{text}">{name}.csv</a>'
 
 
 def _data(drawing: Drawing) -> str:
-    rows = drawing.rows
-    shown = ""
-    if len(rows) <= _LONGEST:
-        names = list(dict.fromkeys(key for row in rows for key in row))
-        heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    frame, shown = drawing.frame, ""
+    if len(frame) <= _LONGEST:
+        heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in frame)
         lines = "\n".join(
-            "<tr>" + "".join(f"<td>{escape(_cell(row.get(name, '')))}</td>" for name in names) + "</tr>" for row in rows
+            "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row) + "</tr>"
+            for row in frame.itertuples(index=False, name=None)
         )
         shown = f'\n<div class="wide"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
     return (
-        f'<details class="data"><summary>Data behind this figure ({len(rows)} rows)</summary>\n'
-        f"<p>{_download(drawing.name, rows)}</p>{shown}\n</details>"
+        f'<details class="data"><summary>Data behind this figure ({len(frame)} rows)</summary>\n'
+        f"<p>{_download(drawing.name, frame)}</p>{shown}\n</details>"
     )
 
 

@@ -6,6 +6,7 @@ An entry is a method on a base, or an average of its weights, with whatever else
 learning rate and seed: of these two it takes the best, as far as its grid goes. Writes rivals.csv and rivals.png.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,36 +14,46 @@ from steppe.data import files
 from steppe.scripts import command
 
 
-def table(found: Sequence, against) -> tuple[list[str], list[list[str]]]:
-    """(titles, rows) of all entries beside one of them."""
+def table(found: Sequence, against):
+    """A frame with a row an entry beside one of them."""
+    import pandas as pd
+
     from steppe.scripts.report.numbers import entries as en
 
-    titles = ["entry", "cost", "peak rate", "rho", "at the grid's edge", "loss", "seeds"]
-    titles += [f"less {against.name}", "low", "high", "pairs"]
-    rows = []
+    rows, less = [], f"less {against.name}"
     for entry in found:
-        rate, rho = entry.chosen("rate"), entry.chosen("rho")
-        way = en.difference(entry, against)
-        bounds = [f"{x:+.4f}" for x in way.interval[:3]] if way else ["", "", ""]
-        pairs = f"{way.interval.n} {'fresh' if way.fresh else 'all'}" if way else ""
         edges = " and ".join(axis for axis in ("rate", "rho") if entry.edge(axis))
-        given = [entry.name, f"{entry.cost:.2f}", f"{rate:g}", "" if rho is None else f"{rho:g}", edges]
-        rows.append([*given, f"{entry.loss:.4f}", str(len(entry.best)), *bounds, pairs])
-    return titles, rows
+        row = {"entry": entry.name, "cost": entry.cost, "peak rate": entry.chosen("rate"), "rho": entry.chosen("rho"),
+               "at the grid's edge": edges, "loss": entry.loss, "seeds": len(entry.best)}  # fmt: skip
+        for way in en.differences(entry, {"": against}, {"loss": "loss"}).itertuples():
+            pairs = f"{way.n} {'fresh' if way.fresh else 'all'}"
+            row |= {less: way.value, "low": way.low, "high": way.high, "pairs": pairs}
+        rows.append(row)
+    shown = {"cost": ".2f", "peak rate": "g", "rho": "g", "loss": ".4f", less: "+.4f", "low": "+.4f", "high": "+.4f"}
+    given = ["entry", "cost", "peak rate", "rho", "at the grid's edge", "loss", "seeds"]
+    frame = pd.DataFrame(rows, columns=[*given, less, "low", "high", "pairs"])
+    for key, form in shown.items():
+        frame[key] = ["" if pd.isna(value) else format(value, form) for value in frame[key]]
+    return frame.astype(object).fillna("")
 
 
 def draw(found: Sequence, against, path: Path) -> None:
     """A line an entry: its difference by seed as dots, mean and interval in front, the best above."""
+    import pandas as pd
+
     from steppe.lm import plot
     from steppe.scripts.report import answer
     from steppe.scripts.report.numbers import entries as en
 
-    shown = [(entry, way) for entry in found if (way := en.difference(entry, against))][::-1]
+    made = [(entry, ways) for entry in found if len(ways := en.differences(entry, {"": against}, {"loss": "loss"}))][
+        ::-1
+    ]
     with plot.styled(axes_grid_axis="x"):
-        drawn = plot.figure(7.5, 1.2 + 0.32 * len(shown))
+        drawn = plot.figure(7.5, 1.2 + 0.32 * len(made))
         axes = drawn.subplots()
-        answer.draw_rows(axes, [way for _, way in shown])
-        axes.set_yticks(range(len(shown)), [answer.label_of(entry.name, entry) for entry, _ in shown], fontsize=9)
+        ways = pd.concat([ways.assign(at=line) for line, (_, ways) in enumerate(made)]) if made else pd.DataFrame()
+        answer.draw_rows(axes, ways, len(made), {"": "D"})
+        axes.set_yticks(range(len(made)), [answer.label_of(entry.name, entry) for entry, _ in made], fontsize=9)
         axes.set_xlabel(f"held-out loss less that of {against.name} at its best, nats a token: lower is better")
         axes.set_title("dots: seeds; diamonds: means with 95% intervals", fontsize=9, loc="left")
         plot.save(drawn, path, dpi=150)
@@ -59,13 +70,12 @@ def rivals(argv: Sequence[str]) -> int:
 
     from steppe.scripts import results
     from steppe.scripts.report.numbers import entries as en
-    from steppe.scripts.report.numbers import groups
 
     out = results.report_place(options.directories, options.out)
     found = results.with_averages(results.read(options.directories, options.only))
-    found = en.entries(groups.analyse(found).runs)
-    if len({(entry.scale, entry.budget) for entry in found}) > 1:
-        found = [entry._replace(name=entry.label) for entry in found]
+    found = en.analyse(found).entries
+    if len({entry.cell for entry in found}) > 1:
+        found = [dataclasses.replace(entry, name=entry.label) for entry in found]
     names = {entry.name: entry for entry in found}
     against = (
         next((each for each in found if each.plain), None) if options.against is None else names.get(options.against)
@@ -74,11 +84,9 @@ def rivals(argv: Sequence[str]) -> int:
         given = options.against or "adamw"
         return command.fail(f"--against={given}: must be one of {', '.join(names) or 'no finished run'}")
     out.mkdir(parents=True, exist_ok=True)
-    titles, rows = table(found, against)
-    files.write_csv(out / "rivals.csv", [titles, *rows])
+    frame = table(found, against)
+    files.write(out / "rivals.csv", frame.to_csv(index=False, lineterminator="\n"))
     draw(found, against, out / "rivals.png")
-    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
-    for row in [titles, *rows]:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(frame.to_string(index=False, justify="left"))
     print(f"wrote {out / 'rivals.csv'} and {out / 'rivals.png'}")
     return 0

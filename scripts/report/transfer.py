@@ -22,8 +22,10 @@ KEYS = {
 }
 
 
-def read(directory: str) -> list[dict]:
-    """A row a run: the values of KEYS, and its loss; infinite where it diverged."""
+def read(directory: str):
+    """A frame with a row a run: the values of KEYS, and its loss; infinite where it diverged."""
+    import pandas as pd
+
     from steppe.scripts import results
 
     rows = []
@@ -33,42 +35,43 @@ def read(directory: str) -> list[dict]:
             if result.config["optim.rho"] is None:
                 raise command.UsageError(f"{directory}: {result.name}: config.optim.rho must be a number in every run")
             rows.append({**{short: result.config[key] for key, short in KEYS.items()}, "loss": loss})
-    return sorted(rows, key=lambda row: tuple(row.values()))
+    columns = [*KEYS.values(), "loss"]
+    return pd.DataFrame(rows, columns=columns).sort_values(columns)
 
 
-def best(rows: list[dict], axis: str) -> list[tuple[float, float]]:
-    """(value of an axis, the least loss there over the other axis), in order."""
-    values = sorted({row[axis] for row in rows})
-    return [(value, min(row["loss"] for row in rows if row[axis] == value)) for value in values]
+def best(runs):
+    """{(parametrisation, width): the run of the least loss} as a frame."""
+    return runs.loc[runs.groupby(["parametrisation", "width"])["loss"].idxmin()].set_index(["parametrisation", "width"])
 
 
-def regret(rows: list[dict], chosen: dict) -> float:
-    """What it costs a width to take the rate and rho that are best at another."""
-    loss = next(row["loss"] for row in rows if all(row[key] == chosen[key] for key in ("rate", "rho")))
-    return loss - min(row["loss"] for row in rows)
+def regret(runs):
+    """What it costs each width of a parametrisation to take the rate and rho that are best at the narrowest."""
+    chosen = best(runs).groupby("parametrisation").head(1).reset_index()[["parametrisation", "rate", "rho"]]
+    taken = runs.merge(chosen).groupby(["parametrisation", "width"])["loss"].min()
+    return taken - best(runs)["loss"]
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(runs, path: Path) -> None:
+    """A panel a parametrisation and axis, a line a width: the least loss over the other axis."""
     from steppe.lm import plot
 
     colours = [plot.SKY, plot.BLUE, plot.GREEN, plot.VERMILION, plot.PINK, plot.BLACK]
-    kinds, widths = ["standard", "mup"], sorted({row["width"] for row in rows})
+    looks = dict(zip(sorted(runs["width"].unique()), zip(colours, "osD^vP", strict=True), strict=False))
     with plot.styled():
         drawn = plot.figure(8, 6)
         panels = drawn.subplots(2, 2, sharey="row")
-        for column, kind in enumerate(kinds):
+        for column, kind in enumerate(("standard", "mup")):
+            mine = runs[runs["parametrisation"] == kind]
             for line, (axis, title) in enumerate((("rate", "peak learning rate"), ("rho", "rho"))):
                 axes = panels[line][column]
-                for width, colour, marker in zip(widths, colours, "osD^vP", strict=False):
-                    mine = [row for row in rows if (row["parametrisation"], row["width"]) == (kind, width)]
-                    points = best(mine, axis)
-                    least = min(points, key=lambda point: point[1])
-                    axes.plot(
-                        *zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=f"width {width}"
-                    )
-                    axes.plot(*least, color=colour, marker=marker, markersize=10, fillstyle="none")
+                for width, points in mine.groupby(["width", axis])["loss"].min().groupby("width"):
+                    colour, marker = looks[width]
+                    points = points.droplevel("width")
+                    kept = {"color": colour, "marker": marker}
+                    axes.plot(points.index, points, markersize=4, label=f"width {width}", **kept)
+                    axes.plot(points.idxmin(), points.min(), markersize=10, fillstyle="none", **kept)
                 axes.set_xscale("log")
-                values = sorted({row[axis] for row in rows})
+                values = sorted(runs[axis].unique())
                 axes.set_xticks(values, [f"{value:g}" for value in values])
                 axes.minorticks_off()
                 axes.set_xlabel(title)
@@ -88,26 +91,18 @@ def transfer(argv: Sequence[str]) -> int:
     from steppe.scripts import results
 
     out = results.report_place([options.sweep], options.out)
-    rows = read(options.sweep)
-    kinds = {(row["parametrisation"], row["width"]) for row in rows}
-    if len(kinds) < 2:
+    runs = read(options.sweep)
+    if len(runs[["parametrisation", "width"]].drop_duplicates()) < 2:
         return command.fail(f"{options.sweep}: must hold finished runs of several widths or parametrisations")
     out.mkdir(parents=True, exist_ok=True)
-    titles = [*KEYS.values(), "loss"]
-    shown = [{**row, "loss": f"{row['loss']:.5f}"} for row in rows]
-    files.write_csv(out / "transfer.csv", [titles, *([row[title] for title in titles] for row in shown)])
-    draw(rows, out / "transfer.png")
-    for kind in dict.fromkeys(row["parametrisation"] for row in rows):
-        mine: dict[int, list[dict]] = {}
-        for row in rows:
-            if row["parametrisation"] == kind:
-                mine.setdefault(row["width"], []).append(row)
-        chosen = min(mine[min(mine)], key=lambda row: row["loss"])
-        for width in sorted(mine):
-            own, costs = min(mine[width], key=lambda row: row["loss"]), regret(mine[width], chosen)
-            print(
-                f"{kind:<9} width {width:>4}: best rate {own['rate']:g}, rho {own['rho']:g}, loss {own['loss']:.4f}; "
-                f"with those of width {min(mine)} {costs:+.4f}"
-            )
+    shown = runs.assign(loss=runs["loss"].map("{:.5f}".format))
+    files.write(out / "transfer.csv", shown.to_csv(index=False, lineterminator="\n"))
+    draw(runs, out / "transfer.png")
+    costs, narrowest = regret(runs), runs.groupby("parametrisation")["width"].min()
+    for (kind, width), own in best(runs).sort_index(ascending=[False, True]).iterrows():
+        print(
+            f"{kind:<9} width {width:>4}: best rate {own['rate']:g}, rho {own['rho']:g}, loss {own['loss']:.4f}; "
+            f"with those of width {narrowest[kind]} {costs[kind, width]:+.4f}"
+        )
     print(f"wrote {out / 'transfer.csv'} and {out / 'transfer.png'}")
     return 0

@@ -1,5 +1,5 @@
-"""What a report says, as numbers, before anything is drawn.
+"""What a report says, as data frames, before anything is drawn.
 
-`statistics` knows numbers alone, `groups` what runs are compared, `analysis` what may be said of those, `entries` each
-method at its best radius and learning rate.
+`statistics` knows numbers alone; `entries` groups runs into entries, each with its reference; `analysis` says what
+follows from these, `beside` how they stand beside AdamW in all that was measured.
 """

@@ -1,15 +1,16 @@
-"""What a report says of grouped runs: differences to AdamW, costs, fits, and measures of other commands."""
+"""What a report says of entries, as frames: comparisons, costs, fits, and measures of other commands."""
 
 import collections
 import itertools
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import pandas as pd
+
+from steppe.scripts import style
 from steppe.scripts.report.numbers import statistics as st
-from steppe.scripts.report.numbers.entries import EQUAL_FLOPS
-from steppe.scripts.report.numbers.groups import Cell, Run, Study, Variant
+from steppe.scripts.report.numbers.entries import Cell, Entry, Study, difference, paired
 
 # measures that are drawn and shown at once where there are many; tables of data and correlations have all
 _FIRST = (
@@ -17,127 +18,212 @@ _FIRST = (
     *("sam_sharpness", "functional_sharpness", "average_sharpness", "delta_func_share"),
 )
 _FOLLOWED = ("delta_func_share", "lambda_max", "nme_lambda_max", "trace", "functional_sharpness")
+_STATUS = {
+    "edge": "edge of the grid",
+    "diverged": "beside a diverged rho",
+    "pruned": "beside a pruned rho",
+    "flat": "no minimum in rho",
+}
+OF_FIT = ("state", "error", "least", "most", "tried", "step")  # columns of best_rho that only fits and frames need
+SPENT = ("tokens", "flops", "seconds")
 Interval = st.Interval
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
 
-def differences(cell: Cell, variant: Variant) -> dict[str, Interval]:
-    """Loss at the best rho minus AdamW's of the same seed: over all seeds, over fresh ones, and with pooled noise.
+def spread(key: str, found: Interval) -> dict[str, float]:
+    """An interval as columns of a frame: KEY, KEY_low, KEY_high, KEY_n."""
+    return dict(zip((key, f"{key}_low", f"{key}_high", f"{key}_n"), found, strict=False))
 
-    pooled: noise taken from all variants of the cell together, over fresh seeds where there are two, else over all.
+
+def of_entries(study: Study) -> list[tuple[Cell, Entry]]:
+    """(cell, entry), cells by size, entries by name, AdamW's first, settings beside the best after it."""
+    place = {name: number for number, name in enumerate(study.names)}
+    return [
+        (cell, entry)
+        for cell in study.cells
+        for entry in sorted(
+            (entry for entry in study.entries if entry.cell == cell.label),
+            key=lambda entry: (place[entry.runs["name"].iloc[0]], not entry.of_choice, entry.name),
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- entries
+def comparison(study: Study) -> pd.DataFrame:
+    """A row an entry: what it reaches at its best, its difference to AdamW at equal tokens, and what it costs.
+
+    difference: that of entries.difference; difference_pooled: the same with the noise of all entries of the cell.
     """
-    reference = cell.variants.get(variant.reference)
-    if variant.choice is None or reference is None or reference.choice is None:
-        return {"all": NOTHING, "fresh": NOTHING, "pooled": NOTHING}
-    own, base = variant.best_losses(), reference.best_losses()
-    shared = [seed for seed in sorted(own) if seed in base]
-    fresh = [seed for seed in shared if seed in variant.fresh()]
-    only = fresh if len(fresh) >= 2 else shared
-    table = {
-        (v.name, seed): loss for v in cell.variants.values() for seed, loss in v.best_losses().items() if seed in only
-    }
-    pooled = st.contrast(st.additive(table), variant.name, reference.name) if only else NOTHING
-    return {
-        "all": st.t_interval([own[seed] - base[seed] for seed in shared]),
-        "fresh": st.t_interval([own[seed] - base[seed] for seed in fresh]),
-        "pooled": pooled if len(only) >= 2 else NOTHING,
-    }
+    rows = []
+    for cell, entry in of_entries(study):
+        way, ended = difference(entry, entry.tokens), st.finite(entry.runs["loss"])
+        means = entry.means
+        rows.append(
+            {"cell": f"{cell.label}: {cell.parameters:,} parameters, {style.si(cell.tokens)} tokens",
+             "scale": cell.scale, "budget": cell.budget, "parameters": cell.parameters, "tokens": cell.tokens,
+             "variant": entry.name, "rate": entry.chosen("rate"), "rho": entry.best["rho"].iloc[0],
+             "where": _where(entry), "tried": len(means) if entry.perturbs else 0, "finished": int(ended.sum()),
+             "runs": len(entry.runs), "seeds": len(entry.best), "loss": entry.loss,
+             "bits_per_byte": entry.best["bits_per_byte"].mean(), "against": entry.tokens.name if way else "",
+             **spread("difference", way.interval if way else NOTHING), "fresh": bool(way and way.fresh),
+             **spread("difference_pooled", _with_noise_of_all(study, entry)),
+             "selection": gain_of_selection(cell, entry), "flops_ratio": entry.cost, "seconds_ratio": pace(cell, entry)}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
-def at_equal_compute(study: Study, cell: Cell, variant: Variant) -> Cell | None:
-    """AdamW's cell of the same scale with the FLOPs of this variant's runs; None where it was not run there."""
-    flops = _flops(variant)
-    for other in study.cells:
-        reference = other.variants.get(variant.reference)
-        known = other is not cell and other.scale == cell.scale and reference is not None and reference.choice
-        if known and abs(_flops(reference) / flops - 1) <= EQUAL_FLOPS:
-            return other
-    return None
+def _where(entry: Entry) -> str:
+    if not entry.perturbs or not entry.of_choice:
+        return ""
+    return "one rho tried" if len(entry.means) == 1 else _STATUS.get(entry.optimum.status, "") if entry.optimum else ""
 
 
-def _flops(variant: Variant) -> float:
-    """FLOPs of a run at the best rho; NaN where none is known (a run not yet begun has none)."""
-    known = [run.result.flops for run in variant.best().values() if run.result.flops]
-    return statistics.median(known) if known else math.nan
+def _with_noise_of_all(study: Study, entry: Entry) -> Interval:
+    """The difference of an entry to AdamW with bounds from the noise of all entries of its cell on the same seeds."""
+    way = difference(entry, entry.tokens)
+    if way is None or way.interval.n < 2:
+        return NOTHING
+    seeds, _ = paired(entry, entry.tokens, way.pairs)
+    inside = [each for each in study.entries if each.cell == entry.cell]
+    losses = {(each.name, seed): loss for each in inside for seed, loss in each.value("loss").items() if seed in seeds}
+    return st.with_noise(way.interval, st.additive({key: each for key, each in losses.items() if math.isfinite(each)}))
 
 
-def costs(cell: Cell, variant: Variant) -> tuple[float, float]:
-    """(FLOPs, seconds of training) per token of a variant over those of AdamW in the cell; NaN where not measured."""
-    ran = [run.result for run in variant.runs if run.result.adamw_flops]
-    flops = statistics.median(result.flops / result.adamw_flops for result in ran) if ran else math.nan
-    reference = cell.variants.get(variant.reference)
-
-    def pace(runs: list[Run]) -> float:
-        found = [
-            run.result.seconds / (run.result.tokens or math.nan) for run in runs if run.result.status == "finished"
-        ]
-        return statistics.median(found) if found else math.nan
-
-    return flops, pace(variant.runs) / (pace(reference.runs) or math.nan) if reference else math.nan
+def pace(cell: Cell, entry: Entry) -> float:
+    """Seconds of training of a token over those of AdamW, medians of the finished runs; NaN where not measured."""
+    plain = [each for each in cell.entries.values() if each.plain]
+    if entry.adamw or not plain:
+        return 1.0 if plain else math.nan
+    return seconds_a_token(entry.grid).median() / (seconds_a_token(plain[0].grid).median() or math.nan)
 
 
-def optima(study: Study) -> dict[tuple[str, str], list[tuple[Cell, st.Optimum]]]:
-    """{(family, variant): [(cell, optimum), ...]}, an entry a scale where several rho were tried.
-
-    A family is a budget of models of one kind, which differ in size alone. A budget of one ratio of tokens to
-    parameters also takes in a cell of that ratio that bears another name.
-    """
-    found = {}
-    known = [cell for cell in study.cells if cell.parameters]
-    for budget, kind in itertools.product(study.budgets, dict.fromkeys(cell.kind for cell in known)):
-        alike = [cell for cell in known if cell.kind == kind]
-        cells = [cell for cell in alike if cell.budget == budget]
-        ratios = [cell.tokens / cell.parameters for cell in cells]
-        if len(cells) > 1 and max(ratios) <= 1.03 * min(ratios):
-            cells += [
-                cell for cell in alike
-                if cell.scale not in {own.scale for own in cells}
-                and min(ratios) / 1.03 <= cell.tokens / cell.parameters <= 1.03 * max(ratios)
-            ]  # fmt: skip
-        family = ", ".join(filter(None, [budget, kind]))
-        for cell in sorted(cells, key=lambda cell: cell.parameters):
-            for name, variant in cell.variants.items():
-                grid = [rho for rho in variant.losses if rho > 0]
-                if variant.optimum is not None and variant.optimum.rho > 0 and len(grid) > 1:
-                    found.setdefault((family, name), []).append((cell, variant.optimum))
-    return found
+def seconds_a_token(runs: pd.DataFrame) -> pd.Series:
+    """Of runs that have finished and counted tokens."""
+    known = runs[(runs["status"] == "finished") & (runs["tokens"] > 0)]
+    return known["seconds"] / known["tokens"]
 
 
-def seconds(variant: Variant) -> float:
-    """Seconds of training of a run of a variant: the median, since at times something else keeps the machine busy."""
-    found = [run.result.seconds for run in variant.runs if run.result.status == "finished"]
-    return statistics.median(found) if found else math.nan
+def costs(compared: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A row a name: FLOPs and seconds of a token in AdamW's, over the cells."""
+    if compared.empty:
+        return compared
+    compared = compared.assign(variant=in_order(compared["variant"], names))
+    known = compared.dropna(subset=["variant", "flops_ratio"]).groupby("variant", observed=True)
+    found = known.agg(
+        flops=("flops_ratio", "median"), seconds=("seconds_ratio", "median"), lowest=("seconds_ratio", "min"),
+        highest=("seconds_ratio", "max"), cells=("flops_ratio", "size"),
+    )  # fmt: skip
+    return found.reset_index()
 
 
 STEADY = 1.5  # seconds a token of runs that do the same work may differ by this factor and still be shown
 
 
 def unsteadiness(study: Study) -> float:
-    """Largest ratio of seconds a token between finished runs of one model and variant, which all do the same work."""
-    paces = {}
-    for run in study.runs:
-        if run.result.status == "finished" and run.result.seconds:
-            paces.setdefault((run.scale, run.variant), []).append(run.result.seconds / (run.result.tokens or math.nan))
-    return max((max(found) / min(found) for found in paces.values()), default=1.0)
+    """Largest ratio of seconds a token between finished runs of one model and entry, which all do the same work."""
+    known = seconds_a_token(study.runs).loc[lambda pace: pace > 0]
+    groups = known.groupby([study.runs["scale"], study.runs["variant"]])
+    return float((groups.max() / groups.min()).max()) if len(known) else 1.0
 
 
-def power_laws(study: Study) -> dict[tuple[str, str], st.PowerLaw]:
-    """{(family, variant): best rho against parameters}, through the optima that lie inside their grids."""
-    every = optima(study)
-    families = dict.fromkeys(family for family, _ in every)
-    laws = {key: _law_through(every.get(key, ())) for key in itertools.product(families, study.variants)}
+def gain_of_selection(cell: Cell, entry: Entry) -> float:
+    """Upper bound of what choosing the best rho on its seeds flatters it by, nats a token; NaN with unknown noise."""
+    if not entry.perturbs or not entry.of_choice or len(entry.means) < 2:
+        return 0.0
+    return st.selection_gain(len(entry.means), cell.sigma, max(1, len(entry.choice.seeds)))
+
+
+def freed(entry: Entry, runs: pd.DataFrame) -> pd.Series:
+    """Losses freed of their seed's own level: AdamW's mean over seeds plus the difference to AdamW of that seed.
+
+    The loss itself where AdamW has no run of that seed.
+    """
+    base = entry.tokens.value("loss") if entry.tokens else pd.Series(dtype=float)
+    base = base[st.finite(base)]
+    return runs["loss"] - (runs["seed"].map(base) - base.mean()).fillna(0.0)
+
+
+# --------------------------------------------------------------------------------------------------------- rho and size
+def loss_against_rho(study: Study) -> pd.DataFrame:
+    """A row a run of entries with a rho, at their best rate, and of AdamW by itself, in cells where some rho was tried.
+
+    freed_of_seed: see `freed`; chose: whether its seed took part in choosing rho; noise: sd of a difference, nats.
+    """
+    rows = []
+    for cell in study.cells:
+        shown = [each for each in cell.entries.values() if each.perturbs or not each.weights]
+        for entry in shown if any(each.perturbs for each in shown) else ():
+            runs = entry.grid[entry.grid["loss"].notna() | (entry.grid["status"] == "pruned")]
+            runs = runs[runs["rho"].notna()]
+            rows.append(
+                runs[["scale", "budget", "cell"]].assign(
+                    variant=entry.name, rho=runs["rho"], seed=runs["seed"], loss=runs["loss"],
+                    freed_of_seed=freed(entry, runs), status=runs["status"],
+                    chose=runs["seed"].isin(entry.choice.seeds), noise=math.sqrt(2) * cell.sigma,
+                )
+            )  # fmt: skip
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+def best_rho(study: Study) -> pd.DataFrame:
+    """A row an optimum in rho, of entries of which several rho were tried; family: a budget of models of one kind,
+    which differ in size alone; a budget of one ratio of tokens to parameters also takes in a cell of that ratio that
+    bears another name.
+
+    state: st.Optimum's status. low, high: Fieller's interval, n: points. error, df: of log rho.
+    """
+    rows = []
+    known = [cell for cell in study.cells if cell.parameters]
+    budgets = dict.fromkeys(cell.budget for cell in study.cells)
+    for budget, kind in itertools.product(budgets, dict.fromkeys(cell.kind for cell in known)):
+        alike = [cell for cell in known if cell.kind == kind]
+        cells = [cell for cell in alike if cell.budget == budget]
+        ratios = [cell.tokens / cell.parameters for cell in cells]
+        if len(cells) > 1 and max(ratios) <= 1.03 * min(ratios):
+            own = {cell.scale for cell in cells}
+            near = (min(ratios) / 1.03, 1.03 * max(ratios))
+            cells += [c for c in alike if c.scale not in own and near[0] <= c.tokens / c.parameters <= near[1]]
+        for cell in sorted(cells, key=lambda cell: cell.parameters):
+            rows += [
+                {"family": ", ".join(filter(None, [budget, kind])), **row}
+                for entry in cell.entries.values() for row in _optimum(cell, entry)
+            ]  # fmt: skip
+    found = pd.DataFrame(rows)
+    return (
+        found.iloc[found.groupby(["family", "variant"], sort=False).ngroup().argsort(kind="stable")] if rows else found
+    )
+
+
+def _optimum(cell: Cell, entry: Entry) -> list[dict]:
+    """The optimum in rho of an entry as a row; none where there is none."""
+    found, grid = entry.optimum, sorted(rho for rho in entry.means if rho > 0)
+    if found is None or not found.rho > 0:
+        return []
+    steps = [b / a for a, b in itertools.pairwise(grid)]
+    return [
+        {"variant": entry.name, "budget": cell.budget, "scale": cell.scale, "parameters": cell.parameters,
+         "grid_best": entry.best["rho"].iloc[0],
+         **spread("optimum", Interval(found.rho, found.low, found.high, len(found.points))),
+         "status": _STATUS.get(found.status, "inside the grid"), "state": found.status,
+         "noise": cell.sigma, "noise_df": cell.df, "noise_of": "all cells" if cell.pooled else "this cell",
+         "error": found.error, "least": min(grid), "most": max(grid), "tried": len(grid),
+         "step": max(steps, default=1.0)}
+    ]  # fmt: skip
+
+
+def power_laws(optima: pd.DataFrame) -> dict[tuple[str, str], st.PowerLaw]:
+    """{(family, name): best rho against parameters}, through the optima that lie inside their grids."""
+    several = optima[optima["tried"] > 1] if len(optima) else optima
+    laws = {key: _law(own) for key, own in several.groupby(["family", "variant"], sort=False)} if len(several) else {}
     return {key: law for key, law in laws.items() if law}
 
 
-def _law_through(pairs: Sequence[tuple[Cell, st.Optimum]]) -> st.PowerLaw | None:
-    """Best rho against parameters through the optima that lie inside their grids; None for fewer than two scales."""
-    inside = [(cell, optimum) for cell, optimum in pairs if optimum.status == "inside"]
-    if not inside:
+def _law(optima: pd.DataFrame) -> st.PowerLaw | None:
+    """None for fewer than two scales."""
+    inside = optima[optima["state"] == "inside"]
+    if not len(inside):
         return None
-    return st.power_law(
-        [cell.parameters for cell, _ in inside], [optimum.rho for _, optimum in inside],
-        [optimum.error for _, optimum in inside], min(cell.df for cell, _ in inside),
-    )  # fmt: skip
+    return st.power_law(inside["parameters"], inside["optimum"], inside["error"], inside["noise_df"].min())
 
 
 class Foretold(NamedTuple):
@@ -155,133 +241,227 @@ class Foretold(NamedTuple):
     def hit(self) -> bool:
         return abs(math.log(self.rho / self.best)) <= math.log(self.step) * (1 + 1e-6)
 
+    @property
+    def words(self) -> str:
+        verdict = "within a step of the grid" if self.hit else "more than a step of the grid off"
+        return f"{self.scale}: {self.rho:.3g} foretold, {self.best:.3g} best, {verdict}"
 
-def foretold(study: Study, family: str, name: str) -> Foretold | None:
+
+def foretold(optima: pd.DataFrame) -> Foretold | None:
     """A power law of best rho fitted without the largest scale, checked there; None with fewer than two others.
 
-    The others count where their optimum lies inside their grid; at the largest the best of the grid does.
+    optima: of one family and name. The others count where their optimum lies inside their grid; at the largest the
+    best of the grid does.
     """
-    pairs = sorted(optima(study).get((family, name), ()), key=lambda pair: pair[0].parameters)
-    if not pairs:
+    optima = optima[optima["tried"] > 1]
+    last = optima.loc[optima["parameters"].idxmax()]
+    law = _law(optima[optima["parameters"] < last["parameters"]])
+    if law is None or not last["grid_best"] > 0:
         return None
-    cell, _ = pairs[-1]
-    law = _law_through([pair for pair in pairs if pair[0].parameters < cell.parameters])
-    variant = cell.variants[name]
-    grid = sorted(rho for rho in variant.losses if rho > 0)
-    if law is None or len(grid) < 2 or variant.choice is None or not variant.choice.rho > 0:
-        return None
-    rho = law.factor * cell.parameters**law.exponent.value
-    return Foretold(cell.scale, rho, variant.choice.rho, max(b / a for a, b in itertools.pairwise(grid)))
+    rho = law.factor * last["parameters"] ** law.exponent.value
+    return Foretold(last["scale"], rho, last["grid_best"], last["step"])
 
 
-def on_the_way(cell: Cell, variant: Variant) -> list[dict]:
-    """A row an evaluation: held-out loss at the best rho minus AdamW's of the same seed and step, over such seeds.
-
-    AdamW's with the same average of the weights, where it has that.
-    """
-    weights = variant.runs[0].result.weights
-    reference = cell.variants.get(f"{variant.reference} {weights}", cell.variants.get(variant.reference))
-    if variant is reference or variant.choice is None or reference is None or reference.choice is None:
-        return []
-    own, base = ({seed: run for seed, run in v.best().items() if math.isfinite(run.loss)} for v in (variant, reference))
-    shared = [seed for seed in sorted(own) if seed in base]
-    if not shared:
-        return []
+def laws_table(optima: pd.DataFrame, laws: Mapping[tuple[str, str], st.PowerLaw]) -> pd.DataFrame:
+    """A row a power law, with its check at the largest scale."""
     rows = []
-    for points in zip(*(runs[seed].result.curve for seed in shared for runs in (own, base)), strict=False):
-        if points[0].step and len({point.step for point in points}) == 1:
-            found = [a.loss - b.loss for a, b in zip(points[::2], points[1::2], strict=True)]
-            if all(map(math.isfinite, found)):
-                share = points[0].step / own[shared[0]].result.steps
-                rows.append({"step": points[0].step, "share": share, "tokens": points[0].tokens,
-                             "difference": st.t_interval(found)})  # fmt: skip
-    return rows
+    for (family, name), law in laws.items():
+        own = optima[(optima["family"] == family) & (optima["variant"] == name) & (optima["tried"] > 1)]
+        told = foretold(own)
+        rows.append(
+            {"variant": name, "budget": family, "factor": law.factor, **spread("exponent", law.exponent),
+             "left_out": int((own["state"] != "inside").sum()), "interval_from": law.how,
+             "checked_at": told.scale if told else "", "foretold": told.rho if told else math.nan,
+             "best_there": told.best if told else math.nan, "check": told.words if told else "—"}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------------------ tokens, compute, time
+def frontier(study: Study) -> pd.DataFrame:
+    """A row an entry at its best: mean over seeds of what it spends and of its loss, freed of the seeds' levels."""
+    rows = []
+    for cell in study.cells:
+        for entry in cell.entries.values():
+            runs = entry.best[st.finite(entry.best["loss"])]
+            losses = freed(entry, runs)
+            rows.append(
+                {"scale": cell.scale, "budget": cell.budget, "variant": entry.name, "rho": runs["rho"].iloc[0],
+                 "tokens": runs["tokens"].mean(), "flops": runs["flops"].mean(), "seconds": seconds(entry),
+                 "loss": losses.mean(), "lowest": losses.min(), "highest": losses.max(), "seeds": len(runs)}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def seconds(entry: Entry) -> float:
+    """Seconds of training of a run: the median, since at times something else keeps the machine busy."""
+    return entry.grid.loc[entry.grid["status"] == "finished", "seconds"].median()
+
+
+def points(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a held-out loss on the way of runs: seed, share of the steps, and what a Point has."""
+    rows = [
+        {"seed": run.seed, "share": point.step / run.steps, **point._asdict()}
+        for run in runs.itertuples() for point in run.result.curve if point.step and run.steps
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["seed", "share", "step", *SPENT, "loss"])
+
+
+def curves(study: Study) -> pd.DataFrame:
+    """A row an entry and evaluation: mean held-out loss at its best over the seeds that all entries of the panel have;
+    a panel a cell, with AdamW of its scale at the compute of the others (aside)."""
+    rows = []
+    cells = [cell for cell in study.cells if any(entry.perturbs for entry in cell.entries.values())]
+    for cell in cells or study.cells:
+        longer = [entry.flops for entry in cell.entries.values() if entry.flops and entry.flops.cell != cell.label]
+        shared = (
+            set.intersection(*(set(entry.best.index) for entry in cell.entries.values())) if cell.entries else set()
+        )
+        for entry in [*cell.entries.values(), *{each.label: each for each in longer}.values()]:
+            runs = entry.best[st.finite(entry.best["loss"])]
+            runs = runs if not shared & set(runs.index) else runs[runs.index.isin(shared)]
+            mean = points(runs).groupby(["step", "share"], as_index=False).agg(
+                **{key: (key, "mean") for key in ("tokens", "flops", "loss")}, seeds=("seed", "size")
+            )  # fmt: skip
+            mean = mean[(mean["seeds"] == len(runs)) & st.finite(mean["loss"])]
+            given = {"panel": cell.label, "scale": entry.scale, "budget": entry.budget, "variant": entry.name}
+            rows.append(mean.assign(**given, seconds=mean["share"] * seconds(entry), aside=entry.cell != cell.label))
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+def on_the_way(study: Study) -> pd.DataFrame:
+    """A row an entry and evaluation: held-out loss at its best less AdamW's of the same seed and step, over the seeds
+    by which they are compared; the last is the difference that tables have."""
+    rows = []
+    for cell, entry in of_entries(study):
+        way = difference(entry, entry.tokens)
+        if way is None:
+            continue
+        seeds, _ = paired(entry, entry.tokens, way.pairs)
+        own, base = (points(each.best[each.best.index.isin(seeds)]) for each in (entry, entry.tokens))
+        both = own.merge(base[["seed", "step", "loss"]], on=["seed", "step"], suffixes=("", "_base"))
+        both["difference"] = both["loss"] - both["loss_base"]
+        for (step, share), at in both.groupby(["step", "share"]):
+            if len(at) == len(seeds) and st.finite(at["difference"]).all():
+                rows.append(
+                    {"cell": cell.label, "variant": entry.name, "step": step, "share": share,
+                     "tokens": at["tokens"].iloc[0], **spread("difference", st.t_interval(at["difference"]))}
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# --------------------------------------------------------------------------------------------------------- scaling laws
+def scaling_points(study: Study, name: str) -> pd.DataFrame:
+    """The finished runs of an entry at its best, of the kind of model of most runs."""
+    usual = collections.Counter(study.runs["kind"]).most_common(1)[0][0]
+    found = [cell.entries[name].best for cell in study.cells if name in cell.entries and cell.kind == usual]
+    best = pd.concat(found) if found else study.runs[:0]
+    return best.loc[st.finite(best["loss"]), ["parameters", "tokens", "loss"]]
 
 
 def scaling_laws(study: Study) -> tuple[dict[str, st.ScalingLaw], dict[str, str]]:
-    """({variant: L(N, D) through its runs at the best rho, of one kind of model}, {variant: why there is none})."""
+    """({name: L(N, D) through its runs at its best, of one kind of model}, {name: why there is none})."""
     found, refused = {}, {}
-    for name in study.variants:
-        points = scaling_points(study, name)
-        reason = st.scaling_law_refusal([point[0] for point in points], [point[1] for point in points])
-        if reason:
+    for name in study.names:
+        runs = scaling_points(study, name)
+        if reason := st.scaling_law_refusal(runs["parameters"], runs["tokens"]):
             refused[name] = reason
         else:
-            found[name] = st.scaling_law(*zip(*points, strict=True))
+            found[name] = st.scaling_law(runs["parameters"], runs["tokens"], runs["loss"])
     return found, refused
 
 
-def scaling_points(study: Study, name: str) -> list[tuple[int, int, float]]:
-    """(parameters, tokens, loss) of the finished runs of a variant at its best rho, of the kind of most runs."""
-    usual = collections.Counter(run.kind for run in study.runs).most_common(1)[0][0]
-    return [
-        (run.result.parameters, run.result.tokens, run.loss)
-        for cell in study.cells
-        if name in cell.variants and cell.kind == usual
-        for run in cell.variants[name].best().values()
-        if math.isfinite(run.loss)
-    ]
+def scaling_table(laws: Mapping[str, st.ScalingLaw]) -> pd.DataFrame:
+    """A row a law: its constants, and how far it is from the runs."""
+    rows = []
+    for name, law in laws.items():
+        row = {"variant": name, "points": law.intervals["E"].n}
+        for key, found in law.intervals.items():
+            row |= spread(key, found)
+        rows.append(row | {"rms": law.rms})
+    return pd.DataFrame(rows)
 
 
-def measures(study: Study) -> dict[str, dict[str, dict[str, float]]]:
-    """{"curvature" | "retention": {measure: {run name: value}}} of what other commands measured of finished runs.
+def scaling(study: Study, laws: Mapping[str, st.ScalingLaw]) -> pd.DataFrame:
+    """A row a run that a law was fitted to."""
+    rows = []
+    for name, law in laws.items():
+        runs = scaling_points(study, name).sort_values(["parameters", "tokens", "loss"])
+        fitted = st.predict(law, runs["parameters"], runs["tokens"])
+        rows.append(runs.assign(variant=name, fitted=fitted)[["variant", *runs.columns, "fitted"]])
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+# ------------------------------------------------------------------------------------------- measures of other commands
+def measures(study: Study) -> pd.DataFrame:
+    """A row a run and measure of curvature, at its newest checkpoint, or of retention: source, measure, value.
 
     The loss they measure beside it, standard errors and residuals are left out: they measure nothing of a minimum.
     """
-    found = {"curvature": {}, "retention": {}}
-    for run in study.runs:
-        newest = run.result.curvature[-1] if run.result.curvature else {}
-        for source, numbers in (("curvature", newest), ("retention", run.result.retention)):
-            for measure, value in numbers.items():
-                if measure in ("loss", "step") or measure.endswith(("_error", "_residual")):
-                    continue
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                    found[source].setdefault(measure, {})[run.result.name] = float(value)
-    return found
-
-
-def over_training(study: Study) -> list[dict]:
-    """One row for each measure and checkpoint of the runs of which curvature was measured more than once."""
     rows = []
-    for cell in study.cells:
-        for run in cell.runs:
-            found = run.result.curvature
-            if len(found) < 2 or not run.result.steps:
-                continue
+    for run in study.runs.itertuples():
+        newest = run.result.curvature[-1] if run.result.curvature else {}
+        given = {"cell": run.cell, "variant": run.variant, "rho": run.rho, "seed": run.seed, "loss": run.loss}
+        for source, numbers in (("curvature", newest), ("retention", run.result.retention)):
             rows += [
-                {"cell": cell.label, "variant": run.variant, "run": run.result.name, "measure": measure,
-                 "tokens": f["step"] / run.result.steps * run.result.tokens, "value": f[measure]}
-                for f in found for measure in _FOLLOWED if isinstance(f.get(measure), (int, float))
+                {"source": source, "run": run.Index, **given, "measure": measure, "value": float(value)}
+                for measure, value in numbers.items()
+                if measure not in ("loss", "step") and not measure.endswith(("_error", "_residual"))
+                and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             ]  # fmt: skip
-    return rows
+    columns = ["source", "run", "cell", "variant", "rho", "seed", "loss", "measure", "value"]
+    found = pd.DataFrame(rows, columns=columns)
+    order = {"cell": [cell.label for cell in study.cells], "variant": variants(study), "source": None, "measure": None}
+    return found.assign(**{key: in_order(found[key], names) for key, names in order.items()})
 
 
-def shown(by_measure: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def in_order(values: pd.Series, names: Sequence[str] | None = None) -> pd.Categorical:
+    """Values that sort and group in the order of names, others unknown; or as they come."""
+    names = values.unique() if names is None else names
+    return pd.Categorical(values.astype(object).where(values.isin(names)), names, ordered=True)
+
+
+def means(measured: pd.DataFrame) -> pd.DataFrame:
+    """A row a setting of which one source measured runs: means over these, a column a measure."""
+    keys = ["cell", "variant", "rho"]
+    runs = measured.drop_duplicates("run").assign(loss=lambda runs: runs["loss"].where(st.finite(runs["loss"])))
+    found = runs.groupby(keys, dropna=False, observed=True).agg(seeds=("seed", "nunique"), loss=("loss", "mean"))
+    by_measure = measured.groupby([*keys, "measure"], dropna=False, observed=True)["value"].mean()
+    return found.join(by_measure.unstack("measure")).reset_index()
+
+
+def variants(study: Study) -> list[str]:
+    """The names of entries, AdamW's first, each before those of its other settings."""
+    named = dict.fromkeys([*zip(study.runs["name"], study.runs["variant"], strict=True)])
+    named |= dict.fromkeys((entry.runs["name"].iloc[0], entry.name) for entry in study.entries)
+    return list(dict.fromkeys(each for name in study.names for each in (name, *(v for n, v in named if n == name))))
+
+
+def over_training(study: Study) -> pd.DataFrame:
+    """A row a measure and checkpoint of the runs of which curvature was measured more than once."""
+    rows = [
+        {"cell": run.cell, "variant": run.variant, "run": run.run, "measure": measure,
+         "tokens": found["step"] / run.steps * run.tokens, "value": found[measure]}
+        for cell in study.cells for run in study.runs[study.runs["cell"] == cell.label].itertuples()
+        for found in run.result.curvature if len(run.result.curvature) > 1 and run.steps
+        for measure in _FOLLOWED if isinstance(found.get(measure), (int, float))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def shown(names: Sequence[str]) -> list[str]:
     """The measures to draw: all where they are few, else the best known of them, eight at most."""
-    if len(by_measure) <= len(_FIRST):
-        return by_measure
-    known = [measure for measure in _FIRST if measure in by_measure]
-    return {measure: by_measure[measure] for measure in known or list(by_measure)[: len(_FIRST)]}
+    if len(names) <= len(_FIRST):
+        return list(names)
+    return [name for name in _FIRST if name in names] or list(names)[: len(_FIRST)]
 
 
-def correlation(cell: Cell, values: dict[str, float]) -> Interval:
-    """Spearman's correlation of a measure with held-out loss over the finished runs of a cell that have it."""
-    runs = [run for run in cell.runs if math.isfinite(run.loss) and run.result.name in values]
-    return st.rank_correlation([values[run.result.name] for run in runs], [run.loss for run in runs])
-
-
-def gain_of_selection(cell: Cell, variant: Variant) -> float:
-    """Upper bound of what choosing the best rho on its seeds flatters it by, nats a token; NaN with unknown noise."""
-    if variant.choice is None or len(variant.losses) < 2:
-        return 0.0
-    return st.selection_gain(len(variant.losses), cell.sigma, max(1, len(variant.choice.seeds)))
-
-
-def level(cell: Cell, variant: Variant, run: Run) -> float:
-    """A run's loss freed of its seed's own level: AdamW's mean over seeds plus the difference to AdamW of that seed.
-
-    The loss itself where the cell has no AdamW run of that seed.
-    """
-    reference = cell.variants.get(variant.reference)
-    base = reference.best_losses() if reference else {}
-    return run.loss - base[run.seed] + statistics.mean(base.values()) if run.seed in base else run.loss
+def correlations(measured: pd.DataFrame) -> pd.DataFrame:
+    """A row a measure and cell: Spearman's correlation with held-out loss over the runs that have both."""
+    known = measured[st.finite(measured["loss"])]
+    rows = [
+        {"source": source, "measure": measure, "cell": cell,
+         **spread("correlation", st.rank_correlation(own["value"], own["loss"]))}
+        for (source, measure, cell), own in known.groupby(["source", "measure", "cell"], observed=True)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)

@@ -1,101 +1,161 @@
-"""Methods, bases and averages of the weights, each at its best radius and learning rate, paired by seeds.
+"""The one grouping of runs: entries, each at its best radius and learning rate, beside AdamW by paired seeds.
 
 An entry is a method on a base, or an average of its weights, at one scale and budget, with whatever else tells its runs
 apart but rho, peak learning rate and seed: of these two it takes the best, as far as its grid goes. A setting that got
-seeds of its own without being the best is an entry beside it.
+seeds of its own without being the best is an entry beside it. Everything that a report says of runs is of entries.
 """
 
 import collections
+import dataclasses
+import functools
 import json
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from steppe.lm.measure import frontier
-from steppe.scripts.report.numbers import groups as gr
-from steppe.scripts.report.numbers import statistics as st
-from steppe.scripts.results import Result
+import pandas as pd
 
+from steppe.lm.measure import frontier
+from steppe.scripts.report.numbers import statistics as st
+from steppe.scripts.results import OF_SIZE, Result
+
+BASE = "adamw"  # the method that perturbs nothing, and the base that all are held against
 TUNED = {"optim.peak_learning_rate": "rate", "optim.rho": "rho"}
+BASES = {"tokens": "at equal tokens", "flops": "at equal FLOPs"}  # whom an entry is held against
 EQUAL_FLOPS = 0.1  # runs within this share of each other's FLOPs count as equal compute
 OWN = 2  # fresh seeds that make a setting an entry
+_OF_SECOND_TEXT = ("fine_tune", "forgetting")  # where a measure of retention begins so
+_SCALE = ("model.", "data.sequence_length", "data.vocabulary")  # where a key begins so
+_BUDGET = ("train.duration", "train.tokens_per_parameter", "train.parameter_count")
+# neither changes what a run computes, beyond the order of sums; or it is the axis of a sweep
+_ASIDE = ("log.", "mesh.", "checkpoint.", "curvature.", "sample.", "evaluate.", *_SCALE)
+_ASIDE_KEYS = {
+    *("data.directory", "data.cache", "data.verify", "data.prefetch", "data.workers", "average.weights"),
+    *("optim.method", "optim.base", "optim.rho", "seed", *_BUDGET),
+}
+# where a key of optim begins so, only some methods have it
+_OWN_KEYS = ("alpha", "beta", "gamma", "lam", "sigma", "decay", "k", "precond_")
 
 
-class Entry(NamedTuple):
-    """runs: {(rate, rho): {seed: Result}} of finished and diverged runs; choice: the best of these settings.
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """One entry of a cell, which is a scale and budget.
 
-    cost: FLOPs of a token, in those of AdamW. weights: the average that it is, "" for the last ones. adamw: whether
-    it is AdamW by itself, or an average of its weights.
+    runs: of the frame of the study, whatever their status, a row a run. choice: the best of its settings, by number.
+    optimum: where a parabola in log rho at its best rate has its minimum; None where it has no rho. tokens, flops: whom
+    it is held against at equal tokens and at equal compute, as `analyse` finds them.
     """
 
     name: str
     scale: str
     budget: str
-    runs: dict[tuple, dict[int, Result]]
+    runs: pd.DataFrame
     choice: st.Choice
-    cost: float
-    weights: str
-    adamw: bool
+    optimum: st.Optimum | None = None
+    tokens: "Entry | None" = None
+    flops: "Entry | None" = None
 
-    @property
+    @functools.cached_property
+    def best(self) -> pd.DataFrame:
+        """The runs at the best setting that have ended, by seed."""
+        return _by_seed(self.runs[(self.runs["setting"] == self.choice.rho) & self.runs["loss"].notna()])
+
+    @functools.cached_property
+    def grid(self) -> pd.DataFrame:
+        """The runs at the best rate: those over rho."""
+        return self.runs[self.runs["rate"] == self.chosen("rate")]
+
+    @functools.cached_property
+    def values(self) -> pd.DataFrame:
+        """What is known of the best runs, a row a seed, a column a measure, nats a token: the last held-out loss, the
+        loss that each rounding or disturbance of steppe retention leaves, and those of frontier.at_rates."""
+        found = [
+            {"loss": row.loss}
+            | {key: row.loss + value for key, value in row.result.retention.items() if key.startswith(DISTURBED)}
+            | frontier.at_rates(row.result.fine_tune)
+            for row in self.best.itertuples()
+        ]
+        return pd.DataFrame(found, index=self.best.index).astype(float)
+
+    def value(self, of: str | Callable[[Result], float]) -> pd.Series:
+        """A number of the best runs by seed, where it is known: a column of `values`, or what a function says."""
+        known = self.best["result"].map(of).astype(float) if callable(of) else self.values.get(of)
+        return pd.Series(dtype=float) if known is None else known.dropna()
+
+    @functools.cached_property
+    def means(self) -> dict[float, float]:
+        """{rho: mean loss} at the best rate, over the seeds that chose it; infinite where a run diverged."""
+        rho = dict(zip(self.grid["setting"], self.grid["rho"], strict=True))
+        return {rho[setting]: mean for setting, mean in self.choice.means.items() if setting in rho}
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """The average that it is, "" for the last weights."""
+        return self.runs["weights"].iloc[0]
+
+    @functools.cached_property
+    def adamw(self) -> bool:
+        """Whether it is AdamW by itself, or an average of its weights."""
+        return bool(self.runs["alone"].iloc[0] and self.runs["base"].iloc[0] == BASE)
+
+    @functools.cached_property
     def plain(self) -> bool:
         """Whether it is the last weights of AdamW at its best."""
         return self.adamw and self.of_choice and not self.weights
 
-    @property
+    @functools.cached_property
     def perturbs(self) -> bool:
         """Whether its method perturbs the weights, whatever its base: nadamw by itself does not."""
-        return not _alone(next(iter(self.best.values())))
+        return not self.runs["alone"].iloc[0]
 
-    @property
-    def best(self) -> dict[int, Result]:
-        """{seed: Result} at the best setting."""
-        return self.runs[self.choice.rho]
-
-    @property
+    @functools.cached_property
     def of_choice(self) -> bool:
         """Whether its setting is the best of all that were tried, not one of several with seeds of their own."""
         return self.choice.rho == min(self.choice.means, key=self.choice.means.get)
 
-    def at(self, by_rho: dict[float, dict[int, Result]]) -> "Entry":
-        """The entry as if one rho, {rho: {seed: Result}}, had been all that was tried."""
-        runs = {(None, rho): by_seed for rho, by_seed in by_rho.items()}
-        return self._replace(runs=runs, choice=st.choose({key: _losses(by_seed) for key, by_seed in runs.items()}))
+    def at(self, setting: int) -> "Entry":
+        """The entry at another of its settings: seeds that every setting has were there to choose it too."""
+        return dataclasses.replace(self, choice=self.choice._replace(rho=setting))
 
-    @property
-    def losses(self) -> dict[int, float]:
-        """{seed: loss} at the best setting."""
-        return {seed: loss_of(result) for seed, result in self.best.items()}
-
-    @property
+    @functools.cached_property
     def loss(self) -> float:
-        """Mean of `losses`."""
-        return statistics.fmean(self.losses.values())
+        """Mean loss over seeds at the best setting."""
+        return self.best["loss"].mean()
 
-    @property
+    @functools.cached_property
     def fresh(self) -> set[int]:
         """Seeds of the best setting that took no part in choosing it."""
-        return set(self.best) - self.choice.seeds if len(self.runs) > 1 else set(self.best)
+        return set(self.best.index) - (self.choice.seeds if len(self.choice.means) > 1 else set())
 
-    @property
-    def flops(self) -> float:
+    @functools.cached_property
+    def flop(self) -> float:
         """FLOPs of a run at the best setting."""
-        return statistics.median(result.flops for result in self.best.values())
+        return self.best["flops"].median()
 
-    @property
+    @functools.cached_property
+    def cost(self) -> float:
+        """FLOPs of a token, in those of AdamW."""
+        return float((self.best["flops"] / self.best["adamw_flops"].replace(0, math.nan)).iloc[0])
+
+    @functools.cached_property
+    def cell(self) -> str:
+        """Scale and budget."""
+        return f"{self.scale}, {self.budget}"
+
+    @functools.cached_property
     def label(self) -> str:
         """Scale, budget and name: what tells it from every other entry."""
-        return f"{self.scale}, {self.budget}: {self.name}"
+        return f"{self.cell}: {self.name}"
 
     def tried(self, axis: str) -> list[float]:
         """The values of "rate" or "rho" that were tried, in order."""
-        found = {setting[list(TUNED.values()).index(axis)] for setting in self.runs}
-        return sorted(value for value in found if value is not None)
+        ended = self.runs[self.runs["loss"].notna() & ~(self.runs["alone"] & (axis == "rho"))]
+        return sorted(ended[axis].dropna().unique())
 
     def chosen(self, axis: str) -> float | None:
         """The best value of "rate" or "rho"; None where the method has none, or its default was taken."""
-        return self.choice.rho[list(TUNED.values()).index(axis)]
+        value = self.best[axis].iloc[0]
+        return None if axis == "rho" and (not self.perturbs or math.isnan(value)) else float(value)
 
     def edge(self, axis: str) -> str:
         """Where the best value lies at an end of its grid: lower | upper | "" (inside, nothing was tried, or it is not
@@ -121,138 +181,325 @@ class Difference(NamedTuple):
         return -1 if high < 0 else 1 if low > 0 else 0
 
 
-def loss_of(result: Result) -> float:
-    """The last held-out loss, infinite of a diverged run."""
-    return result.loss if result.status == "finished" else math.inf
+class Cell(NamedTuple):
+    """One scale and budget. entries: {name: entry} at its best, in the order of runs; sigma, df: noise of one loss
+    beside its seed's level, in this cell or (pooled) over all of them."""
+
+    scale: str
+    kind: str
+    budget: str
+    parameters: int
+    tokens: int
+    runs: pd.DataFrame
+    entries: dict[str, Entry]
+    sigma: float
+    df: float
+    pooled: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.scale}, {self.budget}"
 
 
-def entries(runs: Sequence[gr.Run]) -> list[Entry]:
-    """The entries of the runs of a study, by scale and budget, in each in the order of their loss."""
-    done = [run for run in runs if run.result.status in ("finished", "diverged")]
+class Study(NamedTuple):
+    """Everything read.
+
+    runs: a row a run and average: result, run (its name), scale, kind (of the model), budget, cell, method, name (of
+    its entry), variant (and its rate where the entry's best is another), rate, rho (0 of a base by itself, NaN of a
+    method's default), setting (rate and rho as a number), seed, loss (infinite if it diverged, NaN if there is none
+    yet), and what Result has. entries: by cell, as they come in the runs, in each in the order of their loss. cells:
+    in the order of size and tokens. names: of entries, AdamW's first. notes: what a reader must know of them.
+    """
+
+    runs: pd.DataFrame
+    entries: list[Entry]
+    cells: list[Cell]
+    names: list[str]
+    notes: list[str]
+
+    @property
+    def trained(self) -> pd.DataFrame:
+        """The runs, without the averages of their weights."""
+        return self.runs[self.runs["weights"] == ""]
+
+
+# ------------------------------------------------------------------------------------------------------------- grouping
+def analyse(results: Sequence[Result]) -> Study:
+    """Groups results into entries, chooses the best setting of each, and whom each is held against."""
+    results, aside = _of_one_second_text(results)
+    of_model = _usual_of_model(results)
+    runs = _families(pd.DataFrame([_row(result, of_model) for result in results]))
+    runs["cell"] = runs["scale"] + ", " + runs["budget"]
+    runs["name"], left_out, notes = _names(runs)
+    runs["setting"] = runs.groupby(["cell", "name", "rate", "rho"], dropna=False).ngroup()
+    if left_out := of_model | left_out:
+        shown = ", ".join(f"{key.split('.')[-1]}={json.loads(value)}" for key, value in left_out.items())
+        notes.insert(0, f"Names leave out what most runs have: {shown}.")
+    padded = sum(result.config.get("train.counted") == "positions" for result in results)
+    if padded:
+        notes.append(f"{padded} runs recorded positions, padding included, where others have tokens.")
+    if aside:
+        notes.append(f"{aside} models were fine-tuned on another text than most: what they forget is left out.")
+    cells = _cells(runs)
+    entries = [entry for cell in cells for entry in _of_cell(cell)]
+    for entry in entries:
+        entry.tokens, entry.flops = at_equal_tokens(entries, entry), at_equal_compute(entries, entry)
+    best = {entry.label: entry.chosen("rate") for entry in entries if entry.of_choice}
+    at = (runs["cell"] + ": " + runs["name"]).map(best)
+    other = runs["rate"].where(at.notna() & (runs["rate"] != at))
+    runs["variant"] = [
+        name if math.isnan(rate) else f"{name}, rate {rate:g}" for name, rate in zip(runs["name"], other, strict=True)
+    ]
+    for cell in cells:
+        own = {entry.name: entry for entry in entries if entry.cell == cell.label and entry.of_choice}
+        cell.entries.update({name: own[name] for name in dict.fromkeys(cell.runs["name"]) if name in own})
+    cells.sort(key=lambda cell: (cell.parameters or math.inf, cell.scale, cell.tokens or math.inf, cell.budget))
+    first = {name: place for place, name in reversed([*enumerate(runs["name"])])}
+    return Study(runs, entries, cells, sorted(first, key=lambda name: (not name.startswith(BASE), first[name])), notes)
+
+
+def _of_one_second_text(results: Sequence[Result]) -> tuple[list[Result], int]:
+    """The results without what was measured on other second texts than that of most, and how many had such."""
+    texts = collections.Counter(result.fine_tune.get("text", "") for result in results if result.fine_tune)
+    most = max(texts, key=texts.get, default="")
+
+    def kept(result: Result) -> Result:
+        if not result.fine_tune or result.fine_tune.get("text", "") == most:
+            return result
+        others = {key: value for key, value in result.retention.items() if not key.startswith(_OF_SECOND_TEXT)}
+        return result._replace(fine_tune={}, retention=others)
+
+    return [kept(result) for result in results], sum(texts.values()) - texts[most]
+
+
+def _row(result: Result, of_model: Mapping[str, str]) -> dict:
+    config = result.config
+    alone, base = config["optim.method"] in (BASE, "base"), config["optim.base"]
+    method = base if alone else config["optim.method"] if base == BASE else f"{config['optim.method']} on {base}"
+    duration = str(config["train.duration"])
+    if duration == "chinchilla":
+        duration = f"{config['train.tokens_per_parameter']:g} tokens a parameter"
+    kind = _kind(result, of_model)
+    fields = ("status", "why", "weights", "parameters", "steps", "tokens", "flops", "adamw_flops", "seconds")
+    return {
+        "result": result, "run": result.name, "scale": ", ".join(filter(None, [_size(result), kind])), "kind": kind,
+        "budget": duration, "alone": alone, "base": base, "method": f"{method} {result.weights}".rstrip(),
+        "rate": float(config["optim.peak_learning_rate"]),
+        "rho": 0.0 if alone else math.nan if config["optim.rho"] is None else float(config["optim.rho"]),
+        "seed": config["seed"], **{field: getattr(result, field) for field in fields},
+        "goodput": result.goodput, "bits_per_byte": result.bits_per_byte,
+        "loss": {"finished": result.loss, "diverged": math.inf}.get(result.status, math.nan),
+    }  # fmt: skip
+
+
+def _usual_of_model(results: Sequence[Result]) -> dict[str, str]:
+    """{key of the model, beside its size, in which runs differ: the value, as JSON, that most have}."""
+    varied = results[0].varied if results else {}
+    keys = [key for key in varied if key.startswith(_SCALE) and key != "model.size" and key not in OF_SIZE]
+    return {key: _usual(json.dumps(result.varied[key]) for result in results) for key in keys}
+
+
+def _usual(values: Iterable[str]) -> str:
+    """The value that most runs have; of several the first."""
+    return collections.Counter(values).most_common(1)[0][0]
+
+
+def _size(result: Result) -> str:
+    """The name of a model's size."""
+    config = result.config
+    return config["model.size"] or ("x".join(str(config[key]) for key in OF_SIZE[:2]) + " (layers x width)")
+
+
+def _kind(result: Result, of_model: Mapping[str, str]) -> str:
+    """What a model has beside its size that most runs have not; "" for none."""
+    shown = {key: result.varied[key] for key, value in of_model.items() if json.dumps(result.varied[key]) != value}
+    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in shown.items())
+
+
+def _families(runs: pd.DataFrame) -> pd.DataFrame:
+    """Budgets that only one scale has each, but of one ratio of tokens to parameters (within 3 %), as one budget."""
+    scales = runs.groupby("budget")["scale"].agg(set)
+    known = runs[runs["parameters"] > 0]
+    ratios = (known["tokens"] / known["parameters"]).groupby(known["budget"]).last()
+    groups: list[list[tuple[float, str]]] = []
+    for ratio, budget in sorted((ratio, budget) for budget, ratio in ratios.items() if len(scales[budget]) == 1):
+        if groups and ratio <= 1.03 * groups[-1][0][0]:
+            groups[-1].append((ratio, budget))
+        else:
+            groups.append([(ratio, budget)])
+    names = {}
+    for group in groups:
+        covered = [scale for _, budget in group for scale in scales[budget]]
+        if len(group) > 1 and len(set(covered)) == len(covered):
+            names |= {budget: f"{group[0][0]:.3g} tokens a parameter" for _, budget in group}
+    return runs.assign(budget=runs["budget"].replace(names))
+
+
+def _names(runs: pd.DataFrame) -> tuple[list[str], dict[str, str], list[str]]:
+    """(the name of each run's entry, {key that names leave out where a run has it: value as JSON}, notes on keys in
+    which methods differ).
+
+    A name tells the keys in which runs of a method differ within some cell, unless most runs have that value.
+    """
+    first = runs["result"].iloc[0].varied
+    keys = [key for key in first if not key.startswith(_ASIDE) and key not in _ASIDE_KEYS]
+    values = pd.DataFrame({key: [json.dumps(result.config[key]) for result in runs["result"]] for key in keys})
+    places = [runs["cell"], runs["method"]]
+    several = (values.groupby(places).nunique() > 1).groupby(level="method").any()
+    told = [key for key in keys if key not in TUNED and several[key].any()]
+    usual = {key: _usual(values[key]) for key in told}
+    names = []
+    for row, method in enumerate(runs["method"]):
+        apart = [key for key in told if several.loc[method, key] and values[key][row] != usual[key]]
+        names.append(", ".join([method, *(f"{key.split('.')[-1]}={json.loads(values[key][row])}" for key in apart)]))
+    notes = []
+    for key in keys:
+        if several[key].any() or key.removeprefix("optim.").startswith(_OWN_KEYS):
+            continue  # else names or the tuning say it
+        inside = values.groupby(places, sort=False)[key].agg(
+            lambda each: ", ".join(sorted(map(str, map(json.loads, set(each)))))
+        )
+        apart = inside[inside.groupby(level="cell").transform("nunique") > 1].droplevel("cell")
+        between = sorted({f"{method}: {each}" for method, each in apart.items()})
+        if between:
+            notes.append(f"Methods differ in {key} within a scale and budget ({'; '.join(between)}).")
+    return names, usual, notes
+
+
+def _losses(runs: pd.DataFrame) -> dict[int, dict[int, float]]:
+    """{setting: {seed: loss}} of the runs that have ended, settings in the order of rate and rho."""
+    ended = runs[runs["loss"].notna()]
+    return {setting: dict(zip(own["seed"], own["loss"], strict=True)) for setting, own in ended.groupby("setting")}
+
+
+def _by_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs.drop_duplicates("seed", keep="last").set_index("seed", drop=False)
+
+
+def _of_cell(cell: Cell) -> list[Entry]:
+    """The entries of a cell, in the order of their loss."""
     found = []
-    for cell in dict.fromkeys((run.scale, run.budget) for run in done):
-        found += _of_cell([run for run in done if (run.scale, run.budget) == cell], *cell)
-    return found
-
-
-def _of_cell(runs: list[gr.Run], scale: str, budget: str) -> list[Entry]:
-    groups: dict[str, dict[tuple, dict[int, Result]]] = {}
-    kinds = collections.defaultdict(list)
-    for run in runs:
-        kinds[_kind(run.result)].append(run.result)
-    keys = [key for key in gr.telling(runs) if key not in (*TUNED, "optim.base")]
-    usual = {key: gr.usual(run.result.config[key] for run in runs) for key in keys}
-    for kind, alike in kinds.items():
-        telling = [key for key in keys if len({json.dumps(result.config[key]) for result in alike}) > 1]
-        for result in alike:
-            others = [key for key in telling if json.dumps(result.config[key]) != usual[key]]
-            name = ", ".join([kind, *(f"{key.split('.')[-1]}={result.config[key]}" for key in others)])
-            setting = tuple(result.config[key] for key in TUNED)
-            groups.setdefault(name, {}).setdefault(setting, {})[result.config["seed"]] = result
-    found = []
-    for name, by_setting in groups.items():
-        choice = st.choose({setting: _losses(by_seed) for setting, by_seed in by_setting.items()})
+    settings = cell.runs.drop_duplicates("setting").set_index("setting")[[*TUNED.values()]]
+    for name, own in cell.runs.groupby("name", sort=False):
+        losses = _losses(own)
+        choice = st.choose(losses)
         if choice is None:
             continue
-        found.append(_entry(name, scale, budget, by_setting, choice))
-        for setting, by_seed in by_setting.items():
-            if setting != choice.rho and len(set(by_seed) - choice.seeds) >= OWN:
-                axes = zip(TUNED.values(), setting, choice.rho, strict=True)
-                aside = [f"{axis} {value:g}" for axis, value, best in axes if value != best]
-                if math.isfinite(choice.means[setting]):
-                    own = choice._replace(rho=setting)  # seeds that every setting has were there to choose it too
-                    found.append(_entry(", ".join([name, *aside]), scale, budget, by_setting, own))
+        entry = Entry(name, cell.scale, cell.budget, own, choice)
+        entry.optimum = _optimum(entry, cell)
+        found.append(entry)
+        for setting, by_seed in losses.items():
+            own_seeds = len(set(by_seed) - choice.seeds) >= OWN and math.isfinite(choice.means[setting])
+            if setting != choice.rho and own_seeds:
+                values, best = settings.loc[setting], settings.loc[choice.rho]
+                aside = [f"{axis} {values[axis]:g}" for axis in values.index if values[axis] != best[axis]]
+                found.append(dataclasses.replace(entry.at(setting), name=", ".join([name, *aside])))
     return sorted(found, key=lambda entry: entry.loss)
 
 
-def _entry(name: str, scale: str, budget: str, runs: dict, choice: st.Choice) -> Entry:
-    some = next(iter(runs[choice.rho].values()))
-    cost = some.flops / some.adamw_flops if some.adamw_flops else math.nan
-    adamw = _alone(some) and some.config["optim.base"] == gr.BASE
-    return Entry(name, scale, budget, runs, choice, cost, some.weights, adamw)
+def _cells(runs: pd.DataFrame) -> list[Cell]:
+    """The cells as they come in the runs, with their noise, yet without entries."""
+    found = []
+    for _, own in runs.groupby("cell", sort=False):
+        near = {key: loss for key, loss in _near(own).items() if math.isfinite(loss)}
+        noise = st.additive(near) if near else st.Noise(math.nan, 0)
+        known, some = own[own["parameters"] > 0], own.iloc[0]
+        parameters, tokens = (int(known[key].max()) if len(known) else 0 for key in ("parameters", "tokens"))
+        given = (some["scale"], some["kind"], some["budget"], parameters, tokens)
+        found.append(Cell(*given, own, {}, noise.sigma, noise.df, pooled=False))
+    total = sum(cell.df for cell in found)
+    sigma = math.sqrt(sum(cell.df * cell.sigma**2 for cell in found if cell.df) / total) if total else math.nan
+    return [cell if cell.df >= 4 else cell._replace(sigma=sigma, df=total, pooled=True) for cell in found]
 
 
-def _alone(result: Result) -> bool:
-    """Whether a run is its base by itself."""
-    return result.config["optim.method"] in (gr.BASE, "base")
+def _near(runs: pd.DataFrame) -> dict[tuple[int, int], float]:
+    """{(setting, seed): loss} at the best rho of each rate and its neighbours, where the noise that matters is."""
+    found = {}
+    for _, own in runs.groupby(["name", "rate"]):
+        losses = _losses(own)
+        choice = st.choose(losses)
+        if choice is not None:
+            grid = sorted(losses)
+            best = grid.index(choice.rho)
+            near = grid[max(0, best - 1) : best + 2]
+            found |= {(setting, seed): loss for setting in near for seed, loss in losses[setting].items()}
+    return found
 
 
-def _losses(by_seed: dict[int, Result]) -> dict[int, float]:
-    return {seed: loss_of(result) for seed, result in by_seed.items()}
-
-
-def _kind(result: Result) -> str:
-    """A method, its base where that is not AdamW, and the average whose loss it is."""
-    method, base = result.config["optim.method"], result.config["optim.base"]
-    name = base if _alone(result) else method if base == gr.BASE else f"{method} on {base}"
-    return f"{name} {result.weights}".rstrip()
+def _optimum(entry: Entry, cell: Cell) -> st.Optimum | None:
+    pruned = entry.grid[entry.grid["status"] == "pruned"]  # known to be no better, its loss unknown
+    means = dict.fromkeys(pruned["rho"], math.nan) | entry.means
+    if not entry.perturbs or not any(rho > 0 for rho in means):
+        return None
+    return st.optimum(means, cell.sigma, cell.df, max(1, len(entry.choice.seeds)))
 
 
 # ------------------------------------------------------------------------------------------------ one beside another
-def at_equal_tokens(found: Sequence[Entry], entry: Entry) -> Entry | None:
-    """AdamW at its best in the scale and budget of an entry; None where it was not run there.
+def at_equal_tokens(found: Sequence[Entry], entry: Entry, cell: str = "") -> Entry | None:
+    """AdamW at its best in the cell of an entry, or another cell; None where it was not run there.
 
     Of a method's average that is the same average of AdamW's weights, where there is one: else whatever the average
     gives would be taken for the method's. AdamW's own averages are held against its last weights.
     """
-    same = [each for each in found if (each.scale, each.budget) == (entry.scale, entry.budget)]
-    return _counterpart(same, entry)
+    return _counterpart([each for each in found if each.cell == (cell or entry.cell)], entry)
 
 
 def at_equal_compute(found: Sequence[Entry], entry: Entry) -> Entry | None:
     """The same among runs of the scale with this entry's FLOPs, within EQUAL_FLOPS."""
-    near = [each for each in found if each.scale == entry.scale and entry.flops]
-    return _counterpart([each for each in near if abs(each.flops / entry.flops - 1) <= EQUAL_FLOPS], entry)
+    near = [each for each in found if each.scale == entry.scale and entry.flop]
+    return _counterpart([each for each in near if abs(each.flop / entry.flop - 1) <= EQUAL_FLOPS], entry)
 
 
-def _counterpart(found: list[Entry], entry: Entry) -> Entry | None:
+def _counterpart(found: Sequence[Entry], entry: Entry) -> Entry | None:
     own = [each for each in found if each.adamw and each.weights == entry.weights and not entry.adamw]
-    shared = [each for each in own if each.best.keys() & entry.best.keys()]
+    shared = [each for each in own if set(each.best.index) & set(entry.best.index)]
     alike = [each for each in shared if each.of_choice] or shared  # another rate, where the best was not run beside it
     alike = alike if own else [each for each in found if each.plain]
-    losses = {index: each.losses for index, each in enumerate(alike)}
-    chosen = st.choose(losses)  # on the seeds that all of them have
+    chosen = st.choose(
+        {i: each.best["loss"].to_dict() for i, each in enumerate(alike)}
+    )  # on the seeds all of them have
     return alike[chosen.rho] if chosen else None
 
 
-def difference(entry: Entry, other: Entry | None, of: Callable[[Result], float] = loss_of) -> Difference | None:
+def difference(entry: Entry, other: Entry | None, of: str | Callable[[Result], float] = "loss") -> Difference | None:
     """A number of an entry less another's: by the seeds that both have, of these the fresh ones where there are two.
 
-    None where the number is known of no common seed, or is not finite.
+    of: see Entry.value. None where the number is known of no common seed, or is not finite.
     """
-    if other is None or entry is other:
+    if other is None or entry.label == other.label:
         return None
-    values = [{seed: of(result) for seed, result in each.best.items()} for each in (entry, other)]
-    known = [{seed for seed, value in each.items() if not math.isnan(value)} for each in values]
-    shared = sorted(known[0] & known[1])
-    fresh = [seed for seed in shared if seed in entry.fresh & other.fresh]
-    seeds = fresh if len(fresh) >= 2 else shared
-    pairs = {seed: values[0][seed] - values[1][seed] for seed in shared}
+    own, base = entry.value(of), other.value(of)
+    pairs = {seed: own[seed] - base[seed] for seed in sorted(set(own.index) & set(base.index))}
+    seeds, fresh = paired(entry, other, pairs)
     if not seeds or not all(map(math.isfinite, pairs.values())):
         return None
-    return Difference(st.t_interval([pairs[seed] for seed in seeds]), seeds is fresh, pairs)
+    return Difference(st.t_interval([pairs[seed] for seed in seeds]), fresh, pairs)
+
+
+def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[str, str | Callable]) -> pd.DataFrame:
+    """A row a measure and basis where an entry has a difference: basis, against (an Entry), measure, value, low, high,
+    n, df, fresh, pairs, sign and p, that of Student's test.
+
+    others: {basis: whom it is held against}; of: {measure: see Entry.value}. A family of them takes statistics.holm.
+    """
+    rows = [
+        {"basis": basis, "against": other, "measure": measure, **way.interval._asdict(), "fresh": way.fresh,
+         "pairs": way.pairs, "sign": way.sign, "p": st.p_value(way.interval)}
+        for measure, what in of.items() for basis, other in others.items() if (way := difference(entry, other, what))
+    ]  # fmt: skip
+    return pd.DataFrame(
+        rows, columns=["basis", "against", "measure", *st.Interval._fields, "fresh", "pairs", "sign", "p"]
+    )
+
+
+def paired(entry: Entry, other: Entry, known: Iterable[int]) -> tuple[list[int], bool]:
+    """(the seeds by which two entries are compared, whether they chose neither): the fresh ones where there are two."""
+    fresh = [seed for seed in known if seed in entry.fresh & other.fresh]
+    return (fresh, True) if len(fresh) >= 2 else (list(known), False)
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
-def rounded_loss(measure: str) -> Callable[[Result], float]:
-    """The last held-out loss with what a rounding of steppe retention adds to it; NaN where that was not measured."""
-    return lambda result: loss_of(result) + float(result.retention.get(measure, math.nan))
-
-
-def disturbances(entry: Entry) -> dict[str, Callable[[Result], float]]:
-    """{measure of steppe retention: the loss that it leaves}, of those known of an entry at its best setting."""
-    found = dict.fromkeys(key for result in entry.best.values() for key in result.retention)
-    return {key: rounded_loss(key) for key in found if key.startswith(("int", "noise_"))}
-
-
-def fine_tunings(entry: Entry) -> dict[str, Callable[[Result], float]]:
-    """{measure of frontier.at_rates: its number of a run}, of those known of an entry at its best setting."""
-
-    def of(key: str) -> Callable[[Result], float]:
-        return lambda result: frontier.at_rates(result.fine_tune).get(key, math.nan)
-
-    every = [path for result in entry.best.values() for path in result.fine_tune.get("paths", ())]
-    return {key: of(key) for key in frontier.at_rates({"paths": every})}
+DISTURBED = ("int", "noise_")  # where a measure of retention begins so: what it adds to the loss
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

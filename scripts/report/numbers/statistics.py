@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import optimize, stats
 
 LEVEL = 0.95
@@ -25,6 +26,11 @@ class Interval(NamedTuple):
     df: float = math.nan
 
 
+def finite(values: pd.Series) -> pd.Series:
+    """Where values are numbers, and not infinite."""
+    return values.astype(float).abs() < math.inf
+
+
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """The mean of independent values and its Student interval; one value has no bounds."""
     values = np.asarray(values, float)
@@ -33,6 +39,26 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
         return Interval(float(values.mean()) if n else math.nan, math.nan, math.nan, n)
     half = _t(level, n - 1) * values.std(ddof=1) / math.sqrt(n)
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n, n - 1)
+
+
+def p_value(found: Interval, level: float = LEVEL) -> float:
+    """Of Student's two-sided test that the mean behind an interval of t_interval is zero; NaN without bounds."""
+    if not found.df > 0:
+        return math.nan
+    error = (found.high - found.low) / 2 / _t(level, found.df)
+    return float(2 * stats.t.sf(abs(found.value) / error, found.df)) if error else float(found.value == 0)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values of one family by Holm's step-down (Scand. J. Statist. 6, 1979): below alpha are those that survive.
+
+    What is unknown stays so and counts for nothing.
+    """
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]
+    found = np.full(len(p), math.nan)
+    found[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return found
 
 
 class Noise(NamedTuple):
@@ -66,48 +92,25 @@ def detectable(sigma: float, pairs: int, power: float = 0.8, level: float = LEVE
     return float(optimize.brentq(missing, 0.0, 2 * bound)) * sigma / math.sqrt(pairs)
 
 
-class Additive(NamedTuple):
-    """loss = treatment + seed + noise, by least squares; sigma: sd of that noise (NaN at df 0)."""
+def additive(losses: Mapping[tuple[Hashable, Hashable], float]) -> Noise:
+    """The noise in {(treatment, seed): loss}, loss = treatment + seed + noise, by least squares.
 
-    effects: dict[Hashable, float]
-    covariance: np.ndarray  # of the effects, in units of sigma^2
-    sigma: float
-    df: int
-    seeds: dict[Hashable, set]
-
-
-def additive(losses: Mapping[tuple[Hashable, Hashable], float]) -> Additive:
-    """Fits the additive model to {(treatment, seed): loss}, which need not be complete.
-
-    Treatments that share no seed with the others, directly or through a chain, are fitted all the same; `contrast`
-    between two such groups is refused there.
+    Losses need not be complete; treatments that share no seed with the others are fitted all the same.
     """
     treatments, seeds = (list(dict.fromkeys(key[axis] for key in losses)) for axis in (0, 1))
-    count, y = len(treatments), np.array(list(losses.values()), float)
-    design = np.zeros((len(y), count + len(seeds)))
+    y = np.array(list(losses.values()), float)
+    design = np.zeros((len(y), len(treatments) + len(seeds)))
     for row, (treatment, seed) in enumerate(losses):
-        design[row, treatments.index(treatment)] = design[row, count + seeds.index(seed)] = 1
-    inverse = np.linalg.pinv(design.T @ design)
-    coefficients = inverse @ design.T @ y
-    df = len(y) - int(np.linalg.matrix_rank(design))
-    rest = y - design @ coefficients
-    sigma = math.sqrt(float(rest @ rest) / df) if df else math.nan
-    used = {t: {seed for treatment, seed in losses if treatment == t} for t in treatments}
-    return Additive(
-        dict(zip(treatments, map(float, coefficients), strict=False)), inverse[:count, :count], sigma, df, used
-    )
+        design[row, treatments.index(treatment)] = design[row, len(treatments) + seeds.index(seed)] = 1
+    fitted, _, rank, _ = np.linalg.lstsq(design, y)
+    df = len(y) - int(rank)
+    return Noise(math.sqrt(float(((y - design @ fitted) ** 2).sum()) / df) if df else math.nan, df)
 
 
-def contrast(fit: Additive, a: Hashable, b: Hashable, level: float = LEVEL) -> Interval:
-    """treatment a minus b with the noise pooled over all treatments: exact if it is normal and the same for all."""
-    names = list(fit.effects)
-    unit = np.zeros(len(names))
-    unit[names.index(a)], unit[names.index(b)] = 1, -1
-    value, n = fit.effects[a] - fit.effects[b], len(fit.seeds[a] & fit.seeds[b])
-    if not n:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    half = _t(level, fit.df) * fit.sigma * math.sqrt(unit @ fit.covariance @ unit) if fit.df else math.nan
-    return Interval(value, value - half, value + half, n, fit.df)
+def with_noise(found: Interval, noise: Noise, level: float = LEVEL) -> Interval:
+    """A mean of differences with bounds from the noise of one loss, that of all; exact if it is normal and alike."""
+    half = _t(level, noise.df) * noise.sigma * math.sqrt(2 / found.n) if noise.df else math.nan
+    return Interval(found.value, found.value - half, found.value + half, found.n, noise.df)
 
 
 class Choice(NamedTuple):

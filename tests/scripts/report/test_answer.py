@@ -1,6 +1,7 @@
 """The first screen of a report, and runs kept as one file."""
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -8,14 +9,14 @@ import pathlib
 import statistics
 import warnings
 
+import pandas as pd
 import pytest
 
 from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, measured, tables
-from steppe.scripts.report.numbers import analysis, entries, groups
-from steppe.scripts.report.numbers import statistics as st
+from steppe.scripts.report.numbers import analysis, beside, entries
 
 STUDY = pathlib.Path(__file__).parents[3] / "optim" / "study" / "english"
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
@@ -52,20 +53,33 @@ def sweep(tmp_path_factory):
     return directory
 
 
-def study_of(given):
-    return groups.analyse(results.with_averages(results.read(given))).runs
+def study_of(given, changed=lambda result: result):
+    """changed: makes another Result of one, or None to leave it out."""
+    found = map(changed, results.with_averages(results.read(given)))
+    return entries.analyse([result for result in found if result is not None])
 
 
-def entries_of(given):
-    return entries.entries(study_of(given))
+def entries_of(given, changed=lambda result: result):
+    return study_of(given, changed).entries
+
+
+def of_seed_0(result):
+    return result if result.config["seed"] == 0 else None
+
+
+def ways_of(made, name):
+    """{(aspect, basis): difference} of a row."""
+    (row,) = made.rows.index[made.rows["name"] == name]
+    own = made.ways[made.ways["row"] == row]
+    return {(way.measure, way.basis): way for way in own.itertuples()}
 
 
 def test_the_answer_is_what_was_put_in(sweep):
-    found = answer.answer(entries_of(sweep))
-    rows = {row.name: row for row in found.rows}
-    assert list(rows) == ["adamw, 2000 steps", "sam"]
-    assert [aspect.key for aspect in found.aspects] == ["loss", "forgetting", "int4"]
-    of = {key: way.interval.value for key, way in rows["sam"].ways.items()}
+    found = beside.answer(entries_of(sweep))
+    assert list(found.rows["name"]) == ["adamw, 2000 steps", "sam"]
+    assert found.aspects == ["loss", "forgetting", "int4"]
+    ways = ways_of(found, "sam")
+    of = {key: way.value for key, way in ways.items()}
     wobble = sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3  # seed 0 chose rho
     kept = -0.04 - wobble
     assert of["loss", "tokens"] == pytest.approx(TWO_PASS + wobble)
@@ -73,125 +87,138 @@ def test_the_answer_is_what_was_put_in(sweep):
     assert of["int4", "tokens"] == pytest.approx(TWO_PASS + wobble + kept)
     assert of["int4", "flops"] == pytest.approx(TWO_PASS - LONGER + wobble + kept)
     assert of["forgetting", "tokens"] == of["forgetting", "flops"] == pytest.approx(kept * 0.8)  # 0.8 of what all gain
-    assert set(rows["adamw, 2000 steps"].ways) == {(key, "tokens") for key in ("loss", "forgetting", "int4")}
-    assert all(way.interval.n == 3 and way.fresh for way in rows["sam"].ways.values())
+    assert set(ways_of(found, "adamw, 2000 steps")) == {(key, "tokens") for key in ("loss", "forgetting", "int4")}
+    assert all(way.n == 3 and way.fresh for way in ways.values())
 
 
 def test_what_is_forgotten_depends_on_no_third_entry(sweep):
-    found = entries_of(sweep)
-    (sam,) = (entry for entry in found if entry.name == "sam")
     weak = {"loss": 4.0, "paths": [{"rate": 0.001, "points": [{"step": 1, "gained": 0.01, "lost": 0.05}]}]}
-    runs = {
-        setting: {seed: result._replace(fine_tune=weak) for seed, result in by_seed.items()}
-        for setting, by_seed in sam.runs.items()
-    }
-    with_it = answer.answer([*found, sam._replace(name="weak", runs=runs)])
-    ways = [{row.name: row for row in made.rows}["sam"].ways for made in (answer.answer(found), with_it)]
-    assert ways[0]["forgetting", "tokens"] == ways[1]["forgetting", "tokens"]
+    found = results.read(sweep)
+    others = [
+        result._replace(fine_tune=weak, config=result.config | {"optim.method": "msam"})
+        for result in found if result.config["optim.method"] == "sam"
+    ]  # fmt: skip
+    made = [beside.answer(entries.analyse(given).entries) for given in (found, [*found, *others])]
+    assert [len(each.rows) for each in made] == [2, 3]
+    values = [ways_of(each, "sam")["forgetting", "tokens"].value for each in made]
+    assert values[0] == values[1]
 
 
 def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
-    rows = {(row["aspect"], row["basis"]): row for row in answer.power(answer.answer(entries_of(sweep))).rows}
-    loss = rows["held-out loss", "at equal FLOPs"]  # of sam alone: its pairs differ by the wobble of their seeds
+    found = beside.power(beside.answer(entries_of(sweep))).set_index(["aspect", "basis"])
+    loss = found.loc["held-out loss", "at equal FLOPs"]  # of sam alone: its pairs differ by the wobble of their seeds
     assert loss["sigma"] == pytest.approx(statistics.stdev(WOBBLE[seed] for seed in (1, 2, 3)))
     assert loss["df"] == 2
     assert loss["pairs_3"] > loss["pairs_5"] > loss["pairs_10"] > 0
 
 
 def test_what_is_kept_is_a_table_of_every_measure(sweep):
-    made = answer.answer(entries_of(sweep))
-    rows = {(row["entry"], row["basis"]): row for row in answer.beside(made).rows}
-    assert set(rows) == {
-        ("adamw", answer.ITSELF),
+    made = beside.answer(entries_of(sweep))
+    rows = answer.beside(made).frame.set_index(["entry", "basis"])
+    assert set(rows.index) == {
+        ("adamw", beside.ITSELF),
         ("adamw, 2000 steps", "at equal tokens"),
-        *(("sam", words) for words in answer.BASES.values()),
+        *(("sam", words) for words in entries.BASES.values()),
     }
-    for basis, words in answer.BASES.items():
-        (sam,) = (row for row in made.rows if row.name == "sam")
-        assert rows["sam", words]["int4_channel"] == sam.ways["int4", basis].interval
-        assert rows["sam", words]["loss"] == sam.ways["loss", basis].interval
-    assert rows["sam", "at equal tokens"]["int4_channel"].n == 3
-    assert [rows["sam", words]["adamw"] for words in answer.BASES.values()] == ["adamw", "adamw, 2000 steps"]
+    for basis, words in entries.BASES.items():
+        ways = ways_of(made, "sam")
+        for column, aspect in (("int4_channel", "int4"), ("loss", "loss")):
+            shown = rows.loc[("sam", words), [column, *(f"{column}_{end}" for end in ("low", "high", "n"))]]
+            assert list(shown) == [getattr(ways[aspect, basis], part) for part in ("value", "low", "high", "n")]
+    assert rows.loc[("sam", "at equal tokens"), "int4_channel_n"] == 3
+    assert [rows.loc[("sam", words), "adamw"] for words in entries.BASES.values()] == ["adamw", "adamw, 2000 steps"]
 
 
 def test_fine_tuning_is_compared_at_each_rate_too(sweep):
-    table = answer.fine_tuning(answer.answer(entries_of(sweep)))
-    rows = {(row["entry"], row["basis"]): row for row in table.rows}
+    table = answer.fine_tuning(beside.answer(entries_of(sweep)))
+    rows = table.frame.set_index(["entry", "basis"])
     kept = 0.04 + sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3
     for what, value, own in (("gained", 0.0, 0.3), ("lost", -kept, 0.1), ("curvature", -kept, 0.2)):
         key = f"fine_tune_lr=0.001: {what}"
-        assert [rows["sam", words][key].value for words in answer.BASES.values()] == pytest.approx([value] * 2)
-        assert rows["adamw", answer.ITSELF][key].value == pytest.approx(own)
-    assert "loss" not in next(iter(rows.values()))
+        assert [rows.loc[("sam", words), key] for words in entries.BASES.values()] == pytest.approx([value] * 2)
+        assert rows.loc[("adamw", beside.ITSELF), key] == pytest.approx(own)
+    assert "loss" not in rows
     assert table.columns[4].header == "gained on the second text, fine-tuned at 0.001"
 
 
 def test_a_figure_parts_what_perturbs_nothing_from_the_rest_and_leaves_out_averages_of_one_pair(sweep):
-    made = answer.answer(entries_of(sweep))
-    assert [row.rank for row in made.rows] == [0, 2]
-    (sam,) = (row for row in made.rows if row.name == "sam")
-    (alone,) = (row for row in answer.answer(entries.entries([r for r in study_of(sweep) if r.seed == 0])).rows
-                if row.name == "sam")  # fmt: skip
-    average = alone._replace(entry=alone.entry._replace(weights="ema"))
-    assert [list(map(id, part)) for part in answer.parted([sam, alone, average])] == [[id(sam), id(alone)], []]
-    assert [len(part) for part in answer.parted([average])] == [1, 0]
+    def averaged(result, kept=lambda result: True):
+        return result._replace(weights="ema", name=f"{result.name} ema") if kept(result) else None
+
+    made = beside.answer(entries_of(sweep))
+    assert list(made.rows["rank"]) == [0, 2]
+    found = results.read(sweep)
+    alone = [result for result in found if of_seed_0(result)]
+    of_sam = [averaged(result) for result in alone if result.config["optim.method"] == "sam"]
+    made = beside.answer(entries.analyse([*found, *of_sam]).entries)
+    assert "sam ema" in set(made.rows["name"])
+    assert [list(made.rows.loc[part, "name"]) for part in made.parted[0]] == [["adamw, 2000 steps", "sam"], []]
+    made = beside.answer(entries.analyse([*alone, *of_sam]).entries)  # nothing has more than one pair
+    assert "sam ema" in set(made.rows.loc[made.parted[0][0], "name"])
 
 
 def test_of_a_long_group_what_is_known_in_less_is_drawn_by_itself(sweep, monkeypatch):
-    made = answer.answer(entries_of(sweep))
-    longer, sam = made.rows
-    less = sam._replace(name="less", ways={key: way for key, way in sam.ways.items() if key[0] == "loss"})
-    many = made._replace(rows=[longer, sam, less])
+    def less(result):  # another method of which the loss alone is known
+        config = result.config | {"optim.method": "msam"}
+        return result._replace(config=config, retention={}, fine_tune={})
+
+    found = results.read(sweep)
+    others = [less(result) for result in found if result.config["optim.method"] == "sam"]
+    many = beside.answer(entries.analyse([*found, *others]).entries)
     assert [drawing.name for drawing in answer.figures(many)] == ["answer"]
-    assert "less" in {row["entry"] for row in measured.forgetting(many).rows}
-    monkeypatch.setattr(answer, "LONG", 2)
-    shown = {drawing.name: [row["entry"] for row in drawing.rows] for drawing in answer.figures(many)}
-    assert shown == {"answer": [longer.name, "sam"], "answer_rest": ["less"]}
-    assert {row["entry"] for row in measured.forgetting(many).rows} == {"adamw", longer.name, "sam"}
+    monkeypatch.setattr(beside, "LONG", 2)
+    shown = {drawing.name: list(drawing.frame["entry"]) for drawing in answer.figures(many)}
+    assert shown == {"answer": ["adamw, 2000 steps", "sam"], "answer_rest": ["msam"]}
+    assert set(beside.forgetting(many)["entry"]) == {"adamw", "adamw, 2000 steps", "sam"}
 
 
 def test_a_row_says_its_rho_once_and_an_end_of_the_grid_only_of_the_best(sweep):
-    (sam,) = (row.entry for row in answer.answer(entries_of(sweep)).rows if row.name == "sam")
-    assert answer.label_of("sam", sam) == "sam   2.00 ×   ρ 0.1 ↑"
-    other = sam._replace(choice=sam.choice._replace(rho=(sam.chosen("rate"), 0.01)))
+    found = {entry.name: entry for entry in entries_of(sweep) if entry.budget == "1000 steps"}
+    assert answer.label_of("sam", found["sam"]) == "sam   2.00 ×   ρ 0.1 ↑"
+    assert answer.label_of("adamw", found["adamw"]) == "adamw   1.00 ×"
+    sam = found["sam"]
+    (setting,) = set(sam.runs.loc[sam.runs["rho"] == 0.01, "setting"])
+    other = dataclasses.replace(sam, choice=sam.choice._replace(rho=setting))
     assert answer.label_of("sam, rho 0.01", other) == "sam   2.00 ×   ρ 0.01"
-    assert answer.label_of("adamw", sam._replace(choice=sam.choice._replace(rho=(0.001, None)))) == "adamw   2.00 ×"
 
 
-def test_the_frame_shows_all_pairs_but_not_the_interval_of_two(sweep):
-    made = answer.answer(entries_of(sweep))
-    bounds = st.Interval(0.0, -9.0, 9.0, 2)
-    two = made.rows[1]._replace(ways={("loss", "tokens"): entries.Difference(bounds, True, {1: -0.2, 2: 0.3})})
-    assert answer._frame("loss", [[two]]) == pytest.approx((-0.24, 0.34))
-    three = two._replace(ways={("loss", "tokens"): entries.Difference(bounds._replace(n=3), True, {1: -0.2, 2: 0.3})})
-    assert answer._frame("loss", [[two], [three]]) == pytest.approx((-9 - 0.08 * 18, 9 + 0.08 * 18))
+def test_the_frame_shows_all_pairs_but_not_the_interval_of_two():
+    two = pd.DataFrame([{"n": 2, "low": -9.0, "high": 9.0, "pairs": {1: -0.2, 2: 0.3}}])
+    assert answer._frame(two) == pytest.approx((-0.24, 0.34))
+    assert answer._frame(pd.concat([two, two.assign(n=3)])) == pytest.approx((-9 - 0.08 * 18, 9 + 0.08 * 18))
 
 
 def test_scales_that_are_too_many_for_one_figure_are_in_several_the_surest_first(sweep, monkeypatch):
-    made = answer.answer(entries_of(sweep))
-    alone = answer.answer(entries.entries([run for run in study_of(sweep) if run.seed == 0]))
-    rows = [row._replace(group="small", entry=row.entry._replace(scale="small")) for row in alone.rows] + made.rows
-    assert [drawing.name for drawing in answer.figures(made._replace(rows=rows))] == ["answer"]
+    found = results.read(sweep)
+    small = [
+        result._replace(config=result.config | {"model.size": "small"}) for result in found if of_seed_0(result)
+    ]  # fmt: skip
+    made = beside.answer(entries.analyse([*small, *found]).entries)
+    assert [drawing.name for drawing in answer.figures(made)] == ["answer"]
     monkeypatch.setattr(answer, "TALL", 3)
-    first, second = answer.figures(made._replace(rows=rows))
+    first, second = answer.figures(made)
     assert (first.name, second.name) == ("answer", "answer_2")
-    assert ({row["group"] for row in first.rows}, {row["group"] for row in second.rows}) == (
-        {made.rows[0].group}, {"small"},
-    )  # fmt: skip
+    assert (set(first.frame["group"]), set(second.frame["group"])) == ({"0.1m, 1000 steps"}, {"small, 1000 steps"})
 
 
 def test_every_rho_that_was_measured_is_in_the_table_of_measures(sweep):
-    study = groups.analyse(results.with_averages(results.read(sweep)))
-    found = tables.sharpness(study, "retention", analysis.measures(study)["retention"]).rows
-    rows = {(row["variant"], row["rho"]): row for row in found if "1000 steps" in row["cell"]}
+    found = analysis.measures(study_of(sweep))
+    rows = tables.sharpness("retention", found).frame
+    rows = rows[rows["cell"] == "0.1m, 1000 steps"].set_index(["variant", "rho"])
     seeds = {("adamw", 0.0): 4, ("sam", 0.01): 1, ("sam", 0.03): 1, ("sam", 0.1): 4}
-    assert {key: row["seeds"] for key, row in rows.items()} == seeds
-    assert rows["sam", 0.1]["int4_channel"] == pytest.approx(0.26 - statistics.fmean(WOBBLE.values()))
-    assert rows["sam", 0.01]["int4_channel"] == pytest.approx(0.26)
+    assert rows["seeds"].to_dict() == seeds
+    assert rows["int4_channel"]["sam", 0.1] == pytest.approx(0.26 - statistics.fmean(WOBBLE.values()))
+    assert rows["int4_channel"]["sam", 0.01] == pytest.approx(0.26)
+
+
+def test_runs_of_one_name_keep_their_own_measures(sweep):
+    found = [result._replace(name="run") for result in results.read(sweep)]
+    named, alike = (analysis.means(analysis.measures(entries.analyse(given))) for given in (results.read(sweep), found))
+    pd.testing.assert_frame_equal(named, alike)
 
 
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
-    loss, kept, sure = answer.sentences(answer.answer(entries_of(sweep)))
+    loss, kept, sure = answer.sentences(beside.answer(entries_of(sweep)))
     assert loss.startswith(
         "In held-out loss, at equal tokens 1 of 1 are better than AdamW by an interval without zero "
     )
@@ -204,22 +231,23 @@ def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
 
 
 def test_a_panel_of_what_no_entry_of_its_drawing_has_is_empty(sweep):
-    made = answer.answer(entries_of(sweep))
-    rows = [row._replace(ways={key: row.ways[key] for key in row.ways if key[0] == "loss"}) for row in made.rows]
+    made = beside.answer(entries_of(sweep))
+    (sam,) = made.rows.index[made.rows["name"] == "sam"]
+    less = made.ways[(made.ways["measure"] == "loss") | (made.ways["row"] != sam)]
+    rows = made.rows.assign(group=["a", "b"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        answer.figures(made._replace(rows=rows))
+        answer.figures(beside.Answer(rows, less))
 
 
 def test_a_line_says_where_to_look_next(sweep):
-    lines = answer.lines(answer.answer(entries_of(sweep)))
+    lines = answer.lines(beside.answer(entries_of(sweep)))
     assert lines[1].startswith("sam, 2.00 × a token: rho 0.1 of 3 at the grid's upper edge: extend upwards; ")
     assert lines[1].endswith("3 fresh pairs.")
 
 
 def test_one_pair_has_no_interval_and_nothing_is_claimed_of_it(sweep, tmp_path):
-    alone = [run for run in study_of(sweep) if run.seed == 0]
-    loss, _, sure = answer.sentences(answer.answer(entries.entries(alone)))
+    loss, _, sure = answer.sentences(beside.answer(entries_of(sweep, of_seed_0)))
     assert "at equal tokens there is one pair of seeds of each, and no interval: the lowest is sam" in loss
     assert sure.startswith("Each difference is of one pair of seeds, none of which")
 
@@ -231,7 +259,11 @@ def test_what_is_kept_is_drawn_over_rho(sweep, tmp_path):
     assert {rho for _, rho in found} == {0.01, 0.03, 0.1}
     assert found["held-out loss", 0.03] == pytest.approx(TWO_PASS + 0.02)
     assert found["held-out loss in 4 bits", 0.03] == pytest.approx(TWO_PASS + 0.02 - 0.04)
-    assert [row["pairs"] for row in rows if row["aspect"] == "held-out loss"] == ["1", "1", "4"]
+    assert [row["pairs"] for row in rows if row["aspect"] == "held-out loss"] == [
+        "1",
+        "1",
+        "3",
+    ]  # as in tables: seed 0 chose rho
 
 
 def test_what_is_kept_is_drawn_where_it_was_measured(tmp_path):
@@ -245,20 +277,23 @@ def test_what_is_kept_is_drawn_where_it_was_measured(tmp_path):
         if "500 steps" in overrides.values():
             record = {"step": 500, "summary": {"int4_channel": 0.1}}
             (tmp_path / "sweep" / "runs" / name / "retention.json").write_text(json.dumps(record))
-    drawing = measured.kept_against_rho(entries_of(tmp_path / "sweep"))
-    assert {row["cell"].split(", ")[1] for row in drawing.rows} == {"500 steps"}
+    drawing = measured.kept_against_rho(beside.kept_against_rho(entries_of(tmp_path / "sweep")))
+    assert {cell.split(", ")[1] for cell in drawing.frame["cell"]} == {"500 steps"}
 
 
 def test_what_is_kept_at_one_rho_alone_is_not_drawn_over_rho(sweep):
-    study = study_of(sweep)
-    (sam,) = (entry for entry in entries.entries(study) if entry.name == "sam")
-    best = sam.chosen("rho")
-    alone = [run if run.rho in (0.0, best) else run._replace(result=run.result._replace(retention={})) for run in study]
-    aspects = {row["aspect"] for row in measured.kept_against_rho(entries.entries(study)).rows}
-    left = {row["aspect"] for row in measured.kept_against_rho(entries.entries(alone)).rows}
+    def at_the_best(result):
+        return result if result.config["optim.rho"] in (None, 0.1) else result._replace(retention={})
+
+    def bare(result):
+        return result._replace(retention={}, fine_tune={})
+
+    aspects, left = (
+        set(beside.kept_against_rho(entries_of(sweep, *changed))["aspect"]) for changed in ((), (at_the_best,))
+    )
     assert aspects - left == {"held-out loss in 4 bits"}
-    bare = [run._replace(result=run.result._replace(retention={}, fine_tune={})) for run in study]
-    assert measured.kept_against_rho(entries.entries(bare)) is None  # the loss alone is drawn elsewhere
+    nothing = beside.kept_against_rho(entries_of(sweep, bare))
+    assert measured.kept_against_rho(nothing) is None  # the loss alone is drawn elsewhere
 
 
 def test_of_several_kinds_of_adamw_the_best_is_that_on_the_seeds_that_all_have(tmp_path):
@@ -292,7 +327,7 @@ def test_another_rate_of_adamw_with_seeds_of_its_own_is_no_method_and_no_referen
     }  # fmt: skip
     for entry in (found["sam"], found["adamw, rate 0.02"]):
         assert entries.at_equal_tokens([*found.values()], entry).name == "adamw"
-    loss = answer.sentences(answer.answer([*found.values()]))[0]
+    loss = answer.sentences(beside.answer([*found.values()]))[0]
     assert loss.startswith("In held-out loss, at equal tokens none of 1 is better than AdamW")
 
 
@@ -321,7 +356,7 @@ def test_of_several_budgets_the_sentences_name_what_has_most_pairs_and_count_the
                 name, overrides = plan(method, rho, seed=seed, duration=f"{steps} steps")
                 runs[name] = overrides, 2.0 + LEVELS[seed] + (gain + WOBBLE[seed]) * (method == "msam")
     write_sweep(tmp_path, runs)
-    loss = answer.sentences(answer.answer(entries_of(tmp_path)))[0]
+    loss = answer.sentences(beside.answer(entries_of(tmp_path)))[0]
     group = next(entry for entry in entries_of(tmp_path) if entry.budget == "1000 steps").scale + ", 1000 steps"
     assert loss.startswith(f"In held-out loss ({group}), at equal tokens none of 1 is better than AdamW")
     assert loss.endswith("Elsewhere at equal tokens 1 of 2 better, 1 worse; at equal FLOPs 1 of 2 better, 1 worse.")
@@ -335,15 +370,13 @@ def test_what_was_fine_tuned_on_another_text_is_not_compared(sweep):
         paths = [{"rate": 0.001, "points": [{"step": 1, "gained": 0.01, "lost": 9.0}]}] if text == "other" else None
         tuned = {**result.fine_tune, "text": text} | ({"loss": 7.0, "paths": paths} if paths else {})
         given.append(result._replace(fine_tune=tuned, retention={**result.retention, "forgetting_at_equal_loss": 9.0}))
-    study = groups.analyse(given)
+    study = entries.analyse(given)
     assert study.notes[-1] == "3 models were fine-tuned on another text than most: what they forget is left out."
-    (way,) = (
-        row.ways["forgetting", "tokens"] for row in answer.answer(entries.entries(study.runs)).rows if row.name == "sam"
-    )
+    way = ways_of(beside.answer(study.entries), "sam")["forgetting", "tokens"]
     wobble = (WOBBLE[1] + WOBBLE[3]) / 2
-    assert way.interval.n == 2
-    assert way.interval.value == pytest.approx((-0.04 - wobble) * 0.8)
-    aside = [run.result for run in study.runs if run.seed == 2]
+    assert way.n == 2
+    assert way.value == pytest.approx((-0.04 - wobble) * 0.8)
+    aside = study.runs.loc[study.runs["seed"] == 2, "result"]
     assert all("int4_channel" in result.retention for result in aside)
     assert not any("forgetting_at_equal_loss" in result.retention for result in aside)
 
@@ -463,13 +496,13 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     for name, made in page.tables().items():
         assert f"<!-- {name} -->\n{made}<!-- end of {name} -->" in text
     runs = results.read(str(STUDY / "runs.jsonl"))
-    study = groups.analyse(results.with_averages(runs))
+    study = entries.analyse(results.with_averages(runs))
     assert len(study.runs) > len(study.trained) == len(runs)
-    made = answer.answer(entries.entries(study.runs))
-    bends = tables.sharpness(study, "curvature", analysis.measures(study)["curvature"])
+    made, measures = beside.answer(study.entries), analysis.measures(study)
+    bends = tables.sharpness("curvature", measures[measures["source"] == "curvature"])
     ways = {"beside": answer.beside(made), "fine_tuning": answer.fine_tuning(made), "power": answer.power(made)}
     for name, table in {**ways, "curvature": bends}.items():
-        rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.rows))))
+        rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.frame))))
         assert [list(map(near, row.items())) for row in page.read(name)] == [
             list(map(near, row.items())) for row in rows
         ]

@@ -16,9 +16,8 @@ from steppe.scripts import results
 from steppe.scripts.report import __main__ as report
 from steppe.scripts.report import compare as report_compare
 from steppe.scripts.report import figures as report_figures
-from steppe.scripts.report import tables as report_tables
 from steppe.scripts.report.numbers import analysis as report_analysis
-from steppe.scripts.report.numbers import groups as report_groups
+from steppe.scripts.report.numbers import entries as report_entries
 from steppe.scripts.results import flatten
 
 GRID = (0.003, 0.01, 0.03, 0.1)
@@ -146,15 +145,15 @@ def test_best_rho_and_the_difference_to_adamw(made):
     row = only(tables["comparison_table"], scale="0.4m", budget="1000 steps", variant="functional_sam")
     assert (row["rho"], row["where"], row["seeds"], row["finished"]) == ("0.03", "", "3", "6")
     bowl = 0.01 * math.log(0.03 / true_rho("0.4m")) ** 2
-    assert float(row["difference_all"]) == pytest.approx(-0.01 + bowl, abs=1e-9)  # the wobble's mean is zero
-    assert float(row["difference_fresh"]) == pytest.approx(-0.01 + bowl, abs=1e-9)
-    assert (row["difference_all_n"], row["difference_fresh_n"]) == ("3", "2")
+    assert float(row["difference"]) == pytest.approx(-0.01 + bowl, abs=1e-9)  # the wobble's mean is zero
+    assert (row["difference_n"], row["fresh"], row["against"]) == ("2", "True", "adamw")  # seed 0 chose rho
     half = 12.7062 * 0.001 * math.sqrt(2) / math.sqrt(2)  # Student's t at one degree of freedom, sd of +-0.001
-    assert float(row["difference_fresh_high"]) - float(row["difference_fresh"]) == pytest.approx(half, rel=1e-4)
+    assert float(row["difference_high"]) - float(row["difference"]) == pytest.approx(half, rel=1e-4)
+    assert float(row["difference_pooled"]) == float(row["difference"])
     assert float(row["flops_ratio"]) == 2.0
     assert float(row["seconds_ratio"]) == pytest.approx(2.0, rel=0.01)
     base_row = only(tables["comparison_table"], scale="0.4m", budget="1000 steps", variant="adamw")
-    assert base_row["difference_all_n"] == "0"
+    assert base_row["difference_n"] == "0"
 
 
 def test_best_rho_against_size_is_the_power_law_put_in(made):
@@ -215,7 +214,7 @@ def test_a_scaling_law_where_there_is_enough(tmp_path):
             name, overrides = plan("adamw", size=size, duration=f"{steps} steps")
             runs[name] = overrides, adamw_loss(size, steps, 0)
     write_sweep(tmp_path, runs)
-    found, refused = report_analysis.scaling_laws(report_groups.analyse(results.read(tmp_path)))
+    found, refused = report_analysis.scaling_laws(report_entries.analyse(results.read(tmp_path)))
     assert not refused
     law = found["adamw"].intervals
     assert (law["E"].value, law["a"].value, law["b"].value) == pytest.approx((1.0, 0.4, 0.35), rel=0.02)
@@ -254,19 +253,18 @@ def test_a_report_in_the_place_of_another_leaves_none_of_its_files(tmp_path):
 
 
 def test_of_many_measures_the_best_known_are_drawn():
-    many = {f"m{i}": {} for i in range(20)}
-    assert list(report_analysis.shown(many)) == [f"m{i}" for i in range(8)]
-    assert list(report_analysis.shown({**many, "trace": {}, "lambda_max": {}})) == ["lambda_max", "trace"]
+    many = [f"m{i}" for i in range(20)]
+    assert report_analysis.shown(many) == many[:8]
+    assert report_analysis.shown([*many, "trace", "lambda_max"]) == ["lambda_max", "trace"]
 
 
 def test_a_busy_machine_is_told(tmp_path):
     runs = {name: (overrides, 2.0) for name, overrides in (plan("adamw", seed=seed) for seed in SEEDS)}
     write_sweep(tmp_path, runs)
-    study = report_groups.analyse(results.read(tmp_path))
-    assert report_analysis.unsteadiness(study) == pytest.approx(1.0)
-    slow = study.runs[0].result._replace(seconds=3 * study.runs[0].result.seconds)
-    study = study._replace(runs=[study.runs[0]._replace(result=slow), *study.runs[1:]])
-    assert "factor of 3" in report.summary(study, report_tables.comparison(study))[-1]
+    first, *others = results.read(tmp_path)
+    assert report_analysis.unsteadiness(report_entries.analyse([first, *others])) == pytest.approx(1.0)
+    study = report_entries.analyse([first._replace(seconds=3 * first.seconds), *others])
+    assert "factor of 3" in report.summary(study, report_analysis.comparison(study))[-1]
 
 
 def test_runs_of_one_ratio_of_tokens_to_parameters_are_one_budget(tmp_path):
@@ -276,41 +274,40 @@ def test_runs_of_one_ratio_of_tokens_to_parameters_are_one_budget(tmp_path):
             name, overrides = plan("adamw", size=size, duration=f"{duration} steps")
             runs[name] = overrides, 2.0
     write_sweep(tmp_path, runs)
-    found = report_groups.analyse(results.read(tmp_path))
-    assert found.budgets == ["1000 steps", "20 tokens a parameter"]
+    found = report_entries.analyse(results.read(tmp_path))
+    assert {cell.budget for cell in found.cells} == {"1000 steps", "20 tokens a parameter"}
 
 
-def test_a_rate_of_its_own_for_each_size_makes_no_variant_where_it_is_the_only_one(tmp_path):
+def test_an_entry_is_at_its_best_rate_and_runs_at_another_are_named_so(tmp_path):
     runs = {}
     for size, rates in {"0.1m": (0.002, 0.001), "0.4m": (0.002,), "1.8m": (0.001,)}.items():
         for rate in rates:
             for method, rho in (("adamw", None), ("sam", 0.1)):
                 name, overrides = plan(method, rho, size=size, optim__peak_learning_rate=rate)
-                runs[name] = (overrides, 2.0)
+                runs[name] = (overrides, 2.0 + rate)
     write_sweep(tmp_path, runs)
-    study = report_groups.analyse(results.read(tmp_path))
-    assert {cell.scale: list(cell.variants) for cell in study.cells} == {
-        "0.1m": ["adamw", "sam", "adamw, peak_learning_rate=0.001", "sam, peak_learning_rate=0.001"],
-        "0.4m": ["adamw", "sam"],
-        "1.8m": ["adamw", "sam"],
+    study = report_entries.analyse(results.read(tmp_path))
+    assert {cell.scale: list(cell.entries) for cell in study.cells} == {
+        size: ["adamw", "sam"] for size in ("0.1m", "0.4m", "1.8m")
     }
-    assert study.notes == [
-        "Names leave out what most runs have: peak_learning_rate=0.002.",
-        "Names leave out the peak rate where a method has no other in a scale and budget.",
-    ]
+    assert {entry.scale: entry.chosen("rate") for entry in study.entries if entry.perturbs} == {
+        "0.1m": 0.001, "0.4m": 0.002, "1.8m": 0.001,
+    }  # fmt: skip
+    assert set(study.runs["variant"]) == {"adamw", "sam", "adamw, rate 0.002", "sam, rate 0.002"}
+    assert study.notes == []
 
 
-def test_a_method_with_several_values_of_another_key_is_several_variants(tmp_path):
+def test_a_method_with_several_values_of_another_key_is_several_entries(tmp_path):
     runs = {}
-    for method, rates in (("adamw", (1e-3, 2e-3)), ("sam", (2e-3,))):
-        for rate in rates:
-            name, overrides = plan(method, None if method == "adamw" else 0.1, optim__peak_learning_rate=rate)
-            runs[name] = overrides, 2.0 + rate
+    for method, schedules in (("adamw", ("constant", "cosine")), ("sam", ("cosine",))):
+        for schedule in schedules:
+            name, overrides = plan(method, None if method == "adamw" else 0.1, optim__schedule=schedule)
+            runs[name] = overrides, 2.0 - 0.1 * (schedule == "cosine")
     write_sweep(tmp_path, runs)
-    found = report_groups.analyse(results.read(tmp_path))
-    assert found.variants == ["adamw, peak_learning_rate=0.001", "adamw", "sam"]
-    assert found.cells[0].variants["sam"].reference == "adamw"  # of its own rate
-    assert found.notes == ["Names leave out what most runs have: peak_learning_rate=0.002."]
+    found = report_entries.analyse(results.read(tmp_path))
+    assert found.names == ["adamw, schedule=constant", "adamw", "sam"]
+    assert [entry.tokens.name for entry in found.entries] == ["adamw"] * 3  # AdamW at its best
+    assert found.notes == ["Names leave out what most runs have: schedule=cosine."]
 
 
 def test_one_rho_alone_is_no_best_rho(tmp_path):
@@ -320,8 +317,10 @@ def test_one_rho_alone_is_no_best_rho(tmp_path):
             name, overrides = plan(method, rho)
             runs[name] = overrides, 2.0 - (rho or 0.0)
     write_sweep(tmp_path, runs)
-    found = report_analysis.optima(report_groups.analyse(results.read(tmp_path)))
-    assert {name for _, name in found} == {"functional_sam"}
+    found = report_analysis.best_rho(report_entries.analyse(results.read(tmp_path)))
+    assert dict(zip(found["variant"], found["tried"], strict=True)) == {"sam": 1, "functional_sam": 2}
+    drawing = report_figures.best_rho(found, {}, ["sam", "functional_sam"])
+    assert set(drawing.frame["variant"]) == {"functional_sam"}
 
 
 def test_best_rho_is_drawn_over_sizes_where_there_are_several(tmp_path):
@@ -332,8 +331,9 @@ def test_best_rho_is_drawn_over_sizes_where_there_are_several(tmp_path):
                 name, overrides = plan(method, rho, size=size)
                 runs[name] = overrides, 2.0 - rho
     write_sweep(tmp_path, runs)
-    drawing = report_figures.best_rho(report_groups.analyse(results.read(tmp_path)), {})
-    assert {(row["variant"], row["scale"]) for row in drawing.rows} == {
+    study = report_entries.analyse(results.read(tmp_path))
+    drawing = report_figures.best_rho(report_analysis.best_rho(study), {}, study.names)
+    assert set(drawing.frame[["variant", "scale"]].itertuples(index=False, name=None)) == {
         ("functional_sam", "0.1m"), ("functional_sam", "0.4m"),
     }  # fmt: skip
 
@@ -346,15 +346,13 @@ def test_a_law_over_sizes_is_of_one_kind_of_model(tmp_path):
             best_rho = 0.03 if dtype == "bfloat16" else best[size]
             runs[name] = overrides, 2.0 + 0.1 * math.log(rho / best_rho) ** 2
     write_sweep(tmp_path, runs)
-    study = report_groups.analyse(results.read(tmp_path))
-    found = report_analysis.optima(study)
-    assert {family: len(pairs) for (family, _), pairs in found.items()} == {
-        "1000 steps": 3, "1000 steps, compute_dtype bfloat16": 1,
-    }  # fmt: skip
-    laws = report_analysis.power_laws(study)
+    study = report_entries.analyse(results.read(tmp_path))
+    found = report_analysis.best_rho(study)
+    assert found["family"].value_counts().to_dict() == {"1000 steps": 3, "1000 steps, compute_dtype bfloat16": 1}
+    laws = report_analysis.power_laws(found)
     assert set(laws) == {("1000 steps", "sam")}
-    rows = report_tables.power_laws(study, laws).rows
-    assert [(row["checked_at"], row["foretold"]) for row in rows] == [("1.8m", pytest.approx(0.1, rel=1e-3))]
+    (row,) = report_analysis.laws_table(found, laws).itertuples()
+    assert (row.checked_at, row.foretold) == ("1.8m", pytest.approx(0.1, rel=1e-3))
     assert len(report_analysis.scaling_points(study, "sam")) == 3
 
 
@@ -365,7 +363,7 @@ def test_a_model_is_named_by_what_most_have_not(tmp_path):
             name, overrides = plan("adamw", None, seed=seed, model__compute_dtype=dtype)
             runs[name] = overrides, 2.0
     write_sweep(tmp_path, runs)
-    found = report_groups.analyse(results.read(tmp_path))
+    found = report_entries.analyse(results.read(tmp_path))
     size = min(cell.scale for cell in found.cells)
     assert {cell.scale for cell in found.cells} == {size, f"{size}, compute_dtype bfloat16"}
     assert found.notes == ["Names leave out what most runs have: compute_dtype=float32."]
@@ -377,7 +375,7 @@ def test_a_radius_that_falls_late_is_another_variant_than_a_constant_one(tmp_pat
         name, overrides = plan("sam", 0.1, optim__rho_schedule=schedule)
         runs[name] = overrides, 2.0
     write_sweep(tmp_path, runs)
-    assert report_groups.analyse(results.read(tmp_path)).variants == ["sam", "sam, rho_schedule=late"]
+    assert report_entries.analyse(results.read(tmp_path)).names == ["sam", "sam, rho_schedule=late"]
 
 
 @pytest.mark.parametrize(

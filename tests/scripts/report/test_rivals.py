@@ -10,7 +10,7 @@ from helpers import report_runs
 from steppe.scripts import results
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, transfer
-from steppe.scripts.report.numbers import entries, groups
+from steppe.scripts.report.numbers import beside, entries
 
 
 def runs():
@@ -43,8 +43,7 @@ def sweep(tmp_path):
 
 
 def entries_of(sweep):
-    study = groups.analyse(results.with_averages(results.read(sweep)))
-    return {entry.name: entry for entry in entries.entries(study.runs)}
+    return {entry.name: entry for entry in entries.analyse(results.with_averages(results.read(sweep))).entries}
 
 
 def test_each_entry_takes_its_best_setting_and_is_compared_on_seeds_that_did_not_choose_it(sweep):
@@ -66,16 +65,11 @@ def test_each_entry_takes_its_best_setting_and_is_compared_on_seeds_that_did_not
 
 
 def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
-    study = groups.analyse(results.with_averages(results.read(sweep)))
-    rows = {
-        row.name: row.ways["loss", "tokens"].interval.value for row in answer.answer(entries.entries(study.runs)).rows
-    }
+    made = beside.answer([*entries_of(sweep).values()])
+    rows = made.known("loss", "tokens").set_index("name")["value"]
     assert rows["nadamw ema"] == pytest.approx(rows["nadamw"])
     assert rows["adamw ema"] == pytest.approx(-0.05)  # against its last weights
-    assert (
-        "of AdamW's own runs these are (adamw ema −0.0500"
-        in answer.sentences(answer.answer(entries.entries(study.runs)))[0]
-    )
+    assert "of AdamW's own runs these are (adamw ema −0.0500" in answer.sentences(made)[0]
 
 
 def test_the_table_and_the_picture_are_written(sweep, capsys):
@@ -120,7 +114,10 @@ def test_transfer_says_what_the_settings_of_a_narrow_model_cost_a_wide_one(tmp_p
     rows = list(csv.DictReader((tmp_path / "sweep" / "report" / "transfer.csv").open()))
     assert len(rows) == 8
     assert (tmp_path / "sweep" / "report" / "transfer.png").read_bytes().startswith(b"\x89PNG")
-    assert transfer.best([{"rate": 1, "loss": math.inf}, {"rate": 1, "loss": 2.0}], "rate") == [(1, 2.0)]
+    runs = transfer.read(tmp_path / "sweep")
+    runs.loc[runs["rate"] == 0.01, "loss"] = math.inf  # diverged
+    assert set(transfer.best(runs)["rate"]) == {0.02}
+    assert set(transfer.regret(runs)) == {0.0}
 
 
 def test_a_setting_with_seeds_of_its_own_is_an_entry_and_the_seed_that_chose_is_not_fresh(tmp_path):

@@ -1,0 +1,253 @@
+"""Entries beside AdamW in all that was measured of them, as frames: at equal tokens and at equal compute, by seed."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from steppe.lm.measure import frontier
+from steppe.scripts.report.numbers import entries as en
+from steppe.scripts.report.numbers import statistics as st
+from steppe.scripts.report.numbers.analysis import NOTHING, spread
+
+BITS = (4, 3)  # of steppe retention, to the nearest, a scale an output channel
+FREE = 1.05  # FLOPs of a token, in AdamW's, up to which a method costs no further pass
+ITSELF = "AdamW itself"  # a value, no difference
+LONG = 12  # rows of a group that are taken in at a glance
+PAIRS = (3, 5, 10)  # of seeds, that a study may have
+
+
+class Aspect(NamedTuple):
+    """A number of a run in which entries are compared; title: over its panel; clause: how a sentence begins."""
+
+    title: str
+    clause: str
+
+
+ASPECTS = {
+    "loss": Aspect("held-out loss", "In held-out loss"),
+    "forgetting": Aspect("forgotten, at equal fine-tuning loss", "In what fine-tuning costs"),
+    **{f"int{bits}": Aspect(f"held-out loss in {bits} bits", f"In the loss in {bits} bits") for bits in BITS},
+}
+
+
+def measured(shown: Sequence[en.Entry]) -> dict[str, str | Callable]:
+    """{aspect: see Entry.value} for entries that are compared: forgetting depends on the loss they all reach."""
+    tuned = [fine_tune for entry in shown for fine_tune in _tuned(entry)]
+    return {
+        "loss": "loss", "forgetting": en.forgotten(frontier.equal_loss(tuned)),
+        **{f"int{bits}": f"int{bits}_channel" for bits in BITS},
+    }  # fmt: skip
+
+
+def _tuned(entry: en.Entry) -> list[dict]:
+    return [result.fine_tune for result in entry.best["result"] if result.fine_tune]
+
+
+class Answer(NamedTuple):
+    """What the entries of a study say.
+
+    rows: group (the scale and budget it is shown under), name, entry, tokens and flops (whom it is held against),
+    rank (0 what perturbs nothing, 1 what does at no further pass, 2 the rest), aside (AdamW on more tokens); in each
+    group by rank and loss. ways: the differences of the rows, `row` their place in them; see entries.differences.
+    """
+
+    rows: pd.DataFrame
+    ways: pd.DataFrame
+
+    @property
+    def aspects(self) -> list[str]:
+        """Those in which some row differs from its reference."""
+        return [aspect for aspect in ASPECTS if (self.ways["measure"] == aspect).any()]
+
+    def known(self, aspect: str, basis: str) -> pd.DataFrame:
+        """The differences in an aspect on a basis, with their rows."""
+        return self.ways[(self.ways["measure"] == aspect) & (self.ways["basis"] == basis)].join(self.rows, on="row")
+
+    def only(self, rows: Sequence[int]) -> "Answer":
+        """Some of the rows."""
+        return Answer(self.rows.loc[list(rows)], self.ways[self.ways["row"].isin(rows)])
+
+    @property
+    def parted(self) -> list[tuple[list[int], list[int]]]:
+        """Group by group, the rows that are drawn first, and the rest: averages of one pair only where nothing has
+        more; of a long group what is known in fewer aspects than other rows is drawn apart."""
+        sure = self.ways[st.finite(self.ways["high"])].groupby("row")["measure"].nunique()
+        found = []
+        for _, own in self.rows.groupby("group", sort=False):
+            known = sure.reindex(own.index, fill_value=0)
+            most = known.max()
+            drawn = known[(known > 0) | own["entry"].map(lambda entry: not entry.weights) | (most == 0)]
+            first = drawn >= (most if len(drawn) > LONG else 0)
+            found.append((list(drawn.index[first]), list(drawn.index[~first])))
+        return found
+
+
+def answer(found: Sequence[en.Entry]) -> Answer:
+    """What the entries of a study say; without AdamW beside anything, no rows."""
+    rows, ways = [], []
+    cells = dict.fromkeys((entry.cell for entry in found), False) | {e.cell: True for e in found if not e.adamw}
+    # where AdamW is alone it is only what stands beside methods elsewhere, if there are any
+    for cell in [cell for cell, methods in cells.items() if methods] or cells:
+        inside = [entry for entry in found if entry.cell == cell]
+        longer = {e.flops.label: e.flops for e in inside if e.flops is not None and e.flops.cell != cell}
+        if not any(entry.plain for entry in inside) or len(inside) + len(longer) < 2:
+            continue
+        for entry in (*longer.values(), *inside):
+            aside = entry.cell != cell  # AdamW on more tokens too is held against AdamW of this budget
+            others = {"tokens": en.at_equal_tokens(inside, entry, cell)} | ({} if aside else {"flops": entry.flops})
+            of = measured([entry, *filter(None, others.values())])
+            own = en.differences(entry, others, of)
+            if len(own):
+                name = f"{entry.name}, {entry.budget}" if aside else entry.name
+                rank = entry.perturbs + (entry.perturbs and entry.cost > FREE)
+                ways.append(own.assign(row=len(rows)))
+                rows.append({"group": cell, "name": name, "entry": entry, "tokens": None, "flops": None, **others,
+                             "rank": rank, "aside": aside, "adamw": entry.adamw})  # fmt: skip
+    if not rows:
+        return Answer(pd.DataFrame(), pd.DataFrame())
+    frame = pd.DataFrame(rows)
+    order = frame["group"].map({group: place for place, group in enumerate(frame["group"].unique())})
+    frame = frame.assign(_=order).sort_values(["_", "rank"], kind="stable").drop(columns="_")
+    return Answer(frame, pd.concat(ways, ignore_index=True))
+
+
+def power(made: Answer) -> pd.DataFrame:
+    """A row a group, aspect and basis: the noise of a pair, and the smallest difference that so many pairs show."""
+    rows = []
+    groups = made.rows["group"].unique() if len(made.rows) else ()
+    for group, aspect, basis in itertools.product(groups, ASPECTS, en.BASES):
+        known = made.known(aspect, basis)
+        known = known.loc[known["group"] == group, list(st.Interval._fields)]
+        noise = st.pooled([st.Interval(*way) for way in known.itertuples(index=False)])
+        if noise.df:
+            shown = {f"pairs_{pairs}": st.detectable(noise.sigma, pairs) for pairs in PAIRS}
+            rows.append({"group": group, "aspect": ASPECTS[aspect].title, "basis": en.BASES[basis],
+                         **noise._asdict(), **shown})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def table(made: Answer, asked: Sequence[str], of_answer: Sequence[str] = ()) -> pd.DataFrame:
+    """A row an entry and basis: measures less AdamW's, as intervals; above those of a group AdamW's own values.
+
+    of_answer: aspects that the answer has; asked: measures, see Entry.value.
+    """
+    rows, itself = [], {}  # itself: a row a group
+    of = {key: key for key in asked}
+
+    def given(group: str, name: str, entry: en.Entry, basis: str, against: str, fresh: bool) -> dict:
+        return {"adamw": against, "group": group, "entry": name, "basis": basis, "cost": entry.cost,
+                "rho": entry.chosen("rho"), "fresh": fresh}  # fmt: skip
+
+    for row in made.rows.itertuples():
+        if row.tokens is not None and row.tokens.plain:
+            itself[row.group] = given(row.group, row.tokens.name, row.tokens, ITSELF, "", False)
+            for key in (*(key for key in of_answer if key == "loss"), *asked):
+                known = row.tokens.value(key)
+                itself[row.group] |= spread(key, st.t_interval(known[st.finite(known)]))
+        # of one pass a step both are the same AdamW
+        others = {"tokens": row.tokens} | ({"flops": row.flops} if row.flops is not row.tokens else {})
+        own = made.ways[(made.ways["row"] == row.Index) & made.ways["measure"].isin(of_answer)]
+        ways = pd.concat([own, en.differences(row.entry, others, of)])
+        for basis, other in others.items():
+            if len(known := ways[ways["basis"] == basis]):
+                against = other.name if other.budget == row.entry.budget else f"{other.name}, {other.budget}"
+                rows.append(
+                    given(row.group, row.name, row.entry, en.BASES[basis], against, bool(known["fresh"].all()))
+                    | {key: part for way in known.itertuples() for key, part in spread(way.measure, way[4:8]).items()}
+                )
+    ordered = [
+        each
+        for group, own in itertools.groupby(rows, lambda row: row["group"])
+        for each in [*([itself[group]] if group in itself else []), *own]
+    ]
+    frame = pd.DataFrame(ordered)
+    counts = [f"{key}_n" for key in (*of_answer, *asked) if key in frame]
+    return frame.fillna(dict.fromkeys(counts, NOTHING.n)).astype(dict.fromkeys(counts, int))
+
+
+def disturbances(made: Answer) -> list[str]:
+    """The losses of disturbed weights that are known of some row."""
+    known = dict.fromkeys(key for entry in made.rows.get("entry", ()) for key in entry.values)
+    return [key for key in known if key.startswith(en.DISTURBED)]
+
+
+def fine_tunings(made: Answer) -> list[str]:
+    """The measures of fine-tuning at one rate that are known of some row."""
+    paths = [[path for tuned in _tuned(entry) for path in tuned["paths"]] for entry in made.rows.get("entry", ())]
+    return list(dict.fromkeys(key for own in paths for key in frontier.at_rates({"paths": own})))
+
+
+def shown(made: Answer) -> pd.DataFrame:
+    """A row a row: its setting, and its differences as columns."""
+    rows = []
+    for row in made.rows.itertuples():
+        entry = row.entry
+        found = {"group": row.group, "entry": row.name, "cost": entry.cost, "rho": entry.chosen("rho"),
+                 "rate": entry.chosen("rate"), "rho_edge": entry.edge("rho"), "rate_edge": entry.edge("rate"),
+                 "loss": entry.loss, "seeds": len(entry.best)}  # fmt: skip
+        for way in made.ways[made.ways["row"] == row.Index].itertuples():
+            key = way.measure if way.basis == "tokens" else f"{way.measure}_at_equal_{way.basis}"
+            found |= {key: way.value, f"{key}_low": way.low, f"{key}_high": way.high, f"{key}_pairs": way.n,
+                      f"{key}_fresh": way.fresh}  # fmt: skip
+        rows.append(found)
+    return pd.DataFrame(rows)
+
+
+# -------------------------------------------------------------------------------------------------------- over settings
+def kept_against_rho(found: Sequence[en.Entry]) -> pd.DataFrame:
+    """A row an entry, rho and aspect, at the entry's best rate: less AdamW's of the same seeds; of entries of which
+    more than the loss is known at several rho."""
+    rows = []
+    for entry in found:
+        if not (entry.of_choice and entry.perturbs and entry.tokens):
+            continue
+        settings = entry.grid[entry.grid["loss"].notna() & (entry.grid["rho"] > 0)]
+        settings = settings.sort_values("rho").drop_duplicates("setting")
+        settings = settings[st.finite(settings["setting"].map(entry.choice.means))]  # not where it diverged
+        known = {row.rho: entry.at(row.setting) for row in settings.itertuples()}
+        of = measured([*known.values(), entry.tokens])
+        for rho, alone in known.items():
+            ways = en.differences(alone, {"tokens": entry.tokens}, of)
+            rows.append(ways.assign(cell=entry.cell, entry=entry.name, rho=rho))
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.concat(rows, ignore_index=True)
+    frame["aspect"] = frame["measure"].map({key: aspect.title for key, aspect in ASPECTS.items()})
+    frame = frame[frame.groupby(["cell", "entry", "aspect"])["rho"].transform("size") > 1]
+    frame = frame[frame.groupby(["cell", "entry"])["aspect"].transform("nunique") > 1]
+    place = {key: number for number, key in enumerate(ASPECTS)}
+    frame = frame.assign(_=frame["measure"].map(place)).sort_values(["cell", "entry", "_"], kind="stable", key=_as_come)
+    frame = frame.drop(columns="pairs").rename(columns={"value": "less_adamw", "n": "pairs"})
+    return frame[["cell", "aspect", "entry", "rho", "less_adamw", "low", "high", "pairs"]]
+
+
+def _as_come(values: pd.Series) -> pd.Series:
+    return values.map({value: place for place, value in enumerate(values.unique())})
+
+
+def forgetting(made: Answer) -> pd.DataFrame:
+    """A row an entry and loss on the second text: the least that is forgotten there, mean over seeds, and less AdamW's
+    of as many tokens. Of long groups the entries that the answer's first figure shows."""
+    rows = []
+    for first, _ in made.parted if len(made.rows) else ():
+        own = made.rows.loc[first]
+        members = {other.name: (other, None) for other in own["tokens"] if other is not None and other.plain}
+        members |= {row.name: (row.entry, row.tokens) for row in own.itertuples()}
+        members = {name: pair for name, pair in members.items() if _tuned(pair[0])}
+        if not members:
+            continue
+        tuned = [each for entry, _ in members.values() for each in _tuned(entry)]
+        highest = frontier.equal_loss(tuned)
+        most = max(each["loss"] - frontier.best_gain(frontier.paths_of(each)) for each in tuned)
+        for name, (entry, other) in members.items():
+            for mark in (highest + (most - highest) * share / 8 for share in range(-8, 9)):
+                at = entry.best["result"][[bool(result.fine_tune) for result in entry.best["result"]]]
+                at = at.map(en.forgotten(mark)).astype(float)
+                if st.finite(at).all():
+                    way = en.difference(entry, other, en.forgotten(mark))
+                    given = {"group": own["group"].iloc[0], "entry": name, "second_loss": mark, "forgotten": at.mean()}
+                    bounds = way.interval if way else NOTHING
+                    rows.append(given | dict(zip(("less_adamw", "low", "high", "n"), bounds, strict=False)))
+    return pd.DataFrame(rows)
