@@ -1,18 +1,17 @@
 """Every number of one entry against one reference is the same wherever a report has it, whatever was run."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as some
 
 from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results
 from steppe.scripts.report import answer, rivals
 from steppe.scripts.report.numbers import analysis, beside, entries
 
-LOSSES = some.floats(1.5, 3.0)
-RATES, RHOS, SEEDS, STEPS = (0.01, 0.02), (0.03, 0.1), (0, 1, 2), (1000, 2000)
+RATES, RHOS, SEEDS = (0.01, 0.02), (0.03, 0.1), (0, 1, 2, 3)
 KINDS = [("adamw", "adamw"), ("adamw", "nadamw"), ("sam", "adamw"), ("msam", "nadamw"), ("msam", "adamw")]
 
 
@@ -25,20 +24,23 @@ def template(tmp_path_factory):
     return results.read(directory)[0]
 
 
-@some.composite
-def runs(draw):
-    """Settings and losses of runs of some kinds on some rates, rho, seeds and budgets, not all of each; AdamW often."""
-    found = {}
-    for kind in [*draw(some.lists(some.sampled_from(KINDS), min_size=1, unique=True)), KINDS[0]]:
-        for _ in range(draw(some.integers(1, 6))):
-            rho = None if kind[0] == "adamw" else draw(some.sampled_from(RHOS))
-            rest = (draw(some.sampled_from(each)) for each in (RATES, SEEDS, STEPS, ("cosine", "cosine", "wsd")))
-            found[(*kind, rho, *rest)] = draw(some.tuples(LOSSES, LOSSES, some.floats(0.0, 1.0), some.integers(0, 9)))
+def runs(number):
+    """{settings: (loss, its average's, what rounding adds, how it ends)}, random and not complete: of each kind a grid
+    at seed 0, some of its settings at more seeds."""
+    random, found = np.random.default_rng(number), {}
+    for method, base in [KINDS[0], *(kind for kind in KINDS if random.random() < 0.6)]:
+        for steps, schedule in ((1000, "cosine"), (1000, "wsd"), (2000, "cosine")):
+            if random.random() < (0.9 if (method, steps, schedule) == ("adamw", 1000, "cosine") else 0.4):
+                for rate, rho in itertools.product(RATES, (None,) if method == "adamw" else RHOS):
+                    for seed in SEEDS if random.random() < 0.5 else SEEDS[:1]:
+                        if random.random() < 0.9:
+                            drawn = (*random.uniform(1.5, 3.0, 2), random.random(), random.integers(20))
+                            found[method, base, rho, rate, seed, steps, schedule] = drawn
     return found
 
 
 def made(template, given):
-    """Results of `runs`: each with an average of its weights, a tenth of them diverged."""
+    """Results of `runs`: most with an average of their weights, a few diverged."""
     found = []
     for (method, base, rho, rate, seed, steps, schedule), (loss, averaged, kept, fate) in given.items():
         config = template.config | {
@@ -49,22 +51,21 @@ def made(template, given):
         points = ((steps // 2, loss + 1), (steps, loss))
         whole = template._replace(
             config=config, loss=loss, steps=steps, tokens=1024 * steps, flops=cost * template.flops,
-            adamw_flops=steps / 1000 * template.adamw_flops, status="diverged" if fate == 9 else "finished",
+            adamw_flops=steps / 1000 * template.adamw_flops, status="diverged" if fate == 19 else "finished",
             curve=[results.Point(step, 1024 * step, float(step), float(step), at) for step, at in points],
             retention={"int4_channel": kept},
         )  # fmt: skip
         found.append(whole)
-        if fate % 2:
+        if fate % 4:
             curve = [point._replace(loss=point.loss + averaged - loss) for point in whole.curve]
             found.append(whole._replace(weights="ema", loss=averaged, curve=curve))
     varied = results.varying_keys([result.config for result in found])
     return [result._replace(varied={key: result.config[key] for key in varied}) for result in found]
 
 
-@settings(max_examples=60, deadline=None)
-@given(given=runs())
-def test_an_entry_and_its_reference_have_one_difference(template, given):
-    study = entries.analyse(made(template, given))
+@pytest.mark.parametrize("number", range(12))
+def test_an_entry_and_its_reference_have_one_difference(template, number):
+    study = entries.analyse(made(template, runs(number)))
     answered = beside.answer(study.entries)
     expected = {
         (entry.cell, entry.name): (way.interval.value, way.interval.low, way.interval.high, way.interval.n)
