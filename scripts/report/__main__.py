@@ -175,7 +175,8 @@ def summary(study, compared) -> list[str]:
         said.append("No method shares a seed with a finished AdamW run yet: there are no differences.")
     if pairs == 1:
         said.append("One seed a method: no difference has an interval, and none can be told from seed noise.")
-    tried = compared[compared["tried"] > 1].groupby("variant", sort=False)["tried"].last() if len(compared) else {}
+    several = compared[(compared["tried"] > 1) & compared["variant"].isin(study.names)] if len(compared) else compared
+    tried = several.groupby("variant", sort=False)["tried"].last() if len(several) else {}
     if len(set(tried)) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in tried.items())
         said.append(f"Numbers of rho tried differ ({listed}): more of them are more chances to look good by luck.")

@@ -4,7 +4,6 @@ import collections
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -25,6 +24,7 @@ _STATUS = {
     "flat": "no minimum in rho",
 }
 OF_FIT = ("state", "error", "least", "most", "tried", "step")  # columns of best_rho that only fits and frames need
+SOURCES = ("curvature", "retention")  # commands that measure runs, in the order of the page
 SPENT = ("tokens", "flops", "seconds")
 Interval = st.Interval
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
@@ -226,40 +226,22 @@ def _law(optima: pd.DataFrame) -> st.PowerLaw | None:
     return st.power_law(inside["parameters"], inside["optimum"], inside["error"], inside["noise_df"].min())
 
 
-class Foretold(NamedTuple):
-    """The best rho of the largest scale, from a power law through the smaller ones, and what was best there.
-
-    step: the ratio of neighbours in the grid there; hit: whether they lie within one such step.
-    """
-
-    scale: str
-    rho: float
-    best: float
-    step: float
-
-    @property
-    def hit(self) -> bool:
-        return abs(math.log(self.rho / self.best)) <= math.log(self.step) * (1 + 1e-6)
-
-    @property
-    def words(self) -> str:
-        verdict = "within a step of the grid" if self.hit else "more than a step of the grid off"
-        return f"{self.scale}: {self.rho:.3g} foretold, {self.best:.3g} best, {verdict}"
-
-
-def foretold(optima: pd.DataFrame) -> Foretold | None:
-    """A power law of best rho fitted without the largest scale, checked there; None with fewer than two others.
+def foretold(optima: pd.DataFrame) -> dict:
+    """A power law of best rho fitted without the largest scale, checked there, as columns; unknown with fewer than two
+    others.
 
     optima: of one family and name. The others count where their optimum lies inside their grid; at the largest the
-    best of the grid does.
+    best of the grid does, and hits if it is within one step of that grid.
     """
-    optima = optima[optima["tried"] > 1]
     last = optima.loc[optima["parameters"].idxmax()]
     law = _law(optima[optima["parameters"] < last["parameters"]])
     if law is None or not last["grid_best"] > 0:
-        return None
-    rho = law.factor * last["parameters"] ** law.exponent.value
-    return Foretold(last["scale"], rho, last["grid_best"], last["step"])
+        return {"checked_at": "", "foretold": math.nan, "best_there": math.nan, "check": "—"}
+    rho, best = law.factor * last["parameters"] ** law.exponent.value, last["grid_best"]
+    hit = abs(math.log(rho / best)) <= math.log(last["step"]) * (1 + 1e-6)
+    verdict = "within a step of the grid" if hit else "more than a step of the grid off"
+    check = f"{last['scale']}: {rho:.3g} foretold, {best:.3g} best, {verdict}"
+    return {"checked_at": last["scale"], "foretold": rho, "best_there": best, "check": check}
 
 
 def laws_table(optima: pd.DataFrame, laws: Mapping[tuple[str, str], st.PowerLaw]) -> pd.DataFrame:
@@ -267,12 +249,10 @@ def laws_table(optima: pd.DataFrame, laws: Mapping[tuple[str, str], st.PowerLaw]
     rows = []
     for (family, name), law in laws.items():
         own = optima[(optima["family"] == family) & (optima["variant"] == name) & (optima["tried"] > 1)]
-        told = foretold(own)
+        left_out = int((own["state"] != "inside").sum())
         rows.append(
             {"variant": name, "budget": family, "factor": law.factor, **spread("exponent", law.exponent),
-             "left_out": int((own["state"] != "inside").sum()), "interval_from": law.how,
-             "checked_at": told.scale if told else "", "foretold": told.rho if told else math.nan,
-             "best_there": told.best if told else math.nan, "check": told.words if told else "—"}
+             "left_out": left_out, "interval_from": law.how, **foretold(own)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -402,7 +382,7 @@ def measures(study: Study) -> pd.DataFrame:
     for run in study.runs.itertuples():
         newest = run.result.curvature[-1] if run.result.curvature else {}
         given = {"cell": run.cell, "variant": run.variant, "rho": run.rho, "seed": run.seed, "loss": run.loss}
-        for source, numbers in (("curvature", newest), ("retention", run.result.retention)):
+        for source, numbers in zip(SOURCES, (newest, run.result.retention), strict=True):
             rows += [
                 {"source": source, "run": run.Index, **given, "measure": measure, "value": float(value)}
                 for measure, value in numbers.items()
@@ -411,7 +391,12 @@ def measures(study: Study) -> pd.DataFrame:
             ]  # fmt: skip
     columns = ["source", "run", "cell", "variant", "rho", "seed", "loss", "measure", "value"]
     found = pd.DataFrame(rows, columns=columns)
-    order = {"cell": [cell.label for cell in study.cells], "variant": variants(study), "source": None, "measure": None}
+    order = {
+        "cell": [cell.label for cell in study.cells],
+        "variant": variants(study),
+        "source": SOURCES,
+        "measure": None,
+    }
     return found.assign(**{key: in_order(found[key], names) for key, names in order.items()})
 
 

@@ -5,12 +5,13 @@ import json
 import math
 
 import pytest
+from scipy import stats
 
 from helpers import report_runs
 from steppe.scripts import results
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, transfer
-from steppe.scripts.report.numbers import beside, entries
+from steppe.scripts.report.numbers import beside, entries, statistics
 
 
 def runs():
@@ -70,6 +71,19 @@ def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
     assert rows["nadamw ema"] == pytest.approx(rows["nadamw"])
     assert rows["adamw ema"] == pytest.approx(-0.05)  # against its last weights
     assert "of AdamW's own runs these are (adamw ema −0.0500" in answer.sentences(made)[0]
+
+
+def test_a_candidate_has_its_differences_on_both_bases_with_p_values(sweep):
+    found = entries_of(sweep)
+    candidate, plain = found["msam"], found["adamw"]
+    ways = entries.differences(candidate, {"tokens": candidate.tokens, "flops": candidate.flops}, {"loss": "loss"})
+    assert list(ways["basis"]) == ["tokens", "flops"]  # one pass a step: the same AdamW
+    assert all(other is plain for other in ways["against"])
+    losses = [each.value("loss")[[1, 2, 3]] for each in (candidate, plain)]  # seed 0 chose rho and rate
+    expected = stats.ttest_rel(*losses)
+    assert list(ways["p"]) == pytest.approx([expected.pvalue] * 2)
+    assert list(ways["low"]) == pytest.approx([expected.confidence_interval().low] * 2)
+    assert list(statistics.holm(ways["p"])) == pytest.approx([2 * expected.pvalue] * 2)
 
 
 def test_the_table_and_the_picture_are_written(sweep, capsys):
