@@ -160,4 +160,4 @@ def _data(drawing: Drawing) -> str:
 
 
 def _cell(value) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "" if pd.isna(value) else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -87,6 +87,7 @@ def rivals(argv: Sequence[str]) -> int:
     frame = table(found, against)
     files.write(out / "rivals.csv", frame.to_csv(index=False, lineterminator="\n"))
     draw(found, against, out / "rivals.png")
-    print(frame.to_string(index=False, justify="left"))
+    padded = frame.astype(str).apply(lambda column: column.str.ljust(max(map(len, [column.name, *column]))))
+    print(padded.to_string(index=False, justify="left"))
     print(f"wrote {out / 'rivals.csv'} and {out / 'rivals.png'}")
     return 0

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from steppe.lm.measure import frontier
@@ -192,7 +193,8 @@ def shown(made: Answer) -> pd.DataFrame:
             found |= {key: way.value, f"{key}_low": way.low, f"{key}_high": way.high, f"{key}_pairs": way.n,
                       f"{key}_fresh": way.fresh}  # fmt: skip
         rows.append(found)
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    return frame.astype({key: "Int64" for key in frame if key.endswith("_pairs")})
 
 
 # -------------------------------------------------------------------------------------------------------- over settings
@@ -217,14 +219,10 @@ def kept_against_rho(found: Sequence[en.Entry]) -> pd.DataFrame:
     frame["aspect"] = frame["measure"].map({key: aspect.title for key, aspect in ASPECTS.items()})
     frame = frame[frame.groupby(["cell", "entry", "aspect"])["rho"].transform("size") > 1]
     frame = frame[frame.groupby(["cell", "entry"])["aspect"].transform("nunique") > 1]
-    place = {key: number for number, key in enumerate(ASPECTS)}
-    frame = frame.assign(_=frame["measure"].map(place)).sort_values(["cell", "entry", "_"], kind="stable", key=_as_come)
+    aspects = frame["measure"].map({key: number for number, key in enumerate(ASPECTS)})
+    frame = frame.iloc[np.lexsort((aspects, frame.groupby(["cell", "entry"], sort=False).ngroup()))]
     frame = frame.drop(columns="pairs").rename(columns={"value": "less_adamw", "n": "pairs"})
     return frame[["cell", "aspect", "entry", "rho", "less_adamw", "low", "high", "pairs"]]
-
-
-def _as_come(values: pd.Series) -> pd.Series:
-    return values.map({value: place for place, value in enumerate(values.unique())})
 
 
 def forgetting(made: Answer) -> pd.DataFrame:
