@@ -29,6 +29,7 @@ from steppe.configs.keys import (
     one_of,
     patterns,
     several_of,
+    slot,
 )
 
 # where the options of methods, and the switches of all of them, stand among the keys
@@ -324,7 +325,7 @@ def former(found: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     return {name: key.former(found) for name, key in _KEYS.items() if key.former and name not in known}
 
 
-def completed(config: Mapping) -> ConfigDict:
+def completed(config: Mapping | ConfigDict) -> ConfigDict:
     """A nested config that some version of Steppe wrote, with the keys it did not have yet at their defaults.
 
     Raises ConfigError for keys that are there no longer, or a value of another type.
@@ -335,8 +336,7 @@ def completed(config: Mapping) -> ConfigDict:
         others = f" (nor {', '.join(gone[1:])})" if gone[1:] else ""
         raise ConfigError(gone[0], flat[gone[0]], f"left out: this version has no such key{others}")
     for name, value in with_defaults(typed(flat)).items():
-        *sections, last = name.split(".")
-        section = functools.reduce(lambda inside, each: inside[each], sections, whole)
+        section, last = slot(whole, name)
         section[last] = tuple(value) if isinstance(value, list) else value
     return whole
 

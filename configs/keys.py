@@ -3,6 +3,7 @@
 configs/base.py declares every key in these terms; checks, help, completion and resuming read the declarations.
 """
 
+import functools
 import importlib
 import math
 import re
@@ -159,8 +160,8 @@ def config_of(keys: Mapping[str, Key]) -> ConfigDict:
     """A ConfigDict with every key at its default; None is a placeholder of the key's type."""
     config = ConfigDict()
     for name, key in keys.items():
+        section: Any = config
         *sections, last = name.split(".")
-        section = config
         for each in sections:
             if each not in section:
                 section[each] = ConfigDict()
@@ -169,7 +170,13 @@ def config_of(keys: Mapping[str, Key]) -> ConfigDict:
     return config
 
 
-def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+def slot(config: Any, key: str) -> tuple[Any, str]:
+    """(the section that holds a key, the key's name in it)."""
+    *sections, name = key.split(".")
+    return functools.reduce(lambda section, each: section[each], sections, config), name
+
+
+def flatten(config: Mapping | ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"optim.rho": 0.1, ...} of a nested config; tuples as lists, as JSON has them. {} in place of a value stays."""
     flat = {}
     for key, value in config.items():

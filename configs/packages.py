@@ -46,7 +46,9 @@ def requirements() -> list[Requirement]:
     found = []
     for line in importlib.metadata.requires(OWN) or ():
         what, _, condition = line.partition(";")
-        name, of, wanted = re.match(r"([\w.\-]+)(\[.*?\])?\s*(.*)", what).groups()
+        found_name = re.match(r"([\w.\-]+)(\[.*?\])?\s*(.*)", what)
+        assert found_name, f"metadata that installers refuse: {line}"
+        name, of, wanted = found_name.groups()
         extra = re.search(r"extra == ['\"](.+?)['\"]", condition)
         if name != OWN:
             brought = _BROUGHT.get(f"{name}{of}")

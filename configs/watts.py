@@ -34,14 +34,14 @@ def peak_rate(tokens_per_parameter: float) -> float:
 
 def get_config(argument: str) -> ConfigDict:
     """The config of "SIZE,METHOD,TOKENS". Raises ValueError for a bad argument; the method's name is checked later."""
-    parts = [part.strip() for part in argument.split(",")]
+    wrong = ValueError(f"the argument {argument!r} must be SIZE,METHOD,TOKENS a parameter, such as 20m,sam,200")
     try:
-        size, method, tokens = parts[0], parts[1], float(parts[2])
-        good = len(parts) == 3 and method and 0 < tokens < math.inf
-    except (ValueError, IndexError):
-        good = False
-    if not good:
-        raise ValueError(f"the argument {argument!r} must be SIZE,METHOD,TOKENS a parameter, such as 20m,sam,200")
+        size, method, last = (part.strip() for part in argument.split(","))
+        tokens = float(last)
+    except ValueError:
+        raise wrong from None
+    if not (method and 0 < tokens < math.inf):
+        raise wrong
     if size not in _WARMUP:
         raise ValueError(f"the size {size!r} must be one of {', '.join(_WARMUP)}")
 

@@ -82,11 +82,14 @@ def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -
     command.append(str(os.getpid()))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
+        said, complained = process.stdout, process.stderr
+        assert said is not None
+        assert complained is not None
         complaints: list[str] = []
-        reader = threading.Thread(target=lambda: complaints.extend(process.stderr), daemon=True)
+        reader = threading.Thread(target=lambda: complaints.extend(complained), daemon=True)
         reader.start()
         try:
-            for line in process.stdout:
+            for line in said:
                 log(line.rstrip())
         except BaseException:
             process.kill()

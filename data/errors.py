@@ -45,11 +45,14 @@ class Refusal(TypedDict, total=False):
 
 def to_json(error: DataError | StorageError) -> Refusal:
     """An error for another process; `from_json` makes it again."""
-    return {"kind": type(error).__name__, "message": str(error), **vars(error)}
+    said: Refusal = {"kind": type(error).__name__, "message": str(error)}
+    if isinstance(error, DataError):
+        said.update({"key": error.key, "value": error.value, "accepted": error.accepted})
+    return said
 
 
 def from_json(said: Refusal) -> DataError | StorageError:
     """The error that another process told of."""
     kinds = {kind.__name__: kind for kind in (DataError, CorpusMismatch, CorpusDamaged, BadRecords, StorageError)}
-    fields = {name: said[name] for name in ("key", "value", "accepted") if name in said}
+    fields: dict[str, Any] = {name: field for name, field in said.items() if name in ("key", "value", "accepted")}
     return kinds.get(said["kind"], DataError)(said["message"], **fields)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -36,7 +37,7 @@ class Rows:
     tokens: int  # targets with weight 1, over all rows
     bytes: int  # of source text
     documents: int
-    records: grain.sources.ArrayRecordDataSource
+    records: Any  # a grain.sources.ArrayRecordDataSource, whose methods no checker sees
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Corpus:
     """An open prepared directory. Hashable by identity; may be shared by threads."""
 
     directory: str
-    manifest: dict
+    manifest: manifests.Manifest
     tokenizer: Tokenizer
     sequence_length: int
     packing: str
@@ -116,16 +117,19 @@ def open_corpus(
     )
 
 
-def _open_rows(directory: str, entry: dict) -> Rows:
+OWN = ("name", "weight", "rows", "tokens", "bytes", "documents")  # of a manifest's component
+
+
+def _open_rows(directory: str, entry: manifests.Component) -> Rows:
     paths = [manifests.path_of(directory, shard) for shard in entry["shards"] if shard["rows"]]
     try:
-        records = grain.sources.ArrayRecordDataSource(paths)
+        records: Any = grain.sources.ArrayRecordDataSource(paths)
     except Exception as error:  # array_record raises bare RuntimeError and ValueError
         raise CorpusDamaged(f"{directory}: {entry['name']} cannot be read: {_line(error)}") from error
     if len(records) != entry["rows"]:
         raise CorpusDamaged(f"{directory}: {entry['name']} has {len(records)} rows, the manifest says {entry['rows']}")
-    own = ("name", "weight", "rows", "tokens", "bytes", "documents")
-    return Rows(**{key: entry[key] for key in own}, records=records)
+    own: dict[str, Any] = {key: value for key, value in entry.items() if key in OWN}
+    return Rows(**own, records=records)
 
 
 def training_rows(
@@ -164,7 +168,7 @@ _training_block = lru_cache(maxsize=4)(_training_records)
 
 
 @lru_cache(maxsize=8)
-def _stream(corpus: Corpus, seed: int) -> grain.MapDataset:
+def _stream(corpus: Corpus, seed: int) -> Sequence[tuple[int, int]]:
     """Endless sequence of (source, row)."""
 
     def shuffled(number: int, part: Rows) -> grain.MapDataset:
@@ -173,9 +177,8 @@ def _stream(corpus: Corpus, seed: int) -> grain.MapDataset:
         return order.map(lambda row: (number, int(row)))
 
     parts = [shuffled(number, part) for number, part in enumerate(corpus.train)]
-    if len(parts) == 1:
-        return parts[0]
-    return grain.MapDataset.mix(parts, weights=[part.weight for part in corpus.train])
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=[part.weight for part in corpus.train])
+    return cast(Sequence[tuple[int, int]], mixed)
 
 
 def _mix(seed: int, name: str) -> int:
@@ -216,8 +219,8 @@ def _held_out_block(corpus: Corpus, name: str, block: int) -> Sequence[bytes]:
 
 
 @lru_cache(maxsize=8)
-def _held_out_order(rows: int) -> grain.MapDataset:
-    return grain.MapDataset.range(rows).seed(HELD_OUT_SEED).shuffle()
+def _held_out_order(rows: int) -> Sequence[int]:
+    return cast(Sequence[int], grain.MapDataset.range(rows).seed(HELD_OUT_SEED).shuffle())
 
 
 def _held_out(corpus: Corpus, name: str) -> Rows:
@@ -242,7 +245,7 @@ def _read(part: Rows, indices: list[int]) -> Sequence[bytes]:
         raise CorpusDamaged(f"rows of {part.name} cannot be read: {_line(error)}") from error
 
 
-def _batch(corpus: Corpus, records: list[bytes | None]) -> dict[str, np.ndarray]:
+def _batch(corpus: Corpus, records: Sequence[bytes | None]) -> dict[str, np.ndarray]:
     try:
         return to_batch(records, corpus.manifest["dtype"], corpus.packing, corpus.sequence_length)
     except (ValueError, IndexError) as error:

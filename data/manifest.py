@@ -6,9 +6,9 @@ damaged or foreign file is an error on opening, never another corpus.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal, Required, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import xxhash
 from msgspec import Meta
@@ -26,20 +26,19 @@ FULL_UP_TO = 8 << 30  # bytes that verify=auto reads on every opening
 DESCRIBED = ("task", "held_out", "held_out_fraction", "text_field", "seqio_module", "shards")
 
 
-class File(TypedDict, total=False):
-    """A file of a prepared directory, by its name in it; rows: of a shard."""
+class File(TypedDict):
+    """A file of a prepared directory, by its name in it."""
 
-    file: Required[str]
-    size: Required[stored.Count]
-    hash: Required[str]
-    rows: stored.Count
+    file: str
+    size: stored.Count
+    hash: str
 
 
 class Shard(File):
     """A shard as a manifest names it; `content`: the hash of its rows."""
 
-    rows: Required[stored.Count]
-    content: Required[str]
+    rows: stored.Count
+    content: str
 
 
 class Component(TypedDict):
@@ -78,13 +77,13 @@ class Manifest(TypedDict):
     checksum: str
 
 
-def checksum(value: dict) -> str:
+def checksum(value: Mapping[str, Any]) -> str:
     """Hash of a JSON value, key "checksum" left out."""
     content = {key: item for key, item in value.items() if key != "checksum"}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
-def write_json(path: str, value: dict) -> None:
+def write_json(path: str, value: Mapping[str, Any]) -> None:
     """Writes `value` with its checksum."""
     files.write_json(path, {**value, "checksum": checksum(value)})
 
@@ -125,12 +124,12 @@ def read(directory: str) -> Manifest:
 def checked(manifest: dict, directory: str) -> Manifest:
     """A manifest, once it is of its type and all its files have names below the directory. CorpusDamaged."""
     try:
-        stored.typed(manifest, Manifest, os.path.join(directory, NAME))
-        for entry in entries(manifest):
+        known = cast(Manifest, stored.typed(manifest, Manifest, os.path.join(directory, NAME)))
+        for entry in entries(known):
             path_of(directory, entry)
     except DataError as error:
         raise CorpusDamaged(f"{error}; prepare the directory again") from None
-    return manifest
+    return known
 
 
 def recipe(directory: str) -> dict:
@@ -138,7 +137,7 @@ def recipe(directory: str) -> dict:
     return read(os.path.expanduser(directory))["identity"]
 
 
-def shards(manifest: dict) -> Iterable[dict]:
+def shards(manifest: Manifest) -> Iterable[Shard]:
     """All shard entries: file, size, hash, rows."""
     for part in ("train", "held_out"):
         for component in manifest[part]:
@@ -156,7 +155,7 @@ def path_of(directory: str, entry: File) -> str:
     return str(files.below(directory, entry["file"]))
 
 
-def verify(directory: str, manifest: dict, how: str = "auto") -> None:
+def verify(directory: str, manifest: Manifest, how: str = "auto") -> None:
     """Compares every shard with the manifest: presence and size, and contents (`full`; `auto`: up to 8 GiB in total).
 
     Records that `sizes` leaves unread still carry ArrayRecord's own chunk checksums, so a flipped byte is an error when
@@ -183,7 +182,7 @@ def verify(directory: str, manifest: dict, how: str = "auto") -> None:
                 raise CorpusDamaged(f"{path_of(directory, entry)} was altered ({found}); prepare again")
 
 
-def _hash_or_error(directory: str, entry: dict) -> str:
+def _hash_or_error(directory: str, entry: File) -> str:
     try:
         return files.content_hash(path_of(directory, entry))
     except OSError as error:

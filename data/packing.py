@@ -7,7 +7,7 @@ no padding.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -145,7 +145,7 @@ def from_record(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.n
     return targets, pairs[:, 0], pairs[:, 1], int(size)
 
 
-def to_batch(records: list[bytes | None], dtype: str, packing: str, sequence_length: int) -> dict[str, np.ndarray]:
+def to_batch(records: Sequence[bytes | None], dtype: str, packing: str, sequence_length: int) -> dict[str, np.ndarray]:
     """The batch of R records, None being an empty row.
 
     inputs, targets int32 [R, T]; weights float32 [R, T], 0 on padding; bytes int32 [R], the source bytes behind a row's
@@ -153,7 +153,7 @@ def to_batch(records: list[bytes | None], dtype: str, packing: str, sequence_len
     segment.
     """
     shape = (len(records), sequence_length)
-    batch = {name: np.zeros(shape, np.int32) for name in ("inputs", "targets")}
+    batch: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in ("inputs", "targets")}
     batch["weights"] = np.zeros(shape, np.float32)
     batch["bytes"] = np.zeros(shape[:1], np.int32)
     if packing == "bestfit":

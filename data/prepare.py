@@ -21,6 +21,7 @@ from steppe.data import files, readers, shards, sources, stored
 from steppe.data import manifest as manifests
 from steppe.data import workers as workers_of
 from steppe.data.errors import BadRecords, CorpusMismatch, DataError, Refusal, StorageError, from_json, refused, to_json
+from steppe.data.manifest import Manifest
 from steppe.data.packing import PACKINGS, token_dtype
 from steppe.data.readers import plain
 from steppe.data.shards import Job, Recipe
@@ -92,7 +93,7 @@ def prepare(
     *,
     wait: bool = False,
     together: bool = False,
-) -> dict:
+) -> Manifest:
     """Prepares `recipe` in directory `out` and returns the manifest; an interrupted preparation is continued.
 
     Work is spread over `workers` processes, shard by shard; the result does not depend on their number. `report` is
@@ -132,7 +133,7 @@ def prepare(
         ) from error
 
 
-def _alone(out: str, expected: dict, log, created: bool, work: Callable[[], dict]) -> dict:
+def _alone(out: str, expected: dict, log, created: bool, work: Callable[[], Manifest]) -> Manifest:
     if os.path.exists(os.path.join(out, manifests.NAME)):
         return _already(out, expected, log)
     try:
@@ -151,7 +152,7 @@ def _alone(out: str, expected: dict, log, created: bool, work: Callable[[], dict
     return manifest
 
 
-def _beside_others(out: str, expected: dict, log, work: Callable[[], dict]) -> dict:
+def _beside_others(out: str, expected: dict, log, work: Callable[[], Manifest]) -> Manifest:
     """The lock is shared by those at work; whoever holds it alone, the first to come or the last to go, may tidy up."""
     lock, bad, done = (os.path.join(out, name) for name in (LOCK, BAD, manifests.NAME))
     try:
@@ -186,12 +187,12 @@ def _refuse_what_others_refused(out: str) -> None:
         raise from_json(stored.read(os.path.join(out, BAD), Refusal))
 
 
-def same(out: str, manifest: dict, expected: dict) -> None:
+def same(out: str, manifest: Manifest, expected: dict) -> None:
     """CorpusMismatch if a finished directory holds something else than the recipe of this `identity`."""
     _compare(f"{out} is finished and holds", manifest["identity"], expected)
 
 
-def _already(out: str, expected: dict, log: Callable[[str], None]) -> dict:
+def _already(out: str, expected: dict, log: Callable[[str], None]) -> Manifest:
     manifest = manifests.read(out)
     same(out, manifest, expected)
     manifests.verify(out, manifest, "full")
@@ -261,7 +262,7 @@ def _clear(out: str, created: bool, kept: Sequence[str] = ()) -> None:
                 os.rmdir(folder)
 
 
-def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log, report, together: bool) -> dict:
+def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log, report, together: bool) -> Manifest:
     began = time.time()
     dtype = token_dtype(tokenizer.vocab_size)
     parts = {}
@@ -367,7 +368,7 @@ def _fingerprint(manifest: dict) -> str:
     return manifests.checksum(kept)
 
 
-def _copy_vocabulary(spec: str, out: str) -> dict | None:
+def _copy_vocabulary(spec: str, out: str) -> manifests.File | None:
     if spec == "bytes":
         return None
     path = os.path.join(out, manifests.VOCABULARY)
@@ -376,7 +377,7 @@ def _copy_vocabulary(spec: str, out: str) -> dict | None:
     return {"file": manifests.VOCABULARY, "size": len(model), "hash": files.content_hash(path)}
 
 
-def _tidy(out: str, manifest: dict) -> None:
+def _tidy(out: str, manifest: Manifest) -> None:
     """Leaves of what a finished preparation made only what its manifest names, read-only. Its lock must be held."""
     keep = {entry["file"] for entry in manifests.shards(manifest)} | {manifests.NAME, manifests.VOCABULARY}
     for name in _made(out):
@@ -426,8 +427,9 @@ def _run_jobs(
         entries.update({job: shards.written(out, job) for job in waiting if entries[job] is None})
     tell(counts)
     listed: dict[str, list[dict]] = {}
-    for job in jobs:
-        listed.setdefault(job.source.name, []).append(entries[job])
+    for job, entry in entries.items():
+        assert entry is not None
+        listed.setdefault(job.source.name, []).append(entry)
     return listed
 
 

@@ -66,7 +66,7 @@ def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:
     return place
 
 
-def published(address: str) -> dict | None:
+def published(address: str) -> manifests.Manifest | None:
     """The manifest of a prepared directory behind an address, None where there is none."""
     system, path = reached(address)
     try:
@@ -107,7 +107,7 @@ def discard(directory: str) -> None:
     shutil.rmtree(directory)
 
 
-def _whole(place: str, entry: dict) -> bool:
+def _whole(place: str, entry: manifests.File) -> bool:
     path = manifests.path_of(place, entry)
     return os.path.exists(path) and os.stat(path).st_size == entry["size"] and files.content_hash(path) == entry["hash"]
 

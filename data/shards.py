@@ -200,14 +200,15 @@ def _documents(
     for group in groups:
         before = tally.documents, tally.tokens, tally.bytes
         if len(group[0].text) > PART:
-            counts = 0
+            counts, ids = 0, np.zeros(0, np.int32)
             for part in tokenizer.cuts(group[0].text):
                 found = tokenizer.measure([part])
-                counts += len(found.ids)
+                ids = found.ids
+                counts += len(ids)
                 yield packing.Documents(found.ids, found.lengths, np.zeros(0, np.int64))
             counts = np.array([counts])
             if counts[0]:
-                yield packing.Documents(np.array([end], found.ids.dtype), np.zeros(1, np.uint8), np.ones(1, np.int64))
+                yield packing.Documents(np.array([end], ids.dtype), np.zeros(1, np.uint8), np.ones(1, np.int64))
         else:
             found = tokenizer.measure([record.text for record in group])
             counts = found.counts

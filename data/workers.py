@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import Any
 
 from steppe.data import shards
 from steppe.data.errors import DataError
@@ -87,7 +88,7 @@ def _interrupts_held():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_counts = None  # set once in a worker process
+_counts: Any = None  # set once in a worker process
 
 
 def _start(counts, stopped, parent: int) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ def styled(**changes):
     """The context in which figures are made and saved; changes: of STYLE, `_` for the dots of their names."""
     import matplotlib
 
-    return matplotlib.rc_context({**STYLE, **{name.replace("_", "."): value for name, value in changes.items()}})
+    style: Any = {**STYLE, **{name.replace("_", "."): value for name, value in changes.items()}}
+    return matplotlib.rc_context(style)
 
 
 def figure(width: float, height: float):

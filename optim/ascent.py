@@ -30,6 +30,7 @@ class Direction(Protocol):
 
     def __call__(self, given: AscentInput) -> tuple[Tree, jax.Array | None, Tree]:
         """(vector, its length, state): epsilon is rho * vector / length; a length of None is the vector's l2 norm."""
+        ...
 
 
 class Ascent(NamedTuple):

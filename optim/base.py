@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from optax.contrib import MuonState, ScheduleFreeState
 
 from steppe.optim.masks import by_width, factors
@@ -25,7 +26,7 @@ class Moments(NamedTuple):
 
     first: Tree = None
     second: Tree = None
-    count: jax.Array | None = None
+    count: ArrayLike | None = None  # pyright: ignore[reportIncompatibleMethodOverride]: a field, of the name that optax gives it
     fresh: Callable | None = None
     update: Callable | None = None
 
@@ -83,7 +84,9 @@ def at_step(state: Any, step: jax.Array) -> Any:
     def moved(x):
         if isinstance(x, ScheduleFreeState):  # it counts from 1, and holds another state
             return x._replace(step_count=step + 1, base_optimizer_state=at_step(x.base_optimizer_state, step))
-        return x._replace(count=step.astype(x.count.dtype)) if isinstance(x, optax.ScaleByScheduleState) else x
+        if isinstance(x, optax.ScaleByScheduleState):
+            return x._replace(count=step.astype(jnp.result_type(x.count)))
+        return x
 
     scheduled = (ScheduleFreeState, optax.ScaleByScheduleState)
     return jax.tree.map(moved, state, is_leaf=lambda x: isinstance(x, scheduled))

@@ -37,6 +37,7 @@ class FirstPass(Protocol):
 
     def __call__(self, objective: Objective, params: Tree, batch: Tree) -> tuple[Gradients, Residuals]:
         """The gradients at theta, and what the second pass over the same rows will need."""
+        ...
 
 
 def whole(objective: Objective, params: Tree, batch: Tree) -> tuple[Gradients, Residuals]:

@@ -349,7 +349,7 @@ def is_frozen(name: str) -> bool:
 def only_climbs(name: str) -> bool:
     """Whether the method takes a gradient at theta and does nothing but climb it."""
     row, second = row_of(name), second_of(name)
-    return bool(second and second.only_climbs and "gradient" in _defaults(row.ascent).needs)
+    return bool(row and second and second.only_climbs and "gradient" in _defaults(row.ascent).needs)
 
 
 def _defaults(part: Callable) -> Any:
@@ -383,7 +383,7 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
             raise OptionError("every", switches.every, accepted)
         switches = switches._replace(every=period(name, **values))
     switches = switches._replace(rho=rho)
-    if not perturbs(name, rho):
+    if row is None or not perturbs(name, rho):
         return Plain(switches)
     for need, must in row.needs().items():
         if must and needed[need] is None:
@@ -401,7 +401,7 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
         second=down,
         switches=switches,
         moments=base.moments if base else lambda state, params: read_moments(state, params, b2),
-        first=_first(name, values, switches, up, down),
+        first=_first(name, row, values, switches, up, down),
     )
 
 
@@ -418,8 +418,10 @@ def _switches(given: Mapping[str, Any]) -> tuple[Switches, dict[str, Any]]:
     return Switches(**said), {name: value for name, value in given.items() if name not in said}
 
 
-def _first(name: str, values: dict, switches: Switches, up: ascent.Ascent, down: second_pass.SecondPass):
-    row, subset, why = row_of(name), switches.ascent_over == "subset", ""
+def _first(
+    name: str, row: Method, values: dict, switches: Switches, up: ascent.Ascent, down: second_pass.SecondPass
+) -> first_pass.FirstPass:
+    subset, why = switches.ascent_over == "subset", ""
     if subset and row.first:
         why = "chooses its own tokens"
     elif subset and "gradient" not in up.needs:

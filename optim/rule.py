@@ -6,11 +6,12 @@ perturbed logits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 Tree = Any
 # loss: at theta, but at theta + epsilon for methods that never look at theta. cosine: of clean and returned gradient.
@@ -41,24 +42,27 @@ class Anchor(NamedTuple):
 class Trunk(Protocol):
     """The model up to its last hidden state."""
 
-    def __call__(self, params: Tree, batch: Tree) -> Tree:
+    def __call__(self, params: Tree, batch: Tree, /) -> Tree:
         """The hidden state of a batch, [B, T, D] for a language model."""
+        ...
 
 
 class Readout(Protocol):
     """The rest of the model, and the loss."""
 
-    def __call__(self, params: Tree, hidden: Tree, batch: Tree) -> tuple[jax.Array, dict]:
+    def __call__(self, params: Tree, hidden: Tree, batch: Tree, /) -> tuple[jax.Array, dict]:
         """(mean loss of the batch, aux); aux may hold `per_sequence_loss` [B], `kept`, handed on in the anchor, and
         `returned`, any tree of arrays, handed back in the report."""
+        ...
 
 
 class FrozenReadout(Protocol):
     """The readout with its loss derivative frozen."""
 
-    def __call__(self, params: Tree, hidden: Tree, anchor: Anchor, batch: Tree) -> jax.Array:
+    def __call__(self, params: Tree, hidden: Tree, anchor: Anchor, batch: Tree, /) -> jax.Array:
         """<dl/dF at the anchor, F(params, hidden) - F(anchor)>, a scalar: its gradient in (params, hidden) is the
         functional path, its value the first-order change of the loss."""
+        ...
 
 
 class Objective(NamedTuple):
@@ -88,6 +92,7 @@ class Rule(Protocol):
 
     def init(self, params: Tree) -> Tree:
         """The rule's state for these parameters. Raises ValueError for parameters that the rule cannot take."""
+        ...
 
     def gradient(
         self, objective: Objective, params: Tree, batch: Tree, optimizer_state: Tree, rule_state: Tree, step: jax.Array
@@ -100,9 +105,11 @@ class Rule(Protocol):
         optimizer's. Of a readout that gives `returned`, report["aux"] is that of the whole batch: at theta, or at
         theta + epsilon where the method never sees the whole batch at theta. Several microbatches: stacked [K, ...].
         """
+        ...
 
     def perturbing(self, steps: int) -> float:
         """The share of the first `steps` steps on which the rule does more than its base, which is what they cost."""
+        ...
 
 
 def objective(forward: Callable, loss: Callable, *, has_aux: bool = False, weight: Callable | None = None) -> Objective:
@@ -304,7 +311,7 @@ def inner(a: Tree, b: Tree) -> jax.Array:
         wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
         return jnp.sum(x.astype(wide) * y.astype(wide))
 
-    return sum(jax.tree.leaves(jax.tree.map(product, a, b)))
+    return cast(jax.Array, sum(jax.tree.leaves(jax.tree.map(product, a, b))))
 
 
 def norm(tree: Tree) -> jax.Array:
@@ -312,7 +319,7 @@ def norm(tree: Tree) -> jax.Array:
     return jnp.sqrt(inner(tree, tree))
 
 
-def ratio(a: jax.Array, b: jax.Array, at_zero: float = 1.0) -> jax.Array:
+def ratio(a: ArrayLike, b: ArrayLike, at_zero: float = 1.0) -> jax.Array:
     """a / b for b >= 0, at_zero where b is 0, NaN where b is."""
     return jnp.where(b == 0, at_zero, a / jnp.where(b == 0, 1.0, b))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from steppe.optim.rule import OptionError
 
@@ -27,11 +28,11 @@ class DurationError(ValueError):
 
 def is_number(value) -> bool:
     """Whether a constant's value is known: neither a schedule, which takes the step, nor an operand of a trace."""
-    return not callable(value) and not isinstance(value, jax.core.Tracer)
+    return not callable(value) and not isinstance(value, Tracer)
 
 
 def duration_steps(
-    text: str, *, tokens_per_step: int, total_steps: int | None = None, tokens_per_epoch: int | None = None
+    text: str, *, tokens_per_step: float, total_steps: int | None = None, tokens_per_epoch: float | None = None
 ) -> int:
     """Converts a duration to whole steps, rounding up. A bare number means steps.
 

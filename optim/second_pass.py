@@ -38,6 +38,7 @@ class Path(Protocol):
     def __call__(self, given: PassInput) -> tuple[jax.Array, Tree, Tree]:
         """(perturbed loss, vectors, aux): vectors are trees that are averaged over microbatches before they are
         combined; aux is what the readout returned at theta + epsilon, None where it was not called there."""
+        ...
 
 
 class SecondPass(NamedTuple):

@@ -21,7 +21,7 @@ class SoapState(NamedTuple):
     """count of updates; mu: first moment; nu: second moment, of a matrix in the eigenbases; sides: per leaf in order,
     () for what is no matrix, else (left, right), each {"factor", "basis"} [stack, side, side], or () where too long."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]: a field, of the name that optax gives it
     mu: Tree
     nu: Tree
     sides: tuple
@@ -149,10 +149,10 @@ def scale_by_soap(
         x = x if not left else jnp.einsum("sab,sbn->san", left["basis"], x)
         return x if not right else jnp.einsum("smd,scd->smc", x, right["basis"])
 
-    def update(gradient: Tree, state: SoapState, params: Any = None):
+    def update(updates: Tree, state: Any, params: Any = None):
         del params
-        leaves, structure = jax.tree.flatten(gradient)
-        shapes = matrices(gradient)
+        leaves, structure = jax.tree.flatten(updates)
+        shapes = matrices(updates)
         wholes = [matrix.to(g) for g, matrix in zip(leaves, shapes, strict=True) if matrix]
         pairs = [fed(*each) for each in zip(wholes, filter(None, state.sides), strict=True)]
         turns, known = renewed(state.count, wholes, pairs)

@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from steppe.optim.ascent import Ascent, AscentInput
 from steppe.optim.base import Moments
@@ -17,6 +18,7 @@ from steppe.optim.first_pass import FirstPass, Residuals, whole
 from steppe.optim.masks import by_width, dimensions, factors, mask, path_names
 from steppe.optim.options import AT_LEAST_ONE, FACTORS, NOT_NEGATIVE, PART, PATTERNS, Option, one_of, options
 from steppe.optim.rule import (
+    Anchor,
     Objective,
     Tree,
     accumulate,
@@ -162,7 +164,7 @@ class TwoPass(NamedTuple):
     ascent: Ascent
     second: SecondPass
     switches: Switches
-    moments: Callable[[Tree, Tree], Moments] | None
+    moments: Callable[[Tree, Tree], Moments]
     first: FirstPass = whole
 
     def init(self, params: Tree) -> Tree:
@@ -265,7 +267,8 @@ class TwoPass(NamedTuple):
         objective = given.objective
         # A collective in a branch is one that another may overtake, see steppe.lm.model.hlo.unordered.
         late = objective if objective.sharded else objective._replace(trunk=_late(objective.trunk))
-        anchor = residuals.anchor and residuals.anchor._replace(params=given.params)
+        # None for a path that is not anchored
+        anchor = cast(Anchor, residuals.anchor and residuals.anchor._replace(params=given.params))
         passed = PassInput(
             objective=late, params=given.params, epsilon=epsilon, perturbed=perturbed, batch=residuals.batch,
             anchor=anchor, loss=residuals.loss, pull=residuals.pull,
@@ -274,7 +277,7 @@ class TwoPass(NamedTuple):
         return (), (loss, vectors), aux
 
 
-def perturbation(ascent: Ascent, known: AscentInput, rho: jax.Array, switches: Switches) -> tuple[Tree, Tree]:
+def perturbation(ascent: Ascent, known: AscentInput, rho: ArrayLike, switches: Switches) -> tuple[Tree, Tree]:
     """(epsilon, ascent state): the direction, masked, scaled per parameter, of length rho; zero where the length is."""
     chosen = mask(known.params, switches.perturb)
 
@@ -287,6 +290,7 @@ def perturbation(ascent: Ascent, known: AscentInput, rho: jax.Array, switches: S
         vector, length = layer_scale(switches.layerwise_rho, vector, known.params, switches.matrix_axes), None
     measured = vector
     if switches.widening != 1:
+        assert ascent.widths is not None, "optim.methods.method refuses such a direction"
         vector, measured = widened(vector, ascent.widths, switches)
     scales = _scales(measured, length, rho, switches.rho_factors)
     if switches.rho_budget:
@@ -309,7 +313,7 @@ def widened(vector: Tree, widths: tuple[float, float], switches: Switches) -> tu
     return scaled, by_width(scaled, switches.matrix_axes, switches.widening, -0.5, 0)
 
 
-def _scales(vector: Tree, length: jax.Array | None, rho: jax.Array, rules: tuple[str, ...]) -> Tree:
+def _scales(vector: Tree, length: jax.Array | None, rho: ArrayLike, rules: tuple[str, ...]) -> Tree:
     """What each leaf of the direction is multiplied by.
 
     length None: a group of leaves has the l2 length factor x rho. Else lengths are relative to the one given.
@@ -402,7 +406,8 @@ def _late(trunk: Callable) -> Callable:
 
 
 def _slim(residuals: Residuals, anchored: bool) -> Residuals:
-    return residuals._replace(pull=None, anchor=residuals.anchor._replace(params=None) if anchored else None)
+    anchor = residuals.anchor._replace(params=None) if anchored and residuals.anchor else None
+    return residuals._replace(pull=None, anchor=anchor)
 
 
 def _with_aux(facts: dict, aux: Tree) -> dict:

@@ -6,6 +6,7 @@ Takes 10 s a run on two cores; prints a table in Markdown. Filling a disk needs 
 disturbances are among the tests of a source tree, so it runs from one.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if not (TESTS / "exhaustive" / "chaos.py").exists():
         return command.fail(f"steppe chaos: needs Steppe's source tree: there is no {TESTS}/exhaustive/chaos.py")
     sys.path.append(str(TESTS))
-    from exhaustive import chaos
+    chaos = importlib.import_module("exhaustive.chaos")
 
     failures = chaos.disturb(options.runs, options.minutes, options.seed, options.flips, options.only)
     for failure in failures:

@@ -27,13 +27,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from steppe.configs import base, packages, sizes
-from steppe.configs.keys import named
+from steppe.configs.keys import named, slot
 from steppe.data import files
 from steppe.lm.keep.exits import REFUSALS, REFUSED, STORAGE
 
@@ -76,24 +76,32 @@ class UsageError(ValueError):
     """Bad input on the command line; its message is the one line shown."""
 
 
-def parser(name: str, summary: str, *, config: bool = True) -> argparse.ArgumentParser:
-    """An argparse parser for `steppe NAME` whose errors raise UsageError instead of printing the usage.
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a UsageError, in place of the usage. takes_config: whether the command takes --config."""
+
+    takes_config = True
+
+    def error(self, message: str) -> NoReturn:
+        _raise_usage(message)
+
+
+def parser(name: str, summary: str | None, *, config: bool = True) -> Parser:
+    """The Parser of `steppe NAME`; summary: its description, a module's docstring.
 
     config: whether the command takes --config.
     """
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog=f"steppe {name}",
         description=summary,
         epilog=_HELP.format(ready=", ".join(ready("steppe.configs", "get_config"))) if config else "",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.error = _raise_usage
     made.takes_config = config
     return made
 
 
-def run_parser(name: str, summary: str) -> argparse.ArgumentParser:
+def run_parser(name: str, summary: str | None) -> Parser:
     """A parser of a command that asks something of one run's model: --workdir and --step."""
     made = parser(name, summary, config=False)
     made.add_argument("--workdir", required=True, help="the run")
@@ -172,7 +180,7 @@ def of_key(key: str) -> Callable[[str], str]:
     return read
 
 
-def parse(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[ConfigDict, argparse.Namespace]:
+def parse(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argparse.Namespace]:
     """Reads a command line (without the program's name) into (config, options); exits with status 2 on bad input.
 
     The config is locked, holds exactly the keys of configs/base.py and its `model.size` is resolved.
@@ -184,7 +192,7 @@ def parse(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[ConfigD
         sys.exit(fail(error))
 
 
-def options_of(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
+def options_of(argv: Sequence[str], parser: Parser) -> argparse.Namespace:
     """The options of a command that takes no config; exits with status 2 on bad input."""
     return parse_unread(argv, parser)[2]
 
@@ -197,7 +205,7 @@ def required(path: str | None) -> str:
 
 
 def parse_unread(
-    argv: Sequence[str], parser: argparse.ArgumentParser
+    argv: Sequence[str], parser: Parser
 ) -> tuple[str | None, list[tuple[str, str | None]], argparse.Namespace]:
     """(--config or None, its overrides as read_config takes them, options); exits with status 2 on bad options.
 
@@ -232,7 +240,7 @@ def parse_unread(
         sys.exit(fail(error))
 
 
-def _parsed(parser: argparse.ArgumentParser, given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parsed(parser: Parser, given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What argparse makes of arguments. It takes "--" for the end of the options also where it is an option's value,
     and then reads the option with none."""
     for argument in given:
@@ -253,24 +261,29 @@ def names(package: str, function: str, *more: str) -> Callable[..., list[str]]:
     """An argcomplete completer of the modules of a package that define a function, other words, and Python files."""
 
     def offered(prefix: str = "", **_) -> list[str]:
-        import argcomplete
+        from argcomplete.completers import FilesCompleter
 
-        return [*more, *ready(package, function), *argcomplete.FilesCompleter(["py"])(prefix)]
+        return [*more, *ready(package, function), *FilesCompleter(["py"])(prefix)]
 
     return offered
 
 
-def complete(parser: argparse.ArgumentParser) -> None:
+def complete_by(argument: Any, completer: Callable[..., list[str]]) -> None:
+    """Names what argcomplete asks for the values of an argument of a parser."""
+    argument.completer = completer
+
+
+def complete(parser: Parser) -> None:
     """Answers a shell that asks to complete a command line, through argcomplete, and ends the process."""
     import argcomplete
 
     if parser.takes_config:
-        parser.add_argument("--config").completer = names("steppe.configs", "get_config")
+        complete_by(parser.add_argument("--config"), names("steppe.configs", "get_config"))
         parser.add_argument("--print_config", action="store_true")
         if "--config." in os.environ["COMP_LINE"]:
             for key, declared in base.keys().items():
                 offered = parser.add_argument(f"--config.{key}", help=declared.meaning.replace("%", "%%"))
-                offered.completer = lambda declared=declared, **_: declared.accepted.names()
+                complete_by(offered, lambda declared=declared, **_: declared.accepted.names())
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
@@ -369,8 +382,21 @@ def keep_memory() -> None:
 
 def summary(module: str) -> str:
     """The first line of a module's docstring, read without importing it."""
-    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    return headline(ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))))
+
+
+def headline(docstring: str | None) -> str:
+    """The first line of a docstring."""
+    return (docstring or "").partition("\n")[0]
+
+
+def folder_of(package: str) -> Path:
+    """Where the modules of a package of ours lie, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return Path(next(iter(spec.submodule_search_locations or ())))
 
 
 def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str]) -> int:
@@ -413,7 +439,7 @@ def reader(path: str) -> Callable[[Sequence[tuple[str, str | None]]], ConfigDict
         config = copy.deepcopy(template)
         for key in dict.fromkeys(key for key, _ in overrides):
             texts = tuple(text for name, text in overrides if name == key)
-            section, name = _place(config, key)
+            section, name = slot(config, key)
             if (key, texts) not in parsed:
                 _override(config, known, key, list(texts))
                 parsed[key, texts] = section[name]
@@ -455,7 +481,7 @@ def _give_way(config: ConfigDict, path: str, chosen: set[str]) -> str:
     return f"{gives}, which {named('optim.methods:takes')(method)}" if gone else ""
 
 
-def _raise_usage(message: str):
+def _raise_usage(message: str) -> NoReturn:
     missing = re.fullmatch(r"the following arguments are required: (.*)", message)
     message = message.removeprefix("argument ")
     raise UsageError(f"{missing[1]} is missing; --help shows the usage" if missing else message)
@@ -488,10 +514,9 @@ def _split(argv: Sequence[str]):
 
 def ready(package: str, function: str) -> list[str]:
     """The modules of a package that define a function, read without importing them."""
-    (place,) = importlib.util.find_spec(package).submodule_search_locations
     return sorted(
         file.stem
-        for file in Path(place).glob("*.py")
+        for file in folder_of(package).glob("*.py")
         if re.search(rf"^def {function}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
     )
 
@@ -510,6 +535,8 @@ def call(flag: str, text: str, function: str, package: str) -> Any:
         else:
             spec = _module(flag, name, function, package)
             file = spec.origin
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         called = getattr(module, function, None)
@@ -576,7 +603,7 @@ def _with_types_of_base(config: ConfigDict, path: str) -> ConfigDict:
     for key in want:
         if key not in have:
             raise UsageError(f"config.{key} is missing in {path}: start from configs/base.py, which holds every key")
-        section, name = _place(typed, key)
+        section, name = slot(typed, key)
         value = plain(have[key])
         try:
             if isinstance(value, bool) and section.get_type(name) is not bool:
@@ -593,13 +620,6 @@ def _with_types_of_base(config: ConfigDict, path: str) -> ConfigDict:
 def plain(value: Any) -> Any:
     """A numpy scalar as the Python value it stands for; anything else as it is."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
-
-
-def _place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    *sections, name = key.split(".")
-    for section in sections:
-        config = config[section]
-    return config, name
 
 
 def _check_key(key: str, known: ConfigDict):
@@ -632,7 +652,7 @@ def _accepted(kind: type, optional: bool) -> str:
 
 def _override(config: ConfigDict, known: ConfigDict, key: str, texts: list[str | None]):
     """Sets one key from its texts on the command line (a tuple may take several) through config_flags."""
-    section, name = _place(config, key)
+    section, name = slot(config, key)
     kind, optional = section.get_type(name), _flat(known)[key] is None
     wrong = UsageError(
         f"config.{key} = {', '.join(text or 'nothing' for text in texts)}: must be {_accepted(kind, optional)}"
@@ -654,6 +674,6 @@ def _override(config: ConfigDict, known: ConfigDict, key: str, texts: list[str |
         raise wrong from None
     if kind is tuple and not all(isinstance(item, str) for item in alone[name]):
         raise wrong
-    known = base.keys()[key].accepted.names() if kind is tuple else []
-    cut = [item.strip() for text in alone[name] for item in text.split(",")] if known else []
-    section[name] = tuple(cut) if cut and set(cut) <= set(known) else alone[name]
+    allowed = base.keys()[key].accepted.names() if kind is tuple else []
+    cut = [item.strip() for text in alone[name] for item in text.split(",")] if allowed else []
+    section[name] = tuple(cut) if cut and set(cut) <= set(allowed) else alone[name]

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         return actions[argv[0]](argv[1:])
     parser = command.parser("config", __doc__)
     chosen = parser.add_argument("config", nargs="?", metavar="NAME", help="default: base")
-    chosen.completer = command.names("steppe.configs", "get_config", "diff")
+    command.complete_by(chosen, command.names("steppe.configs", "get_config", "diff"))
     path, overrides, _ = command.parse_unread(argv, parser)
     print(table(flatten(command.read_config(path or "base", overrides)), shutil.get_terminal_size().columns))
     return 0
@@ -60,7 +60,7 @@ def diff(argv: Sequence[str]) -> int:
     """`config diff A B`: the keys that differ, with both values."""
     parser = command.parser("config diff", "The keys in which two configs differ.", config=False)
     both = parser.add_argument("both", nargs=2, metavar="CONFIG", help="as --config takes it, or the workdir of a run")
-    both.completer = command.names("steppe.configs", "get_config")
+    command.complete_by(both, command.names("steppe.configs", "get_config"))
     one, other = (flatten(read(text)) for text in command.options_of(argv, parser).both)
     differing = [name for name in one if one[name] != other[name]]
     for name in differing:

@@ -3,10 +3,8 @@
 steppe docs ROOM
 """
 
-import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from steppe.scripts import command
 
@@ -18,8 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("docs", __doc__, config=False)
     parser.add_argument("room", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
     options = command.options_of(argv, parser)
-    folder = importlib.util.find_spec(f"steppe.{options.room}").submodule_search_locations[0]
-    text = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    text = (command.folder_of(f"steppe.{options.room}") / "README.md").read_text(encoding="utf-8")
     if not sys.stdout.isatty():
         print(text)
         return 0

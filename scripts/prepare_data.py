@@ -16,8 +16,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from steppe.scripts import command
 from steppe.scripts.sweep.__main__ import LAUNCHERS
@@ -110,7 +111,7 @@ def _launch(argv: Sequence[str], options) -> int:
     return 0
 
 
-def _summary(manifest: dict, directory: str) -> None:
+def _summary(manifest: Mapping[str, Any], directory: str) -> None:
     for part in ("train", "held_out"):
         for entry in manifest[part]:
             share = f", weight {entry['weight']:g}" if len(manifest[part]) > 1 and part == "train" else ""
@@ -196,9 +197,9 @@ def _show(argv: Sequence[str]) -> int:
         batch = held_out_rows(corpus, options.held_out, options.step, options.batch_size)
     else:
         batch = training_rows(corpus, options.seed, options.step, options.batch_size)
-    used = batch["weights"].mean()
+    used, task = batch["weights"].mean(), corpus.manifest["identity"]["task"]
     print(
-        f"{options.directory}: {corpus.manifest['task']}, {corpus.packing}, {corpus.sequence_length} tokens a row, "
+        f"{options.directory}: {task}, {corpus.packing}, {corpus.sequence_length} tokens a row, "
         f"vocabulary {corpus.manifest['vocabulary']['spec']}\n"
         f"batch {options.step} of {options.held_out or f'training, seed {options.seed}'}: "
         f"{options.batch_size} rows, {used:.1%} used, {batch['bytes'].sum():,} bytes of source"

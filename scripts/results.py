@@ -294,7 +294,7 @@ def places(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[tuple[
 def _found(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[str], list[tuple]]:
     """(the directories that are meant, (directory, its runs) of each)."""
     directories: list[str] = []
-    for given in map(os.fspath, [runs] if isinstance(runs, (str, os.PathLike)) else runs):
+    for given in [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]:
         if files.is_remote(given):
             from steppe.lm.keep import mirror  # here: it needs jax, which commands that read files do without
 
@@ -398,7 +398,7 @@ def config_of(path: Path) -> dict[str, Any]:
     return _whole(flatten(read_json(path, dict[str, Any])), path)
 
 
-def _whole(flat: dict[str, Any], path: Path) -> dict[str, Any]:
+def _whole(flat: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """A flat config with its types checked and what its version did not have; {} of an empty one. ResultsError."""
     try:
         return with_defaults(typed(stored.typed(flat, stored.Flat, str(path)))) if flat else {}

@@ -12,7 +12,7 @@ from steppe.scripts import command
 
 def main(argv: Sequence[str], memo=None) -> int:
     """Runs or continues a training run; returns the exit status, 2 for bad input. memo: see lm.run.memo."""
-    parser = command.parser("train", __doc__.splitlines()[0])
+    parser = command.parser("train", command.headline(__doc__))
     parser.add_argument(
         "--workdir",
         required=True,

@@ -35,7 +35,7 @@ class Row(NamedTuple):
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Shows the runs until interrupted, or until all have ended; returns the exit status."""
-    parser = command.parser("watch", __doc__.splitlines()[0], config=False)
+    parser = command.parser("watch", command.headline(__doc__), config=False)
     parser.add_argument("directory", metavar="DIR", help="of a sweep, or a run's workdir")
     parser.add_argument(
         "--every", type=command.number(above=True), default=2.0, metavar="S", help="seconds between looks (default 2)"
@@ -101,9 +101,8 @@ def table(found: list[Row]):
     ended = len(found) - sum(counts.values())
     said = ", ".join(f"{count} {state}" for state, count in [*counts.items(), ("ended", ended)] if count)
     shown = Table(title=said, title_justify="left", box=None, header_style="bold")
-    for column, justify in (("run", "left"), ("state", "left"), ("step", "right"), ("loss", "right"),
-                            ("held-out", "right"), ("tokens/s", "right"), ("left", "right")):  # fmt: skip
-        shown.add_column(column, justify=justify, no_wrap=column == "step")
+    for column in ("run", "state", "step", "loss", "held-out", "tokens/s", "left"):
+        shown.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=column == "step")
     for row in found[:MOST]:
         shown.add_row(*row[:-1])
     if len(found) > MOST:

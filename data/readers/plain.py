@@ -23,6 +23,8 @@ from steppe.data.errors import BadRecords, DataError, refused
 from steppe.data.files import is_remote, matching, opened
 from steppe.data.sources import Reading, Record, Source, in_split
 
+Stream = BinaryIO | io.BufferedIOBase  # a file's bytes, decompressed or as they are
+
 HEAD = 1000  # records of a source that are looked at before it is read
 WHOLE, BLOCKS, BLOCK = 64 << 20, 8, 4096  # bytes of a source that are all hashed; blocks of each file else, of bytes
 REMOTE_HEADS = 8  # of files behind an address, so many are looked at
@@ -141,7 +143,7 @@ def _every_record(
 
 
 @contextmanager
-def opened_text(path: str, kind: str) -> Iterator[BinaryIO]:
+def opened_text(path: str, kind: str) -> Iterator[Stream]:
     """The text of a file, decompressed, from its first byte that is no byte-order mark. Parquet as it is.
 
     Whatever goes wrong inside a decoder while it is open becomes one line that names the file.
@@ -161,7 +163,7 @@ def opened_text(path: str, kind: str) -> Iterator[BinaryIO]:
         raise DataError(f"cannot read {path}: {reason}; mend or remove the file") from error
 
 
-def _recognised(path: str, kind: str, raw: BinaryIO) -> BinaryIO:
+def _recognised(path: str, kind: str, raw: BinaryIO) -> Stream:
     head = _head(raw)
     if kind == "parquet":
         if not head.startswith(_PARQUET):
@@ -183,13 +185,13 @@ def _recognised(path: str, kind: str, raw: BinaryIO) -> BinaryIO:
     return made
 
 
-def _head(handle: BinaryIO) -> bytes:
+def _head(handle: Stream) -> bytes:
     head = handle.read(512)
     handle.seek(0)
     return head
 
 
-def _decompressed(path: str, raw: BinaryIO, head: bytes) -> BinaryIO:
+def _decompressed(path: str, raw: BinaryIO, head: bytes) -> Stream:
     if not head and path.endswith(_SUFFIXES):
         raise EOFError
     if head.startswith(b"\x1f\x8b"):
@@ -296,10 +298,11 @@ def _object(handle, place: str, field: str, wanted: bool, seen: dict[str, None])
         return _NOTHING
     try:
         text = line.decode("utf-8")
-        line = b""
-        value = json_value(text)
     except UnicodeDecodeError:
         return Record(line, "json", place)
+    line = b""
+    try:
+        value = json_value(text)
     except ValueError:
         return Record(text.encode(), "json", place)
     found = value_at(value, field)

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -116,7 +117,7 @@ def _seqio_dataset(source: Source, reading: Reading):
         remedy = "the name of a registered task or mixture; config.data.seqio_module names the module that registers it"
         raise refused("data.task", f"seqio:{name}", remedy) from error
     split = _split_of(f"seqio:{name}", source.split, sorted(known.splits))
-    options = {"copy_pretokenized": True} if isinstance(known, seqio.Mixture) else {}
+    options: dict[str, Any] = {"copy_pretokenized": True} if isinstance(known, seqio.Mixture) else {}
     try:
         dataset = known.get_dataset(None, split=split, shuffle=False, seed=0, num_epochs=1, **options)
     except Exception as error:
@@ -131,14 +132,14 @@ def _seqio_dataset(source: Source, reading: Reading):
     return dataset, field
 
 
-def _builder(source: Source, reading: Reading):
+def _builder(source: Source, reading: Reading) -> tuple[Any, str]:
     """(builder, split) of a TFDS source, which must be prepared on this machine; nothing is downloaded."""
     import_tensorflow()
     import tensorflow_datasets as tfds
 
     name, tfds_dir, text_field = source.where, reading.tfds_dir, reading.text_field
     try:
-        builder = tfds.builder(name, data_dir=tfds_dir or None, try_gcs=False)
+        builder: Any = tfds.builder(name, data_dir=tfds_dir or None, try_gcs=False)
     except Exception as error:  # whatever a builder's own code, or a name that is none, may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"config.data: tfds:{name} in config.data.tfds_dir={tfds_dir!r}: {reason}") from error

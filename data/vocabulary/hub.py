@@ -114,7 +114,7 @@ def _named(path: str, name: str, ids: dict[str, int]) -> str:
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if token := _text(_beside(path, file).get(f"{name}_token")):
             return token
-    tokens = {number: token for token, number in ids.items()}
+    tokens: dict[Any, str] = {number: token for token, number in ids.items()}
     for file in ("generation_config.json", "config.json"):
         number = _beside(path, file).get(f"{name}_token_id")
         if token := tokens.get(number[0] if isinstance(number, list) and number else number):
@@ -180,7 +180,8 @@ def shun(scores: list[list], control: Iterable[int]) -> None:
 
 def _unknown(model: dict) -> int | None:
     """The id that a tokenizer.json's model has for what it does not know."""
-    return model["unk_id"] if "unk_id" in model else _ids({"model": model}).get(model.get("unk_token"))
+    ids: dict[Any, int] = _ids({"model": model})
+    return model["unk_id"] if "unk_id" in model else ids.get(model.get("unk_token"))
 
 
 def _fast(found: dict, textual: bool) -> dict:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,14 @@ class _Measuring(NamedTuple):
     cuts: Callable[[bytes], Iterator[bytes]]
 
 
+def model_of(content: bytes) -> Any:
+    """The protocol buffer of a SentencePiece model, whose classes come to be when it is imported."""
+    import sentencepiece.sentencepiece_model_pb2
+
+    messages: Any = sentencepiece.sentencepiece_model_pb2
+    return messages.ModelProto.FromString(content)
+
+
 def _measuring(processor) -> _Measuring:
     """How a SentencePiece model's tokens are aligned with the bytes of their source.
 
@@ -65,10 +73,11 @@ def _measuring(processor) -> _Measuring:
     prose with others. Elsewhere the library's normaliser says where a place of the normalised text lies in the source;
     and where even that sum does not come out, the library aligns.
     """
-    from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
+    import sentencepiece.sentencepiece_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
-    spec, kinds = model.normalizer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
+    messages: Any = sentencepiece.sentencepiece_pb2
+    model = model_of(processor.serialized_model_proto())
+    spec, kinds = model.normalizer_spec, model.SentencePiece
     unknown, mark = processor.unk_id(), _SPACE.encode()
     identity = not (spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)
     prefix = int(spec.add_dummy_prefix)
@@ -94,7 +103,7 @@ def _measuring(processor) -> _Measuring:
         ends = np.cumsum(behind)
         if ends[-1] == len(normal):
             return np.array(places)[ends]
-        parsed = sentencepiece_pb2.SentencePieceText.FromString(processor.Encode(text, return_type="serialized_proto"))
+        parsed = messages.SentencePieceText.FromString(processor.Encode(text, return_type="serialized_proto"))
         return np.array([piece.end for piece in parsed.pieces])
 
     def measure(texts: list[bytes]) -> Tokens:

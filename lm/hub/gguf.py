@@ -63,7 +63,7 @@ def write(source: str, out: str) -> None:
     for tensor in reader.tensors:
         found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
         name = found and _TENSORS.get(found[2])
-        if not name:
+        if not found or not name:
             raise Unusable(f"{source}: tensor {tensor.name} is none of a Llama's")
         array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if found[2] in ("attn_q", "attn_k"):

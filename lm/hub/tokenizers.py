@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from steppe.data import files
 from steppe.data.loader import Corpus
 from steppe.data.manifest import path_of
-from steppe.data.vocabulary import hub, read_model
+from steppe.data.vocabulary import hub, pieces, read_model
 from steppe.data.vocabulary.byte import BYTE_OFFSET
 
 CONTROL = ("<pad>", "</s>", "<unk>")  # of the byte vocabulary, as ByT5 calls them
@@ -44,7 +44,7 @@ def write(folder: Path, corpus: Corpus, length: int) -> Named:
     tokenizer = corpus.tokenizer
     made = _made(folder, corpus)
     found = tokenizers.Tokenizer.from_str(json.dumps(made))
-    begin, end = ((found.id_to_token(number), number) for number in (tokenizer.begin_id, tokenizer.eos_id))
+    begin, end = ((cast(str, found.id_to_token(number)), number) for number in (tokenizer.begin_id, tokenizer.eos_id))
     made["post_processor"] = _beginning(*begin)
     named = Named(begin, end, _pad(made, (begin[1], end[1])))
     files.write(folder / "tokenizer.json", json.dumps(made, ensure_ascii=False))
@@ -164,10 +164,9 @@ def _of_ranks(found: dict) -> dict[str, Any]:
 def _of_pieces(content: bytes) -> dict[str, Any]:
     """A SentencePiece model. The whole text is one word, as it is there."""
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)
-    kinds, spec = sentencepiece_model_pb2.ModelProto.SentencePiece, model.normalizer_spec
+    model = pieces.model_of(content)
+    kinds, spec = model.SentencePiece, model.normalizer_spec
     ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
     special = {piece.piece: ids[piece.piece] for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)}
     symbols = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
@@ -184,7 +183,7 @@ def _of_pieces(content: bytes) -> dict[str, Any]:
     normal.append(_replace({"String": " "}, _SPACE))
     decoder = [_replace({"String": _SPACE}, " "), *[{"type": "ByteFallback"}] * fallback, {"type": "Fuse"}]
     decoder += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * spec.add_dummy_prefix
-    parts = {"normalizer": _sequence("normalizers", normal)}
+    parts: dict[str, Any] = {"normalizer": _sequence("normalizers", normal)}
     symbols = [symbol for symbol in symbols if " " not in symbol]  # blanks are marks when symbols are looked for
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
         scores = _scores(model, kinds)

@@ -94,5 +94,5 @@ def copy_record(parent: Parent, directory: str) -> None:
             handle.write(json.dumps(branched) + "\n")
 
 
-def _within(tree: Mapping[str, list], field: str) -> dict[str, list]:
+def _within(tree: Mapping[str, Any], field: str) -> dict[str, Any]:
     return {name: entry for name, entry in tree.items() if name.startswith(f"{field}/")}

@@ -134,7 +134,7 @@ class Checkpoints:
 
     def room(self, state: State) -> str:
         """Why the next save would not fit, "" if it does; bytes before compression, local directories only."""
-        problem = False
+        problem, needed, free = False, 0, 0
         if self._primary and seal.is_local(self.directory):
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE
             free = shutil.disk_usage(self.directory).free

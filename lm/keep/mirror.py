@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypedDict
@@ -128,7 +128,8 @@ class _State:
         self.names: dict[str, There] = store.names()
         sealed = [name for name in self.names if seals and f"{CHECKPOINTS}/{_step(name)}/{seal.NAME}" == name]
         found = store.beginnings(sealed, _DIGEST)
-        self.steps = {_step(name): found[name].decode(errors="replace") for name in found}
+        steps = ((_step(name), digest.decode(errors="replace")) for name, digest in found.items())
+        self.steps = {step: digest for step, digest in steps if step is not None}
         self.run = ((RUN in self.names and store.read(RUN)) or b"").decode(errors="replace").strip()
 
     def within(self, step: int) -> list[str]:
@@ -229,13 +230,13 @@ def _looked(address: str, checkpoints: bool) -> Path:
     return place
 
 
-def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: Mapping = {}) -> None:
+def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: Collection[str] = ()) -> None:
     """Fetches the files that belong to no step, but for those that are `kept` and those that are here already."""
     wanted = []
     for name in filter(_is_shared, there.names):
         have = known.files.get(name)
-        same = have and have[2] == there.names[name].mark and (place / name).exists()
-        if name not in kept and not (same and _mark(place / name) == have[:2]):
+        same = have is not None and have[2] == there.names[name].mark and (place / name).exists()
+        if name not in kept and not (have and same and _mark(place / name) == have[:2]):
             wanted.append(name)
     incoming = place.parent / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)

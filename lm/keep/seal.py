@@ -90,7 +90,7 @@ def read(directory: epath.Path) -> Seal:
     return seal
 
 
-def verify(directory: epath.Path, step: int, run: str = "", share: tuple[int, int] = (0, 1)) -> dict:
+def verify(directory: epath.Path, step: int, run: str = "", share: tuple[int, int] = (0, 1)) -> Seal:
     """The seal, after comparing the directory with it; raises Broken with the first difference.
 
     run: the id it must have, "" for any. share (i, n): reads the contents of every n-th file from the i-th on.

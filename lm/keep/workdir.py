@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ml_collections import ConfigDict
 
 from steppe.configs import base
-from steppe.configs.keys import ConfigError, flatten
+from steppe.configs.keys import ConfigError, flatten, slot
 from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import WorkdirError
@@ -29,7 +29,7 @@ class KeptCorpus(TypedDict):
     fingerprint: str
 
 
-def changes(before: Mapping, now: Mapping) -> dict[str, list]:
+def changes(before: Mapping | ConfigDict, now: Mapping | ConfigDict) -> dict[str, list]:
     """{key: [before, now]} of two nested configs, free keys left out; a key that was not there yet has its default.
 
     Raises ConfigError for keys that this version has no longer.
@@ -48,9 +48,9 @@ def adopt(workdir: str, config: ConfigDict) -> None:
         return
     known, flat = flatten(_read(path)), flatten(config.to_dict())
     for name, value in base.former(base.with_defaults(known), known).items():
-        section, key = name.split(".")
         if flat[name] == base.keys()[name].default:
-            config[section][key] = value
+            section, key = slot(config, name)
+            section[key] = value
 
 
 def is_new(workdir: str) -> bool:

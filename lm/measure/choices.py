@@ -98,9 +98,8 @@ def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
     space at the end of a query counts with the choice, as lm-eval has it. DataError where no token is a choice's.
     """
     texts = [(item.query, choice) for item in items for choice in item.choices]
-    made = Rows(
-        *(np.zeros((len(texts), length), kind) for kind in (np.int32, np.int32, np.float32)), np.zeros(len(texts))
-    )
+    shape = len(texts), length
+    made = Rows(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(len(texts)))
     tokens = tokenizer.measure([(query + choice).encode() for query, choice in texts])
     ends = np.cumsum(tokens.counts)
     for row, ((query, choice), end, count) in enumerate(zip(texts, ends, tokens.counts, strict=True)):

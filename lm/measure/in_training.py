@@ -1,6 +1,7 @@
 """How a language model bends: its logit Hessian, and the light measurement a run takes while it trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def twice_differentiable(parts: Parts) -> Objective:
     return objective(parts.shape._replace(kernel=kernel), parts.options, Placement(parts.mesh))
 
 
-def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1) -> Callable:
+def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1) -> Any:
     """measure(params, state, origin, batch, scalars) -> what a run records of its curvature at params, or where these
     are None at the state's own.
 

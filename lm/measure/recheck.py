@@ -36,5 +36,5 @@ class Recheck:
     def differing(self, one: dict[str, Any], mesh: dict[str, Any]) -> dict[str, list[float]]:
         """{name: [by one device, by the mesh]} of the numbers in which two steps differ."""
         pairs = {name: [float(one[name]), float(mesh[name])] for name in NAMES}
-        near = {"rtol": self._tolerance, "atol": self._tolerance, "equal_nan": True}
-        return {name: pair for name, pair in pairs.items() if not np.isclose(*pair, **near)}
+        near: dict[str, Any] = {"rtol": self._tolerance, "atol": self._tolerance, "equal_nan": True}
+        return {name: pair for name, pair in pairs.items() if not np.isclose(pair[0], pair[1], **near)}

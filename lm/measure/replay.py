@@ -142,7 +142,8 @@ def first_nan(gradient: Callable, state: State, batch: dict) -> str:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # what jax prints of its own way there
                 jax.block_until_ready(gradient(state, batch))
-        except FloatingPointError:
+        except FloatingPointError as compiled:
+            error = compiled
             try:
                 with jax.disable_jit():  # one operation after the other, also those inside the scan over layers
                     jax.block_until_ready(gradient(state, batch))

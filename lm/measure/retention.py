@@ -78,8 +78,8 @@ def at_rate(optimizer: Optimizer, rate: float | jax.Array) -> Optimizer:
     """The optimizer with its updates times `rate`, which may be traced: one compile serves every rate."""
     transform = optimizer.base.transform
 
-    def update(gradient, state, params=None):
-        updates, state = transform.update(gradient, state, params)
+    def update(updates, state, params=None):
+        updates, state = transform.update(updates, state, params)
         return jax.tree.map(lambda u: rate * u, updates), state
 
     return optimizer._replace(

@@ -1,6 +1,7 @@
 """Causal attention as one function; the kernel is chosen by name or by backend, never silently slow."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def _splash(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, place: Plac
     # The custom call is opaque to the partitioner, so each device runs it on its own sequences and heads.
     def local(query, key, value, segments):
         mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * query.shape[2])
-        kernel = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, residual_checkpoint_name=MIXED)
+        kernel: Any = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, residual_checkpoint_name=MIXED)
         heads_first = (x.swapaxes(1, 2) for x in (query * K**-0.5, key, value))
         ids = None if segments is None else splash.SegmentIds(segments, segments)
         return jax.vmap(kernel)(*heads_first, segment_ids=ids).swapaxes(1, 2)

@@ -125,7 +125,8 @@ def unordered(text: str) -> list[tuple[str, str]]:
 
     def flows(instruction: Instruction) -> bool:
         called = _CALLED.findall(instruction.rest)
-        for group in (_BRANCHES.search(instruction.rest) or re.match("()", "")).groups():
+        branches = _BRANCHES.search(instruction.rest)
+        for group in branches.groups() if branches else ():
             called += re.findall(r"[\w.\-]+", group or "")
         return instruction.operation in ("while", "conditional", "call") and any(holds(name) for name in called)
 
@@ -158,7 +159,7 @@ def _trips(loop: Instruction, found: dict, around: list[Instruction]) -> int:
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
     condition, body = (
-        {each.name: each for each in found.get(re.search(rf"{part}=%?([\w.\-]+)", loop.rest)[1], [])}
+        {each.name: each for each in found.get(re.findall(rf"{part}=%?([\w.\-]+)", loop.rest)[0], [])}
         for part in ("condition", "body")
     )
     constants = {name: number for name, each in condition.items() if (number := _constant(each)) is not None}

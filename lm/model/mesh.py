@@ -1,6 +1,6 @@
 """The device mesh (axes data, fsdp, tensor), and where parameters, state, activations and batches live on it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,7 +117,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The global rows of a batch that this process's devices hold, in order."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    places: Mapping[Any, Any] = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return sorted({row for (part,) in places.values() for row in range(*part.indices(batch_size))})
 
 

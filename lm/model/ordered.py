@@ -30,7 +30,7 @@ def ordered(compiled: jax.stages.Compiled, mesh: Mesh, name: str) -> Callable:
     """
     if not several_cpus(mesh):
         return compiled
-    if found := hlo.unordered(compiled.as_text()):
+    if found := hlo.unordered(compiled.as_text() or ""):
         flow, collective = found[0]
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         why = f"{collective} may overtake the collectives in {flow}, {len(found)} such pairs"
@@ -41,7 +41,7 @@ def ordered(compiled: jax.stages.Compiled, mesh: Mesh, name: str) -> Callable:
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
-def jitted(function: Callable, mesh: Mesh, name: str, **options: Any) -> Callable:
+def jitted(function: Callable, mesh: Mesh, name: str, **options: Any) -> Any:
     """jax.jit(function, **options) as `ordered` has it: compiled for the arguments it meets. It has jit's trace too."""
     once = jax.jit(function, **options)
     if not several_cpus(mesh):
@@ -55,5 +55,6 @@ def jitted(function: Callable, mesh: Mesh, name: str, **options: Any) -> Callabl
             programs[key] = ordered(once.lower(*arguments).compile(), mesh, name)
         return programs[key](*arguments)
 
-    run.trace = once.trace
-    return wraps(once)(run)
+    made: Any = wraps(once)(run)
+    made.trace = once.trace
+    return made

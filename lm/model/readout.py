@@ -12,8 +12,7 @@ belong to the loss: their derivative is frozen at theta with the rest, and the p
 """
 
 import warnings
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +135,7 @@ def _share(weights_BxT, dtype):
 def _fitted(options: Options, sequences: int) -> Options:
     """The options without their mesh where it does not divide the sequences, which is said aloud."""
     place = options.place.fitting(sequences)
-    if place.mesh is not options.place.mesh:
+    if options.place.mesh is not None and place.mesh is not options.place.mesh:
         shards = "data x fsdp = {data} x {fsdp}".format(**options.place.mesh.shape)
         warnings.warn(f"readout: {sequences} sequences do not divide over {shards}: it will be slow", stacklevel=2)
     return options._replace(place=place)
@@ -187,13 +186,15 @@ def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights
             return losses, gradient, kept
 
         gradient = _zeros_like_gradient(kernel_VxD, hidden_BxTxD) if gradients else ()
-        kept = Kept(jnp.zeros((B, T, len(kernel_VxD)), options.kept_dtype), jnp.zeros((), wide)) if options.keep else ()
+        kept: Any = ()
+        if options.keep:
+            kept = Kept(jnp.zeros((B, T, len(kernel_VxD)), options.kept_dtype), jnp.zeros((), wide))
         losses, gradient, kept = _over_chunks(options, T, body, (jnp.zeros(B, wide), gradient, kept))
         loss = options.place.summed(jnp.sum(losses), *BATCH)
         kept = Kept(kept.derivative_BxTxV, options.place.summed(kept.inner, *AXES)) if options.keep else ()
         return loss, losses, kept, _reduced(options, gradient, options.reduce_dtype, loss) if gradients else ()
 
-    outputs = ("scalar", "rows", Kept("mlp", "scalar") if options.keep else (), _GRADIENT if gradients else ())
+    outputs = ("scalar", "rows", Kept._make(("mlp", "scalar")) if options.keep else (), _GRADIENT if gradients else ())
     share_BxT = _share(weights_BxT, wide)
     loss, losses, kept, gradient = options.place.split(local, _INPUTS, outputs)(
         kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT
@@ -203,8 +204,9 @@ def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights
     return (loss, per_sequence, kept or None), gradient or None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def cross_entropy(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT):
+def _cross_entropy(
+    options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT
+) -> tuple[jax.Array, jax.Array, Kept | None]:
     """(mean loss in nats, mean loss per sequence [B], Kept or None).
 
     The loss is sum(weights * token loss) / number of tokens with positive weight. Only it carries a gradient, to kernel
@@ -226,6 +228,7 @@ def _cross_entropy_backward(options, gradient, cotangents):
     return *_scaled(cotangents[0], *gradient), None, None
 
 
+cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(0,))
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
@@ -236,8 +239,7 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
 
     def local(kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT, fixed):
         kernel_VxD = _gathered(options, kernel_VxD, hidden_BxTxD.dtype)
-        if kept is None:
-            anchor_kernel_VxD = _gathered(options, fixed[0], hidden_BxTxD.dtype)
+        anchor_kernel_VxD = _gathered(options, fixed[0], hidden_BxTxD.dtype) if kept is None else None
 
         def body(carry, take, put):
             value, gradient = carry
@@ -257,15 +259,14 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
         value = options.place.summed(value, *AXES)
         return value, _reduced(options, gradient, wide, value)
 
-    fixed, kinds = (rebuilt_from, ["table", "hidden"]) if kept is None else (kept, Kept("mlp", "scalar"))
+    fixed, kinds = (rebuilt_from, ["table", "hidden"]) if kept is None else (kept, Kept._make(("mlp", "scalar")))
     value, gradient = options.place.split(local, (*_INPUTS, kinds), ("scalar", _GRADIENT))(
         kernel_VxD, hidden_BxTxD, targets_BxT, _share(weights_BxT, wide), fixed
     )
     return value if kept is None else value - kept.inner, gradient
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def frozen_change(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weights_BxT):
+def _frozen_change(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weights_BxT) -> jax.Array:
     """<d, F - F_anchor>, with d the loss derivative at the anchor: the first-order change of the loss, a scalar.
 
     anchor = (kernel_VxD, hidden_BxTxD, Kept or None); with Kept, its derivative is used (two products with the
@@ -282,4 +283,5 @@ def _frozen_backward(options, gradient, cotangent):
     return *_scaled(cotangent, *gradient), None, None, None
 
 
+frozen_change = jax.custom_vjp(_frozen_change, nondiff_argnums=(0,))
 frozen_change.defvjp(_frozen_forward, _frozen_backward)

@@ -7,7 +7,6 @@ heads, K head width, F hidden width of the MLP, V vocabulary (padded).
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -173,8 +172,7 @@ def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, id
     return place.split(local, (kind, "tokens"), "hidden")(table_RxD, ids_BxT)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+def _lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
     """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
 
     Written out for the parts of each device: left to itself XLA gathers all sequences on every device. The gradient is
@@ -212,11 +210,11 @@ def _lookup_backward(place, kind, dtype, kept, cotangent_BxTxD):
     return place.split(local, ("tokens", "hidden"), kind)(ids_BxT, cotangent_BxTxD), None
 
 
+lookup = jax.custom_vjp(_lookup, nondiff_argnums=(0, 1, 2))
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The einsum of activations and a kernel into as many or more features.
 
     Its gradient to the kernel has x as first operand: of such a product XLA on CPU transposes the first, and JAX's own
@@ -237,6 +235,7 @@ def _project_backward(equation, kept, cotangent):
     return to_x, jnp.einsum(f"{first},{result}->{second}", x, cotangent)
 
 
+project = jax.custom_vjp(_project, nondiff_argnums=(0,))
 project.defvjp(_project_forward, _project_backward)
 
 
@@ -253,7 +252,7 @@ class Attention(nn.Module):
     """Multi-head or grouped-query self-attention without biases."""
 
     shape: Shape
-    constrain: Callable
+    constrain: Placement
 
     @nn.compact
     def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
@@ -285,14 +284,15 @@ class Attention(nn.Module):
             store = self.variable("cache", name, jnp.zeros, shape, new.dtype)
             store.value = store.value.at[rows, positions_BxN].set(new)
             found.append(store.value)
-        return found
+        keys, values = found
+        return keys, values
 
 
 class Mlp(nn.Module):
     """GELU (nanodo) or SwiGLU (modern) without biases."""
 
     shape: Shape
-    constrain: Callable
+    constrain: Placement
 
     @nn.compact
     def __call__(self, x_BxTxD):
@@ -317,7 +317,7 @@ class Block(nn.Module):
     """A pre-norm residual block; returns (x, None), the carry and output of a scan over layers."""
 
     shape: Shape
-    constrain: Callable
+    constrain: Placement
 
     @nn.compact
     def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
@@ -379,7 +379,7 @@ class Trunk(nn.Module):
             block,
             variable_axes={"params": 0, "cache": 0, INPUTS: 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]: flax takes it, and declares int
             length=s.layers,
             unroll=s.layers if s.small else 1,
         )

@@ -7,6 +7,7 @@ or to go back to the last checkpoint and leave out the data since.
 
 import collections
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Watch:
     config.train: spike_score (0: no limit), spike_window, on_nonfinite, on_spike, max_skips.
     """
 
-    def __init__(self, config: ConfigDict, memory: dict[str, Any] | None = None):
+    def __init__(self, config: ConfigDict, memory: Mapping[str, Any] | None = None):
         train = config.train
         self._score, self._window, self._most = train.spike_score, train.spike_window, train.max_skips
         self._policy = {"nonfinite": train.on_nonfinite, "spike": train.on_spike}
@@ -123,7 +124,8 @@ def save_batch(workdir: str, step: int, batch: dict[str, np.ndarray]) -> str:
     path = Path(workdir) / FOLDER / f"step-{step}.npz"
     path.parent.mkdir(exist_ok=True)
     with files.replacing(path) as aside, open(aside, "wb") as handle:
-        np.savez_compressed(handle, **batch)
+        arrays: dict[str, Any] = batch
+        np.savez_compressed(handle, **arrays)
     return str(path)
 
 

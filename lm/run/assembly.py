@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from steppe.configs.keys import ConfigError, flatten
+from steppe.configs.keys import ConfigError, flatten, slot
 from steppe.data import baselines, loader
 from steppe.data.cache import open_of
 from steppe.data.errors import DataError
@@ -54,7 +54,7 @@ class Parts(NamedTuple):
     optimizer: Optimizer
     optimizer_at: Callable[..., Optimizer]
     scalars: dict[str, float]
-    initialise: Callable[[], State]
+    initialise: jax.tree_util.Partial
     abstract: State
     budget: Budget
 
@@ -221,11 +221,11 @@ def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, par
 
 def _matching(config: ConfigDict, key: str, params, reader: Callable = mask) -> Any:
     """What a key's patterns say of each parameter; ConfigError where one matches none, before anything is trained."""
-    section, name = key.split(".")
+    section, name = slot(config, key)
     try:
-        return reader(params, tuple(config[section][name]))
+        return reader(params, tuple(section[name]))
     except ValueError as error:
-        raise ConfigError(key, tuple(config[section][name]), f"patterns of parameter paths: {error}") from None
+        raise ConfigError(key, tuple(section[name]), f"patterns of parameter paths: {error}") from None
 
 
 def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: int, mesh: Mesh, device) -> bool:
@@ -322,7 +322,7 @@ def must_fit(config: ConfigDict, parts: Parts) -> None:
                 f"a batch of which one activation fits a device: {rows:,} sequences of {data.sequence_length:,} tokens "
                 f"are {needed / 1e9:,.1f} GB on each of {parts.mesh.size} devices, which has {memory / 1e9:,.1f} GB"
             )
-            raise ConfigError(key, config[key.partition(".")[0]].batch_size, accepted)
+            raise ConfigError(key, slot(config, key)[0].batch_size, accepted)
 
 
 def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from steppe.configs import base, packages
-from steppe.configs.keys import ConfigError
+from steppe.configs.keys import ConfigError, slot
 from steppe.data import cache, manifest, sources, vocabulary
 from steppe.lm.model import attention
 from steppe.lm.model.transformer import widening_of
@@ -67,10 +67,8 @@ def mesh_shape(config: ConfigDict, device_count: int | None) -> tuple[int, int, 
 
 
 def _value(config: ConfigDict, key: str) -> Any:
-    value = config
-    for part in key.split("."):
-        value = value[part]
-    return value
+    section, name = slot(config, key)
+    return section[name]
 
 
 def _need(true: bool, config: ConfigDict, key: str, accepted: str) -> None:

@@ -62,9 +62,11 @@ def make_decoder(shape: Shape, vocabulary: int, mesh: Mesh, soft_cap: float = 0.
         hidden = whole.apply({"params": params}, tokens_BxT)
         return draw(params, at(hidden, lengths_B - 1), keys_B, temperature)
 
-    programs = (first, {}), (following, {"donate_argnums": 1}), (again, {})
     return Decoder(
-        *(jitted(program, mesh, "sampling", **options) for program, options in programs), shape.sequence_length
+        first=jitted(first, mesh, "sampling"),
+        next=jitted(following, mesh, "sampling", donate_argnums=1),
+        again=jitted(again, mesh, "sampling"),
+        length=shape.sequence_length,
     )
 
 
@@ -88,19 +90,19 @@ def generate(
     texts = [[tokenizer.begin_id, *tokenizer.encode(prompt)] for prompt in prompts]  # as documents begin in training
     starts, ended = [len(ids) for ids in texts], [False] * len(texts)
     draws = jnp.stack([jax.random.split(jax.random.key(seed + row), tokens) for row in range(len(texts))], axis=1)
-    kept, temperature = None, np.float32(temperature)
+    kept, heat = None, np.float32(temperature)
     for keys in draws:
         longest = max(map(len, texts))
         if cache and longest <= T:
             if kept is None:
                 window, lengths = _windows(texts, min(T, -(-longest // 64) * 64))
-                found, kept = decoder.first(params, window, lengths, keys, temperature)
+                found, kept = decoder.first(params, window, lengths, keys, heat)
             else:
                 last = np.array([ids[-1] for ids in texts], np.int32)
                 places = np.array([len(ids) - 1 for ids in texts], np.int32)
-                found, kept = decoder.next(params, kept, last, places, keys, temperature)
+                found, kept = decoder.next(params, kept, last, places, keys, heat)
         else:
-            found = decoder.again(params, *_windows(texts, T), keys, temperature)
+            found = decoder.again(params, *_windows(texts, T), keys, heat)
         for row, token in enumerate(np.asarray(found).tolist()):
             ended[row] = ended[row] or token == tokenizer.eos_id
             if not ended[row]:

@@ -25,8 +25,8 @@ class Optimizer(NamedTuple):
 
     base: Base
     rule: Rule
-    learning_rate: Callable[[jax.Array], jax.Array]
-    rho: Callable[[jax.Array], jax.Array]
+    learning_rate: Callable[[jax.Array], Any]
+    rho: Callable[[jax.Array], Any]
     averages: Averages = Averages()
 
 
@@ -59,7 +59,7 @@ def start(optimizer: Optimizer, params: Any) -> State:
     return State(jnp.zeros((), jnp.int32), params, base.init(params), rule.init(params), averages.init(params))
 
 
-def initialiser(shape: Shape, optimizer: Optimizer, seed: int) -> Callable[[], State]:
+def initialiser(shape: Shape, optimizer: Optimizer, seed: int) -> jax.tree_util.Partial:
     """A pure function () -> State at step 0; the same numbers on every mesh.
 
     The seed is its operand, not a constant of its program, which runs of other seeds then share.
@@ -74,13 +74,8 @@ def initialiser(shape: Shape, optimizer: Optimizer, seed: int) -> Callable[[], S
 
 def shardings(mesh: Mesh, state: State) -> State:
     """NamedShardings of a State given as arrays or shapes."""
-    return State(
-        NamedSharding(mesh, P()),
-        parameter_shardings(mesh, state.params),
-        state_shardings(mesh, state.optimizer, state.params),
-        state_shardings(mesh, state.rule, state.params),
-        state_shardings(mesh, state.averages, state.params),
-    )
+    optimizer, rule, averages = (state_shardings(mesh, part, state.params) for part in state[2:])
+    return State._make((NamedSharding(mesh, P()), parameter_shardings(mesh, state.params), optimizer, rule, averages))
 
 
 def abstract(mesh: Mesh, initialise) -> State:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from steppe.lm.model.ordered import ordered
 from steppe.lm.run.anomaly import UPDATE
@@ -26,7 +27,7 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
     documents are packed also tokens, int32: those of the batch that the loss counts.
     """
 
-    def step(state: State, batch: dict, limit: jax.Array = jnp.inf) -> tuple[State, dict]:
+    def step(state: State, batch: dict, limit: ArrayLike = jnp.inf) -> tuple[State, dict]:
         gradient, rule_state, report = optimizer.rule.gradient(
             objective, state.params, batch, state.optimizer, state.rule, state.step
         )
@@ -51,7 +52,7 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
         }
         if "segments" in batch:  # rows may be padded: what the loss saw is counted
             metrics["tokens"] = jnp.sum(batch["weights"] > 0)
-        return State(state.step + 1, *kept, averages), metrics
+        return State(state.step + 1, kept[0], kept[1], kept[2], averages), metrics
 
     return step
 

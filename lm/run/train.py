@@ -146,6 +146,10 @@ class Run:
     watch: judges steps. meta: of the checkpoint that it continues. events: what happens between steps.
     """
 
+    checkpoints: checkpoint.Checkpoints
+    tracker: Tracker
+    state: State
+
     def __init__(
         self,
         config: ConfigDict,
@@ -431,7 +435,8 @@ class Run:
         self.pending.clear()
         again = bad["decision"] == "rollback"
         if again:
-            windows, self.state = self.watch.windows, None
+            windows = self.watch.windows
+            del self.state
             # to a multiple of the period, so that saves for other reasons change nothing of what the run does, or to
             # where this leg began
             regular = (bad["step"] - 1) // self.checkpoint_every * self.checkpoint_every

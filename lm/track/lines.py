@@ -62,7 +62,7 @@ class TrainRecord(Record, total=False):
 class EvaluateRecord(Record, total=False):
     """Losses on a held-out set; weights: whose, of averages."""
 
-    name: Required[str]
+    name: Required[str]  # pyright: ignore[reportGeneralTypeIssues]: msgspec may require what the parent allows
     loss: Required[Number]
     bits_per_byte: Number
     tokens: Number
@@ -71,7 +71,7 @@ class EvaluateRecord(Record, total=False):
 class AverageRecord(EvaluateRecord, total=False):
     """The same of other weights than those that the run is judged by."""
 
-    weights: Required[Name]
+    weights: Required[Name]  # pyright: ignore[reportGeneralTypeIssues]: msgspec may require what the parent allows
 
 
 class AnomalyRecord(Record, total=False):
@@ -228,7 +228,8 @@ def read(workdir: str | os.PathLike) -> Records:
             apart = record["kind"] != "train"
     columns = np.frombuffer(rows, np.float64).reshape(-1, len(Train._fields)).T
     step, tokens, *numbers, apart = columns
-    return Records(Train(step.astype(np.int64), np.nan_to_num(tokens).astype(np.int64), *numbers, apart > 0), others)
+    steps, counted = step.astype(np.int64), np.nan_to_num(tokens).astype(np.int64)
+    return Records(Train._make((steps, counted, *numbers, apart > 0)), others)
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,7 @@ class Profile:
 
     def ends(self, done: int) -> bool:
         """Whether it ends after so many steps."""
-        return self._first is not None and done >= self._steps[1]
+        return self._steps is not None and self._first is not None and done >= self._steps[1]
 
     def start(self, done: int) -> None:
         """Begins a trace after so many steps."""

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -74,6 +74,9 @@ class Sink(Protocol):
     def facts(self, values: dict[str, Any]) -> None: ...
 
     def close(self, good: bool) -> None: ...
+
+
+S = TypeVar("S", bound=Sink)
 
 
 class Wandb:
@@ -164,13 +167,16 @@ class TensorBoard:
         self._writer = SummaryWriter(str(self._folder), purge_step=0)
 
     def row(self, row: Row) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto import summary_pb2
         from tensorboardX.summary import scalar
+
+        messages: Any = summary_pb2  # whose classes come to be when it is imported
 
         shown = {**row.values, **(row.axes if row.own else {})}
         numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
-        summary = Summary(value=[scalar(name, value).value[0] for name, value in numbers.items()])
-        self._writer.file_writer.add_summary(summary, row.step, self._begin + row.elapsed)
+        summary = messages.Summary(value=[scalar(name, value).value[0] for name, value in numbers.items()])
+        file: Any = self._writer.file_writer
+        file.add_summary(summary, row.step, self._begin + row.elapsed)
 
     def again(self) -> None:
         self._writer.close()
@@ -235,13 +241,14 @@ class Sinks:
         for record in records(self._workdir / METRICS) if self._sinks else ():
             self.record(record)
 
-    def _start(self, make: Callable[[], Sink], name: str) -> Sink | None:
+    def _start(self, make: Callable[[], S], name: str) -> S | None:
         try:
-            self._sinks.append(make())
+            made = make()
         except Exception as error:
             self._drop(name, error)
             return None
-        return self._sinks[-1]
+        self._sinks.append(made)
+        return made
 
     def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):

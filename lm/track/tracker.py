@@ -111,7 +111,7 @@ class Tracker:
         known = {name: n for name, n in numbers.items() if not (sound and isinstance(n, float) and math.isnan(n))}
         self._write("train", step, {**pace, **known})
         line = self._line(now, step, metrics)
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, line=line)
         elif step % self._config.log.every == 0 or step == self._total:
             self._print(f"step {step}/{self._total}  {line}")
@@ -220,8 +220,9 @@ class Tracker:
                 parts.append(f"MFU {flops / self._peak_flops:.1%}")
             elif flops:
                 parts.append(f"{_si(flops, ' ')}FLOP/s")
-        if step > self._first[1]:
-            parts.append(f"ETA {clock_face((self._total - step) * (now - self._first[0]) / (step - self._first[1]))}")
+        begun, first = self._first or (now, step)
+        if step > first:
+            parts.append(f"ETA {clock_face((self._total - step) * (now - begun) / (step - first))}")
         return "  ".join(parts)
 
     def _pause(self, step: int) -> None:

@@ -7,7 +7,7 @@ small results runs on the host, in float64.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ from steppe.optim.rule import Tree
 
 
 class Flat(NamedTuple):
-    """Trees as vectors of `count` entries, padded with zeros: flatten(tree) -> [n], unflatten([n]) -> tree."""
+    """Trees as vectors of `size` entries, padded with zeros: flatten(tree) -> [n], unflatten([n]) -> tree."""
 
     flatten: Callable[[Tree], jax.Array]
     unflatten: Callable[[jax.Array], Tree]
-    count: int
+    size: int
     pad: int
     dtype: jnp.dtype
 
@@ -82,7 +82,7 @@ def signs(view: Flat, key: jax.Array, keep: Tree | None = None) -> jax.Array:
     """A vector of random signs, 0 in the padding and where `keep` is false; the same on any number of devices."""
     from matfree.stochtrace import sampler_signs
 
-    drawn = sampler_signs(jnp.zeros(view.count, view.dtype), num=1)(key)[0]
+    drawn = sampler_signs(jnp.zeros(view.size, view.dtype), num=1)(key)[0]
     tree = view.unflatten(jnp.pad(drawn, (0, view.pad)))
     if keep is not None:
         tree = jax.tree.map(lambda leaf, chosen: leaf if chosen else jnp.zeros_like(leaf), tree, keep)
@@ -101,15 +101,16 @@ def lanczos(product: Callable[[Tree], Tree], view: Flat, start: jax.Array, steps
 
     found = hessenberg(steps, reortho="full", custom_vjp=False)(matvec, start)
     # T from below: where the rank runs out, the entries above are noise that matfree's tridiag_sym would average in.
-    below = jnp.append(jnp.diagonal(found.J_small, -1), jnp.linalg.norm(found.residual))
-    return Krylov(jnp.diagonal(found.J_small), below, found.Q_tall, jnp.sum(start * start))
+    small, basis = cast(tuple[jax.Array, jax.Array], (found.J_small, found.Q_tall))
+    below = jnp.append(jnp.diagonal(small, -1), jnp.linalg.norm(found.residual))
+    return Krylov(jnp.diagonal(small), below, basis, jnp.sum(start * start))
 
 
 def ritz(krylov: Krylov) -> Ritz:
     """The eigenpairs of T, up to an offdiagonal that is 0 to rounding: there the operator's rank ran out."""
     precision = 10 * float(jnp.finfo(krylov.diagonal.dtype).eps)
     diagonal, offdiagonal = (np.asarray(jax.device_get(x), np.float64) for x in krylov[:2])
-    scale = 0.0
+    m, scale = 0, 0.0
     for m, (a, b) in enumerate(zip(np.abs(diagonal), np.abs(offdiagonal), strict=True), 1):
         if not np.isfinite(a + b):
             raise FloatingPointError(f"the operator's product {m} of Lanczos is not finite")

@@ -10,6 +10,6 @@ from pathlib import Path
 
 
 def get_spec():
-    spec = runpy.run_path(Path(__file__).with_name("spec.py"))["get_spec"]()
+    spec = runpy.run_path(str(Path(__file__).with_name("spec.py")))["get_spec"]()
     methods = {"adamw", "precond_sam", "precond_functional_sam"}
     return [block for block in spec if block["set"]["optim.method"] in methods]

@@ -10,7 +10,7 @@ products. --sources lists what the bytes are for.
 
 import math
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,10 +90,10 @@ def least(method: str, parts: Any) -> Least:
 
 
 def _row(method: str, found: list[hlo.Collective], needed: Least) -> str:
-    sent: Counter = Counter()
+    sent: dict[str, float] = defaultdict(float)
     for each in found:
         sent[each.kind] += each.bytes
-    gathered, scattered, reduced = (sent.pop(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
+    gathered, scattered, reduced = (sent.pop(kind, 0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
     other = sum(sent.values())
     numbers = gathered, needed.gather, scattered, needed.scatter, reduced, other
     ratio = (gathered + scattered + reduced + other) / sum(needed)

@@ -9,6 +9,7 @@ other load on the machine disturbs less. Memory is XLA's own count of what the p
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from steppe.scripts import command
 from steppe.scripts.bench import turns
@@ -45,8 +46,8 @@ def table(size: str, options):
                 f"{statistics.median(cpu):.2f}",
                 f"{turns.ratio(cpu, times['gradient'].cpu):.2f}",
             ]
-        memory = program.memory_analysis().temp_size_in_bytes / 2**20
-        yield f"| {name} | {' | '.join(cells)} | {memory:.0f} |"
+        memory: Any = program.memory_analysis()
+        yield f"| {name} | {' | '.join(cells)} | {memory.temp_size_in_bytes / 2**20:.0f} |"
 
 
 def programs_of(size: str, options):
@@ -68,12 +69,12 @@ def programs_of(size: str, options):
         product = lambda v: products.hessian_product(parts.objective, params, batch, v)  # noqa: E731
         return products.preconditioned(product, scale)(vector)
 
-    functions = {"gradient": lambda params, batch: plain_gradient(parts.objective, params, batch)}
+    functions: dict[str, Any] = {"gradient": lambda params, batch: plain_gradient(parts.objective, params, batch)}
     for name, product in products.PRODUCTS.items():
         functions[name] = lambda params, batch, vector, product=product: product(parts.objective, params, batch, vector)
     functions["preconditioned hessian"] = preconditioned
     like = parts.abstract.params
-    abstract = {name: (like, batch) if name == "gradient" else (like, batch, like) for name in NAMES}
+    abstract: dict[str, tuple] = {name: (like, batch) if name == "gradient" else (like, batch, like) for name in NAMES}
     abstract["preconditioned hessian"] = (like, batch, like, like)
     programs = {name: jax.jit(functions[name]).lower(*abstract[name]).compile() for name in NAMES}
     count = sum(leaf.size for leaf in jax.tree.leaves(like))

@@ -99,7 +99,8 @@ def _bench_preparation(folder: str, vocabularies: list[str]) -> None:
         times = (peaks[1] - peaks[0]) / size
         print(f"{name}: one document of {size / 1e6:.0f} MB adds {times:.1f} times its size to the memory")
         for packing in ("concat", "bestfit"):
-            _print_paper(f"{name}, {packing}", *paper[name, packing], peaks[0])
+            entry, spent = paper[name, packing]
+            _print_paper(f"{name}, {packing}", entry, spent, peaks[0])
 
 
 def _write_prose(path: Path) -> None:

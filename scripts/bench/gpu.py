@@ -81,8 +81,8 @@ def _print_kernels(options: Any) -> None:
     from steppe.lm.model import attention
 
     def of(kernel, dtype, arrays):
-        def total(*qkv):
-            return jnp.sum(jnp.sin(attention.attention(*qkv, None, kernel).astype(jnp.float32)))
+        def total(query, key, value):
+            return jnp.sum(jnp.sin(attention.attention(query, key, value, None, kernel).astype(jnp.float32)))
 
         value, gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*(a.astype(dtype) for a in arrays))
         return [jnp.asarray(leaf, jnp.float32) for leaf in (value, *gradient)]
@@ -135,7 +135,7 @@ class _Step:
         config, since = _config(size, method, options), time.monotonic()
         self.parts, program = compiled_step(config, VOCABULARY, 10**9, jax.devices()[:1])
         self.compiling = time.monotonic() - since
-        memory = program.memory_analysis()
+        memory: Any = program.memory_analysis()
         self.used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         self._step, self._state = with_scalars(program, self.parts), create(self.parts.mesh, self.parts.initialise)
         shape = (config.train.batch_size, options.sequence_length)
@@ -160,7 +160,7 @@ def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
     sequences, length = _batch_size(size, options), options.sequence_length
     print(f"\n{size}: {sequences} x {length} tokens a step, {options.seconds:g} s each\n")
     print("| step | tokens/s | time / adamw | FLOPs / adamw | MFU | GiB | compile s |\n|---|---|---|---|---|---|---|")
-    first = trace = None
+    first, trace = (math.nan, math.nan, None), []
 
     def line(name: str, spent: float, flops: float, used: float, compiling: str = "") -> None:
         base, adamw_flops, peak = first
@@ -171,7 +171,8 @@ def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
     for method in options.methods:
         step = _Step(size, method, options)
         spent, budget = turns.repeat(step.once, options.seconds, step.finish), step.parts.budget
-        first = first or (spent, budget.adamw_flops, peak_flops(step.parts.mesh))
+        if method == options.methods[0]:
+            first = spent, budget.adamw_flops, peak_flops(step.parts.mesh)
         line(method, spent, budget.flops, step.used, f"{step.compiling:.0f}")
         trace = trace or _trace(step.once, step.finish)
         del step
@@ -184,7 +185,7 @@ def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
         print(f"  {spent:8.3f}  {name[:100]}")
 
 
-def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, float]]:
+def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, Any]]:
     """(operation, ms of a step) of those that take most, as jax.profiler sees the device; of a CPU its threads."""
     import jax
 
@@ -194,7 +195,7 @@ def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, floa
                 once()
             finish()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        spent: Counter = Counter()
+        spent: Counter[str] = Counter()
         for plane in jax.profiler.ProfileData.from_file(path).planes:
             for line in plane.lines:
                 if ("GPU" in plane.name and "Stream" in line.name) or "XLAEigen" in line.name:
@@ -217,8 +218,9 @@ def _torch(size: str, options: Any) -> dict[str, Any]:
     from steppe.lm.model.transformer import Shape
     from steppe.scripts.bench.against import torch_step
 
+    dimensions: dict[str, Any] = sizes.SIZES[size]
     shape = Shape(
-        **sizes.SIZES[size],
+        **dimensions,
         style="nanodo",
         kv_heads=sizes.SIZES[size]["heads"],
         vocabulary=VOCABULARY,

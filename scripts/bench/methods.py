@@ -9,6 +9,7 @@ memory is that of a second program, its readout in chunks as in training. Nothin
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from steppe.scripts import command
 
@@ -97,11 +98,13 @@ def measure(
         updates, state = adamw.transform.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
+    first: Any = 0  # known while it is traced: a step that perturbs
+
     def lowered(chunks):
         objective, params, batch = language_model(options, chunks, keep)
 
         def step(params, state, rule_state, batch):
-            gradient, rule_state, report = rule.gradient(objective, params, batch, state, rule_state, 0)
+            gradient, rule_state, report = rule.gradient(objective, params, batch, state, rule_state, first)
             return *update(params, state, gradient), rule_state, report
 
         states = jax.eval_shape(adamw.transform.init, params), jax.eval_shape(rule.init, params)
@@ -113,13 +116,15 @@ def measure(
     frequency = jnp.full(options.vocabulary, 1 / options.vocabulary)
     # A method with a period as a step that perturbs: XLA counts both branches of the conditional between the two kinds.
     own = dict.fromkeys(period_options(name), 1)
-    needs = row_of(name).needs() if row_of(name) else {}
+    row = row_of(name)
+    needs = row.needs() if row else {}
     rule = method(name, base=adamw, **{**own, **dict.fromkeys(needs, frequency), **given})
     program, params, state = lowered(1)
     flops, parts = count(program), given.get("microbatches", 1)
     if parts > 1:
         flops += (parts - 1) * (flops - count(jax.jit(update).lower(params, state, params)))
-    temporary = lowered(options.chunks)[0].compile().memory_analysis().temp_size_in_bytes if memory else 0
+    used: Any = lowered(options.chunks)[0].compile().memory_analysis() if memory else None
+    temporary = used.temp_size_in_bytes if memory else 0
     return flops, temporary, sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

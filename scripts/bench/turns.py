@@ -17,7 +17,7 @@ class Times(NamedTuple):
     cpu: list[float]
 
 
-def parser(name: str, summary: str, turns: int) -> argparse.ArgumentParser:
+def parser(name: str, summary: str | None, turns: int) -> command.Parser:
     """A parser with the options that config_of and batch_of read."""
     made = command.parser(name, summary, config=False)
     made.add_argument("--sizes", nargs="+", default=["24m"], choices=list(sizes.SIZES), help="of configs/sizes.py")

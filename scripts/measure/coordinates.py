@@ -29,7 +29,7 @@ def _widths(text: str) -> tuple[int, ...]:
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes a table and a plot, prints slopes; returns the exit status, 2 for bad input."""
-    parser = command.parser(NAME, __doc__.splitlines()[0])
+    parser = command.parser(NAME, command.headline(__doc__))
     parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where both go")
     parser.add_argument(
         "--widths", type=_widths, default="64,128,256,512,1024", metavar="N,N,...", help="default 64 to 1024"

@@ -26,7 +26,7 @@ SHOWN = {
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
-    parser = command.parser("curvature", __doc__.splitlines()[0], config=False)
+    parser = command.parser("curvature", command.headline(__doc__), config=False)
     parser.add_argument(
         "--workdir", required=True, action="append", help="a run, a sweep, or a pattern of them; repeatable"
     )
@@ -315,13 +315,13 @@ class Progress:
 
     def tick(self, stage: str) -> None:
         """A stage begins."""
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=1, description=f"{self._name}  {stage}")
 
     def end(self, text: str) -> None:
         """The checkpoint is done."""
         self._done += 1
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._bar.console.print(f"[{self._done}/{self._total}] {text}", markup=False, highlight=False)
         else:

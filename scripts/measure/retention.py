@@ -103,8 +103,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("retention", __doc__.splitlines()[0], config=False)
+def _parser() -> command.Parser:
+    parser = command.parser("retention", command.headline(__doc__), config=False)
     add = parser.add_argument
     add("--workdir", action="append", required=True, help="a run, or a sweep, of which all that finished; repeatable")
     command.add_only(parser)

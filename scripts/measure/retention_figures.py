@@ -164,9 +164,9 @@ def _frontier(axes, found, groups, styles):
         for number, same in enumerate(zip(*runs, strict=False)):
             points = [(0.0, 0.0)]
             for each in zip(*(path["points"] for path in same), strict=False):
-                pair = [mean_and_error([point[key] for point in each]) for key in ("gained", "lost")]
-                if all(pair):
-                    points.append((pair[0][0], pair[1][0]))
+                gained, lost = (mean_and_error([point[key] for point in each]) for key in ("gained", "lost"))
+                if gained and lost:
+                    points.append((gained[0], lost[0]))
             style = {**styles[label], "linewidth": 0.8 + 0.7 * number}
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
             if label == next(iter(groups)):

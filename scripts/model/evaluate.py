@@ -12,7 +12,7 @@ from steppe.scripts import command
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
-    parser = command.run_parser("evaluate", __doc__.splitlines()[0])
+    parser = command.run_parser("evaluate", command.headline(__doc__))
     parser.add_argument(
         "--batches", type=command.integer(), default=0, metavar="N", help="only N batches of each set; 0: all"
     )
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
             batch_size=run.config.train.batch_size,
             batches=options.batches,
         )
+        assert found is not None  # nothing stops it
         reference = baselines.baselines(corpus, name, counts)
         print(
             f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "

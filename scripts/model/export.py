@@ -14,7 +14,7 @@ from steppe.scripts import command
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Writes the directory; returns the exit status, 2 for bad input."""
-    parser = command.run_parser("export", __doc__.splitlines()[0])
+    parser = command.run_parser("export", command.headline(__doc__))
     parser.add_argument(
         "--out", required=True, type=command.writable_directory, metavar="HF_DIR", help="a directory that is not there"
     )

@@ -18,7 +18,7 @@ from steppe.scripts import command
 @command.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the sample; returns the exit status, 2 for bad input."""
-    parser = command.run_parser("generate", __doc__.splitlines()[0])
+    parser = command.run_parser("generate", command.headline(__doc__))
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="default: config.sample.prompt of the run")
     prompts.add_argument("--prompts", metavar="FILE", help="many: a line each, or objects with prompt")

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("sweep", __doc__)
     parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where it lives")
     spec = parser.add_argument("--sweep", metavar="SPEC", help=_SWEEP_HELP)
-    spec.completer = command.names(sweep_spec.PACKAGE, "get_spec")
+    command.complete_by(spec, command.names(sweep_spec.PACKAGE, "get_spec"))
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="every combination (repeat it)")
     parser.add_argument("--zip", action="append", default=[], metavar="KEY=V,V", help="side by side (repeat it)")
     command.add_only(parser)

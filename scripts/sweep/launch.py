@@ -165,7 +165,8 @@ def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view
     them at once. view is told of every start, end and moment between: started(job), ended(run, outcome, status),
     tick(jobs, waiting). until: {name: step} at which a run stops.
     """
-    waiting, jobs, free, signals = list(runs), [], [*slots], []  # free: slots, or workers that wait on theirs
+    waiting, jobs, signals = list(runs), [], []
+    free: list[Worker | list[int]] = [*slots]  # slots, or workers that wait on theirs
 
     def stop(number, frame) -> None:
         signals.append(number)

@@ -84,7 +84,7 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     params_of = functools.cache(parameter_shapes)
     corpora = {}
 
-    def corpus_of(data: ConfigDict) -> loader.Corpus:
+    def corpus_of(data: Any) -> loader.Corpus:
         key = json.dumps(data.to_dict())
         if key not in corpora:
             directory = cache.ensure(data, log)

@@ -62,6 +62,7 @@ class TrainJob:
 
     def _wait(self) -> dict:
         """The outcome once the process has ended, {} if it is to be continued."""
+        assert self._process is not None
         while True:
             # not Popen.wait, whose lock `checkpoint` would find taken by the call it interrupts
             status, cpu_seconds = ended(self._process)

@@ -37,22 +37,25 @@ class Worker:
         finally:
             if mask:
                 os.sched_setaffinity(0, mask)
-        os.set_blocking(self._process.stdout.fileno(), False)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+        os.set_blocking(self._output.fileno(), False)
         self._heard, self._spent, self._retired = b"", 0.0, False
 
     def start(self, argv: Sequence[str], log: Path) -> None:
         """Has it run `steppe train` with these arguments; what that prints is appended to the log."""
         line = json.dumps({"argv": list(argv), "log": os.path.abspath(log)}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # it has died: poll says so
-            self._process.stdin.write(line.encode())
-            self._process.stdin.flush()
+            self._input.write(line.encode())
+            self._input.flush()
 
     def poll(self) -> tuple[int, float] | None:
         """(exit status, CPU seconds) of the run that it was given, None while that goes on.
 
         If the worker died over it: as a process of its own would have ended.
         """
-        self._heard += self._process.stdout.read() or b""
+        self._heard += self._output.read() or b""
         line, end, self._heard = self._heard.partition(b"\n")
         if end:
             said = json.loads(line)
@@ -73,8 +76,8 @@ class Worker:
 
     def close(self) -> None:
         """Ends it, once its run has ended."""
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._input.close()
+        self._output.close()
         if self._process.returncode is None:
             self._process.wait()
 

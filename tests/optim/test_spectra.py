@@ -98,7 +98,7 @@ def test_the_density_integrates_to_one_and_its_mean_is_the_trace_per_parameter(p
 
 
 def test_a_rank_that_runs_out_ends_the_run(view):
-    low = jnp.zeros(view.count).at[jnp.array([3, 9])].set(jnp.array([2.0, -1.0]))
+    low = jnp.zeros(view.size).at[jnp.array([3, 9])].set(jnp.array([2.0, -1.0]))
     krylov = spectra.lanczos(
         lambda tree: view.unflatten(low * view.flatten(tree)), view, spectra.signs(view, jax.random.key(0)), 12
     )
@@ -106,8 +106,8 @@ def test_a_rank_that_runs_out_ends_the_run(view):
     assert len(found.values) == 3  # 2, -1 and 0
     close(found.values, np.array([-1.0, 0.0, 2.0]), 1e-10)
     vector = spectra.ritz_vector(krylov, found, -1)
-    close(np.abs(np.asarray(vector)), np.eye(view.count)[3], 1e-6)
-    zero = spectra.lanczos(lambda tree: jax.tree.map(jnp.zeros_like, tree), view, jnp.ones(view.count), 5)
+    close(np.abs(np.asarray(vector)), np.eye(view.size)[3], 1e-6)
+    zero = spectra.lanczos(lambda tree: jax.tree.map(jnp.zeros_like, tree), view, jnp.ones(view.size), 5)
     assert spectra.ritz(zero).values.tolist() == [0.0]
     with pytest.raises(FloatingPointError, match="not finite"):
         spectra.ritz(spectra.lanczos(lambda tree: jax.tree.map(lambda x: x * jnp.nan, tree), view, vector, 5))

@@ -57,12 +57,12 @@ def paired(one: dict, other: dict) -> tuple[int, float, float, float]:
     if len(differences) < 2:
         return len(differences), math.nan, math.nan, math.nan
     error = differences.std(ddof=1) / math.sqrt(len(differences))
-    half = stats.t.ppf(0.975, len(differences) - 1) * error
+    half = float(stats.t.ppf(0.975, len(differences) - 1) * error)
     return (
         len(differences),
         differences.mean(),
         half,
-        2 * stats.t.sf(abs(differences.mean()) / error, len(differences) - 1),
+        float(2 * stats.t.sf(abs(differences.mean()) / error, len(differences) - 1)),
     )
 
 
@@ -92,7 +92,7 @@ def main() -> int:
         rho = re.search(r"rho ([\d.]+)", settings)
         tokens = float((re.search(r"(\d+) tokens", settings) or [0, 200])[1])
         schedule = (re.search(r"schedule=(\w+)", settings) or [0, "cosine"])[1]
-        schedule += f" {re.search('cooldown=([0-9]+%)', settings)[1]}" if schedule == "wsd" else ""
+        schedule = str(schedule) + (f" {re.findall('cooldown=([0-9]+%)', settings)[0]}" if schedule == "wsd" else "")
         key = (method, float(rho[1]) if rho else None, rate, schedule, "global", "constant", tokens, average or "last")
         # AdamW's average is held against its last weights; everything else against AdamW's weights of its own kind.
         weights = average if average and method != "adamw" else "last"

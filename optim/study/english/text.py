@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     *("dict-gcide", "linux-doc-6.1", "anarchism", "perl-doc", "python3.11-doc", "postgresql-doc-15", "git-doc"),
@@ -44,7 +45,7 @@ class Paragraphs(html.parser.HTMLParser):
         super().__init__(convert_charrefs=True)
         self.found, self._text, self._skipped = [], [], 0
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag, attrs):
         if tag in SKIPPED or tag == "pre":
             self._skipped += 1
         if tag in BREAKS:
@@ -81,7 +82,7 @@ def main(out: Path) -> int:
             if found is None:
                 missing.append(package)
                 continue
-            entry = {"version": found.name.split("_")[1].replace("%3a", ":"), "sha256": digest(found)}
+            entry: dict[str, Any] = {"version": found.name.split("_")[1].replace("%3a", ":"), "sha256": digest(found)}
             entry |= dict.fromkeys(("documents", "bytes"), 0)
             for name, paragraphs in documents(found, Path(folder) / "unpacked"):
                 text = "\n\n".join(kept(paragraphs, seen))
@@ -173,8 +174,9 @@ def second(path: Path, folder: Path) -> dict:
     size = count = 0
     with tarfile.open(archive) as files, open(path, "w", encoding="utf-8") as out:
         for member in sorted(files.getmembers(), key=lambda one: one.name):
-            if member.name.endswith(".txt") and "/data/" in member.name:
-                text = files.extractfile(member).read().decode("utf-8", errors="replace")
+            content = files.extractfile(member) if member.name.endswith(".txt") and "/data/" in member.name else None
+            if content:
+                text = content.read().decode("utf-8", errors="replace")
                 text = "\n\n".join(kept(re.split(r"\n\s*\n|\n", text), set()))
                 out.write(json.dumps({"text": text, "source": member.name}, ensure_ascii=False) + "\n")
                 size, count = size + len(text.encode()), count + 1

