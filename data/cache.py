@@ -12,7 +12,7 @@ from steppe.data import manifest as manifests
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus, open_corpus
 from steppe.data.prepare import REFUSED, identity, recipe_of, sources_of, without_samples
-from steppe.data.shards import Recipe
+from steppe.data.prepare.shards import Recipe
 
 
 def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:

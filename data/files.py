@@ -122,9 +122,9 @@ def opened(path: str) -> BinaryIO:
     """A file to read from; an address through fsspec."""
     if not is_remote(path):
         return open(path, "rb", buffering=1 << 20)
-    from steppe.data import remote
+    from steppe.data import addresses
 
-    system, inside = remote.reached(path)
+    system, inside = addresses.reached(path)
     return system.open(inside, "rb")
 
 
@@ -140,13 +140,13 @@ def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list
         literal = next(start for start in reversed(starts) if not start or os.path.lexists(start))
         found = glob.glob(glob.escape(literal) + pattern[len(literal) :], recursive=True)
         return sorted(filter(kind, found))
-    from steppe.data import remote
+    from steppe.data import addresses
 
-    system, inside = remote.reached(pattern)
+    system, inside = addresses.reached(pattern)
     try:
         return sorted(system.unstrip_protocol(path) for path in system.glob(inside) if system.isfile(path))
     except Exception as error:
-        raise remote.unreachable(pattern, error) from error
+        raise addresses.unreachable(pattern, error) from error
 
 
 def content_hash(path: str | os.PathLike) -> str:

@@ -4,27 +4,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any
-
-import fsspec
 
 from steppe.data import files
 from steppe.data import manifest as manifests
+from steppe.data.addresses import reached, unreachable
 from steppe.data.errors import CorpusDamaged, DataError
-
-
-def reached(address: str) -> tuple[Any, str]:
-    """(fsspec's file system, the path in it) of an address. DataError where its driver is missing, or refuses."""
-    try:
-        return fsspec.core.url_to_fs(address)
-    except Exception as error:  # a missing package, an unknown scheme, no credentials: every store has its own
-        raise unreachable(address, error) from error
-
-
-def unreachable(address: str, error: Exception) -> DataError:
-    """The error of an address that a driver could not serve."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return DataError(f"{address}: cannot be reached ({reason[:200]})")
 
 
 def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:

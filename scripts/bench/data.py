@@ -131,8 +131,9 @@ def _print_paper(name: str, entry: dict, spent: float, peak: int) -> None:
 
 def _preparation(folder: str, task: str, vocabulary: str, packing: str) -> tuple[dict, float, float]:
     """(what was written of a task in one shard, CPU seconds it took, those of encoding the same texts alone)."""
-    from steppe.data import readers, shards, sources
+    from steppe.data import readers, sources
     from steppe.data.packing import token_dtype
+    from steppe.data.prepare import shards
     from steppe.data.vocabulary import load_tokenizer
 
     recipe = _recipe(task=task, vocabulary=vocabulary, packing=packing, sequence_length=512)

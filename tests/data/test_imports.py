@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted(path.stem for path in (ROOT / "data").glob("*.py") if path.stem != "__init__")
+ENTRIES = [path for path in (ROOT / "data").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+MODULES = sorted(path.stem for path in ENTRIES if path.stem != "__init__")
 
 
 def test_grain_and_every_module_leave_the_heavy_packages_and_the_other_rooms_alone():

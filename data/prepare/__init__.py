@@ -17,14 +17,15 @@ from importlib import metadata
 
 import xxhash
 
-from steppe.data import files, readers, shards, sources, stored
+from steppe.data import files, readers, sources, stored
 from steppe.data import manifest as manifests
-from steppe.data import workers as workers_of
 from steppe.data.errors import BadRecords, CorpusMismatch, DataError, Refusal, StorageError, from_json, refused, to_json
 from steppe.data.manifest import Manifest
 from steppe.data.packing import PACKINGS, token_dtype
+from steppe.data.prepare import shards
+from steppe.data.prepare import workers as workers_of
+from steppe.data.prepare.shards import Job, Recipe
 from steppe.data.readers import plain
-from steppe.data.shards import Job, Recipe
 from steppe.data.vocabulary import load_tokenizer, read_model
 
 PLAN = "preparation.json"  # the plan of an unfinished preparation
@@ -447,7 +448,3 @@ def main(arguments: Iterable[str]) -> int:
         print(json.dumps(to_json(error), default=str), file=sys.stderr)
         return REFUSED
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,9 +12,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from steppe.data import shards
 from steppe.data.errors import DataError
-from steppe.data.shards import Job, Recipe
+from steppe.data.prepare import shards
+from steppe.data.prepare.shards import Job, Recipe
 
 
 def run(

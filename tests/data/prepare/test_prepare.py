@@ -16,18 +16,18 @@ import pyarrow.parquet
 import pytest
 
 from steppe.configs.base import get_config
-from steppe.data import files, shards, sources
+from steppe.data import files, sources
 from steppe.data import manifest as manifests
 from steppe.data import prepare as preparing
 from steppe.data.baselines import baselines, token_counts
 from steppe.data.errors import BadRecords, CorpusDamaged, CorpusMismatch, DataError, StorageError
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus, training_rows
 from steppe.data.packing import from_record
-from steppe.data.prepare import prepare, recipe_of
+from steppe.data.prepare import prepare, recipe_of, shards
 from steppe.data.readers.built_in import embedded_documents
 from steppe.data.vocabulary import load_tokenizer, train_sentencepiece
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 C4_MODEL = ROOT.parent / "shared" / "t5_cc_all_32000_100extra.model"
 WORDS = [text.decode() for _, text in embedded_documents()[:150]]
 

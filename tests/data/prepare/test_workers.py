@@ -12,7 +12,7 @@ import pytest
 
 from steppe.data.readers.built_in import embedded_documents
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def children(process):

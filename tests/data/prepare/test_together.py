@@ -20,7 +20,7 @@ from steppe.data.prepare import prepare, recipe_of
 from steppe.data.readers.built_in import embedded_documents
 from steppe.scripts import prepare_data
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def contents(directory):
