@@ -1,6 +1,6 @@
 """The device mesh (axes data, fsdp, tensor), and where parameters, state, activations and batches live on it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,8 +117,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The global rows of a batch that this process's devices hold, in order."""
-    places: Mapping[Any, Any] = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (part,) in places.values() for row in range(*part.indices(batch_size))})
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for index in places.values() if index for row in range(*index[0].indices(batch_size))})
 
 
 def place_batch(mesh: Mesh, batch_size: int, rows: Sequence[int], batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
