@@ -270,9 +270,14 @@ _KEYS = {
         integer(0),
         free=True,
     ),
+    "mesh.reduction": Key(
+        "compute",
+        "dtype of sums over devices of the tables' gradients; compute: config.model.compute_dtype, as all others",
+        one_of("compute", "float32"),
+    ),
     "mesh.ascent_reduction": Key(
         "float32",
-        "dtype of sums over devices of the readout's gradient at theta, where it is only climbed",
+        "bfloat16: sums over devices of the readout's gradient at theta are that low, where it is only climbed",
         one_of("float32", "bfloat16"),
     ),
     "sample.prompt": Key("def ", "continued at the end of the run", TEXT, free=True),

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from steppe.lm.model import parameters
-from steppe.lm.model.mesh import Placement
 from steppe.lm.model.ordered import jitted
 from steppe.lm.model.transformer import INPUTS, Trunk
 from steppe.lm.run.assembly import Parts
@@ -26,7 +25,7 @@ DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, added to it (the pa
 
 def gram_program(parts: Parts) -> Callable:
     """(params, batch) -> {path: [L, I, I]}: the sum over counted tokens of x xᵀ, x what a stacked matrix is fed."""
-    trunk = Trunk(parts.shape, Placement(parts.mesh))
+    trunk = Trunk(parts.shape, parts.options.place)
 
     def grams(params, batch):
         _, kept = trunk.apply(

@@ -29,7 +29,7 @@ def twice_differentiable(parts: Parts) -> Objective:
     if parts.shape.kernel not in ("cudnn", "splash"):
         return parts.objective
     kernel = differentiable(parts.shape.sequence_length)
-    return objective(parts.shape._replace(kernel=kernel), parts.options, Placement(parts.mesh))
+    return objective(parts.shape._replace(kernel=kernel), parts.options, parts.options.place)
 
 
 def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1) -> Any:

@@ -17,14 +17,11 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of a value, and as much of 1:
 
 
 class Recheck:
-    """Computes steps of a run on this process's first device. reduction: as config.mesh.ascent_reduction.
+    """Computes steps of a run on this process's first device. The whole state and batch must fit it."""
 
-    The whole state and batch must fit that device.
-    """
-
-    def __init__(self, parts: Parts, reduction: str):
+    def __init__(self, parts: Parts):
         nowhere = Placement()
-        alone = objective(parts.shape, parts.options._replace(place=nowhere), nowhere, reduction)
+        alone = objective(parts.shape, parts.options._replace(place=nowhere), nowhere)
         self._step, self._tolerance = jax.jit(make_step(alone, parts.optimizer)), TOLERANCE[parts.shape.dtype]
 
     def metrics(self, state: State, batch: dict[str, np.ndarray], limit: np.float32) -> dict[str, float]:

@@ -26,6 +26,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _NAMES = re.compile(r"%([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')  # of the parts of one collective on a TPU
 # The three spellings of who takes part: [groups,size]<=..., {{0,1},...}, and named axes of a mesh of its own.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
@@ -78,8 +79,8 @@ def array_shapes(text: str) -> set[tuple[int, ...]]:
 def collectives(text: str) -> list[Collective]:
     """Every collective an execution reaches, loops multiplied by their trip counts; of branches the dearest.
 
-    What a TPU spreads over fusions for a start, other work and a done is one: it has one kind, result and channel, and
-    lies in one computation. Elsewhere several collectives may share a channel.
+    What a TPU spreads over fusions for a start, other work and a done is one: its parts lie in one computation and have
+    one chain, or one kind, result and channel. Elsewhere several collectives may share a channel.
     """
     found, entry = computations(text)
 
@@ -88,9 +89,10 @@ def collectives(text: str) -> list[Collective]:
         for instruction in found.get(name, []):
             kind = instruction.operation.removesuffix("-start")
             if kind in _KINDS:
-                channel = _CHANNEL.search(instruction.rest)
+                chain = _CHAIN.search(instruction.rest)
+                channel = chain or _CHANNEL.search(instruction.rest)
                 if spread is not None and channel:
-                    same = kind, instruction.type, channel[1]
+                    same = (kind, channel[0], "" if chain else instruction.type)
                     if same in spread:
                         continue
                     spread.add(same)

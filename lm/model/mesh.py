@@ -1,9 +1,12 @@
 """The device mesh (axes data, fsdp, tensor), and where parameters, state, activations and batches live on it."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,15 +24,23 @@ ACTIVATIONS = {
     "mlp": P(BATCH, None, "tensor"),  # [B, T, F], and [B, T, V]
     "table": P("tensor", "fsdp"),  # [V, D], a table as it is stored
     "positions": P(None, "fsdp"),  # [T, D], likewise
+    "reads heads": P("fsdp", "tensor", None),  # [D, H, K], a layer's kernel as it is stored
+    "writes heads": P("tensor", None, "fsdp"),  # [H, K, D]
+    "reads mlp": P("fsdp", "tensor"),  # [D, F]
+    "writes mlp": P("tensor", "fsdp"),  # [F, D]
     "rows": P(BATCH),  # [B]
     "scalar": P(),
 }
 
 
 class Placement(NamedTuple):
-    """Where activations live. placement(x, kind) constrains one; without a mesh nothing is constrained or split."""
+    """Where activations live. placement(x, kind) constrains one; without a mesh nothing is constrained or split.
+
+    reduction: dtype in which gradients of tables travel between devices; "": the one that they are summed in.
+    """
 
     mesh: Mesh | None = None
+    reduction: str = ""
 
     def __call__(self, x: jax.Array, kind: str) -> jax.Array:
         if self.mesh is None:
@@ -52,15 +63,35 @@ class Placement(NamedTuple):
         axes = tuple(axis for axis in axes if self.size(axis) > 1)
         return jax.lax.psum(x, axes) if axes else x
 
+    def gathered(self, part: jax.Array) -> jax.Array:
+        """An array [D, N] of which each device along fsdp stores [D / fsdp, N]."""
+        if (n := self.size("fsdp")) == 1:
+            return part
+        blocks, shape = _tiles(part[None]), part.shape
+        for groups in reversed(_ring_groups(self.mesh)):
+            blocks = jax.lax.all_gather(blocks, "fsdp", axis=0, tiled=True, axis_index_groups=groups)
+        return blocks.reshape(n, -1)[:, : part.size].reshape(n * shape[0], *shape[1:])
+
+    def scattered(self, part: jax.Array) -> jax.Array:
+        """The sum of an array [D, N] over the devices of a batch: the rows [D / fsdp, N] that this device stores."""
+        if (n := self.size("fsdp")) > 1:
+            shape = (len(part) // n, *part.shape[1:])
+            blocks = _tiles(part.reshape(n, *shape))
+            for groups in _ring_groups(self.mesh):
+                blocks = jax.lax.psum_scatter(blocks, "fsdp", scatter_dimension=0, tiled=True, axis_index_groups=groups)
+            part = blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
+        return self.summed(part, "data")
+
     def whole_width(self, table_RxD: jax.Array) -> jax.Array:
         """A table whose width is split over fsdp, gathered."""
-        return jax.lax.all_gather(table_RxD, "fsdp", axis=1, tiled=True) if self.size("fsdp") > 1 else table_RxD
+        return self.gathered(table_RxD.T).T
 
     def reduced(self, gradient_RxD: jax.Array) -> jax.Array:
         """A table's gradient summed over the devices of a batch, its width split over fsdp as the table's is."""
-        if self.size("fsdp") > 1:
-            gradient_RxD = jax.lax.psum_scatter(gradient_RxD, "fsdp", scatter_dimension=1, tiled=True)
-        return self.summed(gradient_RxD, "data")
+        if self.size("data") * self.size("fsdp") == 1:
+            return gradient_RxD
+        sent = gradient_RxD.astype(self.reduction or gradient_RxD.dtype)
+        return self.scattered(sent.T).T.astype(gradient_RxD.dtype)
 
     def split(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         """The function run on each device's own parts of its arguments, of these kinds (trees of them).
@@ -71,6 +102,41 @@ class Placement(NamedTuple):
             return function
         specs = (jax.tree.map(ACTIVATIONS.get, kinds) for kinds in (inputs, outputs))
         return jax.shard_map(function, mesh=self.mesh, in_specs=next(specs), out_specs=next(specs), check_vma=False)
+
+
+_TILE = (16, 128)  # of two bytes in a TPU's memory: what is no multiple is padded there
+
+
+def _tiles(blocks: jax.Array) -> jax.Array:
+    """Blocks [n, R, N] of whole tiles, for which XLA on TPU keeps a scatter a scatter; others become [n, rows, 128]."""
+    if blocks.ndim == 3 and blocks.shape[1] % _TILE[0] == 0 and blocks.shape[2] % _TILE[1] == 0:
+        return blocks
+    flat = blocks.reshape(len(blocks), -1)
+    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % math.prod(_TILE))))
+    return flat.reshape(len(blocks), -1, _TILE[1])
+
+
+@lru_cache
+def rings(mesh: Mesh) -> tuple[int, ...]:
+    """The sizes of the network's axes of which fsdp is made: 8 and 8 on a whole v5e:8x8, else one."""
+    line = mesh.devices[0, :, 0]
+    places = [(getattr(device, "slice_index", 0), *getattr(device, "coords", ())) for device in line]
+    sizes = tuple(len(set(along)) for along in zip(*places, strict=True))
+    if places != sorted(set(places)) or math.prod(sizes) != len(line):
+        return (len(line),)
+    return tuple(size for size in sizes if size > 1)
+
+
+def _ring_groups(mesh: Mesh) -> list:
+    """For each ring, outermost first, the groups of positions along fsdp that it joins; None: all.
+
+    XLA on TPU makes all-reduces of scatters, and of many gathers, over a whole slice; along an axis they stay.
+    """
+    sizes = rings(mesh)
+    if len(sizes) < 2:
+        return [None]
+    index = np.arange(mesh.shape["fsdp"]).reshape(sizes)
+    return [np.moveaxis(index, axis, -1).reshape(-1, size).tolist() for axis, size in enumerate(sizes)]
 
 
 def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> Mesh:
@@ -84,8 +150,13 @@ def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> M
         from jax.experimental import mesh_utils
 
         grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    else:
+        grid = jax.make_mesh(shape, AXES, devices=devices).devices.copy()
+    if hasattr(devices[0], "coords"):  # along fsdp row by row, not as a snake: see rings
+        for data, tensor in np.ndindex(shape[0], shape[2]):
+            line = grid[data, :, tensor]
+            grid[data, :, tensor] = sorted(line, key=lambda device: (getattr(device, "slice_index", 0), *device.coords))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def parameter_shardings(mesh: Mesh, params: Any) -> Any:

@@ -13,12 +13,12 @@ def readout_kernel(params, shape: Shape):
     return params["embed"]["embedding"] if shape.tie_embeddings else params["readout"]["kernel"]
 
 
-def objective(shape: Shape, options: Options, constrain: Placement, ascent_reduction: str = "float32") -> Objective:
+def objective(shape: Shape, options: Options, constrain: Placement, ascent_reduction: str = "") -> Objective:
     """Mean token cross-entropy of next-token prediction as an Objective.
 
     batch: inputs, targets [B, T] int32, weights [B, T] float32 (0: not counted), and for packed documents segments and
     positions [B, T] int32. constrain: where activations live; options.place says it for the readout. ascent_reduction:
-    dtype in which the gradient of the readout's weights is summed over devices where it is only climbed.
+    as options.place.reduction, of the readout's weights where their gradient is only climbed; "": no other.
     """
     trunk = Trunk(shape, constrain)
 
@@ -43,12 +43,13 @@ def objective(shape: Shape, options: Options, constrain: Placement, ascent_reduc
     def weight(batch):
         return jnp.sum(batch["weights"] > 0).astype(jnp.float32)
 
+    climbing = options.place._replace(reduction=ascent_reduction or options.place.reduction)
     return Objective(
         trunk=hidden,
         readout=readout_of(options),
         frozen_readout=frozen_readout,
         weight=weight,
         compute_dtype=shape.dtype,
-        ascent_readout=readout_of(options._replace(reduce_dtype=ascent_reduction)),
+        ascent_readout=readout_of(options._replace(place=climbing)),
         sharded=constrain.mesh is not None and constrain.mesh.size > 1,
     )

@@ -26,7 +26,6 @@ class Options(NamedTuple):
     """Static choices. vocabulary: its real size; padded rows never win. chunk: positions of each sequence at a time.
 
     keep: the pass at theta stores the loss derivative (in `kept_dtype`) for the functional path to come.
-    reduce_dtype: in which the gradient of the weights is summed over devices in cross_entropy.
     """
 
     vocabulary: int
@@ -36,7 +35,6 @@ class Options(NamedTuple):
     smoothing: float = 0.0
     keep: bool = False
     kept_dtype: str = "bfloat16"
-    reduce_dtype: str = "float32"
     place: Placement = Placement()
 
 
@@ -146,14 +144,14 @@ def _gathered(options: Options, kernel_VxD, dtype):
     return options.place.whole_width(kernel_VxD.astype(dtype))
 
 
-def _reduced(options: Options, gradient, dtype, value):
+def _reduced(options: Options, gradient, value):
     """(d/d hidden, d/d kernel) summed over devices, once; the latter left split as the weights are stored.
 
     value: of the pass, known by all devices. The trunk's backward pass begins with d/d hidden, when all else is summed.
     """
     to_hidden, to_kernel = gradient
     if options.place.size("data") * options.place.size("fsdp") > 1:
-        to_kernel = options.place.reduced(to_kernel.astype(dtype)).astype(to_kernel.dtype)
+        to_kernel = options.place.reduced(to_kernel)
         to_hidden = after(to_hidden, jnp.isnan(to_kernel[0, 0]) | jnp.isnan(value))
     return options.place.summed(to_hidden, "tensor"), to_kernel
 
@@ -192,7 +190,7 @@ def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights
         losses, gradient, kept = _over_chunks(options, T, body, (jnp.zeros(B, wide), gradient, kept))
         loss = options.place.summed(jnp.sum(losses), *BATCH)
         kept = Kept(kept.derivative_BxTxV, options.place.summed(kept.inner, *AXES)) if options.keep else ()
-        return loss, losses, kept, _reduced(options, gradient, options.reduce_dtype, loss) if gradients else ()
+        return loss, losses, kept, _reduced(options, gradient, loss) if gradients else ()
 
     outputs = ("scalar", "rows", Kept._make(("mlp", "scalar")) if options.keep else (), _GRADIENT if gradients else ())
     share_BxT = _share(weights_BxT, wide)
@@ -257,7 +255,7 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
         carry = jnp.zeros((), wide), _zeros_like_gradient(kernel_VxD, hidden_BxTxD)
         value, gradient = _over_chunks(options, hidden_BxTxD.shape[1], body, carry)
         value = options.place.summed(value, *AXES)
-        return value, _reduced(options, gradient, wide, value)
+        return value, _reduced(options, gradient, value)
 
     fixed, kinds = (rebuilt_from, ["table", "hidden"]) if kept is None else (kept, Kept._make(("mlp", "scalar")))
     value, gradient = options.place.split(local, (*_INPUTS, kinds), ("scalar", _GRADIENT))(

@@ -16,6 +16,7 @@ from jax import lax
 
 from steppe.lm.model.attention import CACHED, MIXED, attention, cached_attention, unsplit
 from steppe.lm.model.mesh import Placement
+from steppe.lm.model.products import PRODUCT, read, write
 
 STYLES = ("nanodo", "modern")
 INITS = ("steppe", "nanodo")
@@ -176,7 +177,7 @@ def _lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_B
     """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
 
     Written out for the parts of each device: left to itself XLA gathers all sequences on every device. The gradient is
-    summed in float32 or better, whatever the dtype.
+    summed in float32 or better on a device, whatever the dtype, and over devices as `place` says.
     """
 
     return _looked_up(place, kind, dtype, table_RxD, ids_BxT)
@@ -214,31 +215,6 @@ lookup = jax.custom_vjp(_lookup, nondiff_argnums=(0, 1, 2))
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The einsum of activations and a kernel into as many or more features.
-
-    Its gradient to the kernel has x as first operand: of such a product XLA on CPU transposes the first, and JAX's own
-    rule puts the wider result there.
-    """
-    return jnp.einsum(equation, x, kernel)
-
-
-def _project_forward(equation, x, kernel):
-    return jnp.einsum(equation, x, kernel), (x, kernel)
-
-
-def _project_backward(equation, kept, cotangent):
-    x, kernel = kept
-    operands, result = equation.split("->")
-    first, second = operands.split(",")
-    to_x = jnp.einsum(f"{result},{second}->{first}", cotangent, kernel)
-    return to_x, jnp.einsum(f"{first},{result}->{second}", x, cotangent)
-
-
-project = jax.custom_vjp(_project, nondiff_argnums=(0,))
-project.defvjp(_project_forward, _project_backward)
-
-
 INPUTS = "inputs"  # the collection of what each kernel is multiplied with, where apply(..., mutable=) asks for it
 
 
@@ -252,7 +228,7 @@ class Attention(nn.Module):
     """Multi-head or grouped-query self-attention without biases."""
 
     shape: Shape
-    constrain: Placement
+    place: Placement
 
     @nn.compact
     def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
@@ -260,10 +236,10 @@ class Attention(nn.Module):
         D, H, G, K = s.width, s.heads, s.kv_heads, s.features
         draw = _matrix(s.init, (0,))
         note_input(self, x_BxTxD, "query", "key", "value")
-        query = project("btd,dhk->bthk", x_BxTxD, Kernel((D, H, K), draw, s.dtype, name="query")())
-        key = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="key")())
-        value = project("btd,dgk->btgk", x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="value")())
-        query, key, value = (self.constrain(a, "heads") for a in (query, key, value))
+        query = read(self.place, x_BxTxD, Kernel((D, H, K), draw, s.dtype, name="query")())
+        key = read(self.place, x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="key")())
+        value = read(self.place, x_BxTxD, Kernel((D, G, K), draw, s.dtype, name="value")())
+        query, key, value = (self.place(a, "heads") for a in (query, key, value))
         if s.qk_norm:
             query, key = Norm(s, name="query_norm")(query), Norm(s, name="key_norm")(key)
         if s.style == "modern":
@@ -271,10 +247,10 @@ class Attention(nn.Module):
         if s.kernel == CACHED:
             mixed = cached_attention(query, *self.kept(key, value, positions_BxT), positions_BxT)
         else:
-            mixed = attention(query, key, value, segments_BxT, s.kernel, self.constrain, s.small)
+            mixed = attention(query, key, value, segments_BxT, s.kernel, self.place, s.small)
         note_input(self, mixed, "out")
         out = Kernel((H, K, D), _matrix(s.init, (0, 1), 1 / (2 * s.layers)), s.dtype, name="out")()
-        return jnp.einsum("bthk,hkd->btd", mixed, out)
+        return write(self.place, mixed, out)
 
     def kept(self, key_BxNxGxK, value_BxNxGxK, positions_BxN):
         """(keys, values) [B, T, G, K] of all tokens so far, from the collection "cache", with these put in place."""
@@ -292,7 +268,7 @@ class Mlp(nn.Module):
     """GELU (nanodo) or SwiGLU (modern) without biases."""
 
     shape: Shape
-    constrain: Placement
+    place: Placement
 
     @nn.compact
     def __call__(self, x_BxTxD):
@@ -300,42 +276,49 @@ class Mlp(nn.Module):
         D, F = s.width, s.mlp_width
         draw = _matrix(s.init, (0,))
         note_input(self, x_BxTxD, "up", *["gate"] * (s.style == "modern"))
-        hidden = project("btd,df->btf", x_BxTxD, Kernel((D, F), draw, s.dtype, name="up")())
+        hidden = read(self.place, x_BxTxD, Kernel((D, F), draw, s.dtype, name="up")())
         # Checkpointed even where remat is none: the backward pass would read five arrays of [B, T, F] instead of one.
         if s.style == "modern":
-            gate = project("btd,df->btf", x_BxTxD, Kernel((D, F), draw, s.dtype, name="gate")())
+            gate = read(self.place, x_BxTxD, Kernel((D, F), draw, s.dtype, name="gate")())
             hidden = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up, prevent_cse=False)(gate, hidden)
         else:
             hidden = jax.checkpoint(jax.nn.gelu, prevent_cse=False)(hidden)
-        hidden = self.constrain(hidden, "mlp")
+        hidden = self.place(hidden, "mlp")
         note_input(self, hidden, "down")
         down = Kernel((F, D), _matrix(s.init, (0,), 1 / (2 * s.layers)), s.dtype, name="down")()
-        return jnp.einsum("btf,fd->btd", hidden, down)
+        return write(self.place, hidden, down)
 
 
 class Block(nn.Module):
     """A pre-norm residual block; returns (x, None), the carry and output of a scan over layers."""
 
     shape: Shape
-    constrain: Placement
+    place: Placement
 
     @nn.compact
     def __call__(self, x_BxTxD, positions_BxT, segments_BxT):
         s = self.shape
-        mixed = Attention(s, self.constrain, name="attention")(
+        mixed = Attention(s, self.place, name="attention")(
             Norm(s, name="attention_norm")(x_BxTxD), positions_BxT, segments_BxT
         )
-        x_BxTxD = self.constrain(x_BxTxD + mixed, "hidden")
-        hidden = Mlp(s, self.constrain, name="mlp")(Norm(s, name="mlp_norm")(x_BxTxD))
-        return self.constrain(x_BxTxD + hidden, "hidden"), None
+        x_BxTxD = self.place(x_BxTxD + mixed, "hidden")
+        hidden = Mlp(s, self.place, name="mlp")(Norm(s, name="mlp_norm")(x_BxTxD))
+        return self.place(x_BxTxD + hidden, "hidden"), None
 
 
-def _remat_policy(name: str):
+def _remat_policy(name: str, place: Placement):
     """What the backward pass finds instead of recomputing: nothing (full), or the products with weights and the mixed
     values of attention, on the device (dots) or in the host's memory (offload)."""
     policies = jax.checkpoint_policies
     if name == "full":
         return None
+    if place.size("fsdp") > 1:  # a product there is more than its dot
+        if name == "dots":
+            return policies.save_only_these_names(PRODUCT, MIXED)
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[PRODUCT],
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
     if name == "dots":
         return policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MIXED)
@@ -374,7 +357,7 @@ class Trunk(nn.Module):
             Kernel((s.vocabulary, s.width), draw, "float32", name="readout")()
         block = Block
         if s.remat != "none":
-            block = nn.remat(Block, policy=_remat_policy(s.remat), prevent_cse=False)
+            block = nn.remat(Block, policy=_remat_policy(s.remat, place), prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "cache": 0, INPUTS: 0},

@@ -105,7 +105,7 @@ def assemble(
         mesh=mesh,
         shape=model_shape,
         options=options,
-        objective=objective(model_shape, options, Placement(mesh), config.mesh.ascent_reduction),
+        objective=objective(model_shape, options, options.place, ascent_reduction(config)),
         optimizer=optimizer,
         optimizer_at=optimizer_at,
         scalars=scalars,
@@ -203,6 +203,11 @@ def _optimizers(
     return optimizer_at
 
 
+def ascent_reduction(config: ConfigDict) -> str:
+    """What objective takes of this name: nothing where gradients are to be climbed as they are returned."""
+    return "" if config.mesh.ascent_reduction == "float32" else config.mesh.ascent_reduction
+
+
 def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, params: Any, mesh: Mesh, device, frozen):
     model = config.model
     rows = config.train.batch_size // config.train.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -215,7 +220,7 @@ def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, par
         soft_cap=model.logit_soft_cap,
         smoothing=model.label_smoothing,
         keep=frozen and _keeps_derivative(config, shape, count_parameters(params).total, rows, chunk, mesh, device),
-        place=Placement(mesh),
+        place=Placement(mesh, "" if config.mesh.reduction == "float32" else model.compute_dtype),
     )
 
 

@@ -54,8 +54,9 @@ class Network(NamedTuple):
 def network_of(devices: Sequence, chip: Chip) -> Network:
     """The Network of devices, also of described ones.
 
-    A TPU slice uses every axis of its torus at once; an axis too short to close is a line, on which a ring must go
-    back and has half the bandwidth. Between hosts, or slices, a ring enters and leaves each through all its adapters.
+    On a TPU slice the step's collectives go along one axis of the torus after the other, so the slowest counts. An axis
+    too short to close is a line, on which a ring must go back and has half the bandwidth. Between hosts, or slices, a
+    ring enters and leaves each through all its adapters.
     """
     if devices[0].platform == "cpu":
         return Network(chip.link, "memory of one host")
@@ -66,9 +67,9 @@ def network_of(devices: Sequence, chip: Chip) -> Network:
         sizes = [len(set(places)) for places in zip(*(device.coords for device in devices), strict=True)]
         axes = [size for size in sizes if size > 1] or [1]
         closed = [chip.closes and size % chip.closes == 0 for size in axes]
-        within = sum(chip.link if ring else chip.link / 2 for ring in closed)
+        within = min(chip.link if ring else chip.link / 2 for ring in closed)
         kinds = ", ".join(f"{size} in a {'ring' if ring else 'line'}" for size, ring in zip(axes, closed, strict=True))
-        name = f"torus ({kinds}), {within / 1e9:.0f} GB/s"
+        name = f"torus ({kinds}), {within / 1e9:.0f} GB/s along an axis"
     between = chip.hosts * min(groups.values())
     if len(groups) == 1 or not between:
         return Network(within, name)

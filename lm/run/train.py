@@ -290,7 +290,7 @@ class Run:
             compiled = self.memo.once("compiled", key, self.compiled)
         self.step, self.scores = with_scalars(compiled.step, parts), compiled.scores
         self.evaluation_step, self.measurement = compiled.evaluation, compiled.measurement
-        self.recheck = Recheck(parts, self.config.mesh.ascent_reduction)
+        self.recheck = Recheck(parts)
         if self.measurement:
             rows, first = local_rows(parts.mesh, size), next(iter(self.corpus.held_out))
             batch = loader.held_out_rows(self.corpus, first, 0, size, rows)

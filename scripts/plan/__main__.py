@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from steppe.scripts import command
@@ -149,6 +150,9 @@ def described(topology: str) -> list:
     else:
         asked = {"platform": "tpu", "topology_name": topology}
     try:
+        if kind in GPUS:  # without cuDNN no step of theirs can be traced
+            tiny = jax.ShapeDtypeStruct((1, 64, 1, 64), "bfloat16")
+            jax.eval_shape(partial(jax.nn.dot_product_attention, implementation="cudnn"), tiny, tiny, tiny)
         return list(topologies.get_topology_desc(**asked).devices)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -156,8 +160,12 @@ def described(topology: str) -> list:
         raise command.UsageError(f"--topology={topology}: {reason} ({needs}: pip install it)") from None
 
 
+class DoesNotFit(command.UsageError):
+    """A step that needs more memory than its devices have; its message is the compiler's."""
+
+
 def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list):
-    """(lm.assembly.Parts, the compiled training step) for these devices."""
+    """(lm.assembly.Parts, the compiled training step) for these devices. Raises DoesNotFit."""
     import jax
     import jax.numpy as jnp
 
@@ -173,7 +181,14 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
         names |= {"segments": jnp.int32, "positions": jnp.int32}
     sharding = batch_sharding(parts.mesh)
     batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding) for name, dtype in names.items()}
-    return parts, lower_step(parts, batch).compile()
+    lowered = lower_step(parts, batch)
+    try:
+        return parts, lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        status, _, why = str(error).splitlines()[0].partition(": ")
+        if status != "RESOURCE_EXHAUSTED":
+            raise
+        raise DoesNotFit(why) from None
 
 
 def plan(config, parts, program, devices: list) -> Plan:
@@ -231,11 +246,8 @@ def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool
     print(f"devices     {len(devices)} x {chip.name}, mesh {mesh}, remat {config.model.remat}", flush=True)
     try:
         parts, program = compiled_step(config, vocabulary_size, epoch_tokens, devices)
-    except Exception as error:
-        needed = re.search(r"[Uu]sed ([\d.]+\w+) of ([\d.]+\w+) hbm", str(error))
-        if not needed:
-            raise
-        print(f"memory      does not fit: the step needs {needed[1]} of {needed[2]} on each device")
+    except DoesNotFit as error:
+        print(f"memory      does not fit: {error}")
         return False
     found = plan(config, parts, program, devices)
     print(describe(parts.budget, config.optim.method))
@@ -290,7 +302,11 @@ def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
             resolve(config)
             config.data.sequence_length, config.train.batch_size = length, batch
             config.train.duration, config.mesh.data, config.mesh.fsdp = "chinchilla", 1, fsdp
-            parts, program = compiled_step(config, vocabulary, 10**9, devices)
+            try:
+                parts, program = compiled_step(config, vocabulary, 10**9, devices)
+            except DoesNotFit as error:
+                print(f"| {size} | {method} | {topology} | does not fit: {error} |" + " |" * 9, flush=True)
+                continue
             p, gib = plan(config, parts, program, devices), 2**30
             total = p.parameters + p.optimizer + p.anchor + p.temporary + p.batch
             fits = "" if total <= chip_of(devices[0], len(devices)).memory else " (does not fit)"

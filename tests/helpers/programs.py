@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from helpers import lm_runs
 from steppe.lm.measure import in_training, sharpness
 from steppe.lm.model.attention import differentiable
-from steppe.lm.model.mesh import Placement, batch_sharding
+from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.model.objective import objective
-from steppe.lm.run.assembly import Parts, assemble
+from steppe.lm.run.assembly import Parts, ascent_reduction, assemble
 from steppe.optim import methods
 
 VOCABULARY, LENGTH, ROWS = 50, 128, 8
@@ -33,7 +33,7 @@ def parts_on(platform: str, method: str = "adamw", rows: int = ROWS, **overrides
     row = methods.row_of(method)
     kernel = differentiable(LENGTH) if row and row.second_derivatives else PLATFORMS[platform]
     shape = parts.shape._replace(kernel=kernel)
-    made = objective(shape, parts.options, Placement(parts.mesh), config.mesh.ascent_reduction)
+    made = objective(shape, parts.options, parts.options.place, ascent_reduction(config))
     return parts._replace(shape=shape, objective=made)
 
 

@@ -87,8 +87,8 @@ def drawn(shape, batch, dtype=jnp.float64):
 
 def exact_objective(shape, options, mesh=None):
     """Steppe's objective with its readout in chunks, nothing of it below the shape's precision."""
-    exact = Options(REAL, 4, place=Placement(mesh), reduce_dtype=shape.dtype, **options)
-    made = objective(shape, exact, Placement(mesh), ascent_reduction=shape.dtype)
+    exact = Options(REAL, 4, place=Placement(mesh), **options)
+    made = objective(shape, exact, Placement(mesh))
     # Parts are weighed in float32 otherwise, which their shares keep to 1e-8.
     return made._replace(weight=lambda part: jnp.sum(part["weights"] > 0).astype(shape.dtype))
 
