@@ -127,13 +127,12 @@ def rings(mesh: Mesh) -> tuple[int, ...]:
     return tuple(size for size in sizes if size > 1)
 
 
-def _ring_groups(mesh: Mesh) -> list:
+def _ring_groups(mesh: Mesh | None) -> list:
     """For each ring, outermost first, the groups of positions along fsdp that it joins; None: all.
 
     XLA on TPU makes all-reduces of scatters, and of many gathers, over a whole slice; along an axis they stay.
     """
-    sizes = rings(mesh)
-    if len(sizes) < 2:
+    if mesh is None or len(sizes := rings(mesh)) < 2:
         return [None]
     index = np.arange(mesh.shape["fsdp"]).reshape(sizes)
     return [np.moveaxis(index, axis, -1).reshape(-1, size).tolist() for axis, size in enumerate(sizes)]
