@@ -1,7 +1,7 @@
 """The device mesh (axes data, fsdp, tensor), and where parameters, state, activations and batches live on it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
