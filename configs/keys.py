@@ -152,7 +152,7 @@ def _encodable(text: str) -> bool:
 
 TEXT = Accepted(str, lambda: "a text, without lone surrogates and null characters", _encodable)
 TEXTS = Accepted(tuple, lambda: 'a tuple of texts, such as ("a", "b"), or one text per flag')
-# Whether a duration can be read depends on the run: lm.run.check sees to it.
+# Whether a duration can be read depends on the run: lm.parts.check sees to it.
 DURATION = Accepted(str, lambda: 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"')
 
 

@@ -232,7 +232,7 @@ def parse_unread(
             raise UsageError(f"{unknown[0].split('=')[0]}: no such option{_closest(unknown[0], known)}")
         if printing:
             config = read_config(required(path), overrides)
-            named("lm.run.check:check")(config, device_count=None)
+            named("lm.parts.check:check")(config, device_count=None)
             print(shown(config))
             sys.exit(0)
         return path, overrides, options
@@ -467,7 +467,7 @@ def reader(path: str) -> Callable[[Sequence[tuple[str, str | None]]], ConfigDict
 def _give_way(config: ConfigDict, path: str, chosen: set[str]) -> str:
     """Clears the options that FILE sets and a method chosen by the command line does not take. Returns a line on them.
 
-    chosen: the keys that the command line sets; they stay, and lm.run.check refuses what does not go together.
+    chosen: the keys that the command line sets; they stay, and lm.parts.check refuses what does not go together.
     """
     if "optim.method" not in chosen:
         return ""

@@ -87,7 +87,7 @@ def _devices() -> bool:
     _say("plugins", ", ".join(found) or "none: jax computes on the CPU")
     try:
         from steppe.lm.model.attention import choose
-        from steppe.lm.run.chips import chip_of
+        from steppe.lm.parts.chips import chip_of
     except ImportError as error:
         _say("kernels", packages.explain(error) or str(error))
         return False

@@ -11,7 +11,7 @@ from steppe.scripts import command
 
 
 def main(argv: Sequence[str], memo=None) -> int:
-    """Runs or continues a training run; returns the exit status, 2 for bad input. memo: see lm.run.memo."""
+    """Runs or continues a training run; returns the exit status, 2 for bad input. memo: see lm.parts.memo."""
     parser = command.parser("train", command.headline(__doc__))
     parser.add_argument(
         "--workdir",
@@ -83,9 +83,8 @@ def main(argv: Sequence[str], memo=None) -> int:
             return command.fail(f"{flag}: the processes did not find each other: {error}")
 
     from steppe.lm.keep import exits
-    from steppe.lm.measure import replay
-    from steppe.lm.run import train
-    from steppe.lm.run.check import check
+    from steppe.lm.parts.check import check
+    from steppe.lm.run import replay, train
 
     try:
         check(config, device_count=jax.device_count(), process_count=jax.process_count(), backend=jax.default_backend())

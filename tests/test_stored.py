@@ -26,8 +26,8 @@ from steppe.data import files, loader
 from steppe.data import manifest as manifests
 from steppe.data.prepare import prepare, recipe_of
 from steppe.data.vocabulary import load_tokenizer
-from steppe.lm.keep import checkpoint, leg, mirror, record, seal
-from steppe.lm.run import anomaly
+from steppe.lm.keep import checkpoint, mirror, record, seal
+from steppe.lm.parts import anomaly, leg
 from steppe.scripts import cli, command
 
 SECONDS = 5  # of this process, in which a command must have answered

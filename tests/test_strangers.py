@@ -21,7 +21,7 @@ from steppe.data import files
 from steppe.data import manifest as manifests
 from steppe.data.prepare import prepare, recipe_of
 from steppe.lm.keep import mirror, seal
-from steppe.lm.keep.workdir import CORPUS
+from steppe.lm.parts.corpus import CORPUS
 from steppe.scripts import cli
 
 MODULE = "strangers_module"

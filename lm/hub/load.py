@@ -23,7 +23,7 @@ from steppe.lm.keep.weights import LAST
 from steppe.lm.keep.workdir import config_of
 from steppe.lm.model import parameters
 from steppe.lm.model.transformer import widening_of
-from steppe.lm.run.assembly import Parts
+from steppe.lm.parts.assembly import Parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter_config.json"

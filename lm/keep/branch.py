@@ -15,7 +15,7 @@ from steppe.lm.keep import checkpoint, mirror, saved, seal, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.keep.record import meta_of
-from steppe.lm.run.state import Optimizer, State
+from steppe.lm.parts.state import Optimizer, State
 from steppe.lm.track.lines import METRICS, rewind
 
 KEY = "branch_from"

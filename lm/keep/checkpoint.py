@@ -23,7 +23,7 @@ from steppe.data.errors import StorageError
 from steppe.lm.keep import seal
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.keep.seal import Broken
-from steppe.lm.run.state import State
+from steppe.lm.parts.state import State
 
 ASIDE = ".orbax-checkpoint-tmp"  # in the names of directories that orbax, or we, have not finished with
 DELETED = f"{ASIDE}-deleted"

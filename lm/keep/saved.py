@@ -15,9 +15,10 @@ from steppe.lm.keep import mirror, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.weights import LAST, Weights, of_state, weights_of
-from steppe.lm.keep.workdir import config_of, kept_corpus
-from steppe.lm.run.assembly import Parts, assemble
-from steppe.lm.run.check import check_stored
+from steppe.lm.keep.workdir import config_of
+from steppe.lm.parts import corpus as corpora
+from steppe.lm.parts.assembly import Parts, assemble
+from steppe.lm.parts.check import check_stored
 from steppe.lm.track.lines import AVERAGES
 from steppe.optim.methods import OPTIONS
 
@@ -68,7 +69,7 @@ def own_data(config: ConfigDict, trust: bool) -> dict[str, Any]:
 def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], trust: bool = False) -> Corpus:
     """The corpus of a run: what it has prepared, or else what its config names. WorkdirError where that is an address,
     or read by code, and it is not trusted."""
-    kept = kept_corpus(directory)
+    kept = corpora.kept(directory)
     if kept is not None:
         return kept
     data = config.data

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,19 +14,10 @@ from steppe.configs.keys import ConfigError, flatten, slot
 from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.parts.corpus import CORPUS
 
-if TYPE_CHECKING:
-    from steppe.data.loader import Corpus
-
-CONFIG, RUN, LOCK, CORPUS = "config.json", "run_id", "lock", "corpus.json"
+CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
 WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies")  # below a workdir
-
-
-class KeptCorpus(TypedDict):
-    """corpus.json: which prepared directory the run reads."""
-
-    directory: str
-    fingerprint: str
 
 
 def changes(before: Mapping | ConfigDict, now: Mapping | ConfigDict) -> dict[str, list]:
@@ -126,24 +117,6 @@ def config_of(workdir: str) -> ConfigDict:
     except ConfigError as error:
         raise WorkdirError(f"{path}: {error}") from None
     return found
-
-
-def keep_corpus(workdir: str, corpus: "Corpus") -> None:
-    """Records which prepared directory a run reads."""
-    place = os.path.abspath(corpus.directory)
-    files.write_json(Path(workdir) / CORPUS, {"directory": place, "fingerprint": corpus.fingerprint})
-
-
-def kept_corpus(workdir: str) -> "Corpus | None":
-    """The prepared corpus that a run has read, if it is still there and the same; its raw text may be gone."""
-    from steppe.data.loader import open_corpus  # here: commands that open no corpus do without its packages
-
-    try:
-        kept = stored.read(Path(workdir) / CORPUS, KeptCorpus)
-        corpus = open_corpus(kept["directory"])
-    except (OSError, DataError):  # never recorded, damaged, or removed
-        return None
-    return corpus if corpus.fingerprint == kept["fingerprint"] else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.objective import readout_kernel
 from steppe.lm.model.ordered import jitted
 from steppe.lm.model.readout import cross_entropy
-from steppe.lm.run.assembly import Parts
+from steppe.lm.parts.assembly import Parts
 
 KEY = "evaluate.choices"
 _FIELDS = (("query", "choices", "gold", ""), ("ctx", "endings", "label", " "))  # and what joins the first two

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from steppe.lm.model.objective import readout_kernel
 from steppe.lm.model.ordered import jitted
-from steppe.lm.run.assembly import Parts
-from steppe.lm.run.state import create
-from steppe.lm.run.step import compile_step
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.state import create
+from steppe.lm.parts.step import compile_step
 from steppe.optim import rule as rules
 from steppe.optim.ascent import AscentInput
 from steppe.optim.two_pass import TwoPass, perturbation

@@ -18,7 +18,7 @@ from steppe.optim import Objective
 
 
 def make_evaluation_step(parts) -> Callable:
-    """The compiled evaluation_step of lm.run.assembly.Parts."""
+    """The compiled evaluation_step of lm.parts.assembly.Parts."""
     return jitted(evaluation_step(parts.objective, parts.shape, parts.options), parts.mesh, "evaluation")
 
 

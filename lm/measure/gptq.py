@@ -17,7 +17,7 @@ import numpy as np
 from steppe.lm.model import parameters
 from steppe.lm.model.ordered import jitted
 from steppe.lm.model.transformer import INPUTS, Trunk
-from steppe.lm.run.assembly import Parts
+from steppe.lm.parts.assembly import Parts
 from steppe.optim.masks import path_names
 
 DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, added to it (the paper's)

@@ -13,8 +13,8 @@ from steppe.lm.model.attention import differentiable
 from steppe.lm.model.mesh import Placement
 from steppe.lm.model.objective import objective, readout_kernel
 from steppe.lm.model.readout import token_loss
-from steppe.lm.run.assembly import Parts
-from steppe.lm.run.state import Optimizer, State
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.state import Optimizer, State
 from steppe.optim import Objective
 from steppe.optim.base import at_step
 from steppe.optim.curvature.along import along, critical, critical_step

@@ -8,9 +8,9 @@ from jax.experimental import multihost_utils
 
 from steppe.lm.model.mesh import Placement
 from steppe.lm.model.objective import objective
-from steppe.lm.run.assembly import Parts
-from steppe.lm.run.state import State
-from steppe.lm.run.step import make_step
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.state import State
+from steppe.lm.parts.step import make_step
 
 NAMES = ("loss", "perturbed_loss", "gradient_norm", "cosine")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of a value, and as much of 1: other orders of sums round differently

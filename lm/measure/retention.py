@@ -20,9 +20,9 @@ from steppe.lm.measure.in_training import twice_differentiable
 from steppe.lm.model import parameters
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.ordered import jitted
-from steppe.lm.run.assembly import Parts
-from steppe.lm.run.state import Optimizer, State, start
-from steppe.lm.run.step import make_step
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.state import Optimizer, State, start
+from steppe.lm.parts.step import make_step
 from steppe.optim.curvature.along import along
 from steppe.optim.masks import path_names
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from steppe.lm.measure.in_training import LAYERS, logit_hessian, twice_differentiable
 from steppe.lm.model.mesh import AXES
 from steppe.lm.model.ordered import jitted
-from steppe.lm.run.assembly import Parts
+from steppe.lm.parts.assembly import Parts
 from steppe.optim.curvature import landscape, products, spectra
 from steppe.optim.curvature.along import along, critical, critical_step
 from steppe.optim.curvature.noise import noise_scale

@@ -19,7 +19,6 @@ from steppe.lm import plot
 from steppe.lm.hub.load import initial_params
 from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, REFUSALS, STOPPED
-from steppe.lm.keep.leg import WHOLE, Leg, leg_of, seen
 from steppe.lm.keep.weights import LAST, of_state, weights_of
 from steppe.lm.measure import choices
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
@@ -27,13 +26,16 @@ from steppe.lm.measure.in_training import make_measurement
 from steppe.lm.measure.recheck import Recheck
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.ordered import ordered
-from steppe.lm.run import anomaly, chips, generate
-from steppe.lm.run.assembly import Parts, abstract_batch, batch_reader, open_parts, program_key, report_parts
-from steppe.lm.run.check import described
-from steppe.lm.run.memo import Memo
+from steppe.lm.parts import anomaly, chips
+from steppe.lm.parts import corpus as corpora
+from steppe.lm.parts.assembly import Parts, abstract_batch, batch_reader, open_parts, program_key, report_parts
+from steppe.lm.parts.check import described
+from steppe.lm.parts.leg import WHOLE, Leg, leg_of, seen
+from steppe.lm.parts.memo import Memo
+from steppe.lm.parts.state import State, create, create_from
+from steppe.lm.parts.step import lower_step, with_scalars
+from steppe.lm.run import generate
 from steppe.lm.run.signals import StopSignals
-from steppe.lm.run.state import State, create, create_from
-from steppe.lm.run.step import lower_step, with_scalars
 from steppe.lm.track import profile
 from steppe.lm.track.goodput import Goodput
 from steppe.lm.track.tracker import Tracker
@@ -114,7 +116,7 @@ def run(
             log(f"stopped     after step {here.done} already, and it was to be {until}; without --until it goes on")
             return FINISHED
         if primary:
-            workdir.keep_corpus(directory, corpus)
+            corpora.keep(directory, corpus)
             if here.parent:
                 branch.copy_record(here.parent, directory)
         here.tracker = here.open_tracker()

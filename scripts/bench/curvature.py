@@ -55,8 +55,8 @@ def programs_of(size: str, options):
     import jax
     import jax.numpy as jnp
 
-    from steppe.lm.run.assembly import assemble
-    from steppe.lm.run.state import create
+    from steppe.lm.parts.assembly import assemble
+    from steppe.lm.parts.state import create
     from steppe.optim.curvature import products
     from steppe.optim.rule import plain_gradient
 

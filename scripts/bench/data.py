@@ -200,7 +200,7 @@ def _step_rate(config, corpus, steps: int) -> tuple[float, float]:
 
     from steppe.data.loader import prefetch, training_rows
     from steppe.lm.model.mesh import local_rows, place_batch
-    from steppe.lm.run.state import create
+    from steppe.lm.parts.state import create
     from steppe.scripts.plan.__main__ import compiled_step
 
     parts, step = compiled_step(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, jax.devices())

@@ -128,8 +128,8 @@ class _Step:
         import jax
         import jax.numpy as jnp
 
-        from steppe.lm.run.state import create
-        from steppe.lm.run.step import with_scalars
+        from steppe.lm.parts.state import create
+        from steppe.lm.parts.step import with_scalars
         from steppe.scripts.plan.__main__ import compiled_step
 
         config, since = _config(size, method, options), time.monotonic()
@@ -155,7 +155,7 @@ class _Step:
 
 def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
     """One table: Steppe's steps, and those of torch, which were measured before."""
-    from steppe.lm.run.chips import peak_flops
+    from steppe.lm.parts.chips import peak_flops
 
     sequences, length = _batch_size(size, options), options.sequence_length
     print(f"\n{size}: {sequences} x {length} tokens a step, {options.seconds:g} s each\n")

@@ -72,7 +72,7 @@ def table(options: argparse.Namespace):
 
 def predicted(options: argparse.Namespace, cost) -> float:
     """FLOPs of a step of this Cost as they are printed for a run."""
-    from steppe.lm.run.budget import step_flops
+    from steppe.lm.parts.budget import step_flops
 
     return step_flops(shape_of(options), options.batch_size * options.sequence_length, cost)
 

@@ -69,9 +69,9 @@ def shares(overrides: dict[str, str], steps: Sequence[int], names: Sequence[str]
     import jax
     import numpy as np
 
-    from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
-    from steppe.lm.run.state import create
-    from steppe.lm.run.step import compile_step
+    from steppe.lm.parts.assembly import abstract_batch, batch_reader, open_parts
+    from steppe.lm.parts.state import create
+    from steppe.lm.parts.step import compile_step
 
     config = command.read_config("quickstart", list(overrides.items()))
     corpus, parts, _ = open_parts(config, lambda line: None)

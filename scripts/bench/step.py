@@ -57,7 +57,7 @@ def ours(size: str, method: str, options) -> Variant:
     """Steppe's own step for METHOD[:keep|rebuild]."""
     import jax
 
-    from steppe.lm.run.state import create
+    from steppe.lm.parts.state import create
     from steppe.scripts.plan.__main__ import compiled_step
 
     config = turns.config_of(size, options)

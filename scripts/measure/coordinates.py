@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     command.ready_to_compute()
     import jax
 
-    from steppe.lm.run.check import check
+    from steppe.lm.parts.check import check
 
     configs = [
         (parametrisation, width, at_width(config, width, parametrisation, options.widths[0]))
@@ -87,7 +87,7 @@ def at_width(config, width: int, parametrisation: str, base: int):
 def measured(config, steps: int) -> dict[str, float]:
     """The coordinates of a config after so many steps, on its own text."""
     from steppe.lm.measure import coordinates
-    from steppe.lm.run.assembly import batch_reader, open_parts
+    from steppe.lm.parts.assembly import batch_reader, open_parts
 
     corpus, parts, _ = open_parts(config, lambda line: None)
     read = batch_reader(config, corpus, parts, lambda step: step)

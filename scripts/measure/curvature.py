@@ -253,7 +253,7 @@ def _next_step(run, step: int):
     import jax.numpy as jnp
 
     from steppe.lm.measure.in_training import next_step
-    from steppe.lm.run.state import State
+    from steppe.lm.parts.state import State
 
     state = State(jnp.int32(step), run.params, run.optimizer, rule=(), averages={})
     taken = jax.jit(partial(next_step, run.parts.optimizer))

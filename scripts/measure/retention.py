@@ -298,7 +298,7 @@ def measure(
     """
     from steppe.lm.keep import saved
     from steppe.lm.measure import gptq, retention
-    from steppe.lm.run.assembly import assemble, batch_reader
+    from steppe.lm.parts.assembly import assemble, batch_reader
 
     run = saved.load(str(target.workdir), target.step, log=lambda text: None, weights=target.weights, trust=trust)
     devices, batch_size = list(run.parts.mesh.devices.flat), settings["batch_size"]
@@ -404,7 +404,7 @@ def forgetting(params, increase, tools, parts, config, second, settings: dict, b
     A path: its points, {step, gained, lost}, and "along": how a batch of the first text bends along the whole of it.
     """
     from steppe.lm.measure import retention
-    from steppe.lm.run.assembly import batch_reader
+    from steppe.lm.parts.assembly import batch_reader
 
     name = next(iter(second.held_out))
     batches = retention.held_out(second, name, parts.mesh, config.train.batch_size, settings["batches"])

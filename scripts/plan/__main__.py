@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         return command.fail(f"config.train.duration = {config.train.duration!r}: needs --epoch_tokens=N here")
     devices = described(options.topology)
     from steppe.data.vocabulary import load_tokenizer
-    from steppe.lm.run.check import check
+    from steppe.lm.parts.check import check
     from steppe.scripts.plan import search
 
     config.unlock()
@@ -170,8 +170,8 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
     import jax.numpy as jnp
 
     from steppe.lm.model.mesh import batch_sharding
-    from steppe.lm.run.assembly import assemble
-    from steppe.lm.run.step import lower_step
+    from steppe.lm.parts.assembly import assemble
+    from steppe.lm.parts.step import lower_step
 
     frequency = jnp.full(vocabulary_size, 1 / vocabulary_size)
     parts = assemble(config, vocabulary_size, epoch_tokens, frequency, devices)
@@ -196,8 +196,8 @@ def plan(config, parts, program, devices: list) -> Plan:
     import jax
 
     from steppe.lm.model import hlo
-    from steppe.lm.run.budget import roofline
-    from steppe.lm.run.chips import chip_of, network_of
+    from steppe.lm.parts.budget import roofline
+    from steppe.lm.parts.chips import chip_of, network_of
     from steppe.optim.methods import is_anchored
 
     def local(tree):
@@ -237,9 +237,9 @@ def plan(config, parts, program, devices: list) -> Plan:
 def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool:
     """Compiles, prints the plan, and returns whether it fits."""
     from steppe.lm.model.mesh import AXES
-    from steppe.lm.run.budget import describe
-    from steppe.lm.run.check import mesh_shape
-    from steppe.lm.run.chips import chip_of
+    from steppe.lm.parts.budget import describe
+    from steppe.lm.parts.check import mesh_shape
+    from steppe.lm.parts.chips import chip_of
 
     chip = chip_of(devices[0], len(devices))
     mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh_shape(config, len(devices)), strict=True))
@@ -288,7 +288,7 @@ def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
     """Prints one line per size and method, Chinchilla budgets; returns the exit status."""
     from steppe.configs import base
     from steppe.configs.sizes import resolve
-    from steppe.lm.run.chips import chip_of
+    from steppe.lm.parts.chips import chip_of
 
     print("| size | method | machine | tokens a step | GiB a device | parameters + optimizer | anchor | temporary "
           "| FLOPs / adamw | sent, GiB | step s | MFU | days |")  # fmt: skip

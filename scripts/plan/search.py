@@ -9,9 +9,9 @@ TRIES = 4  # settings that are compiled for each number of microbatches
 def candidates(config, vocabulary_size: int, devices: list) -> list[tuple[float, str, tuple]]:
     """[(seconds by estimate, remat, mesh)] of everything that should fit, cheapest first."""
     from steppe.configs.keys import ConfigError
-    from steppe.lm.run.budget import step_traffic
-    from steppe.lm.run.check import check
-    from steppe.lm.run.chips import chip_of, network_of
+    from steppe.lm.parts.budget import step_traffic
+    from steppe.lm.parts.check import check
+    from steppe.lm.parts.chips import chip_of, network_of
 
     chip, count, found = chip_of(devices[0], len(devices)), len(devices), []
     link = network_of(devices, chip).bandwidth
@@ -69,8 +69,8 @@ def _more(config) -> list[int]:
 
 def _missing(config, vocabulary_size: int, devices: list) -> str:
     """By estimate, how many of these devices hold what no batch size changes."""
-    from steppe.lm.run.budget import fixed_memory
-    from steppe.lm.run.chips import chip_of
+    from steppe.lm.parts.budget import fixed_memory
+    from steppe.lm.parts.chips import chip_of
 
     needed, each = fixed_memory(config, vocabulary_size), chip_of(devices[0], len(devices)).memory
     count = len(devices)

@@ -156,7 +156,7 @@ def _runs(
     """
     from steppe.configs.base import FREE, with_defaults
     from steppe.configs.keys import ConfigError
-    from steppe.lm.run.check import check
+    from steppe.lm.parts.check import check
     from steppe.scripts.sweep.plan import Run
 
     read = command.reader(path)

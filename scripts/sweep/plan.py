@@ -74,8 +74,8 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     from steppe.data import cache, loader
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.model.transformer import shape
-    from steppe.lm.run.assembly import planned
-    from steppe.lm.run.state import parameter_shapes
+    from steppe.lm.parts.assembly import planned
+    from steppe.lm.parts.state import parameter_shapes
 
     @functools.cache
     def vocabulary_size(vocabulary: str) -> int:

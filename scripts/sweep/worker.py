@@ -99,7 +99,7 @@ def main() -> int:
     silent = os.open(os.devnull, os.O_RDWR)
     os.dup2(silent, 0)
     _print_to(silent)
-    from steppe.lm.run.memo import Memo
+    from steppe.lm.parts.memo import Memo
     from steppe.scripts import train
 
     memo = Memo(KEEP)

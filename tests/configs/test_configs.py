@@ -8,7 +8,7 @@ import pytest
 
 from steppe.configs import base, paper, quickstart, sizes, watts
 from steppe.configs.keys import ConfigError
-from steppe.lm.run.check import check
+from steppe.lm.parts.check import check
 from steppe.optim.methods import METHODS
 from steppe.scripts import command
 from steppe.scripts.sweep import spec

@@ -14,7 +14,7 @@ from steppe.data.errors import CorpusDamaged, DataError
 from steppe.data.loader import open_corpus, training_rows
 from steppe.data.prepare import prepare, recipe_of
 from steppe.data.readers.built_in import embedded_documents
-from steppe.lm.run.check import described
+from steppe.lm.parts.check import described
 from steppe.scripts import prepare_data
 
 QUIET = {"log": lambda line: None}

@@ -13,9 +13,9 @@ def main() -> None:
 
     if int(count) > 1:
         jax.distributed.initialize(meet, int(count), int(index), heartbeat_timeout_seconds=60)
+    from steppe.lm.parts.check import check
+    from steppe.lm.parts.memo import Memo
     from steppe.lm.run import train
-    from steppe.lm.run.check import check
-    from steppe.lm.run.memo import Memo
     from steppe.scripts import command
 
     command.ready_to_compute()

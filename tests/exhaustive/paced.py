@@ -11,8 +11,8 @@ import matplotlib.pyplot  # noqa: F401  what every run would import for itself
 import s3fs  # noqa: F401
 
 from steppe.lm.keep import mirror, store
+from steppe.lm.parts.memo import Memo
 from steppe.lm.run import train
-from steppe.lm.run.memo import Memo
 from steppe.scripts import train as command
 
 SECONDS, PATIENCE, PACE = 0.4, 5.0, 0.3

@@ -9,8 +9,8 @@ from steppe.lm.measure import in_training, retention
 from steppe.lm.measure.evaluate import evaluation_step
 from steppe.lm.model import hlo
 from steppe.lm.model.ordered import jitted
+from steppe.lm.parts.step import lower_step
 from steppe.lm.run.generate import make_decoder
-from steppe.lm.run.step import lower_step
 from steppe.optim import methods
 from steppe.optim.base import BASES
 

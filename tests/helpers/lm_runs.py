@@ -5,8 +5,8 @@ import os
 import pathlib
 
 from steppe.configs import base
+from steppe.lm.parts.memo import Memo
 from steppe.lm.run import train
-from steppe.lm.run.memo import Memo
 
 MEMO = Memo(8)  # of this process: tests run the same few programs again and again
 

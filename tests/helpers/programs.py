@@ -10,7 +10,7 @@ from steppe.lm.measure import in_training, sharpness
 from steppe.lm.model.attention import differentiable
 from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.model.objective import objective
-from steppe.lm.run.assembly import Parts, ascent_reduction, assemble
+from steppe.lm.parts.assembly import Parts, ascent_reduction, assemble
 from steppe.optim import methods
 
 VOCABULARY, LENGTH, ROWS = 50, 128, 8

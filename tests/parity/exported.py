@@ -30,9 +30,9 @@ from steppe.lm.keep.saved import Unread
 from steppe.lm.measure import choices
 from steppe.lm.model import parameters
 from steppe.lm.model.objective import readout_kernel
-from steppe.lm.run.assembly import assemble
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.state import create
 from steppe.lm.run.generate import generate, make_decoder
-from steppe.lm.run.state import create
 
 FAMILIES = {
     "gpt2": {"style": "nanodo"},

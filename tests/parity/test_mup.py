@@ -13,7 +13,7 @@ import pytest
 from helpers import lm_runs
 from steppe.lm.model.parameters import MATRIX_AXES
 from steppe.lm.model.transformer import Trunk, shape
-from steppe.lm.run.state import init_params
+from steppe.lm.parts.state import init_params
 from steppe.optim.base import base
 
 torch = pytest.importorskip("torch", reason="steppe[parity] is not installed")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steppe.configs import base
 from steppe.lm.keep.exits import REFUSALS
-from steppe.lm.run.check import check
+from steppe.lm.parts.check import check
 from steppe.scripts import cli, command
 
 TRAIN = ["train", "--config=quickstart", "--workdir=run"]

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.lm.run.check import check
+from steppe.lm.parts.check import check
 from steppe.optim import methods
 from steppe.optim.methods import METHODS
 from steppe.scripts import cli, command, train

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from steppe.data import vocabulary
-from steppe.lm.run.check import check
+from steppe.lm.parts.check import check
 from steppe.scripts import cli, command
 
 ROOT = pathlib.Path(__file__).parents[2]

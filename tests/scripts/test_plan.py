@@ -17,9 +17,9 @@ from steppe.configs import base, sizes
 from steppe.lm.model import hlo
 from steppe.lm.model.mesh import make_mesh
 from steppe.lm.model.parameters import STACKED, name_of
-from steppe.lm.run import chips
-from steppe.lm.run.assembly import assemble
-from steppe.lm.run.budget import step_flops
+from steppe.lm.parts import chips
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.budget import step_flops
 from steppe.optim.methods import Cost
 from steppe.scripts.bench import methods as bench_methods
 from steppe.scripts.plan import __main__ as plan

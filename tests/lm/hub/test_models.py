@@ -21,9 +21,9 @@ from steppe.lm.keep.exits import STORAGE, Unusable
 from steppe.lm.keep.saved import Unread
 from steppe.lm.model import parameters
 from steppe.lm.model.objective import readout_kernel
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.state import create
 from steppe.lm.run import train
-from steppe.lm.run.assembly import assemble
-from steppe.lm.run.state import create
 from steppe.scripts.model import export as export_script
 
 pytest.importorskip("safetensors", reason="steppe[hub] is not installed")

@@ -14,7 +14,7 @@ from steppe.data.errors import StorageError
 from steppe.lm.keep import checkpoint, seal
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.keep.exits import Unusable
-from steppe.lm.run.state import State
+from steppe.lm.parts.state import State
 
 
 def state(step, width=4, dtype=jnp.float32):

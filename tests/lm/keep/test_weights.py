@@ -11,9 +11,9 @@ from helpers import lm_runs
 from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.parts.budget import averages_kept
+from steppe.lm.parts.check import check
 from steppe.lm.run import train
-from steppe.lm.run.budget import averages_kept
-from steppe.lm.run.check import check
 from steppe.scripts import results
 from steppe.scripts.measure import retention
 from steppe.scripts.model import evaluate

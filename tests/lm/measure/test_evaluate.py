@@ -13,9 +13,9 @@ import pytest
 from helpers import lm_runs
 from steppe.data import baselines, cache, loader
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
-from steppe.lm.run.assembly import assemble
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.state import create
 from steppe.lm.run.generate import generate, make_decoder
-from steppe.lm.run.state import create
 
 
 @pytest.fixture(scope="module")

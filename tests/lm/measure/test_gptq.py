@@ -11,8 +11,8 @@ import pytest
 from helpers import lm_runs
 from steppe.data import cache, loader
 from steppe.lm.measure import gptq, retention
-from steppe.lm.run.assembly import assemble, batch_reader
-from steppe.lm.run.state import create
+from steppe.lm.parts.assembly import assemble, batch_reader
+from steppe.lm.parts.state import create
 
 
 def by_elimination(w, gram, bits, group):

@@ -13,9 +13,9 @@ import pytest
 from helpers import lm_runs
 from steppe.data import cache, loader
 from steppe.lm.measure import frontier, retention
-from steppe.lm.run.assembly import assemble, batch_reader
-from steppe.lm.run.state import create
-from steppe.lm.run.step import make_step
+from steppe.lm.parts.assembly import assemble, batch_reader
+from steppe.lm.parts.state import create
+from steppe.lm.parts.step import make_step
 from steppe.optim.masks import path_names
 
 

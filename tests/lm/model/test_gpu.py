@@ -10,8 +10,8 @@ import pytest
 
 from steppe.configs import base, sizes
 from steppe.lm.model import attention
-from steppe.lm.run.state import create
-from steppe.lm.run.step import with_scalars
+from steppe.lm.parts.state import create
+from steppe.lm.parts.step import with_scalars
 from steppe.scripts.plan.__main__ import compiled_step
 
 pytestmark = [

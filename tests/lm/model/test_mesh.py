@@ -12,8 +12,8 @@ from helpers import lm_runs
 from steppe.lm.model import hlo
 from steppe.lm.model import mesh as meshes
 from steppe.lm.model.mesh import batch_sharding
-from steppe.lm.run.assembly import assemble
-from steppe.lm.run.step import lower_step
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.step import lower_step
 from steppe.optim import methods
 from steppe.scripts.bench.collectives import least
 

@@ -5,9 +5,9 @@ import pytest
 
 from helpers import lm_runs
 from steppe.configs.keys import ConfigError
-from steppe.lm.run.assembly import assemble
-from steppe.lm.run.check import check
-from steppe.lm.run.step import lower_step
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.check import check
+from steppe.lm.parts.step import lower_step
 from steppe.scripts.measure import coordinates
 
 BATCH = {"inputs": "int32", "targets": "int32", "weights": "float32"}

@@ -7,9 +7,9 @@ import pytest
 from helpers.programs import LENGTH, PLATFORMS, VOCABULARY, batch_of, curvature_calls, parts_on
 from steppe.lm.measure import retention
 from steppe.lm.measure.evaluate import evaluation_step
-from steppe.lm.run import state as states
+from steppe.lm.parts import state as states
+from steppe.lm.parts.step import lower_step
 from steppe.lm.run.generate import make_decoder
-from steppe.lm.run.step import lower_step
 from steppe.optim import methods
 
 

@@ -9,10 +9,10 @@ import pytest
 from helpers import lm_runs
 from steppe.configs import base
 from steppe.data import loader
-from steppe.lm.keep.workdir import kept_corpus
+from steppe.lm.parts import corpus as corpora
+from steppe.lm.parts.budget import length
+from steppe.lm.parts.state import parameter_shapes
 from steppe.lm.run import train
-from steppe.lm.run.budget import length
-from steppe.lm.run.state import parameter_shapes
 
 T, BATCH, BUDGET = 64, 8, 4000
 PADDED = {
@@ -45,7 +45,7 @@ def config(lines, task="lines:{}/short.txt", **more):
 
 def seen(workdir, steps, batch=BATCH, first=0, before=0):
     """Tokens of each step, from the rows themselves."""
-    corpus = kept_corpus(workdir)
+    corpus = corpora.kept(workdir)
     rows = (loader.training_rows(corpus, 0, step, batch, before=before)["weights"] for step in range(first, steps))
     return [int((weights > 0).sum()) for weights in rows]
 

@@ -16,8 +16,8 @@ from helpers import lm_runs
 from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import Unusable
-from steppe.lm.measure import replay
-from steppe.lm.run import anomaly, train
+from steppe.lm.parts import anomaly
+from steppe.lm.run import replay, train
 from steppe.optim.rule import norm
 from steppe.scripts.model import evaluate, generate
 

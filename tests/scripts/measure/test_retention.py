@@ -15,8 +15,8 @@ from steppe.data import cache, loader
 from steppe.lm.keep import saved, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
-from steppe.lm.run.assembly import assemble
-from steppe.lm.run.state import create
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.state import create
 from steppe.lm.track.tracker import Tracker
 from steppe.scripts.measure import retention, retention_figures
 

@@ -5,9 +5,8 @@ import pytest
 from helpers import lm_runs
 from steppe.data import loader
 from steppe.lm.keep.exits import Unusable
-from steppe.lm.keep.leg import Leg, leg_of
-from steppe.lm.measure import replay
-from steppe.lm.run import train
+from steppe.lm.parts.leg import Leg, leg_of
+from steppe.lm.run import replay, train
 from steppe.scripts import results
 
 TOKENS = {"train__duration": "2560 tokens", "optim__warmup": "20%"}  # 20 steps of 8 x 16

@@ -8,8 +8,8 @@ import pytest
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.lm.run.anomaly import UPDATE, Watch, limit
-from steppe.lm.run.check import check
+from steppe.lm.parts.anomaly import UPDATE, Watch, limit
+from steppe.lm.parts.check import check
 
 SOUND = {"loss": 2.0, "perturbed_loss": 2.1, "gradient_norm": 1.0, "epsilon_norm": 0.1, "nonfinite": 0.0, "spike": 0.0}
 NAN = math.nan

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from steppe.configs import base
-from steppe.lm.run.anomaly import batch_index
+from steppe.lm.parts.anomaly import batch_index
 
 
 class Leg(NamedTuple):

@@ -9,9 +9,9 @@ import pytest
 
 from steppe.configs import base
 from steppe.lm.model.mesh import batch_sharding
-from steppe.lm.run.anomaly import Watch
-from steppe.lm.run.assembly import assemble, program_key
-from steppe.lm.run.step import lower_step
+from steppe.lm.parts.anomaly import Watch
+from steppe.lm.parts.assembly import assemble, program_key
+from steppe.lm.parts.step import lower_step
 from steppe.optim.two_pass import SWITCHES
 
 SAM = {"optim.method": "sam"}
@@ -163,8 +163,8 @@ def test_a_clip_is_made_in_either_order(order):
 
 def test_the_gap_is_what_the_loss_rises_by():
     """On a step of plain gradient ascent at a small radius the loss at theta + epsilon is above that at theta."""
-    from steppe.lm.run.state import create
-    from steppe.lm.run.step import compile_step
+    from steppe.lm.parts.state import create
+    from steppe.lm.parts.step import compile_step
 
     config = config_of({**SAM, "optim.rho": 0.05})
     parts = assemble(config, 259, 10**6, None, jax.devices()[:1])

@@ -17,19 +17,19 @@ from steppe.data import baselines, loader
 from steppe.data.cache import open_of
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus
-from steppe.lm.keep.leg import WHOLE, Leg
-from steppe.lm.keep.workdir import kept_corpus
 from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
 from steppe.lm.model.parameters import GROUPS, MATRIX_AXES
 from steppe.lm.model.transformer import Shape, shape, widening_of
-from steppe.lm.run import budget as budgets
-from steppe.lm.run.budget import Budget, Length, budget, count_parameters, describe, length
-from steppe.lm.run.check import kernel_of, mesh_shape, method_options, method_settings
-from steppe.lm.run.chips import chip_of
-from steppe.lm.run.memo import Memo
-from steppe.lm.run.state import Optimizer, State, abstract, initialiser, parameter_shapes
+from steppe.lm.parts import budget as budgets
+from steppe.lm.parts import corpus as corpora
+from steppe.lm.parts.budget import Budget, Length, budget, count_parameters, describe, length
+from steppe.lm.parts.check import kernel_of, mesh_shape, method_options, method_settings
+from steppe.lm.parts.chips import chip_of
+from steppe.lm.parts.leg import WHOLE, Leg
+from steppe.lm.parts.memo import Memo
+from steppe.lm.parts.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective
 from steppe.optim.averaging import Averages
 from steppe.optim.base import base
@@ -68,7 +68,7 @@ def assemble(
     leg: Leg = WHOLE,
     tokens_per_row: float | None = None,
 ) -> Parts:
-    """Builds the parts from a config that lm.run.check accepted.
+    """Builds the parts from a config that lm.parts.check accepted.
 
     epoch_tokens: positions of one pass over the corpus, for durations in epochs. tokens_per_row: what it has of tokens
     on average, where it is known. frequency: share of each token in the
@@ -279,7 +279,7 @@ def open_parts(
     try:
         corpus = open_of(config.data, log)
     except DataError as error:
-        corpus = kept_corpus(directory) if directory else None
+        corpus = corpora.kept(directory) if directory else None
         if corpus is None:
             raise
         log(f"{error}: the run goes on with the corpus it has prepared, {corpus.directory}")

@@ -9,9 +9,9 @@ import optax
 from jax.typing import ArrayLike
 
 from steppe.lm.model.ordered import ordered
-from steppe.lm.run.anomaly import UPDATE
-from steppe.lm.run.assembly import Parts
-from steppe.lm.run.state import Optimizer, State
+from steppe.lm.parts.anomaly import UPDATE
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.state import Optimizer, State
 from steppe.optim import Objective
 from steppe.optim.base import at_step
 from steppe.optim.rule import norm

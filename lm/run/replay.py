@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 from steppe.lm.keep import mirror, workdir
 from steppe.lm.keep.checkpoint import Checkpoints, directory_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
-from steppe.lm.keep.leg import WHOLE, leg_of
 from steppe.lm.model import parameters
-from steppe.lm.run import anomaly, train
-from steppe.lm.run.assembly import abstract_batch, batch_reader, open_parts
-from steppe.lm.run.state import State
-from steppe.lm.run.step import compile_step
+from steppe.lm.parts import anomaly
+from steppe.lm.parts.assembly import abstract_batch, batch_reader, open_parts
+from steppe.lm.parts.leg import WHOLE, leg_of
+from steppe.lm.parts.state import State
+from steppe.lm.parts.step import compile_step
+from steppe.lm.run import train
 from steppe.lm.track import lines
 
 _HOUSE = str(Path(anomaly.__file__).parents[2])

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 
 from steppe.configs.keys import ConfigError
-from steppe.lm.keep.leg import WHOLE, Leg
 from steppe.lm.model import parameters
 from steppe.lm.model.transformer import Shape, shape
-from steppe.lm.run.check import method_settings
-from steppe.lm.run.chips import Chip
+from steppe.lm.parts.check import method_settings
+from steppe.lm.parts.chips import Chip
+from steppe.lm.parts.leg import WHOLE, Leg
 from steppe.optim import Rule, methods
 from steppe.optim.averaging import AVERAGES
 from steppe.optim.schedules import duration_steps, in_steps

@@ -10,10 +10,10 @@ import pytest
 from helpers import lm_runs
 from steppe.lm.model.mesh import batch_sharding, local_rows, place_batch
 from steppe.lm.model.objective import objective
-from steppe.lm.run.anomaly import UPDATE
-from steppe.lm.run.assembly import assemble
-from steppe.lm.run.state import create, start
-from steppe.lm.run.step import compile_step, lower_step, make_step
+from steppe.lm.parts.anomaly import UPDATE
+from steppe.lm.parts.assembly import assemble
+from steppe.lm.parts.state import create, start
+from steppe.lm.parts.step import compile_step, lower_step, make_step
 from steppe.optim.base import base
 
 METHODS = ("sam", "functional_sam", "logit_sam", "precond_sam", "precond_functional_sam")

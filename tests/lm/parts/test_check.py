@@ -5,7 +5,7 @@ import pytest
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
 from steppe.data.errors import DataError
-from steppe.lm.run.check import check, mesh_shape
+from steppe.lm.parts.check import check, mesh_shape
 from steppe.optim.methods import METHODS, OPTIONS, method
 from steppe.optim.rule import OptionError
 
