@@ -116,7 +116,7 @@ def write(found: list, out: Path, name: str) -> Path:
         for source, own in measures.groupby("source", observed=True):
             parts = measured.sharpness(source, own, styles)
             if source == "curvature":
-                parts.append(measured.curvature_over_training(an.over_training(study), styles))
+                parts = [*parts, measured.curvature_over_training(an.over_training(study), styles)]
             else:
                 kept, costs = beside.kept_against_rho(study.entries), beside.forgetting(made)
                 parts = [measured.kept_against_rho(kept), measured.forgetting(costs), *parts, answer.fine_tuning(made)]

@@ -73,16 +73,16 @@ def numbers(a, b) -> list[tuple[str, str, str, str]]:
     """(what, in a, in b, b beside a) for the table."""
     step, common = first_difference(a, b)
     differ = f"step {step}" if step is not None else f"nowhere in {common} common steps" if common else "no common step"
-    last = [run.curve[-1] if run.curve else None for run in (a, b)]
+    last = [run.curve[-1] for run in (a, b) if run.curve]
     shared = sorted({point.step for point in a.curve} & {point.step for point in b.curve})
     losses = [{point.step: point.loss for point in run.curve} for run in (a, b)]
     rows = [("status", a.status, b.status, ""), ("training losses differ from", "", "", differ)]
-    if all(last):
+    if len(last) == 2:
         rows.append(
             ("last held-out loss, nats per token", *(f"{point.loss:.4f} (step {point.step})" for point in last),
              _signed(last[1].loss - last[0].loss))
         )  # fmt: skip
-    if shared and all(last) and last[0].step != last[1].step:
+    if shared and len(last) == 2 and last[0].step != last[1].step:
         pair = [loss[shared[-1]] for loss in losses]
         rows.append(
             (f"held-out loss at step {shared[-1]}", *(f"{loss:.4f}" for loss in pair), _signed(pair[1] - pair[0]))
@@ -152,7 +152,9 @@ def curves(pair):
         train, thin = run.train_curve, slice(None, None, max(1, len(run.train_curve.step) // 400))
         found += [(letter, "training", *each) for each in zip(train.step[thin], train.loss[thin], strict=True)]
         found += [(letter, "held-out", point.step, point.loss) for point in run.curve]
-    found += [("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(*pair, kind)]
+    found += [
+        ("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(pair[0], pair[1], kind)
+    ]
     return pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
 
 

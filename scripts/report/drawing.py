@@ -4,13 +4,16 @@ import re
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from steppe.lm import plot
 from steppe.scripts import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDTH = 11.0  # inches of every figure: the page's
 
@@ -22,7 +25,7 @@ class Drawing(NamedTuple):
     title: str
     caption: str
     alt: str
-    figure: object
+    figure: "Figure"
     frame: pd.DataFrame
 
 
@@ -61,7 +64,7 @@ def ticker():
     return ticker
 
 
-def grid(cells: list[tuple], height: float, sharey=False):
+def grid(cells: list[tuple], height: float, sharey: bool | Literal["row"] = False):
     """(figure, {(row, column): axes}), as wide as the page, with a panel for each (row, column), `height` inches high;
     empty corners stay empty."""
     down, across = (list(dict.fromkeys(cell[axis] for cell in cells)) for axis in (0, 1))
@@ -117,8 +120,8 @@ def si_ticks(axis) -> None:
     if axis.get_scale() == "log":
         low, high = sorted(axis.get_view_interval())
         wide = high / low
-        steps = (1, 2, 5) if wide > 5 else (1, 1.5, 2, 3, 4, 6, 8) if wide > 2 else np.arange(1, 10, 0.5)
-        axis.set_major_locator(formats.LogLocator(10, subs=(1, 3) if wide > 300 else steps))
+        steps = [1, 2, 5] if wide > 5 else [1, 1.5, 2, 3, 4, 6, 8] if wide > 2 else list(np.arange(1, 10, 0.5))
+        axis.set_major_locator(formats.LogLocator(10, subs=[1, 3] if wide > 300 else steps))
         axis.set_minor_formatter(formats.NullFormatter())
         axis.set_minor_locator(formats.NullLocator())
     else:

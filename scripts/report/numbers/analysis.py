@@ -64,7 +64,8 @@ def comparison(study: Study) -> pd.DataFrame:
              "variant": entry.name, "rate": entry.chosen("rate"), "rho": entry.best["rho"].iloc[0],
              "where": _where(entry), "tried": len(means) if entry.perturbs else 0, "finished": int(ended.sum()),
              "runs": len(entry.runs), "seeds": len(entry.best), "loss": entry.loss,
-             "bits_per_byte": entry.best["bits_per_byte"].mean(), "against": entry.tokens.name if way else "",
+             "bits_per_byte": entry.best["bits_per_byte"].mean(),
+             "against": entry.tokens.name if way and entry.tokens else "",
              **spread("difference", way.interval if way else NOTHING), "fresh": bool(way and way.fresh),
              **spread("difference_pooled", _with_noise_of_all(study, entry)),
              "selection": gain_of_selection(cell, entry), "flops_ratio": entry.cost, "seconds_ratio": pace(cell, entry)}
@@ -81,7 +82,7 @@ def _where(entry: Entry) -> str:
 def _with_noise_of_all(study: Study, entry: Entry) -> Interval:
     """The difference of an entry to AdamW with bounds from the noise of all entries of its cell on the same seeds."""
     way = difference(entry, entry.tokens)
-    if way is None or way.interval.n < 2:
+    if way is None or entry.tokens is None or way.interval.n < 2:
         return NOTHING
     seeds, _ = paired(entry, entry.tokens, way.pairs)
     inside = [each for each in study.entries if each.cell == entry.cell]
@@ -315,7 +316,7 @@ def on_the_way(study: Study) -> pd.DataFrame:
     rows = []
     for cell, entry in of_entries(study):
         way = difference(entry, entry.tokens)
-        if way is None:
+        if way is None or entry.tokens is None:
             continue
         seeds, _ = paired(entry, entry.tokens, way.pairs)
         own, base = (points(each.best[each.best.index.isin(seeds)]) for each in (entry, entry.tokens))

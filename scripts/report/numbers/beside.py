@@ -152,7 +152,7 @@ def table(made: Answer, asked: Sequence[str], of_answer: Sequence[str] = ()) -> 
         own = made.ways[(made.ways["row"] == row.Index) & made.ways["measure"].isin(of_answer)]
         ways = pd.concat([own, en.differences(row.entry, others, of)])
         for basis, other in others.items():
-            if len(known := ways[ways["basis"] == basis]):
+            if other and len(known := ways[ways["basis"] == basis]):
                 against = other.name if other.budget == row.entry.budget else f"{other.name}, {other.budget}"
                 rows.append(
                     given(row.group, row.name, row.entry, en.BASES[basis], against, bool(known["fresh"].all()))

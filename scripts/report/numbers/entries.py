@@ -50,7 +50,7 @@ class Entry:
     scale: str
     budget: str
     runs: pd.DataFrame
-    choice: st.Choice
+    choice: st.Choice[int]
     optimum: st.Optimum | None = None
     tokens: "Entry | None" = None
     flops: "Entry | None" = None
@@ -111,7 +111,7 @@ class Entry:
     @functools.cached_property
     def of_choice(self) -> bool:
         """Whether its setting is the best of all that were tried, not one of several with seeds of their own."""
-        return self.choice.rho == min(self.choice.means, key=self.choice.means.get)
+        return self.choice.rho == min(self.choice.means, key=self.choice.means.__getitem__)
 
     def at(self, setting: int) -> "Entry":
         """The entry at another of its settings: seeds that every setting has were there to choose it too."""
@@ -161,7 +161,9 @@ class Entry:
         """Where the best value lies at an end of its grid: lower | upper | "" (inside, nothing was tried, or it is not
         the best)."""
         tried, best = self.tried(axis), self.chosen(axis)
-        return "" if len(tried) < 2 or not self.of_choice else {tried[0]: "lower", tried[-1]: "upper"}.get(best, "")
+        if best is None or len(tried) < 2 or not self.of_choice:
+            return ""
+        return {tried[0]: "lower", tried[-1]: "upper"}.get(best, "")
 
 
 class Difference(NamedTuple):
@@ -261,7 +263,7 @@ def analyse(results: Sequence[Result]) -> Study:
 def _of_one_second_text(results: Sequence[Result]) -> tuple[list[Result], int]:
     """The results without what was measured on other second texts than that of most, and how many had such."""
     texts = collections.Counter(result.fine_tune.get("text", "") for result in results if result.fine_tune)
-    most = max(texts, key=texts.get, default="")
+    most = max(texts, key=texts.__getitem__, default="")
 
     def kept(result: Result) -> Result:
         if not result.fine_tune or result.fine_tune.get("text", "") == most:

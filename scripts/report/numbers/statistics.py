@@ -6,13 +6,16 @@ they cover the truth that often, if the stated assumptions hold. A bound that th
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
 LEVEL = 0.95
+K = TypeVar("K", bound=float)
+S = TypeVar("S", bound=Hashable)
+T = TypeVar("T", bound=Hashable)
 _HUBER = 1e-3  # in log loss, as Hoffmann et al. (arXiv 2203.15556) take it; wider where the noise is
 
 
@@ -33,12 +36,11 @@ def finite(values: pd.Series) -> pd.Series:
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """The mean of independent values and its Student interval; one value has no bounds."""
-    values = np.asarray(values, float)
-    n = len(values)
+    n, found = len(values), np.asarray(values, float)
     if n < 2:
-        return Interval(float(values.mean()) if n else math.nan, math.nan, math.nan, n)
-    half = _t(level, n - 1) * values.std(ddof=1) / math.sqrt(n)
-    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n, n - 1)
+        return Interval(float(found.mean()) if n else math.nan, math.nan, math.nan, n)
+    half = _t(level, n - 1) * found.std(ddof=1) / math.sqrt(n)
+    return Interval(float(found.mean()), float(found.mean() - half), float(found.mean() + half), n, n - 1)
 
 
 def p_value(found: Interval, level: float = LEVEL) -> float:
@@ -87,12 +89,12 @@ def detectable(sigma: float, pairs: int, power: float = 0.8, level: float = LEVE
     bound, df = _t(level, pairs - 1), pairs - 1
 
     def missing(shift: float) -> float:
-        return stats.nct.sf(bound, df, shift) - power
+        return float(stats.nct.sf(bound, df, shift)) - power
 
-    return float(optimize.brentq(missing, 0.0, 2 * bound)) * sigma / math.sqrt(pairs)
+    return optimize.root_scalar(missing, bracket=(0.0, 2 * bound)).root * sigma / math.sqrt(pairs)
 
 
-def additive(losses: Mapping[tuple[Hashable, Hashable], float]) -> Noise:
+def additive(losses: Mapping[tuple[T, S], float]) -> Noise:
     """The noise in {(treatment, seed): loss}, loss = treatment + seed + noise, by least squares.
 
     Losses need not be complete; treatments that share no seed with the others are fitted all the same.
@@ -113,15 +115,15 @@ def with_noise(found: Interval, noise: Noise, level: float = LEVEL) -> Interval:
     return Interval(found.value, found.value - half, found.value + half, found.n, noise.df)
 
 
-class Choice(NamedTuple):
+class Choice(NamedTuple, Generic[K]):
     """The best rho: seeds that took part in choosing it; means {rho: mean loss over them}, infinite if one diverged."""
 
-    rho: float
+    rho: K
     seeds: frozenset
-    means: dict[float, float]
+    means: dict[K, float]
 
 
-def choose(losses: Mapping[float, Mapping[Hashable, float]]) -> Choice | None:
+def choose(losses: Mapping[K, Mapping[S, float]]) -> Choice[K] | None:
     """The rho of the lowest mean loss in {rho: {seed: loss}}; a diverged run's loss is infinite, its rho not eligible.
 
     The mean is over the seeds that all rho share: a rho that got more seeds because it looked best would otherwise be
@@ -135,7 +137,7 @@ def choose(losses: Mapping[float, Mapping[Hashable, float]]) -> Choice | None:
         used = [loss for seed, loss in losses[rho].items() if not shared or seed in shared]
         bad = any(not math.isfinite(loss) for loss in losses[rho].values())
         means[rho] = math.inf if bad else float(np.mean(used))
-    best = min(means, key=means.get)
+    best = min(means, key=means.__getitem__)
     if not math.isfinite(means[best]):
         return None
     return Choice(best, shared or frozenset(seed for by_seed in losses.values() for seed in by_seed), means)
@@ -234,12 +236,12 @@ def power_law(
     With errors: weighted, and widened by the misfit where that is larger than they explain. Without: the scatter about
     the line, which takes three points. None for fewer than two different x.
     """
-    log_x, log_y, errors = np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), np.asarray(errors, float)
+    log_x, log_y, own = np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), np.asarray(errors, float)
     n = len(log_x)
     if n < 2 or np.ptp(log_x) == 0:
         return None
-    known = bool(np.isfinite(errors).all() and (errors > 0).all())
-    w = 1 / errors**2 if known else np.ones(n)
+    known = bool(np.isfinite(own).all() and (own > 0).all())
+    w = 1 / own**2 if known else np.ones(n)
     middle = float((w * log_x).sum() / w.sum())
     spread = float((w * (log_x - middle) ** 2).sum())
     level_y = float((w * log_y).sum() / w.sum())
@@ -339,17 +341,16 @@ def rank_correlation(
 
     Pairs with a non-finite member are left out. The bootstrap takes pairs as independent draws.
     """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    keep = np.isfinite(x) & np.isfinite(y)
-    x, y = x[keep], y[keep]
-    n = len(x)
-    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    pairs = np.asarray([x, y], float)
+    a, b = pairs[:, np.isfinite(pairs).all(0)]
+    n = len(a)
+    if n < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Interval(math.nan, math.nan, math.nan, n)
     rows = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    value = _row_correlation(stats.rankdata(x)[None], stats.rankdata(y)[None])[0]
+    value = _row_correlation(stats.rankdata(a)[None], stats.rankdata(b)[None])[0]
     if n < 5:
         return Interval(float(value), math.nan, math.nan, n)
-    many = _row_correlation(stats.rankdata(x[rows], axis=1), stats.rankdata(y[rows], axis=1))
+    many = _row_correlation(stats.rankdata(a[rows], axis=1), stats.rankdata(b[rows], axis=1))
     low, high = np.nanquantile(many, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high), n)
 
@@ -375,7 +376,9 @@ def _law(p: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.nd
 def _fit_law(u: np.ndarray, v: np.ndarray, y: np.ndarray, start, delta: float) -> optimize.OptimizeResult:
     # bounds keep a term that the data do not need from running off
     return optimize.least_squares(
-        lambda p: _law(p, u, v)[0] - y, start, jac=lambda p: _law(p, u, v)[1], loss="huber", f_scale=delta,
+        lambda p: _law(p, u, v)[0] - y, start,
+        jac=lambda p: _law(p, u, v)[1],  # pyright: ignore[reportArgumentType]  scipy infers a text of its default
+        loss="huber", f_scale=delta,
         bounds=([-12, -12, -12, 0, 0], [12, 12, 12, 3, 3]), x_scale=(1, 1, 1, 0.3, 0.3), max_nfev=200,
     )  # fmt: skip
 
