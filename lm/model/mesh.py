@@ -70,6 +70,8 @@ class Placement(NamedTuple):
         blocks, shape = _tiles(part[None]), part.shape
         for groups in reversed(_ring_groups(self.mesh)):
             blocks = jax.lax.all_gather(blocks, "fsdp", axis=0, tiled=True, axis_index_groups=groups)
+        if blocks.size != n * part.size:
+            blocks = jax.lax.optimization_barrier(blocks)
         return blocks.reshape(n, -1)[:, : part.size].reshape(n * shape[0], *shape[1:])
 
     def scattered(self, part: jax.Array) -> jax.Array:
@@ -79,6 +81,8 @@ class Placement(NamedTuple):
             blocks = _tiles(part.reshape(n, *shape))
             for groups in _ring_groups(self.mesh):
                 blocks = jax.lax.psum_scatter(blocks, "fsdp", scatter_dimension=0, tiled=True, axis_index_groups=groups)
+            if blocks.size != math.prod(shape):
+                blocks = jax.lax.optimization_barrier(blocks)
             part = blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
         return self.summed(part, "data")
 
@@ -104,7 +108,7 @@ class Placement(NamedTuple):
         return jax.shard_map(function, mesh=self.mesh, in_specs=next(specs), out_specs=next(specs), check_vma=False)
 
 
-_TILE = (16, 128)  # of two bytes in a TPU's memory: what is no multiple is padded there
+_TILE = (8, 128)  # in a TPU's memory: what is no multiple is padded there
 
 
 def _tiles(blocks: jax.Array) -> jax.Array:
@@ -112,7 +116,9 @@ def _tiles(blocks: jax.Array) -> jax.Array:
     if blocks.ndim == 3 and blocks.shape[1] % _TILE[0] == 0 and blocks.shape[2] % _TILE[1] == 0:
         return blocks
     flat = blocks.reshape(len(blocks), -1)
-    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % math.prod(_TILE))))
+    if missing := -flat.shape[1] % math.prod(_TILE):
+        # XLA on TPU would move the padding over the exchange, and get shapes wrong.
+        flat = jax.lax.optimization_barrier(jnp.pad(flat, ((0, 0), (0, missing))))
     return flat.reshape(len(blocks), -1, _TILE[1])
 
 

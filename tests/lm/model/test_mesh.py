@@ -54,7 +54,7 @@ def ratios(topology: str, methods, root) -> dict[str, float]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x4", "v5e:8x8", "v6e:16x16", "v5p:4x4x4", "h100:8"])
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x4", "v5e:8x8", "v6e:8x8", "v5p:4x4x4", "h100:8"])
 def test_compiled_ahead_of_time_it_does_so_too(topology, request):
     found = ratios(topology, ("adamw", "functional_sam"), request.config.rootpath)
     assert list(found) == ["adamw", "functional_sam"]
