@@ -64,10 +64,8 @@ class Placement(NamedTuple):
         return jax.lax.psum(x, axes) if axes else x
 
     def gathered(self, part: jax.Array) -> jax.Array:
-        """An array [D, N] of which each device along fsdp stores [D / fsdp, N]."""
-        if (n := self.size("fsdp")) == 1:
-            return part
-        blocks, shape = _tiles(part[None]), part.shape
+        """An array [D, N] of which each of several devices along fsdp stores [D / fsdp, N]."""
+        blocks, shape, n = _tiles(part[None]), part.shape, self.size("fsdp")
         for groups in reversed(_ring_groups(self.mesh)):
             blocks = jax.lax.all_gather(blocks, "fsdp", axis=0, tiled=True, axis_index_groups=groups)
         if blocks.size != n * part.size:
@@ -76,26 +74,26 @@ class Placement(NamedTuple):
 
     def scattered(self, part: jax.Array) -> jax.Array:
         """The sum of an array [D, N] over the devices of a batch: the rows [D / fsdp, N] that this device stores."""
-        if (n := self.size("fsdp")) > 1:
-            shape = (len(part) // n, *part.shape[1:])
-            blocks = _tiles(part.reshape(n, *shape))
-            for groups in _ring_groups(self.mesh):
-                blocks = jax.lax.psum_scatter(blocks, "fsdp", scatter_dimension=0, tiled=True, axis_index_groups=groups)
-            if blocks.size != math.prod(shape):
-                blocks = jax.lax.optimization_barrier(blocks)
-            part = blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
-        return self.summed(part, "data")
+        n = self.size("fsdp")
+        shape = (len(part) // n, *part.shape[1:])
+        blocks = _tiles(part.reshape(n, *shape))
+        for groups in _ring_groups(self.mesh):
+            blocks = jax.lax.psum_scatter(blocks, "fsdp", scatter_dimension=0, tiled=True, axis_index_groups=groups)
+        if blocks.size != math.prod(shape):
+            blocks = jax.lax.optimization_barrier(blocks)
+        return self.summed(blocks.reshape(-1)[: math.prod(shape)].reshape(shape), "data")
 
     def whole_width(self, table_RxD: jax.Array) -> jax.Array:
         """A table whose width is split over fsdp, gathered."""
-        return self.gathered(table_RxD.T).T
+        return self.gathered(table_RxD.T).T if self.size("fsdp") > 1 else table_RxD
 
     def reduced(self, gradient_RxD: jax.Array) -> jax.Array:
         """A table's gradient summed over the devices of a batch, its width split over fsdp as the table's is."""
         if self.size("data") * self.size("fsdp") == 1:
             return gradient_RxD
         sent = gradient_RxD.astype(self.reduction or gradient_RxD.dtype)
-        return self.scattered(sent.T).T.astype(gradient_RxD.dtype)
+        own = self.scattered(sent.T).T if self.size("fsdp") > 1 else self.summed(sent, "data")
+        return own.astype(gradient_RxD.dtype)
 
     def split(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         """The function run on each device's own parts of its arguments, of these kinds (trees of them).
