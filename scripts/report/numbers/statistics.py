@@ -4,13 +4,14 @@ Intervals are confidence intervals at level 0.95 unless told otherwise: over man
 they cover the truth that often, if the stated assumptions hold. A bound that the data do not give is NaN.
 """
 
+import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 LEVEL = 0.95
 K = TypeVar("K", bound=float)
@@ -78,20 +79,29 @@ def pooled(intervals: Sequence[Interval], level: float = LEVEL) -> Noise:
     return Noise(math.sqrt(squares / df) if df else math.nan, df)
 
 
+def power_of(difference: float, sigma: float, pairs: int, level: float = LEVEL) -> float:
+    """How often the Student interval of so many pairs lies on the side of zero on which the true difference lies.
+
+    sigma: standard deviation of one pair's difference. By the noncentral t distribution, exact for normal differences.
+    """
+    if not sigma > 0:
+        return float(difference != 0)
+    return float(1 - special.nctdtr(pairs - 1, abs(difference) * math.sqrt(pairs) / sigma, _t(level, pairs - 1)))
+
+
 def detectable(sigma: float, pairs: int, power: float = 0.8, level: float = LEVEL) -> float:
     """The smallest true difference whose Student interval lies on its side of zero so often; NaN for one pair.
 
-    sigma: standard deviation of one pair's difference; power: how often, a probability. By the noncentral t
-    distribution, exact for normal differences.
+    sigma: standard deviation of one pair's difference; power: how often, a probability; see power_of.
     """
     if pairs < 2 or not math.isfinite(sigma):
         return math.nan
-    bound, df = _t(level, pairs - 1), pairs - 1
 
     def missing(shift: float) -> float:
-        return float(stats.nct.sf(bound, df, shift)) - power
+        return power_of(shift, 1.0, pairs, level) - power
 
-    return optimize.root_scalar(missing, bracket=(0.0, 2 * bound)).root * sigma / math.sqrt(pairs)
+    highest = 2 * _t(level, pairs - 1) / math.sqrt(pairs)
+    return optimize.root_scalar(missing, bracket=(0.0, highest)).root * sigma
 
 
 def additive(losses: Mapping[tuple[T, S], float]) -> Noise:
@@ -355,6 +365,7 @@ def rank_correlation(
     return Interval(float(value), float(low), float(high), n)
 
 
+@functools.cache
 def _t(level: float, df: float) -> float:
     return float(stats.t.ppf((1 + level) / 2, df)) if math.isfinite(df) else float(stats.norm.ppf((1 + level) / 2))
 
