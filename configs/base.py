@@ -29,7 +29,6 @@ from steppe.configs.keys import (
     one_of,
     patterns,
     several_of,
-    slot,
 )
 
 # where the options of methods, and the switches of all of them, stand among the keys
@@ -303,6 +302,15 @@ def keys() -> dict[str, Key]:
     return found
 
 
+def keys_of(flat: Mapping[str, Any]) -> Mapping[str, Key]:
+    """{"section.name": Key} of every key of one config, of which `flat` is known: here the whole of it need not be.
+
+    Whatever a config names may declare keys of that config alone: they are added here, and here only. So
+    `optim.method` is read before the rest of a command line, and keys() is what all configs have.
+    """
+    return keys()
+
+
 def get_config() -> ConfigDict:
     """The base configuration: a small byte-level model on the embedded corpus, trained with AdamW."""
     return config_of(keys())
@@ -316,7 +324,7 @@ def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     An option left to its method whose default has changed since is at what it then was.
     """
-    found = flatten({name: key.default for name, key in keys().items()}) | dict(flat)
+    found = flatten({name: key.default for name, key in keys_of(flat).items()}) | dict(flat)
     found |= former(found, flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(found["optim.method"], options).items():
@@ -335,15 +343,12 @@ def completed(config: Mapping | ConfigDict) -> ConfigDict:
 
     Raises ConfigError for keys that are there no longer, or a value of another type.
     """
-    whole, flat = get_config(), flatten(config)
-    gone = [name for name in flat if name not in keys()]
+    flat = flatten(config)
+    gone = [name for name in flat if name not in keys_of(flat)]
     if gone:
         others = f" (nor {', '.join(gone[1:])})" if gone[1:] else ""
         raise ConfigError(gone[0], flat[gone[0]], f"left out: this version has no such key{others}")
-    for name, value in with_defaults(typed(flat)).items():
-        section, last = slot(whole, name)
-        section[last] = tuple(value) if isinstance(value, list) else value
-    return whole
+    return config_of(keys_of(flat), with_defaults(typed(flat)))
 
 
 def _suits(key: Key, value: Any) -> bool:
@@ -351,23 +356,24 @@ def _suits(key: Key, value: Any) -> bool:
 
 
 @functools.lru_cache(1 << 14)  # many runs are read, of which most values are the same
-def _fits(name: str, kind: type, value: Any) -> bool:
-    return _suits(keys()[name], value)
+def _fits(key: Key, kind: type, value: Any) -> bool:
+    return _suits(key, value)
 
 
 def typed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
     """A flat config that some version of Steppe wrote, once its values are of their keys' types, and numbers within
     their bounds; keys that this version does not know are let through. ConfigError."""
-    sections = {name.rpartition(".")[0] for name in keys()} - {""}
+    known = keys_of(flat)
+    sections = {name.rpartition(".")[0] for name in known} - {""}
     for name, value in flat.items():
-        key = keys().get(name)
+        key = known.get(name)
         if key is None and name in sections:
             raise ConfigError(name, value, "an object")
-        if key is None and (leaf := next((n for n in keys() if name.startswith(f"{n}.")), "")):
-            raise ConfigError(leaf, "{...}", keys()[leaf].accepted.text())
+        if key is None and (leaf := next((n for n in known if name.startswith(f"{n}.")), "")):
+            raise ConfigError(leaf, "{...}", known[leaf].accepted.text())
         if key is None or (value is None and key.default is None):
             continue
         simple = isinstance(value, (bool, int, float, str))
-        if not (_fits(name, type(value), value) if simple else _suits(key, value)):
+        if not (_fits(key, type(value), value) if simple else _suits(key, value)):
             raise ConfigError(name, value, key.accepted.text())
     return flat

@@ -3,11 +3,15 @@
 configs/base.py declares every key in these terms; checks, help, completion and resuming read the declarations.
 """
 
+import argparse
+import ast
+import contextlib
 import functools
 import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -26,7 +30,7 @@ class ConfigError(ValueError):
 class Accepted(NamedTuple):
     """Values of a type: text() completes "must be ..."; allows(value) says whether one of the type will do.
 
-    names(): the values, as texts, where they are few.
+    names(): the values, as texts, where they are few. It is also a type of argparse's options.
     """
 
     kind: type
@@ -37,6 +41,51 @@ class Accepted(NamedTuple):
     def wanted(self, value: Any) -> str:
         """text(), and the name that a wrong one comes close to."""
         return self.text() + (named("optim.options:nearest")(value, self.names()) if isinstance(value, str) else "")
+
+    def read(self, *texts: str) -> Any:
+        """The value of the type that a text of a command line means, allowed or not; a tuple may take several texts.
+
+        A tuple is written as Python has it, as one text, or, where the values are few, as texts between commas.
+        Raises ValueError for a text that means none.
+        """
+        if self.kind is tuple:
+            items = tuple(item for text in texts for item in _items(text))
+            cut = [word.strip() for item in items for word in item.split(",")]
+            return tuple(cut) if set(cut) <= set(self.names()) else items
+        (text,) = texts
+        if self.kind is bool:
+            if text.lower() not in _TRUTHS:
+                raise ValueError
+            return _TRUTHS[text.lower()]
+        return self.kind(text)
+
+    def __call__(self, text: str) -> Any:
+        """The value that the text of an option means, once it is allowed; argparse.ArgumentTypeError."""
+        with contextlib.suppress(ValueError):
+            if self.allows(value := self.read(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'}: must be {self.wanted(text)}")
+
+
+_TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """The texts that one text holds: those of a tuple or list of Python's, else itself. ValueError."""
+    try:
+        value = ast.literal_eval(text)
+    except SyntaxError:  # as of a path or a regular expression; with these two it was to be a tuple
+        if "," in text or " " in text:
+            raise ValueError from None
+        value = text
+    except ValueError:  # names, as of a word
+        value = text
+    except (TypeError, MemoryError, RecursionError):
+        raise ValueError from None
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError
+    return tuple(items)
 
 
 class Key(NamedTuple):
@@ -71,10 +120,10 @@ class Key(NamedTuple):
 LARGEST = 2**53  # of integers: what a float can count to
 
 
-def integer(least: int, most: int | None = None) -> Accepted:
-    """Integers from `least` on, or to `most`."""
+def integer(least: int = 0, most: int | None = None, *, bound: int = LARGEST) -> Accepted:
+    """Integers from `least` on, or to `most`; bound: of those that have no other."""
     text = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
-    return Accepted(int, lambda: text, lambda value: least <= value <= (LARGEST if most is None else most))
+    return Accepted(int, lambda: text, lambda value: least <= value <= (bound if most is None else most))
 
 
 def number(above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf):
@@ -117,14 +166,21 @@ def named(reference: str) -> Any:
     return getattr(importlib.import_module(f"steppe.{module}"), name)
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        return re.compile(pattern) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+PATTERN = Accepted(str, lambda: "a regular expression", _compiles)
+
+
 def patterns(of: str = r".+", what: str = "regular expressions over parameter paths", least: int = 0) -> Accepted:
     """A tuple of at least so many regular expressions; `of`: what each must match besides."""
 
     def allows(value: tuple) -> bool:
-        try:
-            return len(value) >= least and all(re.compile(pattern) and re.fullmatch(of, pattern) for pattern in value)
-        except re.error:
-            return False
+        return len(value) >= least and all(_compiles(each) and re.fullmatch(of, each) for each in value)
 
     return Accepted(tuple, lambda: f"at least {least} of {what}" if least else what, allows)
 
@@ -156,8 +212,8 @@ TEXTS = Accepted(tuple, lambda: 'a tuple of texts, such as ("a", "b"), or one te
 DURATION = Accepted(str, lambda: 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"')
 
 
-def config_of(keys: Mapping[str, Key]) -> ConfigDict:
-    """A ConfigDict with every key at its default; None is a placeholder of the key's type."""
+def config_of(keys: Mapping[str, Key], values: Mapping[str, Any] = MappingProxyType({})) -> ConfigDict:
+    """A ConfigDict with every key at its value, else at its default; None is a placeholder of the key's type."""
     config = ConfigDict()
     for name, key in keys.items():
         section: Any = config
@@ -167,6 +223,8 @@ def config_of(keys: Mapping[str, Key]) -> ConfigDict:
                 section[each] = ConfigDict()
             section = section[each]
         section[last] = placeholder(key.accepted.kind) if key.default is None else key.default
+        if name in values:
+            section[last] = values[name]
     return config
 
 

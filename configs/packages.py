@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 OWN = "steppe"
 # Modules that are not called as their distribution is, but for - and _.
-_OTHERWISE = {"orbax": "orbax-checkpoint", "absl": "absl-py"}
+_OTHERWISE = {"orbax": "orbax-checkpoint"}
 # What jax's own extras bring; their names are no modules that we import.
 _BROUGHT = {"jax[cuda13]": "jax-cuda13-plugin", "jax[cuda12]": "jax-cuda12-plugin", "jax[tpu]": "libtpu"}
 DEVELOPERS = ("test", "parity", "all")  # extras that no user is pointed to

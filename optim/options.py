@@ -58,7 +58,7 @@ def _plain(word: str) -> str:
 def _compiles(pattern: str) -> bool:
     try:
         return re.compile(pattern) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

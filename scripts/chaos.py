@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from steppe.scripts import command
+from steppe.configs import keys
+from steppe.scripts import command, process
 
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("chaos", __doc__, config=False)
     parser.add_argument("--runs", type=command.integer(1), default=60, metavar="N", help="disturbed runs")
     parser.add_argument(
-        "--minutes", type=command.number(), default=40.0, metavar="M", help="begin no run after so many minutes"
+        "--minutes", type=keys.number(least=0), default=40.0, metavar="M", help="begin no run after so many minutes"
     )
     parser.add_argument(
         "--seed", type=command.integer(), default=0, metavar="N", help="of the moments and files that are hit"
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", default="", metavar="NAME", help="the scenarios whose name contains this")
     options = command.options_of(argv, parser)
     if not (TESTS / "exhaustive" / "chaos.py").exists():
-        return command.fail(f"steppe chaos: needs Steppe's source tree: there is no {TESTS}/exhaustive/chaos.py")
+        return process.fail(f"steppe chaos: needs Steppe's source tree: there is no {TESTS}/exhaustive/chaos.py")
     sys.path.append(str(TESTS))
     chaos = importlib.import_module("exhaustive.chaos")
 

@@ -77,11 +77,11 @@ def dispatch(argv: Sequence[str] | None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        from steppe.scripts import command
+        from steppe.scripts import process
 
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return command.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")
+        return process.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")
     return importlib.import_module(COMMANDS[name][0]).main(rest)
 
 

@@ -19,14 +19,15 @@ from typing import Any
 
 from steppe.configs import base
 from steppe.configs.keys import flatten
+from steppe.configs.read import read_config, shown
 from steppe.data import files
 from steppe.lm.keep import workdir
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the keys, or a difference; returns the exit status: of diff 1 if there is one, 2 for bad input."""
     actions = {"diff": diff, "from-hf": from_hf}
@@ -36,14 +37,14 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.add_argument("config", nargs="?", metavar="NAME", help="default: base")
     command.complete_by(chosen, command.names("steppe.configs", "get_config", "diff"))
     path, overrides, _ = command.parse_unread(argv, parser)
-    print(table(flatten(command.read_config(path or "base", overrides)), shutil.get_terminal_size().columns))
+    print(table(flatten(read_config(path or "base", overrides)), shutil.get_terminal_size().columns))
     return 0
 
 
 def table(values: dict[str, Any], columns: int = 100) -> str:
     """All keys for a reader, section by section, wrapped to so many columns."""
     lines, section = [], None
-    for name, key in base.keys().items():
+    for name, key in base.keys_of(values).items():
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
             lines += ["", f"[{section or 'the run'}]"]
@@ -84,14 +85,14 @@ def from_hf(argv: Sequence[str]) -> int:
     )
     options = command.options_of(argv, parser)
     if options.out and os.path.exists(options.out):
-        return command.fail(f"--out={options.out}: exists; choose a new file")
+        return process.fail(f"--out={options.out}: exists; choose a new file")
 
     from steppe.lm.hub import families, gguf, load
 
     directory = os.path.abspath(os.path.expanduser(_packaged(options.directory)))
     if directory.endswith(".gguf"):
         if not options.to or os.path.exists(options.to):
-            return command.fail(f"--to={options.to}: must be a new directory, for the model of {options.directory}")
+            return process.fail(f"--to={options.to}: must be a new directory, for the model of {options.directory}")
         source, directory = directory, os.path.abspath(os.path.expanduser(options.to))
         gguf.write(source, directory)
     found, family = load.read_config(directory)
@@ -103,7 +104,7 @@ def from_hf(argv: Sequence[str]) -> int:
     for key, value in {**families.ours(family, found, directory), **named}.items():
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
-    text = command.shown(base.completed(nested)) + "\n"
+    text = shown(base.completed(nested)) + "\n"
     if options.out:
         files.write(options.out, text)
         print(f"wrote {options.out}; use it with --config={options.out}")
@@ -130,7 +131,7 @@ def read(text: str):
     from steppe.lm.keep import mirror
 
     here = mirror.here(text)
-    return workdir.config_of(here) if os.path.isdir(here) else command.read_config(text)
+    return workdir.config_of(here) if os.path.isdir(here) else read_config(text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ steppe docs ROOM
 import sys
 from collections.abc import Sequence
 
+from steppe.configs.read import folder_of
 from steppe.scripts import command
 
 ROOMS = ("configs", "data", "optim", "lm", "scripts")
@@ -16,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("docs", __doc__, config=False)
     parser.add_argument("room", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
     options = command.options_of(argv, parser)
-    text = (command.folder_of(f"steppe.{options.room}") / "README.md").read_text(encoding="utf-8")
+    text = (folder_of(f"steppe.{options.room}") / "README.md").read_text(encoding="utf-8")
     if not sys.stdout.isatty():
         print(text)
         return 0

@@ -6,10 +6,10 @@ steppe plot DIR [DIR ...]
 import sys
 from collections.abc import Sequence
 
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Draws each run's picture and prints where it is; returns the exit status, 2 for bad input."""
     parser = command.parser("plot", __doc__, config=False)

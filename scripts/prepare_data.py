@@ -20,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from steppe.scripts import command
+from steppe.configs import keys
+from steppe.scripts import command, process
 from steppe.scripts.sweep.__main__ import LAUNCHERS
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Runs one of the three; returns the exit status, 2 for bad input."""
     actions = {"vocabulary": _vocabulary, "show": _show}
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
             return actions[argv[0]](argv[1:])
         return _prepare(argv)
     except KeyboardInterrupt:
-        return command.fail("interrupted; finished shards are kept, run the same command to continue")
+        return process.fail("interrupted; finished shards are kept, run the same command to continue")
 
 
 def _prepare(argv: Sequence[str]) -> int:
@@ -62,7 +63,7 @@ def _prepare(argv: Sequence[str]) -> int:
     config, options = command.parse(argv, parser)
     if options.launcher == "local" and (options.hosts > 1 or options.slurm):
         given = f"--hosts={options.hosts}" if options.hosts > 1 else f"--slurm={','.join(options.slurm)}"
-        return command.fail(f"{given}: needs --launcher=slurm or print")
+        return process.fail(f"{given}: needs --launcher=slurm or print")
     from steppe.data import cache, files, remote
     from steppe.data.prepare import identity, prepare, recipe_of, same
 
@@ -70,7 +71,7 @@ def _prepare(argv: Sequence[str]) -> int:
     recipe = recipe_of(config.data, shards=shards)
     address = options.out if files.is_remote(options.out) else ""
     if address and (options.together or options.launcher != "local"):
-        return command.fail(f"--out={address}: must be a directory that several hosts see, to prepare it on several")
+        return process.fail(f"--out={address}: must be a directory that several hosts see, to prepare it on several")
     if options.launcher != "local":
         return _launch(argv, options)
     manifest = remote.published(address) if address else None
@@ -162,11 +163,11 @@ def _vocabulary(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model_type", default="bpe", help="bpe or unigram")
     parser.add_argument(
-        "--characters", type=command.number(1), default=1e8, metavar="N", help="how much text to learn from"
+        "--characters", type=keys.number(least=1), default=1e8, metavar="N", help="how much text to learn from"
     )
     config, options = command.parse(argv, parser)
     if os.path.exists(options.out):
-        return command.fail(f"--out={options.out}: exists; choose a new file")
+        return process.fail(f"--out={options.out}: exists; choose a new file")
     from steppe.data import readers, sources
     from steppe.data.prepare import recipe_of
     from steppe.data.vocabulary import train_sentencepiece

@@ -21,12 +21,12 @@ from msgspec import Meta
 
 from steppe.configs.base import FREE, typed, with_defaults
 from steppe.configs.keys import ConfigError, flatten
+from steppe.configs.read import UsageError
 from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.data.manifest import DESCRIBED
 from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
-from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import spec
 
 SWEEP, RUNS, OUTCOME, RETENTION = "sweep.json", "runs", "outcome.json", "retention.json"

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 
 def main(argv: Sequence[str], memo=None) -> int:
@@ -59,18 +59,18 @@ def main(argv: Sequence[str], memo=None) -> int:
     config, options = command.parse(argv, parser)
     if options.branch_from is not None:
         if config.branch_from:
-            return command.fail(f"--branch_from={options.branch_from}: must be left out with --config.branch_from")
+            return process.fail(f"--branch_from={options.branch_from}: must be left out with --config.branch_from")
         config.branch_from = options.branch_from
 
     placed = (options.coordinator, options.num_processes, options.process_id)
     if placed != (None, None, None) and (None in placed or not 0 <= options.process_id < options.num_processes):
-        return command.fail(
+        return process.fail(
             f"--coordinator={options.coordinator} --num_processes={options.num_processes} "
             f"--process_id={options.process_id}: must be given together, with 0 <= process_id < num_processes"
         )
     if options.coordinator and (problem := _unreachable(options.coordinator)):
-        return command.fail(f"--coordinator={options.coordinator}: must be HOST:PORT of process 0; {problem}")
-    command.ready_to_compute()
+        return process.fail(f"--coordinator={options.coordinator}: must be HOST:PORT of process 0; {problem}")
+    process.ready_to_compute()
     import jax
 
     if options.coordinator or options.distributed:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str], memo=None) -> int:
             jax.distributed.initialize(*placed, heartbeat_timeout_seconds=options.heartbeat)
         except (ValueError, RuntimeError) as error:
             flag = f"--coordinator={options.coordinator}" if options.coordinator else "--distributed"
-            return command.fail(f"{flag}: the processes did not find each other: {error}")
+            return process.fail(f"{flag}: the processes did not find each other: {error}")
 
     from steppe.lm.keep import exits
     from steppe.lm.parts.check import check
@@ -94,11 +94,11 @@ def main(argv: Sequence[str], memo=None) -> int:
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
         return train.run(config, options.workdir, allowed, options.until, memo, options.trust)
     except exits.REFUSALS as error:
-        return command.fail(error) if jax.process_index() == 0 else exits.REFUSED
+        return process.fail(error) if jax.process_index() == 0 else exits.REFUSED
     except OSError as error:
-        if error.errno in command.NO_NAME:
-            return command.fail(f"{error.filename or 'a path of the config'}: {error.strerror or error}")
-        command.fail(f"stopped: {error}; what is on disk is sound, run the same command again once this is mended")
+        if error.errno in process.NO_NAME:
+            return process.fail(f"{error.filename or 'a path of the config'}: {error.strerror or error}")
+        process.fail(f"stopped: {error}; what is on disk is sound, run the same command again once this is mended")
         return exits.STORAGE
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from steppe.configs import keys
 from steppe.data.errors import DataError
 from steppe.lm.track import lines
 from steppe.lm.track.tracker import clock_face
-from steppe.scripts import command, results
+from steppe.scripts import command, process, results
 
 SILENT = 120  # seconds without a line after which that is said
 MOST = 40  # runs shown, those that changed last
@@ -32,13 +33,13 @@ class Row(NamedTuple):
     seconds: float
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Shows the runs until interrupted, or until all have ended; returns the exit status."""
     parser = command.parser("watch", command.headline(__doc__), config=False)
     parser.add_argument("directory", metavar="DIR", help="of a sweep, or a run's workdir")
     parser.add_argument(
-        "--every", type=command.number(above=True), default=2.0, metavar="S", help="seconds between looks (default 2)"
+        "--every", type=keys.number(above=0), default=2.0, metavar="S", help="seconds between looks (default 2)"
     )
     parser.add_argument("--once", action="store_true", help="print the table once")
     options = command.options_of(argv, parser)

@@ -13,7 +13,7 @@ import pytest
 
 from helpers import lm_runs, report_runs
 from steppe.lm.keep import exits
-from steppe.scripts import cli, command
+from steppe.scripts import cli, process
 
 RUN, SWEEP, CONFIG = "--workdir=HERE/run", "HERE/sweep", "--config=HERE/own.py"
 LINES = {
@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here, tmp_path,
 def test_a_run_on_a_full_disk_stops_and_goes_on_once_there_is_room(here, tmp_path, limit):
     config = lm_runs.config(str(here), str(here / "cache"), train__duration="4 steps")
     run = tmp_path / "run"
-    guarded = command.refusing(lambda argv: lm_runs.run(config.copy_and_resolve_references(), run))
+    guarded = process.refusing(lambda argv: lm_runs.run(config.copy_and_resolve_references(), run))
     out = io.StringIO()
     with full_at(limit), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         assert guarded([]) == exits.STORAGE, out.getvalue()
@@ -135,10 +135,10 @@ def test_a_compiled_program_of_which_a_part_was_written_is_compiled_anew(tmp_pat
         program.write_bytes(b"program")
     (tmp_path / "whole-atime").write_bytes(bytes(8))
     (tmp_path / "used-atime").write_bytes(b"")
-    command._drop_unfinished(tmp_path)
+    process._drop_unfinished(tmp_path)
     assert {path.name for path in tmp_path.glob("*-cache")} == {"whole-cache"}
 
 
 def test_a_place_that_is_not_there_needs_no_clearing(tmp_path):
-    command._drop_unfinished(tmp_path / "nothing")
+    process._drop_unfinished(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()

@@ -28,7 +28,7 @@ from steppe.data.prepare import prepare, recipe_of
 from steppe.data.vocabulary import load_tokenizer
 from steppe.lm.keep import checkpoint, mirror, record, seal
 from steppe.lm.parts import anomaly, leg
-from steppe.scripts import cli, command
+from steppe.scripts import cli, process
 
 SECONDS = 5  # of this process, in which a command must have answered
 VALUES = [
@@ -213,7 +213,7 @@ class House:
             warnings.simplefilter("ignore")
             try:
                 if line[0] in OTHERS:
-                    status = command.refusing(OTHERS[line[0]])(line[1:])
+                    status = process.refusing(OTHERS[line[0]])(line[1:])
                 else:
                     status = cli.main(line)
             except SystemExit as stop:

@@ -3,7 +3,6 @@ from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
 from ml_collections import config_dict as config_dict
-from ml_collections import config_flags as config_flags
 
 class FieldReference:
     def __init__(self, default: Any, field_type: type | None = None) -> None: ...

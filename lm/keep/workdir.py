@@ -112,8 +112,8 @@ def config_of(workdir: str) -> ConfigDict:
         raise WorkdirError(f"{workdir}: must be the workdir of a run, with a {CONFIG}")
     found = base.completed(_read(path))
     try:
-        for name, value in flatten(found).items():
-            base.keys()[name].check(name, value)
+        for name, key in base.keys_of(flat := flatten(found)).items():
+            key.check(name, flat[name])
     except ConfigError as error:
         raise WorkdirError(f"{path}: {error}") from None
     return found

@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from steppe.configs import base, packages
-from steppe.configs.keys import ConfigError, slot
+from steppe.configs.keys import ConfigError, flatten, slot
 from steppe.data import cache, manifest, sources, vocabulary
 from steppe.lm.model import attention
 from steppe.lm.model.transformer import widening_of
@@ -24,7 +24,7 @@ def check(config: ConfigDict, *, device_count: int | None, process_count: int = 
     Raises ConfigError, or data's DataError for a text source or vocabulary; either is one line.
     """
     _check_data(config)
-    for name, key in base.keys().items():
+    for name, key in base.keys_of(flatten(config)).items():
         key.check(name, _value(config, name))
     _need(not (config.init_from and config.branch_from), config, "init_from", '"" with branch_from, which brings all')
     _need(bool(config.init_from) or not config.init_weights, config, "init_weights", '"" without init_from')

@@ -6,13 +6,13 @@ steppe bench step|data|methods|curvature|shares|sweep|collectives|gpu [--help] .
 import sys
 from collections.abc import Sequence
 
-from steppe.scripts import command
+from steppe.scripts import command, process
 from steppe.scripts.cli import KINDS
 
 
 def main(argv: Sequence[str]) -> int:
     """Hands the rest of the line to steppe.scripts.bench.KIND; returns its exit status."""
-    command.keep_memory()
+    process.keep_memory()
     return command.dispatch(argv, "steppe bench", "steppe.scripts.bench", KINDS["bench"])
 
 

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from steppe.configs import base
 from steppe.lm.model import hlo
 from steppe.scripts import command
 from steppe.scripts.plan import __main__ as plan
@@ -62,7 +63,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compiled(method: str, options: Any, devices: list) -> tuple[Any, Any]:
-    from steppe.configs import base
     from steppe.configs.sizes import resolve
 
     config = base.get_config()

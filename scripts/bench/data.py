@@ -20,8 +20,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from steppe.configs import keys
 from steppe.configs.sizes import SIZES
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 C4 = 750e9  # bytes of text of C4's English part
 
@@ -34,11 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", default="24m", choices=list(SIZES), help="of the model beside the quickstart's")
     parser.add_argument("--steps", type=command.integer(1), default=20, metavar="N", help="training steps measured")
     parser.add_argument(
-        "--seconds",
-        type=command.number(above=True),
-        default=3.0,
-        metavar="S",
-        help="seconds per measurement of loading",
+        "--seconds", type=keys.number(above=0), default=3.0, metavar="S", help="seconds per measurement of loading"
     )
     options = command.options_of(argv, parser)
     from steppe.data.errors import DataError
@@ -48,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         _bench_preparation(folder, ["bytes", *options.vocabulary])
         _bench_loading(folder, options.size, options.seconds, options.steps)
     except DataError as error:
-        return command.fail(error)
+        return process.fail(error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0

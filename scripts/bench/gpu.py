@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from steppe.configs import sizes
-from steppe.scripts import command
+from steppe.configs import base, keys, sizes
+from steppe.scripts import command, process
 from steppe.scripts.bench import turns
 
 METHODS = (
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--sizes", nargs="+", default=["118m", "1.2b"], choices=list(sizes.SIZES), help="of configs/sizes.py")
     add("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
-    add("--seconds", type=command.number(above=True), default=6.0, metavar="S", help="of every measurement")
+    add("--seconds", type=keys.number(above=0), default=6.0, metavar="S", help="of every measurement")
     add("--batch_size", type=command.integer(1), metavar="N", help="sequences of a step; default: by size")
     add("--sequence_length", type=command.integer(1), default=1024, metavar="N", help="tokens of a sequence")
     add("--remat", default="dots", type=command.of_key("model.remat"), help="as config.model.remat")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(_torch(options.torch_only, options)))
         return 0
     if not options.anywhere and not _has_gpu():
-        return command.fail(
+        return process.fail(
             "steppe bench gpu: needs a GPU that jax can use (pip install '.[gpu]'); --anywhere runs it here"
         )
     began = time.monotonic()
@@ -109,7 +109,6 @@ def _batch_size(size: str, options: Any) -> int:
 
 
 def _config(size: str, method: str, options: Any):
-    from steppe.configs import base
 
     config = base.get_config()
     config.model.size = size

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 COLUMNS = "method | FLOPs | predicted | temporary MiB | over AdamW | FLOPs, derivative kept"
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options.methods = [canonical(name) for name in options.methods] or list(METHODS)
     except ValueError as error:
-        return command.fail(error)
+        return process.fail(error)
     for line in table(options):
         print(line, flush=True)
     return 0

@@ -10,8 +10,9 @@ minutes.
 import sys
 from collections.abc import Iterator, Sequence
 
+from steppe.configs.read import read_config
 from steppe.configs.sizes import SIZES
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 STALE = {"optim.precond_moment": "stale"}
 DIRECTIONS = {
@@ -30,7 +31,7 @@ DIRECTIONS = {
 }  # fmt: skip
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the table, a row as soon as it is known; returns the exit status."""
     parser = command.parser("bench shares", __doc__, config=False)
@@ -73,7 +74,7 @@ def shares(overrides: dict[str, str], steps: Sequence[int], names: Sequence[str]
     from steppe.lm.parts.state import create
     from steppe.lm.parts.step import compile_step
 
-    config = command.read_config("quickstart", list(overrides.items()))
+    config = read_config("quickstart", list(overrides.items()))
     corpus, parts, _ = open_parts(config, lambda line: None)
     step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
     read, state = batch_reader(config, corpus, parts, lambda index: index), create(parts.mesh, parts.initialise)

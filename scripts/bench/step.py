@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from steppe.scripts import command
+from steppe.scripts import command, process
 from steppe.scripts.bench import turns
 
 METHODS = ("adamw", "sam", "functional_sam:rebuild", "functional_sam:keep")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         for method in options.methods:
             canonical(method.partition(":")[0])
     except ValueError as error:
-        return command.fail(error)
+        return process.fail(error)
     for size in options.sizes:
         variants = [ours(size, method, options) for method in options.methods]
         if options.against:

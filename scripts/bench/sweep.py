@@ -15,18 +15,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from steppe.scripts import command
+from steppe.configs.read import read_config
+from steppe.scripts import command, process
 from steppe.scripts.sweep.worker import Worker
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the seconds of a run; returns the exit status, 2 for bad input."""
     parser = command.parser("bench sweep", __doc__)
     parser.add_argument("--steps", type=command.integer(1), default=2, metavar="N", help="of a run")
     parser.add_argument("--runs", type=command.integer(2), default=5, metavar="N", help="of each sort")
     path, overrides, options = command.parse_unread(argv, parser)
-    command.read_config(path or "study", overrides)
+    read_config(path or "study", overrides)
     core = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0]
     with tempfile.TemporaryDirectory() as folder:
         environment = {

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steppe.data import files
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 NAME = "coordinates"
 
@@ -26,7 +26,7 @@ def _widths(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes a table and a plot, prints slopes; returns the exit status, 2 for bad input."""
     parser = command.parser(NAME, command.headline(__doc__))
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=command.integer(1), default=4, metavar="N", help="of training (default 4)")
     config, options = command.parse(argv, parser)
 
-    command.ready_to_compute()
+    process.ready_to_compute()
     import jax
 
     from steppe.lm.parts.check import check

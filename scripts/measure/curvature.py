@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from steppe.configs import keys
 from steppe.data import files
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 SHOWN = {
     "loss": "loss", "lambda_max": "λmax", "ggn_lambda_max": "GGN λmax", "nme_lambda_max": "NME λmax", "trace": "trace",
@@ -23,7 +24,7 @@ SHOWN = {
 }  # fmt: skip
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
     parser = command.parser("curvature", command.headline(__doc__), config=False)
@@ -45,15 +46,11 @@ def main(argv: Sequence[str]) -> int:
         "--lanczos", type=command.integer(2), default=20, metavar="N", help="products of one Lanczos run"
     )
     parser.add_argument(
-        "--rho", type=command.number(above=True), default=0.05, metavar="X", help="radius of the worst case, l2"
+        "--rho", type=keys.number(above=0), default=0.05, metavar="X", help="radius of the worst case, l2"
     )
     parser.add_argument("--ascent", type=command.integer(), default=5, metavar="N", help="ascent steps after SAM's own")
     parser.add_argument(
-        "--noise",
-        type=command.number(above=True),
-        default=1.0,
-        metavar="X",
-        help="norm of the average case's noise, l2",
+        "--noise", type=keys.number(above=0), default=1.0, metavar="X", help="norm of the average case's noise, l2"
     )
     parser.add_argument("--draws", type=command.integer(1), default=6, metavar="N", help="mirrored pairs of noise")
     parser.add_argument(
@@ -63,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         "--within",
         action="append",
         default=[],
-        type=command.pattern,
+        type=keys.PATTERN,
         metavar="REGEX",
         help="spectra of these parameters only",
     )
@@ -80,13 +77,13 @@ def main(argv: Sequence[str]) -> int:
     )
     options = command.options_of(argv, parser)
     if options.densities > options.probes:
-        return command.fail(f"--densities={options.densities}: must be at most --probes={options.probes}")
+        return process.fail(f"--densities={options.densities}: must be at most --probes={options.probes}")
     if options.noise_scale == 1:
-        return command.fail("--noise_scale=1: must be 0, or at least 2")
+        return process.fail("--noise_scale=1: must be 0, or at least 2")
     if options.step not in ("last", "all") and not options.step.isdecimal():
-        return command.fail(f"--step={options.step}: must be a number of steps, or all")
+        return process.fail(f"--step={options.step}: must be a number of steps, or all")
 
-    command.ready_to_compute()
+    process.ready_to_compute()
     from steppe.lm.keep import mirror
     from steppe.lm.keep.exits import REFUSALS
     from steppe.lm.track.lines import AVERAGES

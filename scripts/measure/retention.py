@@ -21,7 +21,7 @@ from steppe.data import files
 from steppe.data import stored as stored_json
 from steppe.data.errors import DataError
 from steppe.lm.measure import frontier
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 NAME = "retention.json"
 POINTS = (0.125, 0.25, 0.5, 1.0)  # shares of the fine-tuning after which both losses are measured
@@ -60,12 +60,12 @@ class Target(NamedTuple):
     directory: Path
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes WORKDIR/retention.json, prints a table; returns the exit status, 2 for bad input."""
     options = command.options_of(argv, _parser())
 
-    command.ready_to_compute()
+    process.ready_to_compute()
     from steppe.lm.keep import mirror
     from steppe.scripts.measure import retention_figures
 

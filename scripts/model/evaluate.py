@@ -6,10 +6,10 @@ steppe evaluate --workdir=DIR [--step=K] [--batches=N] [--task=SOURCE] [--choice
 import sys
 from collections.abc import Sequence
 
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
     parser = command.run_parser("evaluate", command.headline(__doc__))
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     )
     options = command.options_of(argv, parser)
 
-    command.ready_to_compute()
+    process.ready_to_compute()
 
     from steppe.data import baselines
     from steppe.data.cache import held_out_of

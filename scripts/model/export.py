@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steppe.configs import packages
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Writes the directory; returns the exit status, 2 for bad input."""
     parser = command.run_parser("export", command.headline(__doc__))
@@ -20,9 +20,9 @@ def main(argv: Sequence[str]) -> int:
     )
     options = command.options_of(argv, parser)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        return command.fail(f"--out={options.out}: must be a new or empty directory")
+        return process.fail(f"--out={options.out}: must be a new or empty directory")
     if lacking := packages.lacking("safetensors", "tokenizers", "transformers"):
-        return command.fail(f"export {lacking}")
+        return process.fail(f"export {lacking}")
 
     from steppe.lm.hub import export
     from steppe.lm.keep import saved

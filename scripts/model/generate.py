@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from steppe.configs import keys
 from steppe.configs.keys import TEXT
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the sample; returns the exit status, 2 for bad input."""
     parser = command.run_parser("generate", command.headline(__doc__))
@@ -26,16 +27,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=command.integer(1), default=32, metavar="N", help="prompts at a time")
     parser.add_argument("--tokens", type=command.integer(1), default=200, metavar="N", help="at most (default 200)")
     parser.add_argument(
-        "--temperature", type=command.number(), default=0.8, metavar="X", help="0: greedy (default 0.8)"
+        "--temperature", type=keys.number(least=0), default=0.8, metavar="X", help="0: greedy (default 0.8)"
     )
     parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="another seed, another sample")
     options = command.options_of(argv, parser)
     if options.prompt is not None and not TEXT.allows(options.prompt):
-        return command.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
+        return process.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
 
     prompts = [options.prompt] if options.prompts is None else _prompts(options.prompts)
 
-    command.ready_to_compute()
+    process.ready_to_compute()
     from steppe.data import files
     from steppe.lm.keep import saved
     from steppe.lm.run import generate

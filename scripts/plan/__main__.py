@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from steppe.scripts import command
+from steppe.configs import base
+from steppe.configs.read import read_config
+from steppe.scripts import command, process
 
 # size -> (topology, batch size, sequence length, vocabulary size, fsdp, compute dtype) of the table
 _BYTES, _C4 = (8, 128, 256, 1, "float32"), (512, 32100)
@@ -68,7 +70,7 @@ class Plan(NamedTuple):
     bound: float
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the plan; returns 0 if it fits, 1 if not, 2 for bad input."""
     parser = command.parser("plan", __doc__)
@@ -94,15 +96,15 @@ def main(argv: Sequence[str]) -> int:
     path, overrides, options = command.parse_unread(argv, parser)
     if options.table:
         return table(options.sizes, options.methods)
-    config = command.read_config(command.required(path), overrides)
+    config = read_config(command.required(path), overrides)
     if not options.topology:
-        return command.fail("--topology is missing: cpu:8, v5e:16x16, v5p:8x8x4, ...")
+        return process.fail("--topology is missing: cpu:8, v5e:16x16, v5p:8x8x4, ...")
     if not re.fullmatch(rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(GPUS)}|v\w+):\d+(x\d+)+", options.topology):
-        return command.fail(
+        return process.fail(
             f"--topology={options.topology}: must be like cpu:8, v5e:16x16, v5p:8x8x4, h100:8 or a100:4x8"
         )
     if "epoch" in config.train.duration and not options.epoch_tokens:
-        return command.fail(f"config.train.duration = {config.train.duration!r}: needs --epoch_tokens=N here")
+        return process.fail(f"config.train.duration = {config.train.duration!r}: needs --epoch_tokens=N here")
     devices = described(options.topology)
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.parts.check import check
@@ -286,7 +288,6 @@ def span(low: float, high: float) -> str:
 
 def table(sizes: Sequence[str], methods: Sequence[str]) -> int:
     """Prints one line per size and method, Chinchilla budgets; returns the exit status."""
-    from steppe.configs import base
     from steppe.configs.sizes import resolve
     from steppe.lm.parts.chips import chip_of
 

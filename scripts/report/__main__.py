@@ -20,7 +20,7 @@ from typing import TypedDict
 
 from steppe.data import files, stored
 from steppe.data.errors import DataError
-from steppe.scripts import command
+from steppe.scripts import command, process
 from steppe.scripts.cli import KINDS
 
 PAGE = "index.html"
@@ -33,7 +33,7 @@ class Written(TypedDict, total=False):
     hashes: dict[str, str]
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Writes a report, or compares two runs; returns the exit status, 2 for bad input."""
     if argv and argv[0] in KINDS["report"]:  # a function of that name in a module of that name

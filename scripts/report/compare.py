@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from steppe.data import files
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 LONGEST = 48  # characters of a run's name where it stands beside another
 
@@ -26,7 +26,7 @@ def compare(argv: Sequence[str]) -> int:
     try:
         pair = _told_apart(*(_one(results, workdir) for workdir in options.runs))
     except results.ResultsError as error:
-        return command.fail(error)
+        return process.fail(error)
     keys, facts = differing(*pair), numbers(*pair)
     print(text(pair, keys, facts))
     if options.out is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steppe.data import files
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 
 def _computed(run) -> str:
@@ -59,17 +59,17 @@ def pack(argv: Sequence[str]) -> int:
     options = command.options_of(argv, parser)
     out = Path(options.out)
     if out.suffix != results.PACK or out.is_dir():
-        return command.fail(f"--out={out}: must be a file that ends in {results.PACK}")
+        return process.fail(f"--out={out}: must be a file that ends in {results.PACK}")
     try:
         command.writable_directory(str(out.parent))
     except argparse.ArgumentTypeError as error:
-        return command.fail(f"--out={out}: {error}")
+        return process.fail(f"--out={out}: {error}")
     ended = [run for run in results.read(options.directories, options.only) if run.status in ("finished", "diverged")]
     ended = [_called(run, options.call) for run in ended]
     before = {_computed(run): run for run in results.read(str(out))} if out.exists() else {}
     now = {_computed(run): run for run in ended}
     if not now:
-        return command.fail(f"{', '.join(options.directories)}: must hold a finished run")
+        return process.fail(f"{', '.join(options.directories)}: must hold a finished run")
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write(out, results.pack({**before, **now}.values()))
     print(f"wrote {out}: {len({**before, **now})} runs, {len(now)} of them now")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steppe.data import files
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 
 def table(found: Sequence, against):
@@ -82,7 +82,7 @@ def rivals(argv: Sequence[str]) -> int:
     )
     if against is None:
         given = options.against or "adamw"
-        return command.fail(f"--against={given}: must be one of {', '.join(names) or 'no finished run'}")
+        return process.fail(f"--against={given}: must be one of {', '.join(names) or 'no finished run'}")
     out.mkdir(parents=True, exist_ok=True)
     frame = table(found, against)
     files.write(out / "rivals.csv", frame.to_csv(index=False, lineterminator="\n"))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steppe.data import files
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 KEYS = {
     "model.parametrisation": "parametrisation",
@@ -93,7 +93,7 @@ def transfer(argv: Sequence[str]) -> int:
     out = results.report_place([options.sweep], options.out)
     runs = read(options.sweep)
     if len(runs[["parametrisation", "width"]].drop_duplicates()) < 2:
-        return command.fail(f"{options.sweep}: must hold finished runs of several widths or parametrisations")
+        return process.fail(f"{options.sweep}: must hold finished runs of several widths or parametrisations")
     out.mkdir(parents=True, exist_ok=True)
     shown = runs.assign(loss=runs["loss"].map("{:.5f}".format))
     files.write(out / "transfer.csv", shown.to_csv(index=False, lineterminator="\n"))

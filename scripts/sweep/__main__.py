@@ -14,18 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from steppe.configs.read import reader, ready
 from steppe.data import files
-from steppe.scripts import command, results
+from steppe.scripts import command, process, results
 from steppe.scripts.sweep import halving as sweep_halving
 from steppe.scripts.sweep import spec as sweep_spec
 
 LAUNCHERS = ("local", "slurm", "print")
 
 
-_SWEEP_HELP = "a module or file with get_spec(), or " + ", ".join(command.ready(sweep_spec.PACKAGE, "get_spec"))
+_SWEEP_HELP = "a module or file with get_spec(), or " + ", ".join(ready(sweep_spec.PACKAGE, "get_spec"))
 
 
-@command.refusing
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Plans and runs a sweep; returns the exit status."""
     parser = command.parser("sweep", __doc__)
@@ -159,7 +160,7 @@ def _runs(
     from steppe.lm.parts.check import check
     from steppe.scripts.sweep.plan import Run
 
-    read = command.reader(path)
+    read = reader(path)
     base = results.flatten(read(overrides).to_dict())
     record = record or {"config": path, "base": base, "runs": {}, "resolved": {}}
     swept = {key for run in assignments for key in run}

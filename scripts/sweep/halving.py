@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from steppe.configs.read import UsageError
 from steppe.lm.track import lines
 from steppe.scripts import results
-from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep.plan import Run
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from steppe.configs.read import UsageError
 from steppe.data import files
 from steppe.scripts import results
-from steppe.scripts.command import UsageError
 from steppe.scripts.sweep.plan import Run
 from steppe.scripts.sweep.worker import Worker
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from steppe.configs import packages
+from steppe.configs.read import UsageError
 from steppe.data import files
 from steppe.scripts import results
-from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep.plan import Run
 from steppe.scripts.sweep.worker import ended

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from steppe.configs.keys import named
-from steppe.scripts.command import UsageError, call, plain
+from steppe.configs.read import UsageError, call, plain
 
 _PARTS = ("set", "grid", "zip", "list", "where", "only", "exclude")
 PACKAGE = "steppe.configs.sweeps"

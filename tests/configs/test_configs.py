@@ -8,6 +8,7 @@ import pytest
 
 from steppe.configs import base, paper, quickstart, sizes, watts
 from steppe.configs.keys import ConfigError
+from steppe.configs.read import read_config, reader
 from steppe.lm.parts.check import check
 from steppe.optim.methods import METHODS
 from steppe.scripts import command
@@ -164,11 +165,11 @@ def test_paper_config_runs_every_method(method, length):
 def test_paper_config_refuses_a_bad_argument_in_one_line(argument, part, request):
     path = request.config.rootpath / "configs" / "paper.py"
     with pytest.raises(command.UsageError) as refusal:
-        command.read_config(f"{path}:{argument}")
+        read_config(f"{path}:{argument}")
     assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
     with pytest.raises(command.UsageError, match=":ARGUMENT"):
-        command.read_config(str(path))
+        read_config(str(path))
 
 
 @pytest.mark.parametrize("size", ["20m", "60m", "150m", "1b", "small"])
@@ -208,7 +209,7 @@ def test_ready_sweeps_hold_as_many_runs_as_they_say_all_of_which_can_run(sweep, 
     found = spec.expand(spec.load(sweep).blocks)
     assert len(found) == runs
     assert re.search(rf"^{runs} runs", importlib.import_module(f"steppe.configs.sweeps.{sweep}").__doc__, re.MULTILINE)
-    read = command.reader("quickstart")
+    read = reader("quickstart")
     for run in found:
         check(read(list(run.items())), device_count=1)
 
@@ -220,7 +221,7 @@ SPECS = [path for path in sorted(STUDY.glob("*.py")) if "def get_spec(" in path.
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_run_of_the_study_can_run_and_is_listed_once(path):
     found = spec.expand(spec.load(str(path)).blocks)
-    read = command.reader("english:TEXT")
+    read = reader("english:TEXT")
     for run in found:
         check(read(list(run.items())), device_count=1)
     assert len({repr(sorted(run.items())) for run in found}) == len(found) > 0

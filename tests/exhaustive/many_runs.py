@@ -13,15 +13,16 @@ def main() -> None:
 
     if int(count) > 1:
         jax.distributed.initialize(meet, int(count), int(index), heartbeat_timeout_seconds=60)
+    from steppe.configs.read import read_config
     from steppe.lm.parts.check import check
     from steppe.lm.parts.memo import Memo
     from steppe.lm.run import train
-    from steppe.scripts import command
+    from steppe.scripts import process
 
-    command.ready_to_compute()
+    process.ready_to_compute()
     memo, settings = Memo(), [tuple(key.split("=", 1)) for key in keys]
     for run in range(int(runs)):
-        config = command.read_config("quickstart", settings)
+        config = read_config("quickstart", settings)
         check(config, device_count=jax.device_count(), process_count=jax.process_count(), backend="cpu")
         status = train.run(config, f"{folder}/{run}", [], None, memo)
         assert status == 0, status

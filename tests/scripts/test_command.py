@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
+from steppe.configs.read import read_config, reader
 from steppe.lm.parts.check import check
 from steppe.optim import methods
 from steppe.optim.methods import METHODS
@@ -91,10 +92,10 @@ def test_a_ready_config_a_module_and_a_file_are_one_config(tmp_path, monkeypatch
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inside.py").write_text("from steppe.configs.quickstart import get_config\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    whole = command.read_config("quickstart")
+    whole = read_config("quickstart")
     for text in ("steppe.configs.quickstart", "package.inside", str(tmp_path / "theirs.py")):
-        assert command.read_config(text).to_dict() == whole.to_dict()
-    assert command.read_config("paper:24m,sam,fixed").optim.method == "sam"
+        assert read_config(text).to_dict() == whole.to_dict()
+    assert read_config("paper:24m,sam,fixed").optim.method == "sam"
 
 
 def test_the_config_that_results_is_printed_and_nothing_else_happens(tmp_path, capsys):
@@ -103,8 +104,8 @@ def test_the_config_that_results_is_printed_and_nothing_else_happens(tmp_path, c
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    again = command.read_config(_written(tmp_path, printed).removeprefix("--config="))
-    assert again.to_dict() == command.read_config("quickstart", [("optim.rho", "0.5")]).to_dict()
+    again = read_config(_written(tmp_path, printed).removeprefix("--config="))
+    assert again.to_dict() == read_config("quickstart", [("optim.rho", "0.5")]).to_dict()
 
 
 def test_a_config_that_cannot_run_is_not_printed(capsys):
@@ -136,7 +137,7 @@ def every_option(tmp_path_factory):
     path = tmp_path_factory.mktemp("configs") / "every.py"
     path.write_text("\n".join([*HEAD, *lines, "    return config"]))
     assert set(values) == set(methods.OPTIONS)
-    return values, path, command.reader(str(path))
+    return values, path, reader(str(path))
 
 
 @pytest.mark.parametrize("method", [*METHODS, *methods.ALIASES])
@@ -170,7 +171,7 @@ def test_nothing_gives_way_to_the_file_s_own_method(every_option, capsys):
 
 def test_a_rho_of_0_is_of_every_method(tmp_path, capsys):
     (tmp_path / "none.py").write_text("\n".join([*HEAD, "    config.optim.rho = 0.0", "    return config"]))
-    assert command.read_config(str(tmp_path / "none.py"), [("optim.method", "adamw")]).optim.rho == 0
+    assert read_config(str(tmp_path / "none.py"), [("optim.method", "adamw")]).optim.rho == 0
     assert capsys.readouterr().err == ""
 
 
@@ -245,8 +246,8 @@ def test_a_mistyped_module_gets_the_line_of_a_mistyped_command(words):
         ([CONFIG, "--config.optm.rho=1"], ["config.optm.rho", "did you mean config.optim.rho?"]),
         ([CONFIG, "--config.batch_size=1"], ["config.batch_size", "did you mean config.train.batch_size?"]),
         ([CONFIG, "--config.zzz.qqq=1"], ["config.zzz.qqq", "`steppe config` lists every key"]),
-        ([CONFIG, "--config.optim.rho=big"], ["config.optim.rho = big", "must be a number, or None"]),
-        ([CONFIG, "--config.optim.rho="], ["config.optim.rho = nothing", "must be a number"]),
+        ([CONFIG, "--config.optim.rho=big"], ["config.optim.rho = big", "must be a finite number >= 0, or None"]),
+        ([CONFIG, "--config.optim.rho="], ["config.optim.rho = nothing", "must be a finite number"]),
         ([CONFIG, "--config.train.batch_size=8.5"], ["config.train.batch_size = 8.5", "must be an integer"]),
         ([CONFIG, "--config.train.batch_size=None"], ["config.train.batch_size = None", "must be an integer"]),
         ([CONFIG, "--config.train.batch_size"], ["config.train.batch_size = nothing", "must be an integer"]),
@@ -353,8 +354,8 @@ def test_a_process_that_computes_keeps_the_memory_of_a_step_for_the_next():
     """
     script = (
         "import resource, sys\n"
-        "from steppe.scripts import command\n"
-        "command.keep_memory()\n"
+        "from steppe.scripts import process\n"
+        "process.keep_memory()\n"
         "import jax, jax.numpy as jnp\n"
         "f = jax.jit(lambda x: (jnp.sin(x) @ jnp.ones((x.shape[1], 8))).sum())\n"
         "x = jnp.ones((1024, 16384))\n"

@@ -11,6 +11,7 @@ import shlex
 import jax
 import pytest
 
+from steppe.configs.read import read_config
 from steppe.data import vocabulary
 from steppe.lm.parts.check import check
 from steppe.scripts import cli, command
@@ -387,7 +388,7 @@ def test_every_documented_command_can_run(where, line, steppe, place, planned, m
                 if path:
                     devices = getattr(options, "topology", "").partition(":")[2] or DEVICES.sub(r"\1", line)
                     count = math.prod(map(int, devices.split("x"))) if re.fullmatch(r"\d+(x\d+)*", devices) else None
-                    check(command.read_config(path, overrides), device_count=count)
+                    check(read_config(path, overrides), device_count=count)
 
 
 @pytest.mark.exhaustive  # planned above, and a branch in lm/keep/test_branch.py

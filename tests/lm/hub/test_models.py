@@ -354,13 +354,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, capsys):
 
 
 def test_a_config_from_hf_reads_as_the_run(text, made, tmp_path, capsys):
-    from steppe.scripts import command, config
+    from steppe.configs.read import read_config
+    from steppe.scripts import config
 
     _, _, run = made(*MODELS["qk_norm, grouped, wide heads"].items())
     export.export(run, str(tmp_path / "hf"), log=lambda line: None)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["head_dim"] == 10
     assert config.main(["from-hf", str(tmp_path / "hf"), f"--out={tmp_path / 'mine.py'}"]) == 0
-    read = command.read_config(str(tmp_path / "mine.py"))
+    read = read_config(str(tmp_path / "mine.py"))
     same = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "qk_norm", "style", "norm_epsilon")
     assert {name: read.model[name] for name in same} == {name: run.config.model[name] for name in same}
     assert (read.init_from, read.data.vocabulary) == (str(tmp_path / "hf"), str(tmp_path / "hf" / "tokenizer.json"))

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from helpers import lm_runs, processes, sweep_runs
+from steppe.configs.read import UsageError
 from steppe.scripts import prepare_data, results
-from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep import slurm as sweep_slurm
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from helpers import lm_runs, sweep_runs
+from steppe.configs.read import UsageError
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts import results
-from steppe.scripts.command import UsageError
 from steppe.scripts.sweep import __main__ as sweep
 from steppe.scripts.sweep import halving as sweep_halving
 from steppe.scripts.sweep import plan as sweep_plan

@@ -1,0 +1,230 @@
+"""A config from what a user writes: FILE[:ARGUMENT] of --config and the overrides of single keys, in one reading.
+
+Bad input is a UsageError of one line, which names the key or the file, the value and what is accepted.
+"""
+
+import difflib
+import functools
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from steppe.configs import base, sizes
+from steppe.configs.keys import TEXTS, Key, config_of, named
+
+PACKAGE = "steppe.configs"  # whose modules are the ready configs
+Overrides = Sequence[tuple[str, str | None]]  # ("section.key", text), None of a flag without one
+
+
+class UsageError(ValueError):
+    """Bad input on the command line; its message is the one line shown."""
+
+
+def read_config(path: str, overrides: Overrides = ()) -> ConfigDict:
+    """The config of FILE[:ARGUMENT] with overrides applied: locked, with base.keys_of's keys, its size resolved.
+
+    Options of the file that the overrides' optim.method does not take give way, which is said. Raises UsageError.
+    """
+    return reader(path)(overrides)
+
+
+def reader(path: str) -> Callable[[Overrides], ConfigDict]:
+    """read(overrides) -> config, as read_config, for many readings of one FILE[:ARGUMENT]: it is run once."""
+    written = _written(path)
+
+    @functools.cache  # a line is said once
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def read(overrides: Overrides) -> ConfigDict:
+        texts: dict[str, list[str | None]] = {}
+        for key, text in overrides:
+            texts.setdefault(key, []).append(text)
+        # texts will do here: whatever declares keys is named by one
+        known = base.keys_of(written | {key: given[-1] for key, given in texts.items()})
+        values = {key: declared.default for key, declared in known.items()} | written
+        values |= {key: _value(key, given, known) for key, given in texts.items()}
+        if "optim.method" in texts:
+            options = [name for name in named("optim.methods:OPTIONS") if f"optim.{name}" not in texts]
+            method = values["optim.method"]
+            gone = named("optim.methods:foreign")(method, {name: values[f"optim.{name}"] for name in options})
+            shown = ", ".join(f"config.optim.{name} = {values[f'optim.{name}']!r}" for name in gone)
+            values |= {f"optim.{name}": None for name in gone}
+            if gone:
+                gives = (
+                    f"{shown} in {path} {'gives' if len(gone) == 1 else 'give'} way to config.optim.method = {method}"
+                )
+                say(f"{gives}, which {named('optim.methods:takes')(method)}")
+        for field, value in sizes.SIZES.get(values["model.size"], {}).items():
+            if values[f"model.{field}"] != value and f"model.{field}" in texts:
+                raise UsageError(
+                    f"config.model.{field} = {values[f'model.{field}']}: must be left out with config.model.size = "
+                    f"{values['model.size']}, which makes it {value}; or set config.model.size to nothing"
+                )
+        try:
+            return sizes.resolve(config_of(known, values).lock())
+        except ValueError as error:
+            raise UsageError(error) from None
+
+    return read
+
+
+def shown(config: ConfigDict) -> str:
+    """A config as a Python file that --config reads again."""
+    lines = [f"    config.{key} = {value!r}" for key, value in _values(config).items()]
+    head = ["from steppe.configs import base", "", "", "def get_config():", "    config = base.get_config()"]
+    return "\n".join([*head, *lines, "    return config"])
+
+
+def plain(value: Any) -> Any:
+    """A numpy scalar as the Python value it stands for; anything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
+
+
+def folder_of(package: str) -> Path:
+    """Where the modules of a package of ours lie, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return Path(next(iter(spec.submodule_search_locations or ())))
+
+
+def ready(package: str, function: str) -> list[str]:
+    """The modules of a package that define a function, read without importing them."""
+    return sorted(
+        file.stem
+        for file in folder_of(package).glob("*.py")
+        if re.search(rf"^def {function}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
+def call(flag: str, text: str, function: str, package: str) -> Any:
+    """What `function` of a module returns. text: NAME, a.dotted.MODULE or FILE, each also with :ARGUMENT.
+
+    A NAME is a module of `package`. UsageError for whatever fails in it.
+    """
+    name, colon, argument = text.partition(":")
+    file = name
+    try:
+        if os.path.isfile(name):
+            loader = importlib.machinery.SourceFileLoader("steppe_config", name)
+            spec = importlib.util.spec_from_loader("steppe_config", loader)
+        else:
+            spec = _module(flag, name, function, package)
+            file = spec.origin
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        called = getattr(module, function, None)
+        if not callable(called):
+            raise UsageError(f"{flag} = {name}: must define {function}(); see {package.removeprefix('steppe.')}")
+        try:
+            inspect.signature(called).bind(*([argument] if colon else []))
+        except TypeError:
+            accepted = f"{name} alone, because its {function} takes no argument" if colon else f"{name}:ARGUMENT"
+            raise UsageError(f"{flag} = {text}: must be {accepted}; see the head of {file}") from None
+        return called(*([argument] if colon else []))
+    except UsageError:
+        raise
+    except SyntaxError as error:
+        raise UsageError(f"{flag} = {name}: line {error.lineno}: {error.msg}") from None
+    except SystemExit as error:
+        raise UsageError(f"{flag} = {text}: it ended the program (SystemExit: {error}); it must return") from None
+    except Exception as error:  # whatever a user's file raises is about that file, so say where in it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f"line {lines[-1]}: " if lines else ""
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise UsageError(f"{flag} = {text}: {where}{kind}{str(error).strip(chr(34))}") from None
+
+
+def _module(flag: str, name: str, function: str, package: str) -> importlib.machinery.ModuleSpec:
+    names = ready(package, function)
+    spec = None
+    if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+        with suppress(ImportError):
+            spec = importlib.util.find_spec(name if "." in name else f"{package}.{name}")
+    if spec is None or spec.origin is None:
+        stem = Path(name).stem
+        close = [stem] if stem in names else difflib.get_close_matches(stem, names, n=1)
+        hint = f"; did you mean {flag}={close[0]}?" if close else ""
+        raise UsageError(f"{flag} = {name or 'nothing'}: must be one of {', '.join(names)}, a module or a file{hint}")
+    return spec
+
+
+def _written(path: str) -> dict[str, Any]:
+    """{key: value} of FILE[:ARGUMENT], which has every key of its config and no other, each of its type."""
+    config = call("--config", path, "get_config", PACKAGE)
+    if not isinstance(config, ConfigDict):
+        file = path.partition(":")[0]
+        raise UsageError(f"--config = {file}: get_config must return a ConfigDict, not {type(config).__name__}")
+    values = _values(config)
+    known = base.keys_of(values)
+    for key in values:
+        if key not in known:
+            raise UsageError(f"config.{key} in {path}: no such key{closest(key, list(known))}")
+    for key, declared in known.items():
+        if key not in values:
+            raise UsageError(f"config.{key} is missing in {path}: start from configs/base.py, which holds every key")
+        value = values[key] = plain(values[key])
+        if not (declared.is_typed(value) or (value is None and declared.default is None)):
+            raise UsageError(f"config.{key} = {value!r} in {path}: must be {_accepted(declared)}")
+    return values
+
+
+def _values(config: ConfigDict) -> dict[str, Any]:
+    """{"section.key": value}; a section itself is not an entry."""
+    found = {}
+    for key, value in config.items():
+        found |= {f"{key}.{k}": v for k, v in _values(value).items()} if isinstance(value, ConfigDict) else {key: value}
+    return found
+
+
+def _value(key: str, texts: Sequence[str | None], known: Mapping[str, Key]) -> Any:
+    """The value that one key has by its texts on the command line."""
+    if key not in known:
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        if inside:
+            raise UsageError(f"config.{key} is a section: set its keys one by one, such as --config.{inside[0]}=...")
+        raise UsageError(f"config.{key}: no such key{closest(key, list(known))}")
+    declared, given = known[key], [text for text in texts if text is not None]
+    if declared.default is None and texts == ["None"]:
+        return None
+    kind = declared.accepted.kind
+    wrong = f"config.{key} = {', '.join(text or 'nothing' for text in texts)}: must be "
+    if kind is not tuple and len(texts) > 1:
+        raise UsageError(f"{wrong}given once")
+    with suppress(ValueError):
+        if given == list(texts) or kind is bool:
+            return declared.accepted.read(*given or ["true"])
+    raise UsageError(wrong + _accepted(declared))
+
+
+def _accepted(key: Key) -> str:
+    """What to write for a key of another type."""
+    said = key.accepted.text()
+    if key.accepted.kind is tuple and said != TEXTS.text():
+        said = f"{TEXTS.text()}: {said}"
+    return said + (", or None for its default" if key.default is None else "")
+
+
+def closest(word: str, among: list[str]) -> str:
+    """The end of a line that refuses a key or an option: the one that a word comes close to, else where all stand."""
+    word = word.split("=")[0]
+    match = difflib.get_close_matches(word, among, n=1, cutoff=0.6)
+    if not match:  # a key under the wrong section, or without one
+        last = {name.rsplit(".", 1)[-1]: name for name in among}
+        match = [last[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
+    if match:
+        prefix = "" if match[0].startswith("-") else "config."
+        return f"; did you mean {prefix}{match[0]}?"
+    return "; --help lists the options" if word.startswith("-") else "; `steppe config` lists every key"
