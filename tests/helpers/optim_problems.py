@@ -7,6 +7,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from steppe import optim
+from steppe.optim import methods
 from steppe.optim.rule import Objective
 
 V, D, LAYERS, B, T = 7, 4, 2, 8, 3
@@ -86,6 +87,20 @@ def needs(name):
     if name == "focal_sam":
         return {"frequency": jnp.arange(1, V + 1) / (V * (V + 1) / 2)}
     return {"k": 2} if name in ("k_sam", "look_sam") else {}
+
+
+def telling(*kinds):
+    """The methods that bring a part of these kinds ("ascent", "first", "second", "period") that none before them has.
+
+    The others are made of these methods' parts: where the way that a test looks at goes through these kinds alone, a
+    test of all methods leaves the others to the night.
+    """
+    seen = set()
+    for name, row in methods.METHODS.items():
+        parts = {(kind, getattr(row, kind, None)) for kind in kinds}
+        if parts - seen:
+            yield name
+        seen |= parts
 
 
 class Problem:

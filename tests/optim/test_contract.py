@@ -1,7 +1,8 @@
 """What every method promises with every base: one compiled step per pair, driven through all the cases.
 
 A method whose direction asks for no moments never reads the base's state (shown below on its jaxpr), so it is run on
-one base; the others are run on each base that they accept.
+one base; the others are run on each base that they accept. Each base but adamw takes one of them, in turn: test_parts
+and test_ascent have the moments and the way of each base. All pairs: pytest -m exhaustive.
 """
 
 import functools
@@ -28,6 +29,18 @@ PAIRS = [(name, "adamw") for name in methods.METHODS] + [
     for base in methods.accepted_bases(name)
     if name not in MOMENTLESS and base != "adamw"
 ]
+NIGHTLY = pytest.mark.exhaustive
+
+
+def in_turn():
+    """PAIRS, all but one of each base other than adamw left to the night."""
+    others = [base for base in BASES if base != "adamw"]
+    for name, base in PAIRS:
+        takers = [method for method, its in PAIRS if its == base]
+        told = base == "adamw" or name == takers[others.index(base) % len(takers)]
+        yield pytest.param(name, base, marks=[] if told else NIGHTLY)
+
+
 # At a rho too small to move theta both passes run and give the base bit for bit, but for these. gsam: the part of g
 # orthogonal to g_p is rounding noise. logit_sam, functional_msam: XLA fuses the loss derivative with what surrounds it,
 # which is not what surrounds the base's. None, no limit: k_sam trains on the chosen sequences alone, and look_sam
@@ -108,7 +121,7 @@ def plain_run():
     return run
 
 
-@pytest.mark.parametrize(("name", "base_name"), PAIRS)
+@pytest.mark.parametrize(("name", "base_name"), list(in_turn()))
 def test_contract(name, base_name, plain_run):
     base, step = base_of(base_name), step_of(name, base_name)
     row = methods.METHODS[name]
@@ -207,11 +220,12 @@ SPECS = {
 }
 
 
-# Every first pass, every path and every kind of state once; the methods left out are made of parts of these.
-DISTINCT = ["precond_functional_sam", "mixture_sam", "k_sam", "cr_sam", "focal_sam", "look_sam", "friendly_sam"]
+# Both first passes that choose or weigh sequences, a split pass and a state; every path: pytest -m exhaustive.
+DISTINCT = ["precond_functional_sam", "k_sam", "focal_sam", "look_sam"]
+MORE = [pytest.param(name, marks=NIGHTLY) for name in ("mixture_sam", "cr_sam", "friendly_sam")]
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", [*DISTINCT, *MORE])
 def test_sharded_in_microbatches_equals_whole_on_one_device(name):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     place = lambda x: jax.device_put(x, NamedSharding(mesh, SPECS.get(x.shape, P())))  # noqa: E731
@@ -231,7 +245,7 @@ def test_sharded_in_microbatches_equals_whole_on_one_device(name):
             np.testing.assert_allclose(report_8[key], report[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["precond_functional_sam", pytest.param("k_sam", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["precond_functional_sam", pytest.param("k_sam", marks=NIGHTLY)])
 def test_compiled_equals_op_by_op(name):
     step, carry = step_of(name), start(name, base_of("adamw"))
     *carry, _, _ = step(0.1, *carry, trap(problems.batch()), 0)
@@ -241,21 +255,28 @@ def test_compiled_equals_op_by_op(name):
     close(op_by_op[3], compiled[3], 1e-5)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_dtypes_in_bfloat16(name):
+PRECISIONS = [(jnp.bfloat16, None), (jnp.float32, jnp.bfloat16)]  # of the parameters, of the computation
+SEEN = [*problems.telling("ascent", "first", "second")]
+
+
+@pytest.mark.parametrize(("name", "dtype", "compute"), [
+    # each of SEEN in one precision, in turn
+    pytest.param(name, *both, marks=[] if name in SEEN and PRECISIONS[SEEN.index(name) % 2] == both else NIGHTLY)
+    for name in methods.METHODS for both in PRECISIONS
+])  # fmt: skip
+def test_dtypes_in_bfloat16(name, dtype, compute):
     """Returned gradients have the parameters' dtype, whatever the compute dtype, in parts and in branches."""
-    for dtype, compute in ((jnp.bfloat16, None), (jnp.float32, jnp.bfloat16)):
-        objective, params = problems.language_model(compute), problems.parameters(dtype)
-        base = base_of("adamw")
-        radius = {"rho": lambda step: 0.1 * step} if methods.row_of(name) else {}
-        rule = optim.method(name, microbatches=2, base=base, **radius, **problems.needs(name))
-        state = rule.init(params)
-        run = lambda p: rule.gradient(objective, p, problems.batch(), base.transform.init(p), state, jnp.int32(3))  # noqa: B023, E731
-        g, new_state, report = jax.eval_shape(run, params)
-        assert {leaf.dtype for leaf in jax.tree.leaves(g)} == {jnp.dtype(dtype)}
-        kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (new_state, state)]
-        assert kinds[0] == kinds[1]
-        assert {report[key].dtype for key in REPORT} == {jnp.dtype(jnp.float32)}
+    objective, params = problems.language_model(compute), problems.parameters(dtype)
+    base = base_of("adamw")
+    radius = {"rho": lambda step: 0.1 * step} if methods.row_of(name) else {}
+    rule = optim.method(name, microbatches=2, base=base, **radius, **problems.needs(name))
+    state = rule.init(params)
+    run = lambda p: rule.gradient(objective, p, problems.batch(), base.transform.init(p), state, jnp.int32(3))  # noqa: E731
+    g, new_state, report = jax.eval_shape(run, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(g)} == {jnp.dtype(dtype)}
+    kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (new_state, state)]
+    assert kinds[0] == kinds[1]
+    assert {report[key].dtype for key in REPORT} == {jnp.dtype(jnp.float32)}
 
 
 def test_bfloat16_compute_keeps_the_direction_and_reports_what_survives():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from helpers.optim_problems import telling
 from helpers.programs import LENGTH, PLATFORMS, VOCABULARY, batch_of, curvature_calls, parts_on
 from steppe.lm.measure import retention
 from steppe.lm.measure.evaluate import evaluation_step
@@ -24,10 +25,11 @@ def kernels(text: str) -> int:
     return text.count("tpu_custom_call")
 
 
-# Every method on TPU, where a kernel is opaque to the partitioner; on GPU the rest: pytest -m exhaustive.
-SOME = ("adamw", "functional_sam", "mixture_sam", "penalty_sam")
+# Every way through the model on TPU, where a kernel is opaque to the partitioner, and two on GPU: a method's ascent
+# calls none. All of both: pytest -m exhaustive.
+SOME = {"tpu": {*telling("first", "second")}, "cuda": {"functional_sam", "penalty_sam"}}
 STEPS = [
-    pytest.param(platform, name, marks=[] if platform == "tpu" or name in SOME else pytest.mark.exhaustive)
+    pytest.param(platform, name, marks=[] if name in SOME[platform] else pytest.mark.exhaustive)
     for platform in PLATFORMS
     for name in methods.METHODS
 ]
@@ -42,7 +44,7 @@ def test_the_step_of_every_method(platform, method):
 
 
 @pytest.mark.parametrize("switches", [
-    {"train__microbatches": 2},
+    pytest.param({"train__microbatches": 2}, marks=pytest.mark.exhaustive),  # as two of those below have it
     {"optim__ascent_over": "subset", "optim__ascent_fraction": 0.3},  # 2.4 rows of 8, on 4 shards
     {"optim__ascent_over": "subset", "optim__ascent_fraction": 0.75, "train__microbatches": 2},
     {"optim__ascent_over": "microbatch", "train__microbatches": 2},
