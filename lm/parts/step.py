@@ -69,17 +69,18 @@ def with_scalars(compiled: Callable, parts: Parts) -> Callable:
 
 
 def lower_step(parts: Parts, batch: dict, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
-    """The program of step(state, batch, limit, scalars): one for all runs that differ in Parts.scalars alone.
+    """The program of `trace_step`. platforms: to lower it for, instead of that of the devices."""
+    return trace_step(parts, batch).lower(lowering_platforms=platforms)
 
-    platforms: to lower it for, instead of that of the devices.
-    """
+
+def trace_step(parts: Parts, batch: dict) -> jax.stages.Traced:
+    """step(state, batch, limit, scalars), traced: one for all runs that differ in Parts.scalars alone."""
 
     def step(state, batch, limit, scalars):
         return make_step(parts.objective, parts.optimizer_at(**scalars))(state, batch, limit)
 
     limit = jax.ShapeDtypeStruct((), jnp.float32)
-    traced = jax.jit(step, donate_argnums=0).trace(parts.abstract, batch, limit, _scalars(parts))
-    return traced.lower(lowering_platforms=platforms)
+    return jax.jit(step, donate_argnums=0).trace(parts.abstract, batch, limit, _scalars(parts))
 
 
 def _scalars(parts: Parts) -> dict:

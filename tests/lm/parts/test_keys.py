@@ -1,4 +1,4 @@
-"""Every key of config.optim and config.train, and some others, reaches the lowered step, its operands, or the watch."""
+"""Every key of config.optim and config.train, and some others, reaches the traced step, its operands, or the watch."""
 
 import functools
 
@@ -11,7 +11,7 @@ from steppe.configs import base
 from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.parts.anomaly import Watch
 from steppe.lm.parts.assembly import assemble, program_key
-from steppe.lm.parts.step import lower_step
+from steppe.lm.parts.step import trace_step
 from steppe.optim.two_pass import SWITCHES
 
 SAM = {"optim.method": "sam"}
@@ -101,20 +101,21 @@ def config_of(changes: dict):
 
 
 @functools.cache
-def lowered(changes: tuple) -> tuple[str, dict]:
-    """(text of the step's program, its operands) of a small config with these changes."""
+def traced(changes: tuple) -> tuple[str, dict]:
+    """(the step as it is traced, with its constants, its operands) of a small config with these changes."""
     config = config_of(dict(changes))
     frequency = jnp.full(288, 1 / 288)
     parts = assemble(config, 259, 10**6, frequency, jax.devices()[:1], tokens_per_row=4.5)
     shape, place = (config.train.batch_size, config.data.sequence_length), batch_sharding(parts.mesh)
     names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in names.items()}
-    return lower_step(parts, batch).as_text(), parts.scalars
+    program = trace_step(parts, batch).jaxpr
+    return f"{program}\n{[np.asarray(value).tolist() for value in program.consts]}", parts.scalars
 
 
 def both(key: str, value, context: dict) -> tuple:
     """The step without and with a key turned."""
-    return lowered(tuple(context.items())), lowered(tuple({**context, key: value}.items()))
+    return traced(tuple(context.items())), traced(tuple({**context, key: value}.items()))
 
 
 def keyed(key: str, value, context: dict) -> bool:
@@ -174,3 +175,9 @@ def test_the_gap_is_what_the_loss_rises_by():
     _, metrics = compile_step(parts, batch)(create(parts.mesh, parts.initialise), batch, np.float32(np.inf))
     assert float(metrics["sharpness_gap"]) > 0
     assert float(metrics["sharpness_gap"]) == float(metrics["perturbed_loss"]) - float(metrics["loss"])
+
+
+def test_the_same_config_is_the_same_step():
+    """So that a difference is the key's: nothing of a trace is of this process or of the time."""
+    changes = (("optim.method", "precond_functional_sam"), ("optim.rate_factors", ("layers/=0.5",)))
+    assert traced(changes)[0] == traced.__wrapped__(changes)[0]
