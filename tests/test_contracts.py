@@ -97,28 +97,34 @@ def test_heavy_packages_are_imported_inside_functions(path):
             assert name.split(".")[0] not in LAZY, f"line {node.lineno}: {name} at module level"
 
 
-@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
-def test_help_comes_at_once(name):
-    code = (
-        "import sys, time; begin = time.process_time()  # of this process, whatever else the machine does\n"
-        "from steppe.scripts import cli\n"
-        "try: status = cli.main([*sys.argv[1:], '--help'])\n"
-        "except SystemExit as stop: status = stop.code\n"
-        f"heavy = [m for m in {HEAVY} if m in sys.modules]\n"
-        "print(status or 0, time.process_time() - begin, *heavy, file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *([name] if name else [])], cwd=ROOT, capture_output=True, text=True
-    )
+EVERY = ["", *cli.COMMANDS]
+HELP = f"""
+import sys, time
+begin = time.process_time()  # of this process, whatever else the machine does
+from steppe.scripts import cli
+for name in sys.argv[1].split(","):
+    try: status = cli.main([*filter(None, [name]), "--help"])
+    except SystemExit as stop: status = stop.code
+    heavy = [m for m in {HEAVY} if m in sys.modules]
+    print(status or 0, time.process_time() - begin, *heavy, file=sys.stderr)
+    begin = time.process_time()
+"""
+
+
+@pytest.mark.parametrize("names", [EVERY, *(pytest.param([name], marks=pytest.mark.exhaustive) for name in EVERY)])
+def test_help_comes_at_once(names):
+    """In one process one after the other, so that the first to import too much is named, and each in its own."""
+    done = subprocess.run([sys.executable, "-c", HELP, ",".join(names)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    status, seconds, *heavy = done.stderr.split()
-    assert status == "0"
-    assert float(seconds) < 3
-    assert not heavy
-    assert (f"usage: steppe {name}" if name else "usage: steppe COMMAND") in done.stdout
-    for summary in [command.summary(cli.COMMANDS[n][0]) for n in ([name] if name else cli.COMMANDS)]:
-        assert summary
-        assert summary in done.stdout
+    for name, line in zip(names, done.stderr.splitlines(), strict=True):
+        status, seconds, *heavy = line.split()
+        assert status == "0", name
+        assert float(seconds) < 3, name
+        assert not heavy, name
+        assert (f"usage: steppe {name}" if name else "usage: steppe COMMAND") in done.stdout
+        for summary in [command.summary(cli.COMMANDS[n][0]) for n in ([name] if name else cli.COMMANDS)]:
+            assert summary
+            assert summary in done.stdout
 
 
 def _is_record(line, tmp_path):
