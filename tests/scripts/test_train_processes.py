@@ -1,4 +1,4 @@
-"""Two real processes of four devices each, over jax.distributed on this machine, over every axis of the mesh."""
+"""Two real processes, over jax.distributed on this machine; every axis of the mesh: pytest -m exhaustive."""
 
 import os
 import pathlib
@@ -12,6 +12,10 @@ import pytest
 from helpers import lm_runs, processes
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Devices of each process, and how many the tensor axis takes; fsdp takes two, data the rest.
+LAYOUTS = pytest.mark.parametrize(
+    ("devices", "tensor"), [(1, 1), pytest.param(4, 2, marks=pytest.mark.exhaustive)], ids=["fsdp", "every axis"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +28,8 @@ def corpus(tmp_path_factory):
     return place
 
 
-def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subprocess.Popen:
-    """scripts.train on `devices` simulated devices over every axis; each evaluation is of the whole text."""
+def start(corpus, workdir, steps: int, devices: int, tensor: int, *arguments: str) -> subprocess.Popen:
+    """scripts.train on `devices` simulated devices; each evaluation is of the whole text."""
     command = [
         *(sys.executable, "-P", "-m", "steppe.scripts.train", "--config=base", f"--workdir={workdir}", *arguments),
         *(f"--config.data.task=text:{corpus}/train.txt@all", f"--config.data.cache={corpus}/cache"),
@@ -37,7 +41,7 @@ def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subproc
             "--config.model.mlp_width=32",
         ),
         *("--config.optim.method=precond_functional_sam", "--config.optim.rho=0.05", "--config.mesh.data=-1"),
-        *("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.evaluate.batch_size=16"),
+        *("--config.mesh.fsdp=2", f"--config.mesh.tensor={tensor}", "--config.evaluate.batch_size=16"),
         *(f"--config.train.duration={steps} steps", "--config.evaluate.every=100%", "--config.evaluate.batches=0"),
         *("--config.average.weights=('ema', 'lawa')", "--config.average.horizon=4 steps"),
         *("--config.average.snapshots=2", "--config.log.every=1"),
@@ -49,23 +53,34 @@ def start(corpus, workdir, steps: int, devices: int, *arguments: str) -> subproc
     )  # fmt: skip
 
 
-def pair(corpus, workdir, steps: int) -> list[subprocess.Popen]:
-    """The same run as two processes of four devices."""
+def pair(corpus, workdir, steps: int, devices: int, tensor: int) -> list[subprocess.Popen]:
+    """The same run as two processes of so many devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meet = f"--coordinator=localhost:{free.getsockname()[1]}"
     return [
-        start(corpus, workdir, steps, 4, meet, "--num_processes=2", f"--process_id={index}", "--heartbeat=10")
+        start(
+            corpus,
+            workdir,
+            steps,
+            devices,
+            tensor,
+            meet,
+            "--num_processes=2",
+            f"--process_id={index}",
+            "--heartbeat=10",
+        )
         for index in range(2)
     ]
 
 
-def test_two_processes_of_four_devices_equal_one_of_eight(corpus, tmp_path):
+@LAYOUTS
+def test_two_processes_equal_one_of_as_many_devices(corpus, tmp_path, devices, tensor):
     """The same losses within 1e-5 (order of sums); only process 0 writes."""
-    one = start(corpus, tmp_path / "one", 5, 8)
+    one = start(corpus, tmp_path / "one", 5, 2 * devices, tensor)
     printed = one.communicate(timeout=240)[0]
     assert one.returncode == 0, printed[-3000:]
-    both = pair(corpus, tmp_path / "two", 5)
+    both = pair(corpus, tmp_path / "two", 5, devices, tensor)
     said = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     np.testing.assert_allclose(lm_runs.losses(tmp_path / "two"), lm_runs.losses(tmp_path / "one"), atol=1e-5)
@@ -79,8 +94,9 @@ def test_two_processes_of_four_devices_equal_one_of_eight(corpus, tmp_path):
     assert "step 5/5" not in said[1]
 
 
-def test_a_lost_process_ends_the_other_and_the_run_can_go_on(corpus, tmp_path):
-    both = pair(corpus, tmp_path, 100_000)
+@LAYOUTS
+def test_a_lost_process_ends_the_other_and_the_run_can_go_on(corpus, tmp_path, devices, tensor):
+    both = pair(corpus, tmp_path, 100_000, devices, tensor)
     for line in both[0].stdout:
         if line.startswith("step 12/"):
             both[1].kill()
@@ -90,7 +106,7 @@ def test_a_lost_process_ends_the_other_and_the_run_can_go_on(corpus, tmp_path):
     assert "another task died" in rest
     both[1].communicate()
     assert lm_runs.records(tmp_path, "checkpoint")
-    again = start(corpus, tmp_path, 100_000, 8)  # the checkpoint is sound: even one process of eight continues
+    again = start(corpus, tmp_path, 100_000, 2 * devices, tensor)  # the checkpoint is sound: one process continues
     for line in again.stdout:
         if line.startswith("continuing"):
             break
