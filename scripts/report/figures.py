@@ -135,7 +135,7 @@ def best_rho(frame: pd.DataFrame, laws: Mapping, names: Sequence[str]) -> dr.Dra
                 fitted = rows.loc[rows["state"] == "inside", "parameters"]
                 x = np.geomspace(fitted.min() / 1.3, fitted.max() * 1.3, 50)
                 line, low, high = st.power_law_band(law, x)
-                if np.isfinite(low).all():  # a line through two points without known noise says nothing
+                if np.isfinite(low).all():  # a line through two points says nothing
                     axes.plot(x, line, color=colour, linestyle=dash, marker="none")
                     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             if len(rows):

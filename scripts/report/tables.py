@@ -151,7 +151,8 @@ def optima(found: pd.DataFrame, names: Sequence[str]) -> Table:
 def power_laws(found: pd.DataFrame) -> Table:
     return Table(
         "power_law", "Best rho = a N^b",
-        "b with its 95 % interval; N non-embedding parameters. n scales whose optimum lies inside the grid; scales "
+        "b with its 95 % interval, which takes three scales: it rests on their scatter about the line. N non-embedding "
+        "parameters. n scales whose optimum lies inside the grid; scales "
         "without one are left out, which biases b if they are at one end. Check: a law fitted without the largest "
         "scale, beside the best of the grid there.",
         [
