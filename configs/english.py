@@ -1,7 +1,7 @@
-"""What the runs of optim/study/english share: byte-level models on English, far beyond 20 tokens a parameter.
+"""What the runs of configs/studies/english share: byte-level models on English, far beyond 20 tokens a parameter.
 
-    python optim/study/english/text.py TEXT
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/one_pass.py --out=runs/one_pass
+    python configs/studies/english/text.py TEXT
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/one_pass.py --out=runs/one_pass
 
 The argument is the folder of the text. 1,024 bytes a step in sequences of 128; 200 tokens per non-embedding parameter:
 7,243 steps of size 0.03m. Averages of the weights are kept and evaluated in every run.

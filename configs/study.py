@@ -1,6 +1,6 @@
-"""What the runs of optim/study share: byte-level models of Python's own sources, small enough for hundreds of runs.
+"""What the runs of configs/studies share: byte-level models of Python's own sources, small enough for hundreds of runs.
 
-    steppe sweep --config=study --sweep=optim/study/spec.py --out=runs/study
+    steppe sweep --config=study --sweep=configs/studies/spec.py --out=runs/study
 
 512 tokens a step. The peak learning rate is the better of 4e-3, 8e-3 and 1.6e-2 for AdamW at size 0.03m, near enough:
 style nanodo lost 2.235, 2.125 and 2.106 nats a byte with them, style modern 1.878 with 8e-3.

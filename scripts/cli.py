@@ -32,7 +32,6 @@ COMMANDS = {
     "coordinates": ("steppe.scripts.measure.coordinates", "--config=quickstart --out=coordinates"),
     "doctor": ("steppe.scripts.doctor", ""),
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
-    "chaos": ("steppe.scripts.chaos", "--runs=15"),
 }
 
 # commands within a command
@@ -40,7 +39,7 @@ KINDS = {
     "config": ("diff", "from-hf"),
     "prepare_data": ("show", "vocabulary"),
     "report": ("compare", "pack", "rivals", "transfer"),
-    "bench": ("step", "data", "methods", "curvature", "shares", "sweep", "collectives", "gpu"),
+    "bench": ("step", "collectives", "gpu"),
 }
 
 

@@ -58,12 +58,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(name: str, summary: str | None, *, config: bool = True) -> Parser:
-    """The Parser of `steppe NAME`; summary: its description, a module's docstring.
+    """The Parser of `steppe NAME`, or of a file by its path; summary: its description, a module's docstring.
 
     config: whether the command takes --config.
     """
     made = Parser(
-        prog=f"steppe {name}",
+        prog=name if name.endswith(".py") else f"steppe {name}",
         description=summary,
         epilog=_HELP.format(ready=", ".join(ready(PACKAGE, "get_config"))) if config else "",
         formatter_class=argparse.RawDescriptionHelpFormatter,

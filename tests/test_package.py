@@ -53,7 +53,7 @@ def run(wheel: Path, where: Path, *words: str, isolated: bool = True) -> str:
 def test_every_module_of_the_tree_imports_from_the_wheel(built, theirs):
     wheel, _ = built
     files = [path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")]
-    names = [".".join(("steppe", *path.with_suffix("").parts)) for path in files if "study" not in path.parts]
+    names = [".".join(("steppe", *path.with_suffix("").parts)) for path in files if "studies" not in path.parts]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     code = f"import importlib\nfor name in {names}: print(importlib.import_module(name).__file__)"
     places = run(wheel, theirs, "-c", code).split()

@@ -1,6 +1,6 @@
-"""Measurements on this machine: what a step, data, methods, curvature products and runs cost, and where epsilon lies.
+"""Measurements on this machine: what a step costs, on one device, on a GPU, and what it sends over a mesh.
 
-steppe bench step|data|methods|curvature|shares|sweep|collectives|gpu [--help] ...
+steppe bench step|collectives|gpu [--help] ...
 """
 
 import sys

@@ -214,7 +214,7 @@ def test_ready_sweeps_hold_as_many_runs_as_they_say_all_of_which_can_run(sweep, 
         check(read(list(run.items())), device_count=1)
 
 
-STUDY = pathlib.Path(__file__).parents[2] / "optim" / "study" / "english"
+STUDY = pathlib.Path(__file__).parents[2] / "configs" / "studies" / "english"
 SPECS = [path for path in sorted(STUDY.glob("*.py")) if "def get_spec(" in path.read_text()]
 
 

@@ -127,7 +127,6 @@ TABLE = [
     (["bench", "nothing"], "nothing"),
     (["bench", "step", "--runs=-1"], "--runs: -1: must be an integer >= 0"),
     (["bench", "step", "--remat=some"], "--remat: some: must be one of"),
-    (["bench", "shares", "--steps", "5", "x"], "--steps: x: must be an integer >= 1"),
     ([*TRAIN, "--config.optim.perturb=()"], "config.optim.perturb"),
     ([*PREPARE, "--out=o", "--hosts=2"], "--hosts=2: needs --launcher=slurm or print"),
     (["config", "nothing"], "nothing"),

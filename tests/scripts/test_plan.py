@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from bench import methods as bench_methods
 from steppe.configs import base, sizes
 from steppe.lm.model import hlo
 from steppe.lm.model.mesh import make_mesh
@@ -21,7 +22,6 @@ from steppe.lm.parts import chips
 from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.budget import step_flops
 from steppe.optim.methods import Cost
-from steppe.scripts.bench import methods as bench_methods
 from steppe.scripts.plan import __main__ as plan
 
 

@@ -18,7 +18,7 @@ from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, measured, tables
 from steppe.scripts.report.numbers import analysis, beside, entries
 
-STUDY = pathlib.Path(__file__).parents[3] / "optim" / "study" / "english"
+STUDY = pathlib.Path(__file__).parents[3] / "configs" / "studies" / "english"
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
 WOBBLE = {0: 0.0, 1: 0.002, 2: -0.002, 3: 0.001}  # what it adds to a method's
 TWO_PASS, LONGER = -0.05, -0.2  # sam at its best, and AdamW on twice the steps, less AdamW

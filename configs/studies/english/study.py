@@ -1,6 +1,6 @@
 """The whole study as one sweep: what the files beside this one list, in the order in which it was run.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/study.py --out=runs/english --order=listed \
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/study.py --out=runs/english --order=listed \
       --config.average.weights=ema
 
 Runs that several of them list are run once. What comes first says most: a study that is cut short is one still.

@@ -1,6 +1,6 @@
 """What each method costs: FLOPs and temporary memory of one step over the base's, as XLA counts them.
 
-    steppe bench methods [METHOD ...] [--layers=4] [--width=240] ...
+    python tests/bench/methods.py [METHOD ...] [--layers=4] [--width=240] ...
 
 XLA counts the body of a loop once, so to count FLOPs layers are unrolled and the readout takes all tokens in one piece;
 memory is that of a second program, its readout in chunks as in training. Nothing is run.
@@ -18,7 +18,7 @@ COLUMNS = "method | FLOPs | predicted | temporary MiB | over AdamW | FLOPs, deri
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table as Markdown; returns the exit status."""
-    parser = command.parser("bench methods", __doc__, config=False)
+    parser = command.parser("tests/bench/methods.py", __doc__, config=False)
     parser.add_argument("--layers", type=command.integer(1), default=4, help="Transformer blocks")
     parser.add_argument("--width", type=command.integer(1), default=240, help="width; the MLP is four times as wide")
     parser.add_argument("--vocabulary", type=command.integer(1), default=32128, help="vocabulary, tied to the readout")

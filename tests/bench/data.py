@@ -1,6 +1,6 @@
 """Throughput of preparing and loading data, beside what training steps consume on this machine.
 
-    steppe bench data [--vocabulary=FILE ...] [--size=24m] [--steps=N]
+    python tests/bench/data.py [--vocabulary=FILE ...] [--size=24m] [--steps=N]
 
 Preparation is measured in CPU seconds, so its rates are those of one core even while others are busy; "tokenizer's" is
 the share of them that encoding the texts alone takes. What C4 (365 million documents, 750 GB of text) and ten times
@@ -29,7 +29,7 @@ C4 = 750e9  # bytes of text of C4's English part
 
 def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns the exit status."""
-    parser = command.parser("bench data", __doc__, config=False)
+    parser = command.parser("tests/bench/data.py", __doc__, config=False)
     help_of = "a SentencePiece model, tokenizer.json or tiktoken file to prepare with, beside bytes; repeatable"
     parser.add_argument("--vocabulary", action="append", default=[], metavar="FILE", help=help_of)
     parser.add_argument("--size", default="24m", choices=list(SIZES), help="of the model beside the quickstart's")
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         "--seconds", type=keys.number(above=0), default=3.0, metavar="S", help="seconds per measurement of loading"
     )
     options = command.options_of(argv, parser)
+    process.keep_memory()
     from steppe.data.errors import DataError
 
     folder = tempfile.mkdtemp(prefix="steppe-bench-")

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
+from bench import methods as bench
 from steppe.optim.methods import METHODS, cost
-from steppe.scripts.bench import methods as bench
 
 # Wide and long enough for products to be nearly all: what is not counted (norms, softmax, GELU, noise) is then 2 %.
 SMALL = argparse.Namespace(layers=1, width=256, vocabulary=1024, batch_size=64, sequence_length=64, chunks=1)

@@ -1,6 +1,6 @@
 """Best rho at the sizes below 0.03m, on seed 0, with AdamW's own grid of rates at each.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/sizes.py --out=runs/sizes --order=listed
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/sizes.py --out=runs/sizes --order=listed
 
 `steppe report` fits the power law of best rho through all but the largest size, and checks it there. Methods run at
 AdamW's best rate of each size; at 0.01m its second best, the better with an EMA, has further seeds, as overtrained.py

@@ -1,6 +1,6 @@
 """800 tokens a parameter, at size 0.01m: four times as far beyond its budget as the other cells of this folder.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/overtrained.py --out=runs/overtrained --order=listed
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/overtrained.py --out=runs/over --order=listed
 
 AdamW's rates on seed 0 first, and each method at its best rho under few bits of the larger size, on three seeds that
 chose nothing, with AdamW on twice the tokens beside what costs two passes. The same entries at 200 tokens a parameter

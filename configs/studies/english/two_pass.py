@@ -1,6 +1,6 @@
 """What costs two passes a step, at size 0.03m on seed 0: four rho each, and AdamW on twice the tokens beside them.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/two_pass.py --out=runs/two_pass
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/two_pass.py --out=runs/two_pass
 
 Rates are AdamW's best of one_pass.py; AdamW on twice the tokens has its own grid. sam is there with one epsilon for the
 batch, and with one for each quarter of it, as Watts et al. have one a device. Late functional_sam perturbs while the

@@ -1,6 +1,6 @@
 """The largest size that was run, 0.05m, on three seeds that chose nothing, with AdamW's own rates on seed 0.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/larger.py --out=runs/larger --order=listed
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/larger.py --out=runs/larger --order=listed
 
 Methods at the rho that is best under few bits at 0.03m, as overtrained.py has them at 0.01m: what the three sizes say
 together is how an effect goes with size. At 0.008, the best rate of the smaller sizes, and at 0.004, AdamW's best

@@ -1,6 +1,6 @@
 """What the grids on seed 0 chose, on seeds that chose nothing: the pairs that the page rests on.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/seeds.py --out=runs/seeds --order=listed
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/seeds.py --out=runs/seeds --order=listed
 
 On seed 0 the loss of the two-pass methods is flat in rho or lowest at the smallest, and what they lose in 4 bits falls
 up to the largest, 0.1: there they are tried, and functional_sam also at its lowest loss, 0.03. AdamW on twice the

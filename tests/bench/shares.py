@@ -1,6 +1,6 @@
 """Where epsilon lies: the share of |epsilon|^2 by group of parameters over training, as a Markdown table.
 
-    steppe bench shares [VOCABULARY ...] [--steps 1 5 20 60 120]
+    python tests/bench/shares.py [VOCABULARY ...] [--steps 1 5 20 60 120]
 
 Each VOCABULARY is a value of data.vocabulary, "bytes" by default. Runs of the embedded corpus, 8 x 256 tokens a step,
 b2 0.98, tied and untied; with the defaults and 32k pieces each takes two minutes on two cores, all of them forty
@@ -34,7 +34,7 @@ DIRECTIONS = {
 @process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the table, a row as soon as it is known; returns the exit status."""
-    parser = command.parser("bench shares", __doc__, config=False)
+    parser = command.parser("tests/bench/shares.py", __doc__, config=False)
     parser.add_argument("--size", default="0.4m", choices=list(SIZES), help="a name of configs/sizes.py")
     parser.add_argument(
         "--steps", nargs="+", type=command.integer(1), default=[1, 5, 20, 60, 120], help="that are looked at"

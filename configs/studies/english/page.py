@@ -1,6 +1,6 @@
 """Makes this folder's figures, numbers and tables anew from the runs that are kept in runs.jsonl.
 
-    python optim/study/english/page.py
+    python configs/studies/english/page.py
 
 Writes the report's figures and CSV files that README.md shows here, and the tables between its markers.
 """

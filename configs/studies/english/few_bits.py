@@ -1,6 +1,6 @@
 """What else may keep what a model knows at the cost of AdamW, on the seeds of seeds.py, and rho beyond its grid.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/few_bits.py --out=runs/few_bits --order=listed
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/few_bits.py --out=runs/few_bits --order=listed
 
 A high rate, no decay and a short one are named by Watts et al. as rivals of a flat minimum; NAdamW and preconditioned
 Momentum-SAM are one_pass.py's. rho above 0.1 is on seed 0, where the grids of two_pass.py are.

@@ -1,6 +1,6 @@
 """Does what few bits keep survive the rounding of epsilon? The smallest cell in bfloat16 compute, on three seeds.
 
-    steppe sweep --config=english:TEXT --sweep=optim/study/english/bfloat16.py --out=runs/bfloat16 --order=listed
+    steppe sweep --config=english:TEXT --sweep=configs/studies/english/bfloat16.py --out=runs/bfloat16 --order=listed
 
 Parameters, their updates and theta + epsilon stay in float32; what is multiplied is rounded to 8 bits, and an epsilon
 that is smaller than half of a weight's last bit moves nothing there. The float32 runs of the same seeds are those of

@@ -1,6 +1,6 @@
 """The main rows of the page again, from runs.jsonl alone; shares no code with the report.
 
-    python optim/study/english/recompute.py
+    python configs/studies/english/recompute.py
 
 Prints mean ± half of the 95 % interval over paired fresh seeds and the p-value of each, then how many of all tests at
 0.03m survive Holm's correction. Exit status 1 if a cell of README.md's first table differs in its printed digits.

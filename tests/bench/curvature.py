@@ -1,6 +1,6 @@
 """What a product with H, GGN or NME costs, in units of a gradient, and the memory it takes, on this machine.
 
-    steppe bench curvature [--sizes 24m ...] [--batch_size=4] [--sequence_length=512] [--runs=5]
+    python tests/bench/curvature.py [--sizes 24m ...] [--batch_size=4] [--sequence_length=512] [--runs=5]
 
 Programs take turns, and ratios are medians over the turns: by the clock, and in CPU seconds of this process, which
 other load on the machine disturbs less. Memory is XLA's own count of what the program needs beside its arguments.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from steppe.scripts import command
+from steppe.scripts import command, process
 from steppe.scripts.bench import turns
 
 NAMES = ("gradient", "hessian", "ggn", "nme", "preconditioned hessian")
@@ -19,7 +19,8 @@ NAMES = ("gradient", "hessian", "ggn", "nme", "preconditioned hessian")
 
 def main(argv: Sequence[str]) -> int:
     """Prints one table per size; returns the exit status."""
-    options = command.options_of(argv, turns.parser("bench curvature", __doc__, turns=5))
+    options = command.options_of(argv, turns.parser("tests/bench/curvature.py", __doc__, turns=5))
+    process.keep_memory()
     for size in options.sizes:
         for line in table(size, options):
             print(line, flush=True)

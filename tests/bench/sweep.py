@@ -1,6 +1,6 @@
 """What it costs to begin a run of a sweep: in a process of its own, and in a worker that has had others, in one call.
 
-    steppe bench sweep [--runs=N] [--config=study]
+    python tests/bench/sweep.py [--runs=N] [--config=study]
 
 Runs of a few steps, which differ in seed and rho, on one core. The first compiles; `alone` and `worker` are seconds of
 a run after it, medians, with its programs kept on disk for both.
@@ -23,7 +23,7 @@ from steppe.scripts.sweep.worker import Worker
 @process.refusing
 def main(argv: Sequence[str]) -> int:
     """Prints the seconds of a run; returns the exit status, 2 for bad input."""
-    parser = command.parser("bench sweep", __doc__)
+    parser = command.parser("tests/bench/sweep.py", __doc__)
     parser.add_argument("--steps", type=command.integer(1), default=2, metavar="N", help="of a run")
     parser.add_argument("--runs", type=command.integer(2), default=5, metavar="N", help="of each sort")
     path, overrides, options = command.parse_unread(argv, parser)

@@ -1,6 +1,6 @@
 """The English of the study: Debian's documentation as one JSONL of documents, and a second text to fine-tune on.
 
-    python optim/study/english/text.py OUT
+    python configs/studies/english/text.py OUT
 
 Needs apt-get, dpkg-deb and npm (Debian 12). Packages are fetched and unpacked, not installed; HTML, POD and
 reStructuredText become paragraphs; one stays that has eight words or more, is mostly letters, and was not there before.
@@ -8,7 +8,7 @@ A document is a file, its paragraphs in their order. OUT/english.jsonl takes eve
 OUT/held_out.jsonl has (by a hash of its name, so that more packages move none); OUT/second.jsonl has the State of the
 Union addresses.
 OUT/manifest.json says which packages these were, of which versions and hashes, and what came of them; another version
-than in optim/study/english/text.json is said.
+than in configs/studies/english/text.json is said.
 """
 
 import gzip

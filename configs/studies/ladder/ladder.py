@@ -1,6 +1,6 @@
 """The batch ladder: the same tokens in batches of 1k to 32k, and which methods part as the batch grows.
 
-    steppe sweep --config=study --sweep=optim/study/ladder/ladder.py:STAGE --out=OUT --order=listed --jobs=1
+    steppe sweep --config=study --sweep=configs/studies/ladder/ladder.py:STAGE --out=OUT --order=listed --jobs=1
 
 Stages 1 to 5, in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two
 rungs that decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-C4_MODEL = Path(__file__).parents[4] / "shared" / "t5_cc_all_32000_100extra.model"
+C4_MODEL = Path(__file__).parents[3] / "shared" / "t5_cc_all_32000_100extra.model"
 KINDS = {"plain": "sam", **{kind: f"precond_functional_sam, {kind}" for kind in ("fresh", "stale", "stale, no floor")}}
 
 
@@ -15,7 +15,7 @@ KINDS = {"plain": "sam", **{kind: f"precond_functional_sam, {kind}" for kind in 
 @pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
 def test_preconditioning_leaves_the_layers_at_least_a_tenth_of_their_share():
     """Of |epsilon|^2 at step 5, beside plain g; without this gradient in the moment and without a floor they do not."""
-    command = [sys.executable, "-m", "steppe.scripts.cli", "bench", "shares", str(C4_MODEL), "--steps", "5"]
+    command = [sys.executable, str(Path(__file__).with_name("shares.py")), str(C4_MODEL), "--steps", "5"]
     one_device = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run([*command, "--directions", *KINDS.values()], env=one_device, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
