@@ -57,6 +57,15 @@ def optimized(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def one_device():
+    """A module on a machine of one device, but for the runs whose mesh asks for more."""
+    from helpers import lm_runs
+
+    with lm_runs.devices(1):
+        yield
+
+
+@pytest.fixture(scope="module")
 def float64():
     """A module in double precision."""
     import jax

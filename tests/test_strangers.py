@@ -24,6 +24,8 @@ from steppe.lm.keep import mirror, seal
 from steppe.lm.parts.corpus import CORPUS
 from steppe.scripts import cli
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 MODULE = "strangers_module"
 
 

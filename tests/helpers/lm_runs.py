@@ -1,14 +1,21 @@
 """Small real runs for tests: a text, a config of a few thousand parameters, and what they recorded."""
 
+import contextlib
 import json
+import math
 import os
 import pathlib
+
+import jax
+import pytest
 
 from steppe.configs import base
 from steppe.lm.parts.memo import Memo
 from steppe.lm.run import train
 
-MEMO = Memo(8)  # of this process: tests run the same few programs again and again
+EVERY = jax.devices()
+EVERY_AXIS = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+MEMO = Memo(64)  # of this process: tests run the same programs again and again
 
 
 def write_text(place: pathlib.Path) -> tuple[str, str]:
@@ -43,9 +50,19 @@ def config(text: str, cache: str, **overrides):
 def run(config, workdir, *arguments, **options) -> int:
     """`train.run` with what earlier runs of the process have compiled, as a worker of a sweep does it.
 
-    Where devices are patched, or a second start must compile for itself as a new process would, call train.run.
+    On as many devices as config.mesh says: on one where it says nothing. Where a second start must compile for itself
+    as a new process would, call train.run.
     """
-    return train.run(config, str(workdir), *arguments, memo=MEMO, **options)
+    with devices(math.prod(max(1, config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))):
+        return train.run(config, str(workdir), *arguments, memo=MEMO, **options)
+
+
+@contextlib.contextmanager
+def devices(count: int):
+    """A block in which this machine has so many devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: EVERY[:count])
+        yield
 
 
 def records(workdir, kind: str) -> list[dict]:

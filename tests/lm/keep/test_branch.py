@@ -15,6 +15,8 @@ from steppe.lm.keep.workdir import RUN
 from steppe.lm.run import train
 from steppe.scripts import results
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 METHOD = {"optim__method": "look_sam", "optim__rho": 0.05, "optim__schedule": "wsd", "optim__cooldown": "0 steps"}
 
 
@@ -51,9 +53,9 @@ def test_a_branch_that_changes_nothing_is_the_trunk_bit_for_bit(text, trunk, tmp
     assert (result.status, result.branch, len(result.train_curve.step)) == ("finished", f"{trunk.name}@10", 20)
 
 
-def test_three_cooldowns_share_a_trunk(text, trunk, tmp_path):
+def test_two_cooldowns_share_a_trunk(text, trunk, tmp_path):
     ends = {}
-    for steps in (12, 16, 20):
+    for steps in (12, 20):
         config = lm_runs.config(
             *text,
             **{**METHOD, "optim__cooldown": "2 steps"},
@@ -114,7 +116,7 @@ def test_averages_of_a_branch_hold_nothing_of_before_it(text, trunk, tmp_path):
     assert lm_runs.run(config, str(tmp_path / "b"), until=14) == train.FINISHED
     shown = {kind: saved_weights(tmp_path / "b", 14, kind) for kind in ("ema", "lawa")}
     with_steps = lm_runs.config(*text, **METHOD, checkpoint__every="1 steps", checkpoint__keep=30)
-    assert lm_runs.run(with_steps, str(tmp_path / "steps")) == train.FINISHED
+    assert lm_runs.run(with_steps, str(tmp_path / "steps"), until=14) == train.FINISHED
     paths = [saved_weights(tmp_path / "steps", step, "last") for step in range(11, 15)]
     for name, leaf in shown["ema"].items():  # horizon 20: the mean of all four steps since
         np.testing.assert_allclose(leaf, np.mean([one[name] for one in paths], axis=0), rtol=1e-4, atol=1e-6)

@@ -22,6 +22,8 @@ from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.run import train
 from steppe.scripts import cli
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 METHOD = {"optim__method": "functional_sam", "optim__rho": 0.05, "checkpoint__keep": 2}
 
 

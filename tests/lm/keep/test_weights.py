@@ -18,6 +18,8 @@ from steppe.scripts import results
 from steppe.scripts.measure import retention
 from steppe.scripts.model import evaluate
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 KEPT = {"average__weights": ("ema", "lawa"), "average__horizon": "6 steps", "average__snapshots": 3}
 METHOD = {"optim__method": "msam", "optim__rho": 0.05, "checkpoint__keep": 20}
 
@@ -70,9 +72,10 @@ def test_averages_resume_bit_for_bit(corpus, whole, tmp_path):
     assert ends[0] == ends[1]
 
 
-def test_averages_are_sharded_as_the_parameters_are(corpus, whole, tmp_path):
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    assert lm_runs.run(lm_runs.config(*corpus, **METHOD, **KEPT, **mesh), str(tmp_path)) == train.FINISHED
+@pytest.mark.parametrize("mesh", [{"mesh__fsdp": 2}, pytest.param(lm_runs.EVERY_AXIS, marks=pytest.mark.exhaustive)])
+def test_averages_are_sharded_as_the_parameters_are(corpus, whole, tmp_path, mesh):
+    config = lm_runs.config(*corpus, **METHOD, **KEPT, **mesh)
+    assert lm_runs.run(config, str(tmp_path)) == train.FINISHED
     for mine, other in zip(*(lm_runs.records(place, "average")[-2:] for place in (tmp_path, whole)), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)  # sums over devices in another order, 20 steps
     run = saved.load(str(tmp_path), weights="ema", log=lambda line: None)

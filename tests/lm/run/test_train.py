@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import lm_runs
+from helpers import lm_runs, processes
 from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import Unusable
@@ -20,6 +20,8 @@ from steppe.lm.parts import anomaly
 from steppe.lm.run import replay, train
 from steppe.optim.rule import norm
 from steppe.scripts.model import evaluate, generate
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def stop_at(step):
@@ -110,9 +112,9 @@ def test_a_run_learns_and_leaves_its_evidence(whole):
     assert -1 <= bends[-1]["all"]["cosine"] <= 1
 
 
-def test_a_finished_run_shows_a_sample_of_its_model_on_any_mesh(corpus, whole, tmp_path, capsys):
+@pytest.mark.parametrize("mesh", [{"mesh__tensor": 2}, pytest.param(lm_runs.EVERY_AXIS, marks=pytest.mark.exhaustive)])
+def test_a_finished_run_shows_a_sample_of_its_model_on_any_mesh(corpus, whole, tmp_path, capsys, mesh):
     shutil.copytree(whole, tmp_path / "run")
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     config = lm_runs.config(*corpus, **METHOD, sample__tokens=6, sample__temperature=0.0, **mesh)
     assert lm_runs.run(config, str(tmp_path / "run")) == train.FINISHED
     text = capsys.readouterr().out.split("sample\n------\n")[1].split("\n------\n")[0]
@@ -166,7 +168,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(corpus, whol
 
 
 def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch):
-    """8 x 1 x 1, stopped, continued on 2 x 2 x 2: the same losses up to the order of sums (1e-5)."""
+    """One device, stopped, continued on 2 x 2 x 2: the same losses up to the order of sums (1e-5)."""
     with monkeypatch.context() as patched:
         patched.setattr(train.StopSignals, "requested", stop_at(10))
         lm_runs.run(lm_runs.config(*corpus, **METHOD), str(tmp_path))
@@ -312,7 +314,8 @@ def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, 
         *("--config.train.batch_size=8", "--config.train.duration=20000 steps", "--config.evaluate.every=100%"),
         *("--config.evaluate.batches=1", "--config.log.every=1", "--config.checkpoint.every=100%"),
     ]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = processes.environment()
+    run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen = []
     for line in run.stdout:
         seen.append(line)
@@ -359,11 +362,12 @@ def test_a_workdir_from_before_a_key_existed_goes_on(corpus, tmp_path):
     assert lm_runs.losses(old) == lm_runs.losses(whole)
 
 
+@pytest.mark.parametrize("mesh", [{"mesh__fsdp": 2}, pytest.param(lm_runs.EVERY_AXIS, marks=pytest.mark.exhaustive)])
 def test_steps_of_a_mesh_are_those_of_one_device_and_a_run_ends_where_they_are_not(
-    corpus, tmp_path, monkeypatch, capsys
+    corpus, tmp_path, monkeypatch, capsys, mesh
 ):
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__check_every": 2}
-    config = lm_runs.config(*corpus, **METHOD, **mesh, train__microbatches=2)
+    checked = {"mesh__check_every": 2, "train__microbatches": 2, "train__duration": "8 steps"}
+    config = lm_runs.config(*corpus, **METHOD, **mesh, **checked)
     assert lm_runs.run(config, str(tmp_path / "sound")) == train.FINISHED
     assert not lm_runs.records(tmp_path / "sound", "anomaly")
 

@@ -1,4 +1,4 @@
-"""Checkpoints measured by steppe curvature, on eight simulated devices and on one of them."""
+"""Checkpoints measured by steppe curvature, on one device and on eight simulated ones."""
 
 import json
 import os
@@ -20,6 +20,8 @@ from steppe.optim.base import moments
 from steppe.optim.rule import norm, plain_gradient
 from steppe.scripts.measure import curvature
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FLAGS = ["--batches=1", "--probes=3", "--densities=1", "--lanczos=8", "--ascent=1", "--draws=2", "--slices=3"]
 NOISE = "--noise_scale=3"
 
@@ -36,7 +38,7 @@ def run(tmp_path_factory):
         optim__method="friendly_sam", evaluate__every="4 steps", sample__tokens=0,
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    assert train.run(config, str(workdir)) == train.FINISHED
+    assert lm_runs.run(config, str(workdir)) == train.FINISHED
     assert saved.steps(str(workdir)) == [2, 4]
     assert (
         curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", f"--towards={workdir}", *FLAGS, NOISE]) == 0
@@ -58,10 +60,7 @@ def found(measured):
 @pytest.fixture(scope="module")
 def dense(run):
     """(loss, theta, gradient, D, log probabilities) at the checkpoint, written without Steppe's products."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved.jax, "devices", lambda: first)
-        model = saved.load(str(run), 4, log=lambda line: None, optimizer=True)
+    model = saved.load(str(run), 4, log=lambda line: None, optimizer=True)
     batch = loader.held_out_rows(model.corpus, "val", 0, 8)
     batch.pop("bytes")
     params = jax.device_get(model.params)
@@ -142,21 +141,20 @@ def test_the_logit_hessian_against_its_matrices(found, dense):
     assert summary["logit_lambda_max_worst"] == pytest.approx(tops.max(), rel=0.05)
 
 
-@pytest.mark.exhaustive  # minutes; eight devices against the loss written out on one, above
-def test_one_device_finds_what_eight_found(run, found, tmp_path, monkeypatch, capsys):
-    first = jax.devices()[:1]
-    monkeypatch.setattr(saved.jax, "devices", lambda: first)
+@pytest.mark.exhaustive  # minutes; the products on eight devices: optim/test_spectra.py
+def test_eight_devices_find_what_one_found(run, found, tmp_path, capsys):
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("config.json", "checkpoints", "metrics.jsonl"):
         (copy / name).symlink_to(run / name)
-    assert curvature.main([f"--workdir={copy}", f"--towards={run}", *FLAGS, NOISE]) == 0
+    with lm_runs.devices(8):
+        assert curvature.main([f"--workdir={copy}", f"--towards={run}", *FLAGS, NOISE]) == 0
     assert "copy:4" in capsys.readouterr().out
-    one = json.loads((copy / "curvature" / "4.json").read_text())
-    assert (one["settings"]["devices"], found["settings"]["devices"]) == (1, 8)
+    eight = json.loads((copy / "curvature" / "4.json").read_text())
+    assert (eight["settings"]["devices"], found["settings"]["devices"]) == (8, 1)
     for key, value in found["summary"].items():
         if value is not None and "residual" not in key and "min" not in key:
-            assert one["summary"][key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
+            assert eight["summary"][key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
 
 
 def test_the_noise_scale_is_that_of_the_run_s_batches(run, found):
