@@ -91,12 +91,19 @@ def harm(before, after):
     return odd + [path for path, content in before.items() if after.get(path) != content]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in SLOW)) for name in LINES]
-)
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here, tmp_path, name):
+def limits():
+    """(command, limits): a file's beginning and a page's middle here, every limit at night."""
+    for name in LINES:
+        few = (300,) if name in (*SLOW, "export") else (300, 20_000)
+        yield pytest.param(name, few, id=name, marks=[pytest.mark.exhaustive] * (name in SLOW))
+        if len(few) > 1:
+            yield pytest.param(name, LIMITS, id=f"{name}, every limit", marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("name", "limits"), [*limits()])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(here, tmp_path, name, limits):
     full = None
-    for limit in (300,) if name in (*SLOW, "export") else LIMITS:
+    for limit in limits:
         new = tmp_path / f"new{limit}"
         new.mkdir()
         line = [word.replace("NEW", str(new)).replace("HERE", str(here)) for word in LINES[name]]

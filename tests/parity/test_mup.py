@@ -74,13 +74,13 @@ def test_every_parameter_moves_as_mup_moves_it(name, style):
     optimizer = base(name, RATE, b1=0.9, b2=0.95, eps=1e-8, matrix_axes=MATRIX_AXES, widening=WIDTH / BASE).transform
     tree = structure(style)
     params = jax.tree.unflatten(tree, [jnp.asarray(leaf, jnp.float64) for leaf in drawn(WIDTH, style).values()])
-    state, rng = optimizer.init(params), np.random.default_rng(0)
+    state, rng, update = optimizer.init(params), np.random.default_rng(0), jax.jit(optimizer.update)
     for _ in range(5):
         given = [rng.normal(size=leaf.shape) * 1e-2 for leaf in jax.tree.leaves(params)]
         for tensor, gradient in zip(tensors.values(), given, strict=True):
             tensor.grad = torch.tensor(as_matrices(gradient))
         other.step()
-        updates, state = optimizer.update(jax.tree.unflatten(tree, given), state, params)
+        updates, state = update(jax.tree.unflatten(tree, given), state, params)
         params = jax.tree.map(jnp.add, params, updates)
     for path, ours, tensor in zip(drawn(WIDTH, style), jax.tree.leaves(params), tensors.values(), strict=True):
         begun = as_matrices(np.asarray(drawn(WIDTH, style)[path], np.float64))

@@ -41,8 +41,14 @@ def adamw():
     return trajectory(20, model__vocabulary_multiple=32)
 
 
-@pytest.mark.parametrize("rho", [0.0, 1e-30])
-@pytest.mark.parametrize("method", METHODS)
+# At 0 the program is AdamW's for every method: optim/test_contract.py.
+ZERO = [(method, rho) for method in METHODS for rho in (0.0, 1e-30)]
+TOLD = {("precond_functional_sam", 0.0), ("precond_functional_sam", 1e-30), ("sam", 1e-30)}
+
+
+@pytest.mark.parametrize(("method", "rho"), [
+    pytest.param(*case, marks=[] if case in TOLD else pytest.mark.exhaustive) for case in ZERO
+])  # fmt: skip
 def test_rho_zero_is_adamw_bit_for_bit(method, rho, adamw):
     """rho = 0 is the base step itself; at 1e-30 theta + epsilon rounds to theta, so both passes run and must agree.
 
@@ -89,13 +95,8 @@ def test_one_program_serves_every_rho_and_learning_rate():
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
 TWO_PASS = ("sam", "functional_sam", "precond_functional_sam")
-# Each axis alone and all together. All 80 combinations: pytest -m exhaustive (20 minutes).
-SOME = [
-    ((8, 1, 1), "sam", 4),
-    ((1, 8, 1), "functional_sam", 1),
-    ((1, 1, 8), "adamw", 1),
-    ((2, 2, 2), "precond_functional_sam", 4),
-]
+# All axes together, and the one along which parameters lie. All 80 combinations: pytest -m exhaustive (20 minutes).
+SOME = [((1, 8, 1), "precond_functional_sam", 4), ((2, 2, 2), "precond_functional_sam", 4)]
 ALL = [(mesh, method, parts) for mesh in MESHES for method in ("adamw", *TWO_PASS) for parts in (1, 4)]
 
 
@@ -131,7 +132,8 @@ def test_every_mesh_gives_the_single_device_losses(mesh, method, microbatches, s
 
 def test_accumulation_equals_the_whole_batch(single):
     """One epsilon over four microbatches is the epsilon of the whole: 1e-5 over 20 steps, order of sums."""
-    np.testing.assert_allclose(single("sam", 4), single("sam", 1), atol=1e-5)
+    four, whole = (single("precond_functional_sam", microbatches) for microbatches in (4, 1))
+    np.testing.assert_allclose(four, whole, atol=1e-5)
 
 
 def test_bfloat16_compute_keeps_float32_state_and_reports_what_survives():
