@@ -169,9 +169,10 @@ def scaling_laws(found: pd.DataFrame) -> Table:
     return Table(
         "scaling_law", "L(N, D) = E + A/N^a + B/D^b",
         "Huber loss on log loss, several starts; runs at the best rho; N non-embedding parameters, D tokens, losses in "
-        "nats per token. 95 % intervals from a residual bootstrap, if the form holds and runs are independent.",
+        "nats per token. 95 % intervals of profile likelihood, if the form holds; the seeds of a size and length "
+        "are one point.",
         [
-            words("variant", "method"), Column("points", "runs"),
+            words("variant", "method"), Column("points", "points"),
             *(interval(key, key, count, "") for key, count in digits.items()),
             Column("rms", "rms of log loss", significant),
         ],
@@ -199,7 +200,7 @@ def correlations(measured: pd.DataFrame) -> Table:
     return Table(
         "rank_correlation", "Rank correlation with held-out loss",
         "Spearman's, over the finished runs of one scale and budget, all methods, rho and seeds that were measured; "
-        "positive: less of it goes with lower loss. 95 % percentile bootstrap over runs; none below 5 runs. Runs share "
+        "positive: less of it goes with lower loss. 95 % percentile bootstrap over runs; none below 8 runs. Runs share "
         "seeds and methods, so they are less independent than the bootstrap takes them to be.",
         [
             words("measure", "measure", style.in_words), words("cell", "scale and budget"),

@@ -308,11 +308,10 @@ def power_law_band(law: PowerLaw, x: np.ndarray, level: float = LEVEL) -> tuple[
 
 
 class ScalingLaw(NamedTuple):
-    """loss = E + A / N^a + B / D^b; intervals of E, A, B, a, b by the bootstrap; rms of the residuals of log loss."""
+    """loss = E + A / N^a + B / D^b; intervals of E, A, B, a, b; rms of the residuals of log loss of single runs."""
 
     intervals: dict[str, Interval]
     rms: float
-    resamples: int
 
 
 def scaling_law_refusal(parameters: Sequence[float], tokens: Sequence[float]) -> str:
@@ -327,16 +326,18 @@ def scaling_law_refusal(parameters: Sequence[float], tokens: Sequence[float]) ->
 
 
 def scaling_law(
-    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float],
-    resamples: int = 100, seed: int = 0, level: float = LEVEL,
-) -> ScalingLaw:  # fmt: skip
+    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], level: float = LEVEL
+) -> ScalingLaw:
     """Fits L(N, D) = E + A/N^a + B/D^b by Huber loss on log loss from several starts (as arXiv 2203.15556).
 
-    Huber's loss turns linear at 1e-3, or at 1.345 robust standard deviations of the residuals where that is more.
-    Bootstrap: residuals of the fit, freed of its degrees of freedom, are drawn anew and the fit repeated; the intervals
-    are Student's with the spread of the repeats (of log A and log B). Assumes runs independent and the form true.
+    Seeds of one (N, D) are averaged first: what a size is off the law by is common to them, so they are no evidence of
+    their own. Huber's loss turns linear at 1e-3, or at 1.345 robust standard deviations of the residuals where that is
+    more. Intervals are of profile likelihood: the values at which the best fit of the other four loses no more than
+    F(1, pairs - 5) allows (Bates, Watts: Nonlinear Regression Analysis, 1988, ch. 6). Assumes pairs independent and the
+    form true. A bound that the data do not give is zero or infinite.
     """
-    n, d, y = (np.log(np.asarray(values, float)) for values in (parameters, tokens, losses))
+    runs = [np.log(np.asarray(values, float)) for values in (parameters, tokens, losses)]
+    n, d, y = pd.DataFrame(np.transpose(runs)).groupby([0, 1])[2].mean().reset_index().to_numpy().T
     centre = n.mean(), d.mean()
     u, v = n - centre[0], d - centre[1]  # exponents and factors are nearly independent there
     low = float(np.exp(y.min()))
@@ -349,20 +350,14 @@ def scaling_law(
     noise = 1.4826 * float(np.median(np.abs(y - _law(best.x, u, v)[0]))) * math.sqrt(len(y) / free)
     delta = max(_HUBER, 1.345 * noise)  # much narrower than the noise it would be the median's poor efficiency
     best = _fit_law(u, v, y, best.x, delta)
-    fitted = _law(best.x, u, v)[0]
-    rest = y - fitted
-    draws, random = [], np.random.default_rng(seed)
-    centred = (rest - rest.mean()) * math.sqrt(len(y) / free)
-    for _ in range(resamples):
-        draws.append(_fit_law(u, v, fitted + random.choice(centred, len(y)), best.x, delta).x)
-    point, many = _natural(best.x, centre), np.array([_natural(draw, centre) for draw in draws])
-    intervals = {}
-    for i, name in enumerate(("E", "A", "B", "a", "b")):
-        to, back = (np.log, np.exp) if name in "AB" else (np.asarray, np.asarray)  # A and B spread by factors
-        half = _t(level, free) * float(to(many[:, i]).std(ddof=1))
-        low, high = float(back(to(point[i]) - half)), float(back(to(point[i]) + half))
-        intervals[name] = Interval(point[i], max(0.0, low), high, len(y), free)
-    return ScalingLaw(intervals, float(np.sqrt(np.mean(rest**2))), resamples)
+    allowed = _t(level, free) ** 2 / free * best.cost
+    found, point = {}, _natural(best.x, centre)
+    for i, (name, row) in enumerate(_directions(centre).items()):
+        low, high = (_bound(u, v, y, best, delta, row, side, _ENDS[name][side > 0], allowed) for side in (-1, 1))
+        low, high = (math.exp(low), math.exp(high)) if name in "EAB" else (max(0.0, low), high)
+        found[name] = Interval(point[i], low, high, len(y), free)
+    rest = runs[2] - _law(best.x, runs[0] - centre[0], runs[1] - centre[1])[0]
+    return ScalingLaw(found, float(np.sqrt(np.mean(rest**2))))
 
 
 def predict(law: ScalingLaw, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -374,9 +369,10 @@ def predict(law: ScalingLaw, parameters: np.ndarray, tokens: np.ndarray) -> np.n
 def rank_correlation(
     x: Sequence[float], y: Sequence[float], resamples: int = 2000, seed: int = 0, level: float = LEVEL
 ) -> Interval:
-    """Spearman's correlation of paired values, percentile bootstrap over pairs; no bounds below 5 pairs.
+    """Spearman's correlation of paired values, percentile bootstrap over pairs, which it takes as independent draws.
 
-    Pairs with a non-finite member are left out. The bootstrap takes pairs as independent draws.
+    No bounds below 8 pairs, of which the bootstrap's intervals are too short, nor where all ranks agree: every resample
+    of these agrees too. Pairs with a non-finite member are left out.
     """
     pairs = np.asarray([x, y], float)
     a, b = pairs[:, np.isfinite(pairs).all(0)]
@@ -385,7 +381,7 @@ def rank_correlation(
         return Interval(math.nan, math.nan, math.nan, n)
     rows = np.random.default_rng(seed).integers(0, n, (resamples, n))
     value = _row_correlation(stats.rankdata(a)[None], stats.rankdata(b)[None])[0]
-    if n < 5:
+    if n < 8 or abs(value) > 1 - 1e-9:
         return Interval(float(value), math.nan, math.nan, n)
     many = _row_correlation(stats.rankdata(a[rows], axis=1), stats.rankdata(b[rows], axis=1))
     low, high = np.nanquantile(many, [(1 - level) / 2, (1 + level) / 2])
@@ -411,14 +407,61 @@ def _law(p: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.log(total), np.concatenate([share, (-share[:, 1] * u)[:, None], (-share[:, 2] * v)[:, None]], 1)
 
 
-def _fit_law(u: np.ndarray, v: np.ndarray, y: np.ndarray, start, delta: float) -> optimize.OptimizeResult:
-    # bounds keep a term that the data do not need from running off
-    return optimize.least_squares(
-        lambda p: _law(p, u, v)[0] - y, start,
-        jac=lambda p: _law(p, u, v)[1],  # pyright: ignore[reportArgumentType]  scipy infers a text of its default
+_LEAST, _MOST = np.array([-12.0, -12, -12, 0, 0]), np.array([12.0, 12, 12, 3, 3])  # of p, so that no term runs off
+
+
+def _fit_law(
+    u: np.ndarray, v: np.ndarray, y: np.ndarray, start, delta: float, row: np.ndarray | None = None, value: float = 0.0
+) -> optimize.OptimizeResult:
+    """The best p, or the best of those with row @ p = value; x: all five of it."""
+    keep, into, fixed = list(range(5)), np.eye(5), np.zeros(5)
+    if row is not None:
+        first = int(np.flatnonzero(row)[0])  # row is 1 there
+        keep.remove(first)
+        into = np.delete(into, first, 1)
+        into[first], fixed[first] = -row[keep], value
+    found = optimize.least_squares(
+        lambda q: _law(fixed + into @ q, u, v)[0] - y, np.clip(start, _LEAST + 1e-9, _MOST - 1e-9)[keep],
+        jac=lambda q: _law(fixed + into @ q, u, v)[1] @ into,  # pyright: ignore[reportArgumentType]  a text by default
         loss="huber", f_scale=delta,
-        bounds=([-12, -12, -12, 0, 0], [12, 12, 12, 3, 3]), x_scale=(1, 1, 1, 0.3, 0.3), max_nfev=200,
+        bounds=(_LEAST[keep], _MOST[keep]), x_scale=np.array([1, 1, 1, 0.3, 0.3])[keep], max_nfev=200,
     )  # fmt: skip
+    found.x = fixed + into @ found.x
+    return found
+
+
+def _directions(centre: tuple[float, float]) -> dict[str, np.ndarray]:
+    """{constant: row}, row @ p being log E, log A, log B, a or b."""
+    rows = np.eye(5)
+    rows[1, 3], rows[2, 4] = centre
+    return dict(zip(("E", "A", "B", "a", "b"), rows, strict=True))
+
+
+_ENDS = {"E": (-12.0, 12.0), "A": (-60.0, 60.0), "B": (-60.0, 60.0), "a": (0.0, 3.0), "b": (0.0, 3.0)}
+
+
+def _bound(
+    u: np.ndarray, v: np.ndarray, y: np.ndarray, best: optimize.OptimizeResult, delta: float, row: np.ndarray,
+    side: int, end: float, allowed: float,
+) -> float:  # fmt: skip
+    """Where row @ p, falling or rising to its end, makes the best fit lose more than allowed; infinite if nowhere."""
+    inside = float(row @ best.x)
+    known = {inside: (best.x, -math.sqrt(allowed))}
+
+    def excess(value: float) -> float:
+        if value not in known:
+            start, _ = known[min(known, key=lambda other: abs(other - value))]
+            found = _fit_law(u, v, y, start, delta, row, value)
+            known[value] = found.x, math.sqrt(max(0.0, found.cost - best.cost)) - math.sqrt(allowed)
+        return known[value][1]
+
+    # of a parabola the bound is one step away
+    step = math.sqrt(2 * allowed * max(0.0, float(row @ np.linalg.pinv(best.jac.T @ best.jac) @ row))) + 1e-9
+    while (outside := inside + side * step) * side < end * side:
+        if excess(outside) > 0:
+            return float(optimize.root_scalar(excess, bracket=(inside, outside), xtol=3e-3 * step).root)
+        inside, step = outside, 1.5 * step
+    return side * math.inf
 
 
 def _natural(p: np.ndarray, centre: tuple[float, float]) -> tuple[float, ...]:
