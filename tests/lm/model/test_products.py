@@ -17,6 +17,14 @@ RINGS = {8: ((8,), (2, 4), (2, 2, 2)), 4: ((4,), (2, 2)), 2: ((2,),)}
 CASES = [(shape, rings) for shape in MESHES for rings in RINGS[shape[1]]]
 
 
+def on_every_mesh(name, first, *others):
+    """The first value on every mesh, each other one where there are three rings; all of them at night."""
+    cases = [(*case, value) for value in (first, *others) for case in CASES]
+    told = [case for case in cases if case[-1] == first or case[1] == (2, 2, 2)]
+    each = [pytest.param(*case, marks=[] if case in told else pytest.mark.exhaustive) for case in cases]
+    return pytest.mark.parametrize(("shape", "rings", name), each)
+
+
 @pytest.fixture(autouse=True)
 def wide():
     with jax.enable_x64(True):
@@ -38,8 +46,7 @@ def rings_of(monkeypatch):
     return of
 
 
-@pytest.mark.parametrize(("shape", "rings"), CASES)
-@pytest.mark.parametrize("features", [(4, 3), (6,)])
+@on_every_mesh("features", (4, 3), (6,))
 def test_products_and_their_gradients_are_those_of_one_device(rings_of, shape, rings, features):
     """In float64 to 1e-13, also where the shards are not whole tiles."""
     place, nowhere = rings_of(shape, rings), Placement()
@@ -57,8 +64,7 @@ def test_products_and_their_gradients_are_those_of_one_device(rings_of, shape, r
         np.testing.assert_allclose(here, alone, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(("shape", "rings"), CASES)
-@pytest.mark.parametrize("rows", [(8, 5), (256, 128)])
+@on_every_mesh("rows", (256, 128), (8, 5))
 def test_what_is_scattered_is_the_sum_and_what_is_gathered_is_whole(rings_of, shape, rings, rows):
     place = rings_of(shape, rings)
     devices = shape[0] * shape[1]

@@ -13,6 +13,8 @@ from steppe.lm.parts.step import lower_step
 from steppe.lm.run.generate import make_decoder
 from steppe.optim import methods
 
+each_platform = pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=pytest.mark.exhaustive)])
+
 
 def lower(platform: str, function, *arguments, **options) -> str:
     """The text of a program lowered for a platform; fails where it cannot be."""
@@ -81,13 +83,13 @@ def test_creation_evaluation_and_sampling(platform):
         assert kernels(lower(platform, program, params, *arguments, keys, jnp.float32(0.5))) == 0
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@each_platform
 def test_curvature(platform):
     for program, *arguments in curvature_calls(parts_on(platform)):
         lower(platform, program, *arguments)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@each_platform
 def test_retention(platform):
     parts = parts_on(platform, optim__schedule="constant")
     made, params = retention.programs(parts), parts.abstract.params
