@@ -19,6 +19,8 @@ from steppe.lm.measure import choices
 from steppe.lm.run import train
 from steppe.scripts.model import evaluate, export
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ITEMS = [
     {"query": "import o", "choices": ["s\n", "zq\n"], "gold": 0},
     {"query": "", "choices": ["def", "\u00e9\u00e9", "x"], "gold": "2"},
@@ -32,7 +34,7 @@ def run(tmp_path_factory):
     text = lm_runs.write_text(place)
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     config = lm_runs.config(*text, data__sequence_length=24, evaluate__choices=(f"mine=jsonl:{place}/items.jsonl",))
-    assert train.run(config, str(place / "run")) == train.FINISHED
+    assert lm_runs.run(config, place / "run") == train.FINISHED
     return place
 
 
@@ -133,6 +135,7 @@ metric_list:
 """
 
 
+@pytest.mark.exhaustive  # its command, a process of its own; its model, in this one: parity/test_exports.py
 def test_lm_eval_finds_the_same_likelihoods(run, tmp_path):
     pytest.importorskip("lm_eval", reason="steppe[hub] is not installed")
     pytest.importorskip("accelerate", reason="steppe[hub] is not installed")

@@ -20,6 +20,8 @@ from steppe.lm.parts.state import create
 from steppe.lm.track.tracker import Tracker
 from steppe.scripts.measure import retention, retention_figures
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 BRIEF = ["--noise=0,0.5", "--samples=2", "--bits=8,4", "--group=8", "--fine_tune_steps=8", "--batch_size=4"]
 BRIEF += ["--fine_tune_rates=0,0.01", "--batches=3", "--gptq=1"]
 
