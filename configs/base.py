@@ -27,6 +27,7 @@ from steppe.configs.keys import (
     named,
     number,
     one_of,
+    or_reference,
     patterns,
     several_of,
 )
@@ -146,7 +147,7 @@ _KEYS = {
     "optim.method": Key(
         "adamw",
         "a name of optim/methods.py: which gradient the base optimizer gets",
-        one_of("optim.methods:METHODS", "optim.methods:ALIASES"),
+        or_reference(one_of("optim.methods:METHODS", "optim.methods:ALIASES")),
     ),
     "optim.*": Key(None, "the options of methods, from the rows of optim/methods.py", TEXT),
     "optim.rho_schedule": Key(
@@ -161,7 +162,7 @@ _KEYS = {
         "after", "after: clip the returned gradient | before: also clip the ascent gradient", one_of("after", "before")
     ),
     "optim.clip_norm": Key(1.0, "global l2 norm; 0: no clipping", number(least=0)),
-    "optim.base": Key("adamw", "a name of optim/base.py", one_of("optim.base:BASES")),
+    "optim.base": Key("adamw", "a name of optim/base.py", or_reference(one_of("optim.base:BASES"))),
     "optim.peak_learning_rate": Key(1e-3, "per step", number(above=0)),
     "optim.rate_factors": Key(
         (), 'learning rates of parameters apart, as ("attention/=0.5",): so many times the common one', FACTORS
@@ -305,10 +306,41 @@ def keys() -> dict[str, Key]:
 def keys_of(flat: Mapping[str, Any]) -> Mapping[str, Key]:
     """{"section.name": Key} of every key of one config, of which `flat` is known: here the whole of it need not be.
 
-    Whatever a config names may declare keys of that config alone: they are added here, and here only. So
-    `optim.method` is read before the rest of a command line, and keys() is what all configs have.
+    Beyond keys() these are the options that its optimizers from outside declare, whose files are run. ConfigError for
+    a file that does not serve, or an option with the name of another key.
     """
-    return keys()
+    found = {}
+    for part in ("method", "base"):
+        reference = flat.get(f"optim.{part}") or ""
+        try:
+            declared = named("optim.outside:declared")({part: reference})
+        except named("optim.rule:OptionError") as error:
+            raise ConfigError(f"optim.{part}", reference, error.accepted) from None
+        for name, (kind, default, option) in declared.items():
+            key, known = f"optim.{name}", keys().get(f"optim.{name}")
+            if known and not (known.default is None and known.accepted.kind is kind):
+                accepted = f"one whose options have names of their own: {key} is another key"
+                raise ConfigError(f"optim.{part}", reference, accepted)
+            allowed = Accepted(kind, lambda o=option: o.accepted, option.allows, lambda o=option: list(o.names))
+            found[key] = known or Key(None, f"{option.meaning}; None: {default} with {reference}", allowed)
+    return keys() | found
+
+
+def stored_keys(flat: Mapping[str, Any]) -> Mapping[str, Key]:
+    """The same of a flat stored config, whose optimizers from outside are not run: their options are what it holds."""
+    found = {}
+    for name in flat:
+        if is_foreign(name, flat):
+            kind = {list: tuple, type(None): str}.get(type(flat[name]), type(flat[name]))
+            found[name] = Key(None, "an option of an optimizer from outside", Accepted(kind, lambda k=kind: k.__name__))
+    return keys() | found
+
+
+def is_foreign(name: str, flat: Mapping[str, Any]) -> bool:
+    """Whether a key of a flat stored config may be an option of its optimizer from outside, whose file is not run."""
+    outside = named("optim.outside:is_reference")
+    used = (flat.get(f"optim.{part}") for part in ("method", "base"))
+    return name.startswith("optim.") and name not in keys() and any(isinstance(n, str) and outside(n) for n in used)
 
 
 def get_config() -> ConfigDict:
@@ -324,7 +356,7 @@ def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     An option left to its method whose default has changed since is at what it then was.
     """
-    found = flatten({name: key.default for name, key in keys_of(flat).items()}) | dict(flat)
+    found = flatten({name: key.default for name, key in stored_keys(flat).items()}) | dict(flat)
     found |= former(found, flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(found["optim.method"], options).items():
@@ -344,11 +376,11 @@ def completed(config: Mapping | ConfigDict) -> ConfigDict:
     Raises ConfigError for keys that are there no longer, or a value of another type.
     """
     flat = flatten(config)
-    gone = [name for name in flat if name not in keys_of(flat)]
+    gone = [name for name in flat if name not in stored_keys(flat)]
     if gone:
         others = f" (nor {', '.join(gone[1:])})" if gone[1:] else ""
         raise ConfigError(gone[0], flat[gone[0]], f"left out: this version has no such key{others}")
-    return config_of(keys_of(flat), with_defaults(typed(flat)))
+    return config_of(stored_keys(flat), with_defaults(typed(flat)))
 
 
 def _suits(key: Key, value: Any) -> bool:
@@ -363,7 +395,7 @@ def _fits(key: Key, kind: type, value: Any) -> bool:
 def typed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
     """A flat config that some version of Steppe wrote, once its values are of their keys' types, and numbers within
     their bounds; keys that this version does not know are let through. ConfigError."""
-    known = keys_of(flat)
+    known = stored_keys(flat)
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for name, value in flat.items():
         key = known.get(name)

@@ -150,6 +150,13 @@ def one_of(*names: str) -> Accepted:
     return Accepted(str, lambda: "one of " + ", ".join(known()), lambda value: value in known(), known)
 
 
+def or_reference(accepted: Accepted) -> Accepted:
+    """These, or a reference to an optimizer from outside, see steppe.optim.outside. Its file is not run for it."""
+    outside = functools.partial(named, "optim.outside:is_reference")
+    text = lambda: f"{accepted.text()}, or {named('optim.outside:ACCEPTED')}"  # noqa: E731
+    return accepted._replace(text=text, allows=lambda value: accepted.allows(value) or outside()(value))
+
+
 def several_of(*names: str) -> Accepted:
     """A tuple of these texts, each at most once; names as one_of takes them."""
     single = one_of(*names)

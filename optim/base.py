@@ -1,7 +1,7 @@
 """Base optimizers through optax, and the moments that ascent directions may borrow from their state."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ import optax
 from jax.typing import ArrayLike
 from optax.contrib import MuonState, ScheduleFreeState
 
+from steppe.optim import outside
 from steppe.optim.masks import by_width, factors
+from steppe.optim.options import make, nearest, needs, options
 from steppe.optim.rule import OptionError, Tree, ratio
 from steppe.optim.soap import SoapState, scale_by_soap
 
@@ -160,6 +162,7 @@ class Settings(NamedTuple):
     matrix_axes: Callable | None
     rate_factors: tuple[str, ...] = ()
     widening: float = 1.0
+    options: Mapping[str, Any] = {}
 
     def decay(self) -> optax.GradientTransformation:
         """Weight decay where there is any."""
@@ -268,6 +271,85 @@ BASES = {
 }
 
 
+def _decoupled(s: Settings) -> optax.GradientTransformation:
+    """Adds to the updates what decoupled weight decay takes from the parameters."""
+    alone = optax.chain(s.decay(), s.rate())
+
+    def update(updates, state, params):
+        decayed, state = alone.update(jax.tree.map(jnp.zeros_like, updates), state, params)
+        return jax.tree.map(jnp.add, updates, decayed), state
+
+    return optax.GradientTransformation(alone.init, update)
+
+
+def kind_of(name: str) -> Kind:
+    """The row of a base, or of a reference to one from outside, whose file is run; OptionError naming the accepted."""
+    if outside.is_reference(name):
+        return _kind_from_outside(name)
+    if name not in BASES:
+        raise OptionError("base", name, f"one of {', '.join(BASES)}, or {outside.ACCEPTED}{nearest(name, BASES)}")
+    return BASES[name]
+
+
+@functools.cache
+def _kind_from_outside(reference: str) -> Kind:
+    """made(learning_rate, ...), which also takes what it names of Settings, decay_mask by optax's name, mask, too.
+    Decoupled decay is added where it takes no weight_decay."""
+    made = outside.load("base", reference).made
+    taken = needs(made)
+    if "learning_rate" not in taken:
+        raise OptionError("base", reference, "a function of learning_rate that returns an optax transformation")
+    for need, must in taken.items():
+        if must and need not in Settings._fields:
+            known = ", ".join(field for field in Settings._fields if field != "options")
+            accepted = f"a function whose parameters are options (annotated with Option), or of {known}; {need} is none"
+            raise OptionError("base", reference, accepted)
+
+    def parts(s: Settings) -> list[optax.GradientTransformation]:
+        if s.widening != 1 and "widening" not in taken:
+            raise OptionError("base", reference, "another under mup: one that takes `widening`")
+        given = {name: each.default for name, each in options(made).items()} | dict(s.options)
+        try:
+            transform = make(made, {**s._asdict(), "mask": s.decay_mask, **given})
+        except OptionError:
+            raise
+        except Exception as error:  # whatever a user's function raises is about that function
+            accepted = f"a function that makes an optax transformation: {type(error).__name__}: {error}"
+            raise OptionError("base", reference, accepted) from None
+        if not isinstance(transform, optax.GradientTransformation):
+            accepted = f"a function that returns an optax.GradientTransformation, not a {type(transform).__name__}"
+            raise OptionError("base", reference, accepted)
+        decay = [] if "weight_decay" in taken or not s.weight_decay else [_decoupled(s)]
+        return [transform, *s.factors(), *decay]
+
+    toy = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("matrix", (2, 2)), ("vector", (2,)))}
+    settings = Settings(1e-3, 0.9, 0.99, 1e-8, 0.0, None, None)
+    state = jax.eval_shape(optax.chain(*parts(settings)).init, toy)
+    return Kind(_kept(state), parts)
+
+
+def _kept(state: Any) -> tuple[str, ...]:
+    """Which moments an optimizer state holds for `moments` to read."""
+    try:
+        found = jax.eval_shape(lambda state: moments(state, None)._replace(fresh=None), state)
+    except (ValueError, TypeError, AttributeError):
+        return ()
+    return tuple(name for name in ("first", "second") if getattr(found, name) is not None)
+
+
+def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a base from outside among those given, None for its default; none of a base here. OptionError for
+    a value that it does not accept."""
+    if not outside.is_reference(name):
+        return {}
+    declared = outside.load("base", name).declared()
+    found = {option: given[option] for option in declared if given.get(option) is not None}
+    for option, value in found.items():
+        if not declared[option].option.allows(value):
+            raise OptionError(option, value, declared[option].option.accepted)
+    return found
+
+
 def base(
     name: str,
     learning_rate: float | Callable,
@@ -281,8 +363,9 @@ def base(
     matrix_axes: Callable | None = None,
     rate_factors: tuple[str, ...] = (),
     widening: float = 1.0,
+    **given: Any,
 ) -> Base:
-    """A base optimizer by name; see BASES.
+    """A base optimizer by name, see BASES, or by a reference to one from outside, see optim.outside.
 
     adamw, nadamw, lion, adafactor: decoupled decay. adam, sgd: the decay is added to the gradient (L2). muon:
     orthogonalised momentum and decoupled decay on matrices, Adam on the rest. schedule_free: AdamW without momentum,
@@ -292,18 +375,21 @@ def base(
     clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
     optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
     rate_factors: rules of masks.factors, which multiply the learning rate of the parameters that they match. widening:
-    the width over that of mup's base, see Settings.widths; 1 for the standard parametrisation.
+    the width over that of mup's base, see Settings.widths; 1 for the standard parametrisation. given: the options that
+    one from outside declares.
     """
-    if name not in BASES:
-        raise OptionError("base", name, f"one of {', '.join(BASES)}")
+    kind, own = kind_of(name), options_of(name, given)
+    for option in given.keys() - own.keys():
+        if given[option] is not None:
+            raise OptionError(option, given[option], f"left out with {name}, which does not take it")
     if name == "schedule_free" and not b1 > 0:
         raise OptionError("b1", b1, "a number > 0 with schedule_free")
     settings = Settings(
         learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, decay_mask=decay_mask,
-        matrix_axes=matrix_axes, rate_factors=tuple(rate_factors), widening=widening,
+        matrix_axes=matrix_axes, rate_factors=tuple(rate_factors), widening=widening, options=own,
     )  # fmt: skip
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    transform = optax.chain(*clip, *BASES[name].parts(settings))
+    transform = optax.chain(*clip, *kind.parts(settings))
 
     def read(state: Any, params: Tree) -> Moments:
         nothing = jax.tree.map(jnp.zeros_like, params)  # of parameters of zero nothing decays

@@ -4,12 +4,14 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, NamedTuple
 
-from steppe.optim import ascent, first_pass, second_pass
-from steppe.optim.base import BASES, Base
+from steppe.optim import ascent, first_pass, outside, second_pass
+from steppe.optim.ascent import Ascent
+from steppe.optim.base import BASES, Base, kind_of
 from steppe.optim.base import moments as read_moments
 from steppe.optim.options import AT_LEAST_ONE, NOT_NEGATIVE, Declared, Option, make, nearest, needs, options
 from steppe.optim.rule import OptionError, Rule
 from steppe.optim.schedules import is_number
+from steppe.optim.second_pass import SecondPass
 from steppe.optim.two_pass import SWITCHES, Plain, Switches, TwoPass
 
 
@@ -18,38 +20,42 @@ class Method(NamedTuple):
 
     equation: the gradient handed to the base optimizer. memory: what is held beyond the base step, theta standing for
     one copy of the parameters and h for the hidden states. ascent, second, first, period: makers of the parts, see
-    optim.options; a period is the number of steps of which one perturbs. passes: (forwards, backwards) of a step that
-    perturbs, of the sequences that first takes. products: those with the readout's weights, where they are not one a
-    forward and two a backward. share(sequences, shards, ...options): which share of the sequences first takes. rho:
-    default radius. second_derivatives: the model is differentiated twice.
+    optim.options; a period is the number of steps of which one perturbs. rule: the maker of a rule in place of all of
+    these, which takes of rho, microbatches, base and the switches those that its parameters name. passes: (forwards,
+    backwards) of a step that perturbs, of the sequences that first takes. products: those with the readout's weights,
+    where they are not one a forward and two a backward. share(sequences, shards, ...options): which share of the
+    sequences first takes. rho: default radius. second_derivatives: the model is differentiated twice.
     """
 
     equation: str
     source: str
-    ascent: Callable[..., ascent.Ascent]
-    second: Callable[..., second_pass.SecondPass]
-    passes: tuple[float, float]
-    memory: str
+    ascent: Callable[..., Ascent] | None = None
+    second: Callable[..., SecondPass] | None = None
+    passes: tuple[float, float] = (1, 1)
+    memory: str = ""
     rho: float = 0.05
     products: float | None = None
     first: Callable[..., first_pass.FirstPass] | None = None
     period: Callable[..., int] | None = None
     share: Callable[..., float] | None = None
     second_derivatives: bool = False
+    rule: Callable[..., Rule] | None = None
 
     def makers(self) -> list[Callable]:
         """The makers of its parts."""
-        return [part for part in (self.ascent, self.first, self.second, self.period) if part]
+        return [part for part in (self.ascent, self.first, self.second, self.period, self.rule) if part]
 
     def declared(self) -> dict[str, Declared]:
         """{name: Declared} of its options."""
         rho = Declared(float, self.rho, Option("perturbation radius, l2 norm over all parameters", *NOT_NEGATIVE))
-        return functools.reduce(lambda found, part: found | options(part), self.makers(), {"rho": rho})
+        shared = {"rho": rho} if self.rule is None or "rho" in needs(self.rule) else {}
+        return functools.reduce(lambda found, part: found | options(part), self.makers(), shared)
 
     def needs(self) -> dict[str, bool]:
         """{need: whether it must be given}: the "frequency" of tokens [V]."""
         found = functools.reduce(lambda found, part: found | needs(part), self.makers(), {})
-        return {need: must for need, must in found.items() if need != "shards"}  # a switch, there for all
+        there = {"shards", *Switches._fields, "base"} if self.rule else {"shards"}  # for all
+        return {need: must for need, must in found.items() if need not in there}
 
 
 def _every(k: Annotated[int, Option("steps of which one is perturbed", *AT_LEAST_ONE)] = 5) -> int:
@@ -229,17 +235,42 @@ ALIASES = {"j_sam": "functional_sam", "l_sam": "logit_sam", "base": "adamw"}
 
 
 def canonical(name: str) -> str:
-    """The table's name of a method or alias; OptionError naming the accepted ones."""
+    """The table's name of a method or alias, or a reference to one from outside; OptionError naming the accepted."""
     name = ALIASES.get(name, name)
-    if name not in METHODS:
+    if name not in METHODS and not outside.is_reference(name):
         names = [*METHODS, *ALIASES]
-        raise OptionError("method", name, f"one of {', '.join(names)}{nearest(name, names)}")
+        raise OptionError("method", name, f"one of {', '.join(names)}, or {outside.ACCEPTED}{nearest(name, names)}")
     return name
 
 
 def row_of(name: str) -> Method | None:
-    """The row of a method or alias; None for a base optimizer alone."""
-    return METHODS[canonical(name)]
+    """The row of a method, alias or reference (whose file is run); None for a base optimizer alone."""
+    name = canonical(name)
+    return METHODS[name] if name in METHODS else _row_from_outside(name)
+
+
+@functools.cache
+def _row_from_outside(reference: str) -> Method:
+    made = outside.load("method", reference).made
+    if isinstance(made, Method):
+        return made
+    if "learning_rate" in needs(made):
+        raise OptionError("method", reference, f"a direction, a rule or a row; {reference} is for optim.base")
+    says = (made.__doc__ or reference).partition("\n")[0]
+    if needs(made).keys() & {"rho", "microbatches", "base"}:
+        return Method(equation=says, source=reference, rule=made)
+    try:
+        part = _defaults(made)
+    except Exception as error:  # whatever a user's function raises is about that function
+        accepted = f"a function that makes a direction of its options' defaults: {type(error).__name__}: {error}"
+        raise OptionError("method", reference, accepted) from None
+    if isinstance(part, Ascent):
+        passes = (2, 2) if "gradient" in part.needs else (1, 1)
+        return Method(says, reference, made, second_pass.full, passes, memory="1 θ")
+    if not (hasattr(part, "init") and hasattr(part, "gradient")):
+        accepted = f"a function that returns an Ascent or a Rule, or a Method; it returns a {type(part).__name__}"
+        raise OptionError("method", reference, accepted)
+    return Method(equation=says, source=reference, rule=made)
 
 
 def _options() -> dict[str, tuple[type, str, str]]:
@@ -289,7 +320,7 @@ def options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 def foreign(name: str, given: Mapping[str, Any]) -> list[str]:
     """The options given, not as None, that a method does not take; of a name that is none, which is refused elsewhere,
     no option is foreign."""
-    if name not in (*METHODS, *ALIASES):
+    if name not in (*METHODS, *ALIASES) and not outside.is_reference(name):
         return []
     row = row_of(name)
     declared = row.declared() if row else {}
@@ -317,21 +348,26 @@ def period(name: str, **given) -> int:
 
 
 def perturbs(name: str, rho: float | Callable) -> bool:
-    """Whether a method is more than its base: it has a row, and a radius that is not known to be 0."""
-    return row_of(name) is not None and not (is_number(rho) and rho == 0)
+    """Whether a method is more than its base: it has a row, and a radius, if any, that is not known to be 0."""
+    row = row_of(name)
+    return row is not None and ("rho" not in row.declared() or not (is_number(rho) and rho == 0))
+
+
+def needed_moments(name: str) -> set[str]:
+    """The moments of the base that the method's direction needs: first, second."""
+    row = row_of(name)
+    return set(_defaults(row.ascent).needs) & {"first", "second"} if row and row.ascent else set()
 
 
 def accepted_bases(name: str) -> list[str]:
-    """The base optimizers that keep what the method's direction needs."""
-    row = row_of(name)
-    needed = set(_defaults(row.ascent).needs) & {"first", "second"} if row else set()
-    return [base for base, kind in BASES.items() if needed <= set(kind.moments)]
+    """The base optimizers here that keep what the method's direction needs."""
+    return [base for base, kind in BASES.items() if needed_moments(name) <= set(kind.moments)]
 
 
-def second_of(name: str) -> second_pass.SecondPass | None:
-    """The method's second pass, with its options at their defaults; None for a base optimizer alone."""
+def second_of(name: str) -> SecondPass | None:
+    """The method's second pass, with its options at their defaults; None where it has none of its own."""
     row = row_of(name)
-    return _defaults(row.second) if row else None
+    return _defaults(row.second) if row and row.second else None
 
 
 def is_anchored(name: str) -> bool:
@@ -349,7 +385,7 @@ def is_frozen(name: str) -> bool:
 def only_climbs(name: str) -> bool:
     """Whether the method takes a gradient at theta and does nothing but climb it."""
     row, second = row_of(name), second_of(name)
-    return bool(row and second and second.only_climbs and "gradient" in _defaults(row.ascent).needs)
+    return bool(row and row.ascent and second and second.only_climbs and "gradient" in _defaults(row.ascent).needs)
 
 
 def _defaults(part: Callable) -> Any:
@@ -373,7 +409,7 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
     values = options_of(name, own)
     rho = values.get("rho", 0.0)
     over, fraction = switches.ascent_over, switches.ascent_fraction
-    if base is not None and base.name not in accepted_bases(name):
+    if base is not None and not needed_moments(name) <= set(kind_of(base.name).moments):
         raise OptionError("base", base.name, f"one of {', '.join(accepted_bases(name))} with {name}")
     if fraction != 1 and over != "subset":
         raise OptionError("ascent_fraction", fraction, f"1.0 unless ascent_over is subset, and it is {over}")
@@ -385,10 +421,14 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
     switches = switches._replace(rho=rho)
     if row is None or not perturbs(name, rho):
         return Plain(switches)
+    if row.rule:
+        return _own_rule(name, row.rule, values, switches, base)
     for need, must in row.needs().items():
         if must and needed[need] is None:
             raise OptionError(need, None, f"given, as {name} needs it: see optim.methods.Method.needs")
     values |= {need: value for need, value in needed.items() if value is not None} | {"shards": shards}
+    assert row.ascent is not None
+    assert row.second is not None
     up, down = make(row.ascent, values), make(row.second, values)
     if switches.widening != 1 and switches.layerwise_rho != "none":
         raise OptionError("layerwise_rho", switches.layerwise_rho, "none under mup, which scales rho by itself")
@@ -405,6 +445,20 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
     )
 
 
+def _own_rule(name: str, rule: Callable[..., Rule], values: dict, switches: Switches, base: Base | None) -> Rule:
+    """A rule that a row's maker makes; OptionError for a switch that is set and that it does not take."""
+    taken, plain = needs(rule), Switches()
+    for switch, value in switches._asdict().items():
+        told = switch not in ("rho", "groups", "matrix_axes") and value != getattr(plain, switch)
+        if told and switch not in taken:
+            key = "method" if switch == "widening" else switch
+            what = "another under mup" if key == "method" else f"{getattr(plain, switch)!r}"
+            raise OptionError(
+                key, name if key == "method" else value, f"{what} with {name}, whose rule does not take it"
+            )
+    return make(rule, {**switches._asdict(), **values, "rho": switches.rho, "base": base})
+
+
 def _switches(given: Mapping[str, Any]) -> tuple[Switches, dict[str, Any]]:
     """(the switches among the keyword arguments of `method`, checked; the other arguments)."""
     said = {name: given[name] for name in Switches._fields if name in given and name != "rho"}
@@ -419,7 +473,7 @@ def _switches(given: Mapping[str, Any]) -> tuple[Switches, dict[str, Any]]:
 
 
 def _first(
-    name: str, row: Method, values: dict, switches: Switches, up: ascent.Ascent, down: second_pass.SecondPass
+    name: str, row: Method, values: dict, switches: Switches, up: Ascent, down: SecondPass
 ) -> first_pass.FirstPass:
     subset, why = switches.ascent_over == "subset", ""
     if subset and row.first:
@@ -456,7 +510,7 @@ def cost(name: str, *, sequences: int = 1, shards: int = 1, keep: bool = False, 
     sequences: of a step. shards, given: see method. keep: the readout stores its loss derivative at theta.
     """
     row = row_of(name)
-    if row is None:
+    if row is None or row.second is None:
         return Cost()
     switches, own = _switches(given)
     over, fraction, microbatches = switches.ascent_over, switches.ascent_fraction, switches.microbatches

@@ -81,8 +81,12 @@ class Declared(NamedTuple):
 
 def options(part: Callable) -> dict[str, Declared]:
     """{name: Declared} of the options of a part's maker."""
-    hints, found = typing.get_type_hints(part, include_extras=True), {}
-    for name, parameter in inspect.signature(part).parameters.items():
+    parameters, found = inspect.signature(part).parameters, {}
+    try:
+        hints = typing.get_type_hints(part, include_extras=True)
+    except NameError:  # of a library's function, whose names only type checkers know; none of them is an Option
+        hints = {name: parameter.annotation for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
         if typing.get_origin(hints.get(name)) is Annotated:
             kind, option = typing.get_args(hints[name])
             found[name] = Declared(kind, parameter.default, option)

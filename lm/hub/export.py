@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from steppe.configs.base import is_foreign
+from steppe.configs.keys import flatten
 from steppe.data import files
 from steppe.data.vocabulary import load_tokenizer
 from steppe.lm.hub import differences, families, tokenizers
@@ -127,7 +129,9 @@ def card(run: Unread) -> str:
     records = lines_of.read(run.directory)
     at = records.train.step.searchsorted(step)
     tokens = int(records.train.tokens[at]) if at < len(records.train.step) else 0
-    options = {key: value for key, value in config.optim.items() if value is not None and key in ("rho", *OPTIONS)}
+    flat = flatten(config.to_dict())
+    own = [key for key in config.optim if key in OPTIONS or is_foreign(f"optim.{key}", flat)]
+    options = {key: config.optim[key] for key in own if config.optim[key] is not None}
     method = ", ".join([config.optim.method, *(f"{key} {value}" for key, value in options.items())])
     text = config.data.task or f"the corpus {config.data.directory}"
     lines = ["---", "library_name: transformers", "tags:", "- steppe", f"- {config.optim.method}", "---", ""]

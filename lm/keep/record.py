@@ -14,6 +14,7 @@ from steppe.data import stored
 from steppe.data.baselines import NAMES
 from steppe.data.errors import DataError
 from steppe.lm.keep import workdir
+from steppe.lm.keep.code import CODE
 from steppe.lm.keep.exits import Unusable
 
 
@@ -44,6 +45,7 @@ class Meta(TypedDict, total=False):
     config: Required[dict[str, Any]]
     versions: Required[dict[str, str]]
     corpus: Required[str]
+    code: dict[str, str]
     wandb_id: Required[str]
     watch: Required[Watched]
     owes_evaluation: Required[bool]
@@ -74,9 +76,9 @@ def versions() -> dict[str, str]:
 
 
 def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, list]:
-    """{what: [before, now]}: config keys, versions and the corpus, where a restart differs from its checkpoint.
+    """{what: [before, now]}: config keys, versions, corpus and code, where a restart differs from its checkpoint.
 
-    ConfigError if the corpus differs and "corpus" is not allowed: the run would go on with other text.
+    ConfigError if the corpus or an optimizer's code from outside differs, and "corpus" or "code" is not allowed.
     """
     if meta["corpus"] != now["corpus"] and "corpus" not in allowed:
         raise ConfigError(
@@ -85,9 +87,19 @@ def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, 
             f"the corpus the run began with (fingerprint {meta['corpus']}, this one is {now['corpus']}), or "
             "--allow_change=corpus",
         )
+    known = meta.get("code", {})
+    for reference, digest in now["code"].items():
+        if known.get(reference, digest) != digest and "code" not in allowed:
+            part = "method" if now["config"]["optim"]["method"] == reference else "base"
+            accepted = (
+                f"the code the run began with (sha256 {known[reference]}, this has {digest}), which {CODE} in the "
+                "workdir keeps, or --allow_change=code"
+            )
+            raise ConfigError(f"optim.{part}", reference, accepted)
     found = workdir.changes(meta["config"], now["config"])
     pairs = {
         "corpus": [meta["corpus"], now["corpus"]],
+        "code": [known, now["code"]],
         **{f"version of {name}": [meta["versions"].get(name), new] for name, new in now["versions"].items()},
     }
     return {**found, **{key: pair for key, pair in pairs.items() if pair[0] != pair[1]}}

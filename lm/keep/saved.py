@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from steppe.data import files, sources
 from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
-from steppe.lm.keep import mirror, seal
+from steppe.lm.keep import code, mirror, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.weights import LAST, Weights, of_state, weights_of
@@ -20,6 +20,7 @@ from steppe.lm.parts import corpus as corpora
 from steppe.lm.parts.assembly import Parts, assemble
 from steppe.lm.parts.check import check_stored
 from steppe.lm.track.lines import AVERAGES
+from steppe.optim import outside
 from steppe.optim.methods import OPTIONS
 
 PARAMS = "params/"  # of the names of parameters in a checkpoint
@@ -173,6 +174,13 @@ def load(
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
     config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
+    if outside.is_reference(config.optim.base):
+        if not optimizer:
+            config.optim.base = "adamw"  # whose state is not read
+        elif not trust:
+            raise _untrusted(directory, "optim.base", config.optim.base, "code of its own")
+        else:
+            code.same(directory, config)
     corpus = corpus_of(directory, config, log, trust)
     found = checkpoints_of(directory, config, trust)
     rows = max((part.rows for part in corpus.held_out.values()), default=1)

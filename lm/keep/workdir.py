@@ -13,11 +13,12 @@ from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten, slot
 from steppe.data import files, stored
 from steppe.data.errors import DataError
+from steppe.lm.keep.code import CODE
 from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.parts.corpus import CORPUS
 
 CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
-WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies")  # below a workdir
+WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies", CODE)  # below a workdir
 
 
 def changes(before: Mapping | ConfigDict, now: Mapping | ConfigDict) -> dict[str, list]:
@@ -58,9 +59,9 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
     those in `allow` may differ. WorkdirError for a key of `allow` that is none. Only process 0 locks and writes.
     """
     directory, path = Path(workdir), Path(workdir) / CONFIG
-    unknown = sorted(set(allow) - {*flatten(config.to_dict()), "corpus"})
+    unknown = sorted(set(allow) - {*flatten(config.to_dict()), "corpus", "code"})
     if unknown:
-        raise WorkdirError(f"--allow_change={unknown[0]}: must name keys of the config, or corpus")
+        raise WorkdirError(f"--allow_change={unknown[0]}: must name keys of the config, corpus or code")
     with ExitStack() as stack:
         if primary:
             try:
@@ -112,7 +113,7 @@ def config_of(workdir: str) -> ConfigDict:
         raise WorkdirError(f"{workdir}: must be the workdir of a run, with a {CONFIG}")
     found = base.completed(_read(path))
     try:
-        for name, key in base.keys_of(flat := flatten(found)).items():
+        for name, key in base.stored_keys(flat := flatten(found)).items():
             key.check(name, flat[name])
     except ConfigError as error:
         raise WorkdirError(f"{path}: {error}") from None

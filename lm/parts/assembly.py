@@ -25,12 +25,12 @@ from steppe.lm.model.transformer import Shape, shape, widening_of
 from steppe.lm.parts import budget as budgets
 from steppe.lm.parts import corpus as corpora
 from steppe.lm.parts.budget import Budget, Length, budget, count_parameters, describe, length
-from steppe.lm.parts.check import kernel_of, mesh_shape, method_options, method_settings
+from steppe.lm.parts.check import base_options, kernel_of, mesh_shape, method_options, method_settings
 from steppe.lm.parts.chips import chip_of
 from steppe.lm.parts.leg import WHOLE, Leg
 from steppe.lm.parts.memo import Memo
 from steppe.lm.parts.state import Optimizer, State, abstract, initialiser, parameter_shapes
-from steppe.optim import Objective
+from steppe.optim import Objective, outside
 from steppe.optim.averaging import Averages
 from steppe.optim.base import base
 from steppe.optim.masks import factors, mask
@@ -92,6 +92,7 @@ def assemble(
         params=params,
         length=long,
         rule=optimizer.rule,
+        the_base=optimizer.base,
         shards=shards,
         keep=options.keep,
         leg=leg,
@@ -121,14 +122,14 @@ def planned(
     """The Budget of a run on one device that is not assembled. params: their shapes."""
     long = length(config, params, epoch_tokens, tokens_per_row=tokens_per_row)
     made = _optimizers(config, params, long, 1, {"frequency": jnp.ones(model_shape.vocabulary)})(**_scalars(config))
-    return budget(config, shape=model_shape, params=params, length=long, rule=made.rule)
+    return budget(config, shape=model_shape, params=params, length=long, rule=made.rule, the_base=made.base)
 
 
 def _scalars(config: ConfigDict) -> dict[str, float]:
     """What the step takes as operands: the rate, and rho where the method is more than its base, another program."""
-    rho = options_of(config.optim.method, method_options(config)).get("rho", 0.0)
+    rho = options_of(config.optim.method, method_options(config)).get("rho")
     found = {"peak_learning_rate": config.optim.peak_learning_rate}
-    return {**found, "rho": rho} if perturbs(config.optim.method, rho) else found
+    return {**found, "rho": rho} if rho is not None and perturbs(config.optim.method, rho) else found
 
 
 def _optimizers(
@@ -183,6 +184,7 @@ def _optimizers(
             rate_factors=tuple(optim.rate_factors),
             widening=widening,
             clip_norm=optim.clip_norm if optim.clip_order == "after" else 0.0,
+            **base_options(config),
         )
         rule = method(
             optim.method,
@@ -283,12 +285,15 @@ def open_parts(
         if corpus is None:
             raise
         log(f"{error}: the run goes on with the corpus it has prepared, {corpus.directory}")
-    same = int(xxhash.xxh32_hexdigest(corpus.fingerprint.encode()), 16)
-    if len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1:
+    if _differs(corpus.fingerprint):
         raise DataError(
             f"config.data.task = {config.data.task!r}: the processes hold different text (here {corpus.fingerprint}); "
             "prepare it once and give all of them that config.data.directory"
         )
+    used = {part: config.optim[part] for part in ("method", "base")}
+    if _differs(repr({key: source.digest for key, source in outside.sources(used).items()})):
+        part = next(part for part, name in used.items() if outside.is_reference(name))
+        raise ConfigError(f"optim.{part}", used[part], "a file that is the same on all processes")
     vocabulary = corpus.tokenizer.vocab_size
     counts = memo.once("counts", corpus.fingerprint, lambda: baselines.token_counts(corpus, vocabulary))
     padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
@@ -303,6 +308,12 @@ def open_parts(
     )
     must_fit(config, parts)
     return corpus, _other_run(parts, config), counts
+
+
+def _differs(text: str) -> bool:
+    """Whether a text is another on another process."""
+    same = int(xxhash.xxh32_hexdigest(text.encode()), 16)
+    return len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1
 
 
 def must_fit(config: ConfigDict, parts: Parts) -> None:

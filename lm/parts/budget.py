@@ -1,18 +1,26 @@
 """What a run is made of before it starts: parameters, tokens, steps, FLOPs, and a first estimate of its memory."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from steppe.configs.keys import ConfigError
 from steppe.lm.model import parameters
+from steppe.lm.model.mesh import Placement
+from steppe.lm.model.objective import objective
+from steppe.lm.model.readout import Options
 from steppe.lm.model.transformer import Shape, shape
-from steppe.lm.parts.check import method_settings
+from steppe.lm.parts.check import base_options, method_settings
 from steppe.lm.parts.chips import Chip
 from steppe.lm.parts.leg import WHOLE, Leg
+from steppe.lm.parts.state import parameter_shapes
 from steppe.optim import Rule, methods
 from steppe.optim.averaging import AVERAGES
+from steppe.optim.base import Base, base
+from steppe.optim.flops import counted
 from steppe.optim.schedules import duration_steps, in_steps
 
 MOST_STEPS = 2**31 - 1  # which the state counts in int32
@@ -81,6 +89,35 @@ def forward_flops(shape: Shape) -> Flops:
     mlp = 2 * D * F * (3 if shape.style == "modern" else 2)
     square = 2 * 2 * shape.sequence_length * H * K  # scores, then their product with the values
     return Flops(shape.layers * (projections + mlp + square), 2.0 * shape.vocabulary * D)
+
+
+@functools.cache
+def base_flops(shape: Shape, name: str, options: tuple[tuple[str, Any], ...] = ()) -> float:
+    """FLOPs of a base's own products in a step, on average over 100 of them: muon's and soap's; 0 of adamw.
+
+    options: of a base from outside, as pairs.
+    """
+    params = parameter_shapes(shape)
+    transform = base(name, 1e-3, matrix_axes=parameters.MATRIX_AXES, **dict(options)).transform
+    return counted(transform.update, params, jax.eval_shape(transform.init, params), params, steps=range(100, 200))
+
+
+def rule_flops(shape: Shape, rule: Rule, the_base: Base, batch_size: int) -> float:
+    """FLOPs of a rule's gradient beyond a plain one, counted from its program, on average over 100 steps."""
+    params, place = parameter_shapes(shape), Placement()
+    options = Options(shape.vocabulary, shape.sequence_length)
+    made = objective(shape._replace(kernel="einsum", remat="none", small=False), options, place)
+    tokens = jax.ShapeDtypeStruct((batch_size, shape.sequence_length), jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)}
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def flops(rule: Rule) -> float:
+        states = jax.eval_shape(the_base.transform.init, params), jax.eval_shape(rule.init, params)
+        return counted(
+            lambda *given: rule.gradient(made, *given)[0], params, batch, *states, step, steps=range(100, 200)
+        )
+
+    return flops(rule) - flops(methods.method("adamw"))
 
 
 def step_flops(shape: Shape, tokens: int, cost: methods.Cost) -> float:
@@ -215,14 +252,15 @@ def budget(
     params: Any,
     length: Length,
     rule: Rule,
+    the_base: Base,
     shards: int = 1,
     keep: bool = False,
     leg: Leg = WHOLE,
 ) -> Budget:
     """The Budget of a run.
 
-    rule: knows which of its steps perturb. shards: of the data. keep: whether its readout stores the loss
-    derivative at theta.
+    rule: knows which of its steps perturb. the_base: of the run. shards: of the data. keep: whether its readout stores
+    the loss derivative at theta.
     """
     train, optim = config.train, config.optim
     one = methods.cost(
@@ -237,6 +275,10 @@ def budget(
     steps, left = length.steps, length.steps - leg.step
     perturbing = rule.perturbing(steps) * steps - (rule.perturbing(leg.step) * leg.step if leg.step else 0.0)
     flops = step_flops(shape, positions, one.averaged(perturbing / max(1, left)))
+    flops += base_flops(shape, optim.base, tuple(base_options(config).items()))
+    row = methods.row_of(optim.method)
+    if row and row.rule:
+        flops += rule_flops(shape, rule, the_base, train.batch_size)
     adamw_flops = step_flops(shape, positions, methods.Cost())
     return Budget(
         parameters=count_parameters(params),

@@ -12,6 +12,7 @@ from steppe.lm.model import attention
 from steppe.lm.model.transformer import widening_of
 from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
+from steppe.optim.outside import declared
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import DurationError, duration_steps, in_steps
 from steppe.optim.two_pass import SWITCHES
@@ -146,7 +147,13 @@ def _check_method(config: ConfigDict) -> None:
     try:
         methods.method(
             optim.method,
-            base=base_optimizer(optim.base, optim.peak_learning_rate, b1=optim.b1),
+            base=base_optimizer(
+                optim.base,
+                optim.peak_learning_rate,
+                b1=optim.b1,
+                widening=widening_of(config.model),
+                **base_options(config),
+            ),
             widening=widening_of(config.model),
             **method_settings(config),
             **dict.fromkeys(row.needs() if row else (), 1),  # what they are is known later
@@ -157,7 +164,12 @@ def _check_method(config: ConfigDict) -> None:
 
 def method_options(config: ConfigDict) -> dict[str, Any]:
     """The options of methods that a config sets, None where it leaves one to its method."""
-    return {name: config.optim[name] for name in methods.OPTIONS}
+    return {name: config.optim[name] for name in {**methods.OPTIONS, **declared({"method": config.optim.method})}}
+
+
+def base_options(config: ConfigDict) -> dict[str, Any]:
+    """The options of a base from outside that a config sets, None where it leaves one to it."""
+    return {name: config.optim[name] for name in declared({"base": config.optim.base})}
 
 
 def method_settings(config: ConfigDict) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from steppe.data import baselines, files, loader
 from steppe.data.errors import StorageError
 from steppe.lm import plot
 from steppe.lm.hub.load import initial_params
-from steppe.lm.keep import branch, checkpoint, mirror, record, workdir
+from steppe.lm.keep import branch, checkpoint, code, mirror, record, workdir
 from steppe.lm.keep.exits import ANOMALY, FINISHED, REFUSALS, STOPPED
 from steppe.lm.keep.weights import LAST, of_state, weights_of
 from steppe.lm.measure import choices
@@ -62,11 +62,10 @@ def run(
     """Runs or continues the run of `directory`, which may be an address, to its end; returns the exit status, see
     lm.keep.exits.
 
-    allow_change: config keys (or "corpus") that may differ from what the run had so far. until: stops after this step,
-    as if asked to; schedules stay those of the whole run. memo: of a process that has run after run. trust: the config
-    that the run of config.branch_from has stored. Raises, before
-    anything is compiled, one of exits.REFUSALS for what cannot run; and OSError when the workdir or the checkpoints
-    cannot be written any more.
+    allow_change: config keys (or "corpus", "code") that may differ from what the run had so far. until: stops after
+    this step, as if asked to; schedules stay those of the whole run. memo: of a process that has run after run. trust:
+    the config that the run of config.branch_from has stored. Raises, before anything is compiled, one of
+    exits.REFUSALS for what cannot run; and OSError when the workdir or the checkpoints cannot be written any more.
     """
     primary = jax.process_index() == 0
     log = (lambda text: print(text, flush=True)) if primary else (lambda text: None)
@@ -107,7 +106,11 @@ def run(
         here.checkpoints = stack.enter_context(here.open_checkpoints(place, run_id))
         here.restore(given)
         del given
-        changed = record.changes(here.meta, here.now, {"corpus"} if here.parent else allow_change) if here.meta else {}
+        changed = (
+            record.changes(here.meta, here.now, {"corpus", "code"} if here.parent else allow_change)
+            if here.meta
+            else {}
+        )
         here.follow(here.leg_now() if here.meta else WHOLE)
         report_parts(config, here.parts, corpus, log)
         if here.done:
@@ -117,6 +120,7 @@ def run(
             return FINISHED
         if primary:
             corpora.keep(directory, corpus)
+            code.keep(directory, config)
             if here.parent:
                 branch.copy_record(here.parent, directory)
         here.tracker = here.open_tracker()
@@ -171,6 +175,7 @@ class Run:
         self.stopping, self.until, self.memo, self.goodput, self.log = stopping, until, memo, goodput, log
         self.primary = jax.process_index() == 0
         self.now = {"config": config.to_dict(), "versions": record.versions(), "corpus": corpus.fingerprint}
+        self.now["code"] = code.digests(config)
         self.pending, self.latest, self.measured = [], {}, []
         self.stop = self.owes_evaluation = False
         self.ended, self.parent, self.trust = "failed", None, trust
