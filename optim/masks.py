@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
 
 from steppe.optim.rule import Tree
@@ -58,6 +59,12 @@ def dimensions(tree: Tree, axes: Callable[[Tree], Tree] | None) -> list[MuonDime
     """Those of every leaf, in order."""
     found = axes(tree) if axes else default_axes(tree)
     return jax.tree.leaves(found, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+
+
+def matrix_norm(matrix: jax.Array, dims: MuonDimensionNumbers) -> jax.Array:
+    """The Frobenius norm of each matrix of a stack, in its shape with the axes of one matrix 1."""
+    axes = [(axis,) if isinstance(axis, int) else tuple(axis) for axis in (dims.reduction_axis, dims.output_axis)]
+    return jnp.sqrt(jnp.sum(matrix * matrix, axis=axes[0] + axes[1], keepdims=True))
 
 
 def by_width(tree: Tree, axes: Callable | None, widening: float, vectors: float, matrices: float) -> Tree:

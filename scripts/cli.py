@@ -30,6 +30,7 @@ COMMANDS = {
     "curvature": ("steppe.scripts.measure.curvature", "--workdir=runs/quickstart --step=all"),
     "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
     "coordinates": ("steppe.scripts.measure.coordinates", "--config=quickstart --out=coordinates"),
+    "check": ("steppe.scripts.check", "mine.py:half_sign"),
     "doctor": ("steppe.scripts.doctor", ""),
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
 }

@@ -8,8 +8,8 @@ from jax.flatten_util import ravel_pytree
 
 from steppe import optim
 from steppe.optim import methods
+from steppe.optim.outside.toy import LAYERS, B, D, T, V, batch, language_model, parameters, token_loss, tokens_of, trunk
 from steppe.optim.rule import Objective
-from steppe.optim.toy import LAYERS, B, D, T, V, batch, language_model, parameters, token_loss, tokens_of, trunk
 
 __all__ = ["LAYERS", "B", "D", "T", "V", "batch", "language_model", "parameters", "token_loss", "tokens_of", "trunk"]
 

@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from steppe.optim import toy
 from steppe.optim.base import Base, base
 from steppe.optim.methods import method, row_of
+from steppe.optim.outside import toy
 from steppe.optim.rule import REPORT, Tree, cosine, norm
 
 DEVICES = (2, 2, 2)  # of the mesh: data, fsdp, tensor
