@@ -1,0 +1,143 @@
+"""Optimizers by reference: what a file makes is what the same parts make here, and bad files are refused in a line."""
+
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from steppe import optim
+from steppe.optim import methods
+from steppe.optim.base import kind_of
+from steppe.optim.outside import declared, load
+from steppe.optim.outside.contract import Subject, run
+from steppe.optim.rule import OptionError
+
+FILE = """
+    from typing import Annotated
+    import optax
+    from steppe.optim import ascent, second_pass
+    from steppe.optim.methods import METHODS, Method
+    from steppe.optim.options import POSITIVE, Option
+    from steppe.optim.rule import norm, plain_gradient, report
+
+    ROW = METHODS["functional_sam"]._replace(source="mine")
+
+    def climb() -> ascent.Ascent:
+        "steepest"
+        return ascent.gradient()
+
+    class Plain:
+        def init(self, params):
+            return ()
+        def perturbing(self, steps):
+            return 0.0
+        def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
+            loss, gradient = plain_gradient(objective, params, batch)
+            return gradient, rule_state, report(loss, norm(gradient), gradient)
+
+    def plain(times: Annotated[float, Option("unused", *POSITIVE)] = 1.0):
+        "the base's own"
+        return Plain()
+
+    def adam(learning_rate, b1, b2, eps, damp: Annotated[float, Option("of the step", *POSITIVE)] = 1.0):
+        "AdamW without decay of its own"
+        rate = optax.scale_by_learning_rate(learning_rate)
+        return optax.chain(optax.scale_by_adam(b1, b2, eps), optax.scale(damp), rate)
+
+    def wrong():
+        return 3
+
+    def stranger(learning_rate, colour):
+        return optax.sgd(learning_rate)
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A name of its own in each test: a file is run once in a process."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"mine_{tmp_path.name}.py"
+    path.write_text(textwrap.dedent(FILE))
+    return path.name
+
+
+@pytest.mark.parametrize(("name", "same"), [("climb", "sam"), ("ROW", "functional_sam"), ("plain", "adamw")])
+def test_a_method_from_a_file_is_that_of_the_same_parts(file, name, same):
+    found, _, report = run(Subject(f"{file}:{name}"), 2)
+    known, _, _ = run(Subject(same), 2)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(known), strict=True))
+    assert report["loss"] > 0
+
+
+def test_a_base_from_a_file_is_that_of_the_same_transform_and_gets_decoupled_decay(file):
+    def stepped(name, **given):
+        made = optim.base_optimizer(name, 1e-2, b2=0.95, weight_decay=0.1, **given)
+        params = {"w": np.ones((2, 3), np.float32)}
+        state = made.transform.init(params)
+        for _ in range(3):
+            updates, state = made.transform.update(params, state, params)
+            params = jax.tree.map(np.add, params, updates)
+        return params["w"]
+
+    np.testing.assert_allclose(stepped(f"{file}:adam"), stepped("adamw"), rtol=1e-6)
+    assert not np.allclose(stepped(f"{file}:adam", damp=0.5), stepped("adamw"), rtol=1e-3)
+    assert kind_of(f"{file}:adam").moments == ("first", "second")
+    assert optim.method("msam", base=optim.base_optimizer(f"{file}:adam", 1e-3))
+
+
+def test_options_are_declared_typed_and_checked(file):
+    assert {name: (each.kind, each.default) for name, each in declared({"base": f"{file}:adam"}).items()} == {
+        "damp": (float, 1.0)
+    }
+    assert methods.options_of(f"{file}:plain", {"times": 2.0}) == {"times": 2.0}
+    assert "rho" in methods.options_of(f"{file}:climb", {})
+    for made, name in (
+        (lambda: optim.method(f"{file}:plain", times=-1.0), "times"),
+        (lambda: optim.method(f"{file}:plain", rho=0.1), "rho"),
+        (lambda: optim.method(f"{file}:plain", every=2), "every"),
+        (lambda: optim.base_optimizer(f"{file}:adam", 1e-3, damp=0.0), "damp"),
+        (lambda: optim.base_optimizer(f"{file}:adam", 1e-3, colour="red"), "colour"),
+        (lambda: optim.base_optimizer(f"{file}:adam", 1e-3, widening=2.0), "base"),
+    ):
+        with pytest.raises(OptionError) as caught:
+            made()
+        assert caught.value.name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "says"),
+    [
+        ("x = 1", "x", "the name of a function"),
+        ("def f(: pass", "f", "line 1"),
+        ("\nraise RuntimeError('no')", "f", "line 2: RuntimeError: no"),
+        ("import sys\nsys.exit(3)", "f", "SystemExit"),
+        ("import nowhere_at_all", "f", "ModuleNotFoundError"),
+        ("def f():\n    return 3", "f", "it returns a int"),
+        ("def f():\n    raise KeyError('k')", "f", "KeyError"),
+    ],
+)
+def test_a_file_that_does_not_serve_is_refused_in_one_line(tmp_path, text, name, says):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(OptionError, match=says) as caught:
+        methods.row_of(f"{path}:{name}")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OptionError):
+        kind_of(f"{path}:{name}")
+
+
+def test_names_that_are_nowhere_are_refused(file):
+    for reference in ("nowhere.py:f", "no.such.module:f", f"{file}:absent", ":", "a b:c"):
+        with pytest.raises(OptionError):
+            methods.row_of(reference)
+    with pytest.raises(OptionError, match=r"optim\.base"):
+        methods.row_of(f"{file}:adam")
+    with pytest.raises(OptionError, match="colour is none"):
+        kind_of(f"{file}:stranger")
+
+
+def test_a_library_serves_by_its_dotted_name_and_its_own_file_is_what_is_hashed():
+    assert kind_of("optax:adamw").moments == ("first", "second")
+    assert "def adamw" in load("base", "optax:adamw").text
+    assert kind_of("optax.contrib:ademamix").moments == ()
