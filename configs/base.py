@@ -313,7 +313,7 @@ def keys_of(flat: Mapping[str, Any]) -> Mapping[str, Key]:
     for part in ("method", "base"):
         reference = flat.get(f"optim.{part}") or ""
         try:
-            declared = named("optim.outside:declared")({part: reference})
+            declared = named("optim.references:declared")({part: reference})
         except named("optim.rule:OptionError") as error:
             raise ConfigError(f"optim.{part}", reference, error.accepted) from None
         for name, (kind, default, option) in declared.items():
@@ -338,7 +338,7 @@ def stored_keys(flat: Mapping[str, Any]) -> Mapping[str, Key]:
 
 def is_foreign(name: str, flat: Mapping[str, Any]) -> bool:
     """Whether a key of a flat stored config may be an option of its optimizer from outside, whose file is not run."""
-    outside = named("optim.outside:is_reference")
+    outside = named("optim.references:is_reference")
     used = (flat.get(f"optim.{part}") for part in ("method", "base"))
     return name.startswith("optim.") and name not in keys() and any(isinstance(n, str) and outside(n) for n in used)
 

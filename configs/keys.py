@@ -151,9 +151,9 @@ def one_of(*names: str) -> Accepted:
 
 
 def or_reference(accepted: Accepted) -> Accepted:
-    """These, or a reference to an optimizer from outside, see steppe.optim.outside. Its file is not run for it."""
-    outside = functools.partial(named, "optim.outside:is_reference")
-    text = lambda: f"{accepted.text()}, or {named('optim.outside:ACCEPTED')}"  # noqa: E731
+    """These, or a reference to an optimizer from outside, see steppe.optim.references. Its file is not run for it."""
+    outside = functools.partial(named, "optim.references:is_reference")
+    text = lambda: f"{accepted.text()}, or {named('optim.references:ACCEPTED')}"  # noqa: E731
     return accepted._replace(text=text, allows=lambda value: accepted.allows(value) or outside()(value))
 
 

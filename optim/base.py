@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from optax.contrib import MuonState, ScheduleFreeState
 
-from steppe.optim import outside
+from steppe.optim import references
 from steppe.optim.masks import by_width, factors
 from steppe.optim.options import make, nearest, needs, options
 from steppe.optim.rule import OptionError, Tree, ratio
@@ -275,7 +275,7 @@ def _decoupled(s: Settings) -> optax.GradientTransformation:
     """Adds to the updates what decoupled weight decay takes from the parameters."""
     alone = optax.chain(s.decay(), s.rate())
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         decayed, state = alone.update(jax.tree.map(jnp.zeros_like, updates), state, params)
         return jax.tree.map(jnp.add, updates, decayed), state
 
@@ -284,10 +284,10 @@ def _decoupled(s: Settings) -> optax.GradientTransformation:
 
 def kind_of(name: str) -> Kind:
     """The row of a base, or of a reference to one from outside, whose file is run; OptionError naming the accepted."""
-    if outside.is_reference(name):
+    if references.is_reference(name):
         return _kind_from_outside(name)
     if name not in BASES:
-        raise OptionError("base", name, f"one of {', '.join(BASES)}, or {outside.ACCEPTED}{nearest(name, BASES)}")
+        raise OptionError("base", name, f"one of {', '.join(BASES)}, or {references.ACCEPTED}{nearest(name, BASES)}")
     return BASES[name]
 
 
@@ -295,7 +295,7 @@ def kind_of(name: str) -> Kind:
 def _kind_from_outside(reference: str) -> Kind:
     """made(learning_rate, ...), which also takes what it names of Settings, decay_mask by optax's name, mask, too.
     Decoupled decay is added where it takes no weight_decay."""
-    made = outside.load("base", reference).made
+    made = references.load("base", reference).made
     taken = needs(made)
     if "learning_rate" not in taken:
         raise OptionError("base", reference, "a function of learning_rate that returns an optax transformation")
@@ -340,9 +340,9 @@ def _kept(state: Any) -> tuple[str, ...]:
 def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a base from outside among those given, None for its default; none of a base here. OptionError for
     a value that it does not accept."""
-    if not outside.is_reference(name):
+    if not references.is_reference(name):
         return {}
-    declared = outside.load("base", name).declared()
+    declared = references.load("base", name).declared()
     found = {option: given[option] for option in declared if given.get(option) is not None}
     for option, value in found.items():
         if not declared[option].option.allows(value):
@@ -365,7 +365,7 @@ def base(
     widening: float = 1.0,
     **given: Any,
 ) -> Base:
-    """A base optimizer by name, see BASES, or by a reference to one from outside, see optim.outside.
+    """A base optimizer by name, see BASES, or by a reference to one from outside, see optim.references.
 
     adamw, nadamw, lion, adafactor: decoupled decay. adam, sgd: the decay is added to the gradient (L2). muon:
     orthogonalised momentum and decoupled decay on matrices, Adam on the rest. schedule_free: AdamW without momentum,

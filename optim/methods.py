@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, NamedTuple
 
-from steppe.optim import ascent, first_pass, outside, second_pass
+from steppe.optim import ascent, first_pass, references, second_pass
 from steppe.optim.ascent import Ascent
 from steppe.optim.base import BASES, Base, kind_of
 from steppe.optim.base import moments as read_moments
@@ -237,9 +237,9 @@ ALIASES = {"j_sam": "functional_sam", "l_sam": "logit_sam", "base": "adamw"}
 def canonical(name: str) -> str:
     """The table's name of a method or alias, or a reference to one from outside; OptionError naming the accepted."""
     name = ALIASES.get(name, name)
-    if name not in METHODS and not outside.is_reference(name):
+    if name not in METHODS and not references.is_reference(name):
         names = [*METHODS, *ALIASES]
-        raise OptionError("method", name, f"one of {', '.join(names)}, or {outside.ACCEPTED}{nearest(name, names)}")
+        raise OptionError("method", name, f"one of {', '.join(names)}, or {references.ACCEPTED}{nearest(name, names)}")
     return name
 
 
@@ -251,7 +251,7 @@ def row_of(name: str) -> Method | None:
 
 @functools.cache
 def _row_from_outside(reference: str) -> Method:
-    made = outside.load("method", reference).made
+    made = references.load("method", reference).made
     if isinstance(made, Method):
         return made
     if "learning_rate" in needs(made):
@@ -320,7 +320,7 @@ def options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 def foreign(name: str, given: Mapping[str, Any]) -> list[str]:
     """The options given, not as None, that a method does not take; of a name that is none, which is refused elsewhere,
     no option is foreign."""
-    if name not in (*METHODS, *ALIASES) and not outside.is_reference(name):
+    if name not in (*METHODS, *ALIASES) and not references.is_reference(name):
         return []
     row = row_of(name)
     declared = row.declared() if row else {}

@@ -10,6 +10,7 @@ program, memory is the compiler's, both for the config given (default: quickstar
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from steppe.configs.read import read_config
 from steppe.scripts import command, process
@@ -30,13 +31,13 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_num_cpu_devices", 8)
     process.ready_to_compute()
     from steppe.lm.parts.check import base_options, check, method_options
-    from steppe.optim import outside
+    from steppe.optim import references
     from steppe.optim.options import needs
     from steppe.optim.outside import contract
     from steppe.optim.rule import OptionError
 
     try:
-        source = outside.load("method", options.reference)
+        source = references.load("method", options.reference)
     except OptionError as error:
         return process.fail(f"{options.reference}: must be {error.accepted}")
     names = {"method": options.method or "adamw", "base": options.base or "adamw"}
@@ -81,7 +82,8 @@ def cost(config) -> str:
         begun = time.monotonic()
         parts, program = compiled_step(each, vocabulary, 10**9, device)
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.abstract))
-        memory = program.memory_analysis().temp_size_in_bytes
+        analysed: Any = program.memory_analysis()
+        memory = analysed.temp_size_in_bytes
         found.append((parts.budget.flops, state, memory, time.monotonic() - begun))
     lines = [f"cost of a step    {'this':>12} {'adamw':>12}   ratio"]
     for name, unit, index in (

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import WorkdirError
-from steppe.optim import outside
+from steppe.optim import references
 
 CODE = "code.json"
 
@@ -26,8 +26,8 @@ def digests(config: ConfigDict) -> dict[str, str]:
     return {source.reference: source.digest for source in _sources(config)}
 
 
-def _sources(config: ConfigDict) -> list[outside.Source]:
-    return list(outside.sources({"method": config.optim.method, "base": config.optim.base}).values())
+def _sources(config: ConfigDict) -> list[references.Source]:
+    return list(references.sources({"method": config.optim.method, "base": config.optim.base}).values())
 
 
 def keep(directory: str, config: ConfigDict) -> None:

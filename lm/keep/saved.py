@@ -20,7 +20,7 @@ from steppe.lm.parts import corpus as corpora
 from steppe.lm.parts.assembly import Parts, assemble
 from steppe.lm.parts.check import check_stored
 from steppe.lm.track.lines import AVERAGES
-from steppe.optim import outside
+from steppe.optim import references
 from steppe.optim.methods import OPTIONS
 
 PARAMS = "params/"  # of the names of parameters in a checkpoint
@@ -174,7 +174,7 @@ def load(
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
     config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
-    if outside.is_reference(config.optim.base):
+    if references.is_reference(config.optim.base):
         if not optimizer:
             config.optim.base = "adamw"  # whose state is not read
         elif not trust:

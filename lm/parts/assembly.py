@@ -30,7 +30,7 @@ from steppe.lm.parts.chips import chip_of
 from steppe.lm.parts.leg import WHOLE, Leg
 from steppe.lm.parts.memo import Memo
 from steppe.lm.parts.state import Optimizer, State, abstract, initialiser, parameter_shapes
-from steppe.optim import Objective, outside
+from steppe.optim import Objective, references
 from steppe.optim.averaging import Averages
 from steppe.optim.base import base
 from steppe.optim.masks import factors, mask
@@ -291,8 +291,8 @@ def open_parts(
             "prepare it once and give all of them that config.data.directory"
         )
     used = {part: config.optim[part] for part in ("method", "base")}
-    if _differs(repr({key: source.digest for key, source in outside.sources(used).items()})):
-        part = next(part for part, name in used.items() if outside.is_reference(name))
+    if _differs(repr({key: source.digest for key, source in references.sources(used).items()})):
+        part = next(part for part, name in used.items() if references.is_reference(name))
         raise ConfigError(f"optim.{part}", used[part], "a file that is the same on all processes")
     vocabulary = corpus.tokenizer.vocab_size
     counts = memo.once("counts", corpus.fingerprint, lambda: baselines.token_counts(corpus, vocabulary))

@@ -12,7 +12,7 @@ from steppe.lm.model import attention
 from steppe.lm.model.transformer import widening_of
 from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
-from steppe.optim.outside import declared
+from steppe.optim.references import declared
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import DurationError, duration_steps, in_steps
 from steppe.optim.two_pass import SWITCHES

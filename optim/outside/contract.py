@@ -60,7 +60,7 @@ class Subject(NamedTuple):
 
 
 @functools.cache
-def step_of(subject: Subject, microbatches: int = 1, broken: bool = False) -> Callable:
+def step_of(subject: Subject, microbatches: int = 1, broken: bool = False) -> Any:
     """step(rho, params, base state, rule state, batch, i) -> (new ones, gradient, report), jitted, as a run takes it:
     nothing advances where the report says that something was not finite. broken: every loss is NaN."""
     problem, transform = toy.language_model(), subject.made().transform
@@ -156,7 +156,7 @@ def radius(subject: Subject) -> None:
 
 def zeros(subject: Subject) -> None:
     """Where every gradient is zero nothing becomes NaN, and nothing moves."""
-    step, carry = step_of(subject), subject.start()
+    step, carry, gradient = step_of(subject), subject.start(), None
     batch = toy.batch(weights=jnp.zeros((toy.B, toy.T)))
     for i in range(2):
         *carry, gradient, _ = step(subject.rho, *carry, batch, i)

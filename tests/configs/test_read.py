@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from steppe.configs import base, keys
-from steppe.configs.keys import ConfigError, Key
+from steppe.configs.keys import ConfigError
 from steppe.configs.read import UsageError, read_config, reader, shown
 
 KINDS = {bool: keys.FLAG, int: keys.integer(), float: keys.number(), str: keys.TEXT, tuple: keys.TEXTS}
@@ -83,30 +83,37 @@ def test_a_text_means_what_config_flags_read(kind, text):
         assert repr(ours(kind, text)) == repr(wanted)
 
 
+PAINT = """
+from typing import Annotated
+from steppe.optim import ascent
+from steppe.optim.options import SHARE, Option
+
+def paint(colour: Annotated[float, Option("its share", *SHARE)] = 0.5) -> ascent.Ascent:
+    "sam"
+    return ascent.gradient()
+"""
+
+
 @pytest.fixture
-def coloured(monkeypatch):
-    """A method whose name brings a key of its own, as one from a user's file may."""
-    colour = Key(0.5, "its share", keys.number(least=0, most=1))
-
-    def keys_of(flat):
-        return base.keys() | ({"optim.colour": colour} if flat.get("optim.method") == "sam" else {})
-
-    monkeypatch.setattr(base, "keys_of", keys_of)
+def method(tmp_path):
+    """A method whose name brings a key of its own."""
+    (tmp_path / "paint.py").write_text(PAINT)
+    return f"{tmp_path}/paint.py:paint"
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_config_s_own_keys_are_read_checked_stored_and_shown(coloured, order, tmp_path):
-    line = [("optim.method", "sam"), ("optim.colour", "0.25"), ("seed", "3")]
+def test_a_config_s_own_keys_are_read_checked_stored_and_shown(method, order, tmp_path):
+    line = [("optim.method", method), ("optim.colour", "0.25"), ("seed", "3")]
     config = read_config("quickstart", line[::order])
-    assert (config.optim.method, config.optim.colour) == ("sam", 0.25)
+    assert (config.optim.method, config.optim.colour) == (method, 0.25)
     (tmp_path / "mine.py").write_text(shown(config))
     read = reader(str(tmp_path / "mine.py"))
     assert read([]).to_dict() == config.to_dict() == base.completed(config.to_dict()).to_dict()
     assert "colour" not in read([("optim.method", "adamw")]).optim
-    assert read_config("quickstart", [("optim.method", "sam")]).optim.colour == 0.5
+    assert read_config("quickstart", [("optim.method", method)]).optim.colour is None
     for given_line, said in (
         ([("optim.colour", "1")], r"config\.optim\.colour: no such key"),
-        ([*line[:1], ("optim.colour", "red")], r"config\.optim\.colour = red: must be a number from 0 to 1"),
+        ([*line[:1], ("optim.colour", "red")], r"config\.optim\.colour = red: must be a number >= 0 and < 1"),
         ([("optim.method", "adamw"), line[1]], r"config\.optim\.colour: no such key"),
     ):
         with pytest.raises(UsageError, match=said):

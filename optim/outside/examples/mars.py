@@ -32,17 +32,17 @@ def mars(
     Each matrix of a stack is cut by itself. As in their approximation the gradient before is of another batch.
     """
 
-    def update(gradient, state, params=None):
+    def update(updates, state, params=None):
         def corrected(g, before, dims):
             if dims is None:
                 return g
             c = g + reduction * b1 / (1 - b1) * (g - before)
             return c / jnp.maximum(matrix_norm(c, dims), 1.0)
 
-        leaves, structure = jax.tree.flatten(gradient)
+        leaves, structure = jax.tree.flatten(updates)
         known = jax.tree.leaves(state.gradient)
-        found = map(corrected, leaves, known, dimensions(gradient, matrix_axes))
-        return jax.tree.unflatten(structure, list(found)), Before(gradient)
+        found = map(corrected, leaves, known, dimensions(updates, matrix_axes))
+        return jax.tree.unflatten(structure, list(found)), Before(updates)
 
     variance = optax.GradientTransformation(lambda params: Before(jax.tree.map(jnp.zeros_like, params)), update)
     decay = optax.add_decayed_weights(weight_decay, decay_mask)

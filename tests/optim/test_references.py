@@ -9,8 +9,8 @@ import pytest
 from steppe import optim
 from steppe.optim import methods
 from steppe.optim.base import kind_of
-from steppe.optim.outside import declared, load
 from steppe.optim.outside.contract import Subject, run
+from steppe.optim.references import declared, load
 from steppe.optim.rule import OptionError
 
 FILE = """
