@@ -8,9 +8,8 @@ from ml_collections import ConfigDict
 from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.keep.workdir import CODE
 from steppe.optim import references
-
-CODE = "code.json"
 
 
 class Kept(TypedDict):

@@ -14,7 +14,6 @@ from steppe.data import stored
 from steppe.data.baselines import NAMES
 from steppe.data.errors import DataError
 from steppe.lm.keep import workdir
-from steppe.lm.keep.code import CODE
 from steppe.lm.keep.exits import Unusable
 
 
@@ -92,8 +91,8 @@ def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, 
         if known.get(reference, digest) != digest and "code" not in allowed:
             part = "method" if now["config"]["optim"]["method"] == reference else "base"
             accepted = (
-                f"the code the run began with (sha256 {known[reference]}, this has {digest}), which {CODE} in the "
-                "workdir keeps, or --allow_change=code"
+                f"the code the run began with (sha256 {known[reference]}, this has {digest}), kept in the workdir's "
+                f"{workdir.CODE}, or --allow_change=code"
             )
             raise ConfigError(f"optim.{part}", reference, accepted)
     found = workdir.changes(meta["config"], now["config"])

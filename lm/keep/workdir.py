@@ -13,11 +13,10 @@ from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten, slot
 from steppe.data import files, stored
 from steppe.data.errors import DataError
-from steppe.lm.keep.code import CODE
 from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.parts.corpus import CORPUS
 
-CONFIG, RUN, LOCK = "config.json", "run_id", "lock"
+CONFIG, RUN, LOCK, CODE = "config.json", "run_id", "lock", "code.json"
 WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies", CODE)  # below a workdir
 
 
