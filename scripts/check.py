@@ -1,8 +1,8 @@
 """Does an optimizer from outside keep what a training run relies on, and what does it cost?
 
-steppe check mine.py:NAME [--method=NAME | --base=NAME] [--config=NAME] [--config.optim.OPTION=value ...]
+steppe check mine.py:half_sign [--base=muon] [--config=quickstart] [--config.optim.mix=0.3]
 
-mine.py:NAME makes a direction, a rule or a row (steppe.optim), or an optax transformation of a learning rate. The
+The file makes a direction, a rule or a row (optim/README.md), or an optax transformation of a learning rate. The
 checks are those that the methods here pass, on eight simulated devices of this CPU. FLOPs are counted from its
 program, memory is the compiler's, both for the config given (default: quickstart). Returns 1 where a check fails.
 """

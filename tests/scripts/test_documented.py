@@ -308,6 +308,7 @@ def place(tmp_path_factory, run):
         patch.chdir(folder)
         lines = pathlib.Path(os.__file__).read_text().splitlines()
         vocabulary.train_sentencepiece(map(str.encode, lines), "c4.model", 400)
+        (folder / "mine.py").write_text((ROOT / "optim/outside/examples/half_sign.py").read_text())
         (folder / "text").mkdir()
         (folder / "text" / "first.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
         assert cli.main(["export", f"--workdir={run}", "--out=HF_DIR"]) == 0
@@ -351,7 +352,8 @@ def test_every_documented_command_can_run(where, line, steppe, place, planned, m
                 if path:
                     devices = getattr(options, "topology", "").partition(":")[2] or DEVICES.sub(r"\1", line)
                     count = math.prod(map(int, devices.split("x"))) if re.fullmatch(r"\d+(x\d+)*", devices) else None
-                    check(read_config(path, overrides), device_count=count)
+                    named = [("optim.method", options.reference)] if hasattr(options, "reference") else []
+                    check(read_config(path, [*named, *overrides]), device_count=count)
 
 
 @pytest.mark.exhaustive  # planned above, and a branch in lm/keep/test_branch.py
