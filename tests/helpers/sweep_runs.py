@@ -15,9 +15,9 @@ def get_config():
     config.data.update(task="text:{text}/train.txt@all", held_out=("val=text:{text}/val.txt@all",))
     config.data.update(cache="{text}/cache", sequence_length=16)
     config.model.update(layers=1, width=16, heads=2, mlp_width=32)
-    config.train.update(batch_size=8, duration="150 steps")
+    config.train.update(batch_size=8, duration="90 steps")
     config.optim.update(warmup="4 steps", peak_learning_rate=0.01)
-    config.evaluate.update(every="50 steps", batches=2)
+    config.evaluate.update(every="30 steps", batches=2)
     config.checkpoint.every = "10 steps"
     config.sample.tokens = 0
     return config

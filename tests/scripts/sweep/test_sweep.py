@@ -12,7 +12,7 @@ import pytest
 from helpers import lm_runs, sweep_runs
 from steppe.configs.read import UsageError
 from steppe.lm.track.tracker import clock_face
-from steppe.scripts import results
+from steppe.scripts import results, train
 from steppe.scripts.sweep import __main__ as sweep
 from steppe.scripts.sweep import halving as sweep_halving
 from steppe.scripts.sweep import plan as sweep_plan
@@ -256,7 +256,7 @@ def test_a_killed_sweep_loses_nothing_and_repeats_nothing(config, whole, tmp_pat
 def test_a_sweep_grows_and_keeps_what_it_has(config, whole, capsys):
     before = {name: evidence(whole / "runs" / name) for name in NAMES}
     grown = ("--jobs=1", "--grid", "seed=2,0,3", "--grid", "optim.weight_decay=0.1,0.2", "--only=seed=0,3")
-    status, printed = sweep_runs.run(config, whole, *grown, "--config.checkpoint.every=75 steps")
+    status, printed = sweep_runs.run(config, whole, *grown, "--config.checkpoint.every=45 steps")
     assert status == 0, printed
     assert "4 (1 finished, 3 unfinished)" in printed
     assert "finished runs here" in printed  # the estimate comes from what is measured
@@ -323,7 +323,8 @@ def test_halving_is_read_and_refused():
         sweep_halving.settings({"rung": 3})
 
 
-def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(config, whole, tmp_path):
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(config, whole, tmp_path, jobs):
     """Of three rho, two too large, one ends at each rung; the best is unharmed, and adamw beside it untouched."""
     out = tmp_path / "out"
     spec = tmp_path / "spec.py"
@@ -333,21 +334,22 @@ def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(co
         "    plain = {'set': {'optim.method': 'adamw', 'seed': 0}}\n"
         "    return {'blocks': [{'grid': rho}, plain], 'halving': {'eta': 2, 'rungs': [0.3, 0.7]}}\n"
     )
-    status, printed = sweep_runs.run(config, out, f"--sweep={spec}", "--jobs=2")
+    status, printed = sweep_runs.run(config, out, f"--sweep={spec}", f"--jobs={jobs}")
     assert status == 0, printed
     found = {result.name: result for result in results.read(out)}
     names = ["method=sam,rho=0.001", "method=sam,rho=100.0", "method=sam,rho=1.0", "method=adamw"]
     assert list(found) == names
     assert [found[name].status for name in names] == ["finished", "pruned", "pruned", "finished"]
-    assert [found[name].train_curve.step[-1] for name in names] == [150, 50, 100, 150]
+    assert [found[name].train_curve.step[-1] for name in names] == [90, 30, 60, 90]
     assert "place 3 of 3" in found[names[1]].why
     assert "stopped 2 of 4 runs early" in printed
-    # 100 and 50 of 150 steps of runs that cost twice what adamw's does
-    assert f"{(100 + 50) / 150 * 2 / 7:.0%} of the whole" in printed
+    # 60 and 30 of 90 steps of runs that cost twice what adamw's does
+    assert f"{(60 + 30) / 90 * 2 / 7:.0%} of the whole" in printed
     assert found["method=adamw"].loss == results.read(whole)[0].loss
     alone = tmp_path / "alone"
-    flags = ("--grid", "optim.method=sam", "--grid", "optim.rho=0.001", "--grid", "seed=0")
-    assert sweep_runs.run(config, alone, *flags)[0] == 0
+    flags = ["--config.optim.method=sam", "--config.optim.rho=0.001", "--config.seed=0"]
+    with lm_runs.devices(1):
+        assert train.main([f"--config={config}", f"--workdir={alone}", *flags]) == 0
     (undisturbed,) = results.read(alone)
     assert undisturbed.train_curve.loss.tolist() == found[names[0]].train_curve.loss.tolist()
     assert undisturbed.loss == found[names[0]].loss

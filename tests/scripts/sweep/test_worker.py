@@ -106,4 +106,4 @@ def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(config, tmp_path):
     assert "2 finished, 1 unfinished" in printed
     status, printed = sweep_runs.run(config, tmp_path / "out", *flags)
     assert (status, "3 finished" in printed) == (0, True)
-    assert len(lm_runs.losses(second)) == 150
+    assert len(lm_runs.losses(second)) == 90
