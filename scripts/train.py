@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from steppe.scripts import command, process
 
 
-def main(argv: Sequence[str], memo=None) -> int:
-    """Runs or continues a training run; returns the exit status, 2 for bad input. memo: see lm.parts.memo."""
+def main(argv: Sequence[str]) -> int:
+    """Runs or continues a training run; returns the exit status, 2 for bad input."""
     parser = command.parser("train", command.headline(__doc__))
     parser.add_argument(
         "--workdir",
@@ -92,7 +92,7 @@ def main(argv: Sequence[str], memo=None) -> int:
             replay.replay(config, options.workdir, options.replay_step)
             return 0
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
-        return train.run(config, options.workdir, allowed, options.until, memo, options.trust)
+        return train.run(config, options.workdir, allowed, options.until, options.trust)
     except exits.REFUSALS as error:
         return process.fail(error) if jax.process_index() == 0 else exits.REFUSED
     except OSError as error:

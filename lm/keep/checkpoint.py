@@ -97,10 +97,6 @@ class Checkpoints:
             _meet("steppe checkpoints moved")
         return step
 
-    def retain(self, keep_every: int, period: int) -> None:
-        """Takes other steps to keep, as they are counted in the constructor."""
-        self._keep_every, self._period = keep_every, period
-
     def forget(self, after: int) -> None:
         """Deletes the checkpoints after a step: the run goes another way from there. All processes must call it."""
         self.wait()
@@ -139,7 +135,7 @@ class Checkpoints:
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE
             free = shutil.disk_usage(self.directory).free
             problem = free < needed
-        if not _agreed(problem):
+        if not agreed(problem):
             return ""
         return f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed" if self._primary else "no room"
 
@@ -229,7 +225,7 @@ class Checkpoints:
             problem = broken
         except OSError as error:
             problem = Broken(f"it cannot be read ({error})")
-        if not _agreed(problem is not None):
+        if not agreed(problem is not None):
             return None
         return problem or Broken("another process found it damaged")
 
@@ -313,27 +309,6 @@ def find(path: str, log: Callable[[str], None] = print) -> epath.Path:
     return start
 
 
-class Timer:
-    """Says when minutes of wall time since the last save have passed; 0 minutes: never. clock: seconds that only grow.
-
-    Several processes follow the clock of process 0, which they hear every `every` steps.
-    """
-
-    def __init__(self, minutes: float, every: int, clock: Callable[[], float] = time.monotonic):
-        self._seconds, self._every, self._clock = minutes * 60, every, clock
-        self.restart()
-
-    def restart(self) -> None:
-        """A save was begun."""
-        self._last = self._clock()
-
-    def due(self, step: int) -> bool:
-        """Whether to save after this step; every process gives the same answer."""
-        if not self._seconds or (jax.process_count() > 1 and step % self._every):
-            return False
-        return _agreed(jax.process_index() == 0 and self._clock() - self._last >= self._seconds)
-
-
 def directory_of(config: ConfigDict, workdir: str) -> str:
     """Where the checkpoints of a run lie."""
     return config.checkpoint.directory or str(Path(workdir) / "checkpoints")
@@ -359,7 +334,7 @@ def _compare(path: epath.Path, saved: dict, wanted: dict) -> None:
         raise Unusable(f"{path} does not fit this config: {'; '.join(found[:3])}{more}")
 
 
-def _agreed(flag: bool) -> bool:
+def agreed(flag: bool) -> bool:
     """Whether any process says so."""
     if jax.process_count() == 1:
         return bool(flag)

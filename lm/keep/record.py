@@ -5,16 +5,20 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict
 
+import numpy as np
 import xxhash
 from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.data import stored
+from steppe.data import baselines, stored
 from steppe.data.baselines import NAMES
 from steppe.data.errors import DataError
-from steppe.lm.keep import workdir
+from steppe.data.loader import Corpus
+from steppe.lm.keep import code, workdir
 from steppe.lm.keep.exits import Unusable
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.memo import once
 
 
 class Watched(TypedDict, total=False):
@@ -74,11 +78,20 @@ def versions() -> dict[str, str]:
     return {**{name: importlib.metadata.version(name) for name in packages}, "code": digest.hexdigest()}
 
 
+def facts(config: ConfigDict, corpus: Corpus) -> dict[str, Any]:
+    """What every checkpoint of a start of a run says of it."""
+    known = {"config": config.to_dict(), "versions": versions(), "corpus": corpus.fingerprint}
+    return {**known, "code": code.digests(config)}
+
+
 def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, list]:
-    """{what: [before, now]}: config keys, versions, corpus and code, where a restart differs from its checkpoint.
+    """{what: [before, now]}: config keys, versions, corpus and code, where a restart differs from its checkpoint, of
+    which this is the meta ({}: there is none). now: its own facts.
 
     ConfigError if the corpus or an optimizer's code from outside differs, and "corpus" or "code" is not allowed.
     """
+    if not meta:
+        return {}
     if meta["corpus"] != now["corpus"] and "corpus" not in allowed:
         raise ConfigError(
             "data.task",
@@ -104,7 +117,17 @@ def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, 
     return {**found, **{key: pair for key, pair in pairs.items() if pair[0] != pair[1]}}
 
 
-def of_run(config: ConfigDict, parts, references: dict[str, dict]) -> dict:
+def references(corpus: Corpus, counts: np.ndarray, primary: bool) -> dict[str, dict]:
+    """{held-out set: its baselines}, for the process that records them. counts: of each token in the training text."""
+    names = corpus.held_out if primary else ()
+    return once(
+        "references",
+        (corpus.fingerprint, primary),
+        lambda: {name: baselines.baselines(corpus, name, counts) for name in names},
+    )
+
+
+def of_run(config: ConfigDict, parts: Parts, references: dict[str, dict]) -> dict:
     """What metrics.jsonl says of the run as a whole; baselines in nats per token, as the losses are."""
     budget = parts.budget
     shown = {}

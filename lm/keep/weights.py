@@ -54,6 +54,15 @@ def weights_of(config) -> dict[str, Weights]:
     return found
 
 
+def readers(config) -> dict[str, Callable[[Any], Any]]:
+    """{name: the parameters of this name out of a State} of a run, in the order of weights_of."""
+
+    def reader(chosen: Weights) -> Callable[[Any], Any]:
+        return lambda state: of_state(chosen, state._asdict(), state.params)
+
+    return {name: reader(chosen) for name, chosen in weights_of(config).items()}
+
+
 def of_state(chosen: Weights, state: Mapping[str, Any], like: Any) -> Any:
     """A tree of parameters, shaped like `like`, out of the fields of a State that `chosen` is made of."""
     leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dict(state))}

@@ -1,23 +1,32 @@
 """Held-out loss, in nats per token and bits per byte, always at theta."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from steppe.data.baselines import NAMES
 from steppe.data.loader import Corpus, held_out_rows, held_out_steps
+from steppe.lm.measure import choices
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.objective import readout_kernel
 from steppe.lm.model.ordered import jitted
 from steppe.lm.model.readout import Options, cross_entropy
 from steppe.lm.model.transformer import Shape
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.memo import once
+from steppe.lm.parts.progress import Event, Progress, each
+from steppe.lm.parts.state import State
+from steppe.lm.track.tracker import Tracker
 from steppe.optim import Objective
 
 
-def make_evaluation_step(parts) -> Callable:
+def make_evaluation_step(parts: Parts) -> Callable:
     """The compiled evaluation_step of lm.parts.assembly.Parts."""
     return jitted(evaluation_step(parts.objective, parts.shape, parts.options), parts.mesh, "evaluation")
 
@@ -60,3 +69,69 @@ def evaluate(
         "tokens": int(tokens),
         "bytes": int(size),
     }
+
+
+class Evaluations:
+    """What a run asks of all its weights on every held-out set, and of those it is judged by in multiple choice.
+
+    weights: {name: the parameters of this name out of a State}, those that it is judged by first. questions: items by
+    name. references: baselines of each set. asked(): whether a signal asks to stop.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        corpus: Corpus,
+        parts: Parts,
+        tracker: Tracker,
+        *,
+        weights: Mapping[str, Callable[[State], Any]],
+        questions: Mapping[str, list[choices.Item]],
+        references: Mapping[str, Mapping[str, float]],
+        asked: Callable[[], bool],
+    ):
+        tokenizer, length = corpus.tokenizer, config.data.sequence_length
+        self._questions = {name: (items, choices.rows(items, tokenizer, length)) for name, items in questions.items()}
+        self._corpus, self._mesh, self._tracker, self._weights = corpus, parts.mesh, tracker, weights
+        self._judged, self._asked, self._total = next(iter(weights)), asked, parts.budget.steps
+        self._references = references
+        self._rows, self._batches = config.evaluate.batch_size or config.train.batch_size, config.evaluate.batches
+        made = lambda: (make_evaluation_step(parts), choices.make_scores(parts))  # noqa: E731
+        self._step, self._scores = once("evaluation", parts.key, made)
+        self._latest: dict[tuple[str, str], dict] = {}
+        when = each(max(1, parts.budget.steps_of(config.evaluate.every)), self._total)
+        self.events = [Event(when, self.evaluate)]
+
+    def evaluate(self, at: Progress) -> None:
+        """Evaluates everything or, if a signal to stop comes first, nothing: the run then owes it."""
+        with self._tracker.goodput.spending("evaluate"):
+            found = self._held_out(at)
+            if found is None:
+                at.stop = at.owes_evaluation = True
+                return
+            for (kind, name), values in found.items():
+                self._tracker.evaluation(at.done, name, values, "" if kind == self._judged else kind)
+            self._latest, params = found, self._weights[self._judged](at.state)
+            for name, (items, rows) in self._questions.items():
+                values = choices.measure(self._scores, params, items, rows, self._mesh, self._rows)
+                self._tracker.choices(at.done, name, values)
+
+    def _held_out(self, at: Progress) -> dict[tuple[str, str], dict] | None:
+        """{(weights, set): values}; None where a signal came first."""
+        found, batches = {}, 0 if at.done == self._total else self._batches
+        given = {"mesh": self._mesh, "batch_size": self._rows, "batches": batches, "stop": self._asked}
+        for kind, of_state in self._weights.items():
+            params = of_state(at.state)
+            for name in self._corpus.held_out:
+                values = found[kind, name] = evaluate(self._step, params, self._corpus, name, **given)
+                if values is None:
+                    return None
+        return found
+
+    def conclude(self) -> None:
+        """Says what was found last, with the baselines of each set."""
+        for (kind, name), values in self._latest.items():
+            known = self._references.get(name, {})
+            others = ", ".join(f"{of} {known[key]:.3f}" for key, of in NAMES.items() if known)
+            whose = "" if kind == self._judged else f" with {kind}"
+            self._tracker.note(f"result      {name}{whose}: {values['bits_per_byte']:.3f} bits per byte ({others})")

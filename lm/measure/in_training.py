@@ -1,20 +1,27 @@
 """How a language model bends: its logit Hessian, and the light measurement a run takes while it trains."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from ml_collections import ConfigDict
 
+from steppe.data import loader
 from steppe.lm.model import parameters
 from steppe.lm.model.attention import differentiable
-from steppe.lm.model.mesh import Placement
+from steppe.lm.model.mesh import Placement, local_rows, place_batch
 from steppe.lm.model.objective import objective, readout_kernel
+from steppe.lm.model.ordered import ordered
 from steppe.lm.model.readout import token_loss
-from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.assembly import Parts, abstract_batch
+from steppe.lm.parts.memo import once
+from steppe.lm.parts.progress import Event, Progress, each
 from steppe.lm.parts.state import Optimizer, State
+from steppe.lm.track.tracker import Tracker
 from steppe.optim import Objective
 from steppe.optim.base import at_step
 from steppe.optim.curvature.along import along, critical, critical_step
@@ -59,6 +66,63 @@ def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1)
         return found
 
     return jax.jit(measure)
+
+
+class Curvature:
+    """What a run measures of how the loss bends at theta, always on the same held-out batch.
+
+    judged: the parameters that the run is judged by out of a State, None where they are its own. origin: those that it
+    began from, None where it began from none, or they are gone.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        corpus: loader.Corpus,
+        parts: Parts,
+        tracker: Tracker,
+        *,
+        judged: Callable[[State], Any] | None,
+        origin: Any,
+    ):
+        self._tracker, self._judged, self._origin, self._scalars = tracker, judged, origin, parts.scalars
+        size, first = config.train.batch_size, next(iter(corpus.held_out))
+        rows = local_rows(parts.mesh, size)
+        batch = loader.held_out_rows(corpus, first, 0, size, rows)
+        batch.pop("bytes")
+        self._batch = lambda: place_batch(parts.mesh, size, rows, batch)
+        self.events = [Event(each(config.curvature.every), self.measure)]
+
+        def compiled():
+            made = make_measurement(parts, config.curvature.groups, config.train.microbatches)
+            params, began = (None if tree is None else parts.abstract.params for tree in (judged, origin))
+            like = abstract_batch(parts, corpus, size)
+            return ordered(
+                made.lower(params, parts.abstract, began, like, parts.scalars).compile(),
+                parts.mesh,
+                "curvature of the run",
+            )
+
+        self._measure = once("curvature", (parts.key, origin is None), compiled)
+        self._began, self._spent = time.monotonic(), []
+
+    def measure(self, at: Progress) -> None:
+        """Records it."""
+        jax.block_until_ready(at.state)  # steps still under way are not the measurement's
+        since = time.monotonic()
+        with self._tracker.goodput.spending("curvature"):
+            params = None if self._judged is None else self._judged(at.state)
+            found = self._measure(params, at.state, self._origin, self._batch(), self._scalars)
+            found = jax.tree.map(float, jax.device_get(found))
+        self._spent.append(time.monotonic() - since)
+        self._tracker.measurement("curvature", at.done, {**found, "seconds": self._spent[-1]})
+
+    def conclude(self) -> None:
+        """Says how long it took."""
+        if self._spent:
+            spent = sum(self._spent)
+            share = spent / (time.monotonic() - self._began)
+            self._tracker.note(f"curvature   {len(self._spent)} times, {spent:.1f} s, {share:.1%} of this start's time")
 
 
 def next_step(optimizer: Optimizer, gradient: Tree, state: State) -> tuple[Tree, jax.Array]:

@@ -1,5 +1,6 @@
 """A step of a mesh computed again by one device, which exchanges nothing: whether the mesh computes right."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,29 +10,43 @@ from jax.experimental import multihost_utils
 from steppe.lm.model.mesh import Placement
 from steppe.lm.model.objective import objective
 from steppe.lm.parts.assembly import Parts
-from steppe.lm.parts.state import State
+from steppe.lm.parts.progress import Progress
 from steppe.lm.parts.step import make_step
+from steppe.lm.track.tracker import Tracker
 
 NAMES = ("loss", "perturbed_loss", "gradient_norm", "cosine")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of a value, and as much of 1: other orders of sums round differently
 
 
 class Recheck:
-    """Computes steps of a run on this process's first device. The whole state and batch must fit it."""
+    """Computes every so many steps of a run, 0 for none, on this process's first device as well. The whole state and
+    batch must fit it. rows(step): all rows of the batch after so many updates."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, tracker: Tracker, every: int, rows: Callable[[int], dict[str, np.ndarray]]):
         nowhere = Placement()
         alone = objective(parts.shape, parts.options._replace(place=nowhere), nowhere)
         self._step, self._tolerance = jax.jit(make_step(alone, parts.optimizer)), TOLERANCE[parts.shape.dtype]
 
-    def metrics(self, state: State, batch: dict[str, np.ndarray], limit: np.float32) -> dict[str, float]:
-        """The metrics of the step from a state of the mesh. batch: all rows of it. limit: as the step takes it."""
-        everywhere = multihost_utils.process_allgather(state, tiled=True)
-        here = jax.device_put((everywhere, batch), jax.local_devices()[0])
-        return jax.device_get(self._step(*here, limit)[1])
+        self._tracker, self._rows, self._every = tracker, rows, 0 if parts.mesh.size == 1 else every
 
-    def differing(self, one: dict[str, Any], mesh: dict[str, Any]) -> dict[str, list[float]]:
-        """{name: [by one device, by the mesh]} of the numbers in which two steps differ."""
+    def metrics(self, at: Progress) -> dict[str, float] | None:
+        """The metrics of the step that comes next by one device; None where it is not looked at."""
+        if not self._every or (at.done + 1) % self._every:
+            return None
+        everywhere = multihost_utils.process_allgather(at.state, tiled=True)
+        here = jax.device_put((everywhere, self._rows(at.done)), jax.local_devices()[0])
+        return jax.device_get(self._step(*here, at.watch.limit(at.done + 1))[1])
+
+    def differing(self, number: int, one: dict[str, Any], mesh: dict[str, Any]) -> dict[str, Any] | None:
+        """What must end the run where step `number` by one device and by the mesh differ, recorded."""
+        mesh = jax.device_get(mesh)
         pairs = {name: [float(one[name]), float(mesh[name])] for name in NAMES}
         near: dict[str, Any] = {"rtol": self._tolerance, "atol": self._tolerance, "equal_nan": True}
-        return {name: pair for name, pair in pairs.items() if not np.isclose(pair[0], pair[1], **near)}
+        differing = {name: pair for name, pair in pairs.items() if not np.isclose(pair[0], pair[1], **near)}
+        if not differing:
+            return None
+        said = ", ".join(f"{name} {a:.6g} by one device, {b:.6g} by the mesh" for name, (a, b) in differing.items())
+        self._tracker.note(f"step {number}: {said}")
+        found = {"what": "mismatch", "differing": differing, "decision": "stop"}
+        self._tracker.event("anomaly", number, found)
+        return {"step": number, **found}

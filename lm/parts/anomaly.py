@@ -119,6 +119,22 @@ def describe(step: int, found: dict[str, Any]) -> str:
     return f"step {step}: {found['what']}, {found['where']} ({losses}, {norms}); the step changed nothing"
 
 
+def describe_parted(step: int, cosine: float, usual: float) -> str:
+    """One line on what Watch.parted found."""
+    return (
+        f"step {step}: the gradients at theta and at theta + epsilon have cosine {cosine:.3f}, after {usual:.3f}: no "
+        "small rho explains this, a device or what the devices exchange may be wrong"
+    )
+
+
+def describe_end(bad: dict[str, Any], config: ConfigDict) -> str:
+    """One line on a run that ended over a bad step."""
+    policy, step = f"on_{bad['what']}", bad["step"]
+    other = f", --allow_change=train.{policy} may set another policy" if policy in config.train else ""
+    sound = f"stopped: {bad['what']} at step {step}; what is on disk is sound. --replay_step={step} looks into it"
+    return sound + other
+
+
 def save_batch(workdir: str, step: int, batch: dict[str, np.ndarray]) -> str:
     """Writes the whole batch of a bad step to WORKDIR/anomalies/step-K.npz; returns the path."""
     path = Path(workdir) / FOLDER / f"step-{step}.npz"

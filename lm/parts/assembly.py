@@ -1,7 +1,7 @@
 """From a checked config to the parts of a run: every command that touches a model starts here."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from steppe.lm.parts.budget import Budget, Length, budget, count_parameters, des
 from steppe.lm.parts.check import base_options, kernel_of, mesh_shape, method_options, method_settings
 from steppe.lm.parts.chips import chip_of
 from steppe.lm.parts.leg import WHOLE, Leg
-from steppe.lm.parts.memo import Memo
+from steppe.lm.parts.memo import once
 from steppe.lm.parts.state import Optimizer, State, abstract, initialiser, parameter_shapes
 from steppe.optim import Objective, references
 from steppe.optim.averaging import Averages
@@ -41,7 +41,8 @@ from steppe.optim.schedules import rho as rho_schedule
 
 
 class Parts(NamedTuple):
-    """The parts of a run. abstract: the State's shapes and places; initialise() -> State.
+    """The parts of a run. abstract: the State's shapes and places; initialise() -> State. key: equal of runs whose
+    compiled programs are the same.
 
     scalars: what the step takes as operands, so that runs that differ in nothing else share a compiled program.
     optimizer_at(**scalars) -> the Optimizer at other values of them, which may be traced.
@@ -57,6 +58,8 @@ class Parts(NamedTuple):
     initialise: jax.tree_util.Partial
     abstract: State
     budget: Budget
+    leg: Leg = WHOLE
+    key: Hashable = None
 
 
 def assemble(
@@ -113,6 +116,7 @@ def assemble(
         initialise=initialise,
         abstract=described,
         budget=plan,
+        leg=leg,
     )
 
 
@@ -262,22 +266,11 @@ def program_key(config: ConfigDict, fingerprint: str, leg: Leg = WHOLE) -> tuple
     return repr(held), fingerprint, leg, tuple(_scalars(config))
 
 
-def _other_run(parts: Parts, config: ConfigDict) -> Parts:
-    """The parts of a run with the same programs as another's."""
-    scalars = _scalars(config)
-    start = jax.tree_util.Partial(parts.initialise.func, np.uint32(config.seed))
-    return parts._replace(scalars=scalars, optimizer=parts.optimizer_at(**scalars), initialise=start)
-
-
-def open_parts(
-    config: ConfigDict, log: Callable[[str], None], leg: Leg = WHOLE, directory: str = "", memo: Memo | None = None
-) -> tuple[Corpus, Parts, np.ndarray]:
+def open_parts(config: ConfigDict, log: Callable[[str], None], directory: str = "") -> tuple[Corpus, Parts, np.ndarray]:
     """(corpus, the parts of the run, how often each token occurs in the training text [V]).
 
-    directory: a workdir, whose prepared corpus serves where the text itself cannot be read any more. memo: of this
-    process, where it has had other runs.
+    directory: a workdir, whose prepared corpus serves where the text itself cannot be read any more.
     """
-    memo = memo or Memo()
     try:
         corpus = open_of(config.data, log)
     except DataError as error:
@@ -294,20 +287,21 @@ def open_parts(
     if _differs(repr({key: source.digest for key, source in references.sources(used).items()})):
         part = next(part for part, name in used.items() if references.is_reference(name))
         raise ConfigError(f"optim.{part}", used[part], "a file that is the same on all processes")
-    vocabulary = corpus.tokenizer.vocab_size
-    counts = memo.once("counts", corpus.fingerprint, lambda: baselines.token_counts(corpus, vocabulary))
+    counts = once("counts", corpus.fingerprint, lambda: baselines.token_counts(corpus, corpus.tokenizer.vocab_size))
+    return corpus, parts_of(config, corpus, counts), counts
+
+
+def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = WHOLE) -> Parts:
+    """The parts of a run on a corpus, in which each token occurs so often [V]. ConfigError where they cannot fit."""
+    vocabulary, key = corpus.tokenizer.vocab_size, program_key(config, corpus.fingerprint, leg)
     padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
-    frequency = np.pad(counts, (0, padded - vocabulary)) / counts.sum()
-    frequency = jnp.asarray(frequency, jnp.float32)
-    parts = memo.once(
-        "parts",
-        program_key(config, corpus.fingerprint, leg),
-        lambda: assemble(
-            config, vocabulary, corpus.epoch_tokens, frequency, leg=leg, tokens_per_row=corpus.tokens_per_row
-        ),
-    )
-    must_fit(config, parts)
-    return corpus, _other_run(parts, config), counts
+    frequency = jnp.asarray(np.pad(counts, (0, padded - vocabulary)) / counts.sum(), jnp.float32)
+    options = {"leg": leg, "tokens_per_row": corpus.tokens_per_row}
+    made = once("parts", key, lambda: assemble(config, vocabulary, corpus.epoch_tokens, frequency, **options))
+    must_fit(config, made)
+    scalars = _scalars(config)  # the others may be of a run with the same programs
+    start = jax.tree_util.Partial(made.initialise.func, np.uint32(config.seed))
+    return made._replace(key=key, scalars=scalars, optimizer=made.optimizer_at(**scalars), initialise=start)
 
 
 def _differs(text: str) -> bool:
@@ -354,16 +348,31 @@ def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable
     log(f"kernels     attention {parts.shape.kernel}, readout {readout}, remat {parts.shape.remat}")
 
 
-def batch_reader(
-    config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable[[int], int], leg: Leg = WHOLE
+def rows_reader(
+    config: ConfigDict,
+    corpus: Corpus,
+    parts: Parts,
+    batch_index: Callable[[int], int],
+    rows: Sequence[int] | None = None,
 ) -> Callable:
+    """rows(step) -> these rows of the batch of the step after `step` updates, or all of them."""
+    leg, size = parts.leg, config.train.batch_size
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        number = batch_index(step) - leg.batches
+        return loader.training_rows(corpus, config.seed, number, size, rows, before=leg.rows)
+
+    return read
+
+
+def batch_reader(config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable[[int], int]) -> Callable:
     """read(step) -> the batch of the step after `step` updates, on the mesh."""
     batch_size = config.train.batch_size
     rows = local_rows(parts.mesh, batch_size)
+    mine = rows_reader(config, corpus, parts, batch_index, rows)
 
     def read(step: int) -> dict:
-        index = batch_index(step) - leg.batches
-        batch = loader.training_rows(corpus, config.seed, index, batch_size, rows, leg.rows)
+        batch = mine(step)
         batch.pop("bytes")
         return place_batch(parts.mesh, batch_size, rows, batch)
 

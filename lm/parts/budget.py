@@ -71,6 +71,10 @@ class Budget(NamedTuple):
     total_flops: float
     total_adamw_flops: float
 
+    def steps_of(self, duration: str) -> int:
+        """A duration in steps of the run."""
+        return duration_steps(duration, tokens_per_step=self.tokens_per_step, total_steps=self.steps)
+
 
 def count_parameters(params: Any) -> Parameters:
     """Counts the leaves (arrays or shapes) of a parameter tree."""

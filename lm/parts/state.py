@@ -29,6 +29,11 @@ class Optimizer(NamedTuple):
     rho: Callable[[jax.Array], Any]
     averages: Averages = Averages()
 
+    def following(self, step: int) -> dict[str, float]:
+        """The learning rate and rho of the step after `step` updates."""
+        done = jnp.asarray(step, jnp.int32)
+        return {"learning_rate": float(self.learning_rate(done)), "rho": float(self.rho(done))}
+
 
 class State(NamedTuple):
     """Everything a step changes: step int32 (batches seen), params float32, the optimizer's and the rule's state.

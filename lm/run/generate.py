@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from steppe.data.vocabulary import Tokenizer
 from steppe.lm.model.attention import CACHED
 from steppe.lm.model.objective import readout_kernel
 from steppe.lm.model.ordered import jitted
 from steppe.lm.model.transformer import Shape, Trunk
+from steppe.lm.parts.assembly import Parts
 
 
 class Decoder(NamedTuple):
@@ -111,6 +113,14 @@ def generate(
             break
     said = zip(prompts, texts, starts, strict=True)
     return [prompt + _continuation(tokenizer, ids, start) for prompt, ids, start in said]
+
+
+def sample(config: ConfigDict, parts: Parts, tokenizer: Tokenizer, params) -> str:
+    """A text by the model of a run, after config.sample.prompt."""
+    decoder = make_decoder(parts.shape, tokenizer.vocab_size, parts.mesh, config.model.logit_soft_cap)
+    wanted = {"tokens": config.sample.tokens, "temperature": config.sample.temperature, "seed": config.seed}
+    (text,) = generate(decoder, params, tokenizer, [config.sample.prompt], **wanted)
+    return text
 
 
 def _continuation(tokenizer: Tokenizer, ids: list[int], start: int) -> str:

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from steppe.lm.keep import mirror, workdir
+from steppe.lm.keep import mirror, record, workdir
 from steppe.lm.keep.checkpoint import Checkpoints, directory_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.model import parameters
 from steppe.lm.parts import anomaly
-from steppe.lm.parts.assembly import abstract_batch, batch_reader, open_parts
-from steppe.lm.parts.leg import WHOLE, leg_of
+from steppe.lm.parts.assembly import abstract_batch, batch_reader, open_parts, parts_of
+from steppe.lm.parts.leg import WHOLE
 from steppe.lm.parts.state import State
 from steppe.lm.parts.step import compile_step
-from steppe.lm.run import train
+from steppe.lm.run import begin
 from steppe.lm.track import lines
 
 _HOUSE = str(Path(anomaly.__file__).parents[2])
@@ -41,31 +41,27 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     if differing:
         key, (before, after) = next(iter(differing.items()))
         raise WorkdirError(f"config.{key} = {after!r}: must be {before!r} to replay a step of {directory}")
-    corpus, parts, _ = open_parts(config, log, directory=directory)
+    corpus, parts, counts = open_parts(config, log, directory)
     recorded = lines.read(directory)
     windows, newest_of = _windows(recorded, number)
     with Checkpoints(directory_of(config, directory), read_only=True, log=log) as checkpoints:
-        newest = checkpoints.newest(before=newest_of)
-        if newest is not None:
-            state, meta = checkpoints.restore(newest, parts.abstract)
-        else:
-            state, meta, _ = train.begin(config, parts, log)
+        start = begin.restore(checkpoints, parts, lambda: begin.begin(config, parts, log), before=newest_of)
+    state, watch = start.state, start.progress(config).watch
     for change in recorded.of("change"):
         if change["step"] > int(state.step) and "." in change["key"]:
             since = f"config.{change['key']} is {change['after']!r} since step {change['step']}"
             raise Unusable(
                 f"--replay_step={number}: must be a step with a checkpoint before it as the config is: {since}"
             )
-    leg = leg_of(int(state.step), meta, config.to_dict()) if meta else WHOLE
+    leg = start.leg(record.facts(config, corpus))
     if leg != WHOLE:
-        corpus, parts, _ = open_parts(config, log, leg, directory)
+        parts = parts_of(config, corpus, counts, leg)
     if not 1 <= number <= parts.budget.steps:
         raise Unusable(f"--replay_step={number}: must be a step of the run, from 1 to {parts.budget.steps}")
     log(f"replaying   step {number}, from the state after step {int(state.step)}")
 
-    watch = anomaly.Watch(config, meta["watch"] if meta else None)
     watch.windows = watch.windows if windows is None else windows
-    read = batch_reader(config, corpus, parts, watch.batch_index, leg)
+    read = batch_reader(config, corpus, parts, watch.batch_index)
     step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
     while int(state.step) < number - 1:
         done = int(state.step)

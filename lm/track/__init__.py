@@ -1,1 +1,1 @@
-"""What a run shows and keeps: lines of metrics.jsonl, the terminal, wandb, TensorBoard, a profile."""
+"""What a run shows and keeps: lines of metrics.jsonl, the terminal, wandb, TensorBoard."""

@@ -102,25 +102,25 @@ def main() -> int:
     from steppe.lm.parts.memo import Memo
     from steppe.scripts import train
 
-    memo = Memo(KEEP)
-    for line in orders:
-        given, before = json.loads(line), _cpu_seconds()
-        log = os.open(given["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        _print_to(log)
-        try:
-            status = train.main(given["argv"], memo)
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        _print_to(silent)
-        os.close(log)
-        retires = _memory() > RETIRE
-        said = {"status": status, "cpu": _cpu_seconds() - before, "retires": retires}
-        print(json.dumps(said), file=answers, flush=True)
-        if retires:
-            break
+    with Memo(KEEP):
+        for line in orders:
+            given, before = json.loads(line), _cpu_seconds()
+            log = os.open(given["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            _print_to(log)
+            try:
+                status = train.main(given["argv"])
+            except SystemExit as stop:
+                status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            _print_to(silent)
+            os.close(log)
+            retires = _memory() > RETIRE
+            said = {"status": status, "cpu": _cpu_seconds() - before, "retires": retires}
+            print(json.dumps(said), file=answers, flush=True)
+            if retires:
+                break
     return 0
 
 

@@ -24,7 +24,8 @@ def main() -> None:
     for run in range(int(runs)):
         config = read_config("quickstart", settings)
         check(config, device_count=jax.device_count(), process_count=jax.process_count(), backend="cpu")
-        status = train.run(config, f"{folder}/{run}", [], None, memo)
+        with memo:
+            status = train.run(config, f"{folder}/{run}")
         assert status == 0, status
 
 

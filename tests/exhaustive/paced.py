@@ -39,4 +39,5 @@ def work(orders: Connection) -> None:
         with open(log, "ab") as handle:
             for number in (1, 2):
                 os.dup2(handle.fileno(), number)
-        orders.send(command.main(argv, memo))
+        with memo:
+            orders.send(command.main(argv))

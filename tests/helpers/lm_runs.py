@@ -53,8 +53,8 @@ def run(config, workdir, *arguments, **options) -> int:
     On as many devices as config.mesh says: on one where it says nothing. Where a second start must compile for itself
     as a new process would, call train.run.
     """
-    with devices(math.prod(max(1, config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))):
-        return train.run(config, str(workdir), *arguments, memo=MEMO, **options)
+    with MEMO, devices(math.prod(max(1, config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))):
+        return train.run(config, str(workdir), *arguments, **options)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from steppe.data.errors import StorageError
-from steppe.lm.keep import checkpoint, seal
+from steppe.lm.keep import checkpoint, saving, seal
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.parts.state import State
@@ -247,7 +247,7 @@ def test_an_address_that_nothing_reaches_is_refused():
 
 def test_minutes_are_counted_from_the_last_save():
     now = [0.0]
-    timer = checkpoint.Timer(2.0, every=1, clock=lambda: now[0])
+    timer = saving.Timer(2.0, every=1, clock=lambda: now[0])
     assert not timer.due(1)
     now[0] = 119.0
     assert not timer.due(2)
@@ -255,4 +255,4 @@ def test_minutes_are_counted_from_the_last_save():
     assert timer.due(3)
     timer.restart()
     assert not timer.due(4)
-    assert not checkpoint.Timer(0.0, every=1, clock=lambda: 1e9).due(5)
+    assert not saving.Timer(0.0, every=1, clock=lambda: 1e9).due(5)

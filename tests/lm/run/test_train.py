@@ -16,8 +16,11 @@ from helpers import lm_runs, processes
 from steppe.configs.keys import ConfigError
 from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import Unusable
+from steppe.lm.measure import evaluate as measure
 from steppe.lm.parts import anomaly
-from steppe.lm.run import replay, train
+from steppe.lm.parts import step as parts_step
+from steppe.lm.parts.progress import Event, each
+from steppe.lm.run import replay, signals, train
 from steppe.optim.rule import norm
 from steppe.scripts.model import evaluate, generate
 
@@ -57,7 +60,7 @@ def final_state(workdir):
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(corpus, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(train.StopSignals, "requested", stop_at(7))
+        patched.setattr(signals.StopSignals, "requested", stop_at(7))
         assert train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path)) == train.STOPPED
     assert [r["step"] for r in lm_runs.records(tmp_path, "train")] == list(range(1, 8))
     assert train.run(lm_runs.config(*corpus, **METHOD), str(tmp_path)) == train.FINISHED
@@ -138,7 +141,7 @@ def test_what_was_trained_can_be_evaluated_and_sampled(whole, capsys):
 
 
 def test_one_signal_in_the_last_evaluation_ends_the_run_which_then_owes_it(corpus, whole, tmp_path, monkeypatch):
-    real = train.evaluate
+    real = measure.evaluate
 
     def signalled(*arguments, **options):
         if options["batches"] == 0:  # of the end
@@ -147,7 +150,7 @@ def test_one_signal_in_the_last_evaluation_ends_the_run_which_then_owes_it(corpu
 
     config = lm_runs.config(*corpus, **METHOD, curvature__every=10)
     with monkeypatch.context() as patched:
-        patched.setattr(train, "evaluate", signalled)
+        patched.setattr(measure, "evaluate", signalled)
         assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.STOPPED
     assert [record["step"] for record in lm_runs.records(tmp_path, "evaluate")] == [0, 10]
     assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.FINISHED
@@ -170,7 +173,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(corpus, whol
 def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch):
     """One device, stopped, continued on 2 x 2 x 2: the same losses up to the order of sums (1e-5)."""
     with monkeypatch.context() as patched:
-        patched.setattr(train.StopSignals, "requested", stop_at(10))
+        patched.setattr(signals.StopSignals, "requested", stop_at(10))
         lm_runs.run(lm_runs.config(*corpus, **METHOD), str(tmp_path))
     lm_runs.run(lm_runs.config(*corpus, **METHOD, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), str(tmp_path))
     np.testing.assert_allclose(lm_runs.losses(tmp_path), lm_runs.losses(whole), atol=1e-5)
@@ -235,7 +238,7 @@ def test_a_spike_rolls_back_past_its_data_also_when_interrupted(corpus, tmp_path
     # stopped twice, before and after rollbacks, which leaves checkpoints in between; then continued
     for calls in (to + 2, 4):
         with monkeypatch.context() as patched:
-            patched.setattr(train.StopSignals, "requested", stop_at(calls))
+            patched.setattr(signals.StopSignals, "requested", stop_at(calls))
             assert lm_runs.run(rolling, str(tmp_path / "two")) == train.STOPPED
     assert lm_runs.run(rolling, str(tmp_path / "two")) == train.FINISHED
     assert lm_runs.losses(tmp_path / "two") == lm_runs.losses(tmp_path / "one")
@@ -338,13 +341,14 @@ def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, 
 
 
 def test_one_more_thing_between_steps_is_one_entry(corpus, tmp_path, monkeypatch):
-    seen, made = [], train.Run.__init__
+    seen, opened = [], train.open_run
 
-    def with_one_more(self, *arguments, **named):
-        made(self, *arguments, **named)
-        self.events.append((self.each(8, last=True), lambda: seen.append((self.done, len(self.pending)))))
+    def with_one_more(*arguments, **named):
+        run = opened(*arguments, **named)
+        run.events.append(Event(each(8, last=20), lambda at: seen.append((at.done, len(at.pending)))))
+        return run
 
-    monkeypatch.setattr(train.Run, "__init__", with_one_more)
+    monkeypatch.setattr(train, "open_run", with_one_more)
     assert lm_runs.run(lm_runs.config(*corpus), str(tmp_path)) == train.FINISHED
     assert seen == [(8, 0), (16, 0), (20, 0)]  # what came before is recorded by then
 
@@ -371,7 +375,7 @@ def test_steps_of_a_mesh_are_those_of_one_device_and_a_run_ends_where_they_are_n
     assert lm_runs.run(config, str(tmp_path / "sound")) == train.FINISHED
     assert not lm_runs.records(tmp_path / "sound", "anomaly")
 
-    sound = train.with_scalars
+    sound = parts_step.with_scalars
 
     def wrong(compiled, parts):
         def run(*arguments):
@@ -380,7 +384,7 @@ def test_steps_of_a_mesh_are_those_of_one_device_and_a_run_ends_where_they_are_n
 
         return run
 
-    monkeypatch.setattr(train, "with_scalars", wrong)
+    monkeypatch.setattr(parts_step, "with_scalars", wrong)
     assert lm_runs.run(config, str(tmp_path / "wrong")) == train.ANOMALY
     (found,) = lm_runs.records(tmp_path / "wrong", "anomaly")
     assert (found["step"], found["what"], list(found["differing"])) == (6, "mismatch", ["perturbed_loss"])
