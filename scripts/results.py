@@ -25,14 +25,13 @@ from steppe.configs.read import UsageError
 from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.data.manifest import DESCRIBED
+from steppe.lm.keep import exits
 from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
 from steppe.scripts.sweep import spec
 
 SWEEP, RUNS, OUTCOME, RETENTION = "sweep.json", "runs", "outcome.json", "retention.json"
 PACK = ".jsonl"  # how the name of a file of packed runs ends
-STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
-RISEN = 1.05  # a loss this many times its lowest has risen
 # Keys that model.size sets: they vary with it and are not named beside it.
 OF_SIZE = ("model.layers", "model.width", "model.heads", "model.mlp_width")
 
@@ -437,8 +436,9 @@ def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Calla
     evaluations = records.of("evaluate")
     first = evaluations[0]["name"] if evaluations else ""
     evaluations = [record for record in evaluations if record["name"] == first]
-    last = _last(evaluations, steps)
-    status, why = _status(outcome, records, evaluations, steps, _unigram(about, first))
+    last = exits.last_of(evaluations, steps)
+    ended = outcome.get("status", ""), outcome.get("why", "")
+    status, why = exits.status(records, evaluations, steps, _unigram(about, first), ended)
     parameters = about.get("parameters", {})
     whole = Result(
         name=name,
@@ -475,9 +475,8 @@ def _average(
     whole: Result, weights: str, evaluations: list[dict], point: Callable, records: lines.Records, left_out: Callable
 ) -> Result:
     """The Result of an average of a run's weights."""
-    last = _last(evaluations, whole.steps)
-    outcome = {"status": whole.status, "why": whole.why}
-    status, why = _status(outcome, records, evaluations, whole.steps, math.inf)
+    last = exits.last_of(evaluations, whole.steps)
+    status, why = exits.status(records, evaluations, whole.steps, math.inf, (whole.status, whole.why))
     directory = whole.directory / lines.AVERAGES / weights
     return whole._replace(
         name=f"{whole.name} {weights}",
@@ -505,36 +504,6 @@ def _flops(runs: list[dict], step: int) -> float:
         began = min(run["step"], until)
         total, until = total + run.get("flops_per_step", 0.0) * (until - began), began
     return total
-
-
-def _status(outcome: dict, records: lines.Records, evaluations: list[dict], steps: int, unigram: float):
-    """(status, why) from what the sweep recorded, or else from what the run itself recorded."""
-    status, why, last = outcome.get("status", ""), outcome.get("why", ""), _last(evaluations, steps)
-    if not status:
-        stops = [record for record in records.of("anomaly") if record.get("decision") == "stop"]
-        reached = max([*records.train.step[-1:].tolist(), *(record["step"] for record in records.others)], default=-1)
-        if last:
-            status = "finished"
-        elif stops and stops[-1]["step"] >= reached:
-            status, why = "diverged", f"{stops[-1]['what']} at step {stops[-1]['step']}"
-        else:
-            status, why = "unfinished", f"after step {reached}" if reached >= 0 else "not begun"
-    if status == "finished":
-        if not last:
-            return "failed", "its metrics.jsonl has no evaluation after the last step"
-        loss = float(last["loss"])
-        if not math.isfinite(loss):
-            return "diverged", f"held-out loss {loss}"
-        if loss > unigram:
-            said = f"held-out loss {loss:.4f} above the unigram model's {unigram:.4f}"
-            lowest = min(float(record["loss"]) for record in evaluations)
-            return ("diverged", f"{said}, and it was {lowest:.4f}") if loss > RISEN * lowest else (status, said)
-    return status, why
-
-
-def _last(evaluations: list[dict], steps: int) -> dict:
-    """The evaluation after the last step; empty if there is none."""
-    return evaluations[-1] if evaluations and steps and evaluations[-1]["step"] == steps else {}
 
 
 def _unigram(about: dict, name: str) -> float:

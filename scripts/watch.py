@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from steppe.configs import keys
 from steppe.data.errors import DataError
+from steppe.lm.keep.exits import STATUSES
 from steppe.lm.track import lines
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts import command, process, results
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             while True:
                 found = rows(options.directory)
                 live.update(table(found), refresh=True)
-                if all(row.state in results.STATUSES[:4] for row in found):
+                if all(row.state in STATUSES[:4] for row in found):
                     return 0
                 time.sleep(options.every)
     except KeyboardInterrupt:

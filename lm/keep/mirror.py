@@ -23,7 +23,7 @@ from steppe.data import files, stored
 from steppe.data.errors import DataError, StorageError
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
-from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.keep.exits import IN_USE, WorkdirError
 from steppe.lm.keep.store import Store, There
 from steppe.lm.keep.workdir import LOCK, RUN
 
@@ -54,7 +54,7 @@ def kept(workdir: str, primary: bool, log: Callable[[str], None]) -> Iterator[st
         try:
             stack.enter_context(files.lock(place.parent / TRAINING))
         except files.Held as held:
-            raise WorkdirError(f"{workdir}: is in use by {held.holder}; wait for it, or stop it") from None
+            raise WorkdirError(f"{workdir}: {IN_USE} {held.holder}; wait for it, or stop it") from None
         with _one_line(place):
             copier = _Copier(workdir, place, log)
             copier.begin()

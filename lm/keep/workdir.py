@@ -13,7 +13,7 @@ from steppe.configs import base
 from steppe.configs.keys import ConfigError, flatten, slot
 from steppe.data import files, stored
 from steppe.data.errors import DataError
-from steppe.lm.keep.exits import WorkdirError
+from steppe.lm.keep.exits import IN_USE, WorkdirError
 from steppe.lm.parts.corpus import CORPUS
 
 CONFIG, RUN, LOCK, CODE = "config.json", "run_id", "lock", "code.json"
@@ -73,7 +73,7 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
             try:
                 stack.enter_context(files.lock(directory / LOCK))
             except files.Held as held:
-                raise WorkdirError(f"{directory}: is in use by {held.holder}; wait for it, or stop it") from None
+                raise WorkdirError(f"{directory}: {IN_USE} {held.holder}; wait for it, or stop it") from None
         if path.exists():
             differing = changes(_read(path), config.to_dict())
             refused = [key for key in differing if key not in allow]

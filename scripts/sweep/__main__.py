@@ -16,6 +16,7 @@ from typing import Any
 
 from steppe.configs.read import reader, ready
 from steppe.data import files
+from steppe.lm.keep.exits import STATUSES, STOPPED
 from steppe.scripts import command, process, results
 from steppe.scripts.sweep import halving as sweep_halving
 from steppe.scripts.sweep import spec as sweep_spec
@@ -254,13 +255,11 @@ def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
 
 
 def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) -> int:
-    from steppe.scripts.sweep.launch import STOPPED
-
     outcomes = {run.name: _outcome(run) for run in runs}
     if halving is not None:
         print(sweep_halving.saved(runs), flush=True)
     named = [outcome.get("status", "unfinished") for outcome in outcomes.values()]
-    counts = {status: named.count(status) for status in results.STATUSES if status in named}
+    counts = {status: named.count(status) for status in STATUSES if status in named}
     print(", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)
     for name, outcome in outcomes.items():
         if outcome.get("status") in ("failed", "diverged"):

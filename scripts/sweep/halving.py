@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steppe.configs.read import UsageError
+from steppe.lm.keep.exits import STOPPED
 from steppe.lm.track import lines
 from steppe.scripts import results
 from steppe.scripts.sweep import launch as sweep_launch
@@ -98,7 +99,7 @@ def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, 
         if rank > kept and not outcomes[run.name]:
             best = f"the best has {losses[ranked[0].name]:.4f}"
             why = f"loss {losses[run.name]:.4f} at step {step}, place {rank} of {len(group)}; {best}"
-            sweep_launch.record(run.directory, "pruned", sweep_launch.STOPPED, why)
+            sweep_launch.record(run.directory, "pruned", STOPPED, why)
             ended.append(run)
     return ended
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from steppe.configs.read import UsageError
 from steppe.data import files
+from steppe.lm.keep import exits
+from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED
 from steppe.scripts import results
 from steppe.scripts.sweep.plan import Run
 from steppe.scripts.sweep.worker import Worker
 
 LOG, ATTEMPTS, LOCK = "train.log", "attempts.json", "lock"
-FINISHED, DIVERGED, STORAGE, STOPPED = 0, 3, 74, 75  # exit statuses of steppe train
 POLL = 0.2  # seconds between polls of the processes
 
 
@@ -80,12 +81,8 @@ def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[
     if attempts:
         attempts[-1].update(ended=time.time(), cpu=cpu_seconds)
         files.write_json(directory / ATTEMPTS, {"attempts": attempts})
-    if status in (STOPPED, STORAGE) or status < 0:
-        return {}
-    last = _last_lines(directory / LOG)
-    if status == 2 and last and "is in use by" in last[-1]:
-        return {}
-    return _record(directory, status, last)
+    said = " ".join(_last_lines(directory / LOG)[-1:])
+    return {} if exits.goes_on(status, said) else _record(directory, status, said)
 
 
 def settle(directory: Path) -> dict[str, Any]:
@@ -99,22 +96,16 @@ def settle(directory: Path) -> dict[str, Any]:
     (result,) = results.read([directory])
     last = directory / "checkpoints" / str(result.steps)
     if result.curve and result.curve[-1].step == result.steps and last.is_dir():
-        return _record(directory, FINISHED, [])
+        return _record(directory, FINISHED)
     stopped = result.status == "diverged" and result.curve[-1].step < result.steps
-    return _record(directory, DIVERGED, []) if stopped else {}
+    return _record(directory, ANOMALY) if stopped else {}
 
 
-def _record(directory: Path, status: int, last: list[str]) -> dict[str, Any]:
-    try:
+def _record(directory: Path, status: int, said: str = "") -> dict[str, Any]:
+    result = None
+    with contextlib.suppress(results.ResultsError):
         (result,) = results.read([directory])
-    except results.ResultsError:
-        result = None
-    if status == FINISHED and result and result.status in ("finished", "diverged"):
-        named, why = result.status, result.why
-    elif status == DIVERGED:
-        named, why = "diverged", result.why if result and result.status == "diverged" else " ".join(last[-1:])
-    else:
-        named, why = "failed", " ".join(last[-1:]) or f"exit status {status}"
+    named, why = exits.after(status, said, (result.status, result.why) if result else None)
     return record(directory, named, status, why, result)
 
 

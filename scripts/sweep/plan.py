@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from steppe.lm.keep.exits import STATUSES
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts import results
 
@@ -208,7 +209,7 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     left = [run for run in runs if statuses[run.name] == "unfinished"]
-    counts = {status: sum(statuses[run.name] == status for run in runs) for status in results.STATUSES}
+    counts = {status: sum(statuses[run.name] == status for run in runs) for status in STATUSES}
     shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     text += [
         "",

@@ -15,6 +15,7 @@ from typing import Any
 from steppe.configs import packages
 from steppe.configs.read import UsageError
 from steppe.data import files
+from steppe.lm.keep.exits import STOPPED
 from steppe.scripts import results
 from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep.plan import Run
@@ -47,7 +48,7 @@ class TrainJob:
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
         outcome = self._wait()
-        if not outcome and self._process.returncode == sweep_launch.STOPPED:
+        if not outcome and self._process.returncode == STOPPED:
             time.sleep(AFTER_STOP)
         return outcome.get("status", "")
 

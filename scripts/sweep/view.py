@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from steppe.data.errors import DataError
+from steppe.lm.keep.exits import STOPPED
 from steppe.lm.track import lines
 from steppe.lm.track.tracker import clock_face
-from steppe.scripts.sweep.launch import STOPPED, Job
+from steppe.scripts.sweep.launch import Job
 from steppe.scripts.sweep.plan import Run, Speed, makespan
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from helpers import report_runs
+from steppe.lm.keep import exits
 from steppe.scripts import cli, results
 
 
@@ -94,7 +95,7 @@ def test_statuses(tmp_path):
     assert found["4"].why == "after step 3"
     assert found["9"].why == "not begun"
     assert math.isnan(found["4"].loss)
-    assert {result.status for result in found.values()} == set(results.STATUSES)
+    assert {result.status for result in found.values()} == set(exits.STATUSES)
 
 
 def test_a_key_that_one_run_alone_has_is_none_in_the_others(tmp_path):

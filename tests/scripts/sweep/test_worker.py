@@ -10,7 +10,7 @@ import time
 import pytest
 
 from helpers import lm_runs, processes, sweep_runs
-from steppe.scripts.sweep import launch
+from steppe.lm.keep import exits
 from steppe.scripts.sweep.worker import Worker
 
 ENVIRONMENT = {**processes.environment(), "JAX_COMPILATION_CACHE_DIR": ""}
@@ -58,7 +58,7 @@ def test_runs_of_a_worker_are_those_of_a_process_each(config, worker, tmp_path):
         argv = [f"--config={config}", *flags]
         worker.start([*argv, f"--workdir={tmp_path / name}"], tmp_path / f"{name}.log")
         status, cpu_seconds = wait(worker)
-        assert status == launch.FINISHED, (tmp_path / f"{name}.log").read_text()
+        assert status == exits.FINISHED, (tmp_path / f"{name}.log").read_text()
         assert cpu_seconds > 0
     for name in ("seed", "rate"):
         line = [sys.executable, "-P", "-m", "steppe.scripts.train", f"--config={config}", *RUNS[name]]
@@ -80,13 +80,13 @@ def test_what_is_refused_stopped_or_fails_leaves_the_worker_to_the_next(config, 
     while not (tmp_path / "b" / "checkpoints" / "10").exists():
         time.sleep(0.02)
     worker.signal(signal.SIGTERM)
-    assert wait(worker)[0] == launch.STOPPED
+    assert wait(worker)[0] == exits.STOPPED
     (tmp_path / "broken.py").write_text("def get_config(): raise ZeroDivisionError('broken')")
     worker.start([f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'c'}"], log)
     assert wait(worker)[0] in (1, 2)
     assert "broken" in log.read_text()
     worker.start([*argv, f"--workdir={tmp_path / 'd'}"], log)
-    assert wait(worker)[0] == launch.FINISHED
+    assert wait(worker)[0] == exits.FINISHED
     assert len(lm_runs.losses(tmp_path / "d")) == 30
 
 
@@ -101,7 +101,7 @@ def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(config, tmp_path):
     holder = int((second / "lock").read_text().split()[1])
     os.kill(holder, signal.SIGKILL)
     printed, _ = sweep.communicate(timeout=300)
-    assert sweep.returncode == launch.STOPPED
+    assert sweep.returncode == exits.STOPPED
     assert "exit status -9" in printed
     assert "2 finished, 1 unfinished" in printed
     status, printed = sweep_runs.run(config, tmp_path / "out", *flags)
