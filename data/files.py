@@ -101,9 +101,9 @@ def user_cache() -> str:
     return os.path.expanduser(os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe"))
 
 
-def is_remote(path: str) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is an address, such as gs://bucket/file."""
-    return "://" in path
+    return "://" in str(path)
 
 
 def ordinary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:

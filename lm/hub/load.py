@@ -67,10 +67,10 @@ def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str]
     if not os.path.exists(os.path.join(os.path.expanduser(source), "config.json")):
         if weights not in ("", LAST):
             raise ConfigError("init_weights", weights, f'"" or {LAST} unless init_from is the workdir of a run')
-        return checkpoint.load_params(source, abstract_params, log)
+        return checkpoint.load_parts(source, {"params": abstract_params}, log)["params"]
     name, _ = saved.choose(source, config_of(source), weights or None)
     if name == LAST:
-        return checkpoint.load_params(source, abstract_params, log)
+        return checkpoint.load_parts(source, {"params": abstract_params}, log)["params"]
     run, shapes = saved.unread(source, log=log, weights=name), _shapes(abstract_params)
     if run.shapes != shapes:
         differ = sorted(path for path in {*run.shapes, *shapes} if run.shapes.get(path) != shapes.get(path))

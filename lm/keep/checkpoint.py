@@ -19,6 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from steppe.data import files
 from steppe.data.errors import StorageError
 from steppe.lm.keep import seal
 from steppe.lm.keep.exits import Unusable
@@ -73,7 +74,7 @@ class Checkpoints:
         Unusable if there were finished ones and none is sound: those stay where they are. All processes must call it.
         """
         self.wait()
-        _meet("steppe checkpoints")
+        multihost_utils.sync_global_devices("steppe checkpoints")
         problems = {}
         for step in sorted((s for s in self._steps() if before is None or s < before), reverse=True):
             problem = self._examine(step)
@@ -94,7 +95,7 @@ class Checkpoints:
             self._set_aside(list(problems))
         if problems:
             self._log("falling back to " + (f"the checkpoint of step {step}" if step is not None else "the beginning"))
-            _meet("steppe checkpoints moved")
+            multihost_utils.sync_global_devices("steppe checkpoints moved")
         return step
 
     def forget(self, after: int) -> None:
@@ -104,7 +105,7 @@ class Checkpoints:
             for step in self._steps():
                 if step > after:
                     self._delete(step)
-        _meet("steppe checkpoints forgotten")
+        multihost_utils.sync_global_devices("steppe checkpoints forgotten")
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """(State placed as `abstract` says, meta) of a step that `newest` gave.
@@ -131,7 +132,7 @@ class Checkpoints:
     def room(self, state: State) -> str:
         """Why the next save would not fit, "" if it does; bytes before compression, local directories only."""
         problem, needed, free = False, 0, 0
-        if self._primary and seal.is_local(self.directory):
+        if self._primary and not files.is_remote(self.directory):
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE
             free = shutil.disk_usage(self.directory).free
             problem = free < needed
@@ -184,7 +185,7 @@ class Checkpoints:
 
     def _not_written(self, path: epath.Path, error: BaseException) -> StorageError:
         """The error of a checkpoint that failed. The part that was written is removed: it takes room."""
-        if self._primary and seal.is_local(path):
+        if self._primary and not files.is_remote(path):
             for part in Path(path.parent).glob(f"{path.name}{ASIDE}*"):
                 shutil.rmtree(part, ignore_errors=True)
         reason = " ".join(str(error).split())
@@ -200,7 +201,7 @@ class Checkpoints:
 
     def _delete(self, step: int) -> None:
         path, retired = self.directory / str(step), self.directory / seal.RETIRED
-        if not seal.is_local(path):
+        if files.is_remote(path):
             path.rmtree()
             return
         # a kill in mid-deletion must not leave half a checkpoint under its name
@@ -241,11 +242,6 @@ def _written(state: State) -> dict[str, Any]:
     """A State as a checkpoint holds it: without averages where a run keeps none, as before there were any."""
     fields = state._asdict()
     return fields if fields["averages"] else {name: fields[name] for name in fields if name != "averages"}
-
-
-def load_params(path: str, abstract_params: Any, log: Callable[[str], None] = print) -> Any:
-    """The parameters of a checkpoint, as load_parts says, to start something new from."""
-    return load_parts(path, {"params": abstract_params}, log)["params"]
 
 
 def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], None] = print) -> dict[str, Any]:
@@ -316,7 +312,7 @@ def directory_of(config: ConfigDict, workdir: str) -> str:
 
 def place(path: str | epath.Path) -> epath.Path:
     """An absolute path, or the address of an object store. Unusable where that cannot be reached."""
-    if "://" not in str(path):
+    if not files.is_remote(path):
         return epath.Path(path).absolute()
     try:
         found = epath.Path(path)
@@ -339,11 +335,6 @@ def agreed(flag: bool) -> bool:
     if jax.process_count() == 1:
         return bool(flag)
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
-def _meet(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -55,7 +55,7 @@ def write(directory: epath.Path, step: int, run: str, tree: dict[str, list]) -> 
         found = dict(zip(names, pool.map(lambda name: _look(directory / name), names), strict=True))
     body = json.dumps({"format": FORMAT, "step": step, "run": run, "tree": tree, "files": found}).encode()
     content = _digest(body).encode() + b"\n" + body
-    if is_local(directory):
+    if not files.is_remote(directory):
         files.write(directory / NAME, content)
     else:
         aside = directory / f"{NAME}.tmp"
@@ -67,7 +67,7 @@ def read(directory: epath.Path) -> Seal:
     """The seal of a step directory, itself verified: format, step, run, tree, files. Raises Broken."""
     path = directory / NAME
     try:
-        content = stored.content_of(str(path)) if is_local(path) else path.read_bytes()
+        content = path.read_bytes() if files.is_remote(path) else stored.content_of(str(path))
     except FileNotFoundError:
         raise Broken("it has no seal, so its save never finished", sealed=False) from None
     except (OSError, ValueError) as error:
@@ -82,7 +82,7 @@ def read(directory: epath.Path) -> Seal:
     if seal["format"] != FORMAT:
         raise Broken(f"its seal is not of the format that this version reads, {FORMAT}")
     try:
-        if is_local(directory):
+        if not files.is_remote(directory):
             for name in seal["files"]:
                 files.below(directory, name)
     except DataError as error:
@@ -123,11 +123,6 @@ def differences(saved: dict[str, list], wanted: dict[str, list]) -> list[str]:
     ]
 
 
-def is_local(path: epath.Path) -> bool:
-    """Whether a path lies in a file system rather than in an object store."""
-    return "://" not in str(path)
-
-
 def _digest(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
@@ -136,7 +131,7 @@ def _look(path: epath.Path) -> list:
     """[size, hash] of a file's contents; a file that cannot be read differs from every other."""
     digest, size = xxhash.xxh3_128(), 0
     try:
-        with files.ordinary(path) if is_local(path) else path.open("rb") as handle:
+        with path.open("rb") if files.is_remote(path) else files.ordinary(path) as handle:
             while chunk := handle.read(1 << 22):
                 digest.update(chunk)
                 size += len(chunk)

@@ -24,108 +24,35 @@ Number = float | None | Literal["nan", "inf", "-inf"]  # as `plain` writes it
 Name = Annotated[str, Meta(pattern=r"^\w[\w.+-]{0,99}$")]  # which a folder may have
 
 
-class Record(TypedDict, total=False):
-    """A line: of which kind, and after how many updates."""
-
-    kind: Required[str]
-    step: Required[stored.Count]
-    name: str
-    weights: str
-
-
-class RunRecord(Record, total=False):
-    """One start of a run: what it is."""
-
-    title: str
-    steps: stored.Count
-    tokens: stored.Count
-    tokens_per_step: float
-    flops: float
-    adamw_flops: float
-    flops_per_step: float
-    adamw_flops_per_step: float
-    parameters: dict[str, stored.Count]
-    baselines: dict[str, Number]
-    versions: dict[str, str]
-
-
-class TrainRecord(Record, total=False):
-    """One step."""
-
-    tokens: stored.Count
-    seconds: Number
-    loss: Number
-    perturbed_loss: Number
-    tokens_per_second: Number
-
-
-class EvaluateRecord(Record, total=False):
-    """Losses on a held-out set; weights: whose, of averages."""
-
-    name: Required[str]  # pyright: ignore[reportGeneralTypeIssues]: msgspec may require what the parent allows
-    loss: Required[Number]
-    bits_per_byte: Number
-    tokens: Number
-
-
-class AverageRecord(EvaluateRecord, total=False):
-    """The same of other weights than those that the run is judged by."""
-
-    weights: Required[Name]  # pyright: ignore[reportGeneralTypeIssues]: msgspec may require what the parent allows
-
-
-class AnomalyRecord(Record, total=False):
-    """A bad step."""
-
-    what: Required[str]
-    decision: str
-
-
-class PartedRecord(Record, total=False):
-    """A step whose two passes disagree as no small rho explains: the cosine of their gradients, and the usual one."""
-
-    cosine: Required[Number]
-    usual: Required[Number]
-
-
-class RollbackRecord(Record, total=False):
-    """A rollback, of which step, to where, and which batches are left out since."""
-
-    to: Required[stored.Count]
-    because: Required[dict[str, Any]]
-    windows: Required[list[tuple[stored.Count, stored.Count]]]
-
-
-class BranchRecord(Record, total=False):
-    """The run that this one goes on from."""
-
-    parent: Required[str]
-    parent_run: str
-
-
-class ChangeRecord(Record, total=False):
-    """A config key that a restart changed."""
-
-    key: Required[str]
-
-
-class CurvatureRecord(Record, total=False):
-    """How the loss bent, all together and by groups of parameters."""
-
-    all: dict[str, Number]
-
-
-class GoodputRecord(Record, total=False):
-    """Seconds by what they went into."""
-
-    goodput: dict[str, stored.Amount]
-
-
-KINDS = {
-    "run": RunRecord, "train": TrainRecord, "evaluate": EvaluateRecord, "average": AverageRecord,
-    "anomaly": AnomalyRecord, "parted": PartedRecord, "rollback": RollbackRecord, "branch": BranchRecord,
-    "change": ChangeRecord, "curvature": CurvatureRecord, "goodput": GoodputRecord, "checkpoint": GoodputRecord,
+COMMON: dict[str, Any] = {"kind": Required[str], "step": Required[stored.Count], "name": str, "weights": str}
+LOSSES = {"name": Required[str], "loss": Required[Number], "bits_per_byte": Number, "tokens": Number}
+FLOPS = ("flops", "adamw_flops", "flops_per_step", "adamw_flops_per_step", "tokens_per_step")
+# {kind: its values, as far as they are read}; those that are not Required came with later versions
+KINDS: dict[str, Any] = {
+    "run": {  # a start: what the run is
+        "title": str, "steps": stored.Count, "tokens": stored.Count, **dict.fromkeys(FLOPS, float),
+        "parameters": dict[str, stored.Count], "baselines": dict[str, Number], "versions": dict[str, str],
+    },
+    "train": {
+        "tokens": stored.Count, **dict.fromkeys(("seconds", "loss", "perturbed_loss", "tokens_per_second"), Number),
+    },
+    "evaluate": LOSSES,
+    "average": {**LOSSES, "weights": Required[Name]},  # of other weights than those that the run is judged by
+    "anomaly": {"what": Required[str], "decision": str},  # a bad step
+    "parted": {"cosine": Required[Number], "usual": Required[Number]},  # of the gradients of a step's two passes
+    "rollback": {
+        "to": Required[stored.Count], "because": Required[dict[str, Any]],
+        "windows": Required[list[tuple[stored.Count, stored.Count]]],  # batches that are left out since
+    },
+    "branch": {"parent": Required[str], "parent_run": str},
+    "change": {"key": Required[str]},  # of the config, by a restart
+    "curvature": {"all": dict[str, Number]},
+    "goodput": {"goodput": dict[str, stored.Amount]},  # seconds by what they went into
+    "checkpoint": {"goodput": dict[str, stored.Amount]},
 }  # fmt: skip
+_MADE: Any = TypedDict  # a type checker wants its values written out
+RECORD = _MADE("record", COMMON, total=False)
+KINDS = {kind: _MADE(kind, {**COMMON, **values}, total=False) for kind, values in KINDS.items()}
 
 
 class Train(NamedTuple):
@@ -311,7 +238,7 @@ def _count(path: Path, start: bytes) -> int:
 def _record(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None of one that is damaged: a kill cuts a line short or leaves zeros."""
     try:
-        return stored.decode(line, Record, METRICS)
+        return stored.decode(line, RECORD, METRICS)
     except stored.Wrong:
         return None
 
@@ -321,7 +248,7 @@ def _typed(line: bytes, place: str) -> dict[str, Any] | None:
     record = _record(line)
     if record is None:
         return None
-    stored.typed(record, KINDS.get(record["kind"], Record), place)
+    stored.typed(record, KINDS.get(record["kind"], RECORD), place)
     return restored(record)
 
 

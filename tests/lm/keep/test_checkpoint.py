@@ -226,18 +226,22 @@ def test_a_save_that_fails_is_one_line_and_reported_once(two):
     assert said == []
 
 
+def load_params(path, params, *log):
+    return checkpoint.load_parts(path, {"params": params}, *log)["params"]
+
+
 def test_parameters_of_an_old_run(two, tmp_path):
     params = abstract(state(0).params)
     for path in (two / "20", two, two.parent):
-        found = checkpoint.load_params(str(path), params, log=lambda line: None)
+        found = load_params(str(path), params, lambda line: None)
         assert np.array_equal(found["embed"]["embedding"], state(20).params["embed"]["embedding"])
     with pytest.raises(Unusable, match=r"float32\[3, 4\] in the checkpoint, float32\[3, 8\] here"):
-        checkpoint.load_params(str(two / "20"), abstract(state(0, width=8).params), log=lambda line: None)
+        load_params(str(two / "20"), abstract(state(0, width=8).params), lambda line: None)
     with pytest.raises(Unusable, match="holds no checkpoint"):
-        checkpoint.load_params(str(tmp_path / "nowhere"), params)
+        load_params(str(tmp_path / "nowhere"), params)
     flip(two / "20" / "state" / "_METADATA", random.Random(0))
     with pytest.raises(Unusable, match="was altered"):
-        checkpoint.load_params(str(two / "20"), params)
+        load_params(str(two / "20"), params)
 
 
 def test_an_address_that_nothing_reaches_is_refused():
