@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 from steppe.lm.model.ordered import ordered
 from steppe.lm.parts.anomaly import UPDATE
 from steppe.lm.parts.assembly import Parts
-from steppe.lm.parts.memo import once
 from steppe.lm.parts.state import Optimizer, State
 from steppe.optim import Objective
 from steppe.optim.base import at_step
@@ -60,8 +59,12 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
 
 def compile_step(parts: Parts, batch: dict) -> Callable:
     """The compiled step(state, batch, limit), which takes the state's memory."""
-    compiled = lambda: ordered(lower_step(parts, batch).compile(), parts.mesh, "training step")  # noqa: E731
-    return with_scalars(once("step", parts.key, compiled), parts)
+    return with_scalars(compiled(parts, batch), parts)
+
+
+def compiled(parts: Parts, batch: dict) -> Callable:
+    """The same as a program of Parts.scalars too, which other runs like it can have."""
+    return ordered(lower_step(parts, batch).compile(), parts.mesh, "training step")
 
 
 def with_scalars(compiled: Callable, parts: Parts) -> Callable:

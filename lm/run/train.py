@@ -25,8 +25,9 @@ from steppe.lm.parts import anomaly, assembly, chips
 from steppe.lm.parts import corpus as corpora
 from steppe.lm.parts.assembly import batch_reader, rows_reader
 from steppe.lm.parts.check import described
+from steppe.lm.parts.memo import once
 from steppe.lm.parts.progress import Event, Progress
-from steppe.lm.parts.step import compile_step
+from steppe.lm.parts.step import compiled, with_scalars
 from steppe.lm.run import begin
 from steppe.lm.run.begin import Ground, Start
 from steppe.lm.run.generate import sample
@@ -156,7 +157,8 @@ class Run:
         weights = readers(config)
         name, self.judged = next(iter(weights.items()))
         with tracker.goodput.spending("compile"):
-            self.step = compile_step(parts, assembly.abstract_batch(parts, corpus, config.train.batch_size))
+            like = partial(assembly.abstract_batch, parts, corpus, config.train.batch_size)
+            self.step = with_scalars(once("step", parts.key, lambda: compiled(parts, like())), parts)
             asked = {"questions": questions, "references": references, "asked": ground.stopping.asked}
             self.evaluations = Evaluations(config, corpus, parts, tracker, weights=weights, **asked)
             of = {"judged": None if name == LAST else self.judged, "origin": begin.origin(config, parts, tracker)}

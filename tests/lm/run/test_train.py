@@ -18,7 +18,6 @@ from steppe.lm.keep import checkpoint, saved
 from steppe.lm.keep.exits import Unusable
 from steppe.lm.measure import evaluate as measure
 from steppe.lm.parts import anomaly
-from steppe.lm.parts import step as parts_step
 from steppe.lm.parts.progress import Event, each
 from steppe.lm.run import replay, signals, train
 from steppe.optim.rule import norm
@@ -375,7 +374,7 @@ def test_steps_of_a_mesh_are_those_of_one_device_and_a_run_ends_where_they_are_n
     assert lm_runs.run(config, str(tmp_path / "sound")) == train.FINISHED
     assert not lm_runs.records(tmp_path / "sound", "anomaly")
 
-    sound = parts_step.with_scalars
+    sound = train.with_scalars
 
     def wrong(compiled, parts):
         def run(*arguments):
@@ -384,7 +383,7 @@ def test_steps_of_a_mesh_are_those_of_one_device_and_a_run_ends_where_they_are_n
 
         return run
 
-    monkeypatch.setattr(parts_step, "with_scalars", wrong)
+    monkeypatch.setattr(train, "with_scalars", wrong)
     assert lm_runs.run(config, str(tmp_path / "wrong")) == train.ANOMALY
     (found,) = lm_runs.records(tmp_path / "wrong", "anomaly")
     assert (found["step"], found["what"], list(found["differing"])) == (6, "mismatch", ["perturbed_loss"])
