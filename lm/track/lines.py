@@ -23,7 +23,6 @@ _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 Number = float | None | Literal["nan", "inf", "-inf"]  # as `plain` writes it
 Name = Annotated[str, Meta(pattern=r"^\w[\w.+-]{0,99}$")]  # which a folder may have
 
-
 COMMON: dict[str, Any] = {"kind": Required[str], "step": Required[stored.Count], "name": str, "weights": str}
 LOSSES = {"name": Required[str], "loss": Required[Number], "bits_per_byte": Number, "tokens": Number}
 FLOPS = ("flops", "adamw_flops", "flops_per_step", "adamw_flops_per_step", "tokens_per_step")
