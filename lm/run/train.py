@@ -61,9 +61,9 @@ def open_run(
 ) -> "Run | None":
     """The run of `directory`, which may be an address, ready for its next step; None where it is past `until` already.
 
-    allow_change: config keys (or "corpus", "code") that may differ from what the run had so far. until: stops after this step,
-    as if asked to; schedules stay those of the whole run. trust: the config that the run of config.branch_from has
-    stored. Raises, before anything is compiled, one of exits.REFUSALS for what cannot run.
+    allow_change: config keys (or "corpus", "code") that may differ from what the run had so far. until: stops after
+    this step, as if asked to; schedules stay those of the whole run. trust: the config that the run of
+    config.branch_from has stored. Raises, before anything is compiled, one of exits.REFUSALS for what cannot run.
     """
     log, goodput = (lambda text: print(text, flush=True) if jax.process_index() == 0 else None), Goodput()
     config.data.update(described(config))
