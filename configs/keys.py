@@ -126,6 +126,10 @@ def integer(least: int = 0, most: int | None = None, *, bound: int = LARGEST) ->
     return Accepted(int, lambda: text, lambda value: least <= value <= (bound if most is None else most))
 
 
+# of an option of a command: at most what an index of an array can be
+count = functools.partial(integer, bound=2**31 - 1)
+
+
 def number(above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf):
     """Finite numbers within bounds, those of `least` and `most` included."""
     parts = [f"> {above:g}" * (above > -math.inf), f">= {least:g}" * (least > -math.inf)]

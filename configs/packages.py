@@ -1,4 +1,5 @@
-"""Which distribution brings a module, and the command that installs it: read from this package's own metadata.
+"""Which distribution brings a module, and the command that installs it: read from this package's own metadata; and
+which of our modules define a function, read from their files.
 
 Imports the standard library alone, so that it can speak where nothing else is installed.
 """
@@ -6,6 +7,7 @@ Imports the standard library alone, so that it can speak where nothing else is i
 import importlib.metadata
 import importlib.util
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 OWN = "steppe"
@@ -97,3 +99,19 @@ def explain(error: ImportError) -> str | None:
     known = of_module(root)
     wanted = f"Steppe needs {known.distribution}{known.wanted}" if known.wanted else remedy(root)
     return f"{known.distribution} {known.version or ''}: {error}; {wanted}"
+
+
+def folder_of(package: str) -> Path:
+    """Where the modules of a package of ours lie, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return Path(next(iter(spec.submodule_search_locations or ())))
+
+
+def ready(package: str, function: str) -> list[str]:
+    """The modules of a package that define a function, read without importing them."""
+    return sorted(
+        file.stem
+        for file in folder_of(package).glob("*.py")
+        if re.search(rf"^def {function}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+    )

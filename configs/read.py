@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base, sizes
 from steppe.configs.keys import TEXTS, Key, config_of, named
+from steppe.configs.packages import ready
 
 PACKAGE = "steppe.configs"  # whose modules are the ready configs
 Overrides = Sequence[tuple[str, str | None]]  # ("section.key", text), None of a flag without one
@@ -89,22 +90,6 @@ def shown(config: ConfigDict) -> str:
 def plain(value: Any) -> Any:
     """A numpy scalar as the Python value it stands for; anything else as it is."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
-
-
-def folder_of(package: str) -> Path:
-    """Where the modules of a package of ours lie, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    return Path(next(iter(spec.submodule_search_locations or ())))
-
-
-def ready(package: str, function: str) -> list[str]:
-    """The modules of a package that define a function, read without importing them."""
-    return sorted(
-        file.stem
-        for file in folder_of(package).glob("*.py")
-        if re.search(rf"^def {function}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
-    )
 
 
 def call(flag: str, text: str, function: str, package: str) -> Any:

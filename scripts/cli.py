@@ -27,7 +27,10 @@ COMMANDS = {
     "export": ("steppe.scripts.model.export", "--workdir=runs/quickstart --out=models/quickstart"),
     "sweep": ("steppe.scripts.sweep.__main__", "--config=quickstart --sweep=rho_by_scale:0.1m --out=sweeps/rho"),
     "report": ("steppe.scripts.report.__main__", "sweeps/rho"),
-    "curvature": ("steppe.scripts.measure.curvature", "--workdir=runs/quickstart --step=all"),
+    **{
+        name: (f"steppe.lm.measure.{name}", "--workdir=runs/quickstart --step=all")
+        for name in packages.ready("steppe.lm.measure", "measure_run")
+    },
     "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
     "coordinates": ("steppe.scripts.measure.coordinates", "--config=quickstart --out=coordinates"),
     "check": ("steppe.scripts.check", "mine.py:half_sign"),
@@ -82,7 +85,10 @@ def dispatch(argv: Sequence[str] | None) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return process.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    module = COMMANDS[name][0]
+    if module.startswith("steppe.lm.measure."):
+        module, rest = "steppe.scripts.measure.__main__", [name, *rest]
+    return importlib.import_module(module).main(rest)
 
 
 def completed_command() -> list[str]:

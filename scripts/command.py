@@ -11,20 +11,21 @@ only a bug shows a traceback. Importing this imports no jax.
 import argparse
 import ast
 import contextlib
-import functools
 import importlib.util
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ml_collections import ConfigDict
 
 from steppe.configs import base, keys
 from steppe.configs.keys import named
-from steppe.configs.read import PACKAGE, UsageError, closest, read_config, ready, shown
+from steppe.configs.packages import ready
+from steppe.configs.read import PACKAGE, UsageError, closest, read_config, shown
 from steppe.data import files
 from steppe.lm.keep.exits import REFUSALS
 from steppe.scripts.process import fail
@@ -37,8 +38,7 @@ config:
   --print_config                prints the config that results, if it can run, and stops
 """
 
-# an option's whole number; unless it says otherwise, it is at most what an index of an array can be
-integer = functools.partial(keys.integer, bound=2**31 - 1)
+integer = keys.count
 
 
 def of_key(key: str) -> Callable[[str], Any]:
@@ -98,6 +98,35 @@ def add_trust(made: argparse.ArgumentParser) -> None:
 def add_only(made: argparse.ArgumentParser) -> None:
     """The option that chooses among runs by their configs; sweep.spec.matching reads it."""
     made.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="now just the runs that match")
+
+
+Settings = TypeVar("Settings", bound=tuple)
+
+
+def add_settings(made: argparse.ArgumentParser, settings: type[tuple]) -> None:
+    """Options of a NamedTuple's fields, each Annotated[KIND, "what it means", Accepted] with its default.
+
+    A field of several is an option that may be repeated, each time with one that its Accepted allows.
+    """
+    defaults: dict[str, Any] = settings._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
+    for name, hint in typing.get_type_hints(settings, include_extras=True).items():
+        kind, meaning, accepted = typing.get_args(hint)
+        several = typing.get_origin(kind) is tuple
+        said = f" (default {defaults[name]})" if defaults[name] not in ((), "") else ""
+        made.add_argument(
+            f"--{name}",
+            type=accepted,
+            metavar={int: "N", float: "X"}.get(kind, "TEXT"),
+            help=meaning.replace("%", "%%") + said,
+            action="append" if several else "store",
+            default=[] if several else defaults[name],
+        )
+
+
+def settings_of(options: argparse.Namespace, settings: type[Settings]) -> Settings:
+    """The settings that the options of add_settings make."""
+    chosen = {name: getattr(options, name) for name in typing.get_type_hints(settings)}
+    return settings(**{name: tuple(each) if isinstance(each, list) else each for name, each in chosen.items()})
 
 
 def parse(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argparse.Namespace]:

@@ -6,7 +6,7 @@ steppe docs ROOM
 import sys
 from collections.abc import Sequence
 
-from steppe.configs.read import folder_of
+from steppe.configs.packages import folder_of
 from steppe.scripts import command
 
 ROOMS = ("configs", "data", "optim", "lm", "scripts")

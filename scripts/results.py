@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from steppe.configs.base import FREE, typed, with_defaults
 from steppe.configs.keys import ConfigError, flatten
+from steppe.configs.packages import ready
 from steppe.configs.read import UsageError
 from steppe.data import files, stored
 from steppe.data.errors import DataError
@@ -31,6 +32,7 @@ from steppe.lm.track import lines
 from steppe.scripts.sweep import spec
 
 SWEEP, RUNS, OUTCOME, RETENTION = "sweep.json", "runs", "outcome.json", "retention.json"
+MEASURED = tuple(ready("steppe.lm.measure", "measure_run"))  # measurements of checkpoints, by name
 PACK = ".jsonl"  # how the name of a file of packed runs ends
 # Keys that model.size sets: they vary with it and are not named beside it.
 OF_SIZE = ("model.layers", "model.width", "model.heads", "model.mlp_width")
@@ -140,6 +142,7 @@ class Packed(TypedDict, total=False):
     weights: str
     averages: list[dict[str, Any]]
     curvature: list[dict[str, float | None]]
+    measured: dict[str, dict[str, float | None]]
     retention: dict[str, float | None]
     fine_tune: FineTune
 
@@ -176,6 +179,7 @@ class Result(NamedTuple):
     averages: a Result for each average of the weights that the run keeps, as if it were a run of its own, `weights`
     its name; its directory is where what is measured of that average stands.
     curvature: the numbers of each checkpoint that steppe curvature measured, with its "step", in their order.
+    measured: the numbers of other measurements at the newest checkpoint, by name.
     retention: those of steppe retention; fine_tune: {"text": fingerprint of the second text, "loss": there before,
     "paths": [{"rate", "points": [{"step", "gained", "lost"}]}]}, nats a token.
     """
@@ -203,6 +207,7 @@ class Result(NamedTuple):
     weights: str = ""
     averages: tuple["Result", ...] = ()
     curvature: tuple[dict[str, Any], ...] = ()
+    measured: Mapping[str, Any] = MappingProxyType({})
     retention: Mapping[str, Any] = MappingProxyType({})
     fine_tune: Mapping[str, Any] = MappingProxyType({})
 
@@ -318,9 +323,9 @@ def read_json(path: Path, kind: Any) -> dict:
         raise ResultsError(error) from None
 
 
-def measured(directory: Path) -> list[Path]:
-    """The files that steppe curvature wrote of the checkpoints of a run, in their order."""
-    steps = [path for path in (directory / "curvature").glob("*.json") if re.fullmatch("[0-9]{1,15}", path.stem)]
+def measured(directory: Path, name: str) -> list[Path]:
+    """The files that a measurement wrote of the checkpoints of a run, in their order."""
+    steps = [path for path in (directory / name).glob("*.json") if re.fullmatch("[0-9]{1,15}", path.stem)]
     return sorted(steps, key=lambda path: int(path.stem))
 
 
@@ -335,11 +340,12 @@ def _measured(directory: Path, left_out: Callable[[str], None]) -> dict[str, Any
             found = {}
         return found, {"step": found["step"], **_known(found["summary"])} if found else {}
 
-    curvature = [numbers(path)[1] for path in measured(directory)]
+    found = {name: tuple(filter(None, (numbers(path)[1] for path in measured(directory, name)))) for name in MEASURED}
     record, retention = numbers(directory / RETENTION)
     tuned = record.get("details", {}).get("fine_tune") or {}
     tuned = tuned and {**tuned, "text": str((record.get("fine_tune") or {}).get("corpus", ""))}
-    return {"curvature": tuple(filter(None, curvature)), "retention": retention, "fine_tune": tuned}
+    newest = {name: each[-1] for name, each in found.items() if each and name != "curvature"}
+    return {"curvature": found["curvature"], "measured": newest, "retention": retention, "fine_tune": tuned}
 
 
 def _known(summary: Mapping[str, float | None]) -> dict[str, float]:
@@ -576,6 +582,7 @@ def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]
         config = _whole({**alike, **fields.get("config", {})}, place)
         measurements = {
             "curvature": tuple(map(_known, fields.get("curvature", ()))),
+            "measured": {name: _known(each) for name, each in fields.get("measured", {}).items()},
             "retention": _known(fields.get("retention", {})),
         }
         return Result(

@@ -30,7 +30,7 @@ class Saved(NamedTuple):
     """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
 
     optimizer: the state of the base optimizer, where it was asked for. weights: whose the parameters are, a name that
-    lm.keep.weights knows.
+    lm.keep.weights knows. step: of the checkpoint, where one was asked for.
     """
 
     config: ConfigDict
@@ -39,6 +39,12 @@ class Saved(NamedTuple):
     params: Any
     optimizer: Any = None
     weights: str = LAST
+    step: int | None = None
+
+    @property
+    def are_last(self) -> bool:
+        """Whether the parameters are those of the last step, and no average."""
+        return self.weights == LAST
 
 
 class Unread(NamedTuple):
@@ -194,7 +200,7 @@ def load(
     wanted = {field: getattr(parts.abstract, field) for field in fields}
     state = load_parts(found if step is None else f"{found}/{step}", wanted, log)
     params = of_state(chosen, state, parts.abstract.params)
-    return Saved(config, corpus, parts, params, state["optimizer"] if optimizer else None, name)
+    return Saved(config, corpus, parts, params, state["optimizer"] if optimizer else None, name, step)
 
 
 def spreads(config: ConfigDict) -> bool:

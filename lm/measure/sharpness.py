@@ -1,6 +1,7 @@
 """Everything steppe curvature measures of one checkpoint on one batch: compiled programs, and the numbers they give.
 
-Programs depend on shapes alone, so checkpoints and runs of equal shapes share them.
+Programs depend on shapes alone, so checkpoints and runs of equal shapes share them. `settings` are those of
+lm.measure.curvature.
 """
 
 from collections.abc import Callable
@@ -27,29 +28,6 @@ from steppe.optim.rule import Tree, norm, ratio
 OPERATORS = ("hessian", "ggn", "nme")  # and "preconditioned", the Hessian's
 
 
-class Settings(NamedTuple):
-    """How much is measured.
-
-    probes: sign vectors, for traces; the first `densities` of them go `lanczos` steps, for eigenvalues and densities.
-    rho: radius of the worst case, `ascent` steps of which climb after SAM's own. noise: l2 norm of the average case's
-    Gaussian, of which `draws` are taken, each with its mirror image. slices: points of a line, 0 for none. within:
-    regexes over parameter paths; the spectra are those of the parameters they match, none: all. noise_scale: batches
-    of the run's size of which the gradient's noise is taken, 0 for none.
-    """
-
-    probes: int = 4
-    densities: int = 2
-    lanczos: int = 20
-    rho: float = 0.05
-    ascent: int = 5
-    noise: float = 1.0
-    draws: int = 6
-    slices: int = 7
-    seed: int = 0
-    within: tuple[str, ...] = ()
-    noise_scale: int = 16
-
-
 class Programs(NamedTuple):
     """Compiled functions of (params, batch, ...) for one shape, and between its parameters and flat vectors.
 
@@ -71,12 +49,12 @@ class Programs(NamedTuple):
     noise: Callable
 
 
-def compile_key(parts: Parts, microbatches: int, settings: Settings) -> tuple:
+def compile_key(parts: Parts, microbatches: int, settings: Any) -> tuple:
     """Runs with equal keys share programs."""
     return parts.shape, parts.options, parts.mesh, microbatches, settings.lanczos, settings.within, settings.noise_scale
 
 
-def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
+def programs(parts: Parts, microbatches: int, settings: Any) -> Programs:
     """The programs of a run. ValueError for a regex of `within` that matches nothing."""
     target = twice_differentiable(parts)
     split = NamedSharding(parts.mesh, P(AXES))
@@ -126,7 +104,7 @@ def programs(parts: Parts, microbatches: int, settings: Settings) -> Programs:
 
 
 def measure(
-    made: Programs, params: Tree, batch: dict, groups: dict[str, str], settings: Settings, scale: Tree | None = None,
+    made: Programs, params: Tree, batch: dict, groups: dict[str, str], settings: Any, scale: Tree | None = None,
     next_step: Callable[[Tree], tuple[Tree, float]] | None = None, towards: Tree | None = None,
     noisy: dict | None = None, tick: Callable[[str], None] = lambda stage: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
@@ -218,14 +196,14 @@ def _of_noise(found: dict[str, float], tokens: int, batches: int) -> dict[str, f
     return expected | ({"noise_scale": found["scale"] * tokens} if np.isfinite(found["scale"]) else {})
 
 
-def stages(settings: Settings) -> list[str]:
+def stages(settings: Any) -> list[str]:
     """The stages of `measure`, in order."""
     runs = [f"{name} {i + 1}" for name in (*OPERATORS, "preconditioned") for i in range(_runs(name, settings))]
     return ["gradient", *runs, "traces", "delta split", "sharpness", *(["noise scale"] if settings.noise_scale else []),
             *(["slices"] if settings.slices else [])]  # fmt: skip
 
 
-def _runs(name: str, settings: Settings) -> int:
+def _runs(name: str, settings: Any) -> int:
     return 1 if name == "preconditioned" else settings.densities
 
 

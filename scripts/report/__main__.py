@@ -117,7 +117,7 @@ def write(found: list, out: Path, name: str) -> Path:
             parts = measured.sharpness(source, own, styles)
             if source == "curvature":
                 parts = [*parts, measured.curvature_over_training(an.over_training(study), styles)]
-            else:
+            elif source == "retention":
                 kept, costs = beside.kept_against_rho(study.entries), beside.forgetting(made)
                 parts = [measured.kept_against_rho(kept), measured.forgetting(costs), *parts, answer.fine_tuning(made)]
             sections.append(add(Section(source.capitalize()), tables.sharpness(source, own), *parts))

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from steppe.configs.read import reader, ready
+from steppe.configs.packages import ready
+from steppe.configs.read import reader
 from steppe.data import files
 from steppe.lm.keep.exits import STATUSES, STOPPED
 from steppe.scripts import command, process, results

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from helpers import lm_runs
-from steppe.lm.measure import in_training, sharpness
+from steppe.lm.measure import curvature, in_training, sharpness
 from steppe.lm.model.attention import differentiable
 from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.model.objective import objective
@@ -45,7 +45,7 @@ def batch_of(parts: Parts, rows: int = ROWS, **others) -> dict:
 
 def curvature_calls(parts: Parts) -> list[tuple]:
     """(program, *arguments) of everything that measures curvature, by command and in a run."""
-    settings = sharpness.Settings(lanczos=3, noise_scale=2)
+    settings = curvature.Settings(lanczos=3, noise_scale=2)
     made, params, batch = sharpness.programs(parts, 1, settings), parts.abstract.params, batch_of(parts)
     key = jax.random.key(0)
     vector, scale = jax.eval_shape(made.flatten.__wrapped__, params), jnp.float32(0.05)

@@ -24,7 +24,6 @@ _STATUS = {
     "flat": "no minimum in rho",
 }
 OF_FIT = ("state", "error", "least", "most", "tried", "step")  # columns of best_rho that only fits and frames need
-SOURCES = ("curvature", "retention")  # commands that measure runs, in the order of the page
 SPENT = ("tokens", "flops", "seconds")
 Interval = st.Interval
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
@@ -375,7 +374,7 @@ def scaling(study: Study, laws: Mapping[str, st.ScalingLaw]) -> pd.DataFrame:
 
 # ------------------------------------------------------------------------------------------- measures of other commands
 def measures(study: Study) -> pd.DataFrame:
-    """A row a run and measure of curvature, at its newest checkpoint, or of retention: source, measure, value.
+    """A row a run and measure of a measurement at its newest checkpoint, or of retention: source, measure, value.
 
     The loss they measure beside it, standard errors and residuals are left out: they measure nothing of a minimum.
     """
@@ -383,7 +382,8 @@ def measures(study: Study) -> pd.DataFrame:
     for run in study.runs.itertuples():
         newest = run.result.curvature[-1] if run.result.curvature else {}
         given = {"cell": run.cell, "variant": run.variant, "rho": run.rho, "seed": run.seed, "loss": run.loss}
-        for source, numbers in zip(SOURCES, (newest, run.result.retention), strict=True):
+        found = {"curvature": newest, "retention": run.result.retention, **run.result.measured}
+        for source, numbers in found.items():
             rows += [
                 {"source": source, "run": run.Index, **given, "measure": measure, "value": float(value)}
                 for measure, value in numbers.items()
@@ -395,7 +395,7 @@ def measures(study: Study) -> pd.DataFrame:
     order = {
         "cell": [cell.label for cell in study.cells],
         "variant": variants(study),
-        "source": SOURCES,
+        "source": list(dict.fromkeys(["curvature", "retention", *found["source"]])),
         "measure": None,
     }
     return found.assign(**{key: in_order(found[key], names) for key, names in order.items()})

@@ -14,11 +14,12 @@ from jax.flatten_util import ravel_pytree
 from helpers import lm_runs
 from steppe.data import loader
 from steppe.lm.keep import saved
+from steppe.lm.measure import curvature
 from steppe.lm.run import train
 from steppe.optim.ascent import preconditioner
 from steppe.optim.base import moments
 from steppe.optim.rule import norm, plain_gradient
-from steppe.scripts.measure import curvature
+from steppe.scripts.measure import __main__ as measure
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -41,7 +42,10 @@ def run(tmp_path_factory):
     assert lm_runs.run(config, str(workdir)) == train.FINISHED
     assert saved.steps(str(workdir)) == [2, 4]
     assert (
-        curvature.main([f"--workdir={workdir.parent}/run*", "--step=all", f"--towards={workdir}", *FLAGS, NOISE]) == 0
+        measure.main(
+            ["curvature", f"--workdir={workdir.parent}/run*", "--step=all", f"--towards={workdir}", *FLAGS, NOISE]
+        )
+        == 0
     )
     return workdir
 
@@ -87,7 +91,7 @@ def test_every_number_is_there(run, found):
     assert len(found["spectra"]["hessian"]["samples"]) == 3
     for name in ("spectra-4.png", "slices-4.png", "spectra-2.png", "training.png"):
         assert (run / "curvature" / name).read_bytes().startswith(b"\x89PNG")
-    assert set(curvature.SHOWN) <= set(summary)
+    assert set(curvature.TITLES) <= set(summary)
 
 
 def test_parts_add_up(found):
@@ -148,7 +152,7 @@ def test_eight_devices_find_what_one_found(run, found, tmp_path, capsys):
     for name in ("config.json", "checkpoints", "metrics.jsonl"):
         (copy / name).symlink_to(run / name)
     with lm_runs.devices(8):
-        assert curvature.main([f"--workdir={copy}", f"--towards={run}", *FLAGS, NOISE]) == 0
+        assert measure.main(["curvature", f"--workdir={copy}", f"--towards={run}", *FLAGS, NOISE]) == 0
     assert "copy:4" in capsys.readouterr().out
     eight = json.loads((copy / "curvature" / "4.json").read_text())
     assert (eight["settings"]["devices"], found["settings"]["devices"]) == (8, 1)
@@ -174,19 +178,19 @@ def test_the_noise_scale_is_that_of_the_run_s_batches(run, found):
     assert noise["gradient_square"] == pytest.approx(mean - (each - mean) / 2, rel=1e-3)
     scale = noise["noise_square"] / noise["gradient_square"] * tokens.sum()
     assert summary["noise_scale"] == pytest.approx(scale, rel=1e-4)
-    said = curvature.regime(summary)
+    said = curvature.note(summary)
     assert "of the gradient noise scale" in said
     assert ("differ little" in said) == (summary["batch_tokens"] < scale)
 
 
 def test_within_measures_a_group(run, found):
     flags = [f"--workdir={run}", "--step=2", *FLAGS, "--noise_scale=0"]
-    assert curvature.main([*flags, "--within=^layers/mlp", "--within=norm", "--slices=0"]) == 0
+    assert measure.main(["curvature", *flags, "--within=^layers/mlp", "--within=norm", "--slices=0"]) == 0
     group = json.loads((run / "curvature" / "2.json").read_text())
     assert group["spectra"]["hessian"]["dimension"] < found["spectra"]["hessian"]["dimension"]
     assert "slices" not in group
     stamp = (run / "curvature" / "2.json").stat().st_mtime_ns
-    assert curvature.main([*flags, "--skip_done"]) == 0
+    assert measure.main(["curvature", *flags, "--skip_done"]) == 0
     assert (run / "curvature" / "2.json").stat().st_mtime_ns == stamp
 
 
@@ -197,7 +201,7 @@ def test_a_folder_of_runs_stands_for_those_that_match_and_have_a_checkpoint(run,
         config = json.loads((run / "config.json").read_text()) | {"seed": seed}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     flags = [f"--workdir={tmp_path}", f"--workdir={tmp_path}/c", "--step=4", "--skip_done", *FLAGS]
-    assert curvature.main([*flags, "--only=optim.method=friendly_sam,seed=0"]) == 0
+    assert measure.main(["curvature", *flags, "--only=optim.method=friendly_sam,seed=0"]) == 0
     said = capsys.readouterr().out
     assert said.count(f"left out  {tmp_path / 'c'}") == 1
     assert str(tmp_path / "b") not in said
@@ -219,7 +223,7 @@ def test_a_folder_of_runs_stands_for_those_that_match_and_have_a_checkpoint(run,
 )
 def test_bad_input_is_one_line(run, capsys, flags, said):
     try:
-        status = curvature.main([f"--workdir={run}", *flags])
+        status = measure.main(["curvature", f"--workdir={run}", *flags])
     except SystemExit as stop:  # what the parser refuses
         status = stop.code
     assert status == 2

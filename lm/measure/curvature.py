@@ -1,0 +1,256 @@
+"""How trained models bend: spectra of H, GGN and NME, delta split, sharpness, slices.
+
+steppe curvature --workdir=RUN_OR_SWEEP [--workdir=...] [--only=KEY=V,V] [--step=K|all] [--batches=N] [--probes=N] ...
+
+Writes WORKDIR/curvature/STEP.json and its plots beside it. Runs of equal shapes share one compilation. Every number is
+of the first held-out set's first batches, at theta, in the run's own loss.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from steppe.configs.keys import PATTERN, TEXT, Accepted, count, number
+from steppe.configs.read import UsageError
+
+NOISE_BATCHES = Accepted(int, lambda: "0, or an integer >= 2", lambda value: value == 0 or 2 <= value < 2**31)
+
+
+class Settings(NamedTuple):
+    """How much is measured."""
+
+    batches: Annotated[int, "held-out batches of the run's size", count(1)] = 2
+    probes: Annotated[int, "random vectors that traces are taken of", count(1)] = 4
+    densities: Annotated[int, "of these, those that run Lanczos", count(1)] = 2
+    lanczos: Annotated[int, "products of one Lanczos run", count(2)] = 20
+    rho: Annotated[float, "radius of the worst case, l2", number(above=0)] = 0.05
+    ascent: Annotated[int, "ascent steps after SAM's own", count()] = 5
+    noise: Annotated[float, "norm of the average case's noise, l2", number(above=0)] = 1.0
+    draws: Annotated[int, "mirrored pairs of noise", count(1)] = 6
+    slices: Annotated[int, "points of a line of the slices; 0: none", count()] = 7
+    within: Annotated[tuple[str, ...], "spectra of the parameters that this regular expression matches", PATTERN] = ()
+    noise_scale: Annotated[int, "held-out batches for the gradient noise scale; 0: none", NOISE_BATCHES] = 16
+    seed: Annotated[int, "of every random vector", count()] = 0
+    towards: Annotated[str, "also the curvature along the way to this run's model", TEXT] = ""
+
+
+TITLES = {
+    "loss": "loss", "lambda_max": "λmax", "ggn_lambda_max": "GGN λmax", "nme_lambda_max": "NME λmax", "trace": "trace",
+    "nme_trace": "NME trace", "delta_func_share": "δ_func share", "sam_sharpness": "worst case",
+    "functional_sharpness": "functional", "average_sharpness": "average", "critical_sharpness": "critical",
+    "noise_scale": "noise scale",
+}  # fmt: skip
+
+
+def refused(settings: Settings) -> str:
+    """What is wrong with settings that are right one by one, "" for nothing."""
+    wrong = settings.densities > settings.probes
+    return f"--densities={settings.densities}: must be at most --probes={settings.probes}" if wrong else ""
+
+
+def stages(settings: Settings) -> Sequence[str]:
+    """The stages of measure_run, each of which it announces."""
+    from steppe.lm.measure import sharpness
+
+    return sharpness.stages(settings)
+
+
+def measure_run(
+    run: Any, settings: Settings, programs: dict, other: Callable[[str], Any], tick: Callable[[str], None]
+) -> dict[str, Any]:
+    """What is measured of a run at a checkpoint: "summary", {measure: number}, first; how it came about besides.
+
+    run: lm.keep.saved.Saved. programs: those of runs before, by their key; takes those of this one. other(workdir):
+    the parameters of another run of the same model. tick(stage): a stage begins.
+    """
+    import jax.numpy as jnp
+
+    from steppe.data import loader
+    from steppe.lm.measure import sharpness
+    from steppe.lm.measure.in_training import named_groups
+    from steppe.lm.model.mesh import local_rows, place_batch
+    from steppe.optim.ascent import preconditioner
+    from steppe.optim.base import BASES
+
+    name, size = next(iter(run.corpus.held_out)), run.config.train.batch_size
+    most = loader.held_out_steps(run.corpus, name, size)
+    parts = min(settings.noise_scale, most)
+    settings = settings._replace(batches=min(settings.batches, most), noise_scale=parts if parts > 1 else 0)
+
+    def placed(count: int) -> dict:
+        rows = loader.held_out_rows(run.corpus, name, 0, count * size)
+        rows.pop("bytes")
+        return place_batch(run.parts.mesh, count * size, local_rows(run.parts.mesh, count * size), rows)
+
+    batch, scale = placed(settings.batches), None
+    if "second" in BASES[run.parts.optimizer.base.name].moments:
+        moments = run.parts.optimizer.base.moments(run.optimizer, run.params)
+        scale = preconditioner(moments.second, moments.count == 0)
+    key = sharpness.compile_key(run.parts, settings.batches, settings)
+    if key not in programs:
+        try:
+            programs[key] = sharpness.programs(run.parts, settings.batches, settings)
+        except ValueError as error:
+            raise UsageError(f"--within={','.join(settings.within)}: {error}") from None
+    summary, details = sharpness.measure(
+        programs[key],
+        run.params,
+        batch,
+        named_groups(run.config.curvature.groups),
+        settings,
+        scale,
+        next_step=_next_step(run) if run.are_last else None,
+        towards=other(settings.towards) if settings.towards else None,
+        noisy=placed(settings.noise_scale) if settings.noise_scale else None,
+        tick=tick,
+    )
+    counted = {"held_out": name, "tokens": int(jnp.sum(batch["weights"] > 0)), "settings": settings._asdict()}
+    return {"summary": summary, **counted, **details}
+
+
+def _next_step(run):
+    """gradient -> (update, learning rate): what the run's base would do with it next."""
+    import jax
+    import jax.numpy as jnp
+
+    from steppe.lm.measure.in_training import next_step
+    from steppe.lm.parts.state import State
+
+    state = State(jnp.int32(run.step), run.params, run.optimizer, rule=(), averages={})
+    taken = jax.jit(functools.partial(next_step, run.parts.optimizer))
+    return lambda gradient: jax.block_until_ready(taken(gradient, state))
+
+
+def note(summary: dict[str, float]) -> str:
+    """How a run's batch compares with the gradient noise scale, and what follows; "" where that was not measured."""
+    if "noise_scale" not in summary:
+        return ""
+    tokens, scale = summary["batch_tokens"], summary["noise_scale"]
+    said = f"a batch of {tokens:,.0f} tokens is {tokens / scale:.2g} of the gradient noise scale, {scale:,.0f} tokens"
+    follows = "differ little here" if tokens < scale else "can part here"
+    return f"{said}: SAM and a functional method {follows}"
+
+
+def draw(found: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: figure} of what measure_run found at one checkpoint."""
+    return {"spectra": _spectra(found)} | ({"slices": _slices(found)} if "slices" in found else {})
+
+
+def draw_training(found: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> Any:
+    """The figure of all checkpoints of a run, in their order, and of what the run recorded itself."""
+    from steppe.lm import plot
+
+    figure, (shares, norms, eigenvalues, sharpness) = _panels(7.5, 5.2, 2, 2, sharex=True)
+
+    # two batches, so two lines: what the run recorded, and what was measured of its checkpoints
+    series = {
+        ("-", "while training"): [
+            (r["step"], *(_number(r.get("all", {}), key) for key in ("logit_norm", "functional_norm")))
+            for r in recorded
+        ],
+        ("--", "checkpoints"): [
+            (f["step"], *(_number(f["summary"], key) for key in ("delta_logit_norm", "delta_func_norm"))) for f in found
+        ],
+    }
+    for (dash, label), rows in series.items():
+        if rows:
+            at, logit, functional = zip(*rows, strict=True)
+            share = [b**2 / max(a**2 + b**2, 1e-300) for _, a, b in rows]
+            shares.semilogy(at, share, dash, color=plot.GREEN, marker=".", label=label)
+            norms.semilogy(at, logit, dash, color=plot.VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
+            norms.semilogy(at, functional, dash, color=plot.GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
+    shares.set_title("share of δ_func in ‖δ_logit‖² + ‖δ_func‖²", loc="left", fontsize=9)
+    norms.set_title("norms", loc="left", fontsize=9)
+    for axes in (shares, norms):
+        axes.legend(fontsize=7)
+
+    steps = [f["step"] for f in found]
+    for matrix, label in _NAMES.items():
+        largest = [_number(f["summary"], f"{matrix}_lambda_max".removeprefix("hessian_")) for f in found]
+        eigenvalues.plot(steps, largest, color=_colours()[matrix], marker=".", label=label)
+    eigenvalues.set_title("largest eigenvalue", loc="left", fontsize=9)
+    for key, label, colour in (
+        ("sam_sharpness", "worst case", plot.BLUE),
+        ("logit_sharpness", "its logit part", plot.VERMILION),
+        ("functional_sharpness", "its functional part", plot.GREEN),
+        ("average_sharpness", "average case", plot.GREY),
+    ):
+        sharpness.plot(steps, [_number(f["summary"], key) for f in found], color=colour, marker=".", label=label)
+    sharpness.set_title("rise of the loss, nats per token", loc="left", fontsize=9)
+    for axes in (eigenvalues, sharpness):
+        axes.set_xlabel("step")
+        if found:
+            axes.legend(fontsize=8)
+    return figure
+
+
+_NAMES = {"hessian": "H", "ggn": "GGN", "nme": "NME"}
+
+
+def _colours() -> dict[str, str]:
+    from steppe.lm import plot
+
+    return {"hessian": plot.BLUE, "ggn": plot.VERMILION, "nme": plot.GREEN}
+
+
+def _panels(width: float, height: float, rows: int, columns: int, **shared):
+    """(figure, its axes, row by row)."""
+    from steppe.lm import plot
+
+    figure = plot.figure(width, height)
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+
+
+def _spectra(found: Mapping[str, Any]) -> Any:
+    figure, panels = _panels(9, 2.9, 1, 3, sharey=True)
+    for axes, (key, name) in zip(panels, _NAMES.items(), strict=True):
+        spectrum, colour = found["spectra"][key], _colours()[key]
+        axes.semilogy(spectrum["grid"], spectrum["density"], color=colour)
+        axes.fill_between(spectrum["grid"], 1e-30, spectrum["density"], color=colour, alpha=0.2)
+        axes.set_title(
+            f"{name}: λ {spectrum['lambda_min']:.3g} to {spectrum['lambda_max']:.4g}, "
+            f"trace {spectrum['trace']:.4g}", loc="left", fontsize=9,
+        )  # fmt: skip
+        axes.set_xlabel("eigenvalue")
+    tallest = max(max(found["spectra"][key]["density"]) for key in _NAMES)
+    # one eigenvalue alone stands about so high
+    alone = min(1 / found["spectra"]["hessian"]["dimension"], 1e-3) * 0.01 * tallest
+    panels[0].set_ylim(alone, 3 * tallest)
+    panels[0].set_ylabel("density")
+    return figure
+
+
+def _slices(found: Mapping[str, Any]) -> Any:
+    import numpy as np
+
+    from steppe.lm import plot
+
+    slices = found["slices"]
+    figure, (lines, noise, plane) = _panels(9, 3, 1, 3)
+    for axes, names in ((lines, {"gradient": plot.BLUE, "nme": plot.GREEN}), (noise, {"random": plot.GREY})):
+        for name, colour in names.items():
+            label = {"gradient": "along ε̂", "nme": "NME's top eigenvector", "random": "a random direction"}[name]
+            axes.plot(slices[name]["at"], _numbers(slices[name]["loss"]), color=colour, marker=".", label=label)
+        axes.set_xlabel("distance from θ")
+        axes.legend(fontsize=8)
+    lines.set_ylabel("loss, nats per token")
+    losses = np.array([_numbers(row) for row in slices["plane"]["loss"]])
+    if np.isfinite(losses).all() and np.ptp(losses) > 0:
+        drawn = plane.contourf(slices["plane"]["gradient"], slices["plane"]["nme"], losses, levels=12, cmap="viridis")
+        figure.colorbar(drawn, ax=plane)
+    plane.grid(False)
+    plane.plot(0, 0, marker="+", color="white")
+    plane.set_xlabel("along ε̂")
+    plane.set_ylabel("along NME's top eigenvector", fontsize=8)
+    return figure
+
+
+def _number(values: Mapping[str, Any], key: str) -> float:
+    """A number of a stored measurement, NaN where it has none."""
+    found = values.get(key)
+    return math.nan if found is None else found
+
+
+def _numbers(values: list) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
