@@ -1,0 +1,102 @@
+"""The runs of a judgement: a sweep that grows stage by stage, and what its runs say."""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steppe.configs.read import UsageError, reader
+from steppe.data import files
+from steppe.scripts import results
+from steppe.scripts.results import Result
+
+STAGES = "stages"
+
+
+class Stopped(Exception):
+    """A stage ended before its runs did; status: to exit with."""
+
+    def __init__(self, status: int):
+        self.status = status
+
+
+class Arena(NamedTuple):
+    """Where runs are made. directory: a sweep's; path, overrides: of its config; arguments: of steppe sweep besides."""
+
+    directory: Path
+    path: str
+    overrides: list[tuple[str, str]]
+    arguments: list[str]
+
+    def make(self, stage: str, runs: Sequence[Mapping[str, str]], plan: bool = False) -> None:
+        """Makes the runs that are not there yet, by steppe sweep; plan: shows them alone. Raises Stopped."""
+        from steppe.scripts.sweep.__main__ import main as sweep
+
+        file = self.directory / STAGES / f"{stage}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n        ".join(repr(dict(run)) for run in runs)
+        files.write(file, f"def get_spec():\n    return {{'list': [\n        {lines},\n    ]}}\n")
+        given = [f"--config.{key}={text}" for key, text in self.overrides]
+        status = sweep(
+            [f"--config={self.path}", *given, f"--sweep={file}", f"--out={self.directory}", *self.arguments]
+            + ["--plan"] * plan
+        )
+        if status not in (0, 1):  # 1: a run failed, which is judged as one that diverged
+            raise Stopped(status)
+
+    def read(self) -> Callable[[Mapping[str, str]], Result | None]:
+        """find(overrides of a run) -> its Result once it has ended; None where it has not."""
+        known = {_identity(run.config): run for run in self._results() if run.status != "unfinished"}
+        config_of = _reader(self.path)
+
+        def find(run: Mapping[str, str]) -> Result | None:
+            texts = dict(self.overrides) | dict(run)
+            return known.get(_identity(results.flatten(config_of(list(texts.items())).to_dict())))
+
+        return find
+
+    def _results(self) -> list[Result]:
+        if not (self.directory / results.SWEEP).exists():
+            return []
+        return results.read(self.directory, left_out=lambda line: None)
+
+
+_reader = functools.cache(reader)  # which says once what gives way
+
+
+def _identity(flat: Mapping[str, Any]) -> str:
+    """What a config computes: its keys but those that change nothing of it."""
+    from steppe.configs.base import FREE
+
+    said = {key: value for key, value in flat.items() if value is not None and key not in FREE}
+    return json.dumps(said, sort_keys=True, default=list)
+
+
+def loss(result: Result | None) -> float:
+    """Held-out nats a byte at the end; inf where a run diverged or failed."""
+    value = result.bits_per_byte * math.log(2) if result and result.status == "finished" else math.inf
+    return value if math.isfinite(value) else math.inf
+
+
+def average(result: Result, name: str) -> Result | None:
+    """The same run by an average of its weights."""
+    return next((each for each in result.averages if each.weights == name), None)
+
+
+def duration(steps: int, times: float) -> str:
+    """A run that is so many times as long."""
+    return f"{math.ceil(steps * times)} steps"
+
+
+def must_be_new_or_same(directory: Path, path: str, overrides: Sequence[tuple[str, str]]) -> None:
+    """Keeps what a judgement began with. Raises UsageError where a directory began with something else."""
+    said, file = {"config": path, "overrides": [list(each) for each in overrides]}, directory / "judge.json"
+    if file.exists() and (known := json.loads(file.read_text())) != said:
+        shown = " ".join(f"--config.{key}={text}" for key, text in known["overrides"])
+        raise UsageError(
+            f"--out = {directory}: began with --config={known['config']} {shown}: give the same, or another"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    files.write_json(file, said)
