@@ -68,6 +68,7 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
     rule = looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs)
     found: dict[str, looks.Finding] = {}
     differences: dict[str, list[float]] = {}
+    mine: list[Result | None] = []
     for pairs in rule.looks:
         wanted = [name for name in runs if name not in found or found[name].state == looks.UNDECIDED]
         if "adamw, ema" in found and found["adamw, ema"].state == looks.UNDECIDED and "adamw" not in wanted:
