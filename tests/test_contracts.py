@@ -85,7 +85,7 @@ def test_every_package_that_is_imported_is_declared():
     declared, provided = _declared(), importlib.metadata.packages_distributions()
     for path in [*MODULES, *(ROOT / "tests").rglob("*.py")]:
         tops = {name.partition(".")[0] for _, name in _imports(_tree(path))}
-        for top in tops - {"steppe", "helpers", "parity", "exhaustive"} - sys.stdlib_module_names:
+        for top in tops - {"steppe", "helpers", "parity", "exhaustive", "bench"} - sys.stdlib_module_names:
             names = {canonicalize_name(name) for name in provided.get(top, [top])}
             assert names & declared, f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not bring"
 
