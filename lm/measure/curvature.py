@@ -71,7 +71,7 @@ def measure_run(
     from steppe.lm.measure.in_training import named_groups
     from steppe.lm.model.mesh import local_rows, place_batch
     from steppe.optim.ascent import preconditioner
-    from steppe.optim.base import BASES
+    from steppe.optim.base import kind_of
 
     name, size = next(iter(run.corpus.held_out)), run.config.train.batch_size
     most = loader.held_out_steps(run.corpus, name, size)
@@ -84,7 +84,7 @@ def measure_run(
         return place_batch(run.parts.mesh, count * size, local_rows(run.parts.mesh, count * size), rows)
 
     batch, scale = placed(settings.batches), None
-    if "second" in BASES[run.parts.optimizer.base.name].moments:
+    if "second" in kind_of(run.parts.optimizer.base.name).moments:
         moments = run.parts.optimizer.base.moments(run.optimizer, run.params)
         scale = preconditioner(moments.second, moments.count == 0)
     key = sharpness.compile_key(run.parts, settings.batches, settings)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from steppe.data import files
 from steppe.scripts.judge import looks
 from steppe.scripts.judge.contest import Contender, Point, proposals, unsure
-from steppe.scripts.judge.stages import Arena, average, duration, loss
+from steppe.scripts.judge.stages import Arena, Stopped, average, duration, loss
 from steppe.scripts.results import Result
 
 EMA = {"average.weights": "ema"}
@@ -46,6 +46,26 @@ def tune(arena: Arena, contender: Contender, trials: int) -> Tuned:
     best = min(known, key=lambda point: (known[point], point))
     names = list(contender.start)
     return Tuned(contender, contender.at(best), known, [names[axis] for axis in unsure(axes, known)])
+
+
+# of steppe curvature: the gradient noise scale, and as little else as it allows
+NOISE = ("--probes=1", "--densities=1", "--lanczos=2", "--ascent=0", "--draws=1", "--slices=0")
+
+
+def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
+    """{"batch_tokens", "noise_scale"} at the end of AdamW's best trial, in tokens; {} where the noise hides it."""
+    from steppe.scripts.measure.__main__ import main as measure
+
+    run = arena.read()(adamw.settings | EMA)
+    assert run is not None
+    if not run.curvature:
+        print("batch       measuring the gradient noise scale at the end of AdamW's best trial", flush=True)
+        if status := measure(["curvature", f"--workdir={run.directory}", *NOISE]):
+            raise Stopped(status)
+        run = arena.read()(adamw.settings | EMA)
+        assert run is not None
+    numbers = run.curvature[-1]
+    return {name: numbers[name] for name in ("batch_tokens", "noise_scale") if "noise_scale" in numbers}
 
 
 def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
@@ -174,6 +194,7 @@ def line(found: dict[str, Any]) -> str:
 
 def table(found: dict[str, Any]) -> str:
     """Every comparison, then how each contender was tuned."""
+    from steppe.lm.measure.curvature import note
     from steppe.lm.track.tracker import clock_face
 
     lines = [
@@ -199,6 +220,8 @@ def table(found: dict[str, Any]) -> str:
             + (f"; at the end of its grid: {', '.join(ends)}" if ends else "")
         )
     lines.append(f"cost {found['flops_of_adamw']:.2f} of AdamW's FLOPs")
+    if said := note(found["batch"]):
+        lines.append(said)
     return "\n".join(lines)
 
 
