@@ -7,9 +7,9 @@
 CANDIDATE is a method, a base, or FILE.py:NAME. Every contender gets as many trials, on the config's seed, which is not
 used again: peak learning rate, and rho where it has one. The batch is held against the gradient noise scale, and stays.
 Then seeds are added, look by look, until the difference from every rival is known to be above, below or within
---effect, or --pairs seeds are there. Rivals are the contenders of --against, AdamW's EMA, AdamW with a short decay, and,
-of a dearer candidate, AdamW with as many FLOPs. Run the same command to go on; another candidate in the same DIR costs
-its own runs alone. Without a CANDIDATE: all verdicts there.
+--effect, or --pairs seeds are there. Rivals are the contenders of --against, AdamW's EMA, AdamW with a short decay,
+and, of a dearer candidate, AdamW with as many FLOPs. Run the same command to go on; another candidate in the same DIR
+costs its own runs alone. Without a CANDIDATE: all verdicts there.
 """
 
 import sys
