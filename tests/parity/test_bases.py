@@ -89,3 +89,79 @@ def test_schedule_free_is_that_of_its_authors(warmup):
     other.eval()
     z = next(x for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "z")) if hasattr(x, "z")).z
     np.testing.assert_allclose(evaluated.at(0.9, params, z), parameter.detach().numpy(), rtol=0, atol=2e-6)
+
+
+EXAMPLES = "steppe.optim.outside.examples."
+
+
+@jax.enable_x64(True)
+@pytest.mark.parametrize(
+    ("name", "theirs", "given", "own", "apart"),
+    [
+        (
+            "mars:mars",
+            "MARS",
+            {"betas": (0.9, 0.95), "gamma": 0.025, "lr_1d": 1e-2, "betas_1d": (0.9, 0.95), "weight_decay_1d": 0.1},
+            {},
+            1e-8,  # their eps is added before the bias is corrected
+        ),
+        (
+            "ademamix:ademamix",
+            "AdEMAMix",
+            {"betas": (0.9, 0.95, 0.999), "alpha": 5.0, "t_alpha_beta3": 20},
+            {"slow_warmup": 20},
+            1e-12,
+        ),
+    ],
+)
+def test_examples_are_those_of_pytorch_optimizer(name, theirs, given, own, apart):
+    """30 steps of gradients whose norm passes 1 on some, past the warm-up of the slow average."""
+    package = pytest.importorskip("pytorch_optimizer", reason="steppe[parity] is not installed")
+    rng = np.random.default_rng(0)
+    begin = [rng.normal(size=shape) for shape in ((6, 5), (7,))]
+    parameters = [torch.nn.Parameter(torch.tensor(array)) for array in begin]
+    settings = {"lr": 1e-2, "eps": 1e-12, "weight_decay": 0.1, "weight_decouple": True}
+    other = getattr(package, theirs)(parameters, **settings, **given)
+    base = optim.base_optimizer(EXAMPLES + name, 1e-2, b1=0.9, b2=0.95, eps=1e-12, weight_decay=0.1, **own)
+    params = [jnp.asarray(array) for array in begin]
+    state, update = base.transform.init(params), jax.jit(base.transform.update)
+    for _ in range(30):
+        gradient = [rng.normal(size=array.shape) * 10 ** rng.uniform(-2, 1) for array in begin]
+        set_gradients(parameters, gradient)
+        other.step()
+        updates, state = update([jnp.asarray(array) for array in gradient], state, params)
+        params = optax.apply_updates(params, updates)
+    for ours, parameter in zip(params, parameters, strict=True):
+        np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=0, atol=apart)
+
+
+@jax.enable_x64(True)
+@pytest.mark.parametrize("name", ["adam_hyperball", "muon_hyperball"])
+def test_hyperball_is_its_formula_on_each_matrix_of_a_stack(name):
+    """W <- R N(W - rate R N(u)), u of optax alone; what is no matrix takes decoupled AdamW."""
+    rng, rate, decay = np.random.default_rng(0), 0.1, 0.1
+    params = {"kernel": rng.normal(size=(2, 4, 6)), "scale": rng.normal(size=5)}
+    axes = masks.matrix_axes((("kernel", (1,), (2,)),))
+    base = optim.base_optimizer(
+        f"{EXAMPLES}hyperball:{name}", rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay, matrix_axes=axes
+    )
+    alone = {
+        "adam_hyperball": optax.scale_by_adam(0.9, 0.95, 1e-8),
+        "muon_hyperball": optax.chain(
+            optax.contrib.muon(1.0, beta=0.9, eps=1e-8, adam_b1=0.9, adam_b2=0.95, muon_weight_dimension_numbers=axes),
+            optax.scale(-1.0),
+        ),
+    }[name]
+    state, inner, radii = base.transform.init(params), alone.init(params), np.linalg.norm(params["kernel"], axis=(1, 2))
+    for _ in range(5):
+        gradient = {key: rng.normal(size=value.shape) for key, value in params.items()}
+        updates, state = base.transform.update(gradient, state, params)
+        u, inner = alone.update(gradient, inner, params)
+        want = []
+        for matrix, direction, radius in zip(params["kernel"], np.asarray(u["kernel"]), radii, strict=True):
+            moved = matrix - rate * radius * direction / np.linalg.norm(direction)
+            want.append(radius * moved / np.linalg.norm(moved))
+        scale = params["scale"] - rate * (np.asarray(u["scale"]) + decay * params["scale"])
+        params = {key: np.asarray(value + updates[key]) for key, value in params.items()}
+        np.testing.assert_allclose(params["kernel"], want, rtol=1e-6)
+        np.testing.assert_allclose(params["scale"], scale, rtol=1e-6)

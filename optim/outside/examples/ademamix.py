@@ -26,12 +26,15 @@ def ademamix(
     defaults are for hundreds of thousands of steps (β₃ 0.9999, the warm-up the whole run); these are for thousands.
     """
 
+    def done(count):  # of no dtype of its own, so that states keep theirs
+        return jnp.minimum((count + 1) * (1 / slow_warmup), 1.0)
+
     def weight(count):
-        return slow_weight * jnp.minimum((count + 1) / slow_warmup, 1.0)
+        return slow_weight * done(count)
 
     def decay(count):
-        fast, slow, done = math.log(b1), math.log(slow_decay), jnp.minimum((count + 1) / slow_warmup, 1.0)
-        return jnp.exp(fast * slow / ((1 - done) * slow + done * fast))
+        fast, slow = math.log(b1), math.log(slow_decay)
+        return jnp.exp(fast * slow / ((1 - done(count)) * slow + done(count) * fast))
 
     warm = slow_warmup > 0 and b1 > 0 and slow_decay > 0
     return optax.contrib.ademamix(
