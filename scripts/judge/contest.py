@@ -57,7 +57,10 @@ def contender(name: str, config: ConfigDict) -> Contender:
 
 
 def proposals(axes: int, losses: Mapping[Point, float], trials: int) -> list[Point]:
-    """The points to be tried next; none once there were `trials`. losses: inf of one that diverged."""
+    """The points to be tried next; none once there were `trials`. losses: inf of one that diverged.
+
+    The neighbours of the best along one axis, then the next; finer ones where none is missing, down to an eighth.
+    """
     origin = (0.0,) * axes
     if not losses:
         return [origin]
@@ -69,7 +72,11 @@ def proposals(axes: int, losses: Mapping[Point, float], trials: int) -> list[Poi
             if missing:
                 return missing[:left]
         step /= 2
-    return []
+    wider = []  # where all near ones are tried, beyond what was tried
+    for axis in range(axes):
+        tried = [point[axis] for point in losses]
+        wider += [(*best[:axis], at, *best[axis + 1 :]) for at in (min(tried) - 1, max(tried) + 1)]
+    return wider[: max(0, left)]
 
 
 def neighbours(point: Point, axis: int, step: float = 1.0) -> list[Point]:
