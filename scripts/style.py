@@ -69,12 +69,13 @@ _IN_WORDS = {
     "functional_sharpness": "functional sharpness",
     "average_sharpness": "average sharpness",
     "critical_sharpness": "critical sharpness",
+    "noise_scale": "gradient noise scale",
     "delta_func_share": "functional share of the perturbed gradient",
     "forgetting_at_equal_gain": "forgotten at equal gain",
     "forgetting_at_equal_loss": "forgotten at equal fine-tuning loss",
 }
 _PATTERNS = (
-    (r"noise_(.+)", lambda found: f"weight noise of {float(found[1]):.3g} rms"),
+    (r"noise_(\d[\d.]*(?:e[+-]?\d+)?)", lambda found: f"weight noise of {float(found[1]):.3g} rms"),
     (r"(int\d+)_channel(_embedding)?",
      lambda found: f"{found[1]}, a scale a channel{', all tables too' * bool(found[2])}"),
     (r"(int\d+)_group(\d+)(_embedding)?",

@@ -11,6 +11,8 @@ import warnings
 
 import pandas as pd
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
@@ -478,6 +480,15 @@ def test_bad_packs_are_one_line(sweep, tmp_path, capsys):
 )
 def test_measures_have_words(measure, words):
     assert style.in_words(measure) == words
+
+
+PREFIXES = ["", "noise_", "int8_", "int4_group", "fine_tune_lr="]
+
+
+@given(st.sampled_from(PREFIXES), st.sampled_from(["scale", "square", "1e-3", "0.01", "", "x", "-", "1e", "channel"]))
+@example("noise_", "scale")
+def test_every_name_of_a_measure_has_some_words(prefix, rest):
+    assert isinstance(style.in_words(prefix + rest), str)
 
 
 def test_variants_of_a_method_share_its_colour_and_nothing_else():
