@@ -216,3 +216,11 @@ def test_hooks_and_workflows_call_what_ci_calls():
 def test_forms_ask_for_the_doctor(form):
     fields = yaml.safe_load(form.read_text())["body"]
     assert any("steppe doctor" in field["attributes"]["label"] for field in fields)
+
+
+def test_every_smoke_test_is_there():
+    """Those that run on every other Python: pytest refuses the whole list where one is named that is not there."""
+    for line in (ROOT / ".ci" / "smoke").read_text().split():
+        path, _, name = line.partition("::")
+        functions = {node.name for node in ast.walk(_tree(ROOT / path)) if isinstance(node, ast.FunctionDef)}
+        assert name.partition("[")[0] in functions, line
