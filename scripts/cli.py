@@ -34,7 +34,7 @@ COMMANDS = {
     "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
     "coordinates": ("steppe.scripts.measure.coordinates", "--config=quickstart --out=coordinates"),
     "judge": ("steppe.scripts.judge.__main__", "msam --config=quickstart --out=judged"),
-    "check": ("steppe.scripts.check", "mine.py:half_sign"),
+    "check": ("steppe.scripts.judge.check", "mine.py:half_sign"),
     "doctor": ("steppe.scripts.doctor", ""),
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
 }

@@ -20,7 +20,7 @@ from steppe.lm.parts.state import parameter_shapes
 from steppe.optim import Rule, methods
 from steppe.optim.averaging import AVERAGES
 from steppe.optim.base import Base, base
-from steppe.optim.flops import counted
+from steppe.optim.outside.flops import counted
 from steppe.optim.schedules import duration_steps, in_steps
 
 MOST_STEPS = 2**31 - 1  # which the state counts in int32

@@ -1,1 +1,1 @@
-"""For optimizers from outside (steppe.optim.references): the contract that they are tried by, and examples."""
+"""For optimizers from outside (steppe.optim.references): their contract, FLOPs counted from programs, examples."""
