@@ -16,7 +16,7 @@ EMA = {"average.weights": "ema"}
 SHORT = {"optim.schedule": "wsd", "optim.cooldown": "20%"}  # the rival's decay
 DEARER = 1.02  # times AdamW's FLOPs, from which a candidate is also held against AdamW with as many
 VERDICTS = "verdicts"
-FIRST_SEED = 1000  # of those that decide, after the config's own
+BEYOND = 1000  # the config's own seed, which tuned: the first of those that decide
 
 
 class Tuned(NamedTuple):
@@ -71,7 +71,6 @@ def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
 def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
     """Adds fresh seeds, look by look, until every comparison is decided or no pairs are left; the whole verdict."""
     candidate, *others = tuned
-    seeds = lambda settings, count: [settings | EMA | {"seed": str(FIRST_SEED + i)} for i in range(count)]  # noqa: E731
     adamw = next(each for each in others if each.contender.name == "adamw")
     find = arena.read()
     one, plain = find(candidate.settings | EMA), find(adamw.settings | EMA)
@@ -79,7 +78,8 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
         raise ValueError(
             f"{arena.directory}: AdamW's best trial diverged: give a lower config.optim.peak_learning_rate"
         )
-    times = one.flops / plain.flops
+    first, times = int(one.config["seed"]) + BEYOND, one.flops / plain.flops
+    seeds = lambda settings, count: [settings | EMA | {"seed": str(first + i)} for i in range(count)]  # noqa: E731
     runs = {each.contender.name: each.settings for each in others} | {"adamw, short decay": adamw.settings | SHORT}
     if times > DEARER:
         longer = {"train.duration": duration(plain.steps, times)}
