@@ -9,6 +9,7 @@ annotated with an Option are options of the run, as those of the methods here (o
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import os
@@ -87,6 +88,8 @@ def _module(place: str) -> tuple[Any, str]:
         name, text = place, Path(spec.origin).read_text(encoding="utf-8")
     else:
         raise FileNotFoundError(place)
+    if name == place:
+        return importlib.import_module(name), text
     if name not in sys.modules:
         assert spec is not None
         assert spec.loader is not None
