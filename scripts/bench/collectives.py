@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from steppe.configs import base
 from steppe.lm.model import hlo
 from steppe.scripts import command
-from steppe.scripts.plan import __main__ as plan
+from steppe.scripts.plan import compiled as plan
 
 METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam", "msam", "functional_msam")
 GIB = 2**30

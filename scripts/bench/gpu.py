@@ -129,7 +129,7 @@ class _Step:
 
         from steppe.lm.parts.state import create
         from steppe.lm.parts.step import with_scalars
-        from steppe.scripts.plan.__main__ import compiled_step
+        from steppe.scripts.plan.compiled import compiled_step
 
         config, since = _config(size, method, options), time.monotonic()
         self.parts, program = compiled_step(config, VOCABULARY, 10**9, jax.devices()[:1])

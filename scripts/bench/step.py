@@ -58,7 +58,7 @@ def ours(size: str, method: str, options) -> Variant:
     import jax
 
     from steppe.lm.parts.state import create
-    from steppe.scripts.plan.__main__ import compiled_step
+    from steppe.scripts.plan.compiled import compiled_step
 
     config = turns.config_of(size, options)
     config.optim.method, _, readout = method.partition(":")

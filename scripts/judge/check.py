@@ -72,7 +72,7 @@ def cost(config) -> str:
 
     from steppe.data.vocabulary import load_tokenizer
     from steppe.optim.methods import OPTIONS
-    from steppe.scripts.plan.__main__ import compiled_step
+    from steppe.scripts.plan.compiled import compiled_step
 
     vocabulary, device = load_tokenizer(config.data.vocabulary).vocab_size, jax.devices()[:1]
     adamw = config.copy_and_resolve_references().unlock()

@@ -199,7 +199,7 @@ def _step_rate(config, corpus, steps: int) -> tuple[float, float]:
     from steppe.data.loader import prefetch, training_rows
     from steppe.lm.model.mesh import local_rows, place_batch
     from steppe.lm.parts.state import create
-    from steppe.scripts.plan.__main__ import compiled_step
+    from steppe.scripts.plan.compiled import compiled_step
 
     parts, step = compiled_step(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, jax.devices())
     state = create(parts.mesh, parts.initialise)

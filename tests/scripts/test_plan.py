@@ -23,6 +23,7 @@ from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.budget import step_flops
 from steppe.optim.methods import Cost
 from steppe.scripts.plan import __main__ as plan
+from steppe.scripts.plan import compiled
 
 
 def config(size: str, batch: int, length: int, method: str, **model):
@@ -157,7 +158,7 @@ def wide():
     """
     made = config("1.2b", 8, 96, "precond_functional_sam", layers=2, readout_chunk=32, functional_readout="rebuild")
     made.mesh.data = made.mesh.fsdp = made.mesh.tensor = 2
-    parts, program = plan.compiled_step(made, 32100, 0, jax.devices())
+    parts, program = compiled.compiled_step(made, 32100, 0, jax.devices())
     return parts, program.as_text()
 
 
@@ -212,7 +213,7 @@ def test_the_two_passes_of_functional_sam_share_the_memory_of_their_activations(
     temporary = {}
     for method in ("adamw", "functional_sam"):
         made = config("118m", 32, 512, method, functional_readout="rebuild")
-        parts, program = plan.compiled_step(made, 32100, 0, jax.devices()[:1])
+        parts, program = compiled.compiled_step(made, 32100, 0, jax.devices()[:1])
         temporary[method] = program.memory_analysis().temp_size_in_bytes
     copy, hidden = 4 * parts.budget.parameters.total, 4 * 32 * 512 * parts.shape.width
     assert temporary["functional_sam"] <= 1.1 * (temporary["adamw"] + copy + hidden)
@@ -234,7 +235,7 @@ def test_the_program_does_not_grow_with_depth():
     size = {}
     for layers in (4, 48):
         made = config("", 8, 64, "functional_sam", layers=layers)
-        _, program = plan.compiled_step(made, 256, 10**6, jax.devices()[:1])
+        _, program = compiled.compiled_step(made, 256, 10**6, jax.devices()[:1])
         size[layers] = sum(map(len, hlo.computations(program.as_text())[0].values()))
     assert size[48] <= 1.02 * size[4]
 

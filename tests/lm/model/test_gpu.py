@@ -12,7 +12,7 @@ from steppe.configs import base, sizes
 from steppe.lm.model import attention
 from steppe.lm.parts.state import create
 from steppe.lm.parts.step import with_scalars
-from steppe.scripts.plan.__main__ import compiled_step
+from steppe.scripts.plan.compiled import compiled_step
 
 pytestmark = [
     pytest.mark.gpu,
