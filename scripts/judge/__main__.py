@@ -5,11 +5,11 @@
     steppe judge --out=judged
 
 CANDIDATE is a method, a base, or FILE.py:NAME. Every contender gets as many trials, on the config's seed, which is not
-used again: peak learning rate, and rho where it has one. The batch is held against the gradient noise scale, and stays.
-Then seeds are added, look by look, until the difference from every rival is known to be above, below or within
---effect, or --pairs seeds are there. Rivals are the contenders of --against, AdamW's EMA, AdamW with a short decay,
-and, of a dearer candidate, AdamW with as many FLOPs. Run the same command to go on; another candidate in the same DIR
-costs its own runs alone. Without a CANDIDATE: all verdicts there.
+used again: peak learning rate, rho where it has one, and its own options. The batch is held against the gradient noise
+scale, and stays. Then seeds are added, look by look, until the difference from every rival is known to be above, below
+or within --effect, or --pairs seeds are there. Rivals are the contenders of --against, AdamW's EMA, AdamW with a short
+decay, and, of a dearer candidate, AdamW with as many FLOPs; the candidate's EMA is held against AdamW's. Run the same
+command to go on; another candidate in the same DIR costs its own runs alone. Without a CANDIDATE: all verdicts there.
 """
 
 import sys
@@ -37,14 +37,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time")
     parser.add_argument("--plan", action="store_true", help="show the stages and their cost, no more")
     path, overrides, options = command.parse_unread(argv, parser)
-    from steppe.scripts.judge import verdict
+    from steppe.scripts.judge import page
 
     if options.candidate is None:
-        print(verdict.leaderboard(options.out))
+        print(page.leaderboard(options.out))
         return 0
 
-    from steppe.scripts.judge import stages
+    from steppe.scripts.judge import stages, verdict
     from steppe.scripts.judge.contest import contender
+    from steppe.scripts.judge.plan import plan
 
     path, given = command.required(path), [(key, "true" if text is None else text) for key, text in overrides]
     config = read_config(path, given)
@@ -56,14 +57,14 @@ def main(argv: Sequence[str]) -> int:
     stages.must_be_new_or_same(options.out, path, given)
     try:
         if options.plan:
-            verdict.plan(arena, contenders, options)
+            plan(arena, contenders, options)
             return 0
         tuned = [verdict.tune(arena, each, options.trials) for each in contenders]
-        batch = verdict.regime(arena, next(each for each in tuned if each.contender.name == "adamw"))
+        batch = verdict.regime(arena, verdict.named(tuned, "adamw"))
         found = verdict.compare(arena, tuned, options) | {"batch": batch}
     except stages.Stopped as stopped:
         return stopped.status
-    print(verdict.keep(options.out, found))
+    print(page.keep(options.out, found))
     return 0
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,17 @@ class Arena(NamedTuple):
         if status not in (0, 1):  # 1: a run failed, which is judged as one that diverged
             raise Stopped(status)
 
+    def can(self, run: Mapping[str, str]) -> bool:
+        """Whether a run's config is one that can run."""
+        from steppe.configs.keys import ConfigError
+        from steppe.lm.parts.check import check
+
+        try:
+            check(_reader(self.path)(list((dict(self.overrides) | dict(run)).items())), device_count=None)
+        except (UsageError, ConfigError):
+            return False
+        return True
+
     def read(self) -> Callable[[Mapping[str, str]], Result | None]:
         """find(overrides of a run) -> its Result once it has ended; None where it has not."""
         known = {_identity(run.config): run for run in self._results() if run.status != "unfinished"}
@@ -81,8 +93,8 @@ def loss(result: Result | None) -> float:
 
 
 def average(result: Result, name: str) -> Result | None:
-    """The same run by an average of its weights."""
-    return next((each for each in result.averages if each.weights == name), None)
+    """The same run by an average of its weights; "": by these themselves."""
+    return next((each for each in (result._replace(weights=""), *result.averages) if each.weights == name), None)
 
 
 def duration(steps: int, times: float) -> str:
@@ -100,3 +112,8 @@ def must_be_new_or_same(directory: Path, path: str, overrides: Sequence[tuple[st
         )
     directory.mkdir(parents=True, exist_ok=True)
     files.write_json(file, said)
+
+
+def file_name(name: str) -> str:
+    """A contender's name as one of files."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
