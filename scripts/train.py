@@ -3,11 +3,18 @@
 steppe train --config=quickstart --workdir=runs/quickstart [--config.optim.rho=0.1 ...]
 """
 
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from steppe.scripts import command, process
+
+NEXT = """\
+next        steppe generate --workdir={0} --prompt='class '
+            steppe curvature --workdir={0}
+            steppe export --workdir={0} --out=models/{1}"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,7 +99,10 @@ def main(argv: Sequence[str]) -> int:
             replay.replay(config, options.workdir, options.replay_step)
             return 0
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
-        return train.run(config, options.workdir, allowed, options.until, options.trust)
+        status = train.run(config, options.workdir, allowed, options.until, options.trust)
+        if status == exits.FINISHED and options.until is None and jax.process_index() == 0:
+            print(NEXT.format(*map(shlex.quote, (options.workdir, PurePath(options.workdir).name))), flush=True)
+        return status
     except exits.REFUSALS as error:
         return process.fail(error) if jax.process_index() == 0 else exits.REFUSED
     except OSError as error:
