@@ -1,4 +1,4 @@
-"""Command lines, one module or package for each thing a user does. Imports every room; no room imports this one."""
+"""Command lines: one module or package for each command. It imports every room; no room imports it."""
 
 import sys
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from steppe.configs import packages
 
-# name: (module, an example of its use), in the order of a user's day
+# name: (module, an example of its use), in the order in which a user needs them
 COMMANDS = {
     "docs": ("steppe.scripts.docs", "optim"),
     "config": ("steppe.scripts.config", "quickstart"),
@@ -39,7 +39,7 @@ COMMANDS = {
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
 }
 
-# commands within a command
+# subcommands
 KINDS = {
     "config": ("diff", "from-hf"),
     "prepare_data": ("show", "vocabulary"),
@@ -49,7 +49,7 @@ KINDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatches to the main(argv) of a command's module, importing nothing else; returns its exit status."""
+    """Runs main(argv) of the command's module and imports no other command; returns its exit status."""
     try:
         return dispatch(argv)
     except ImportError as error:
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(said, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # a pager or `head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def dispatch(argv: Sequence[str] | None) -> int:
-    """The same, with the output's end left to the caller. It imports little: doctor must run where packages lack."""
+    """As main, but a closed pipe raises. Imports little, because `doctor` must run where packages are missing."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
         arguments = completed_command()
@@ -93,11 +93,11 @@ def dispatch(argv: Sequence[str] | None) -> int:
 
 
 def completed_command() -> list[str]:
-    """The command whose line a shell asks to complete, for it to answer; answers itself where there is none yet."""
+    """The command that answers the shell's completion request; [] if this function has answered it."""
     *words, last = re.split(r"\s+", os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].lstrip())
     name, kinds = "".join(words[1:2]), KINDS.get("".join(words[1:2]), ())
     within = words[2] in kinds if len(words) > 2 else False
-    os.environ["_ARGCOMPLETE"] = str(min(len(words), 3 if within else 2))  # words that are not the command's own
+    os.environ["_ARGCOMPLETE"] = str(min(len(words), 3 if within else 2))  # the words before the command's own
     choices = list(COMMANDS) if name in ("", "help") else [kind for kind in kinds if kind.startswith(last)]
     if name in COMMANDS and (len(words) > 2 or not choices or (not last and name != "bench")):
         return words[1 : 3 if within else 2]

@@ -1,11 +1,11 @@
-"""What every command line shares: a config file with overrides, options, and one line for bad input.
+"""What every command shares: a config with overrides, options, and one line for bad input.
 
     config, options = command.parse(argv, parser)
 
-reads `--config=NAME[:ARGUMENT] --config.section.key=value ...` through steppe.configs.read and everything else through
-the argparse `parser`. The type of an option is an Accepted of steppe.configs.keys, as that of a key. Bad input of any
-kind ends the process with status 2 and one line on standard error that names the key, the value and what is accepted;
-only a bug shows a traceback. Importing this imports no jax.
+reads `--config=NAME[:ARGUMENT] --config.section.key=value ...` through steppe.configs.read and all other arguments
+through the argparse `parser`. The type of an option is an Accepted of steppe.configs.keys, like that of a config key.
+Bad input ends the process with status 2 and one line on standard error. The line names the key, the value and what is
+accepted. Only a bug shows a traceback. Importing this module does not import jax.
 """
 
 import argparse
@@ -32,22 +32,22 @@ from steppe.scripts.process import fail
 
 _HELP = """
 config:
-  --config=NAME[:ARGUMENT]      a ready config ({ready}), a dotted module, or a Python file, with
-                                get_config([ARGUMENT])
-  --config.section.key=value    changes one key; `steppe config` explains every key; None gives a key its default
-  --print_config                prints the config that results, if it can run, and stops
+  --config=NAME[:ARGUMENT]      a named config ({ready}), a dotted module, or a Python file that
+                                defines get_config([ARGUMENT])
+  --config.section.key=value    sets one key; `steppe config` lists all keys; None restores a key's default
+  --print_config                prints the resulting config and stops; refuses a config that cannot run
 """
 
 integer = keys.count
 
 
 def of_key(key: str) -> Callable[[str], Any]:
-    """The values of a config key as a type of an option. Its declaration imports much, so --help does without it."""
+    """An argparse type that accepts the values of a config key; the key is looked up only when a value is parsed."""
     return lambda text: base.keys()[key].accepted(text)
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are a UsageError, in place of the usage. takes_config: whether the command takes --config."""
+    """An ArgumentParser that raises UsageError. takes_config: whether the command accepts --config."""
 
     takes_config = True
 
@@ -58,9 +58,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(name: str, summary: str | None, *, config: bool = True) -> Parser:
-    """The Parser of `steppe NAME`, or of a file by its path; summary: its description, a module's docstring.
+    """The Parser of a command.
 
-    config: whether the command takes --config.
+    name: of the command, or the path of a script. summary: the description, usually the module's docstring. config:
+    whether the command accepts --config.
     """
     made = Parser(
         prog=name if name.endswith(".py") else f"steppe {name}",
@@ -74,39 +75,39 @@ def parser(name: str, summary: str | None, *, config: bool = True) -> Parser:
 
 
 def run_parser(name: str, summary: str | None) -> Parser:
-    """A parser of a command that asks something of one run's model: --workdir and --step."""
+    """The parser of a command that uses the model of one run: --workdir, --step, --weights, --trust."""
     made = parser(name, summary, config=False)
-    made.add_argument("--workdir", required=True, help="the run")
-    made.add_argument("--step", type=integer(), metavar="K", help="its checkpoint after K steps; default: the newest")
+    made.add_argument("--workdir", required=True, help="the run's directory or URL")
+    made.add_argument("--step", type=integer(), metavar="K", help="the checkpoint of step K; default: the newest")
     add_weights(made)
     add_trust(made)
     return made
 
 
 def add_weights(made: argparse.ArgumentParser) -> None:
-    """The option that says which of a run's weights are meant."""
-    help = "last, an average it keeps (ema, lawa), or the average of its base; default: those it is judged by"
+    """Adds --weights, which selects among the weights that a run stores."""
+    help = "last, ema, lawa, or the base optimizer's average; default: the weights that the run is judged by"
     made.add_argument("--weights", metavar="NAME", help=help)
 
 
 def add_trust(made: argparse.ArgumentParser) -> None:
-    """The option by which a user stands up for what a stored config names outside of its workdir."""
-    help = "follow the addresses and modules that the run's stored config names: only of runs that are your own"
+    """Adds --trust, by which a user vouches for the URLs and modules in a stored config."""
+    help = "use the URLs and modules that the run's stored config names; only for your own runs"
     made.add_argument("--trust", action="store_true", help=help)
 
 
 def add_only(made: argparse.ArgumentParser) -> None:
-    """The option that chooses among runs by their configs; sweep.spec.matching reads it."""
-    made.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="now just the runs that match")
+    """Adds --only, which selects runs by their configs; sweep.spec.matching reads it."""
+    made.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="only the runs that match")
 
 
 Settings = TypeVar("Settings", bound=tuple)
 
 
 def add_settings(made: argparse.ArgumentParser, settings: type[tuple]) -> None:
-    """Options of a NamedTuple's fields, each Annotated[KIND, "what it means", Accepted] with its default.
+    """Adds an option for each field of a NamedTuple: Annotated[KIND, "its meaning", Accepted] with a default.
 
-    A field of several is an option that may be repeated, each time with one that its Accepted allows.
+    A field that is a tuple becomes an option that may be repeated.
     """
     defaults: dict[str, Any] = settings._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
     for name, hint in typing.get_type_hints(settings, include_extras=True).items():
@@ -124,15 +125,15 @@ def add_settings(made: argparse.ArgumentParser, settings: type[tuple]) -> None:
 
 
 def settings_of(options: argparse.Namespace, settings: type[Settings]) -> Settings:
-    """The settings that the options of add_settings make."""
+    """The settings that the options of add_settings hold."""
     chosen = {name: getattr(options, name) for name in typing.get_type_hints(settings)}
     return settings(**{name: tuple(each) if isinstance(each, list) else each for name, each in chosen.items()})
 
 
 def parse(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argparse.Namespace]:
-    """Reads a command line (without the program's name) into (config, options); exits with status 2 on bad input.
+    """Reads a command line, without the program's name, into (config, options); exits with status 2 on bad input.
 
-    The config is locked, holds exactly the keys of configs/base.py and its `model.size` is resolved.
+    The config is locked, has exactly the keys of configs/base.py, and its `model.size` is resolved.
     """
     path, overrides, options = parse_unread(argv, parser)
     try:
@@ -142,12 +143,12 @@ def parse(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argparse.Nam
 
 
 def options_of(argv: Sequence[str], parser: Parser) -> argparse.Namespace:
-    """The options of a command that takes no config; exits with status 2 on bad input."""
+    """The options of a command without a config; exits with status 2 on bad input."""
     return parse_unread(argv, parser)[2]
 
 
 def required(path: str | None) -> str:
-    """--config as given. UsageError where it is missing."""
+    """The value of --config. Raises UsageError if it is missing."""
     if path is None:
         raise UsageError("--config is missing: name a config, such as --config=quickstart")
     return path
@@ -158,15 +159,15 @@ def parse_unread(
 ) -> tuple[str | None, list[tuple[str, str | None]], argparse.Namespace]:
     """(--config or None, its overrides as read_config takes them, options); exits with status 2 on bad options.
 
-    A command may take its config as an argument `config` as well. --print_config is answered here, with status 0.
+    A command may also take its config as a positional argument `config`. Answers --print_config, with status 0.
     """
     if "_ARGCOMPLETE" in os.environ:
         complete(parser)
     try:
         plain, path, overrides, printing = _split(argv)
         if not parser.takes_config and (path is not None or overrides or printing):
-            raise UsageError(f"--config: must be left out; {parser.prog} takes none (a run's own config counts)")
-        if printing:  # needs nothing else
+            raise UsageError(f"--config: must be left out; {parser.prog} takes none (it uses the run's own config)")
+        if printing:  # no other argument is required
             for each in (*parser._actions, *parser._mutually_exclusive_groups):
                 each.required = False
         options, unknown = _parsed(parser, plain)
@@ -190,8 +191,7 @@ def parse_unread(
 
 
 def _parsed(parser: Parser, given: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What argparse makes of arguments. It takes "--" for the end of the options also where it is an option's value,
-    and then reads the option with none."""
+    """parse_known_args, which would read --option=-- as an option without a value; that raises UsageError."""
     for argument in given:
         if argument.endswith("=--") and argument.startswith("-"):
             raise UsageError(f"{argument.removesuffix('=--')}=--: must have another value")
@@ -199,7 +199,7 @@ def _parsed(parser: Parser, given: list[str]) -> tuple[argparse.Namespace, list[
 
 
 def names(package: str, function: str, *more: str) -> Callable[..., list[str]]:
-    """An argcomplete completer of the modules of a package that define a function, other words, and Python files."""
+    """An argcomplete completer: `more`, the modules of a package that define `function`, and Python files."""
 
     def offered(prefix: str = "", **_) -> list[str]:
         from argcomplete.completers import FilesCompleter
@@ -210,12 +210,12 @@ def names(package: str, function: str, *more: str) -> Callable[..., list[str]]:
 
 
 def complete_by(argument: Any, completer: Callable[..., list[str]]) -> None:
-    """Names what argcomplete asks for the values of an argument of a parser."""
+    """Sets the argcomplete completer of an argument of a parser."""
     argument.completer = completer
 
 
 def complete(parser: Parser) -> None:
-    """Answers a shell that asks to complete a command line, through argcomplete, and ends the process."""
+    """Answers a shell's completion request through argcomplete and ends the process."""
     import argcomplete
 
     if parser.takes_config:
@@ -229,10 +229,10 @@ def complete(parser: Parser) -> None:
 
 
 def writable_directory(text: str) -> Path:
-    """An argparse type: the path of a local directory that can be written to, or made; ~ is the user's own."""
-    refused = argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a writable directory, or one that can be made")
+    """An argparse type: the path of a writable local directory, or of one that can be created; ~ is expanded."""
+    refused = argparse.ArgumentTypeError(f"{text or 'nothing'}: must be a writable directory, or one to be created")
     if files.is_remote(text):
-        address = "the --workdir of a run may be an address"
+        address = "only the --workdir of a run may be a URL"
         raise argparse.ArgumentTypeError(f"{text}: must be a directory of this machine's file system; {address}")
     try:
         path = Path(text).expanduser()
@@ -240,7 +240,7 @@ def writable_directory(text: str) -> Path:
             os.lstat(path)
         place = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
         usable = bool(text) and place.is_dir() and os.access(place, os.W_OK)
-    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown user, a null byte
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, an unknown user, a null byte
         raise refused from None
     if not usable:
         raise refused
@@ -248,19 +248,19 @@ def writable_directory(text: str) -> Path:
 
 
 def workdir(text: str) -> str:
-    """An argparse type: a writable directory, or an address that fsspec knows the driver of."""
+    """An argparse type: a writable directory, or a URL whose scheme fsspec has a driver for."""
     if not files.is_remote(text):
         return str(writable_directory(text))
-    import fsspec  # here: no other command line needs it
+    import fsspec  # imported here because it is slow and no other option needs it
 
     scheme = text.partition("://")[0]
     if scheme not in fsspec.available_protocols() or not text.partition("://")[2].strip("/"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a directory, or an address such as s3://bucket/run")
+        raise argparse.ArgumentTypeError(f"{text}: must be a directory, or a URL such as s3://bucket/run")
     return text
 
 
 def summary(module: str) -> str:
-    """The first line of a module's docstring, read without importing it."""
+    """The first line of a module's docstring, without importing the module."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     return headline(ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))))
@@ -272,7 +272,7 @@ def headline(docstring: str | None) -> str:
 
 
 def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str]) -> int:
-    """Hands `KIND ...` to main of the module KIND of a package; returns its exit status. name: of the command."""
+    """Runs main of the module KIND of a package, for `NAME KIND ...`; returns its exit status."""
     kind, *rest = argv or [""]
     if kind in ("-h", "--help"):
         print(f"usage: {name} {{{','.join(kinds)}}} [--help] ...\n\n{summary(f'{package}.__main__')}\n")
@@ -285,7 +285,7 @@ def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str])
 
 
 def _split(argv: Sequence[str]):
-    """Separates (arguments for argparse, --config, [(key, text)] in the order given, whether to print the config)."""
+    """(arguments for argparse, --config, [(key, text)] in the given order, whether to print the config)."""
     plain, path, overrides, printing = [], None, [], False
     rest = list(argv)
     while rest:

@@ -1,12 +1,12 @@
-"""Every key with its value, meaning and what it accepts; or how two configs differ.
+"""Print every key with its value, meaning and accepted values; or compare two configs.
 
     steppe config [NAME] [--config.key=value ...]
     steppe config diff A B
     steppe config from-hf HF_DIR [--out=FILE]
     steppe config from-hf FILE.gguf --to=HF_DIR [--out=FILE]
 
-NAME, A and B are configs as --config takes them; A and B may also be workdirs of runs. The third writes a config whose
-model is exactly that of a Hugging Face directory, with its weights and vocabulary.
+NAME, A and B are configs as --config takes them; A and B may also be workdirs. `from-hf` writes a config that continues
+a Hugging Face model with its weights and vocabulary.
 """
 
 import importlib.metadata
@@ -29,7 +29,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Prints the keys, or a difference; returns the exit status: of diff 1 if there is one, 2 for bad input."""
+    """Prints keys or differences; returns the exit status: 2 for bad input, and for diff 1 if the configs differ."""
     actions = {"diff": diff, "from-hf": from_hf}
     if argv and argv[0] in actions:
         return actions[argv[0]](argv[1:])
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def table(values: dict[str, Any], columns: int = 100) -> str:
-    """All keys for a reader, section by section, wrapped to so many columns."""
+    """All keys as text, section by section, wrapped at `columns` characters."""
     lines, section = [], None
     for name, key in base.keys_of(values).items():
         if name.rpartition(".")[0] != section:
@@ -59,7 +59,7 @@ def table(values: dict[str, Any], columns: int = 100) -> str:
 
 def diff(argv: Sequence[str]) -> int:
     """`config diff A B`: the keys that differ, with both values."""
-    parser = command.parser("config diff", "The keys in which two configs differ.", config=False)
+    parser = command.parser("config diff", "Print the keys in which two configs differ.", config=False)
     both = parser.add_argument("both", nargs=2, metavar="CONFIG", help="as --config takes it, or the workdir of a run")
     command.complete_by(both, command.names("steppe.configs", "get_config"))
     one, other = (flatten(read(text)) for text in command.options_of(argv, parser).both)
@@ -72,17 +72,15 @@ def diff(argv: Sequence[str]) -> int:
 
 
 def from_hf(argv: Sequence[str]) -> int:
-    """`config from-hf HF_DIR`: a config file that continues its model."""
-    parser = command.parser("config from-hf", "A config of a Hugging Face model.", config=False)
+    """`config from-hf HF_DIR`: writes a config that continues the model."""
+    parser = command.parser("config from-hf", "Write a config that continues a Hugging Face model.", config=False)
     parser.add_argument(
         "directory",
         metavar="HF_DIR",
-        help="with config.json and safetensors; or a .gguf file, or an installed package with one",
+        help="directory with config.json and safetensors, a .gguf file, or an installed package that holds one",
     )
-    parser.add_argument("--out", metavar="FILE", help="a new file; default: to print it")
-    parser.add_argument(
-        "--to", metavar="HF_DIR", help="of a .gguf file: the new directory that its model is written to"
-    )
+    parser.add_argument("--out", metavar="FILE", help="a new file; default: print the config")
+    parser.add_argument("--to", metavar="HF_DIR", help="for a .gguf file: the new directory for the converted model")
     options = command.options_of(argv, parser)
     if options.out and os.path.exists(options.out):
         return process.fail(f"--out={options.out}: exists; choose a new file")
@@ -92,7 +90,7 @@ def from_hf(argv: Sequence[str]) -> int:
     directory = os.path.abspath(os.path.expanduser(_packaged(options.directory)))
     if directory.endswith(".gguf"):
         if not options.to or os.path.exists(options.to):
-            return process.fail(f"--to={options.to}: must be a new directory, for the model of {options.directory}")
+            return process.fail(f"--to={options.to}: must be a new directory for the model of {options.directory}")
         source, directory = directory, os.path.abspath(os.path.expanduser(options.to))
         gguf.write(source, directory)
     found, family = load.read_config(directory)
@@ -116,7 +114,7 @@ def from_hf(argv: Sequence[str]) -> int:
 
 
 def _packaged(source: str) -> str:
-    """The .gguf file of an installed package of that name; what is there, or no package, as it is."""
+    """The .gguf file of the installed package `source`; otherwise `source` unchanged."""
     if os.path.exists(source):
         return source
     try:
@@ -127,7 +125,7 @@ def _packaged(source: str) -> str:
 
 
 def read(text: str):
-    """The config of a workdir, or of what --config takes."""
+    """The config of a workdir, or of a name that --config takes."""
     from steppe.lm.keep import mirror
 
     here = mirror.here(text)

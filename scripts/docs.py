@@ -1,4 +1,4 @@
-"""Read the documentation of a room: configs, data, optim, lm or scripts.
+"""Read the README of a room: configs, data, optim, lm or scripts.
 
 steppe docs ROOM
 """
@@ -13,7 +13,7 @@ ROOMS = ("configs", "data", "optim", "lm", "scripts")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the README.md of a room, through a pager on a terminal; returns the exit status, 2 for bad input."""
+    """Prints a room's README.md, on a terminal through a pager; returns the exit status, 2 for bad input."""
     parser = command.parser("docs", __doc__, config=False)
     parser.add_argument("room", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
     options = command.options_of(argv, parser)

@@ -1,9 +1,9 @@
-"""Versions, devices, kernels and missing packages of this machine, with the command that brings each.
+"""Print versions, devices, kernels and missing packages, with the command that installs each.
 
     steppe doctor
 
-One screen, to be sent with every report of a fault. Returns 0 where `steppe train` can run here, 1 where not. Until it
-has said what is missing it imports the standard library alone.
+Attach its output to every bug report. The exit status is 0 if `steppe train` can run here, else 1. It imports only the
+standard library until it has printed what is missing.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from steppe.configs import packages
 
-# What an extra is for, in the words of who would install it.
+# What each extra is for.
 PURPOSES = {
     "gpu": "NVIDIA GPUs, CUDA 13",
     "gpu12": "NVIDIA GPUs, CUDA 12",
@@ -32,7 +32,7 @@ _SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what is here; returns the exit status."""
+    """Prints the state of this machine; returns the exit status."""
     if argv in (["-h"], ["--help"]):
         print(f"usage: steppe doctor [--help]\n\n{__doc__}")
         return 0
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _devices() -> bool:
-    """Says what jax finds and whether it multiplies; returns whether it does."""
+    """Prints the devices jax finds; returns whether they multiply correctly."""
     try:
         import jax
         import jax.numpy as jnp
@@ -75,9 +75,9 @@ def _devices() -> bool:
         for device in devices:
             ones = jax.device_put(jnp.ones((512, 512), jnp.bfloat16), device)
             if float(jnp.sum((ones @ ones).astype(jnp.float32))) != 512**3:
-                _say("devices", f"{device}: a product of ones is wrong")
+                _say("devices", f"{device}: a product of matrices of ones is wrong")
                 return False
-    except Exception as error:  # of jax, its plugins and drivers: whatever it is, it is what the reader needs to know
+    except Exception as error:  # jax, plugins and drivers raise many types; print whichever it is
         _say("devices", f"jax cannot compute: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
         return False
     kinds = sorted({device.device_kind for device in devices})
@@ -94,7 +94,7 @@ def _devices() -> bool:
     once, twice = (
         choose("auto", backend, 1024, "bfloat16", segmented=False, second_order=again) for again in (False, True)
     )
-    _say("kernels", f"attention over 1,024 tokens in bfloat16: {once}; where a method differentiates twice: {twice}")
+    _say("kernels", f"attention over 1,024 tokens in bfloat16: {once}; for a method with second derivatives: {twice}")
     chip = chip_of(devices[0], len(devices))
     _say("chip", f"{chip.name}: {chip.memory / 1e9:.0f} GB, {chip.flops / 1e12:.3g} TFLOP/s bfloat16, "
          f"{chip.bandwidth / 1e9:.0f} GB/s")  # fmt: skip
@@ -102,7 +102,7 @@ def _devices() -> bool:
 
 
 def _trains() -> bool:
-    """Whether everything that training imports is there; says what is not."""
+    """Whether the imports of training succeed; prints the one that does not."""
     try:
         import steppe.data.loader
         import steppe.lm.run.train  # noqa: F401

@@ -1,4 +1,4 @@
-"""The loss curve of a run, finished or not: draws DIR/loss.png from its metrics.jsonl.
+"""Draw the loss curve of a run, finished or not, from its metrics.jsonl into DIR/loss.png.
 
 steppe plot DIR [DIR ...]
 """
@@ -11,7 +11,7 @@ from steppe.scripts import command, process
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Draws each run's picture and prints where it is; returns the exit status, 2 for bad input."""
+    """Draws each run's curve and prints the file's path; returns the exit status, 2 for bad input."""
     parser = command.parser("plot", __doc__, config=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a workdir, or a pattern of workdirs")
     options = command.options_of(argv, parser)

@@ -1,14 +1,14 @@
-"""Prepare a corpus once, train a vocabulary, or look at a batch.
+"""Prepare a corpus once, train a vocabulary, or print a batch.
 
     steppe prepare_data --config=FILE --out=DIR [--shards=N] [--workers=N]
     steppe prepare_data --config=FILE --out=DIR --hosts=N --launcher=slurm|print
     steppe prepare_data vocabulary --config=FILE --out=FILE.model --size=N [--model_type=bpe]
     steppe prepare_data show DIR --step=K [--batch_size=N] [--seed=N] [--held_out=NAME]
 
-The first writes the corpus of config.data to DIR; run it again after an interruption. The second has several hosts
-that see DIR share the work, as jobs of SLURM or by the command lines it prints, one a host; the corpus is the same. The
-third trains a SentencePiece model on the task of config.data. The fourth prints the text of batch K as the model will
-see it.
+The first form writes the corpus of config.data to DIR; run it again after an interruption. With --hosts, several hosts
+that share DIR divide the work: as SLURM jobs, or by one printed command line per host. The corpus is the same either
+way. `vocabulary` trains a SentencePiece model on the task of config.data. `show` prints the text of batch K as the
+model sees it.
 """
 
 import functools
@@ -27,7 +27,7 @@ from steppe.scripts.sweep.__main__ import LAUNCHERS
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Runs one of the three; returns the exit status, 2 for bad input."""
+    """Runs one of the forms; returns the exit status, 2 for bad input."""
     actions = {"vocabulary": _vocabulary, "show": _show}
     try:
         if argv and argv[0] in actions:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data", __doc__)
     parser.add_argument(
-        "--out", required=True, type=command.workdir, metavar="DIR", help="the directory to prepare, new or interrupted"
+        "--out", required=True, type=command.workdir, metavar="DIR", help="a new directory, or an interrupted one"
     )
     parser.add_argument(
         "--shards", type=command.integer(1, 99_999), metavar="N", help="files per training source (config.data.shards)"
@@ -50,15 +50,15 @@ def _prepare(argv: Sequence[str]) -> int:
         type=command.integer(1),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes, each working on one shard",
+        help="processes, one shard each at a time (default: the number of cores)",
     )
-    parser.add_argument("--together", action="store_true", help="beside the same command on other hosts")
-    parser.add_argument("--launcher", default="local", choices=LAUNCHERS, help="who starts the hosts' processes")
+    parser.add_argument("--together", action="store_true", help="share the work with this command on other hosts")
+    parser.add_argument("--launcher", default="local", choices=LAUNCHERS, help="how the hosts' processes are started")
     parser.add_argument(
         "--hosts", type=command.integer(1), default=1, metavar="N", help="with slurm and print (default 1)"
     )
     parser.add_argument(
-        "--slurm", action="append", default=[], metavar="NAME=VALUE,...", help="of submitit: partition, time..."
+        "--slurm", action="append", default=[], metavar="NAME=VALUE,...", help="submitit parameters: partition, time..."
     )
     config, options = command.parse(argv, parser)
     if options.launcher == "local" and (options.hosts > 1 or options.slurm):
@@ -71,7 +71,7 @@ def _prepare(argv: Sequence[str]) -> int:
     recipe = recipe_of(config.data, shards=shards)
     address = options.out if files.is_remote(options.out) else ""
     if address and (options.together or options.launcher != "local"):
-        return process.fail(f"--out={address}: must be a directory that several hosts see, to prepare it on several")
+        return process.fail(f"--out={address}: must be a directory that all hosts share, not a URL, to use several")
     if options.launcher != "local":
         return _launch(argv, options)
     manifest = remote.published(address) if address else None
@@ -93,7 +93,7 @@ def _prepare(argv: Sequence[str]) -> int:
 
 
 def _launch(argv: Sequence[str], options) -> int:
-    """Starts, or prints, the command of each host."""
+    """Starts or prints the command of each host."""
     from steppe.scripts.sweep import slurm
 
     kept, skip = [], False
@@ -124,7 +124,7 @@ def _summary(manifest: Mapping[str, Any], directory: str) -> None:
 
 @contextmanager
 def _progress():
-    """(log, report): a live bar on a terminal, a line every ten seconds elsewhere."""
+    """(log, report): a live bar on a terminal, otherwise a line every ten seconds."""
     began = time.monotonic()
 
     def line(state: dict) -> str:
@@ -159,11 +159,11 @@ def _vocabulary(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data vocabulary", "Train a SentencePiece model on the task of config.data.")
     parser.add_argument("--out", required=True, metavar="FILE", help="the model to write")
     parser.add_argument(
-        "--size", type=command.integer(1), required=True, metavar="N", help="pieces, the 256 bytes among them"
+        "--size", type=command.integer(1), required=True, metavar="N", help="pieces, including the 256 bytes"
     )
     parser.add_argument("--model_type", default="bpe", help="bpe or unigram")
     parser.add_argument(
-        "--characters", type=keys.number(least=1), default=1e8, metavar="N", help="how much text to learn from"
+        "--characters", type=keys.number(least=1), default=1e8, metavar="N", help="characters of text to learn from"
     )
     config, options = command.parse(argv, parser)
     if os.path.exists(options.out):
@@ -184,12 +184,12 @@ def _vocabulary(argv: Sequence[str]) -> int:
 def _show(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data show", "Print a batch of a prepared directory, decoded.", config=False)
     parser.add_argument("directory", metavar="DIR", help="a prepared directory")
-    parser.add_argument("--step", type=command.integer(), default=0, metavar="K", help="which batch")
+    parser.add_argument("--step", type=command.integer(), default=0, metavar="K", help="index of the batch (default 0)")
     parser.add_argument(
         "--batch_size", type=command.integer(1), default=4, metavar="N", help="rows per batch, as in the run"
     )
-    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="config.seed of the run")
-    parser.add_argument("--held_out", metavar="NAME", help="show this held-out set instead of training text")
+    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="the run's config.seed")
+    parser.add_argument("--held_out", metavar="NAME", help="print this held-out set instead of training text")
     options = command.options_of(argv, parser)
     from steppe.data.loader import held_out_rows, open_corpus, training_rows
 
@@ -217,7 +217,7 @@ def _print_row(number: int, row: dict, tokenizer) -> None:
     print(f"\n=== row {number}: {used} of {len(row['targets'])} positions used, {row['bytes']} bytes")
     begin = 0
     while begin < used:
-        # A document ends with its end-of-document id, a segment where the packing says so.
+        # Packed rows mark documents by segment; otherwise a document ends at its end-of-document token.
         if "segments" in row:
             end = begin + int((row["segments"][begin:used] == row["segments"][begin]).sum())
         else:

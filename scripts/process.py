@@ -1,4 +1,4 @@
-"""The process of a command: how it ends on bad input, and what it sets before jax starts, which it does not import."""
+"""The process of a command: its exit on bad input and its settings before jax starts. It does not import jax."""
 
 import contextlib
 import ctypes
@@ -24,8 +24,8 @@ def fail(message: object) -> int:
 
 
 def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """A command's main that answers bad input of any kind, of the line or of what it names, with one line and 2, and
-    storage that fails with one line and 74."""
+    """Wraps a command's main: bad input of any kind gives one line and status 2, failing storage one line and status
+    74."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
             if not (said := packages.explain(error)):
                 raise
             return fail(said)
-        except BrokenPipeError:  # whoever reads the output has seen enough: cli.main knows
+        except BrokenPipeError:  # cli.main handles it
             raise
         except OSError as error:
             fail(error if error.errno is None else f"{error.filename or 'storage'}: {error.strerror or error}")
@@ -46,27 +46,27 @@ def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
     return guarded
 
 
-NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)  # of names that are no such file
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)  # the path itself is wrong
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
-COMPILED = 2 << 30  # bytes of compiled programs that are kept, those that were used last
+COMPILED = 2 << 30  # bytes of the cache of compiled programs; the least recently used go first
 
 
 def ready_to_compute() -> None:
-    """What a process does before jax starts: memory and compiled programs are kept from one use to the next."""
+    """Call before jax starts: keeps freed memory within the process and compiled programs across processes."""
     keep_memory()
     keep_programs()
 
 
 def keep_programs() -> None:
-    """Has jax keep what it compiles in the user's cache, by kind of processor, unless JAX_COMPILATION_CACHE_DIR is set:
-    to another place, or to nothing."""
+    """Makes jax cache compiled programs in the user's cache, by processor model. JAX_COMPILATION_CACHE_DIR overrides
+    the directory; empty, it disables the cache."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
 
-    try:  # a program is only sure to run on the kind of processor that it was compiled on
+    try:  # a program may not run on another processor model than the one it was compiled on
         said = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         kind = "\n".join(line for line in said if line.startswith(("model name", "flags", "Features", "CPU part")))
     except OSError:
@@ -80,10 +80,10 @@ def keep_programs() -> None:
 
 
 def _drop_unfinished(place: Path) -> None:
-    """Removes programs of which a kill or a full disk left a part.
+    """Removes cached programs that a kill or a full disk left incomplete.
 
-    jax writes a program, then the time of its use. It never replaces one that it cannot read, and writes no more where
-    a time is missing.
+    jax writes a program, then a file with the time of its last use. It never replaces a program it cannot read, and
+    writes nothing more if a time is missing.
     """
     if not place.is_dir():
         return
@@ -97,14 +97,14 @@ def _drop_unfinished(place: Path) -> None:
 
 
 def keep_memory() -> None:
-    """Has glibc's malloc keep what a step frees for the next step, unless MALLOC_* or GLIBC_TUNABLES say otherwise.
+    """Makes glibc's malloc keep freed memory for the next step, unless MALLOC_* or GLIBC_TUNABLES are set.
 
-    XLA's CPU client takes the temporaries of every execution from malloc, which hands back to the kernel whatever is
-    larger than 32 MiB, and all of an arena that is not the first: each step would pay for new, zeroed pages.
+    XLA's CPU client allocates the temporaries of every execution with malloc. By default malloc returns blocks above
+    32 MiB, and all memory of secondary arenas, to the kernel: each step would then pay for new, zeroed pages.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc, or none that can be opened
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc, or it cannot be opened
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,10 +1,10 @@
-"""What runs have left on disk, read for tables, figures and estimates. Imports no jax; holds no command.
+"""Reads the files of runs and sweeps for tables, figures and estimates. Imports no jax; has no command.
 
     for result in results.read("sweeps/rho"): print(result.name, result.status, result.loss)
 
-A sweep's directory holds `sweep.json` (what its runs are: steppe sweep writes it), `runs/NAME/`, each the ordinary
-workdir of steppe train, and in each `outcome.json` once the run has ended for good. `steppe report pack` makes one file
-of runs, which reads like the directory.
+A sweep's directory holds `sweep.json`, written by steppe sweep, with the config of every run, and `runs/NAME/`, the
+ordinary workdirs of steppe train. A run that has ended for good also has `outcome.json`. `steppe report pack` writes
+runs into one file, which is read like the directory.
 """
 
 import json
@@ -32,18 +32,18 @@ from steppe.lm.track import lines
 from steppe.scripts.sweep import spec
 
 SWEEP, RUNS, OUTCOME, RETENTION = "sweep.json", "runs", "outcome.json", "retention.json"
-MEASURED = tuple(ready("steppe.lm.measure", "measure_run"))  # measurements of checkpoints, by name
-PACK = ".jsonl"  # how the name of a file of packed runs ends
-# Keys that model.size sets: they vary with it and are not named beside it.
+MEASURED = tuple(ready("steppe.lm.measure", "measure_run"))  # names of the measurements of checkpoints
+PACK = ".jsonl"  # suffix of a file of packed runs
+# Keys that model.size sets, so they need not be named in addition to it.
 OF_SIZE = ("model.layers", "model.width", "model.heads", "model.mlp_width")
 
 
 class ResultsError(UsageError):
-    """A directory that holds no results, or damaged ones; one line."""
+    """A directory without results, or with damaged ones; one line."""
 
 
 class Sweep(TypedDict):
-    """sweep.json: the config that a sweep began with, flat and by name, and {run: its overrides, resolved}."""
+    """sweep.json. config, base: name and flat keys of the sweep's config; runs: {run: overrides}, also resolved."""
 
     config: str
     base: stored.Flat
@@ -66,7 +66,7 @@ class Outcome(TypedDict, total=False):
 
 
 class Attempt(TypedDict):
-    """One attempt at a run of a sweep, in seconds since 1970; ended: None while nobody has seen its end."""
+    """One attempt at a run of a sweep, in seconds since 1970; ended: None until the end is recorded."""
 
     began: stored.Amount
     ended: stored.Amount | None
@@ -80,7 +80,7 @@ class Attempts(TypedDict):
 
 
 class Tuned(TypedDict, total=False):
-    """A point on the way of fine-tuning, nats a token."""
+    """A point during fine-tuning, nats a token."""
 
     step: stored.Count
     gained: Required[float | None]
@@ -96,7 +96,7 @@ class TunedPath(TypedDict, total=False):
 
 
 class FineTune(TypedDict, total=False):
-    """What fine-tuning on a second text gained and lost; loss: there before; text: its fingerprint, in a pack."""
+    """Gains and losses of fine-tuning on a second text; loss: before it, nats a token; text: its fingerprint."""
 
     loss: Required[float | None]
     paths: Required[list[TunedPath]]
@@ -104,13 +104,13 @@ class FineTune(TypedDict, total=False):
 
 
 class Details(TypedDict, total=False):
-    """How the numbers of a measurement came about, as far as it is read."""
+    """Further fields of a measurement, as far as they are read."""
 
     fine_tune: FineTune | None
 
 
 class Measurement(TypedDict, total=False):
-    """What steppe curvature or retention measured of a checkpoint."""
+    """A measurement of a checkpoint by steppe curvature, retention or another command."""
 
     step: Required[stored.Count]
     summary: Required[dict[str, float | None]]
@@ -120,7 +120,7 @@ class Measurement(TypedDict, total=False):
 
 
 class Packed(TypedDict, total=False):
-    """A run in a file of packed runs: a Result without what says nothing."""
+    """A run in a file of packed runs: a Result without its empty fields."""
 
     name: Required[str]
     config: stored.Flat
@@ -148,13 +148,13 @@ class Packed(TypedDict, total=False):
 
 
 class Alike(TypedDict):
-    """The first line of a file of packed runs: the keys in which none of them differ."""
+    """The first line of a file of packed runs: the keys that are equal in all of them."""
 
     config: stored.Flat
 
 
 class Point(NamedTuple):
-    """A loss on the way, nats a token, after `step` updates; seconds of training until then, FLOPs of the method."""
+    """A loss after `step` updates, nats a token; seconds: training time until then; flops: of the method."""
 
     step: int
     tokens: int
@@ -164,23 +164,23 @@ class Point(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One run. What is not known (yet) is NaN, 0 or empty.
+    """One run. Unknown fields are NaN, 0 or empty.
 
-    config: {"optim.rho": 0.03, ...}, every key. varied: those that differ between the runs read together.
-    status: finished | diverged | failed | pruned | unfinished; why: its reason. A run that was to
-    finish has diverged if its loss is not finite, or above a unigram model's and risen by more than a twentieth from
-    its lowest; one that is merely above has finished, and `why` says so.
-    parameters: non-embedding. steps, tokens, flops, adamw_flops: of the whole run as planned, the last two in FLOPs of
+    config: {"optim.rho": 0.03, ...}, every key. varied: the keys that differ between the runs read together.
+    status: finished | diverged | failed | pruned | unfinished; why: its reason. A completed run has diverged if its
+    loss is not finite, or if it is above a unigram model's and more than a twentieth above the run's lowest. A run
+    merely above the unigram model has finished, and `why` says so.
+    parameters: non-embedding. steps, tokens, flops, adamw_flops: of the whole planned run; the last two in FLOPs of
     the method and of plain AdamW. seconds: of training so far, without compiling, evaluating and saving.
-    loss, bits_per_byte: after the last step, on the whole first held-out set (nats a token; bits). curve: held-out
-    losses of that set on the way; train_curve: those of every training step. code: a hash of the sources that ran.
-    branch: the run and step that it goes on from, as NAME@STEP, whose steps are counted and shown as its own.
-    goodput: the share of the wall-clock of all its starts that went into steps.
-    averages: a Result for each average of the weights that the run keeps, as if it were a run of its own, `weights`
-    its name; its directory is where what is measured of that average stands.
-    curvature: the numbers of each checkpoint that steppe curvature measured, with its "step", in their order.
+    loss, bits_per_byte: after the last step, on the whole first held-out set (nats a token; bits a byte). curve:
+    held-out losses of that set during the run; train_curve: losses of every training step. code: hash of the sources.
+    branch: NAME@STEP of the run and step that it branched from, whose steps are included in its own.
+    goodput: the share of wall-clock time, over all starts, spent in steps.
+    averages: a Result for each average of the weights, as if it were a run; `weights` is the average's name, and its
+    directory holds the measurements of that average.
+    curvature: the numbers of each checkpoint that steppe curvature measured, in order, with its "step".
     measured: the numbers of other measurements at the newest checkpoint, by name.
-    retention: those of steppe retention; fine_tune: {"text": fingerprint of the second text, "loss": there before,
+    retention: those of steppe retention; fine_tune: {"text": fingerprint of the second text, "loss": before,
     "paths": [{"rate", "points": [{"step", "gained", "lost"}]}]}, nats a token.
     """
 
@@ -221,10 +221,10 @@ def read(
     only: Sequence[str] = (),
     left_out: Callable[[str], None] = _say,
 ) -> list[Result]:
-    """The runs of a sweep's directory, of one workdir, or of several workdirs or patterns of them, each once.
+    """Reads the runs of a sweep's directory, of a workdir, or of several workdirs or patterns, without duplicates.
 
-    only: flags that choose among them, see sweep.spec.matching. left_out: hears of each run that holds what no run
-    writes, and of each measurement. ResultsError where no run is left, and for a place that is none of runs.
+    only: --only flags, see sweep.spec.matching. left_out: is called with a line for each damaged run or measurement.
+    ResultsError if no run remains, or if a directory holds no runs.
     """
     given = [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
     problems: list[ResultsError] = []
@@ -248,7 +248,7 @@ def read(
     if not found:
         raise ResultsError(f"{', '.join(given)}: no run could be read")
     found = spec.matching(_described(found), only, lambda result: result.config)
-    flats = [result.config for result in found]  # of workdirs that other versions wrote, perhaps with other keys
+    flats = [result.config for result in found]  # other versions may have written other keys
     varying = varying_keys(flats)
 
     every = dict.fromkeys(key for flat in flats for key in flat)
@@ -262,7 +262,7 @@ def read(
 
 
 def _described(found: list[Result]) -> list[Result]:
-    """Runs that have not begun on a prepared directory, with what it was prepared from as those that have say it."""
+    """Copies what a prepared directory was prepared from to runs on it that have not begun, from runs that have."""
     keys = [f"data.{name}" for name in DESCRIBED]
     known = {
         result.config.get("data.directory"): {key: result.config[key] for key in keys if key in result.config}
@@ -277,30 +277,30 @@ def _described(found: list[Result]) -> list[Result]:
 
 
 def report_place(given: list[str], out: Path | None) -> Path:
-    """Where a report of these goes: out, else DIR/report of one directory. UsageError where there is neither."""
+    """The directory of a report: `out`, or DIR/report for one local directory. Otherwise UsageError."""
     if out is not None:
         return out
     if len(given) > 1 or files.is_remote(given[0]) or is_pack(given[0]):
-        raise UsageError("--out is missing: of several runs, a file or an address, it must say where this goes")
+        raise UsageError("--out is missing: it is required for several runs, a file or a URL")
     return files.below(given[0], "report")
 
 
 def with_averages(found: Iterable[Result]) -> list[Result]:
-    """Results, and after each those of its averages."""
+    """Results, each followed by those of its averages."""
     return [each for result in found for each in (result, *result.averages)]
 
 
 def places(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[tuple[str, Path]]:
-    """(name, workdir) of the runs that `read` would read, also of those that have not begun. ResultsError as there."""
+    """(name, workdir) of the runs that `read` reads, including those that have not begun. ResultsError as there."""
     return [(name, directory) for _, listed in _found(runs)[1] for name, directory, _ in listed]
 
 
 def _found(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[str], list[tuple]]:
-    """(the directories that are meant, (directory, its runs) of each)."""
+    """(the directories given, (directory, its runs) for each)."""
     directories: list[str] = []
     for given in [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]:
         if files.is_remote(given):
-            from steppe.lm.keep import mirror  # here: it needs jax, which commands that read files do without
+            from steppe.lm.keep import mirror  # imported here because it needs jax, which reading local files does not
 
             directories.append(mirror.here(given))
         else:
@@ -314,7 +314,7 @@ def _found(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[
 
 
 def read_json(path: Path, kind: Any) -> dict:
-    """A JSON object that Steppe wrote, of a type declared here; {} where there is no file. ResultsError."""
+    """A JSON object that Steppe wrote, of a type declared here; {} if there is no file. Raises ResultsError."""
     try:
         return stored.read(path, kind)
     except FileNotFoundError:
@@ -324,13 +324,13 @@ def read_json(path: Path, kind: Any) -> dict:
 
 
 def measured(directory: Path, name: str) -> list[Path]:
-    """The files that a measurement wrote of the checkpoints of a run, in their order."""
+    """The files of a measurement, one per checkpoint of a run, in order of steps."""
     steps = [path for path in (directory / name).glob("*.json") if re.fullmatch("[0-9]{1,15}", path.stem)]
     return sorted(steps, key=lambda path: int(path.stem))
 
 
 def _measured(directory: Path, left_out: Callable[[str], None]) -> dict[str, Any]:
-    """What curvature and retention measured of a run, or an average, as fields of its Result; of damaged files none."""
+    """The measurements of a run or an average, as fields of its Result; damaged files are left out."""
 
     def numbers(path: Path) -> tuple[dict, dict]:
         try:
@@ -353,7 +353,7 @@ def _known(summary: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def read_sweep(directory: Path) -> dict:
-    """The sweep.json of a directory, {} where there is none. ResultsError if it is none or its names lead elsewhere."""
+    """The sweep.json of a directory, {} if absent. ResultsError if it is damaged or names a run outside of it."""
     path = directory / SWEEP
     found = read_json(path, Sweep)
     for name in found.get("runs", ()):
@@ -367,10 +367,10 @@ def read_sweep(directory: Path) -> dict:
 
 
 def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
-    """The keys in which flat configs differ, in their own order.
+    """The keys in which flat configs differ, in order.
 
-    Left out: log.*; a shape that model.size names; and keys that do not change what a run computes, unless nothing else
-    tells some runs apart.
+    Omits log.*, shapes that model.size names, and keys that do not change the computation unless only they distinguish
+    some runs.
     """
     keys = list(dict.fromkeys(key for config in configs for key in config if not key.startswith("log.")))
     named = all(flat.get("model.size") for flat in configs)
@@ -388,7 +388,7 @@ def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
 
 
 def _places(directory: Path, alone: bool) -> list[tuple[str, Path, dict[str, Any]]]:
-    """(name, workdir, flat config if it has not begun) of the runs of a sweep, a workdir, or a folder of workdirs."""
+    """(name, workdir, planned flat config) of the runs of a sweep, a workdir, or a folder of workdirs."""
     sweep = read_sweep(directory)
     if sweep:
         configs = {name: {**sweep["base"], **sweep["resolved"][name]} for name in sweep["runs"]}
@@ -399,12 +399,12 @@ def _places(directory: Path, alone: bool) -> list[tuple[str, Path, dict[str, Any
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """The flat config of a config.json, of whatever version; {} where there is none. ResultsError."""
+    """The flat config of a config.json of any version; {} if absent. Raises ResultsError."""
     return _whole(flatten(read_json(path, dict[str, Any])), path)
 
 
 def _whole(flat: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """A flat config with its types checked and what its version did not have; {} of an empty one. ResultsError."""
+    """A flat config with checked types and with defaults for keys its version lacked; {} if empty. ResultsError."""
     try:
         return with_defaults(typed(stored.typed(flat, stored.Flat, str(path)))) if flat else {}
     except (DataError, ConfigError) as error:
@@ -412,7 +412,7 @@ def _whole(flat: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def _of_workdir(name: str, directory: Path, planned: dict[str, Any], left_out: Callable[[str], None]) -> Result:
-    """The Result of one run, `varied` left empty; planned: its flat config if it has not begun."""
+    """The Result of one run, without `varied`. planned: its flat config if it has not begun."""
     try:
         return _result(name, directory, planned, left_out)
     except OSError as error:
@@ -498,13 +498,13 @@ def _average(
 
 
 def _goodput(records: lines.Records) -> float:
-    """The share of the wall-clock that went into steps, as the run last recorded it; NaN where it never did."""
+    """The share of wall-clock time spent in steps, as last recorded; NaN if never recorded."""
     found = [record["goodput"] for record in records.of("goodput")]
     return goodputs.share({kind: float(seconds) for kind, seconds in found[-1].items()}) if found else math.nan
 
 
 def _flops(runs: list[dict], step: int) -> float:
-    """FLOPs of the first `step` steps, each at the rate of the start that made it."""
+    """FLOPs of the first `step` steps, each at the FLOPs a step of the start that executed it."""
     total, until = 0.0, step
     for run in reversed(runs):
         began = min(run["step"], until)
@@ -513,7 +513,7 @@ def _flops(runs: list[dict], step: int) -> float:
 
 
 def _unigram(about: dict, name: str) -> float:
-    """Loss of a unigram model on a held-out set, nats a token; infinite where unknown."""
+    """Loss of a unigram model on a held-out set, nats a token; infinite if unknown."""
     known = about.get("baselines", {})
     return float(known.get(f"unigram {name}", known.get("unigram", math.inf)))
 
@@ -521,10 +521,10 @@ def _unigram(about: dict, name: str) -> float:
 def _seconds(train: lines.Train) -> Any:
     """Seconds of training until each step, [n].
 
-    The clock of a run starts anew with each of its starts and also runs while it evaluates and saves; so a step with
-    anything else recorded before it counts as the median of the others.
+    A run's clock restarts with each start and also counts evaluation and saving. A step recorded right after another
+    event therefore counts as the median of the others.
     """
-    import numpy as np  # here: commands that only plan and launch read no run
+    import numpy as np  # imported here because commands that only plan and launch read no run
 
     gaps = np.diff(train.seconds, prepend=0.0)
     known = ~train.apart & (gaps > 0)
@@ -539,9 +539,9 @@ def is_pack(given: str) -> bool:
 
 
 def pack(found: Iterable[Result]) -> str:
-    """Runs as text, a line of JSON each, below one with the keys in which none differ: all but their training losses.
+    """Runs as text, without their training losses: a line of JSON each, below one with the keys equal in all of them.
 
-    `read` takes a file of it for a directory of the runs.
+    `read` accepts a file with this text like a directory of the runs.
     """
     found = list(found)
     alike = {
@@ -561,8 +561,8 @@ def pack(found: Iterable[Result]) -> str:
 
 
 def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]:
-    """The runs that `pack` made text of; their directory is the file. left_out: hears of lines that are no such run.
-    ResultsError for any other file."""
+    """The runs in a file that `pack` wrote; `directory` is the file. left_out: is called for each damaged line.
+    Raises ResultsError for any other file."""
     import numpy as np
 
     unknown = {
@@ -595,7 +595,7 @@ def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]
         first, *rest = stored.content_of(path, 4 * stored.MOST).splitlines() or [b""]
         alike = stored.decode(first, Alike, f"{path}: line 1")["config"]
     except FileNotFoundError:
-        raise ResultsError(f"{path}: is no file any more") from None
+        raise ResultsError(f"{path}: the file no longer exists") from None
     except DataError as error:
         raise ResultsError(f"{error}: must be a file that `steppe report pack` wrote") from None
     for number, line in enumerate(rest, 2):

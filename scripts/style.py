@@ -1,4 +1,4 @@
-"""How methods look and how numbers read, wherever the commands show them."""
+"""Colours and markers of methods, and how the commands format numbers."""
 
 import collections
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from steppe.lm.plot import BLACK, BLUE, GREEN, ORANGE, PALE, PINK, SKY, VERMILION
 
-# (colour, marker, dash), each its own, for colour-blind readers and print; the methods of the study always look alike
+# (colour, marker, dash), all different, for colour-blind readers and for print; fixed for the methods of the study
 OF_METHOD = {
     "adamw": (BLACK, "o", "-"),
     "sam": (VERMILION, "s", "--"),
@@ -27,7 +27,7 @@ SPARE = (
 
 
 def of_variants(names: Iterable[str]) -> dict[str, tuple]:
-    """{name: (colour, marker, dash)}: a method's own; its colour, and a marker and dash to spare, for its variants."""
+    """{name: (colour, marker, dash)}. A variant has its method's colour, with another marker and dash."""
     names = list(names)
     spare, styles = collections.defaultdict(lambda: itertools.cycle(SPARE)), {}
     for name in names:
@@ -41,13 +41,13 @@ def of_variants(names: Iterable[str]) -> dict[str, tuple]:
 
 
 def series(count: int) -> list[tuple]:
-    """So many (colour, marker, dash), none of them black."""
+    """(colour, marker, dash) of `count` series, none of them black."""
     known = [style for name, style in OF_METHOD.items() if name != "logit_sam"]
     return [known[i % len(known)] for i in range(1, count + 1)]
 
 
 def si(number: float) -> str:
-    """Three digits and a metric letter: 442k, 1.77M."""
+    """A number with three digits and an SI prefix: 442k, 1.77M."""
     for letter in ("", "k", "M", "G", "T", "P"):
         if abs(number) < 999.5 or letter == "P":
             break
@@ -77,10 +77,10 @@ _IN_WORDS = {
 _PATTERNS = (
     (r"noise_(\d[\d.]*(?:e[+-]?\d+)?)", lambda found: f"weight noise of {float(found[1]):.3g} rms"),
     (r"(int\d+)_channel(_embedding)?",
-     lambda found: f"{found[1]}, a scale a channel{', all tables too' * bool(found[2])}"),
+     lambda found: f"{found[1]}, a scale per channel{', all tables too' * bool(found[2])}"),
     (r"(int\d+)_group(\d+)(_embedding)?",
      lambda found: f"{found[1]}, a scale per {found[2]} inputs{', all tables too' * bool(found[3])}"),
-    (r"(int\d+)_gptq_channel", lambda found: f"{found[1]} by GPTQ, a scale a channel"),
+    (r"(int\d+)_gptq_channel", lambda found: f"{found[1]} by GPTQ, a scale per channel"),
     (r"(int\d+)_gptq_group(\d+)", lambda found: f"{found[1]} by GPTQ, a scale per {found[2]} inputs"),
     (r"fine_tune_lr=(.+): gained", lambda found: f"gained on the second text, fine-tuned at {found[1]}"),
     (r"fine_tune_lr=(.+): lost", lambda found: f"forgotten, fine-tuned at {found[1]}"),
@@ -91,7 +91,7 @@ INCREASES = "Every measure but curvature is an increase of the loss, nats per to
 
 
 def in_words(measure: str) -> str:
-    """What a measure of curvature or retention is called where people read it."""
+    """The readable name of a measure of curvature or retention."""
     for pattern, words in _PATTERNS:
         if found := re.fullmatch(pattern, measure):
             return words(found)

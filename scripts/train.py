@@ -1,4 +1,4 @@
-"""Pretrain a language model; run again on the same workdir to continue.
+"""Pretrain a language model; run the command again on the same workdir to resume.
 
 steppe train --config=quickstart --workdir=runs/quickstart [--config.optim.rho=0.1 ...]
 """
@@ -18,50 +18,50 @@ next        steppe generate --workdir={0} --prompt='class '
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs or continues a training run; returns the exit status, 2 for bad input."""
+    """Starts or resumes a training run; returns the exit status, 2 for bad input."""
     parser = command.parser("train", command.headline(__doc__))
     parser.add_argument(
         "--workdir",
         required=True,
         type=command.workdir,
-        help="where the run lives: metrics, checkpoints; a directory, or an address such as s3://bucket/run",
+        help="directory or URL (s3://bucket/run) for metrics and checkpoints",
     )
     parser.add_argument(
-        "--branch_from", metavar="RUN[@STEP]", help="a new run that goes on from another's state: config.branch_from"
+        "--branch_from", metavar="RUN[@STEP]", help="start a new run from another run's state: config.branch_from"
     )
     parser.add_argument(
-        "--allow_change", default="", metavar="KEY,KEY", help="config keys that may differ from what the run had so far"
+        "--allow_change", default="", metavar="KEY,KEY", help="config keys that may differ from those of the stored run"
     )
     parser.add_argument(
         "--replay_step",
         type=command.integer(1),
         metavar="K",
-        help="look into step K of the run in --workdir, writing nothing",
+        help="repeat step K of the run in --workdir and print its details; writes nothing",
     )
     parser.add_argument(
         "--until",
         type=command.integer(1),
         metavar="K",
-        help="stop after step K with a checkpoint, exit status 0; run again without it to go on",
+        help="save a checkpoint after step K and exit with status 0; run again without it to resume",
     )
     command.add_trust(parser)
     hosts = parser.add_argument_group("several processes, one per host or GPU, each started with the same command")
     hosts.add_argument(
         "--distributed", action="store_true", help="join the processes that SLURM or the TPU pod started"
     )
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="join the processes that meet at process 0, there")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="join the processes at this address of process 0")
     hosts.add_argument(
-        "--num_processes", type=command.integer(1), metavar="N", help="with --coordinator: how many there are"
+        "--num_processes", type=command.integer(1), metavar="N", help="with --coordinator: the number of processes"
     )
     hosts.add_argument(
-        "--process_id", type=command.integer(), metavar="I", help="with --coordinator: which one this is, from 0"
+        "--process_id", type=command.integer(), metavar="I", help="with --coordinator: index of this process, from 0"
     )
     hosts.add_argument(
         "--heartbeat",
         type=command.integer(1),
         default=60,
         metavar="S",
-        help="seconds of silence after which a process is lost",
+        help="seconds without an answer after which a process counts as lost (default 60)",
     )
     config, options = command.parse(argv, parser)
     if options.branch_from is not None:
@@ -82,12 +82,11 @@ def main(argv: Sequence[str]) -> int:
 
     if options.coordinator or options.distributed:
         try:
-            # A process that falls silent is lost: JAX ends the others and says so, and the run continues when started
-            # again, from its last checkpoint.
+            # When a process stops answering, JAX ends the others. Started again, the run resumes from its checkpoint.
             jax.distributed.initialize(*placed, heartbeat_timeout_seconds=options.heartbeat)
         except (ValueError, RuntimeError) as error:
             flag = f"--coordinator={options.coordinator}" if options.coordinator else "--distributed"
-            return process.fail(f"{flag}: the processes did not find each other: {error}")
+            return process.fail(f"{flag}: the processes could not connect to each other: {error}")
 
     from steppe.lm.keep import exits
     from steppe.lm.parts.check import check
@@ -108,19 +107,19 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         if error.errno in process.NO_NAME:
             return process.fail(f"{error.filename or 'a path of the config'}: {error.strerror or error}")
-        process.fail(f"stopped: {error}; what is on disk is sound, run the same command again once this is mended")
+        process.fail(f"stopped: {error}; the stored files are intact: mend this and run the same command again")
         return exits.STORAGE
 
 
 def _unreachable(coordinator: str) -> str:
-    """What is wrong with HOST:PORT, before JAX, which may end the process over it."""
+    """Why HOST:PORT cannot be reached, or "". Checked here because JAX may end the process over it."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         return "PORT is a number from 1 to 65535"
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except (OSError, UnicodeError) as error:
-        return f"{host} is not known here ({' '.join(str(error).split())})"
+        return f"{host} cannot be resolved ({' '.join(str(error).split())})"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""A run or sweep that runs elsewhere, live in this terminal: steps, losses, rate, time left.
+"""Follow a run or sweep in this terminal, wherever it runs: steps, losses, tokens/s, time left.
 
 steppe watch DIR [--every=SECONDS] [--once]
 """
@@ -17,12 +17,12 @@ from steppe.lm.track import lines
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts import command, process, results
 
-SILENT = 120  # seconds without a line after which that is said
-MOST = 40  # runs shown, those that changed last
+SILENT = 120  # seconds without a new line after which a run is shown as silent
+MOST = 40  # runs shown, the most recently changed ones
 
 
 class Row(NamedTuple):
-    """What is shown of a run. seconds: since its last line, NaN before the first."""
+    """The cells shown of a run. seconds: since its last line; NaN before the first."""
 
     name: str
     state: str
@@ -36,13 +36,13 @@ class Row(NamedTuple):
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Shows the runs until interrupted, or until all have ended; returns the exit status."""
+    """Shows the runs until all have ended or the user interrupts; returns the exit status."""
     parser = command.parser("watch", command.headline(__doc__), config=False)
-    parser.add_argument("directory", metavar="DIR", help="of a sweep, or a run's workdir")
+    parser.add_argument("directory", metavar="DIR", help="a sweep's directory, or a workdir")
     parser.add_argument(
-        "--every", type=keys.number(above=0), default=2.0, metavar="S", help="seconds between looks (default 2)"
+        "--every", type=keys.number(above=0), default=2.0, metavar="S", help="seconds between updates (default 2)"
     )
-    parser.add_argument("--once", action="store_true", help="print the table once")
+    parser.add_argument("--once", action="store_true", help="print the table once and exit")
     options = command.options_of(argv, parser)
     rows(options.directory)
     if options.once:
@@ -63,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def rows(directory: str) -> list[Row]:
-    """What is known now of every run, those that changed last first, and of damaged ones why they are left out. Reads
-    only the ends of their files."""
+    """A Row per run, the most recently changed first; for a damaged run, why it is left out. Reads only the ends of
+    the files."""
     places, found = results.places(directory), []
     for name, place in places:
         try:
@@ -96,7 +96,7 @@ def _row(name: str, place: Path) -> Row:
 
 
 def table(found: list[Row]):
-    """The rows as a table of rich."""
+    """The rows as a rich table."""
     from rich.table import Table
 
     counts = {state: sum(row.state.startswith(state) for row in found) for state in ("running", "silent", "waiting")}

@@ -190,7 +190,7 @@ def test_questions_of_a_stored_config_are_not_fetched(downloaded, capsys):
     run = downloaded({"evaluate.choices": ["q=jsonl:elsewhere://x/q.jsonl"]})
     status, said = said_by(["evaluate", f"--workdir={run}", "--batches=1"], capsys)
     assert status == 2
-    assert "--choices names the questions, or --trust" in said.splitlines()[-1]
+    assert "name the items with --choices, or pass --trust" in said.splitlines()[-1]
     assert not Elsewhere.asked
     said_by(["evaluate", f"--workdir={run}", "--batches=1", "--trust"], capsys)
     assert Elsewhere.asked

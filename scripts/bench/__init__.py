@@ -1,4 +1,4 @@
-"""Measurements of speed, memory and FLOPs on this machine, side by side in one process; nothing else imports them.
+"""Benchmarks of speed, memory and FLOPs on this machine; no other room imports them.
 
-A module with main(argv) is a kind of bench; `turns` is what they share, `against` what they measure Steppe against.
+Each module with main(argv) is one benchmark. They share `turns`; `against` holds the implementations to compare with.
 """

@@ -1,4 +1,4 @@
-"""Measurements on this machine: what a step costs, on one device, on a GPU, and what it sends over a mesh.
+"""Benchmark this machine: a training step, a GPU, the bytes that a step sends over a mesh.
 
 steppe bench step|collectives|gpu [--help] ...
 """
@@ -11,7 +11,7 @@ from steppe.scripts.cli import KINDS
 
 
 def main(argv: Sequence[str]) -> int:
-    """Hands the rest of the line to steppe.scripts.bench.KIND; returns its exit status."""
+    """Runs steppe.scripts.bench.KIND with the remaining arguments; returns its exit status."""
     process.keep_memory()
     return command.dispatch(argv, "steppe bench", "steppe.scripts.bench", KINDS["bench"])
 

@@ -1,11 +1,11 @@
-"""Bytes that a device sends in a training step, by kind and method, beside the least that sharded parameters allow.
+"""Bytes that a device sends in a training step, by kind and method, next to the least for sharded parameters.
 
     steppe bench collectives [--topology v5e:8x8 h100:8x8] [--size=118m] [--methods adamw sam ...] [--sources]
 
-The step is compiled here for devices that are not (pip install '.[plan]' for TPUs, '.[gpu]' for GPUs), with parameters
-and state sharded over all of them (fsdp). The least: each pass gathers every sharded parameter for its forward and once
-more for its backward part, as none is kept whole, and sends its gradient once to where it is kept; all in the dtype of
-products. --sources lists what the bytes are for.
+Compiles the step for hardware you do not have (pip install '.[plan]' for TPUs, '.[gpu]' for GPUs), with parameters and
+state sharded over all devices (fsdp). The least: each pass gathers every sharded parameter twice, for its forward and
+its backward part, and sends each gradient once to its shard, all in the compute dtype. --sources lists the operations
+that send most.
 """
 
 import math
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class Least(NamedTuple):
-    """Bytes that one device must send: of gathered parameters, and of gradients on their way to their shards."""
+    """Bytes that one device must send: gathered parameters, and gradients scattered to their shards."""
 
     gather: float
     scatter: float
@@ -34,18 +34,18 @@ def main(argv: Sequence[str]) -> int:
     """Prints a table for each topology; returns the exit status."""
     parser = command.parser("bench collectives", __doc__, config=False)
     parser.add_argument(
-        "--topology", nargs="+", default=["v5e:8x8", "h100:8x8"], metavar="KIND:SIZE", help="as of plan"
+        "--topology", nargs="+", default=["v5e:8x8", "h100:8x8"], metavar="KIND:SIZE", help="as for steppe plan"
     )
-    parser.add_argument("--size", default="118m", type=command.of_key("model.size"), help="of the model")
+    parser.add_argument("--size", default="118m", type=command.of_key("model.size"), help="model size")
     parser.add_argument(
         "--methods",
         nargs="+",
         default=list(METHODS),
         type=command.of_key("optim.method"),
-        help="default: one of a kind",
+        help="default: one of each kind",
     )
-    parser.add_argument("--batch_size", type=command.integer(1), default=512, metavar="N", help="sequences of 512")
-    parser.add_argument("--sources", action="store_true", help="list what most bytes of a step are for")
+    parser.add_argument("--batch_size", type=command.integer(1), default=512, metavar="N", help="sequences, 512 tokens")
+    parser.add_argument("--sources", action="store_true", help="list the operations that send most bytes")
     options = command.options_of(argv, parser)
     for topology in options.topology:
         devices = plan.described(topology)
@@ -74,7 +74,7 @@ def _compiled(method: str, options: Any, devices: list) -> tuple[Any, Any]:
 
 
 def least(method: str, parts: Any) -> Least:
-    """The Least of a step of these parts, on their mesh."""
+    """The Least of a step of these parts on their mesh."""
     import jax
 
     from steppe.optim.methods import cost
@@ -101,7 +101,7 @@ def _row(method: str, found: list[hlo.Collective], needed: Least) -> str:
 
 
 def _print_sources(found: list[hlo.Collective], most: int = 12) -> None:
-    """The instructions that send most, with the operation that they serve."""
+    """Prints the instructions that send most, each with its source operation."""
     for each in sorted(found, key=lambda one: -one.bytes)[:most]:
         shape = each.shape[:60]
         print(f"    {each.bytes / GIB:8.4f} GiB  {each.kind:<16} x{each.times:<4} {shape:<60} {each.source[-70:]}")

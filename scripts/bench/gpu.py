@@ -1,11 +1,11 @@
-"""What a GPU makes of Steppe, in one call of under eight minutes: kernels, steps, where time goes, and torch beside.
+"""Benchmark a GPU in under eight minutes: kernels, training steps, a profile, and PyTorch for comparison.
 
     steppe bench gpu [--sizes 118m 1.2b] [--methods adamw sam functional_sam:keep ...] [--seconds=6]
 
-Steps are compiled for one GPU in bfloat16 over float32 weights. MFU counts the FLOPs of the model, as `steppe plan`
-does, against the chip's dense bfloat16 peak. The torch steps are torch.compile'd, of the same shapes (see
-against/torch_step.py), in a process of their own before jax takes the memory. --anywhere runs all of it on what there
-is, slowly: to see that it runs.
+Steps are compiled for one GPU, with bfloat16 compute and float32 weights. MFU divides the model's FLOPs, as `steppe
+plan` counts them, by the chip's dense bfloat16 peak. The PyTorch steps use torch.compile and the same shapes (see
+against/torch_step.py); they run in their own process before jax takes the memory. --anywhere runs everything without a
+GPU, slowly, to test the command.
 """
 
 import argparse
@@ -28,7 +28,7 @@ METHODS = (
     *("adamw", "sam", "functional_sam:rebuild", "functional_sam:keep", "precond_functional_sam:keep", "msam"),
     "functional_msam",
 )
-SEQUENCES = {"118m": 32, "1.2b": 16}  # a step, of 1,024 tokens; other sizes: 64
+SEQUENCES = {"118m": 32, "1.2b": 16}  # of 1,024 tokens, a step; other sizes: 64
 VOCABULARY = 32_128
 
 
@@ -36,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
     """Prints tables in Markdown; returns the exit status."""
     parser = command.parser("bench gpu", __doc__, config=False)
     add = parser.add_argument
-    add("--sizes", nargs="+", default=["118m", "1.2b"], choices=list(sizes.SIZES), help="of configs/sizes.py")
+    add("--sizes", nargs="+", default=["118m", "1.2b"], choices=list(sizes.SIZES), help="sizes of configs/sizes.py")
     add("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
-    add("--seconds", type=keys.number(above=0), default=6.0, metavar="S", help="of every measurement")
-    add("--batch_size", type=command.integer(1), metavar="N", help="sequences of a step; default: by size")
+    add("--seconds", type=keys.number(above=0), default=6.0, metavar="S", help="seconds per measurement (default 6)")
+    add("--batch_size", type=command.integer(1), metavar="N", help="sequences a step; default: by size")
     add("--sequence_length", type=command.integer(1), default=1024, metavar="N", help="tokens of a sequence")
-    add("--remat", default="dots", type=command.of_key("model.remat"), help="as config.model.remat")
-    add("--anywhere", action="store_true", help="also where there is no GPU")
+    add("--remat", default="dots", type=command.of_key("model.remat"), help="config.model.remat")
+    add("--anywhere", action="store_true", help="also run without a GPU")
     add("--torch_only", help=argparse.SUPPRESS)
     options = command.options_of(argv, parser)
     if options.torch_only:
@@ -62,19 +62,19 @@ def main(argv: Sequence[str]) -> int:
     for size in options.sizes:
         _print_steps(size, beside[size], options)
     _print_quickstart()
-    print(f"\nall of it took {time.monotonic() - began:.0f} s")
+    print(f"\nthe benchmark took {time.monotonic() - began:.0f} s")
     return 0
 
 
 def _has_gpu() -> bool:
-    """Asked of another process: this one must not take the GPU's memory yet."""
+    """Whether jax sees a GPU, asked of another process, because this one must not take the GPU's memory yet."""
     line = "import jax; print(jax.default_backend())"
     found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
     return found.stdout.strip() == "gpu"
 
 
 def _print_kernels(options: Any) -> None:
-    """Every kernel that can run here against einsum in float32: norms of differences over norms."""
+    """Compares every available kernel with einsum in float32: norm of the difference over norm."""
     import jax
     import jax.numpy as jnp
 
@@ -121,7 +121,7 @@ def _config(size: str, method: str, options: Any):
 
 
 class _Step:
-    """A compiled step, its state and a batch. compiling: seconds; used: bytes of arguments and temporaries."""
+    """A compiled step with its state and a batch. compiling: seconds; used: bytes of arguments and temporaries."""
 
     def __init__(self, size: str, method: str, options: Any):
         import jax
@@ -142,18 +142,18 @@ class _Step:
         self._batch = {"inputs": numbers[:, :-1], "targets": numbers[:, 1:], "weights": jnp.ones(shape, jnp.float32)}
 
     def once(self) -> None:
-        """Dispatches it."""
+        """Dispatches one step."""
         self._state, _ = self._step(self._state, self._batch, math.inf)
 
     def finish(self) -> None:
-        """Returns once all that was dispatched is done."""
+        """Blocks until all dispatched steps are done."""
         import jax
 
         jax.block_until_ready(self._state)
 
 
 def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
-    """One table: Steppe's steps, and those of torch, which were measured before."""
+    """Prints one table of Steppe's steps and of the PyTorch steps, which were measured before."""
     from steppe.lm.parts.chips import peak_flops
 
     sequences, length = _batch_size(size, options), options.sequence_length
@@ -179,13 +179,13 @@ def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
         line(name, spent, first[1] * (2 if "SAM" in name else 1), used)
     if "error" in beside:
         print(f"\nno torch step: {beside['error']}")
-    print(f"\nwhere the time of {options.methods[0]} goes, ms of a step:")
+    print(f"\nmost expensive operations of {options.methods[0]}, ms of a step:")
     for name, spent in trace:
         print(f"  {spent:8.3f}  {name[:100]}")
 
 
 def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, Any]]:
-    """(operation, ms of a step) of those that take most, as jax.profiler sees the device; of a CPU its threads."""
+    """(operation, ms of a step) of the `most` most expensive operations on the device, or in a CPU's threads."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +204,7 @@ def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, Any]
 
 
 def _torch_apart(size: str, options: Any) -> dict[str, Any]:
-    """What `_torch` finds, in a process that gives the memory back when it ends."""
+    """The result of `_torch` from another process, which frees the memory when it ends."""
     line = [sys.executable, "-P", "-m", __spec__.name, f"--torch_only={size}", f"--seconds={options.seconds}"]
     line += [f"--batch_size={_batch_size(size, options)}", f"--sequence_length={options.sequence_length}"]
     done = subprocess.run(line, capture_output=True, text=True)

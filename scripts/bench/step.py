@@ -1,10 +1,10 @@
-"""Speed, memory and compile time of a training step, method by method, on this machine.
+"""Speed, memory and compile time of a training step on this machine, for each method.
 
     steppe bench step [--sizes 24m ...] [--methods adamw sam functional_sam:keep ...] [--against]
 
-Variants take turns, and medians over the turns are reported: tokens/s by the clock, and CPU seconds of this process,
-which other load on the machine disturbs less. METHOD:keep and METHOD:rebuild choose the functional readout. --against
-adds a straightforward flax and optax step of the same shapes, with AdamW and with optax.contrib.sam.
+Variants alternate, and the table holds medians over the turns: tokens/s of wall-clock time, and CPU seconds of this
+process, which other load disturbs less. METHOD:keep and METHOD:rebuild choose the functional readout. --against adds a
+plain flax and optax step of the same shapes, with AdamW and with optax.contrib.sam.
 """
 
 import math
@@ -21,7 +21,7 @@ METHODS = ("adamw", "sam", "functional_sam:rebuild", "functional_sam:keep")
 
 
 class Variant(NamedTuple):
-    """One compiled step. run() takes it once; temporary: bytes; compile: CPU seconds."""
+    """One compiled step. run() executes it once; temporary: bytes; compile: CPU seconds."""
 
     name: str
     run: Callable[[], Any]
@@ -33,10 +33,10 @@ def main(argv: Sequence[str]) -> int:
     """Prints one table per size; returns the exit status."""
     parser = turns.parser("bench step", __doc__, turns=7)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
-    parser.add_argument("--layers", type=command.integer(1), help="instead of the size's own")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of products")
-    parser.add_argument("--chunk", type=command.integer(), default=0, help="as config.model.readout_chunk")
-    parser.add_argument("--against", action="store_true", help="also measure the straightforward reference")
+    parser.add_argument("--layers", type=command.integer(1), help="layers; default: those of the size")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    parser.add_argument("--chunk", type=command.integer(), default=0, help="tokens: config.model.readout_chunk")
+    parser.add_argument("--against", action="store_true", help="also measure plain flax and optax steps")
     options = command.options_of(argv, parser)
     from steppe.optim.methods import canonical
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def ours(size: str, method: str, options) -> Variant:
-    """Steppe's own step for METHOD[:keep|rebuild]."""
+    """Steppe's step for METHOD[:keep|rebuild]."""
     import jax
 
     from steppe.lm.parts.state import create
@@ -78,7 +78,7 @@ def ours(size: str, method: str, options) -> Variant:
 
 
 def reference(size: str, sam: bool, options) -> Variant:
-    """The straightforward step."""
+    """The plain flax and optax step."""
     import jax
 
     from steppe.configs.sizes import SIZES
@@ -108,7 +108,7 @@ def variant(name: str, program, run: Callable, spent: float) -> Variant:
 
 
 def repeated(name: str, step: Callable, state: Any, batch: dict) -> Callable[[], Any]:
-    """run() takes step(state, batch) -> (state, metrics) from where it last came to."""
+    """run() executes step(state, batch) -> (state, metrics), each time on the state that the last call returned."""
 
     def run():
         nonlocal state
@@ -121,7 +121,7 @@ def repeated(name: str, step: Callable, state: Any, batch: dict) -> Callable[[],
 
 
 def print_table(size: str, variants: list[Variant], options) -> None:
-    """Markdown. Ratios are medians over the turns of what a variant took over what the first one took in that turn."""
+    """Prints a Markdown table. A ratio is the median over turns of a variant's time over the first variant's."""
     times = turns.take({variant.name: variant.run for variant in variants}, options.runs)
     first = variants[0].name
     print(

@@ -1,4 +1,4 @@
-"""What benches share: their options, the config and batch that these mean, and programs that take turns."""
+"""Shared by the benchmarks: options, the config and batch they describe, and alternating timed runs."""
 
 import argparse
 import statistics
@@ -11,7 +11,7 @@ from steppe.scripts import command
 
 
 class Times(NamedTuple):
-    """Seconds of every turn of a program: by the clock, and of this process's CPUs, which other load disturbs less."""
+    """Seconds of each turn of a program: wall clock, and this process's CPU time, which other load disturbs less."""
 
     wall: list[float]
     cpu: list[float]
@@ -20,19 +20,19 @@ class Times(NamedTuple):
 def parser(name: str, summary: str | None, turns: int) -> command.Parser:
     """A parser with the options that config_of and batch_of read."""
     made = command.parser(name, summary, config=False)
-    made.add_argument("--sizes", nargs="+", default=["24m"], choices=list(sizes.SIZES), help="of configs/sizes.py")
-    made.add_argument("--batch_size", type=command.integer(1), default=4, help="sequences")
+    made.add_argument("--sizes", nargs="+", default=["24m"], choices=list(sizes.SIZES), help="see configs/sizes.py")
+    made.add_argument("--batch_size", type=command.integer(1), default=4, help="sequences (default 4)")
     made.add_argument("--sequence_length", type=command.integer(1), default=512, help="tokens of a sequence")
-    made.add_argument("--vocabulary_size", type=command.integer(1), default=32100, help="tokens of the vocabulary")
-    made.add_argument("--remat", default="dots", type=command.of_key("model.remat"), help="as config.model.remat")
+    made.add_argument("--vocabulary_size", type=command.integer(1), default=32100, help="tokens in the vocabulary")
+    made.add_argument("--remat", default="dots", type=command.of_key("model.remat"), help="config.model.remat")
     made.add_argument(
-        "--runs", type=command.integer(), default=turns, help="turns of each program, after one to warm up; 0: none"
+        "--runs", type=command.integer(), default=turns, help="timed turns of each program after a warm-up; 0: none"
     )
     return made
 
 
 def config_of(size: str, options: argparse.Namespace):
-    """The base config of a named size with the options' shapes."""
+    """The base config with a named size and the options' shapes."""
     config = base.get_config()
     config.model.size = size
     sizes.resolve(config)
@@ -43,7 +43,7 @@ def config_of(size: str, options: argparse.Namespace):
 
 
 def batch_of(options: argparse.Namespace) -> dict:
-    """Random tokens."""
+    """A batch of random tokens [B, T]."""
     import jax
     import jax.numpy as jnp
 
@@ -53,7 +53,7 @@ def batch_of(options: argparse.Namespace) -> dict:
 
 
 def take(programs: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, Times]:
-    """Runs every program once a turn, until what it returns is ready; the first turn warms up and is left out."""
+    """Runs every program once per turn and waits for its result; the first turn warms up and is not counted."""
     import jax
 
     times = {name: Times([], []) for name in programs}
@@ -68,12 +68,12 @@ def take(programs: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, Tim
 
 
 def ratio(mine: list[float], base: list[float]) -> float:
-    """Median over the turns of what one program took over what another took in that turn."""
+    """Median over turns of one program's time divided by the other's in the same turn."""
     return statistics.median(a / b for a, b in zip(mine, base, strict=True))
 
 
 def repeat(step: Callable[[], None], seconds: float, finish: Callable[[], None]) -> float:
-    """Seconds of a step: after three to warm up, as many as fit."""
+    """Seconds per step, averaged over as many as fit into `seconds`, after three for warm-up."""
     for _ in range(3):
         step()
     finish()

@@ -1,4 +1,4 @@
-"""Held-out loss of a finished or running run, beside its baselines.
+"""Evaluate a run: held-out loss next to its baselines, and multiple choice.
 
 steppe evaluate --workdir=DIR [--step=K] [--batches=N] [--task=SOURCE] [--choices=name=jsonl:FILE ...]
 """
@@ -11,16 +11,16 @@ from steppe.scripts import command, process
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Prints a table, one line per held-out set; returns the exit status, 2 for bad input."""
+    """Prints one line per held-out set; returns the exit status, 2 for bad input."""
     parser = command.run_parser("evaluate", command.headline(__doc__))
     parser.add_argument(
-        "--batches", type=command.integer(), default=0, metavar="N", help="only N batches of each set; 0: all"
+        "--batches", type=command.integer(), default=0, metavar="N", help="batches of each set; 0 (default): all"
     )
     parser.add_argument(
-        "--task", metavar="SOURCE", help="other text, as config.data.task; default: the run's held-out sets"
+        "--task", metavar="SOURCE", help="other text, in the form of config.data.task; default: the run's held-out sets"
     )
     parser.add_argument(
-        "--choices", action="append", metavar="NAME=jsonl:FILE", help="multiple choice; default: the run's own"
+        "--choices", action="append", metavar="NAME=jsonl:FILE", help="multiple-choice items; default: the run's own"
     )
     options = command.options_of(argv, parser)
 
@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     stored = run.config.evaluate.choices
     if not questions and not options.trust and any("://" in each for each in stored):
         raise command.UsageError(
-            f"{options.workdir}: config.evaluate.choices = {', '.join(stored)}: is not followed on the word of a "
-            "stored config; --choices names the questions, or --trust, where the run is your own"
+            f"{options.workdir}: config.evaluate.choices = {', '.join(stored)}: URLs of a stored config are not used; "
+            "name the items with --choices, or pass --trust if the run is your own"
         )
     questions = questions or choices.read(stored)
     step = make_evaluation_step(run.parts)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             batch_size=run.config.train.batch_size,
             batches=options.batches,
         )
-        assert found is not None  # nothing stops it
+        assert found is not None  # evaluate returns None only when stopped
         reference = baselines.baselines(corpus, name, counts)
         print(
             f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "

@@ -1,4 +1,4 @@
-"""A run's model as a Hugging Face directory, for lm-eval, vLLM, quantisers and fine-tuning.
+"""Export a run's model as a Hugging Face directory, for lm-eval, vLLM, quantisers and fine-tuning.
 
 steppe export --workdir=DIR --out=HF_DIR [--step=K]
 """
@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes the directory; returns the exit status, 2 for bad input."""
     parser = command.run_parser("export", command.headline(__doc__))
     parser.add_argument(
-        "--out", required=True, type=command.writable_directory, metavar="HF_DIR", help="a directory that is not there"
+        "--out", required=True, type=command.writable_directory, metavar="HF_DIR", help="a new or empty directory"
     )
     options = command.options_of(argv, parser)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):

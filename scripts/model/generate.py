@@ -1,9 +1,9 @@
-"""Text sampled from a run's model, as continuations of prompts.
+"""Sample text from a run's model.
 
     steppe generate --workdir=DIR [--prompt=TEXT] [--tokens=N] [--temperature=X] [--seed=N] [--step=K]
     steppe generate --workdir=DIR --prompts=FILE [--out=FILE.jsonl]
 
-FILE has a prompt a line, or, as .jsonl, an object with "prompt". Prompt i draws as it would alone with seed + i.
+FILE has one prompt a line; a .jsonl file has objects with "prompt". Prompt i uses the random seed SEED + i.
 """
 
 import json
@@ -18,18 +18,18 @@ from steppe.scripts import command, process
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Prints the sample; returns the exit status, 2 for bad input."""
+    """Prints the samples; returns the exit status, 2 for bad input."""
     parser = command.run_parser("generate", command.headline(__doc__))
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="default: config.sample.prompt of the run")
-    prompts.add_argument("--prompts", metavar="FILE", help="many: a line each, or objects with prompt")
-    parser.add_argument("--out", metavar="FILE", help="write objects with prompt and text, rather than print")
+    prompts.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl objects with prompt")
+    parser.add_argument("--out", metavar="FILE", help="write objects with prompt and text instead of printing")
     parser.add_argument("--batch_size", type=command.integer(1), default=32, metavar="N", help="prompts at a time")
     parser.add_argument("--tokens", type=command.integer(1), default=200, metavar="N", help="at most (default 200)")
     parser.add_argument(
         "--temperature", type=keys.number(least=0), default=0.8, metavar="X", help="0: greedy (default 0.8)"
     )
-    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="another seed, another sample")
+    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="random seed (default 0)")
     options = command.options_of(argv, parser)
     if options.prompt is not None and not TEXT.allows(options.prompt):
         return process.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _prompts(path: str) -> list[str]:
-    """The prompts of a file. A line ends at \\n alone (or \\r\\n), and no byte order mark is part of it."""
+    """The prompts of a file. A line ends only at \\n or \\r\\n; a byte order mark is dropped."""
     from steppe.data.readers.plain import json_value
 
     try:

@@ -1,1 +1,1 @@
-"""Many runs from one command: what plans, starts, watches or ends them; `results` reads what they left."""
+"""Plans, starts, shows and ends the runs of a sweep; `scripts.results` reads what they wrote."""

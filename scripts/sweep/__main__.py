@@ -1,11 +1,11 @@
-"""Many runs from one command: rho x scale x method, only what is missing.
+"""Start many runs with one command, such as rho x scale x method; it runs only what is missing.
 
     steppe sweep --config=FILE --sweep=SPEC --out=DIR [--config.key=value ...] [--jobs=N] [--plan]
     steppe sweep --config=FILE --grid optim.method=sam,functional_sam --grid optim.rho=0.01,0.03 --out=DIR
 
-SPEC is a Python file with get_spec(), of which steppe.scripts.sweep.spec says what it returns, or the name of a ready
-one. Every run is an ordinary run of steppe train in DIR/runs/NAME. Run the same command again, or with more values, and
-it does what is missing. Exit status: 0, 1 if a run failed, 2 for bad input, 75 if stopped before the end.
+SPEC is a named sweep, or a Python file with get_spec() (see steppe.scripts.sweep.spec). Every run is an ordinary run of
+steppe train in DIR/runs/NAME. Run the command again, also with more values, and it runs what is missing. Exit status:
+0; 1 if a run failed; 2 for bad input; 75 if it stopped before the end.
 """
 
 import json
@@ -25,42 +25,40 @@ from steppe.scripts.sweep import spec as sweep_spec
 LAUNCHERS = ("local", "slurm", "print")
 
 
-_SWEEP_HELP = "a module or file with get_spec(), or " + ", ".join(ready(sweep_spec.PACKAGE, "get_spec"))
+_SWEEP_HELP = "a module or file with get_spec(), or one of " + ", ".join(ready(sweep_spec.PACKAGE, "get_spec"))
 
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
     """Plans and runs a sweep; returns the exit status."""
     parser = command.parser("sweep", __doc__)
-    parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where it lives")
+    parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="the directory")
     spec = parser.add_argument("--sweep", metavar="SPEC", help=_SWEEP_HELP)
     command.complete_by(spec, command.names(sweep_spec.PACKAGE, "get_spec"))
-    parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="every combination (repeat it)")
-    parser.add_argument("--zip", action="append", default=[], metavar="KEY=V,V", help="side by side (repeat it)")
+    parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="all combinations (repeatable)")
+    parser.add_argument("--zip", action="append", default=[], metavar="KEY=V,V", help="values in step (repeatable)")
     command.add_only(parser)
-    parser.add_argument("--plan", action="store_true", help="show what would run and what it costs, no more")
+    parser.add_argument("--plan", action="store_true", help="print the runs and their cost, then stop")
     parser.add_argument("--retry", action="store_true", help="also repeat runs that failed")
     parser.add_argument(
-        "--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs whose rho loses early (2:0.25,0.5)"
+        "--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs with a bad rho early (2:0.25,0.5)"
     )
     parser.add_argument("--launcher", default="local", choices=LAUNCHERS)
     parser.add_argument(
         "--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time (default: cores / --cores)"
     )
-    parser.add_argument(
-        "--cores", type=command.integer(1), default=1, metavar="N", help="cores of a run, its own (default 1)"
-    )
+    parser.add_argument("--cores", type=command.integer(1), default=1, metavar="N", help="cores per run (default 1)")
     parser.add_argument(
         "--slurm",
         action="append",
         default=[],
         metavar="NAME=VALUE,...",
-        help="of submitit: partition, time (minutes)...",
+        help="submitit parameters: partition, time (minutes)...",
     )
     parser.add_argument(
-        "--devices", type=command.integer(1), default=1, metavar="N", help="of a run, with slurm and print (default 1)"
+        "--devices", type=command.integer(1), default=1, metavar="N", help="devices per run on slurm, print (default 1)"
     )
-    parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="which runs come first")
+    parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="order of the runs")
     path, overrides, options = command.parse_unread(argv, parser)
     return _sweep(path, _once(overrides), options)
 
@@ -72,7 +70,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
         raise command.UsageError(f"--launcher={options.launcher}: must be local with --halving, which compares runs")
     record = results.read_sweep(options.out)
     if record and record["config"] != path:
-        raise command.UsageError(f"--config = {path}: must be {record['config']}, with which {options.out} began")
+        raise command.UsageError(f"--config = {path}: must be {record['config']}, the config of {options.out}")
 
     from steppe.scripts.sweep import launch as sweep_launch
     from steppe.scripts.sweep import plan as sweep_plan
@@ -128,7 +126,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
 
 
 def _once(overrides: list[tuple[str, str | None]]) -> list[tuple[str, str]]:
-    """The overrides with one text for each key: a bare flag means true, several texts a tuple."""
+    """The overrides with one text per key: a flag without a value becomes true, several values a tuple."""
     texts = {}
     for key, text in overrides:
         texts.setdefault(key, []).append("true" if text is None else text)
@@ -152,10 +150,10 @@ def _assignments(options: Any) -> tuple[list[dict[str, str]], sweep_halving.Halv
 def _runs(
     path: str, overrides: list, assignments: list[dict[str, str]], out: Path, record: dict, device_count: int, backend
 ) -> tuple[list, dict]:
-    """(the runs, checked and named, each once; the record of the sweep with their base). Raises UsageError, DataError.
+    """(the runs, checked, named and without duplicates; the record of the sweep). Raises UsageError, DataError.
 
-    A run is known by its resolved config, without the keys that do not change what it computes unless the sweep itself
-    sets them; so it keeps its name and its results however the sweep grows.
+    A run is identified by its resolved config, without keys that do not change the computation unless the sweep sets
+    them. It therefore keeps its name and results when the sweep grows.
     """
     from steppe.configs.base import FREE, with_defaults
     from steppe.configs.keys import ConfigError
@@ -168,7 +166,7 @@ def _runs(
     swept = {key for run in assignments for key in run}
 
     def identity(flat: dict) -> str:
-        # A key that a record of another version lacks is at its default there, which is None where it is an option.
+        # A record of another version may lack keys: they have their defaults, which is None for options.
         said = {key: value for key, value in with_defaults(flat).items() if value is not None}
         kept = {key: value for key, value in said.items() if key in swept or key not in FREE}
         return json.dumps(kept, sort_keys=True)
@@ -202,7 +200,7 @@ def _runs(
 
 
 def _grown(out: Path, record: dict, runs: list) -> dict:
-    """sweep.json with these runs; what it has is kept, whoever wrote it since it was read."""
+    """sweep.json with these runs added to those that it has by now."""
     record = results.read_sweep(out) or record
     for run in runs:
         base = record["base"]
@@ -214,7 +212,7 @@ def _grown(out: Path, record: dict, runs: list) -> dict:
 
 
 def _prepare(runs: list) -> None:
-    """Prepares the text of all runs once, rather than by the first of them that runs beside others."""
+    """Prepares the text of all runs before they start, so that concurrent runs do not wait for it."""
     from steppe.data import cache
 
     for data in {json.dumps(run.config.data.to_dict()): run.config.data for run in runs}.values():
@@ -226,7 +224,7 @@ def _outcome(run: Any) -> dict:
 
 
 def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Callable[[list, dict], bool]) -> bool:
-    """Takes groups through the rungs and ends their worse runs; False if a signal stopped it."""
+    """Executes groups up to each rung and ends their worse runs; False if a signal stopped it."""
     groups, order = sweep_halving.groups(runs), [run.name for run in left]
     for number, fraction in enumerate(halving.rungs, 1):
         outcomes = {run.name: _outcome(run) for run in runs}
@@ -244,7 +242,7 @@ def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Calla
 
 
 def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
-    """Says where results were made by other sources of data, lm and optim than those that would run now."""
+    """Warns if results come from other source code of data, lm and optim than the current one."""
     made = [outcome["code"] for outcome in outcomes.values() if outcome.get("code")]
     if not made:
         return
@@ -252,7 +250,7 @@ def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
 
     other = sum(code != versions()["code"] for code in made)
     if other:
-        print(f"code    {other} of {len(made)} results were made by other code than this", file=sys.stderr, flush=True)
+        print(f"code    {other} of {len(made)} results were made by other source code", file=sys.stderr, flush=True)
 
 
 def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) -> int:

@@ -1,8 +1,8 @@
-"""Successive halving over rho: runs that differ in nothing else are compared on the way, and the worse ones stop there.
+"""Successive halving over rho: runs that differ only in rho are compared at rungs, and the worse ones stop.
 
-At each rung, a fraction of the run, every run of a group stops with a checkpoint; the best 1/eta of the group go on to
-the next, and the last ones to the end. They share seed and data, so that the comparison is paired, and their schedules
-are those of the whole run, so that a run that goes on is the run it would have been.
+A rung is a fraction of the run. At each rung, every run of a group stops with a checkpoint; the best 1/eta of the group
+continue. Runs of a group share seed and data, so the comparison is paired. Their schedules are those of the full
+length, so a run that continues equals an uninterrupted one.
 """
 
 import math
@@ -18,14 +18,14 @@ from steppe.scripts.sweep.plan import Run
 
 
 class Halving(NamedTuple):
-    """The best 1/eta of a group pass each rung; rungs are fractions of the run, growing."""
+    """The best 1/eta of a group pass each rung; rungs: increasing fractions of the run."""
 
     eta: float = 2.0
     rungs: tuple[float, ...] = (0.25, 0.5)
 
 
 def parse(text: str) -> Halving:
-    """ "2:0.25,0.5", "3" or "" as a Halving; what is left out has its default. Raises UsageError."""
+    """ "2:0.25,0.5", "3" or "" as a Halving; omitted parts have their defaults. Raises UsageError."""
     eta, _, rungs = text.partition(":")
     try:
         return settings(
@@ -52,7 +52,7 @@ def settings(given: Mapping[str, Any]) -> Halving:
 
 
 def groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs that differ in optim.rho alone, where there are at least two."""
+    """Groups of at least two runs that differ only in optim.rho."""
     found = {}
     for run in runs:
         key = tuple((name, str(value)) for name, value in run.flat.items() if name not in ("optim.rho", "log.name"))
@@ -61,7 +61,7 @@ def groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def rung_step(run: Run, fraction: float) -> int:
-    """The step of a rung: the evaluation next to that fraction of the run; 0 where there is none before its end."""
+    """The step of a rung: the evaluation closest to that fraction of the run; 0 if that is the end."""
     from steppe.optim.schedules import duration_steps
 
     tokens = run.tokens // run.steps
@@ -71,7 +71,7 @@ def rung_step(run: Run, fraction: float) -> int:
 
 
 def loss_at(run: Run, step: int) -> float:
-    """Held-out loss of a run after this step, on the first held-out set; infinite if it did not get there soundly."""
+    """Loss of a run on its first held-out set at this step, nats a token; infinite if absent or not finite."""
     for record in lines.read(run.directory).of("evaluate"):
         if record["step"] == step:
             loss = float(record["loss"])
@@ -80,16 +80,15 @@ def loss_at(run: Run, step: int) -> float:
 
 
 def to_run(group: Sequence[Run], step: int, outcomes: Mapping[str, dict]) -> list[Run]:
-    """The runs of a group that must still reach this step."""
+    """The runs of a group that have yet to reach this step."""
     return [run for run in group if not outcomes[run.name] and not math.isfinite(loss_at(run, step))]
 
 
 def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, dict]) -> list[Run]:
     """Ends the runs of a group that are not among its best at this step, for good; returns them.
 
-    share: of the group that goes on, rounded up.
-
-    Ranks are among all runs of the group, whatever became of them since, so that doing it again does the same.
+    share: of the group that continues, rounded up. Ranks cover all runs of the group whatever their status, so calling
+    this again has the same effect.
     """
     losses = {run.name: loss_at(run, step) for run in group}
     ranked = sorted(group, key=lambda run: losses[run.name])
@@ -98,14 +97,14 @@ def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, 
     for rank, run in enumerate(ranked, 1):
         if rank > kept and not outcomes[run.name]:
             best = f"the best has {losses[ranked[0].name]:.4f}"
-            why = f"loss {losses[run.name]:.4f} at step {step}, place {rank} of {len(group)}; {best}"
+            why = f"loss {losses[run.name]:.4f} at step {step}, rank {rank} of {len(group)}; {best}"
             sweep_launch.record(run.directory, "pruned", STOPPED, why)
             ended.append(run)
     return ended
 
 
 def saved(runs: Sequence[Run]) -> str:
-    """What pruned runs of these did not cost, for a reader."""
+    """A line that says what stopping runs early saved."""
     tokens = flops = 0.0
     outcomes = {run.name: results.read_json(run.directory / results.OUTCOME, results.Outcome) for run in runs}
     pruned = [run for run in runs if outcomes[run.name].get("status") == "pruned"]

@@ -1,8 +1,7 @@
-"""Starting the runs of a sweep on this machine, so many at a time, and recording how each ended.
+"""Runs a sweep on this machine, several runs at a time, and records how each ended.
 
-Every run is a `steppe train`, which resumes by itself whatever its workdir holds, in a worker process that has one run
-after the other. `outcome.json` appears once a run has ended for good; `attempts.json` counts the time of all attempts
-until then.
+Every run is a `steppe train`, which resumes from its workdir, in a worker process that executes one run after another.
+`outcome.json` appears when a run has ended for good; `attempts.json` records the time of every attempt.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ POLL = 0.2  # seconds between polls of the processes
 
 
 class Job(NamedTuple):
-    """A run under way: the worker that has it, and when it began."""
+    """A run in progress: its worker and its start, in seconds since 1970."""
 
     run: Run
     worker: Worker
@@ -35,24 +34,24 @@ class Job(NamedTuple):
 
 
 def command_line(run: Run, config: str) -> list[str]:
-    """The command of a run, complete: any scheduler may start it, and start it again to continue."""
+    """The complete command of a run. Any scheduler may start it, and start it again to resume."""
     return [sys.executable, "-P", "-m", "steppe.scripts.train", *arguments(run, config)]
 
 
 def arguments(run: Run, config: str) -> list[str]:
-    """What `steppe train` is given for a run."""
+    """The arguments of `steppe train` for a run."""
     overrides = [f"--config.{key}={text}" for key, text in run.overrides]
     return [f"--config={config}", *overrides, f"--workdir={run.directory}"]
 
 
 def shell_line(run: Run, config: str) -> str:
-    """The same, quoted for a shell, from the present directory."""
+    """command_line quoted for a shell in the current directory."""
     return shlex.join(command_line(run, config))
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds a sweep's directory: one sweep command at a time. UsageError if another has it."""
+    """Locks a sweep's directory against other sweep commands. Raises UsageError if one holds it."""
     try:
         with files.lock(directory / LOCK):
             yield
@@ -61,13 +60,13 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def held(directory: Path) -> bool:
-    """Whether a process has this workdir: a run left behind by a sweep that was killed, or started by hand."""
+    """Whether a process is using this workdir: a run left over from a killed sweep, or one started by hand."""
     return files.is_held(directory / LOCK)
 
 
 # ----------------------------------------------------------------------------------------------------- what is recorded
 def begin_attempt(directory: Path, command: Sequence[str]) -> None:
-    """Notes that an attempt begins, in attempts.json and the log."""
+    """Records the start of an attempt in attempts.json and the log."""
     directory.mkdir(parents=True, exist_ok=True)
     attempts = _attempts(directory)
     files.write_json(directory / ATTEMPTS, {"attempts": [*attempts, {"began": time.time(), "ended": None, "cpu": 0.0}]})
@@ -76,7 +75,7 @@ def begin_attempt(directory: Path, command: Sequence[str]) -> None:
 
 
 def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[str, Any]:
-    """Records the end of an attempt with this exit status; returns the outcome, {} if the run is to be continued."""
+    """Records the end of an attempt with this exit status; returns the outcome, {} if the run is to resume."""
     attempts = _attempts(directory)
     if attempts:
         attempts[-1].update(ended=time.time(), cpu=cpu_seconds)
@@ -86,9 +85,9 @@ def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[
 
 
 def settle(directory: Path) -> dict[str, Any]:
-    """The outcome of a run that may have ended without anyone to record it: recorded if so, {} if it is to go on.
+    """The outcome of a run, {} if it is to resume; records an end that no process has recorded.
 
-    So it is after a sweep was killed, and with runs that another scheduler started.
+    That happens after a sweep was killed, and with runs that another scheduler started.
     """
     outcome = results.read_json(directory / results.OUTCOME, results.Outcome)
     if outcome or not (directory / "metrics.jsonl").exists() or held(directory):
@@ -128,7 +127,7 @@ def record(directory: Path, named: str, status: int, why: str, result: results.R
 
 
 def _attempts(directory: Path) -> list[dict]:
-    """The attempts so far; one whose end nobody saw ended when its log was last written."""
+    """The attempts so far. An attempt with no recorded end ended when its log was last written."""
     found = results.read_json(directory / ATTEMPTS, results.Attempts).get("attempts", [])
     for attempt in found[:-1]:
         attempt["ended"] = attempt["ended"] or attempt["began"]
@@ -148,16 +147,16 @@ def _last_lines(path: Path, size: int = 4000) -> list[str]:
 
 # --------------------------------------------------------------------------------------------------------- the launcher
 def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view, *, until=None) -> bool:
-    """Runs them in order, one on each slot of cores at a time; True if all were tried, False if a signal stopped it.
+    """Executes the runs in order, one at a time on each slot of cores; False if a signal stopped it, else True.
 
-    Each slot has a worker, which has run after run; one that died is replaced.
+    Each slot has a worker that executes one run after another; a worker that died is replaced. A signal (SIGINT,
+    SIGTERM, SIGHUP) reaches the runs as SIGTERM: they save and stop. A second signal ends them at once.
 
-    A signal (SIGINT, SIGTERM, SIGHUP) goes on to the runs as SIGTERM, which makes them save and stop; a second one ends
-    them at once. view is told of every start, end and moment between: started(job), ended(run, outcome, status),
-    tick(jobs, waiting). until: {name: step} at which a run stops.
+    view: its methods started(job), ended(run, outcome, status) and tick(jobs, waiting) are called. until: {name: step}
+    at which a run stops.
     """
     waiting, jobs, signals = list(runs), [], []
-    free: list[Worker | list[int]] = [*slots]  # slots, or workers that wait on theirs
+    free: list[Worker | list[int]] = [*slots]  # slots without a worker, or idle workers
 
     def stop(number, frame) -> None:
         signals.append(number)
@@ -182,14 +181,14 @@ def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view
                 job = _start(ready, config, worker, (until or {}).get(ready.name))
                 jobs.append(job)
                 view.started(job)
-                if signals:  # one that came while it was being started
+                if signals:  # a signal that arrived while the worker was starting
                     job.worker.signal(signal.SIGTERM)
             for job in list(jobs):
                 found = job.worker.poll()
                 if found is not None:
                     status, cpu_seconds = found
                     if status == FINISHED and (until or {}).get(job.run.name, job.run.steps) < job.run.steps:
-                        status = STOPPED  # where it was told to
+                        status = STOPPED  # at its `until`, not at its end
                     jobs.remove(job)
                     free.append(_next(job.worker, bool(waiting)))
                     outcome = end_attempt(job.run.directory, status, cpu_seconds)
@@ -197,7 +196,7 @@ def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view
             view.tick(jobs, waiting)
             time.sleep(POLL)
     finally:
-        for job in jobs:  # only after an error here
+        for job in jobs:  # empty unless an error occurred above
             job.worker.signal(signal.SIGTERM)
         for worker in [job.worker for job in jobs] + [each for each in free if isinstance(each, Worker)]:
             worker.close()
@@ -214,7 +213,7 @@ def _start(run: Run, config: str, worker: Worker, until: int | None) -> Job:
 
 
 def _next(worker: Worker, needed: bool) -> Worker | list[int]:
-    """The worker for the next run, or its slot where it has died, or is to end as no run is left for it."""
+    """The worker for the next run; its slot if it has died, or if no run is left and it should end."""
     if needed and worker.alive():
         return worker
     worker.close()
@@ -222,6 +221,6 @@ def _next(worker: Worker, needed: bool) -> Worker | list[int]:
 
 
 def slots_of(jobs: int, cores: int, usable: Sequence[int]) -> list[list[int]]:
-    """For each job its cores, of those usable; jobs share where there are too few."""
+    """The cores of each job, out of the usable ones; jobs share cores if there are too few."""
     count = len(usable)
     return [sorted({usable[(job * cores + core) % count] for core in range(cores)}) for job in range(jobs)]

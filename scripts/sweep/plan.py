@@ -1,4 +1,4 @@
-"""What a sweep costs before it starts: budgets of its runs, the time they will take here, and the table of both."""
+"""The cost of a sweep before it starts: budgets of its runs, their estimated time on this machine, a table of both."""
 
 import functools
 import importlib.util
@@ -19,13 +19,13 @@ from steppe.lm.keep.exits import STATUSES
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts import results
 
-ASSUMED_STARTUP = 12.0  # seconds of imports and compiling, where nothing was measured
+ASSUMED_STARTUP = 12.0  # seconds of imports and compiling, unless measured
 _PRODUCTS = 16  # pairs of products in one program
-ASSUMED_SHARE = 0.35  # of the speed of bare products of a model's size that its steps reach
+ASSUMED_SHARE = 0.35  # a step's FLOP/s over those of bare matrix products of the model's size
 
 
 class Run(NamedTuple):
-    """One run of a sweep. overrides: [(key, text)] on steppe train's command line. flat: its config, every key.
+    """One run of a sweep. overrides: [(key, text)] for steppe train's command line. flat: its config, every key.
 
     parameters: non-embedding; steps, tokens, flops (of the method): of the whole run.
     """
@@ -42,19 +42,19 @@ class Run(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """How fast runs go: rate(run) -> FLOP/s, seconds to start one, and where that comes from."""
+    """Speed of runs: rate(run) -> FLOP/s, seconds to start one, and the source of both figures."""
 
     rate: Callable[[Run], float]
     startup: float
     source: str
 
     def seconds(self, run: Run, share: float = 1.0) -> float:
-        """Estimated seconds of a share of the run, its start included."""
+        """Estimated seconds of a share of the run, including its start."""
         return self.startup + share * run.flops / self.rate(run)
 
 
 def devices() -> tuple[int, str]:
-    """(devices, backend) that a run on this machine would see. This process itself takes no accelerator."""
+    """(devices, backend) that a run on this machine would see. This process does not take the accelerator."""
     import jax
 
     platforms = os.environ.get("JAX_PLATFORMS", "")
@@ -71,7 +71,7 @@ def devices() -> tuple[int, str]:
 
 
 def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
-    """The runs with parameters, steps, tokens and FLOPs. DataError for a corpus that a length in epochs needs."""
+    """The runs with parameters, steps, tokens and FLOPs. DataError if a corpus that a budget needs cannot be read."""
     from steppe.data import cache, loader
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.model.transformer import shape
@@ -98,7 +98,7 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     for run in runs:
         config = run.config
         shape_ = shape(config.model, vocabulary_size(config.data.vocabulary), config.data.sequence_length, "")
-        padded = config.data.packing == "bestfit"  # how many tokens a row has is known of the corpus alone
+        padded = config.data.packing == "bestfit"  # only the corpus tells how many tokens a row has
         known = corpus_of(config.data) if padded or "epoch" in config.train.duration else None
         epoch, per_row = (known.epoch_tokens, known.tokens_per_row) if known else (0, None)
         made = planned(config, shape_, params_of(shape_), epoch, per_row)
@@ -114,9 +114,9 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
 
 
 def speed(runs: Sequence[Run], outcomes: dict[str, dict], cores: int, backend: str | None) -> Speed:
-    """From the finished runs of the sweep; where there are none, from products of each model's size, timed now.
+    """The Speed of finished runs of the sweep; without any, of matrix products of each model's size, timed now.
 
-    outcomes: {name: outcome.json}. cores: of one run. backend: where runs go; only cpu is timed, else it is unknown.
+    outcomes: {name: outcome.json}. cores: per run. backend: of the runs; only cpu is timed, others are unknown.
     """
     measured = {}
     for run in runs:
@@ -144,13 +144,13 @@ def speed(runs: Sequence[Run], outcomes: dict[str, dict], cores: int, backend: s
     return Speed(
         lambda run: rates[run.flat["model.width"]],
         ASSUMED_STARTUP,
-        f"assumed: {ASSUMED_SHARE:.0%} of bare products of the models' sizes, timed now ({shown} GFLOP/s), "
+        f"assumed: {ASSUMED_SHARE:.0%} of bare matrix products of the models' sizes, timed now ({shown} GFLOP/s), "
         f"and {ASSUMED_STARTUP:.0f} s to start a run",
     )
 
 
 def _product_rate(run: Run, cores: int) -> float:
-    """FLOP/s of float32 products as large as those of the run's MLP, on this CPU: many in one program, as in a step."""
+    """FLOP/s of float32 matrix products of the size of the run's MLP on this CPU, many in one program as in a step."""
     import jax
     import jax.numpy as jnp
 
@@ -168,7 +168,7 @@ def _product_rate(run: Run, cores: int) -> float:
 
 
 def usable_cores() -> list[int]:
-    """The cores this process may use."""
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -179,7 +179,7 @@ def _shown(value: Any) -> str:
 
 
 def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int) -> str:
-    """The plan for a reader: runs in groups (all but rho and seed alike), what is done, and what remains."""
+    """The plan as text: groups of runs that differ only in rho and seed, how many are done, and the remaining cost."""
     varying = [
         key for key in results.varying_keys([run.flat for run in runs]) if key not in ("seed", "optim.rho")
     ]  # fmt: skip
@@ -222,7 +222,7 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
 
 
 def makespan(seconds: Sequence[float], jobs: int) -> float:
-    """Seconds until the last of tasks is done that are taken in this order by so many workers."""
+    """Seconds until `jobs` workers that take tasks in this order have finished all."""
     ends = [0.0] * jobs
     for each in seconds:
         ends.sort()

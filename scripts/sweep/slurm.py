@@ -1,7 +1,7 @@
-"""Runs of a sweep, or the hosts of a preparation, as a SLURM job array, through submitit.
+"""Runs of a sweep, or hosts of a preparation, as a SLURM job array, through submitit.
 
-A job runs steppe train and records its outcome. Shortly before its time is up, or when it is preempted, SLURM signals
-it; the run saves and stops, and the job goes back into the queue and continues there.
+A job executes steppe train and records its outcome. Before its time limit, or on preemption, SLURM signals the job. The
+run then saves and stops; the job is requeued and resumes.
 """
 
 import re
@@ -21,25 +21,25 @@ from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep.plan import Run
 from steppe.scripts.sweep.worker import ended
 
-FOLDER, JOB = ".slurm", "slurm.json"  # logs and pickles of the jobs, in the sweep; the job's number, in a run
-MOST_TIMEOUTS = 1000  # times that a job may run out of time; only a number, as every time is progress
-AFTER_STOP = 300.0  # seconds that a job stays when its run was told to stop, so that SLURM decides what follows
+FOLDER, JOB = ".slurm", "slurm.json"  # logs and pickles of the jobs, in the sweep; the job's id, in a run's workdir
+MOST_TIMEOUTS = 1000  # submitit needs a limit on timeouts; each one is progress, so it is high
+AFTER_STOP = 300.0  # seconds that a job waits after its run was told to stop, so that SLURM decides what follows
 
 
 class TrainJob:
-    """What a job does: one run, begun or continued. submitit pickles it and calls it where the job runs."""
+    """A job that starts or resumes one run. submitit pickles it and calls it on the job's host."""
 
     def __init__(self, directory: Path, command: Sequence[str]):
         self.directory, self.command = directory, list(command)
         self._process: subprocess.Popen | None = None
 
     def __call__(self) -> str:
-        """Runs to the end of the run; returns its status, "" if it was told to stop before."""
+        """Runs until the run ends; returns its status, "" if it was stopped before."""
         if outcome := sweep_launch.settle(self.directory):
             return outcome["status"]
         sweep_launch.begin_attempt(self.directory, self.command)
         with open(self.directory / sweep_launch.LOG, "ab") as log:
-            # SLURM signals every process of a job; what the signal means is this one's to say
+            # SLURM signals every process of a job; only this one may act on it
             self._process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -53,7 +53,7 @@ class TrainJob:
         return outcome.get("status", "")
 
     def checkpoint(self) -> Any:
-        """Called in the middle of __call__ when SLURM signals the job: stops the run; what to put back in the queue."""
+        """Called by submitit during __call__ when SLURM signals the job: stops the run; returns what to requeue."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None and self._process.returncode is None:
@@ -62,10 +62,10 @@ class TrainJob:
         return DelayedSubmission(TrainJob(self.directory, self.command))
 
     def _wait(self) -> dict:
-        """The outcome once the process has ended, {} if it is to be continued."""
+        """The outcome once the process has ended, {} if the run is to resume."""
         assert self._process is not None
         while True:
-            # not Popen.wait, whose lock `checkpoint` would find taken by the call it interrupts
+            # not Popen.wait: `checkpoint` interrupts this call and would deadlock on Popen's lock
             status, cpu_seconds = ended(self._process)
             if status is not None:
                 return sweep_launch.end_attempt(self.directory, status, cpu_seconds)
@@ -73,7 +73,7 @@ class TrainJob:
 
 
 class PrepareJob:
-    """One host of a preparation: the command, which continues what an earlier one of it left."""
+    """One host of a preparation: runs the command, which continues an earlier preparation."""
 
     def __init__(self, command: Sequence[str]):
         self.command = list(command)
@@ -87,7 +87,7 @@ class PrepareJob:
             raise RuntimeError(f"exit status {self._process.returncode}; the lines above say why")
 
     def checkpoint(self) -> Any:
-        """Called when SLURM takes the job's place away: finished shards stay, the rest goes back into the queue."""
+        """Called when SLURM preempts the job: finished shards stay, the rest is requeued."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
@@ -96,15 +96,15 @@ class PrepareJob:
 
 
 def submit_preparation(line: Sequence[str], out: str, hosts: int, cores: int, parameters: dict[str, Any]) -> str:
-    """Submits one job a host, each the command `line`; returns what was done. Raises UsageError."""
-    folder = Path(f"{Path(out).resolve()}{FOLDER}")  # beside it: nothing foreign belongs in a preparation
+    """Submits one job per host, each running `line`; returns a line that says so. Raises UsageError."""
+    folder = Path(f"{Path(out).resolve()}{FOLDER}")  # next to `out`, which must hold only the preparation
     settings = {"job_name": Path(out).name, "cpus_per_task": cores, "array_parallelism": hosts}
     submitted = _submitted([PrepareJob(line) for _ in range(hosts)], folder, {**settings, **parameters})
     return f"submitted {hosts} hosts as job {submitted[0].job_id.split('_')[0]}; logs in {folder}"
 
 
 def parameters_of(texts: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of --slurm=NAME=VALUE,NAME=VALUE flags, as submitit takes them. Raises UsageError."""
+    """{name: value} of --slurm=NAME=VALUE,NAME=VALUE flags, for submitit. Raises UsageError."""
     found = {}
     for piece in [piece for text in texts for piece in text.split(",")]:
         name, equals, value = piece.partition("=")
@@ -115,9 +115,9 @@ def parameters_of(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, parameters: dict[str, Any]) -> list[str]:
-    """Submits the runs that no job has yet as one array, `jobs` of them at a time (0: all); returns what was done.
+    """Submits the runs that have no job yet as one array, `jobs` at a time (0: all); returns lines that say so.
 
-    parameters: of submitit's SlurmExecutor, time in minutes. Raises UsageError for what SLURM or submitit refuse.
+    parameters: of submitit's SlurmExecutor, time in minutes. Raises UsageError if SLURM or submitit refuse them.
     """
     queued = _queued()
     left = [
@@ -137,7 +137,7 @@ def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, p
 
 
 def _submitted(tasks: Sequence, folder: Path, parameters: dict[str, Any]) -> list:
-    """submitit's jobs of an array of tasks. Raises UsageError."""
+    """Submits an array of tasks; returns submitit's jobs. Raises UsageError."""
     try:
         from submitit import SlurmExecutor
     except ImportError:
@@ -147,12 +147,12 @@ def _submitted(tasks: Sequence, folder: Path, parameters: dict[str, Any]) -> lis
         executor.update_parameters(**{"additional_parameters": {"requeue": True}, **parameters})
         with executor.batch():
             return [executor.submit(task) for task in tasks]
-    except Exception as error:  # submitit's errors have many classes, and all are about the cluster or the parameters
+    except Exception as error:  # submitit raises many classes, all about the cluster or the parameters
         raise UsageError(f"--launcher=slurm: {type(error).__name__}: {error}") from None
 
 
 def _queued() -> set[str]:
-    """The user's jobs in the queue, running or waiting, as 12_3."""
+    """The user's queued and running jobs, as 12_3."""
     command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)

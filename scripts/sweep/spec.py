@@ -1,20 +1,20 @@
-"""Which runs a sweep has: blocks of plain Python data, or flags, to overrides of config keys; and the names of runs.
+"""Which runs a sweep has: turns blocks of plain Python data, or flags, into overrides of config keys; names runs.
 
 A spec file defines get_spec(), which returns a block, a list of blocks, or {"blocks": [...], "halving": {...}}. The
 runs of a block are all combinations of
 
     "set":  {key: value}                      the same in every run
     "grid": {key: [value, ...], ...}          every combination
-    "zip":  {key: [value, ...], ...}          values side by side: lists of one length
-    "list": [{key: value, ...}, ...]          as they stand
+    "zip":  {key: [value, ...], ...}          values in step: lists of one length
+    "list": [{key: value, ...}, ...]          these overrides
 
-changed and chosen, in this order, by
+then changed and filtered, in this order, by
 
     "where":   [{"if": {key: value or [value, ...]}, "set": {key: value}}, ...]   overrides of the runs that match
     "only":    {key: value or [value, ...]}                                       leaves out runs that do not match
     "exclude": [{key: value or [value, ...]}, ...]                                leaves out runs that match one
 
-Keys are those of configs/base.py, values as in a config: None is a key's default, a tuple one value.
+Keys are those of configs/base.py; values are as in a config. None is a key's default; a tuple is one value.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ _LONGEST = 150  # characters of a run's name
 
 
 class Spec(NamedTuple):
-    """Blocks as in a spec file, and the settings of successive halving, {} for none."""
+    """Blocks as in a spec file, and settings of successive halving ({}: none)."""
 
     blocks: list[dict]
     halving: dict
 
 
 def load(text: str) -> Spec:
-    """The Spec of a ready sweep, a dotted module or a file, each also with :ARGUMENT. Raises UsageError."""
+    """The Spec of a named sweep, a dotted module or a file, each optionally with :ARGUMENT. Raises UsageError."""
     found = call("--sweep", text, "get_spec", PACKAGE)
     halving = {}
     if isinstance(found, Mapping) and "blocks" in found:
@@ -73,7 +73,7 @@ def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:
 
 
 def split(text: str) -> list[str]:
-    """A text cut at its commas, but for those within quotes or brackets that close again."""
+    """Splits a text at commas outside of quotes and brackets."""
     parts, depth, quote, start = [], 0, "", 0
     for i, character in enumerate(text):
         if quote:
@@ -95,7 +95,7 @@ def split(text: str) -> list[str]:
 
 
 def filters(texts: Sequence[str]) -> dict[str, list[str]]:
-    """{key: values} of --only=KEY=VALUE,VALUE,KEY=VALUE flags: a run must match all. Raises UsageError."""
+    """{key: values} of --only=KEY=VALUE,VALUE,KEY=VALUE flags; a run must match all. Raises UsageError."""
     found = {}
     for piece in [piece for text in texts for piece in split(text)]:
         key, equals, value = piece.partition("=")
@@ -109,26 +109,26 @@ def filters(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def matching(runs: Sequence[T], only: Sequence[str], flat: Callable[[T], Mapping[str, Any]]) -> list[T]:
-    """The runs that --only flags choose. flat: the flat config of a run. Raises UsageError where there is none."""
+    """The runs that match --only flags. flat: returns the flat config of a run. Raises UsageError if none does."""
     chosen = list(runs)
     for key, texts in filters(only).items():
         if not any(key in flat(run) for run in chosen):
             raise UsageError(f"--only={key}: no such key; configs/base.py lists every key")
         chosen = [run for run in chosen if any(same(flat(run).get(key), text) for text in texts)]
         if not chosen:
-            raise UsageError(f"--only={key}={','.join(texts)}: no run is so")
+            raise UsageError(f"--only={key}={','.join(texts)}: no run matches")
     return chosen
 
 
 def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
-    """{key: text as on the command line} of every run of the blocks, in their order, each once. Raises UsageError."""
+    """{key: text as on the command line} of every run of the blocks, in order, without duplicates. UsageError."""
     found = [run for number, block in enumerate(blocks, 1) for run in _expand_block(block, f"block {number}")]
     found = [_own(run, blocks) for run in found]
     return list({tuple(sorted(run.items())): run for run in reversed(found)}.values())[::-1]
 
 
 def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
-    """A run with None for options that vary but that its method does not take: adamw in a grid over rho is one run."""
+    """Resets varied options that the run's method does not have, so that adamw in a grid over rho is one run."""
     ranged = {
         key.removeprefix("config.") for block in blocks for part in ("grid", "zip") for key in block.get(part) or ()
     }
@@ -138,12 +138,12 @@ def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
 
 
 def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Every run with every other's overrides, which win."""
+    """Every pair of the two lists, merged; overrides in `others` win."""
     return [{**run, **other} for run in runs for other in others]
 
 
 def text_of(value: Any) -> str:
-    """A config value as text for the command line. Raises UsageError for what no key can be."""
+    """A config value as text for the command line. Raises UsageError if no key can have that value."""
     value = plain(value)
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -157,7 +157,7 @@ def text_of(value: Any) -> str:
 
 
 def same(value: Any, text: str) -> bool:
-    """Whether a config's value is the one that a text means."""
+    """Whether a config value equals the value that a text denotes."""
     try:
         return value == float(text) if isinstance(value, (int, float)) and value is not True else text_of(value) == text
     except ValueError:
@@ -228,9 +228,9 @@ def _matches(run: Mapping[str, str], rule: Mapping, known: Collection[str], wher
 
 
 def name_run(config: Mapping[str, Any], varying: Sequence[str], taken: Collection[str]) -> str:
-    """A name for a run, safe for files and not yet taken: size=0.1m,method=sam,rho=0.03,seed=0.
+    """A name for a run, safe as a file name and not yet taken: size=0.1m,method=sam,rho=0.03,seed=0.
 
-    config: flat, every key. varying: the keys that tell it from others; the seed goes last, None is left out.
+    config: flat, every key. varying: the keys that distinguish it, seed last; keys that are None are left out.
     """
     ends = [key.rsplit(".", 1)[-1] for key in config]
     parts = []

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a live table on a terminal, else a line for each run that ends."""
+"""The display of a running sweep: a live table on a terminal, otherwise one line per run that ends."""
 
 import sys
 import time
@@ -18,8 +18,8 @@ from steppe.scripts.sweep.plan import Run, Speed, makespan
 class View:
     """Shows the runs of a sweep.
 
-    outcomes: {name: outcome.json} of those that had ended before. jobs: at a time. until: {name: step} at which runs
-    stop for now.
+    outcomes: {name: outcome.json} of runs that had ended before. jobs: runs at a time. until: {name: step} at which a
+    run stops for now.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class View:
         self._until = until or {}
         self._statuses = {name: outcome["status"] for name, outcome in outcomes.items()}
         self._began: dict[str, float] = {}
-        self._spent = self._expected = 0.0  # seconds, of the runs that ended here
+        self._spent = self._expected = 0.0  # seconds of the runs that ended here, measured and estimated
         self._running: list[Job] = []
         self._waiting: list[Run] = []
         self._shown, self._live = 0.0, None
@@ -63,7 +63,7 @@ class View:
         self._running.append(job)
 
     def ended(self, run: Run, outcome: dict[str, Any], status: int) -> None:
-        """Counts and shows the end of a run; outcome {} if it is to be continued, with the exit status that said so."""
+        """Counts and prints the end of a run. outcome: {} if the run is to resume; status: its exit status."""
         self._running = [job for job in self._running if job.run.name != run.name]
         named = outcome.get("status", "unfinished")
         why = outcome.get("why", f"exit status {status}")
@@ -82,7 +82,7 @@ class View:
         )
 
     def tick(self, running: Sequence[Job], waiting: Sequence[Run]) -> None:
-        """Once every moment: redraws the table, at most every second."""
+        """Call often: redraws the table at most once a second."""
         self._running, self._waiting = list(running), list(waiting)
         if self._live is not None and self._now() - self._shown >= 1.0:
             self._shown = self._now()
@@ -92,7 +92,7 @@ class View:
         return self._speed.seconds(run, self._until.get(run.name, run.steps) / run.steps)
 
     def _left(self) -> float:
-        """Estimated seconds until the last run ends, corrected by how the estimates fared so far."""
+        """Estimated seconds until the last run ends, corrected by the errors of earlier estimates."""
         pace = self._spent / self._expected if self._expected else 1.0
         rest = [
             max(0.0, self._seconds(job.run) * pace - (self._now() - self._began[job.run.name])) for job in self._running
@@ -112,7 +112,7 @@ class View:
             table.add_row(job.run.name, f"{step}/{job.run.steps}", f"{loss:.4f}" if step else "", clock_face(left))
         counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(self._statuses.values()).items()))
         table.caption = (
-            f"{len(self._running)} running, {len(self._waiting)} to come{', ' + counts if counts else ''} "
+            f"{len(self._running)} running, {len(self._waiting)} waiting{', ' + counts if counts else ''} "
             f"of {self._total}; left {clock_face(self._left())}"
         )
         table.caption_justify = "left"
@@ -126,7 +126,7 @@ class View:
 
 
 def progress(directory: Path) -> tuple[int, float]:
-    """(last step recorded, its training loss) of a run under way, from the end of its metrics.jsonl; (0, nan)."""
+    """(last recorded step, its training loss) of a running run, from the end of metrics.jsonl; (0, nan) if none."""
     try:
         last = lines.latest(directory, ("train",)).get("train", {})
     except DataError:

@@ -1,7 +1,7 @@
-"""A process that has run after run of a sweep: what one has imported, compiled and counted, the next finds there.
+"""A process that executes runs of a sweep one after another, so that they share imports, programs and token counts.
 
-Each run is `steppe train` with its own arguments, log and signals, and computes bit for bit what it would in a process
-of its own. The sweep starts workers, one for each slot of cores, and another where one died.
+Each run is `steppe train` with its own arguments, log and signals. It computes bit for bit what it computes in a
+process of its own. The sweep starts one worker per slot of cores and replaces a worker that died.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-RETIRE = 6 << 30  # bytes of memory at which a worker ends after its run, since nothing says what was not given back
-KEEP = 4  # kinds of run whose programs it keeps
+RETIRE = 6 << 30  # bytes of memory at which a worker ends after its run, because leaks cannot be told from caches
+KEEP = 4  # programs cached by a worker
 
 
 class Worker:
-    """The sweep's end of a worker: starts it on a slot of cores, gives it runs, hears how they ended."""
+    """The sweep's handle of a worker: starts it on a slot of cores, gives it runs, and learns how they ended."""
 
     def __init__(self, slot: Sequence[int], environment: dict[str, str] | None = None):
         self.slot = list(slot)
-        # the child inherits the mask of this thread, and XLA makes as many threads as the mask has cores
+        # the child inherits this thread's CPU mask, and XLA starts as many threads as the mask has cores
         mask = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
         try:
             if mask:
@@ -44,17 +44,14 @@ class Worker:
         self._heard, self._spent, self._retired = b"", 0.0, False
 
     def start(self, argv: Sequence[str], log: Path) -> None:
-        """Has it run `steppe train` with these arguments; what that prints is appended to the log."""
+        """Makes it run `steppe train` with these arguments; output is appended to the log."""
         line = json.dumps({"argv": list(argv), "log": os.path.abspath(log)}) + "\n"
-        with contextlib.suppress(BrokenPipeError):  # it has died: poll says so
+        with contextlib.suppress(BrokenPipeError):  # the worker has died: poll reports it
             self._input.write(line.encode())
             self._input.flush()
 
     def poll(self) -> tuple[int, float] | None:
-        """(exit status, CPU seconds) of the run that it was given, None while that goes on.
-
-        If the worker died over it: as a process of its own would have ended.
-        """
+        """(exit status, CPU seconds) of its run; None while that goes on. If the worker died, its own exit status."""
         self._heard += self._output.read() or b""
         line, end, self._heard = self._heard.partition(b"\n")
         if end:
@@ -67,15 +64,15 @@ class Worker:
         return None if status is None else (status, spent - self._spent)
 
     def signal(self, number: int) -> None:
-        """Sends it a signal, which the run that it has answers."""
+        """Sends it a signal, which its current run handles."""
         self._process.send_signal(number)
 
     def alive(self) -> bool:
-        """Whether it can take another run."""
+        """Whether it can execute another run."""
         return not self._retired and ended(self._process)[0] is None
 
     def close(self) -> None:
-        """Ends it, once its run has ended."""
+        """Ends the worker after its run."""
         self._input.close()
         self._output.close()
         if self._process.returncode is None:
@@ -94,7 +91,7 @@ def ended(process: subprocess.Popen) -> tuple[int | None, float]:
 
 
 def main() -> int:
-    """Takes runs from standard input, a line of JSON each, and answers on what was standard output."""
+    """Reads runs from standard input, one JSON object a line, and answers on the original standard output."""
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     silent = os.open(os.devnull, os.O_RDWR)
     os.dup2(silent, 0)
@@ -125,7 +122,7 @@ def main() -> int:
 
 
 def _print_to(number: int) -> None:
-    """Sends what Python, C++ and children write to both outputs to a file."""
+    """Redirects both outputs, including those of C++ and of children, to a file descriptor."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(number, 1)
@@ -138,7 +135,7 @@ def _cpu_seconds() -> float:
 
 
 def _memory() -> int:
-    """Bytes that the process occupies now; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -146,5 +143,5 @@ def _memory() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the sweep passes on what its runs are to know
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the terminal: the sweep forwards signals to its runs
     sys.exit(main())

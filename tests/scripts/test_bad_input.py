@@ -39,7 +39,7 @@ TABLE = [
     ([*TRAIN[:2], "--workdir=/proc/run"], "/proc/run: "),
     ([*TRAIN, "--coordinator=nonsense"], "--coordinator=nonsense"),
     ([*TRAIN, "--coordinator=a.b:x", "--num_processes=2", "--process_id=0"], "PORT is a number from 1 to 65535"),
-    ([*TRAIN, "--coordinator=no.such.host.:9", "--num_processes=2", "--process_id=0"], "is not known here"),
+    ([*TRAIN, "--coordinator=no.such.host.:9", "--num_processes=2", "--process_id=0"], "cannot be resolved"),
     ([*TRAIN, "--allow_change=sead"], "--allow_change=sead"),
     ([*TRAIN, "--until=0"], "--until: 0: must be an integer >= 1"),
     ([*TRAIN, "--until=x"], "--until"),

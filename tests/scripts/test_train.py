@@ -52,7 +52,7 @@ def test_a_workdir_that_cannot_be_one(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             train.main([CONFIG, f"--workdir={place}"])
         assert stop.value.code == 2
-        assert capsys.readouterr().err == f"--workdir: {place}: must be a writable directory, or one that can be made\n"
+        assert capsys.readouterr().err == f"--workdir: {place}: must be a writable directory, or one to be created\n"
     assert file.read_text() == "mine"
 
 

@@ -1,1 +1,1 @@
-"""The straightforward way to train the same model, in other frameworks: what Steppe is measured against."""
+"""Plain implementations of the same training step in other frameworks, to compare Steppe with."""

@@ -1,7 +1,7 @@
-"""The straightforward way, to measure Steppe against: a plain flax Transformer, whole logits, optax, optax.contrib.sam.
+"""The baseline in flax: a plain Transformer, whole logits, optax, optax.contrib.sam.
 
-The same shapes and numbers of parameters as style nanodo: pre-LayerNorm without bias, GELU, learned positions, tied
-embeddings. Layers are written out one after the other, nothing is chunked, rematerialised or shared between passes.
+It has the shapes and parameter counts of style nanodo: pre-LayerNorm without bias, GELU, learned positions, tied
+embeddings. Layers are unrolled; nothing is chunked, rematerialised or shared between passes.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
 
 
 def make(shape: Shape, sam: bool, rho: float = 0.05, learning_rate: float = 1e-3):
-    """(initialise(key) -> state, step(state, batch) -> (state, metrics)) of AdamW, or of optax.contrib.sam on it."""
+    """(initialise(key) -> state, step(state, batch) -> (state, metrics)), with AdamW or optax.contrib.sam around it."""
     model = Transformer(shape)
     adamw = optax.adamw(learning_rate, b2=0.98, eps=1e-9, weight_decay=0.1)
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))

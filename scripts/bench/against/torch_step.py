@@ -1,7 +1,7 @@
-"""The straightforward way in PyTorch, to measure Steppe against on a GPU: a plain GPT, autocast, torch.compile, AdamW.
+"""The baseline in PyTorch, for a GPU: a plain GPT, autocast, torch.compile, AdamW.
 
-The same shapes and numbers of parameters as style nanodo: pre-LayerNorm without bias, GELU, learned positions, tied
-embeddings. SAM is the usual wrapper around an optimizer: climb in place, a second pass, go back, step.
+It has the shapes and parameter counts of style nanodo: pre-LayerNorm without bias, GELU, learned positions, tied
+embeddings. SAM is the usual optimizer wrapper: climb in place, take a second pass, go back, step.
 """
 
 from collections.abc import Callable
@@ -55,12 +55,12 @@ class Transformer(nn.Module):
 
 
 def parameters(shape: Shape) -> int:
-    """How many numbers the model has."""
+    """The number of parameters."""
     return sum(parameter.numel() for parameter in Transformer(shape).parameters())
 
 
 def measure(shape: Shape, batch_size: int, sam: bool, seconds: float, bfloat16: bool) -> tuple[float, float]:
-    """(seconds of a step, bytes of memory at its peak) of AdamW, or of SAM on it; on a CPU 0 bytes."""
+    """(seconds of a step, peak memory in bytes) of AdamW, or of SAM around it; 0 bytes on a CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -87,8 +87,8 @@ def measure(shape: Shape, batch_size: int, sam: bool, seconds: float, bfloat16: 
 
 
 def _climb_and_back(model: nn.Module, backward: Callable[[], None], rho: float = 0.05) -> None:
-    """Leaves the gradient at θ + ρ g / ‖g‖ in place of that at θ."""
-    every: Any = torch  # whose operations on lists, as its optimizers use them, have no public names
+    """Replaces the gradient at θ by the gradient at θ + ρ g / ‖g‖."""
+    every: Any = torch  # its operations on lists, which its optimizers use, have no public names
     with torch.no_grad():
         gradients = [parameter.grad for parameter in model.parameters()]
         length = torch.linalg.vector_norm(torch.stack(every._foreach_norm(gradients)))

@@ -186,7 +186,7 @@ def test_runs_that_differ_in_their_seed_are_one_group_with_a_mean_and_an_error()
     [
         ([], "--workdir is missing"),
         (["--workdir=nowhere"], "nowhere"),
-        (["--workdir={place}/sweep", "--only=seed=7"], "--only=seed=7: no run is so"),
+        (["--workdir={place}/sweep", "--only=seed=7"], "--only=seed=7: no run matches"),
         (["--workdir=x", "--noise=-1"], "--noise"),
         (["--workdir=x", "--noise=a,b"], "--noise"),
         (["--workdir=x", "--bits=9"], "--bits"),

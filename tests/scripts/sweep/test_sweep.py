@@ -134,7 +134,7 @@ def test_names_are_short_safe_and_new():
         ),
         ([BASE, "--grid", "seed=x"], ["run seed=x", "config.seed = x", "an integer"]),
         ([BASE, "--grid", "seed=0", "--config.train.batch_size=0"], ["config.train.batch_size = 0"]),
-        ([BASE, "--grid", "seed=0,1", "--only=seed=2"], ["--only=seed=2", "no run is so"]),
+        ([BASE, "--grid", "seed=0,1", "--only=seed=2"], ["--only=seed=2", "no run matches"]),
         ([BASE, "--grid", "seed=0,1", "--only=sed=2"], ["--only=sed", "no such key"]),
         ([BASE, "--grid", "seed=0", "--jobs=-1"], ["--jobs: -1"]),
         ([BASE, "--grid", "seed=0", "--config.data.task=embeded"], ["config.data.task", "embeded"]),
@@ -341,7 +341,7 @@ def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(co
     assert list(found) == names
     assert [found[name].status for name in names] == ["finished", "pruned", "pruned", "finished"]
     assert [found[name].train_curve.step[-1] for name in names] == [90, 30, 60, 90]
-    assert "place 3 of 3" in found[names[1]].why
+    assert "rank 3 of 3" in found[names[1]].why
     assert "stopped 2 of 4 runs early" in printed
     # 60 and 30 of 90 steps of runs that cost twice what adamw's does
     assert f"{(60 + 30) / 90 * 2 / 7:.0%} of the whole" in printed
