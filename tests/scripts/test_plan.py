@@ -249,7 +249,7 @@ def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
         assert part in printed
 
 
-@pytest.mark.parametrize(("megabytes", "status"), [(24, 0), (4, 1)])
+@pytest.mark.parametrize(("megabytes", "status"), [pytest.param(24, 0, marks=pytest.mark.exhaustive), (4, 1)])
 def test_a_search_ends_with_flags_that_fit_or_with_what_is_missing(capsys, request, monkeypatch, megabytes, status):
     monkeypatch.chdir(request.config.rootpath)
     small = chips.chip_of(jax.devices()[0])._replace(memory=megabytes * 1e6)

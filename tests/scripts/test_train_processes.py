@@ -94,6 +94,7 @@ def test_two_processes_equal_one_of_as_many_devices(corpus, tmp_path, devices, t
     assert "step 5/5" not in said[1]
 
 
+@pytest.mark.exhaustive  # half a minute of waiting; a peer that hangs: lm/run/test_signals.py
 @LAYOUTS
 def test_a_lost_process_ends_the_other_and_the_run_can_go_on(corpus, tmp_path, devices, tensor):
     both = pair(corpus, tmp_path, 100_000, devices, tensor)

@@ -108,6 +108,7 @@ def test_a_run_of_before_a_key_goes_on_with_what_it_did(text, tmp_path):
     assert lm_runs.records(tmp_path / "new", "train")[0]["learning_rate"] > 0
 
 
+@pytest.mark.exhaustive  # six runs; where an average begins: test_weights.py
 def test_averages_of_a_branch_hold_nothing_of_before_it(text, trunk, tmp_path):
     averaged = {"average__weights": ("ema", "lawa"), "average__horizon": "100%", "average__snapshots": 10}
     config = lm_runs.config(

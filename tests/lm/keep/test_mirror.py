@@ -476,6 +476,7 @@ def test_a_damaged_step_at_the_address_is_said_and_left_out(machine, address, ca
         assert steps_in(place) == {5}
 
 
+@pytest.mark.exhaustive  # an address without a server: the next tests
 def test_a_run_on_a_server_goes_on_bit_for_bit_after_an_outage(text, machine, tmp_path, monkeypatch):
     """The run ends without reaching its address; the next start goes on from its newest seal."""
     config = lm_runs.config(*text, **METHOD, checkpoint__every="5 steps")

@@ -72,7 +72,8 @@ def test_averages_resume_bit_for_bit(corpus, whole, tmp_path):
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("mesh", [{"mesh__fsdp": 2}, pytest.param(lm_runs.EVERY_AXIS, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # resumed on a mesh: run/test_train.py
+@pytest.mark.parametrize("mesh", [{"mesh__fsdp": 2}, lm_runs.EVERY_AXIS])
 def test_averages_are_sharded_as_the_parameters_are(corpus, whole, tmp_path, mesh):
     config = lm_runs.config(*corpus, **METHOD, **KEPT, **mesh)
     assert lm_runs.run(config, str(tmp_path)) == train.FINISHED

@@ -151,9 +151,9 @@ def test_bfloat16_stays_near_float32():
         assert float(norm(low[name]) / norm(exact[name])) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.exhaustive  # products and spectra of a small model: optim/test_curvature.py
 @pytest.mark.parametrize(
-    ("style", "tied", "packed", "microbatches"),
-    [("nanodo", True, False, 1), pytest.param("modern", False, True, 2, marks=pytest.mark.exhaustive)],
+    ("style", "tied", "packed", "microbatches"), [("nanodo", True, False, 1), ("modern", False, True, 2)]
 )
 def test_curvature_against_a_dense_eigendecomposition(style, tied, packed, microbatches, float64):
     """Products to 1e-10 of the largest eigenvalue, lambda_max by Lanczos to 1e-8, traces within three errors."""

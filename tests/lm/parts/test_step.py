@@ -63,6 +63,7 @@ def test_rho_zero_is_adamw_bit_for_bit(method, rho, adamw):
             assert np.array_equal(a, b)
 
 
+@pytest.mark.exhaustive  # eight programs; a worker that keeps one: scripts/sweep/test_worker.py
 def test_one_program_serves_every_rho_and_learning_rate():
     """At rho = 0 the program is AdamW's own; the radius and the rate given to it act as those compiled in do."""
     batch = {
@@ -231,6 +232,7 @@ def test_an_update_that_is_not_finite_changes_nothing():
         assert np.array_equal(a, b)
 
 
+@pytest.mark.exhaustive  # six programs on eight devices
 def test_the_ascent_may_be_summed_in_bfloat16_but_nothing_else_is():
     """mesh.ascent_reduction reaches the gradient that is climbed; a base step's program does not know of it."""
 

@@ -52,7 +52,7 @@ def test_the_step_of_every_method(platform, method):
     {"optim__ascent_over": "microbatch", "train__microbatches": 2},
     {"optim__every": 2, "optim__start": "10%"},
     {"data__packing": "bestfit"},
-    {"optim__base": "soap"},
+    pytest.param({"optim__base": "soap"}, marks=pytest.mark.exhaustive),
     {
         "optim__base": "schedule_free", "average__weights": ("ema", "lawa"),
         "model__parametrisation": "mup", "model__base_width": 8,
@@ -83,7 +83,8 @@ def test_creation_evaluation_and_sampling(platform):
         assert kernels(lower(platform, program, params, *arguments, keys, jnp.float32(0.5))) == 0
 
 
-@each_platform
+@pytest.mark.exhaustive  # thirty programs
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_curvature(platform):
     for program, *arguments in curvature_calls(parts_on(platform)):
         lower(platform, program, *arguments)

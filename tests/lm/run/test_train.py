@@ -178,6 +178,7 @@ def test_the_mesh_may_change_between_starts(corpus, whole, tmp_path, monkeypatch
     np.testing.assert_allclose(lm_runs.losses(tmp_path), lm_runs.losses(whole), atol=1e-5)
 
 
+@pytest.mark.exhaustive  # the profiler takes half a minute
 def test_named_steps_are_traced_also_those_that_a_stop_leaves_for_later(corpus, tmp_path, capsys):
     config = lm_runs.config(*corpus, log__profile="steps 5-8")
     assert lm_runs.run(config, str(tmp_path), until=6) == train.FINISHED
@@ -189,10 +190,12 @@ def test_named_steps_are_traced_also_those_that_a_stop_leaves_for_later(corpus, 
     assert all(trace.stat().st_size > 10_000 for trace in traces)
 
 
-def test_non_finite_steps_change_nothing(corpus, tmp_path):
-    """A learning rate that breaks the run: stop names the step; skip goes on until max_skips, parameters unmoved."""
-    broken = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e15, "optim__warmup": "0%"}
-    assert lm_runs.run(lm_runs.config(*corpus, **broken), str(tmp_path / "stop")) == train.ANOMALY
+BROKEN = {"optim__method": "sam", "optim__rho": 0.1, "optim__peak_learning_rate": 1e15, "optim__warmup": "0%"}
+
+
+def test_a_non_finite_step_stops_the_run_and_is_named(corpus, tmp_path):
+    """By a learning rate that breaks the run."""
+    assert lm_runs.run(lm_runs.config(*corpus, **BROKEN), str(tmp_path / "stop")) == train.ANOMALY
     last = lm_runs.records(tmp_path / "stop", "train")[-1]
     assert last["nonfinite"] == 1
     (found,) = lm_runs.records(tmp_path / "stop", "anomaly")
@@ -201,11 +204,15 @@ def test_non_finite_steps_change_nothing(corpus, tmp_path):
     with np.load(found["batch"], allow_pickle=False) as batch:
         assert batch["inputs"].shape == (8, 16)
     said = []
-    metrics = replay.replay(lm_runs.config(*corpus, **broken), str(tmp_path / "stop"), found["step"], said.append)
+    metrics = replay.replay(lm_runs.config(*corpus, **BROKEN), str(tmp_path / "stop"), found["step"], said.append)
     assert metrics["nonfinite"] == 1
     assert any(line.startswith(f"step {found['step']}: nonfinite, {found['where']}") for line in said)
     assert "invalid value" in said[-1]
-    skip = {**broken, "train__on_nonfinite": "skip", "train__max_skips": 3}
+
+
+@pytest.mark.exhaustive  # a refused step: parts/test_step.py
+def test_non_finite_steps_are_skipped_until_there_are_too_many(corpus, tmp_path):
+    skip = {**BROKEN, "train__on_nonfinite": "skip", "train__max_skips": 3}
     assert lm_runs.run(lm_runs.config(*corpus, **skip), str(tmp_path / "skip")) == train.ANOMALY
     bad = [r for r in lm_runs.records(tmp_path / "skip", "train") if r["nonfinite"]]
     assert len(bad) == 3
@@ -218,6 +225,7 @@ SPIKE = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive  # six runs; the watch itself: parts/test_anomaly.py
 def test_a_spike_rolls_back_past_its_data_also_when_interrupted(corpus, tmp_path, monkeypatch):
     """A limit so low that steps of this text exceed it: back to the multiple of 5 before, other batches from there."""
     rolling = lm_runs.config(*corpus, **SPIKE, train__on_spike="rollback")
@@ -270,25 +278,30 @@ def test_a_step_is_replayed_exactly_and_nothing_is_written(corpus, whole):
         replay.replay(lm_runs.config(*corpus, **METHOD), str(whole), 21, said.append)
 
 
-def test_a_new_run_starts_from_old_weights(corpus, whole, tmp_path, capsys):
-    gone = shutil.copytree(whole, tmp_path / "gone")
-    new = {**METHOD, "init_from": str(gone), "evaluate__batches": 0, "seed": 5, "curvature__every": 20}
+def test_a_new_run_starts_from_old_weights(corpus, whole, tmp_path):
+    new = {**METHOD, "init_from": str(whole), "evaluate__batches": 0, "seed": 5, "curvature__every": 20}
     assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "new")) == train.FINISHED
     first, last = lm_runs.records(tmp_path / "new", "evaluate")[0], lm_runs.records(whole, "evaluate")[-1]
     assert (first["step"], first["loss"]) == (0, last["loss"])
     (bends,) = lm_runs.records(tmp_path / "new", "curvature")
     ends = [saved.load(str(place), log=lambda line: None).params for place in (tmp_path / "new", whole)]
     assert bends["displacement"]["norm"] == pytest.approx(float(norm(jax.tree.map(jnp.subtract, *ends))), rel=1e-5)
+    wider = lm_runs.config(*corpus, **{**new, "init_from": str(whole), "model__mlp_width": 64})
+    with pytest.raises(Unusable, match=r"does not fit this config: params/layers/mlp/"):
+        lm_runs.run(wider, str(tmp_path / "wider"))
+    assert not (tmp_path / "wider").exists()
+
+
+@pytest.mark.exhaustive  # two runs that measure curvature
+def test_a_run_needs_the_weights_it_began_from_no_more(corpus, whole, tmp_path, capsys):
+    gone = shutil.copytree(whole, tmp_path / "gone")
+    new = {**METHOD, "init_from": str(gone), "evaluate__batches": 0, "seed": 5, "curvature__every": 20}
     assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "later"), until=10) == train.FINISHED
     shutil.rmtree(gone)  # it needs it no more, but for the displacement
     assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "later")) == train.FINISHED
     assert "curvature   without the displacement from where the run began" in capsys.readouterr().out
     (bends,) = lm_runs.records(tmp_path / "later", "curvature")
     assert "displacement" not in bends
-    wider = lm_runs.config(*corpus, **{**new, "init_from": str(whole), "model__mlp_width": 64})
-    with pytest.raises(Unusable, match=r"does not fit this config: params/layers/mlp/"):
-        lm_runs.run(wider, str(tmp_path / "wider"))
-    assert not (tmp_path / "wider").exists()
 
 
 def test_an_allowed_change_is_recorded_and_kept_through_a_fall_back(corpus, whole, tmp_path, capsys):

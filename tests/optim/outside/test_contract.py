@@ -11,11 +11,11 @@ EXAMPLES = "steppe.optim.outside.examples."
 SOME = [
     Subject("functional_sam"),
     Subject(f"{EXAMPLES}half_sign:half_sign"),
-    Subject(base=f"{EXAMPLES}mars:mars"),
-    Subject(base=f"{EXAMPLES}ademamix:ademamix", options=()),
     Subject("msam", f"{EXAMPLES}hyperball:muon_hyperball"),
 ]
 MORE = [
+    Subject(base=f"{EXAMPLES}mars:mars"),
+    Subject(base=f"{EXAMPLES}ademamix:ademamix", options=()),
     Subject("msam", "muon"),
     Subject("precond_msam", "muon"),
     Subject(base=f"{EXAMPLES}hyperball:adam_hyperball"),

@@ -161,6 +161,7 @@ def test_eight_devices_find_what_one_found(run, found, tmp_path, capsys):
             assert eight["summary"][key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
 
 
+@pytest.mark.exhaustive  # the meter itself: optim/test_noise.py
 def test_the_noise_scale_is_that_of_the_run_s_batches(run, found):
     made, noise, summary = saved.load(str(run), log=lambda line: None), found["noise"], found["summary"]
     rows = loader.held_out_rows(made.corpus, "val", 0, 3 * 8)

@@ -1,5 +1,6 @@
 """Sweeps: what a spec expands to, what is refused, how a sweep grows, and that a killed one loses nothing."""
 
+import argparse
 import json
 import os
 import re
@@ -323,7 +324,23 @@ def test_halving_is_read_and_refused():
         sweep_halving.settings({"rung": 3})
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_rung_ends_the_runs_of_highest_loss_and_a_second_call_changes_nothing(tmp_path):
+    """Of three with one half to go on, two do; a loss that is absent or not finite ranks last."""
+    losses = {"a": 3.0, "b": float("nan"), "c": 2.0}
+    group = [argparse.Namespace(name=name, directory=tmp_path / name) for name in losses]
+    for run in group:
+        run.directory.mkdir()
+        record = {"kind": "evaluate", "step": 30, "name": "val", "loss": losses[run.name], "bits_per_byte": 1.0}
+        (run.directory / "metrics.jsonl").write_text(json.dumps(record).replace("NaN", "null") + "\n")
+    outcomes = dict.fromkeys(losses)
+    assert [run.name for run in sweep_halving.prune(group, 30, 1 / 2, outcomes)] == ["b"]
+    assert json.loads((tmp_path / "b" / "outcome.json").read_text())["status"] == "pruned"
+    assert sweep_halving.prune(group, 30, 1 / 2, {**outcomes, "b": {"status": "pruned"}}) == []
+    assert [run.name for run in sweep_halving.prune(group, 30, 1 / 3, {**outcomes, "b": {"status": "pruned"}})] == ["a"]
+
+
+@pytest.mark.exhaustive  # seven runs; the choice at a rung above
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(config, whole, tmp_path, jobs):
     """Of three rho, two too large, one ends at each rung; the best is unharmed, and adamw beside it untouched."""
     out = tmp_path / "out"

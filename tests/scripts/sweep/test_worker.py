@@ -90,6 +90,7 @@ def test_what_is_refused_stopped_or_fails_leaves_the_worker_to_the_next(config, 
     assert len(lm_runs.losses(tmp_path / "d")) == 30
 
 
+@pytest.mark.exhaustive  # a killed sweep and run: test_sweep.py
 def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(config, tmp_path):
     """The second run's worker is killed; the sweep says so, and the same command goes on with it and the rest."""
     flags = ("--jobs=1", "--order=listed", "--grid", "seed=0,1,2")
