@@ -1,10 +1,10 @@
-"""What the runs of configs/studies/english share: byte-level models on English, far beyond 20 tokens a parameter.
+"""Base config of configs/studies/english: byte-level models on English, far beyond 20 tokens per parameter.
 
     python configs/studies/english/text.py TEXT
     steppe sweep --config=english:TEXT --sweep=configs/studies/english/one_pass.py --out=runs/one_pass
 
-The argument is the folder of the text. 1,024 bytes a step in sequences of 128; 200 tokens per non-embedding parameter:
-7,243 steps of size 0.03m. Averages of the weights are kept and evaluated in every run.
+The argument is the folder of the text. A step has 1,024 bytes in sequences of 128. A run has 200 tokens per
+non-embedding parameter, 7,243 steps at size 0.03m, and evaluates averages of the weights.
 """
 
 from ml_collections import ConfigDict

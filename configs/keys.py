@@ -1,6 +1,6 @@
-"""What a config key is: its default, meaning, accepted values, and whether a resumed run may change it.
+"""Declarations of config keys: default, meaning, accepted values, and whether a resumed run may change the key.
 
-configs/base.py declares every key in these terms; checks, help, completion and resuming read the declarations.
+configs/base.py declares every key; checks, help, completion and resuming read the declarations.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ml_collections.config_dict import placeholder
 
 
 class ConfigError(ValueError):
-    """An impossible config value. `key` without "config.", its `value`, and what is `accepted`; one line in all."""
+    """An invalid config value, in one line. Fields: `key` without "config.", `value`, and the `accepted` values."""
 
     def __init__(self, key: str, value: Any, accepted: str):
         self.key, self.value, self.accepted = key, value, accepted
@@ -28,9 +28,9 @@ class ConfigError(ValueError):
 
 
 class Accepted(NamedTuple):
-    """Values of a type: text() completes "must be ..."; allows(value) says whether one of the type will do.
+    """The accepted values of a type. text() completes "must be ..."; allows(value) checks a value of the type.
 
-    names(): the values, as texts, where they are few. It is also a type of argparse's options.
+    names() lists the values as texts if they are few. An Accepted also serves as the `type` of an argparse option.
     """
 
     kind: type
@@ -39,14 +39,14 @@ class Accepted(NamedTuple):
     names: Callable[[], list[str]] = lambda: []
 
     def wanted(self, value: Any) -> str:
-        """text(), and the name that a wrong one comes close to."""
+        """text(), with a suggestion if `value` is close to an accepted name."""
         return self.text() + (named("optim.options:nearest")(value, self.names()) if isinstance(value, str) else "")
 
     def read(self, *texts: str) -> Any:
-        """The value of the type that a text of a command line means, allowed or not; a tuple may take several texts.
+        """Converts command-line text to a value of the type, without checking that it is allowed.
 
-        A tuple is written as Python has it, as one text, or, where the values are few, as texts between commas.
-        Raises ValueError for a text that means none.
+        A tuple may take several texts. Each is a Python tuple, a single item, or names separated by commas.
+        Raises ValueError for a text that cannot be converted.
         """
         if self.kind is tuple:
             items = tuple(item for text in texts for item in _items(text))
@@ -60,7 +60,7 @@ class Accepted(NamedTuple):
         return self.kind(text)
 
     def __call__(self, text: str) -> Any:
-        """The value that the text of an option means, once it is allowed; argparse.ArgumentTypeError."""
+        """Converts and checks the text of an option. Raises argparse.ArgumentTypeError."""
         with contextlib.suppress(ValueError):
             if self.allows(value := self.read(text)):
                 return value
@@ -71,14 +71,14 @@ _TRUTHS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": 
 
 
 def _items(text: str) -> tuple[str, ...]:
-    """The texts that one text holds: those of a tuple or list of Python's, else itself. ValueError."""
+    """The items of a Python tuple or list written as text; any other text is one item. Raises ValueError."""
     try:
         value = ast.literal_eval(text)
-    except SyntaxError:  # as of a path or a regular expression; with these two it was to be a tuple
+    except SyntaxError:  # a path or a regex; one with a comma or a space is a malformed tuple
         if "," in text or " " in text:
             raise ValueError from None
         value = text
-    except ValueError:  # names, as of a word
+    except ValueError:  # a bare word
         value = text
     except (TypeError, MemoryError, RecursionError):
         raise ValueError from None
@@ -89,9 +89,9 @@ def _items(text: str) -> tuple[str, ...]:
 
 
 class Key(NamedTuple):
-    """One key. meaning: for a reader, with its unit. free: what a run computes does not depend on it, up to the order
-    of sums, so a resumed run may change it. former(flat config) -> what runs did before the key existed, if not what
-    its default says."""
+    """One key. meaning: its help text, with the unit. free: a resumed run may change it, because results do not depend
+    on it beyond the order of sums. former(flat config) -> the value that matches runs made before the key existed,
+    where that is not the default."""
 
     default: Any
     meaning: str
@@ -100,15 +100,15 @@ class Key(NamedTuple):
     former: Callable[[Mapping[str, Any]], Any] | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ConfigError for a value that is not accepted; None, where it is the default, always is."""
+        """Raises ConfigError for a value that is not accepted. None is accepted if it is the default."""
         if (value is None and self.default is None) or (self.is_typed(value) and self.accepted.allows(value)):
             return
-        if isinstance(value, tuple):  # the first item that will not do
+        if isinstance(value, tuple):  # name the first bad item
             value = next((item for item in value if not self.accepted.allows((item,))), value)
         raise ConfigError(name, value, self.accepted.wanted(value))
 
     def is_typed(self, value: Any) -> bool:
-        """Whether a value, as a config or JSON has it, is of the type of the key."""
+        """Whether a value from a config or from JSON has the key's type."""
         kind = self.accepted.kind
         if kind is tuple:
             return isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
@@ -117,21 +117,21 @@ class Key(NamedTuple):
         return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-LARGEST = 2**53  # of integers: what a float can count to
+LARGEST = 2**53  # integers up to here are exact in a float64
 
 
 def integer(least: int = 0, most: int | None = None, *, bound: int = LARGEST) -> Accepted:
-    """Integers from `least` on, or to `most`; bound: of those that have no other."""
+    """Integers >= `least`, and <= `most` if given. bound: the limit without `most`."""
     text = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
     return Accepted(int, lambda: text, lambda value: least <= value <= (bound if most is None else most))
 
 
-# of an option of a command: at most what an index of an array can be
+# for options of commands: array indices are int32
 count = functools.partial(integer, bound=2**31 - 1)
 
 
 def number(above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf):
-    """Finite numbers within bounds, those of `least` and `most` included."""
+    """Finite numbers with above < value < below and least <= value <= most."""
     parts = [f"> {above:g}" * (above > -math.inf), f">= {least:g}" * (least > -math.inf)]
     parts += [f"< {below:g}" * (below < math.inf), f"<= {most:g}" * (most < math.inf)]
     bounds = " and ".join(filter(None, parts))
@@ -146,7 +146,7 @@ def number(above: float = -math.inf, least: float = -math.inf, below: float = ma
 
 
 def one_of(*names: str) -> Accepted:
-    """One of these texts; a name "module:NAME" stands for the texts in that collection, imported when asked for."""
+    """One of these texts. "module:NAME" stands for the texts in that collection, which is imported on demand."""
 
     def known() -> list[str]:
         return [each for name in names for each in (named(name) if ":" in name else [name])]
@@ -155,14 +155,14 @@ def one_of(*names: str) -> Accepted:
 
 
 def or_reference(accepted: Accepted) -> Accepted:
-    """These, or a reference to an optimizer from outside, see steppe.optim.references. Its file is not run for it."""
+    """These texts, or a reference to an optimizer from outside (see steppe.optim.references). Does not run its file."""
     outside = functools.partial(named, "optim.references:is_reference")
     text = lambda: f"{accepted.text()}, or {named('optim.references:ACCEPTED')}"  # noqa: E731
     return accepted._replace(text=text, allows=lambda value: accepted.allows(value) or outside()(value))
 
 
 def several_of(*names: str) -> Accepted:
-    """A tuple of these texts, each at most once; names as one_of takes them."""
+    """A tuple of these texts without repeats; `names` as in one_of."""
     single = one_of(*names)
 
     def allows(value: tuple) -> bool:
@@ -172,7 +172,7 @@ def several_of(*names: str) -> Accepted:
 
 
 def named(reference: str) -> Any:
-    """What "module:NAME" refers to, the module's name without "steppe."."""
+    """Imports "module:NAME" from steppe; the module's name leaves out "steppe."."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(f"steppe.{module}"), name)
 
@@ -188,7 +188,7 @@ PATTERN = Accepted(str, lambda: "a regular expression", _compiles)
 
 
 def patterns(of: str = r".+", what: str = "regular expressions over parameter paths", least: int = 0) -> Accepted:
-    """A tuple of at least so many regular expressions; `of`: what each must match besides."""
+    """A tuple of at least `least` regular expressions that each match the regex `of`. `what` names them in errors."""
 
     def allows(value: tuple) -> bool:
         return len(value) >= least and all(_compiles(each) and re.fullmatch(of, each) for each in value)
@@ -196,7 +196,7 @@ def patterns(of: str = r".+", what: str = "regular expressions over parameter pa
     return Accepted(tuple, lambda: f"at least {least} of {what}" if least else what, allows)
 
 
-# as optim.masks.factors reads them
+# read by optim.masks.factors
 FACTORS = patterns(r".+=\d+(\.\d+)?(e[+-]?\d+)?", "rules REGEX=FACTOR over parameter paths, FACTOR >= 0")
 FLAG = Accepted(bool, lambda: "true or false", names=lambda: ["true", "false"])
 
@@ -219,12 +219,12 @@ def _encodable(text: str) -> bool:
 
 TEXT = Accepted(str, lambda: "a text, without lone surrogates and null characters", _encodable)
 TEXTS = Accepted(tuple, lambda: 'a tuple of texts, such as ("a", "b"), or one text per flag')
-# Whether a duration can be read depends on the run: lm.parts.check sees to it.
+# The meaning of a duration depends on the run, so lm.parts.check checks it.
 DURATION = Accepted(str, lambda: 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs" or "5%"')
 
 
 def config_of(keys: Mapping[str, Key], values: Mapping[str, Any] = MappingProxyType({})) -> ConfigDict:
-    """A ConfigDict with every key at its value, else at its default; None is a placeholder of the key's type."""
+    """A ConfigDict of `keys`, each at its value or else its default. None becomes a placeholder of the key's type."""
     config = ConfigDict()
     for name, key in keys.items():
         section: Any = config
@@ -240,13 +240,13 @@ def config_of(keys: Mapping[str, Key], values: Mapping[str, Any] = MappingProxyT
 
 
 def slot(config: Any, key: str) -> tuple[Any, str]:
-    """(the section that holds a key, the key's name in it)."""
+    """(section that holds the key, name of the key in it)."""
     *sections, name = key.split(".")
     return functools.reduce(lambda section, each: section[each], sections, config), name
 
 
 def flatten(config: Mapping | ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"optim.rho": 0.1, ...} of a nested config; tuples as lists, as JSON has them. {} in place of a value stays."""
+    """{"optim.rho": 0.1, ...} from a nested config. Tuples become lists, as in JSON; a nested {} stays a value."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict) and (value or not prefix):

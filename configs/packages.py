@@ -1,7 +1,7 @@
-"""Which distribution brings a module, and the command that installs it: read from this package's own metadata; and
-which of our modules define a function, read from their files.
+"""Finds the distribution that provides a module and its install command, from Steppe's own metadata. Also lists the
+modules of a package that define a function.
 
-Imports the standard library alone, so that it can speak where nothing else is installed.
+Imports only the standard library, so that it can report missing packages when nothing else is installed.
 """
 
 import importlib.metadata
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 OWN = "steppe"
-# Modules that are not called as their distribution is, but for - and _.
+# Modules whose name differs from their distribution's in more than - and _.
 _OTHERWISE = {"orbax": "orbax-checkpoint"}
-# What jax's own extras bring; their names are no modules that we import.
+# The distributions that jax's extras install; Steppe imports none of them.
 _BROUGHT = {"jax[cuda13]": "jax-cuda13-plugin", "jax[cuda12]": "jax-cuda12-plugin", "jax[tpu]": "libtpu"}
-DEVELOPERS = ("test", "parity", "all")  # extras that no user is pointed to
+DEVELOPERS = ("test", "parity", "all")  # extras that messages to users do not name
 
 
 class Requirement(NamedTuple):
-    """A distribution that Steppe can use. extra: the extra that brings it, "" for what every run needs."""
+    """A distribution that Steppe can use. extra: the extra that installs it, "" if every run needs it."""
 
     distribution: str
     wanted: str
@@ -27,8 +27,8 @@ class Requirement(NamedTuple):
 
     @property
     def module(self) -> str:
-        found = {distribution: module for module, distribution in _OTHERWISE.items()}
-        return found.get(self.distribution, self.distribution.replace("-", "_"))
+        modules = {distribution: module for module, distribution in _OTHERWISE.items()}
+        return modules.get(self.distribution, self.distribution.replace("-", "_"))
 
     @property
     def present(self) -> bool:
@@ -36,7 +36,7 @@ class Requirement(NamedTuple):
 
     @property
     def version(self) -> str | None:
-        """The installed one, None where there is none."""
+        """The installed version, None if it is not installed."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -44,23 +44,23 @@ class Requirement(NamedTuple):
 
 
 def requirements() -> list[Requirement]:
-    """Everything that the package's metadata names, in its order."""
-    found = []
+    """Every requirement in Steppe's metadata, in its order."""
+    parsed = []
     for line in importlib.metadata.requires(OWN) or ():
         what, _, condition = line.partition(";")
-        found_name = re.match(r"([\w.\-]+)(\[.*?\])?\s*(.*)", what)
-        assert found_name, f"metadata that installers refuse: {line}"
-        name, of, wanted = found_name.groups()
+        match = re.match(r"([\w.\-]+)(\[.*?\])?\s*(.*)", what)
+        assert match, f"invalid metadata: {line}"
+        name, of, wanted = match.groups()
         extra = re.search(r"extra == ['\"](.+?)['\"]", condition)
         if name != OWN:
             brought = _BROUGHT.get(f"{name}{of}")
             name = re.sub(r"[-_.]+", "-", name)
-            found.append(Requirement(brought or name, "" if brought else wanted.strip(), extra[1] if extra else ""))
-    return found
+            parsed.append(Requirement(brought or name, "" if brought else wanted.strip(), extra[1] if extra else ""))
+    return parsed
 
 
 def present(module: str) -> bool:
-    """Whether a module is there to be imported."""
+    """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -68,7 +68,7 @@ def present(module: str) -> bool:
 
 
 def of_module(module: str) -> Requirement:
-    """The Requirement that brings a module, by its full name; a distribution of that name where none is declared."""
+    """The Requirement that provides a module, given by its full name. Undeclared: a distribution of the same name."""
     root = module.partition(".")[0]
     name = _OTHERWISE.get(root, root.replace("_", "-"))
     known = [each for each in requirements() if each.distribution.lower() == name.lower()]
@@ -77,20 +77,20 @@ def of_module(module: str) -> Requirement:
 
 
 def remedy(*modules: str) -> str:
-    """The command that installs what brings these modules."""
+    """The pip command that installs these modules."""
     wanted = [of_module(module) for module in modules]
     names = dict.fromkeys(f"'{OWN}[{each.extra}]'" if each.extra else each.distribution for each in wanted)
     return f"pip install {' '.join(names)}"
 
 
 def lacking(*modules: str) -> str:
-    """What to say where any of these modules is missing, "" where all are there."""
+    """A message if any of these modules is missing, else ""."""
     absent = [module for module in modules if not present(module)]
     return f"needs {', '.join(absent)}: {remedy(*absent)}" if absent else ""
 
 
 def explain(error: ImportError) -> str | None:
-    """One line for a package that is missing or has another interface; None for a fault of our own."""
+    """One line for a package that is missing or incompatible; None for an error inside Steppe."""
     root = (error.name or "").partition(".")[0]
     if not root or root == OWN:
         return None
@@ -102,14 +102,14 @@ def explain(error: ImportError) -> str | None:
 
 
 def folder_of(package: str) -> Path:
-    """Where the modules of a package of ours lie, which is not imported."""
+    """The folder of one of Steppe's packages, without importing it."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     return Path(next(iter(spec.submodule_search_locations or ())))
 
 
 def ready(package: str, function: str) -> list[str]:
-    """The modules of a package that define a function, read without importing them."""
+    """The modules of a package that define a function, without importing them."""
     return sorted(
         file.stem
         for file in folder_of(package).glob("*.py")

@@ -1,23 +1,22 @@
-"""The setting of the Functional-SAM paper (arXiv 2502.02407), as far as it is known.
+"""The setting of the Functional-SAM paper (arXiv 2502.02407), where it is known.
 
     steppe train --config=paper:24m,precond_functional_sam,fixed --workdir=runs/24m
 
 The argument is SIZE,METHOD,LENGTH: a name of configs/sizes.py, a name of optim/methods.py, and `fixed` (100,000 steps
 of 131,072 tokens, NanoDO's default) or `chinchilla` (20 tokens per non-embedding parameter).
 
-C4, decoder-only Transformers in NanoDO and the two kinds of length are the paper's. The rest is NanoDO's own default,
-which the paper need not have kept: sequence length 512, batch 256, bfloat16 compute, warm-up of 1000 steps to 1.6e-3,
+The paper states C4, decoder-only Transformers in NanoDO and the two kinds of length. The rest is NanoDO's default,
+which the paper may have changed: sequence length 512, batch 256, bfloat16 compute, warm-up of 1,000 steps to 1.6e-3,
 cosine to 1.6e-4, AdamW with b2 0.98, eps 1e-9 and weight decay 0.1 on every parameter, no clipping, Xavier-uniform
-kernels and normal tables (model.init). Warm-up starts, as NanoDO's does, at the rate the cosine ends with, 1.6e-4. rho
-is left at the method's default: sweep it.
+kernels and normal tables (model.init). As in NanoDO, warm-up starts at 1.6e-4, the final rate of the cosine. rho is the
+method's default: sweep it.
 
-What differs from NanoDO: a row of 512 tokens has 512 predicted ones here, 511 there; documents begin after id 0, not
-after a BOS token; held-out text is packed into whole rows; and the residual stream is bfloat16 like the rest of the
-compute, not float32.
+Differences from NanoDO: a row of 512 tokens predicts 512 tokens, not 511; documents begin after id 0, not after a BOS
+token; held-out text is packed into whole rows; the residual stream is bfloat16, not float32.
 
 Needs C4 prepared by tensorflow-datasets and the 32,000-piece C4 vocabulary of the T5 release
-(cc_all.32000.100extra/sentencepiece.model) as `c4.model`; say where they are with --config.data.vocabulary=FILE, or
-prepare them once with steppe prepare_data and pass --config.data.directory=DIR.
+(cc_all.32000.100extra/sentencepiece.model) as `c4.model`. Pass its path with --config.data.vocabulary=FILE, or run
+steppe prepare_data once and pass --config.data.directory=DIR.
 """
 
 from ml_collections import ConfigDict

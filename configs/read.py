@@ -1,6 +1,6 @@
-"""A config from what a user writes: FILE[:ARGUMENT] of --config and the overrides of single keys, in one reading.
+"""Reads a config from --config=FILE[:ARGUMENT] and the overrides of single keys.
 
-Bad input is a UsageError of one line, which names the key or the file, the value and what is accepted.
+Bad input raises a UsageError of one line that names the key or the file, the value and what is accepted.
 """
 
 import difflib
@@ -23,27 +23,28 @@ from steppe.configs import base, sizes
 from steppe.configs.keys import TEXTS, Key, config_of, named
 from steppe.configs.packages import ready
 
-PACKAGE = "steppe.configs"  # whose modules are the ready configs
-Overrides = Sequence[tuple[str, str | None]]  # ("section.key", text), None of a flag without one
+PACKAGE = "steppe.configs"  # its modules are the ready configs
+Overrides = Sequence[tuple[str, str | None]]  # ("section.key", text), None for a flag without a value
 
 
 class UsageError(ValueError):
-    """Bad input on the command line; its message is the one line shown."""
+    """Bad input on the command line. Its message is one line for the user."""
 
 
 def read_config(path: str, overrides: Overrides = ()) -> ConfigDict:
-    """The config of FILE[:ARGUMENT] with overrides applied: locked, with base.keys_of's keys, its size resolved.
+    """The config of FILE[:ARGUMENT] with overrides applied: locked, its keys those of base.keys_of, its size resolved.
 
-    Options of the file that the overrides' optim.method does not take give way, which is said. Raises UsageError.
+    If the overrides set optim.method, options of the file that this method lacks are reset to None, with a message on
+    stderr. Raises UsageError.
     """
     return reader(path)(overrides)
 
 
 def reader(path: str) -> Callable[[Overrides], ConfigDict]:
-    """read(overrides) -> config, as read_config, for many readings of one FILE[:ARGUMENT]: it is run once."""
+    """read(overrides) -> config, like read_config; many calls run FILE[:ARGUMENT] only once."""
     written = _written(path)
 
-    @functools.cache  # a line is said once
+    @functools.cache  # prints each line once
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
@@ -51,26 +52,25 @@ def reader(path: str) -> Callable[[Overrides], ConfigDict]:
         texts: dict[str, list[str | None]] = {}
         for key, text in overrides:
             texts.setdefault(key, []).append(text)
-        # texts will do here: whatever declares keys is named by one
+        # unconverted texts suffice: keys_of reads only the names of method and base
         known = base.keys_of(written | {key: given[-1] for key, given in texts.items()})
         values = {key: declared.default for key, declared in known.items()} | written
         values |= {key: _value(key, given, known) for key, given in texts.items()}
         if "optim.method" in texts:
             options = [name for name in named("optim.methods:OPTIONS") if f"optim.{name}" not in texts]
             method = values["optim.method"]
-            gone = named("optim.methods:foreign")(method, {name: values[f"optim.{name}"] for name in options})
-            shown = ", ".join(f"config.optim.{name} = {values[f'optim.{name}']!r}" for name in gone)
-            values |= {f"optim.{name}": None for name in gone}
-            if gone:
-                gives = (
-                    f"{shown} in {path} {'gives' if len(gone) == 1 else 'give'} way to config.optim.method = {method}"
+            dropped = named("optim.methods:foreign")(method, {name: values[f"optim.{name}"] for name in options})
+            shown = ", ".join(f"config.optim.{name} = {values[f'optim.{name}']!r}" for name in dropped)
+            values |= {f"optim.{name}": None for name in dropped}
+            if dropped:
+                say(
+                    f"ignoring {shown} in {path}: config.optim.method = {method} {named('optim.methods:takes')(method)}"
                 )
-                say(f"{gives}, which {named('optim.methods:takes')(method)}")
         for field, value in sizes.SIZES.get(values["model.size"], {}).items():
             if values[f"model.{field}"] != value and f"model.{field}" in texts:
                 raise UsageError(
-                    f"config.model.{field} = {values[f'model.{field}']}: must be left out with config.model.size = "
-                    f"{values['model.size']}, which makes it {value}; or set config.model.size to nothing"
+                    f"config.model.{field} = {values[f'model.{field}']}: must be left out, because config.model.size = "
+                    f"{values['model.size']} sets it to {value}; or set config.model.size to nothing"
                 )
         try:
             return sizes.resolve(config_of(known, values).lock())
@@ -81,21 +81,21 @@ def reader(path: str) -> Callable[[Overrides], ConfigDict]:
 
 
 def shown(config: ConfigDict) -> str:
-    """A config as a Python file that --config reads again."""
+    """A config as the text of a Python file that --config can read."""
     lines = [f"    config.{key} = {value!r}" for key, value in _values(config).items()]
     head = ["from steppe.configs import base", "", "", "def get_config():", "    config = base.get_config()"]
     return "\n".join([*head, *lines, "    return config"])
 
 
 def plain(value: Any) -> Any:
-    """A numpy scalar as the Python value it stands for; anything else as it is."""
+    """Converts a numpy scalar to a Python value; returns anything else unchanged."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
 def call(flag: str, text: str, function: str, package: str) -> Any:
-    """What `function` of a module returns. text: NAME, a.dotted.MODULE or FILE, each also with :ARGUMENT.
+    """Calls `function` of a module, returns its result. text: NAME, a.dotted.MODULE or FILE, each also with :ARGUMENT.
 
-    A NAME is a module of `package`. UsageError for whatever fails in it.
+    A NAME is a module of `package`. Raises UsageError for anything that fails in it.
     """
     name, colon, argument = text.partition(":")
     file = name
@@ -125,7 +125,7 @@ def call(flag: str, text: str, function: str, package: str) -> Any:
         raise UsageError(f"{flag} = {name}: line {error.lineno}: {error.msg}") from None
     except SystemExit as error:
         raise UsageError(f"{flag} = {text}: it ended the program (SystemExit: {error}); it must return") from None
-    except Exception as error:  # whatever a user's file raises is about that file, so say where in it
+    except Exception as error:  # a user's file may raise anything: name the line
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f"line {lines[-1]}: " if lines else ""
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
@@ -147,7 +147,7 @@ def _module(flag: str, name: str, function: str, package: str) -> importlib.mach
 
 
 def _written(path: str) -> dict[str, Any]:
-    """{key: value} of FILE[:ARGUMENT], which has every key of its config and no other, each of its type."""
+    """{key: value} of FILE[:ARGUMENT]. Raises UsageError for unknown or missing keys and values of the wrong type."""
     config = call("--config", path, "get_config", PACKAGE)
     if not isinstance(config, ConfigDict):
         file = path.partition(":")[0]
@@ -168,14 +168,14 @@ def _written(path: str) -> dict[str, Any]:
 
 def _values(config: ConfigDict) -> dict[str, Any]:
     """{"section.key": value}; a section itself is not an entry."""
-    found = {}
+    flat = {}
     for key, value in config.items():
-        found |= {f"{key}.{k}": v for k, v in _values(value).items()} if isinstance(value, ConfigDict) else {key: value}
-    return found
+        flat |= {f"{key}.{k}": v for k, v in _values(value).items()} if isinstance(value, ConfigDict) else {key: value}
+    return flat
 
 
 def _value(key: str, texts: Sequence[str | None], known: Mapping[str, Key]) -> Any:
-    """The value that one key has by its texts on the command line."""
+    """The value of one key from its texts on the command line. Raises UsageError."""
     if key not in known:
         inside = [name for name in known if name.startswith(f"{key}.")]
         if inside:
@@ -195,7 +195,7 @@ def _value(key: str, texts: Sequence[str | None], known: Mapping[str, Key]) -> A
 
 
 def _accepted(key: Key) -> str:
-    """What to write for a key of another type."""
+    """Describes the accepted values in an error about the type."""
     said = key.accepted.text()
     if key.accepted.kind is tuple and said != TEXTS.text():
         said = f"{TEXTS.text()}: {said}"
@@ -203,7 +203,7 @@ def _accepted(key: Key) -> str:
 
 
 def closest(word: str, among: list[str]) -> str:
-    """The end of a line that refuses a key or an option: the one that a word comes close to, else where all stand."""
+    """The end of an error line for an unknown key or option: the closest name, else how to list all names."""
     word = word.split("=")[0]
     match = difflib.get_close_matches(word, among, n=1, cutoff=0.6)
     if not match:  # a key under the wrong section, or without one

@@ -1,9 +1,9 @@
-"""What the runs of configs/studies share: byte-level models of Python's own sources, small enough for hundreds of runs.
+"""Base config of configs/studies: byte-level models of Python's sources, small enough for hundreds of runs.
 
     steppe sweep --config=study --sweep=configs/studies/spec.py --out=runs/study
 
-512 tokens a step. The peak learning rate is the better of 4e-3, 8e-3 and 1.6e-2 for AdamW at size 0.03m, near enough:
-style nanodo lost 2.235, 2.125 and 2.106 nats a byte with them, style modern 1.878 with 8e-3.
+A step has 512 tokens. The peak learning rate is close to the best of 4e-3, 8e-3 and 1.6e-2 for AdamW at size 0.03m:
+style nanodo reached 2.235, 2.125 and 2.106 nats per byte with them, style modern 1.878 with 8e-3.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.evaluate.every = "25%"
     config.evaluate.batches = 30
     config.checkpoint.every = "25%"
-    config.checkpoint.keep_every = "25%"  # so that curvature can be followed over training
+    config.checkpoint.keep_every = "25%"  # so that curvature can be measured over training
     config.checkpoint.keep = 1
     config.log.every = 100
     config.sample.tokens = 0

@@ -1,20 +1,20 @@
-"""The setting of Watts et al. (ICML 2026, arXiv 2605.02105): SAM with an epsilon a device, far beyond Chinchilla.
+"""The setting of Watts et al. (ICML 2026, arXiv 2605.02105): SAM with one epsilon per device, far beyond Chinchilla.
 
     steppe train --config=watts:20m,sam,200 --workdir=runs/watts
     steppe train --config=watts:small,sam,200 --workdir=runs/watts-small
 
 The argument is SIZE,METHOD,TOKENS: 20m, 60m, 150m, 1b or small; a name of optim/methods.py; tokens per parameter,
-theirs from 200 to 3,200. rho is theirs, 0.05, for sam; of other methods it is the default: sweep it.
+in the paper 200 to 3,200. sam uses the paper's rho, 0.05. Other methods use their default rho: sweep it.
 
-Facts read from their code: width and layers, RMSNorm, SwiGLU and RoPE, untied tables; sequences of 1,024 tokens, 256 a
-step, in eight parts of one epsilon each (at 1b 2,048 tokens, 1,024 a step); the gradient climbed is not clipped, the
-one returned is, at 1.0; AdamW with b1 0.9, b2 0.95, eps 1e-8 and decay 0.1 on every parameter; cosine to a tenth of the
-peak; warm-up of 1,000, 2,000 and 3,000 steps; bfloat16 compute on float32 parameters.
+Read from the authors' code: width and layers, RMSNorm, SwiGLU and RoPE, untied tables; 256 sequences of 1,024 tokens
+per step (1b: 1,024 sequences of 2,048), in eight parts with one epsilon each; no clipping of the ascent gradient, clip
+norm 1.0 for the returned one; AdamW with b1 0.9, b2 0.95, eps 1e-8 and decay 0.1 on every parameter; cosine to a tenth
+of the peak; warm-up of 1,000, 2,000 and 3,000 steps; bfloat16 compute on float32 parameters.
 
-Inferred: layers of 1b, heads of 64, an MLP of four widths, its warm-up, a vocabulary of 32,000 pieces (the sizes count
-all parameters), and the peak rate between the ends that are known: 3e-3 at 200 tokens a parameter, 3e-4 at 3,200, even
-in the logarithm. `small` has the same ratios of everything to everything, on the embedded corpus by bytes: four layers,
-a sixteenth of the sequence, eight parts of four sequences, the warm-up that 1,000 steps are of 20m's at 200 tokens.
+Inferred: layers and warm-up of 1b, heads of 64, an MLP of width 4D, a vocabulary of 32,000 pieces (the sizes count all
+parameters), and the peak rate between its known ends: 3e-3 at 200 tokens per parameter and 3e-4 at 3,200, on a power
+law. `small` scales the setting down, on the embedded corpus by bytes: four layers, a sixteenth of the sequence length,
+eight parts of four sequences, and the warm-up fraction of 20m at 200 tokens per parameter.
 """
 
 import math
@@ -27,14 +27,14 @@ _WARMUP = {"20m": "1000 steps", "60m": "2000 steps", "150m": "3000 steps", "1b":
 
 
 def peak_rate(tokens_per_parameter: float) -> float:
-    """3e-3 at 200 tokens a parameter and before, 3e-4 at 3,200 and after, a power law between."""
+    """Peak learning rate: 3e-3 up to 200 tokens per parameter, 3e-4 from 3,200 on, a power law between."""
     beyond = math.log(tokens_per_parameter / 200) / math.log(3200 / 200)
     return float(f"{3e-3 * 10 ** -min(1.0, max(0.0, beyond)):.3g}")
 
 
 def get_config(argument: str) -> ConfigDict:
     """The config of "SIZE,METHOD,TOKENS". Raises ValueError for a bad argument; the method's name is checked later."""
-    wrong = ValueError(f"the argument {argument!r} must be SIZE,METHOD,TOKENS a parameter, such as 20m,sam,200")
+    wrong = ValueError(f"the argument {argument!r} must be SIZE,METHOD,TOKENS per parameter, such as 20m,sam,200")
     try:
         size, method, last = (part.strip() for part in argument.split(","))
         tokens = float(last)

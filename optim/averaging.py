@@ -1,7 +1,7 @@
-"""Averages of the weights over the last steps of a run, kept beside it by any method and base.
+"""Averages of the weights over the last steps of a run, for any method and base.
 
-An average is the mean of its slots, trees like the parameters, so that whatever shards, saves or exports parameters
-does so with these too. A run is trained at theta, whatever is averaged.
+An average is the mean of its slots. Slots are trees like the parameters, so code that shards, saves or exports
+parameters handles them too. Averages do not affect training.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from steppe.optim.rule import Tree
 
 
 class Average(NamedTuple):
-    """A row of AVERAGES. slots(snapshots) -> how many trees it keeps.
+    """A row of AVERAGES. slots(snapshots) -> number of trees that it stores.
 
-    update(slots, params, count, sound, horizon, snapshots) -> the slots after the update that gave params, before which
-    the run had made `count`; where it was not sound they stay as they are.
+    update(slots, params, count, sound, horizon, snapshots) -> the new slots. The run had made `count` updates before
+    the one that gave `params`. If that update was not sound, the slots do not change.
     """
 
     slots: Callable[[int], int]
@@ -27,7 +27,7 @@ class Average(NamedTuple):
 
 
 def _ema(slots, params, count, sound, horizon, snapshots):
-    # the plain mean of all steps so far until there are `horizon` of them: nothing of the start remains
+    # the first `horizon` steps use the plain mean, which gives the initial weights no share
     weight = jnp.where(sound, jnp.maximum(1 / horizon, 1 / (count + 1.0)), 0.0)
     return {"0": jax.tree.map(lambda a, p: a + (weight * (p - a)).astype(a.dtype), slots["0"], params)}
 
@@ -37,7 +37,7 @@ def _lawa(slots, params, count, sound, horizon, snapshots):
     number, due = (count + 1) // every, sound & ((count + 1) % every == 0)
 
     def taken(slots):
-        # until all slots have been taken the others hold the mean of those that have: nothing of the start remains
+        # until every slot has a snapshot, the others hold the mean of the snapshots, not the initial weights
         since = [(name, (int(name) > 0) & (int(name) < number)) for name in slots]
 
         def mean(now, *olds):
@@ -60,12 +60,12 @@ AVERAGES = {"ema": Average(lambda snapshots: 1, _ema), "lawa": Average(lambda sn
 
 
 class Averages(NamedTuple):
-    """The averages that a run keeps.
+    """The averages of a run.
 
-    names: of AVERAGES. ema: exponential, the decay 1 - 1 / horizon a step. lawa: of the `snapshots` last parameters
-    taken every horizon / snapshots steps (Latest Weight Averaging, Kaddour 2022; both with horizons of about 1 % of a
-    run in Ajroldi, Orvieto, Geiping 2025, arXiv 2502.06761). horizon: steps. begin: the updates before the run, of one
-    that goes on from another's parameters: nothing older than the run itself is in its averages.
+    names: keys of AVERAGES. ema: exponential average with decay 1 - 1 / horizon per step. lawa: mean of the last
+    `snapshots` parameters, taken every horizon / snapshots steps (Latest Weight Averaging, Kaddour 2022). Ajroldi,
+    Orvieto, Geiping 2025 (arXiv 2502.06761) use horizons of about 1 % of a run. horizon: steps. begin: the number of
+    updates before this run, if it continues another; averages exclude them.
     """
 
     names: tuple[str, ...] = ()
@@ -74,14 +74,14 @@ class Averages(NamedTuple):
     begin: int = 0
 
     def init(self, params: Tree) -> dict[str, dict[str, Tree]]:
-        """{name: {slot: tree like params}}, all of them the parameters at the start."""
+        """{name: {slot: tree like params}}, every slot a copy of the initial parameters."""
         return {
             name: {str(slot): jax.tree.map(jnp.copy, params) for slot in range(AVERAGES[name].slots(self.snapshots))}
             for name in self.names
         }
 
     def update(self, state: dict, params: Tree, step: jax.Array, sound: jax.Array) -> dict[str, dict[str, Tree]]:
-        """The averages once update number step + 1 has given params; unchanged where that update was refused."""
+        """The averages after update number step + 1, which gave `params`; unchanged if that update was not `sound`."""
         return {
             name: AVERAGES[name].update(slots, params, step - self.begin, sound, self.horizon, self.snapshots)
             for name, slots in state.items()

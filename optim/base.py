@@ -1,4 +1,4 @@
-"""Base optimizers through optax, and the moments that ascent directions may borrow from their state."""
+"""Base optimizers from optax, and a reader of the moments in their state for ascent directions."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ from steppe.optim.soap import SoapState, scale_by_soap
 
 
 class Moments(NamedTuple):
-    """Moments of the base before this step's update: first, second (bias-corrected), the count of updates so far.
+    """Moments of the base before this step's update: first, second (bias-corrected), and the count of updates.
 
-    fresh(gradient) -> the bias-corrected second moment as it will be once this gradient has entered it.
-    update(step, fill) -> what the base would add to the parameters now, without decay, if the gradient were zero and
-    its second moment fill(second); None unless of a Base.
+    fresh(gradient) -> the bias-corrected second moment after an update with this gradient.
+    update(step, fill) -> the base's update for a zero gradient and second moment fill(second), without weight decay;
+    None unless read through a Base.
     """
 
     first: Tree = None
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
 
 
 class Base(NamedTuple):
-    """An optax transform and a reader of its moments: moments(state, params) -> Moments."""
+    """An optax transform, and moments(state, params) -> Moments, which reads its state."""
 
     name: str
     transform: optax.GradientTransformation
@@ -43,8 +43,8 @@ class Base(NamedTuple):
 
 @functools.cache
 def _kinds() -> tuple[type, ...]:
-    """The states that hold moments. Made when asked for: of one optax exports no name, and making it computes, which
-    must not be before jax.distributed has begun."""
+    """The state types that hold moments. One has no public name, so a state is made to get its type. That computes,
+    which is forbidden before jax.distributed starts; so the tuple is made on demand."""
     rms = type(optax.scale_by_rms(bias_correction=True).init(()))  # Adam without a first moment
     return (
         optax.ScaleByAdamState,
@@ -58,19 +58,17 @@ def _kinds() -> tuple[type, ...]:
 
 
 def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
-    """Reads the moments out of any optax state with one Adam, Lion, momentum, Adafactor or Muon state.
+    """Reads the moments from an optax state that contains one Adam, Lion, momentum, Adafactor or Muon state.
 
-    b2: as the base was given it, to correct Adam's second moment. ValueError if there is not exactly one such state.
+    b2: the base's decay, to correct Adam's second moment. Raises ValueError unless there is exactly one such state.
     """
     found = [s for s in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _kinds())) if isinstance(s, _kinds())]
     if {type(s) for s in found} == {MuonState, optax.ScaleByAdamState} and len(found) == 2:
         return Moments(first=_merge(found[0].mu, found[1].mu))
     if len(found) != 1:
-        raise ValueError(
-            f"the optimizer state holds {len(found)} moment estimates, exactly one is needed: use a base with one"
-        )
+        raise ValueError(f"the optimizer state holds {len(found)} moment estimates: use a base with exactly one")
     (inside,) = found
-    if hasattr(inside, "nu") and not isinstance(inside, SoapState):  # whose second moment is in bases of its own
+    if hasattr(inside, "nu") and not isinstance(inside, SoapState):  # its second moment is in eigenbases
         return _adam(inside, b2)
     if isinstance(inside, optax.FactoredState):
         return _factored(inside, params)
@@ -78,13 +76,13 @@ def moments(state: Any, params: Tree, b2: float = 0.999) -> Moments:
 
 
 def at_step(state: Any, step: jax.Array) -> Any:
-    """The optimizer state with its schedules at a step: after a step that was refused they go on with the run's count.
+    """The optimizer state with its schedules' counts set to `step`, the run's count, which includes skipped steps.
 
-    Counts of moments stay: those are of the gradients that have entered them.
+    Does not change the counts of moments, because skipped gradients did not update them.
     """
 
     def moved(x):
-        if isinstance(x, ScheduleFreeState):  # it counts from 1, and holds another state
+        if isinstance(x, ScheduleFreeState):  # counts from 1 and contains another state
             return x._replace(step_count=step + 1, base_optimizer_state=at_step(x.base_optimizer_state, step))
         if isinstance(x, optax.ScaleByScheduleState):
             return x._replace(count=step.astype(jnp.result_type(x.count)))
@@ -95,12 +93,12 @@ def at_step(state: Any, step: jax.Array) -> Any:
 
 
 def _with_second(state: Any, fill: Callable[[Tree], Tree]) -> Any:
-    """The optimizer state with fill(second) for Adam's second moments, of SOAP's of what is no matrix."""
+    """The optimizer state with fill(second) in place of Adam's second moments; in SOAP only for non-matrices."""
 
     def moved(x):
         if isinstance(x, optax.ScaleByAdamState):
             return x._replace(nu=fill(x.nu))
-        if isinstance(x, SoapState):  # a small moment along an eigenvector was seen
+        if isinstance(x, SoapState):  # a small moment along an eigenvector is a measured one
             leaves, structure = jax.tree.flatten(x.nu)
             plain = fill([v for v, sides in zip(leaves, x.sides, strict=True) if not sides])
             rest = iter(plain)
@@ -118,7 +116,7 @@ def _merge(a: Tree, b: Tree) -> Tree:
 
 def _adam(inside: Any, b2: float) -> Moments:
     def corrected(second, count):
-        # Before the first update both are zero; directions then use D = 1.
+        # Before the first update the moments are zero; directions then use D = 1.
         return jax.tree.map(lambda v: v / jnp.where(count > 0, 1 - b2**count, 1.0).astype(v.dtype), second)
 
     def fresh(gradient):
@@ -129,7 +127,7 @@ def _adam(inside: Any, b2: float) -> Moments:
 
 
 def _factored(inside: optax.FactoredState, params: Tree) -> Moments:
-    """Adafactor needs no bias correction: its decay, 1 - t^-0.8, starts at zero."""
+    """Adafactor needs no bias correction, because its decay, 1 - t^-0.8, starts at zero."""
 
     def second(state):
         return jax.tree.map(_outer, params, state.v_row, state.v_col, state.v)
@@ -143,7 +141,7 @@ def _factored(inside: optax.FactoredState, params: Tree) -> Moments:
 def _outer(param: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array) -> jax.Array:
     if whole.shape == param.shape:
         return whole
-    # The axes optax factors: the two largest, the larger of them averaged out of `row`.
+    # optax factors the two largest axes; `row` averages over the larger.
     second, largest = (int(axis) for axis in np.argsort(param.shape)[-2:])
     axis = second - 1 if second > largest else second
     row = row * ratio(jnp.ones((), row.dtype), jnp.mean(row, axis=axis, keepdims=True), 0.0)
@@ -151,7 +149,7 @@ def _outer(param: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array
 
 
 class Settings(NamedTuple):
-    """What a base optimizer is made from; see `base`."""
+    """The arguments of a base optimizer; see `base`."""
 
     learning_rate: float | Callable
     b1: float
@@ -165,20 +163,20 @@ class Settings(NamedTuple):
     options: Mapping[str, Any] = {}
 
     def decay(self) -> optax.GradientTransformation:
-        """Weight decay where there is any."""
+        """Weight decay, or the identity if it is 0."""
         return optax.add_decayed_weights(self.weight_decay, self.decay_mask) if self.weight_decay else optax.identity()
 
     def rate(self) -> optax.GradientTransformation:
-        """The learning rate of every parameter, with the sign of descent."""
+        """Multiplies by minus the learning rate of each parameter."""
         common, own = optax.scale_by_learning_rate(self.learning_rate), self.factors()
         return optax.chain(common, *own) if own else common
 
     def widths(self, vectors: float, matrices: float) -> list[optax.GradientTransformation]:
-        """What multiplies a direction, before decoupled decay, by powers of the widening: mup's learning rates.
+        """mup's learning rates: multiplies a direction by powers of the widening, before decoupled decay.
 
-        Entries of a matrix's gradient fall as 1 / width, and those of its update are to do so too; all other
-        parameters have one long axis, entries of the gradient that fall alike, and want updates that do not (Yang et
-        al. 2021, arXiv 2203.03466, tables 3 and 8). What has left the gradient's scale behind is told apart only here.
+        `vectors` and `matrices` are the powers. Under mup, gradient entries of all parameters fall as 1 / width.
+        Update entries of matrices must fall the same way; those of other parameters, which have one long axis, must
+        stay constant (Yang et al. 2021, arXiv 2203.03466, tables 3 and 8). The powers depend on the direction's scale.
         """
         if self.widening == 1:
             return []
@@ -186,7 +184,7 @@ class Settings(NamedTuple):
         return [optax.stateless(scaled)]
 
     def factors(self) -> list[optax.GradientTransformation]:
-        """What multiplies the updates of parameters whose learning rate is another."""
+        """Multiplies the updates of parameters that have their own learning-rate factor."""
         if not self.rate_factors:
             return []
         scaled = lambda updates, _: jax.tree.map(jnp.multiply, updates, factors(updates, self.rate_factors)[1])  # noqa: E731
@@ -198,17 +196,17 @@ class Settings(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """Where a base is to be evaluated, if not at the parameters that it steps: at(b1, parameter, what its state keeps
-    of that parameter in a tree called `beside`)."""
+    """For a base that is evaluated at other parameters than it steps: at(b1, parameter, leaf) returns them. `leaf` is
+    from the tree in its state whose path ends in `beside`."""
 
     beside: str
     at: Callable[[float, jax.Array, jax.Array], jax.Array]
 
 
 class Kind(NamedTuple):
-    """A row of BASES. moments: what it keeps that a direction can use; parts(Settings) -> its optax transforms.
+    """A row of BASES. moments: names of the moments that a direction can use. parts(Settings) -> its optax transforms.
 
-    evaluated: None where the parameters that it steps are those it trains for.
+    evaluated: None if the base is evaluated at the parameters it steps.
     """
 
     moments: tuple[str, ...]
@@ -228,9 +226,9 @@ def _muon(s: Settings) -> list[optax.GradientTransformation]:
             adam_b2=s.b2,
             adam_weight_decay=0.0,
             muon_weight_dimension_numbers=s.matrix_axes,
-            consistent_rms=0.2,  # one learning rate then suits both parts (Liu et al. 2025, arXiv 2502.16982)
+            consistent_rms=0.2,  # so that one learning rate suits both parts (Liu et al. 2025, arXiv 2502.16982)
         ),
-        *s.widths(0, -0.5),  # orthogonal, times 0.2 times the root of its longer side
+        *s.widths(0, -0.5),  # updates are orthogonal matrices times 0.2 sqrt(longer side)
         *s.factors(),
     ]
 
@@ -246,7 +244,7 @@ def _soap(s: Settings) -> list[optax.GradientTransformation]:
 def _schedule_free(s: Settings) -> list[optax.GradientTransformation]:
     second = optax.scale_by_rms(s.b2, s.eps, eps_in_sqrt=False, bias_correction=True)
     steps = optax.chain(second, *s.widths(0, -1), s.decay(), s.rate())
-    # optax counts from 1 where it weighs a step, and from 0 where it takes it: the weight is that of the rate taken
+    # optax weighs steps with counts from 1 but takes them with counts from 0: align the weight with the rate
     rate = s.learning_rate
     return [optax.contrib.schedule_free(steps, (lambda count: rate(count - 1)) if callable(rate) else rate, s.b1)]
 
@@ -257,7 +255,7 @@ def _averaged(b1: float, y: jax.Array, z: jax.Array) -> jax.Array:
 
 
 # adafactor's second moment is its factored estimate, row x column. muon has a second moment only where it falls back to
-# Adam, that of soap is in bases of its own, lion and sgd have none.
+# Adam, and soap's is in eigenbases, so neither counts.
 BASES = {
     "adamw": Kind(("first", "second"), lambda s: [s.adam(), *s.widths(0, -1), s.decay(), s.rate()]),
     "nadamw": Kind(("first", "second"), lambda s: [s.adam(nesterov=True), *s.widths(0, -1), s.decay(), s.rate()]),
@@ -272,7 +270,7 @@ BASES = {
 
 
 def _decoupled(s: Settings) -> optax.GradientTransformation:
-    """Adds to the updates what decoupled weight decay takes from the parameters."""
+    """Adds decoupled weight decay to finished updates."""
     alone = optax.chain(s.decay(), s.rate())
 
     def update(updates, state, params=None):
@@ -283,7 +281,7 @@ def _decoupled(s: Settings) -> optax.GradientTransformation:
 
 
 def kind_of(name: str) -> Kind:
-    """The row of a base, or of a reference to one from outside, whose file is run; OptionError naming the accepted."""
+    """The row of a base or a reference; runs the file of a reference. Raises OptionError for an unknown name."""
     if references.is_reference(name):
         return _kind_from_outside(name)
     if name not in BASES:
@@ -293,8 +291,8 @@ def kind_of(name: str) -> Kind:
 
 @functools.cache
 def _kind_from_outside(reference: str) -> Kind:
-    """made(learning_rate, ...), which also takes what it names of Settings, decay_mask by optax's name, mask, too.
-    Decoupled decay is added where it takes no weight_decay."""
+    """The row of a function(learning_rate, ...) whose other parameters name fields of Settings, or `mask` (decay_mask).
+    Adds decoupled decay if it has no parameter weight_decay."""
     made = references.load("base", reference).made
     taken = needs(made)
     if "learning_rate" not in taken:
@@ -302,19 +300,21 @@ def _kind_from_outside(reference: str) -> Kind:
     for need, must in taken.items():
         if must and need not in Settings._fields:
             known = ", ".join(field for field in Settings._fields if field != "options")
-            accepted = f"a function whose parameters are options (annotated with Option), or of {known}; {need} is none"
+            accepted = (
+                f"a function whose parameters are options (annotated with Option) or one of {known}; {need} is neither"
+            )
             raise OptionError("base", reference, accepted)
 
     def parts(s: Settings) -> list[optax.GradientTransformation]:
         if s.widening != 1 and "widening" not in taken:
-            raise OptionError("base", reference, "another under mup: one that takes `widening`")
+            raise OptionError("base", reference, "another base under mup, one with a parameter `widening`")
         given = {name: each.default for name, each in options(made).items()} | dict(s.options)
         try:
             transform = make(made, {**s._asdict(), "mask": s.decay_mask, **given})
         except OptionError:
             raise
-        except Exception as error:  # whatever a user's function raises is about that function
-            accepted = f"a function that makes an optax transformation: {type(error).__name__}: {error}"
+        except Exception as error:  # a user's function may raise anything
+            accepted = f"a function that returns an optax transformation: {type(error).__name__}: {error}"
             raise OptionError("base", reference, accepted) from None
         if not isinstance(transform, optax.GradientTransformation):
             accepted = f"a function that returns an optax.GradientTransformation, not a {type(transform).__name__}"
@@ -329,7 +329,7 @@ def _kind_from_outside(reference: str) -> Kind:
 
 
 def _kept(state: Any) -> tuple[str, ...]:
-    """Which moments an optimizer state holds for `moments` to read."""
+    """The names of the moments that `moments` can read from an optimizer state."""
     try:
         found = jax.eval_shape(lambda state: moments(state, None)._replace(fresh=None), state)
     except (ValueError, TypeError, AttributeError):
@@ -338,8 +338,8 @@ def _kept(state: Any) -> tuple[str, ...]:
 
 
 def options_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a base from outside among those given, None for its default; none of a base here. OptionError for
-    a value that it does not accept."""
+    """Those of `given` that are options of a base from outside and not None; {} for Steppe's bases. Raises OptionError
+    for a value that the option does not accept."""
     if not references.is_reference(name):
         return {}
     declared = references.load("base", name).declared()
@@ -365,23 +365,23 @@ def base(
     widening: float = 1.0,
     **given: Any,
 ) -> Base:
-    """A base optimizer by name, see BASES, or by a reference to one from outside, see optim.references.
+    """Makes a base optimizer by name (see BASES), or by reference (see optim.references).
 
-    adamw, nadamw, lion, adafactor: decoupled decay. adam, sgd: the decay is added to the gradient (L2). muon:
-    orthogonalised momentum and decoupled decay on matrices, Adam on the rest. schedule_free: AdamW without momentum,
-    averaged (Defazio et al. 2024, arXiv 2405.15682), to be evaluated at BASES[name].evaluated; for a constant rate.
-    soap: Adam in the eigenbases of each matrix's gradients, see optim.soap; decoupled decay. b1 is the momentum of sgd
-    and muon, of schedule_free the weight of the average in the point of the gradient.
-    clip_norm: global l2 bound on the returned gradient, 0 for none. matrix_axes(params) -> tree of
-    optax.contrib.MuonDimensionNumbers or None (None leaves go to AdamW); default: every 2-d parameter is a matrix.
-    rate_factors: rules of masks.factors, which multiply the learning rate of the parameters that they match. widening:
-    the width over that of mup's base, see Settings.widths; 1 for the standard parametrisation. given: the options that
-    one from outside declares.
+    adamw, nadamw, lion, adafactor: decoupled decay. adam, sgd: decay added to the gradient (L2). muon: orthogonalised
+    momentum and decoupled decay for matrices, Adam for the rest. schedule_free: AdamW without momentum, averaged
+    (Defazio et al. 2024, arXiv 2405.15682); use a constant rate and evaluate it at BASES[name].evaluated. soap: Adam in
+    the eigenbases of each matrix's gradients, see optim.soap; decoupled decay.
+
+    b1: momentum of sgd and muon; in schedule_free the weight of the average in the point where gradients are taken.
+    clip_norm: largest global l2 norm of the returned gradient, 0 for no clipping. matrix_axes(params) -> tree of
+    optax.contrib.MuonDimensionNumbers or None (AdamW updates those leaves); default: every 2-d parameter is a matrix.
+    rate_factors: learning-rate factors, rules of masks.factors. widening: width / base width under mup (see
+    Settings.widths), else 1. given: options of a base from outside. Raises OptionError for an invalid name or option.
     """
     kind, own = kind_of(name), options_of(name, given)
     for option in given.keys() - own.keys():
         if given[option] is not None:
-            raise OptionError(option, given[option], f"left out with {name}, which does not take it")
+            raise OptionError(option, given[option], f"left out: {option} is not an option of {name}")
     if name == "schedule_free" and not b1 > 0:
         raise OptionError("b1", b1, "a number > 0 with schedule_free")
     settings = Settings(
@@ -392,7 +392,7 @@ def base(
     transform = optax.chain(*clip, *kind.parts(settings))
 
     def read(state: Any, params: Tree) -> Moments:
-        nothing = jax.tree.map(jnp.zeros_like, params)  # of parameters of zero nothing decays
+        nothing = jax.tree.map(jnp.zeros_like, params)  # zero gradients, and zero parameters: no decay
         return moments(state, params, b2)._replace(
             update=lambda step, fill=lambda second: second: transform.update(
                 nothing, _with_second(at_step(state, step), fill), nothing

@@ -1,4 +1,4 @@
-"""Parameter paths, and what regexes over them decide."""
+"""Parameter paths; masks, factors and matrix axes by regexes over them."""
 
 import re
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from steppe.optim.rule import Tree
 
 
 def path_names(tree: Tree) -> Tree:
-    """The same tree with each leaf replaced by its path, "layers/attention/query/kernel"."""
+    """The tree with each leaf replaced by its path, such as "layers/attention/query/kernel"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
     )
 
 
 def mask(tree: Tree, patterns: tuple[str, ...]) -> Tree:
-    """True for every leaf whose path some pattern matches (re.search). ValueError if a pattern matches no path."""
+    """True for every leaf whose path a pattern matches (re.search). Raises ValueError if a pattern matches no path."""
     names = path_names(tree)
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in jax.tree.leaves(names)):
@@ -27,10 +27,9 @@ def mask(tree: Tree, patterns: tuple[str, ...]) -> Tree:
 
 
 def factors(tree: Tree, rules: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """(group, factor) of every leaf, by rules "REGEX=FACTOR": those of the first that matches its path.
+    """(group, factor) of every leaf. The first rule "REGEX=FACTOR" that matches its path decides.
 
-    Groups are numbered from 1; leaves that no rule matches are group 0, of factor 1. ValueError if a rule matches no
-    path.
+    Rule n makes group n; leaves without a rule have group 0 and factor 1. Raises ValueError if a rule matches no path.
     """
     parts = [rule.rpartition("=") for rule in rules]
     patterns, values = [regex for regex, _, _ in parts], [1.0, *(float(value) for _, _, value in parts)]
@@ -44,10 +43,7 @@ def factors(tree: Tree, rules: tuple[str, ...]) -> tuple[Tree, Tree]:
 
 
 def default_axes(tree: Tree) -> Tree:
-    """optax.contrib.MuonDimensionNumbers of a tree that says nothing else: all axes but the last are reduced.
-
-    Vectors are no matrices (None).
-    """
+    """Default optax.contrib.MuonDimensionNumbers of a tree: reduces all axes but the last; None for vectors."""
 
     def axes(leaf):
         return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1) if leaf.ndim > 1 else None
@@ -56,19 +52,19 @@ def default_axes(tree: Tree) -> Tree:
 
 
 def dimensions(tree: Tree, axes: Callable[[Tree], Tree] | None) -> list[MuonDimensionNumbers | None]:
-    """Those of every leaf, in order."""
-    found = axes(tree) if axes else default_axes(tree)
-    return jax.tree.leaves(found, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    """The MuonDimensionNumbers of every leaf, in order; None for leaves that are not matrices."""
+    numbers = axes(tree) if axes else default_axes(tree)
+    return jax.tree.leaves(numbers, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
 
 
 def matrix_norm(matrix: jax.Array, dims: MuonDimensionNumbers) -> jax.Array:
-    """The Frobenius norm of each matrix of a stack, in its shape with the axes of one matrix 1."""
+    """The Frobenius norm of each matrix in a stack; the axes of a matrix have length 1 in the result."""
     axes = [(axis,) if isinstance(axis, int) else tuple(axis) for axis in (dims.reduction_axis, dims.output_axis)]
     return jnp.sqrt(jnp.sum(matrix * matrix, axis=axes[0] + axes[1], keepdims=True))
 
 
 def by_width(tree: Tree, axes: Callable | None, widening: float, vectors: float, matrices: float) -> Tree:
-    """The leaves times widening ** matrices where they are matrices, and widening ** vectors elsewhere."""
+    """Multiplies matrices by widening ** matrices and other leaves by widening ** vectors."""
     leaves, structure = jax.tree.flatten(tree)
     powers = [vectors if dims is None else matrices for dims in dimensions(tree, axes)]
     scaled = [leaf * widening**power if power else leaf for leaf, power in zip(leaves, powers, strict=True)]
@@ -76,9 +72,9 @@ def by_width(tree: Tree, axes: Callable | None, widening: float, vectors: float,
 
 
 def matrix_axes(rules: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]) -> Callable[[Tree], Tree]:
-    """The function optim.base and layerwise rho take, from (regex, reduced axes, output axes); the first match decides.
+    """Makes the `matrix_axes` of optim.base from rules (regex, reduced axes, output axes); the first match decides.
 
-    Axes in neither stack matrices, as layers do. Parameters that no rule matches are no matrices (None).
+    All other axes stack matrices, as layers do. Parameters without a matching rule are not matrices (None).
     """
 
     def axes(params):

@@ -1,4 +1,4 @@
-"""Every named method as first pass x ascent x second pass: the table that code, configs and help read."""
+"""The table of named methods, each a first pass, an ascent and a second pass. Code, configs and help read it."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping
@@ -16,15 +16,15 @@ from steppe.optim.two_pass import SWITCHES, Plain, Switches, TwoPass
 
 
 class Method(NamedTuple):
-    """One row of the table. Its options are those that the makers of its parts declare, and rho.
+    """One row of the table. Its options are rho and those that its parts declare.
 
-    equation: the gradient handed to the base optimizer. memory: what is held beyond the base step, theta standing for
-    one copy of the parameters and h for the hidden states. ascent, second, first, period: makers of the parts, see
-    optim.options; a period is the number of steps of which one perturbs. rule: the maker of a rule in place of all of
-    these, which takes of rho, microbatches, base and the switches those that its parameters name. passes: (forwards,
-    backwards) of a step that perturbs, of the sequences that first takes. products: those with the readout's weights,
-    where they are not one a forward and two a backward. share(sequences, shards, ...options): which share of the
-    sequences first takes. rho: default radius. second_derivatives: the model is differentiated twice.
+    equation: the gradient handed to the base optimizer. memory: memory beyond the base step; theta is one copy of the
+    parameters, h the hidden states. ascent, second, first, period: functions that make the parts, see optim.options;
+    with a period of n, every n-th step perturbs. rule: makes the whole rule instead of these parts; its parameters may
+    name rho, microbatches, base and the switches. passes: (forwards, backwards) of a step that perturbs, over the
+    sequences that `first` selects. products: products with the readout's weights; default: one per forward and two per
+    backward. share(sequences, shards, ...options): the fraction of the sequences that `first` selects. rho: default
+    radius. second_derivatives: whether the method differentiates the model twice.
     """
 
     equation: str
@@ -42,23 +42,23 @@ class Method(NamedTuple):
     rule: Callable[..., Rule] | None = None
 
     def makers(self) -> list[Callable]:
-        """The makers of its parts."""
+        """The functions that make its parts."""
         return [part for part in (self.ascent, self.first, self.second, self.period, self.rule) if part]
 
     def declared(self) -> dict[str, Declared]:
         """{name: Declared} of its options."""
         rho = Declared(float, self.rho, Option("perturbation radius, l2 norm over all parameters", *NOT_NEGATIVE))
         shared = {"rho": rho} if self.rule is None or "rho" in needs(self.rule) else {}
-        return functools.reduce(lambda found, part: found | options(part), self.makers(), shared)
+        return functools.reduce(lambda known, part: known | options(part), self.makers(), shared)
 
     def needs(self) -> dict[str, bool]:
-        """{need: whether it must be given}: the "frequency" of tokens [V]."""
-        found = functools.reduce(lambda found, part: found | needs(part), self.makers(), {})
-        there = {"shards", *Switches._fields, "base"} if self.rule else {"shards"}  # for all
-        return {need: must for need, must in found.items() if need not in there}
+        """{need: whether it is required}. Today only "frequency": the frequencies of tokens [V]."""
+        all_needs = functools.reduce(lambda known, part: known | needs(part), self.makers(), {})
+        supplied = {"shards", *Switches._fields, "base"} if self.rule else {"shards"}  # by `method`
+        return {need: must for need, must in all_needs.items() if need not in supplied}
 
 
-def _every(k: Annotated[int, Option("steps of which one is perturbed", *AT_LEAST_ONE)] = 5) -> int:
+def _every(k: Annotated[int, Option("perturb every k-th step", *AT_LEAST_ONE)] = 5) -> int:
     return k
 
 
@@ -158,7 +158,7 @@ METHODS: dict[str, Method | None] = {
         rho=1.0,
     ),
     "precond_msam": Method(
-        equation="∇L(θ - ρ u/‖u‖), -u the base's own update at a gradient of zero, D⁻¹m of Adam",
+        equation="∇L(θ - ρ u/‖u‖), -u the base's update for a zero gradient (Adam: u = D⁻¹m)",
         source="ours",
         ascent=ascent.update,
         second=second_pass.full,
@@ -167,7 +167,7 @@ METHODS: dict[str, Method | None] = {
         rho=1.0,
     ),
     "precond_functional_msam": Method(
-        equation="J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ u/‖u‖ as of precond_msam",
+        equation="J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ u/‖u‖ as in precond_msam",
         source="ours",
         ascent=ascent.update,
         second=second_pass.functional,
@@ -206,7 +206,7 @@ METHODS: dict[str, Method | None] = {
         first=first_pass.focal,
     ),
     "look_sam": Method(
-        equation="sam on every k-th step; else g + α ‖g‖/‖v‖ v, v the last sam gradient's part orthogonal to g",
+        equation="sam on every k-th step; else g + α ‖g‖/‖v‖ v, v the part of the last sam gradient orthogonal to g",
         source="Liu et al. 2022",
         ascent=ascent.gradient,
         second=second_pass.reused,
@@ -235,7 +235,7 @@ ALIASES = {"j_sam": "functional_sam", "l_sam": "logit_sam", "base": "adamw"}
 
 
 def canonical(name: str) -> str:
-    """The table's name of a method or alias, or a reference to one from outside; OptionError naming the accepted."""
+    """Resolves an alias; returns a method's name or a reference unchanged. Raises OptionError for an unknown name."""
     name = ALIASES.get(name, name)
     if name not in METHODS and not references.is_reference(name):
         names = [*METHODS, *ALIASES]
@@ -244,7 +244,7 @@ def canonical(name: str) -> str:
 
 
 def row_of(name: str) -> Method | None:
-    """The row of a method, alias or reference (whose file is run); None for a base optimizer alone."""
+    """The row of a method, alias or reference; None for adamw. Runs the file of a reference."""
     name = canonical(name)
     return METHODS[name] if name in METHODS else _row_from_outside(name)
 
@@ -255,14 +255,14 @@ def _row_from_outside(reference: str) -> Method:
     if isinstance(made, Method):
         return made
     if "learning_rate" in needs(made):
-        raise OptionError("method", reference, f"a direction, a rule or a row; {reference} is for optim.base")
+        raise OptionError("method", reference, f"a direction, a rule or a row; {reference} is a base for optim.base")
     says = (made.__doc__ or reference).partition("\n")[0]
     if needs(made).keys() & {"rho", "microbatches", "base"}:
         return Method(equation=says, source=reference, rule=made)
     try:
         part = _defaults(made)
-    except Exception as error:  # whatever a user's function raises is about that function
-        accepted = f"a function that makes a direction of its options' defaults: {type(error).__name__}: {error}"
+    except Exception as error:  # a user's function may raise anything
+        accepted = f"a function that returns a direction from its defaults: {type(error).__name__}: {error}"
         raise OptionError("method", reference, accepted) from None
     if isinstance(part, Ascent):
         passes = (2, 2) if "gradient" in part.needs else (1, 1)
@@ -274,11 +274,11 @@ def _row_from_outside(reference: str) -> Method:
 
 
 def _options() -> dict[str, tuple[type, str, str]]:
-    """{option: (type, meaning with each method's default, accepted)} over all methods, as configs declare them."""
-    found = {}
+    """{option: (type, meaning with each method's default, accepted)} over all methods, for the config keys."""
+    table = {}
     for name, row in METHODS.items():
         for option, declared in (row.declared() if row else {}).items():
-            entry = found.setdefault(option, (declared.kind, {}, declared.option.accepted))
+            entry = table.setdefault(option, (declared.kind, {}, declared.option.accepted))
             entry[1].setdefault(declared.option.meaning, {}).setdefault(declared.default, []).append(name)
 
     def text(meaning: str, defaults: dict[Any, list[str]]) -> str:
@@ -287,7 +287,7 @@ def _options() -> dict[str, tuple[type, str, str]]:
 
     return {
         option: (kind, "; ".join(text(*each) for each in meanings.items()), accepted)
-        for option, (kind, meanings, accepted) in found.items()
+        for option, (kind, meanings, accepted) in table.items()
     }
 
 
@@ -295,22 +295,22 @@ OPTIONS = _options()
 
 
 def former(name: str, known: Collection[str]) -> dict[str, Any]:
-    """What a method did where nothing was said, when these were all the options there were; none that it does today."""
-    row = row_of(name) if name in (*METHODS, *ALIASES) else None  # a name that is none is refused elsewhere
+    """{option: old default} of a method, for options whose default changed when an option not in `known` was added."""
+    row = row_of(name) if name in (*METHODS, *ALIASES) else None  # other code refuses unknown names
     declared = {option: each.option.former for option, each in (row.declared() if row else {}).items()}
     return {option: then[0] for option, then in declared.items() if then and then[1] not in known}
 
 
 def options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The method's options, defaults where one is None or absent; OptionError for one that it does not take so."""
+    """The method's options; absent ones and None get defaults. Raises OptionError for an invalid option or value."""
     row = row_of(name)
     declared = row.declared() if row else {}
     given = {option: value for option, value in given.items() if value is not None}
     for option in foreign(name, given):
-        raise OptionError(option, given[option], f"None with optim.method = {name}, which {takes(name)}")
+        raise OptionError(option, given[option], f"None: {option} is not an option of {name}, which {takes(name)}")
     for option, value in given.items():
         if option not in declared:
-            continue  # a rho of 0
+            continue  # every method accepts a rho of 0
         known = option != "rho" or is_number(value)
         if known and not declared[option].option.allows(value):
             raise OptionError(option, value, declared[option].option.accepted)
@@ -318,72 +318,71 @@ def options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def foreign(name: str, given: Mapping[str, Any]) -> list[str]:
-    """The options given, not as None, that a method does not take; of a name that is none, which is refused elsewhere,
-    no option is foreign."""
+    """The options with a value other than None that are not options of the method; [] for an unknown method."""
     if name not in (*METHODS, *ALIASES) and not references.is_reference(name):
         return []
     row = row_of(name)
     declared = row.declared() if row else {}
-    said = {option: value for option, value in given.items() if value is not None and option not in declared}
-    # rho = 0 is of every method and none: the base's own gradient
-    return [option for option, value in said.items() if not (option == "rho" and is_number(value) and value == 0)]
+    unknown = {option: value for option, value in given.items() if value is not None and option not in declared}
+    # rho = 0 means the base's gradient, with every method
+    return [option for option, value in unknown.items() if not (option == "rho" and is_number(value) and value == 0)]
 
 
 def takes(name: str) -> str:
-    """ "takes rho, k", as the end of a sentence about a method."""
+    """ "takes rho, k": the end of a sentence about a method."""
     row = row_of(name)
-    return f"takes {', '.join(row.declared() if row else ()) or 'no option'}"
+    return f"takes {', '.join(row.declared() if row else ()) or 'no options'}"
 
 
 def period_options(name: str) -> list[str]:
-    """The options that set a method's own period; none where it has none."""
+    """The options that set a method's period; [] for a method without one."""
     row = row_of(name)
     return list(options(row.period)) if row and row.period else []
 
 
 def period(name: str, **given) -> int:
-    """Steps of which a method perturbs one by itself."""
+    """The method's period in steps: it perturbs one step per period. 1 for methods without a period."""
     row = row_of(name)
     return make(row.period, options_of(name, given)) if row and row.period else 1
 
 
 def perturbs(name: str, rho: float | Callable) -> bool:
-    """Whether a method is more than its base: it has a row, and a radius, if any, that is not known to be 0."""
+    """Whether a method can differ from its base: it has a row, and its radius (if any) is not known to be 0."""
     row = row_of(name)
     return row is not None and ("rho" not in row.declared() or not (is_number(rho) and rho == 0))
 
 
 def needed_moments(name: str) -> set[str]:
-    """The moments of the base that the method's direction needs: first, second."""
+    """The moments of the base, "first" or "second", that the method's direction needs."""
     row = row_of(name)
     return set(_defaults(row.ascent).needs) & {"first", "second"} if row and row.ascent else set()
 
 
 def accepted_bases(name: str) -> list[str]:
-    """The base optimizers here that keep what the method's direction needs."""
+    """Steppe's base optimizers whose state has the moments that the method needs."""
     return [base for base, kind in BASES.items() if needed_moments(name) <= set(kind.moments)]
 
 
 def second_of(name: str) -> SecondPass | None:
-    """The method's second pass, with its options at their defaults; None where it has none of its own."""
+    """The method's second pass with default options; None if it has none."""
     row = row_of(name)
     return _defaults(row.second) if row and row.second else None
 
 
 def is_anchored(name: str) -> bool:
-    """Whether the method's second pass uses the hidden states of the first."""
+    """Whether the method's second pass uses the hidden states of the first pass."""
     second = second_of(name)
     return bool(second and second.anchored)
 
 
 def is_frozen(name: str) -> bool:
-    """Whether it uses the first one's loss derivative, which the readout may keep for it."""
+    """Whether the second pass uses the first pass's loss derivative, which the readout may store."""
     second = second_of(name)
     return bool(second and second.frozen)
 
 
 def only_climbs(name: str) -> bool:
-    """Whether the method takes a gradient at theta and does nothing but climb it."""
+    """Whether the method uses the gradient at theta for the ascent only."""
     row, second = row_of(name), second_of(name)
     return bool(row and row.ascent and second and second.only_climbs and "gradient" in _defaults(row.ascent).needs)
 
@@ -393,15 +392,14 @@ def _defaults(part: Callable) -> Any:
 
 
 def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: int = 1, **given) -> Rule:
-    """A gradient rule by name. rho = 0 is the base gradient itself; rho None is the method's published default.
-    It may be traced, and is then taken to be above 0, so that one compiled step serves every radius.
+    """Makes a gradient rule by name.
 
-    base: the optim.base.Base whose moments a direction may need; without one, moments are read from any optax state
-    that holds a single one, Adam's second moment corrected with b2. shards: equal blocks of a batch's rows, one a
-    device, from which as many sequences are taken where some are. given: the method's options, rho among them; fields
-    of Switches; and what it needs of its surroundings (Method.needs).
-    OptionError for an unknown name, an option the method does not take, a switch that would be ignored, a need that is
-    not met, or a base without the moment it needs.
+    rho: 0 gives the base gradient, None the method's published default. A traced rho is taken to be above 0, so one
+    compiled step serves every radius. base: the optim.base.Base whose moments the direction may need. Without it, the
+    rule reads the only moments in the optax state and corrects Adam's second moment with b2. shards: equal blocks of a
+    batch's rows, one per device; methods that select sequences take equally many from each. given: the method's
+    options, fields of Switches, and Method.needs.
+    Raises OptionError for an unknown name or option, a switch without effect, a missing need, or an unsuitable base.
     """
     row = row_of(name)
     needed = {need: given.pop(need, None) for need in (row.needs() if row else ())}
@@ -415,7 +413,7 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
         raise OptionError("ascent_fraction", fraction, f"1.0 unless ascent_over is subset, and it is {over}")
     if period_of := period_options(name):
         if switches.every != 1:
-            accepted = f"1 with optim.method = {name}, whose period is optim.{period_of[0]}"
+            accepted = f"1 with optim.method = {name}; set optim.{period_of[0]} instead"
             raise OptionError("every", switches.every, accepted)
         switches = switches._replace(every=period(name, **values))
     switches = switches._replace(rho=rho)
@@ -425,17 +423,19 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
         return _own_rule(name, row.rule, values, switches, base)
     for need, must in row.needs().items():
         if must and needed[need] is None:
-            raise OptionError(need, None, f"given, as {name} needs it: see optim.methods.Method.needs")
+            raise OptionError(need, None, f"given, because {name} needs it: see optim.methods.Method.needs")
     values |= {need: value for need, value in needed.items() if value is not None} | {"shards": shards}
     assert row.ascent is not None
     assert row.second is not None
     up, down = make(row.ascent, values), make(row.second, values)
     if switches.widening != 1 and switches.layerwise_rho != "none":
-        raise OptionError("layerwise_rho", switches.layerwise_rho, "none under mup, which scales rho by itself")
+        raise OptionError("layerwise_rho", switches.layerwise_rho, "none under mup, which scales rho itself")
     if switches.widening != 1 and up.widths is None:
-        raise OptionError("method", name, "another under mup, with a direction so defined that its scaling is known")
+        raise OptionError(
+            "method", name, f"another method under mup, because the scaling of {name} with width is unknown"
+        )
     if switches.rho_budget and "gradient" not in up.needs:
-        raise OptionError("rho_budget", switches.rho_budget, f"0 with {name}, whose direction knows no gradient")
+        raise OptionError("rho_budget", switches.rho_budget, f"0 with {name}, whose direction uses no gradient")
     return TwoPass(
         ascent=up,
         second=down,
@@ -446,30 +446,30 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
 
 
 def _own_rule(name: str, rule: Callable[..., Rule], values: dict, switches: Switches, base: Base | None) -> Rule:
-    """A rule that a row's maker makes; OptionError for a switch that is set and that it does not take."""
+    """The rule that a row's `rule` makes. Raises OptionError for a switch that is set but not a parameter of `rule`."""
     taken, plain = needs(rule), Switches()
     for switch, value in switches._asdict().items():
-        told = switch not in ("rho", "groups", "matrix_axes") and value != getattr(plain, switch)
-        if told and switch not in taken:
-            key = "method" if switch == "widening" else switch
-            what = "another under mup" if key == "method" else f"{getattr(plain, switch)!r}"
-            raise OptionError(
-                key, name if key == "method" else value, f"{what} with {name}, whose rule does not take it"
-            )
+        is_set = switch not in ("rho", "groups", "matrix_axes") and value != getattr(plain, switch)
+        if is_set and switch not in taken:
+            if switch == "widening":
+                raise OptionError(
+                    "method", name, f"another method under mup, because the rule of {name} does not take `widening`"
+                )
+            raise OptionError(switch, value, f"{getattr(plain, switch)!r} with {name}, whose rule does not take it")
     return make(rule, {**switches._asdict(), **values, "rho": switches.rho, "base": base})
 
 
 def _switches(given: Mapping[str, Any]) -> tuple[Switches, dict[str, Any]]:
-    """(the switches among the keyword arguments of `method`, checked; the other arguments)."""
-    said = {name: given[name] for name in Switches._fields if name in given and name != "rho"}
-    said |= {name: tuple(said[name]) for name in said if SWITCHES.get(name) and SWITCHES[name].kind is tuple}
-    for name, value in said.items():
+    """(checked switches, the other arguments) from the keyword arguments of `method`."""
+    chosen = {name: given[name] for name in Switches._fields if name in given and name != "rho"}
+    chosen |= {name: tuple(chosen[name]) for name in chosen if SWITCHES.get(name) and SWITCHES[name].kind is tuple}
+    for name, value in chosen.items():
         option = SWITCHES[name].option if name in SWITCHES else None
         if option and not option.allows(value):
             raise OptionError(name, value, option.accepted)
-    if said.get("microbatches", 1) < 1:
-        raise OptionError("microbatches", said["microbatches"], "an integer >= 1")
-    return Switches(**said), {name: value for name, value in given.items() if name not in said}
+    if chosen.get("microbatches", 1) < 1:
+        raise OptionError("microbatches", chosen["microbatches"], "an integer >= 1")
+    return Switches(**chosen), {name: value for name, value in given.items() if name not in chosen}
 
 
 def _first(
@@ -479,7 +479,7 @@ def _first(
     if subset and row.first:
         why = "chooses its own tokens"
     elif subset and "gradient" not in up.needs:
-        why = "climbs no gradient"
+        why = "uses no gradient for the ascent"
     elif subset and (down.combine or down.remember):
         why = "also descends along the gradient of the whole batch"
     if why:
@@ -493,21 +493,21 @@ def _first(
 
 
 class Cost(NamedTuple):
-    """What a step takes: forwards and backwards of the trunk, and products with the readout's weights."""
+    """Cost of a step: forwards and backwards of the trunk, and products with the readout's weights."""
 
     forwards: float = 1.0
     backwards: float = 1.0
     products: float = 3.0
 
     def averaged(self, share: float) -> "Cost":
-        """That of an average step where a share of them is this and the others are the base's."""
+        """The mean cost of a step if a `share` of the steps cost this and the others cost the base step."""
         return Cost(*(own + share * (one - own) for one, own in zip(self, Cost(), strict=True)))
 
 
 def cost(name: str, *, sequences: int = 1, shards: int = 1, keep: bool = False, **given) -> Cost:
     """The Cost of a step that perturbs, over all of its microbatches.
 
-    sequences: of a step. shards, given: see method. keep: the readout stores its loss derivative at theta.
+    sequences: number per step. shards, given: see method. keep: whether the readout stores its loss derivative.
     """
     row = row_of(name)
     if row is None or row.second is None:
@@ -518,16 +518,16 @@ def cost(name: str, *, sequences: int = 1, shards: int = 1, keep: bool = False, 
     forwards, backwards = row.passes
     products, second = row.products or forwards + 2 * backwards, make(row.second, values)
     if row.share:
-        # One forward over all sequences; the two passes are of a share of them.
+        # One forward over all sequences selects the share that the two passes process.
         share = make(row.share, values | {"shards": shards, "sequences": each})
         forwards, backwards, products = 1 + forwards * share, backwards * share, 1 + products * share
     if over == "subset":
-        # The ascent takes a share of a pass; an anchored path needs the whole forward at theta besides.
+        # The ascent processes part of the batch; an anchored path also needs the whole forward at theta.
         missing = 1 - first_pass.subset_rows(fraction, each, shards) / each
         again = 1 if second.anchored else 0
         forwards, backwards, products = forwards - missing + again, backwards - missing, products - 3 * missing + again
     if second.pulls and (over == "subset" or (over == "global" and microbatches > 1)):
-        forwards += 1  # the whole batch's pass at theta is not held until then
+        forwards += 1  # the pass at theta is not stored, so its forward runs again
     return Cost(forwards, backwards, products - (1 if keep and second.frozen else 0))
 
 

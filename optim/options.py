@@ -1,9 +1,9 @@
-"""How the parts of a method declare their options: as parameters of the function that makes the part.
+"""Options of methods, declared as annotated parameters of the functions that make a method's parts.
 
     def adaptive(offset: Annotated[float, Option("added to |theta|", *NOT_NEGATIVE)] = 0.01) -> Ascent
 
-A parameter so annotated is an option, a key of every config; any other is a need, which the surroundings meet (the
-number of data shards, the frequency of tokens). So an option that no part takes cannot be declared.
+A parameter annotated with an Option is a key of every config. The caller supplies every other parameter, such as the
+number of data shards or the frequency of tokens.
 """
 
 import difflib
@@ -16,9 +16,9 @@ from typing import Annotated, Any, NamedTuple
 
 
 class Option(NamedTuple):
-    """What an option means, and its accepted values: `accepted` completes "must be ...", allows(value) decides.
+    """Meaning and accepted values of an option: `accepted` completes "must be ..."; allows(value) decides.
 
-    names: the values, where they are few. former: (value, option): the value before the other option existed.
+    names: all values, if they are few. former: (value, option): the default value before `option` existed.
     """
 
     meaning: str
@@ -35,7 +35,7 @@ PART = ("a number > 0 and <= 1", lambda value: 0 < value <= 1)
 SHARE = ("a number >= 0 and < 1", lambda value: 0 <= value < 1)
 AT_LEAST_ONE = ("an integer >= 1", lambda value: value >= 1)
 PATTERNS = ("at least 1 of regular expressions over parameter paths", lambda value: bool(value) and _all_compile(value))
-# as optim.masks.factors reads them
+# read by optim.masks.factors
 FACTORS = (
     "rules REGEX=FACTOR over parameter paths, FACTOR >= 0",
     lambda value: _all_compile(value) and all(re.fullmatch(r".+=\d+(\.\d+)?(e[+-]?\d+)?", rule) for rule in value),
@@ -45,7 +45,7 @@ NATURAL = ("an integer >= 0", lambda value: value >= 0)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """ "; did you mean NAME?" of the name that a word comes close to, in whatever case and with - for _; or ""."""
+    """ "; did you mean NAME?" for the closest name, or "" if none is close. Ignores case and takes - for _."""
     plain = {_plain(name): name for name in names}
     close = difflib.get_close_matches(_plain(word), plain, n=1)
     return f"; did you mean {plain[close[0]]}?" if close else ""
@@ -72,7 +72,7 @@ def one_of(*names: str) -> tuple[str, Callable, tuple[str, ...]]:
 
 
 class Declared(NamedTuple):
-    """An option as a part declares it."""
+    """The declaration of one option."""
 
     kind: type
     default: Any
@@ -80,25 +80,25 @@ class Declared(NamedTuple):
 
 
 def options(part: Callable) -> dict[str, Declared]:
-    """{name: Declared} of the options of a part's maker."""
-    parameters, found = inspect.signature(part).parameters, {}
+    """{name: Declared} of the options of a function that makes a part."""
+    parameters, declared = inspect.signature(part).parameters, {}
     try:
         hints = typing.get_type_hints(part, include_extras=True)
-    except NameError:  # of a library's function, whose names only type checkers know; none of them is an Option
+    except NameError:  # a library's function with names for type checkers only; it has no Option
         hints = {name: parameter.annotation for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         if typing.get_origin(hints.get(name)) is Annotated:
             kind, option = typing.get_args(hints[name])
-            found[name] = Declared(kind, parameter.default, option)
-    return found
+            declared[name] = Declared(kind, parameter.default, option)
+    return declared
 
 
 def needs(part: Callable) -> dict[str, bool]:
-    """{parameter: whether it must be given} of what a part's maker takes from its surroundings."""
+    """{parameter: whether it is required} of the parameters of `part` that are not options."""
     own, parameters = options(part), inspect.signature(part).parameters.items()
     return {name: p.default is p.empty for name, p in parameters if name not in own}
 
 
 def make(part: Callable, values: dict[str, Any]) -> Any:
-    """The part, with what it takes of `values`."""
+    """Calls `part` with those of `values` that it has parameters for."""
     return part(**{name: values[name] for name in inspect.signature(part).parameters if name in values})

@@ -1,4 +1,4 @@
-"""Durations in any unit, and the learning-rate and rho schedules."""
+"""Durations in any unit, and schedules of the learning rate and rho."""
 
 import math
 import re
@@ -19,7 +19,7 @@ ACCEPTED_DURATION = 'a duration such as "2000 steps", "3.2M tokens", "1.5 epochs
 
 
 class DurationError(ValueError):
-    """A text that is no duration here: `value`, and what is `accepted`."""
+    """An invalid duration. Fields: the text `value`, and the `accepted` durations."""
 
     def __init__(self, value: str, accepted: str):
         self.value, self.accepted = value, accepted
@@ -27,7 +27,7 @@ class DurationError(ValueError):
 
 
 def is_number(value) -> bool:
-    """Whether a constant's value is known: neither a schedule, which takes the step, nor an operand of a trace."""
+    """Whether a value is a known number: neither a schedule (a function of the step) nor a traced value."""
     return not callable(value) and not isinstance(value, Tracer)
 
 
@@ -37,7 +37,7 @@ def duration_steps(
     """Converts a duration to whole steps, rounding up. A bare number means steps.
 
     "N steps" | "N tokens" | "N epochs" (needs tokens_per_epoch) | "N%" of total_steps (needs total_steps); N may end in
-    k, M, B or T. DurationError for anything else.
+    k, M, B or T. Raises DurationError for anything else.
 
     >>> duration_steps("1.5M tokens", tokens_per_step=4096)
     367
@@ -55,7 +55,9 @@ def duration_steps(
         steps = value / tokens_per_step
     elif unit == "epoch":
         if not tokens_per_epoch:
-            raise DurationError(text, "a duration in steps, tokens or % of the run, as the corpus is not known here")
+            raise DurationError(
+                text, "a duration in steps, tokens or % of the run, because the size of the corpus is unknown"
+            )
         steps = value * tokens_per_epoch / tokens_per_step
     else:
         if total_steps is None or value > 100:
@@ -63,12 +65,12 @@ def duration_steps(
         steps = value / 100 * total_steps
     if not math.isfinite(steps):
         raise DurationError(text, "a duration that is a finite number of steps")
-    # 0.05 * 1000 is 50.00000000000001 in binary: round before taking the ceiling.
+    # 0.05 * 1000 is 50.00000000000001 in floating point: round before taking the ceiling.
     return math.ceil(round(steps, 6))
 
 
 def in_steps(text: str) -> bool:
-    """Whether a duration is given in steps, whatever their size."""
+    """Whether the unit of a duration is steps."""
     match = _DURATION.fullmatch(text)
     return bool(match) and match[3].rstrip("s") in ("", "step")
 
@@ -85,9 +87,9 @@ def learning_rate(
 ) -> Callable:
     """Learning rate as a function of the step: a linear warm-up from `end * peak`, then the named shape.
 
-    cosine and linear decay to end * peak at total_steps; constant stays; rsqrt decays as sqrt(warmup / step);
-    wsd stays, then falls linearly to end * peak over the last cooldown_steps. Where `end` is 0 no step of total_steps
-    has the rate 0: the warm-up begins one step up its line, at peak / (warmup_steps + 1). from_zero: it begins at 0.
+    cosine and linear decay to end * peak at total_steps. constant stays at the peak. rsqrt decays as
+    sqrt(warmup / step). wsd stays, then decays linearly to end * peak over the last cooldown_steps. If `end` is 0, the
+    warm-up starts at peak / (warmup_steps + 1), so that no step has rate 0; with from_zero it starts at 0.
     """
     floor, left = end * peak, max(1, total_steps - warmup_steps)
     if name == "cosine":
@@ -125,9 +127,9 @@ def rho(
 ):
     """rho as a constant (the value itself, which may be traced) or a function of the step.
 
-    warmup rises linearly from 0 over warmup_steps; cosine, linear, rsqrt and wsd are the learning rate's shapes from 0
-    to the value and, but for rsqrt, to 0 again; late is 0 until the last cooldown_steps, and the value in them, where
-    a wsd learning rate decays; learning_rate is value * rate(step) / max(rate), as GSAM ties it.
+    warmup rises linearly from 0 over warmup_steps. cosine, linear, rsqrt and wsd have the learning rate's shape: they
+    rise from 0 to the value and, except rsqrt, return to 0. late is 0 until the last cooldown_steps, when a wsd
+    learning rate decays, and then the value. learning_rate is value * rate(step) / max(rate), as in GSAM.
     """
     if name == "constant":
         return value
@@ -143,7 +145,7 @@ def rho(
         unit = lambda step: jnp.where(jnp.asarray(step) >= total_steps - cooldown_steps, 1.0, 0.0)  # noqa: E731
     elif name == "learning_rate":
         if rate is None:
-            raise OptionError("rho_schedule", name, "another where the learning rate is not given, as rate")
+            raise OptionError("rho_schedule", name, "another schedule without the argument `rate`, the learning rate")
         with jax.ensure_compile_time_eval():
             peak = max(float(rate(step)) for step in {0, warmup_steps, total_steps})
         unit = lambda step: rate(step) / peak  # noqa: E731

@@ -1,10 +1,10 @@
-"""AdamW with twice the steps beside methods of two passes, which then cost the same: three scales, three seeds.
+"""Compares two-pass methods with AdamW at twice the steps, so at equal cost: three sizes, three seeds.
 
     steppe sweep --config=quickstart --sweep=equal_compute --out=sweeps/equal
 
-153 runs: AdamW at 20 and at 40 tokens per parameter, the others at 20, three rho and three seeds each; msam, which
-takes one pass, is left to methods_chinchilla. SIZES may be given: --sweep=equal_compute:24m,42m. Look at --plan first.
-A method that does not beat AdamW at 40 here buys nothing for its second pass.
+153 runs: AdamW at 20 and 40 tokens per parameter, the others at 20, with three rho and three seeds each. msam takes
+one pass, so methods_chinchilla covers it. Other sizes: --sweep=equal_compute:24m,42m. Run with --plan first. A method
+gains nothing from its second pass unless it beats AdamW at 40.
 """
 
 from steppe.configs import sweeps

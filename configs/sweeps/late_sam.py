@@ -1,10 +1,10 @@
-"""SAM in the decay alone: methods that perturb only while a wsd learning rate falls, at three lengths of the decay.
+"""Late SAM: methods that perturb only while a wsd learning rate decays, for three lengths of the decay.
 
     steppe sweep --config=quickstart --sweep=late_sam --out=sweeps/late
 
-63 runs, AdamW with the same decays beside them: three methods of two passes, two rho, three lengths, three seeds. At a
-tenth of the run late SAM costs 1.1 times AdamW (Zhou et al., ICLR 2025, arXiv 2410.10373: the last few per cent give
-nearly all of it). SIZES may be given: --sweep=late_sam:0.1m,0.4m; default is the config's own model.
+63 runs: three two-pass methods with two rho, and AdamW, for three lengths and three seeds. With a decay of a tenth of
+the run, late SAM costs 1.1 times AdamW. Zhou et al. (ICLR 2025, arXiv 2410.10373) find that the last few per cent give
+nearly all of the gain. Other sizes: --sweep=late_sam:0.1m,0.4m; default: the config's model.
 """
 
 from steppe.configs import sweeps

@@ -1,9 +1,9 @@
-"""Whose gain is Nesterov's? Methods of one pass that take their gradient ahead of theta or behind it, at four rates.
+"""Compares one-pass methods that take the gradient ahead of theta (Nesterov) or behind it, at four learning rates.
 
     steppe sweep --config=quickstart --sweep=lookahead --out=sweeps/lookahead
 
-96 runs at one cost: adamw and nadamw at four peak learning rates, msam and precond_msam at the same and three rho,
-three seeds. Peaks are factors of two around 8e-3: copy this file for others. SIZES may be given.
+96 runs of equal cost: adamw and nadamw at four peak learning rates; msam and precond_msam at the same rates and three
+rho; three seeds. Peaks are factors of two around 8e-3: copy this file for others. The argument may name sizes.
 """
 
 from steppe.configs import sweeps

@@ -1,9 +1,9 @@
-"""Every method at every scale for 20 tokens per parameter (train.tokens_per_parameter): three rho, three seeds.
+"""Every method at every size for 20 tokens per parameter (train.tokens_per_parameter): three rho, three seeds.
 
     steppe sweep --config=quickstart --sweep=methods_chinchilla --out=sweeps/chinchilla
 
-171 runs, each as long as its model is large: look at --plan first. SIZES may be given:
---sweep=methods_chinchilla:24m,42m. Narrow the rho with --only=optim.rho=0.01,None (None is AdamW).
+171 runs whose length grows with the model: run with --plan first. Other sizes: --sweep=methods_chinchilla:24m,42m.
+Select rho with --only=optim.rho=0.01,None (None is AdamW).
 """
 
 from steppe.configs import sweeps

@@ -1,10 +1,10 @@
-"""Every method at every scale for one number of steps, the config's own: three rho, three seeds, AdamW beside them.
+"""Every method and AdamW at every size for the config's number of steps: three rho, three seeds.
 
     steppe sweep --config=quickstart --sweep=methods_fixed_length --out=sweeps/fixed
 
-171 runs. SIZES may be given: --sweep=methods_fixed_length:24m,42m. Narrow the rho to what rho_by_scale found with
---only=optim.rho=0.01,None (None is AdamW). At one number of steps the methods that take two passes have twice AdamW's
-compute: sweep equal_compute before calling one better.
+171 runs. Other sizes: --sweep=methods_fixed_length:24m,42m. Select the best rho of the sweep rho_by_scale with
+--only=optim.rho=0.01,None (None is AdamW). With equal steps, two-pass methods use twice AdamW's compute: run the sweep
+equal_compute before you call one better.
 """
 
 from steppe.configs import sweeps

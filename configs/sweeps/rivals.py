@@ -1,11 +1,10 @@
-"""What a sharpness-aware method must beat at one pass a step: averages, high rates, no decay, short anneals, bases.
+"""One-pass rivals of sharpness-aware methods: averages, high rates, no decay, short anneals, other bases.
 
     steppe sweep --config=quickstart --sweep=rivals --out=sweeps/rivals
 
-33 runs of AdamW's cost, three seeds of each: the config's peak rate and twice and four times it (with EMA and LAWA of
-every run beside it), no weight decay, wsd with a short anneal and a long one, nadamw, muon, soap, lion at a fifth of
-the rate, and schedule_free at a constant one. RATE may be given, the peak learning rate: --sweep=rivals:0.004; default
-0.003.
+33 runs at AdamW's cost, three seeds each: one, two and four times the peak learning rate; no weight decay; wsd with a
+short and a long anneal; nadamw, muon and soap; lion at a fifth of the rate; schedule_free at a constant rate. Every run
+also evaluates EMA and LAWA averages. The argument is the peak learning rate: --sweep=rivals:0.004; default 0.003.
 """
 
 from steppe.configs import sweeps

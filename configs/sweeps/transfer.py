@@ -1,10 +1,10 @@
-"""Do the best learning rate and rho stay the same as a model is widened? Standard parametrisation beside mup.
+"""Tests whether the best learning rate and rho stay the same as width grows, with the standard parametrisation and mup.
 
     steppe sweep --config=study --sweep=transfer --out=sweeps/transfer
     steppe report transfer sweeps/transfer
 
-192 runs: SAM at four widths of one head width, 300 steps, six peak rates and four rho, in both parametrisations, mup
-with the least width as its base. METHOD may be given, and perturbs instead: --sweep=transfer:precond_functional_sam.
+192 runs of 300 steps: SAM at four widths, six peak rates and four rho, in both parametrisations. Heads have one width.
+The smallest width is the base of mup. Another method than SAM: --sweep=transfer:precond_functional_sam.
 """
 
 WIDTHS = [16, 32, 64, 128]

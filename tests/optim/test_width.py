@@ -87,7 +87,7 @@ def test_no_direction_is_changed_at_the_base_width(up):
 
 def test_what_has_no_rule_for_widths_is_refused():
     for name in ("asam", "random_sam"):
-        with pytest.raises(rule.OptionError, match=f"optim.method = '{name}': must be another under mup"):
+        with pytest.raises(rule.OptionError, match=f"optim.method = '{name}': must be another method under mup"):
             optim.method(name, rho=0.1, widening=2.0)
     with pytest.raises(rule.OptionError, match=r"optim.layerwise_rho = 'norm': must be none under mup"):
         optim.method("sam", rho=0.1, widening=2.0, layerwise_rho="norm")

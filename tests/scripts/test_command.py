@@ -114,7 +114,7 @@ def test_a_config_that_cannot_run_is_not_printed(capsys):
     assert stop.value.code == 2
     printed, said = capsys.readouterr()
     assert (printed, said.count("\n")) == ("", 1)
-    assert said.startswith("config.optim.rho = 0.1: must be None with optim.method = adamw")
+    assert said.startswith("config.optim.rho = 0.1: must be None: rho is not an option of adamw")
 
 
 def test_a_config_for_other_devices_is_printed(capsys):
@@ -149,7 +149,7 @@ def test_options_of_the_file_give_way_to_a_method_of_the_command_line(method, ev
     assert {option for option in values if config.optim[option] is not None} == own
     assert all(config.optim[option] == values[option] for option in own)
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.endswith(f"in {path} give way to config.optim.method = {method}, which {methods.takes(method)}")
+    assert said.endswith(f" in {path}: config.optim.method = {method} {methods.takes(method)}")
     gone = [option for option in values if option not in own]
     assert all(f"config.optim.{option} = {values[option]!r}" in said for option in gone)
 

@@ -96,12 +96,12 @@ def test_a_method_chosen_on_the_command_line_is_resumed_by_the_same_command(step
     before = (tmp_path / "adamw" / "config.json").read_bytes()
     assert json.loads(before)["optim"]["rho"] is None
     _, said = steppe(*chosen, f"--workdir={tmp_path}/adamw")
-    way = f"config.optim.rho = 0.02 in {CONFIG} gives way to config.optim.method = adamw, which takes no option"
+    way = f"ignoring config.optim.rho = 0.02 in {CONFIG}: config.optim.method = adamw takes no options"
     assert said.splitlines().count(way) == 1
     assert (tmp_path / "adamw" / "checkpoints" / "4").is_dir()
     assert (tmp_path / "adamw" / "config.json").read_bytes() == before
 
-    theirs = (run / "config.json").read_bytes()  # of another run nothing gives way
+    theirs = (run / "config.json").read_bytes()  # another run's options are not ignored
     steppe(*chosen, f"--workdir={run}", status=2)
     assert (run / "config.json").read_bytes() == theirs
 
