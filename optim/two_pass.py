@@ -396,11 +396,13 @@ def _late(trunk: Callable) -> Callable:
     """
 
     def run(params, batch):
-        def behind_a_branch(params):
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(trunk, params, batch))
-            return lax.cond(lax.optimization_barrier(True), lambda p: trunk(p, batch), lambda _: nothing, params)
+        plain = jax.jit(lambda p: trunk(p, batch), inline=True)  # traced once for its three uses
 
-        return lax.platform_dependent(params, cpu=behind_a_branch, default=lambda p: trunk(p, batch))
+        def behind_a_branch(params):
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(plain, params))
+            return lax.cond(lax.optimization_barrier(True), plain, lambda _: nothing, params)
+
+        return lax.platform_dependent(params, cpu=behind_a_branch, default=plain)
 
     return run
 

@@ -1,7 +1,7 @@
 """The state of a run, created where it will live."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,7 @@ def init_params(shape: Shape, key: jax.Array) -> Any:
     return Trunk(shape).init(key, jnp.zeros((1, shape.sequence_length), jnp.int32))["params"]
 
 
+@cache
 def parameter_shapes(shape: Shape) -> Any:
     """The parameters as ShapeDtypeStructs."""
     return jax.eval_shape(lambda: init_params(shape, jax.random.key(0)))
@@ -85,7 +86,7 @@ def shardings(mesh: Mesh, state: State) -> State:
 
 def abstract(mesh: Mesh, initialise) -> State:
     """The State as ShapeDtypeStructs with their shardings: what to restore into, or to compile against."""
-    shapes = jax.eval_shape(initialise)
+    shapes = jax.eval_shape(initialise.func, *initialise.args)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings(mesh, shapes)
     )
@@ -93,7 +94,7 @@ def abstract(mesh: Mesh, initialise) -> State:
 
 def create(mesh: Mesh, initialise) -> State:
     """A fresh State, each shard computed on the device that keeps it."""
-    places = shardings(mesh, jax.eval_shape(initialise))
+    places = shardings(mesh, jax.eval_shape(initialise.func, *initialise.args))  # traced once, for all three
     return jax.jit(initialise.func, out_shardings=places)(*initialise.args)
 
 

@@ -82,7 +82,6 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     def vocabulary_size(vocabulary: str) -> int:
         return load_tokenizer(vocabulary).vocab_size
 
-    params_of = functools.cache(parameter_shapes)
     corpora = {}
 
     def corpus_of(data: Any) -> loader.Corpus:
@@ -101,7 +100,7 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
         padded = config.data.packing == "bestfit"  # only the corpus tells how many tokens a row has
         known = corpus_of(config.data) if padded or "epoch" in config.train.duration else None
         epoch, per_row = (known.epoch_tokens, known.tokens_per_row) if known else (0, None)
-        made = planned(config, shape_, params_of(shape_), epoch, per_row)
+        made = planned(config, shape_, parameter_shapes(shape_), epoch, per_row)
         found.append(
             run._replace(
                 parameters=made.parameters.non_embedding,
