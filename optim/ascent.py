@@ -65,7 +65,7 @@ def filled(second: Tree, floor: float) -> Tree:
     others; what is seen is amplified by at most floor^-1/2 over a typical entry. The mean is the parameter's own
     because parameters differ in scale by orders of magnitude; a parameter of zeros takes that of the whole tree.
     """
-    count = sum(v.size for v in jax.tree.leaves(second))
+    count = float(sum(v.size for v in jax.tree.leaves(second)))  # above 2^31 no integer of a program
     whole = sum(jnp.sum(v) for v in jax.tree.leaves(second)) / count
 
     def one(v):

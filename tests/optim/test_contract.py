@@ -213,6 +213,29 @@ def test_static_zero_rho_is_the_same_program_as_the_base(name):
         assert program(optim.method(name, rho=0.1, microbatches=2, **problems.needs(name))) != base
 
 
+HUGE = {"huge": jax.ShapeDtypeStruct((70_000, 40_000), jnp.float32)}  # more entries than an int32 counts
+
+
+@pytest.mark.parametrize(
+    ("name", "base_name"), [(name, "adamw") for name in methods.METHODS] + [("precond_msam", base) for base in BASES]
+)
+def test_a_step_traces_on_parameters_beyond_two_to_the_31(name, base_name):
+    base = base_of(base_name)
+    if base_name not in methods.accepted_bases(name):
+        pytest.skip("a pair that is refused")
+    radius = {"rho": 0.1} if methods.row_of(name) else {}
+    rule = optim.method(name, base=base, **radius, **problems.needs(name))
+
+    def step(params):
+        state = base.transform.init(params)
+        g, _, report = rule.gradient(OBJECTIVE, params, trap(problems.batch()), state, rule.init(params), 0)
+        return base.transform.update(g, state, params)[0], report["epsilon_norm"]
+
+    updates, length = jax.eval_shape(step, jax.eval_shape(lambda: problems.parameters()) | HUGE)
+    assert updates["huge"].shape == HUGE["huge"].shape
+    assert length.dtype == jnp.float32
+
+
 SPECS = {
     problems.parameters()["embed"].shape: P(None, "fsdp"),
     problems.parameters()["layers"]["kernel"].shape: P(None, "fsdp", "tensor"),
