@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from steppe.configs import base
 from steppe.optim.methods import METHODS
+from steppe.optim.rule import OptionError
 from steppe.scripts.plan.compiled import DoesNotFit, compiled_step, described, plan
 
 # size -> (topology, batch size, sequence length, vocabulary size, fsdp, compute dtype) of the table
@@ -88,13 +89,15 @@ def _long_cell(size: str, method: str, devices: list) -> str:
         try:
             parts, program = compiled_step(config, _C4[1], 10**9, devices)
         except DoesNotFit as error:
-            least = f"does not fit: {error}"
+            least = str(error)
             continue
+        except OptionError as error:  # k_sam's k sequences of a shard
+            return str(error)
         found = plan(config, parts, program, devices)
         least = f"{remat} {found.memory / 2**30:.1f}, {found.seconds[0]:.2g} to {found.seconds[1]:.2g} s"
         if found.memory <= chip.memory:
             return least
-    return f"does not fit: {least.removeprefix('does not fit: ')}"
+    return f"does not fit: {least}"
 
 
 def _setting(size: str, method: str, batch: int, length: int, fsdp: int, dtype: str):
