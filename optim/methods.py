@@ -282,7 +282,8 @@ def _options() -> dict[str, tuple[type, str, str]]:
             entry[1].setdefault(declared.option.meaning, {}).setdefault(declared.default, []).append(name)
 
     def text(meaning: str, defaults: dict[Any, list[str]]) -> str:
-        shown = [f"{value}" + f" with {' and '.join(of)}" * (len(of) < 3) for value, of in defaults.items()]
+        most = max(map(len, defaults.values()))
+        shown = [f"{value}" + f" ({', '.join(of)})" * (len(of) < most) for value, of in defaults.items()]
         return f"{meaning}; None: {', '.join(shown)}"
 
     return {

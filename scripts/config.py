@@ -1,6 +1,6 @@
 """Print every key with its value, meaning and accepted values; or compare two configs.
 
-    steppe config [NAME] [--config.key=value ...]
+    steppe config [NAME] [SECTION or KEY ...] [--config.key=value ...]
     steppe config diff A B
     steppe config from-hf HF_DIR [--out=FILE]
     steppe config from-hf FILE.gguf --to=HF_DIR [--out=FILE]
@@ -34,17 +34,30 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in actions:
         return actions[argv[0]](argv[1:])
     parser = command.parser("config", __doc__)
-    chosen = parser.add_argument("config", nargs="?", metavar="NAME", help="default: base")
+    said = "a config, by default base; sections or keys to print, by default all"
+    chosen = parser.add_argument("names", nargs="*", metavar="NAME", help=said)
     command.complete_by(chosen, command.names("steppe.configs", "get_config", "diff"))
-    path, overrides, _ = command.parse_unread(argv, parser)
-    print(table(flatten(read_config(path or "base", overrides)), shutil.get_terminal_size().columns))
+    path, overrides, options = command.parse_unread(argv, parser)
+    wanted = [word for word in options.names if any(_within(key, word) for key in list(base.keys()))]
+    named = [word for word in options.names if word not in wanted] or [path or "base"]
+    if len(named) > 1:
+        return process.fail(f"{named[1]}: must be a section or a key; {named[0]} is the config")
+    values = flatten(read_config(named[0], overrides))
+    print(table(values, shutil.get_terminal_size().columns, wanted))
     return 0
 
 
-def table(values: dict[str, Any], columns: int = 100) -> str:
-    """All keys as text, section by section, wrapped at `columns` characters."""
+def _within(key: str, word: str) -> bool:
+    """Whether a word names this key or its section."""
+    return key == word.removeprefix("config.") or key.startswith(f"{word.removeprefix('config.')}.")
+
+
+def table(values: dict[str, Any], columns: int = 100, wanted: Sequence[str] = ()) -> str:
+    """Keys as text, section by section, wrapped at `columns` characters. wanted: sections or keys, () for all."""
     lines, section = [], None
     for name, key in base.keys_of(values).items():
+        if wanted and not any(_within(name, word) for word in wanted):
+            continue
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
             lines += ["", f"[{section or 'the run'}]"]

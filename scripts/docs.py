@@ -1,8 +1,9 @@
 """Read the README of a room: configs, data, optim, lm or scripts.
 
-steppe docs ROOM
+steppe docs [ROOM]
 """
 
+import pydoc
 import sys
 from collections.abc import Sequence
 
@@ -13,20 +14,16 @@ ROOMS = ("configs", "data", "optim", "lm", "scripts")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a room's README.md, on a terminal through a pager; returns the exit status, 2 for bad input."""
+    """Shows a room's README.md, or lists the rooms; returns the exit status, 2 for bad input."""
     parser = command.parser("docs", __doc__, config=False)
-    parser.add_argument("room", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
-    options = command.options_of(argv, parser)
-    text = (folder_of(f"steppe.{options.room}") / "README.md").read_text(encoding="utf-8")
-    if not sys.stdout.isatty():
-        print(text)
+    parser.add_argument("room", nargs="?", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
+    room = command.options_of(argv, parser).room
+    pages = {name: (folder_of(f"steppe.{name}") / "README.md").read_text(encoding="utf-8") for name in ROOMS}
+    if room:
+        pydoc.pager(pages[room])
         return 0
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console()
-    with console.pager(styles=True):
-        console.print(Markdown(text))
+    for name, text in pages.items():
+        print(f"steppe docs {name:<10}{text.partition(':')[2].splitlines()[0].strip()}")
     return 0
 
 

@@ -20,9 +20,9 @@ TABLE = [
     # (command line, what the line must name)
     (
         [*TRAIN[:2], "--workdir=nosuchscheme://bucket/run"],
-        "nosuchscheme://bucket/run: must be a directory, or an address",
+        "nosuchscheme://bucket/run: must be a directory, or a URL such as",
     ),
-    ([*TRAIN[:2], "--workdir=s3://"], "--workdir: s3://: must be a directory, or an address such as"),
+    ([*TRAIN[:2], "--workdir=s3://"], "--workdir: s3://: must be a directory, or a URL such as"),
     (
         ["sweep", "--config=quickstart", "--sweep=rho", "--out=s3://b/x"],
         "s3://b/x: must be a directory of this machine",
