@@ -1,30 +1,111 @@
-"""Read the README of a room: configs, data, optim, lm or scripts.
+"""Read the README of a room: configs, data, optim, lm or scripts; or build them all as a site.
 
-steppe docs [ROOM]
+    steppe docs [ROOM]
+    steppe docs --site=DIR
+
+The site holds every README of the source tree, what they link to, and the API pages of steppe.optim.
 """
 
+import html
+import os
 import pydoc
+import re
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from steppe.configs.packages import folder_of
-from steppe.scripts import command
+from steppe.scripts import command, process
 
 ROOMS = ("configs", "data", "optim", "lm", "scripts")
+README, INDEX, API = "README.md", "index.html", "api/steppe/optim.html"
+# Links of Markdown and of HTML to files of the tree: no addresses, no places on the same page.
+LINK = re.compile(r'(?<=href="|.src=")(?![a-z]+:|#)([^"#]+)')
+EXTRAS = ["tables", "fenced-code-blocks", "header-ids", "cuddled-lists"]
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
+body {{ margin: 0 auto; max-width: 60rem; padding: 0 1rem 4rem; font: 1rem/1.5 system-ui, sans-serif; color: #222; }}
+nav {{ border-bottom: 1px solid #ccc; padding: .7rem 0; }} nav a {{ margin-right: 1rem; }}
+a {{ color: #0b5cad; }} img {{ max-width: 100%; }} h1, h2, h3 {{ line-height: 1.2; }}
+pre {{ background: #f5f5f5; overflow-x: auto; padding: .7rem; }} code {{ font-size: .9em; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top; }}
+</style></head><body><nav>{links}</nav>
+{body}
+</body></html>
+"""
 
 
+@process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Shows a room's README.md, or lists the rooms; returns the exit status, 2 for bad input."""
+    """Shows a README, lists them, or builds the site; returns the exit status, 2 for bad input."""
     parser = command.parser("docs", __doc__, config=False)
     parser.add_argument("room", nargs="?", choices=ROOMS, metavar="ROOM", help=", ".join(ROOMS))
-    room = command.options_of(argv, parser).room
-    pages = {name: (folder_of(f"steppe.{name}") / "README.md").read_text(encoding="utf-8") for name in ROOMS}
-    if room:
-        pydoc.pager(pages[room])
+    parser.add_argument("--site", metavar="DIR", help="a new directory for the site")
+    options = command.options_of(argv, parser)
+    if options.site:
+        return build(Path(folder_of("steppe.optim")).parent, Path(options.site))
+    pages = {name: (folder_of(f"steppe.{name}") / README).read_text(encoding="utf-8") for name in ROOMS}
+    if options.room:
+        pydoc.pager(pages[options.room])
         return 0
     for name, text in pages.items():
         print(f"steppe docs {name:<10}{text.partition(':')[2].splitlines()[0].strip()}")
     return 0
+
+
+def build(root: Path, out: Path) -> int:
+    """Writes the site of a source tree into a new directory; returns the exit status."""
+    if not (root / README).is_file():
+        return process.fail(f"--site={out}: needs a clone of Steppe's repository, not an installed package")
+    if out.exists():
+        return process.fail(f"--site={out}: exists; choose a new directory")
+    import markdown2
+    import pdoc
+
+    making = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        pages = [path.relative_to(root) for path in _readmes(root)]
+        for page in pages:
+            text = (root / page).read_text(encoding="utf-8")
+            _write(making, page, _placed(root, making, page, markdown2.markdown(text, extras=EXTRAS)), pages)
+        pdoc.pdoc("steppe.optim", output_directory=making / "api")
+        making.rename(out)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    print(f"wrote {out / INDEX}")
+    return 0
+
+
+def _readmes(root: Path) -> list[Path]:
+    """The README at the top, those of the rooms, and those of the studies."""
+    return [root / README, *(path for room in ROOMS for path in sorted((root / room).rglob(README)))]
+
+
+def _placed(root: Path, out: Path, page: Path, body: str) -> str:
+    """The body with links to READMEs as links to their pages. Copies the other files that it links to."""
+    for target in set(LINK.findall(body)):
+        source = (root / page.parent / target).resolve()
+        if source.is_file() and source.name != README:
+            copy = out / source.relative_to(root.resolve())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, copy)
+    return LINK.sub(lambda link: re.sub(rf"{README}$", INDEX, link[1]), body)
+
+
+def _write(out: Path, page: Path, body: str, pages: Sequence[Path]) -> None:
+    """Writes a page with links to all others and to the API."""
+    place = out / page.parent / INDEX
+    place.parent.mkdir(parents=True, exist_ok=True)
+    targets = {str(each.parent) if each.parent.name else "Steppe": each.parent / INDEX for each in pages}
+    links = " ".join(
+        f'<a href="{os.path.relpath(target, page.parent)}">{html.escape(name.removeprefix("configs/"))}</a>'
+        for name, target in {**targets, "API": Path(API)}.items()
+    )
+    title = re.sub(r"<.*?>", "", body.partition("</h1>")[0]).strip()
+    place.write_text(PAGE.format(title=title, links=links, body=body), encoding="utf-8")
 
 
 if __name__ == "__main__":

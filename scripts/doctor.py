@@ -25,6 +25,7 @@ PURPOSES = {
     "seqio": "seqio tasks and TFDS corpora",
     "wandb": "Weights & Biases",
     "tensorboard": "TensorBoard",
+    "site": "the documentation as a site",
     "slurm": "sweeps on SLURM",
     "hub": "export, import, lm-eval, quantisation",
 }

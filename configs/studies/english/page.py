@@ -50,7 +50,7 @@ BENDS = {
 }
 # Rows of summary.png, and its panels.
 SUMMARY = {
-    "adamw ema": "average of AdamW's weights",
+    "adamw ema": "AdamW's EMA",
     "msam": "msam",
     "precond_msam": "precond_msam",
     "functional_sam": "functional_sam",
@@ -96,8 +96,8 @@ def summary() -> None:
     with open(HERE / "answer.csv", newline="", encoding="utf-8") as handle:
         rows = {row["entry"]: row for row in csv.DictReader(handle)}
     names = list(SUMMARY)[::-1]
-    with mpl.rc_context({"font.size": 13}):
-        drawn = Figure(figsize=(8.2, 3.4), layout="constrained")
+    with mpl.rc_context({"font.size": 11}):
+        drawn = Figure(figsize=(5.8, 3.0), layout="constrained")
         for axes, (measure, title) in zip(drawn.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
             for at, name in enumerate(names):
                 mean, low, high = (float(rows[name][f"{measure}_at_equal_flops{end}"]) for end in ("", "_low", "_high"))
@@ -105,12 +105,12 @@ def summary() -> None:
                 axes.errorbar(mean, at, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
             axes.axvline(0, color="grey", linewidth=1)
             axes.set_title(title)
-            axes.locator_params(axis="x", nbins=4)
+            axes.locator_params(axis="x", nbins=3)
             axes.set_xlabel("← better     worse →")
             axes.set_yticks(range(len(names)), [SUMMARY[name] for name in names])
             axes.spines[["top", "right"]].set_visible(False)
-        drawn.supxlabel("nats a byte, less AdamW at equal FLOPs", fontsize=13)
-        drawn.savefig(HERE / "summary.png", dpi=110)
+        drawn.supxlabel("nats a byte, less AdamW at equal FLOPs", fontsize=11)
+        drawn.savefig(HERE / "summary.png", dpi=155)
 
 
 def tables() -> dict[str, str]:
