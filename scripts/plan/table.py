@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 from steppe.configs import base
-from steppe.optim.methods import METHODS
-from steppe.optim.rule import OptionError
 from steppe.scripts.plan.compiled import DoesNotFit, compiled_step, described, plan
 
 # size -> (topology, batch size, sequence length, vocabulary size, fsdp, compute dtype) of the table
@@ -27,6 +25,8 @@ def table(sizes: Sequence[str] | None, methods: Sequence[str] | None, slices: Se
 
     sizes, methods: None for the table's own.
     """
+    from steppe.optim.methods import METHODS
+
     if slices:
         _long(sizes or LONG_SIZES, methods or list(METHODS), slices)
     else:
@@ -78,6 +78,7 @@ def _long_cell(size: str, method: str, devices: list) -> str:
     """The first remat policy that fits, its GiB a device and its seconds. Estimates leave out what is far too large."""
     from steppe.lm.parts.budget import step_traffic
     from steppe.lm.parts.chips import chip_of, network_of
+    from steppe.optim.rule import OptionError
 
     count, chip = len(devices), chip_of(devices[0], len(devices))
     config, least = _setting(size, method, count, LONG, count, "bfloat16"), ""
