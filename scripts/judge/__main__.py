@@ -1,6 +1,6 @@
 """A verdict on an optimizer: tuned by equal trials, compared with tuned rivals on fresh paired seeds.
 
-    steppe judge msam --config=quickstart --out=judged [--against=adamw,nadamw] [--trials=12] [--pairs=20]
+    steppe judge msam --config=quickstart --out=judged [--against=adamw,nadamw] [--trials=12] [--budget='6 hours']
     steppe judge mine.py:half_sign --config=quickstart --out=judged --plan
     steppe judge --out=judged
 
@@ -8,16 +8,21 @@ CANDIDATE is a method, a base, or FILE.py:NAME. Every contender gets as many tri
 used again: peak learning rate, rho where it has one, and its own options. The batch is held against the gradient noise
 scale, and stays. Then seeds are added, look by look, until the difference from every rival is known to be above, below
 or within --effect, or --pairs seeds are there. Rivals are the contenders of --against, AdamW's EMA, AdamW with a short
-decay, and, of a dearer candidate, AdamW with as many FLOPs; the candidate's EMA is held against AdamW's. Run the same
-command to go on; another candidate in the same DIR costs its own runs alone. Without a CANDIDATE: all verdicts there.
+decay, and, of a dearer candidate, AdamW with as many FLOPs; the candidate's EMA is held against AdamW's. AdamW at other
+lengths says how many tokens it needs for the same loss. Run the same command to go on; another candidate in the same
+DIR costs its own runs alone. Without a CANDIDATE: all verdicts there.
 """
 
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
+from typing import Any
 
 from steppe.configs import keys
 from steppe.configs.read import read_config
+from steppe.configs.sizes import SIZES
 from steppe.scripts import command, process
+from steppe.scripts.judge.stages import budget
 
 
 @process.refusing
@@ -34,6 +39,12 @@ def main(argv: Sequence[str]) -> int:
                         help="fresh seeds at most (default: as many as tell the effect with power 0.8)")  # fmt: skip
     parser.add_argument("--noise", type=keys.number(above=0), default=0.006, metavar="NATS",
                         help="sd of one pair's difference that the looks are planned for (default 0.006)")  # fmt: skip
+    parser.add_argument("--budget", type=budget, metavar="TIME|FLOPS",
+                        help="'6 hours' or FLOPs, of all runs of a verdict: no look is begun beyond it")  # fmt: skip
+    parser.add_argument("--sizes", type=sizes, default=(), metavar="NAME,NAME",
+                        help="values of config.model.size: the same at each, and the trend over them")  # fmt: skip
+    parser.add_argument("--retention", nargs="?", const="topics", metavar="TASK",
+                        help="also what fine-tuning on TASK (default topics), rounding and noise leave")  # fmt: skip
     parser.add_argument("--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time")
     parser.add_argument("--plan", action="store_true", help="show the stages and their cost, no more")
     path, overrides, options = command.parse_unread(argv, parser)
@@ -43,29 +54,54 @@ def main(argv: Sequence[str]) -> int:
         print(page.leaderboard(options.out))
         return 0
 
-    from steppe.scripts.judge import stages, verdict
+    from steppe.scripts.judge import stages, trend
+
+    path, given = command.required(path), [(key, "true" if text is None else text) for key, text in overrides]
+    if options.candidate in against(options):
+        return process.fail(f"{options.candidate}: must be left out of --against={options.against}")
+    if options.sizes and "model.size" in dict(given):
+        return process.fail(f"config.model.size = {dict(given)['model.size']}: must be left out with --sizes")
+    stages.must_be_new_or_same(options.out, path, given)
+    try:
+        found = [judged(options, path, given, size) for size in options.sizes or ("",)]
+    except stages.Stopped as stopped:
+        return stopped.status
+    if len(options.sizes) > 1 and not options.plan:
+        print(trend.keep(options.out, found))
+    return 0
+
+
+def sizes(text: str) -> tuple[str, ...]:
+    """Names of sizes; ArgumentTypeError."""
+    known = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in known if name not in SIZES]:
+        raise ArgumentTypeError(f"{unknown[0] or 'nothing'}: must be of {', '.join(SIZES)}, with commas between them")
+    return known
+
+
+def against(options: Any) -> list[str]:
+    """The names of contenders besides the candidate, AdamW's first."""
+    return list(dict.fromkeys(["adamw", *options.against.split(",")]))
+
+
+def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> dict[str, Any]:
+    """Plans or makes the stages at one size, "" for the config's own, and prints what they say; the verdict."""
+    from steppe.scripts.judge import page, stages, verdict
     from steppe.scripts.judge.contest import contender
     from steppe.scripts.judge.plan import plan
 
-    path, given = command.required(path), [(key, "true" if text is None else text) for key, text in overrides]
-    config = read_config(path, given)
-    names = list(dict.fromkeys(["adamw", *options.against.split(",")]))
-    if options.candidate in names:
-        return process.fail(f"{options.candidate}: must be left out of --against={options.against}")
-    contenders = [contender(name, config) for name in (options.candidate, *names)]
-    arena = stages.Arena(options.out, path, given, [f"--jobs={options.jobs}"] if options.jobs else [])
-    stages.must_be_new_or_same(options.out, path, given)
-    try:
-        if options.plan:
-            plan(arena, contenders, options)
-            return 0
-        tuned = [verdict.tune(arena, each, options.trials) for each in contenders]
-        batch = verdict.regime(arena, verdict.named(tuned, "adamw"))
-        found = verdict.compare(arena, tuned, options) | {"batch": batch}
-    except stages.Stopped as stopped:
-        return stopped.status
+    overrides = [*given, ("model.size", size)] if size else given
+    config = read_config(path, overrides)
+    contenders = [contender(name, config) for name in (options.candidate, *against(options))]
+    arena = stages.Arena(options.out, path, overrides, options.jobs, size and f"@{size}")
+    if options.plan:
+        print(f"{size}\n" * bool(size) + plan(arena, contenders, options))
+        return {}
+    tuned = [verdict.tune(arena, each, options.trials) for each in contenders]
+    batch = verdict.regime(arena, verdict.named(tuned, "adamw"))
+    found = verdict.compare(arena, tuned, options) | {"batch": batch, "size": size}
     print(page.keep(options.out, found))
-    return 0
+    return found
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from steppe.data import files
-from steppe.scripts.judge import looks
+from steppe.scripts.judge import looks, retention, tokens
 from steppe.scripts.judge.stages import file_name
 
 VERDICTS = "verdicts"
@@ -27,37 +28,75 @@ def line(found: dict[str, Any]) -> str:
         (looks.WITHIN, f"within {found['rule']['effect']:g} of"),
         (looks.CANNOT, "not told apart from"),
     ):
-        names = [
-            f"{rival} ({each['difference']:+.4f}, {each['low']:+.4f} to {each['high']:+.4f})"
-            for rival, each in found["comparisons"].items()
-            if each["state"] == state
-        ]
+        names = [_short(rival, each) for rival, each in found["comparisons"].items() if each["state"] == state]
         parts += [f"{words} {' and '.join(names)}"] if names else []
-    return f"{size}, in nats a byte, {name} ({found['nats_a_byte']:.4f}) is {'; '.join(parts)}."
+    level = f" ({found['nats_a_byte']:.4f})" if "nats_a_byte" in found else ""
+    return f"{size}, in nats a byte, {name}{level} is {'; '.join(parts)}." + _adamw(found["comparisons"]["adamw"])
+
+
+def _short(rival: str, each: dict[str, Any]) -> str:
+    if "low" not in each:
+        return f"{rival} (which diverged)" if "diverged" in each else rival
+    return f"{rival} ({each['difference']:+.4f}, {each['low']:+.4f} to {each['high']:+.4f})"
+
+
+def _adamw(each: dict[str, Any]) -> str:
+    """The difference from AdamW in other units."""
+    if "low" not in each:
+        return ""
+    units = f"{each['nats_a_token']:+.4f} nats a token, {each['bits_a_byte']:+.4f} bits a byte, "
+    said = f"\nFrom adamw that is {units}{each['share_of_loss']:+.2%} of its loss"
+    return f"{said}; {tokens.said(each['tokens'])}." if each["tokens"] else f"{said}."
 
 
 def table(found: dict[str, Any]) -> str:
     """Every comparison, then how each contender was tuned."""
     from steppe.lm.measure.curvature import note
-    from steppe.lm.track.tracker import clock_face
 
-    lines = [
-        f"{'less':<24} {'nats a byte':>11}  {'95% over all looks':>20}  {'bits a byte':>11}  {'pairs':>5}  verdict"
-    ]
-    for rival, each in found["comparisons"].items():
-        bounds = f"{each['low']:+.4f} to {each['high']:+.4f}"
-        takes = ""
-        if each["pairs_needed"]:
-            takes = f": would take {each['pairs_needed']} pairs, {clock_face(3600 * each['hours_needed'])} of training"
-        lines.append(
-            f"{rival:<24} {each['difference']:>+11.4f}  {bounds:>20}  {each['bits_a_byte']:>+11.4f}  "
-            f"{each['pairs']:>5}  {each['state']}{takes}"
-        )
+    titles = ("less", "nats a byte", "95% over all looks", "nats a token", "bits a byte", "share", "pairs")
+    lines = [_row(titles) + "  verdict"]
+    lines += [_compared(rival, each) for rival, each in found["comparisons"].items()]
+    needs = {name: each["tokens"] for name, each in found["comparisons"].items() if each.get("tokens")}
+    if needs:
+        lines += ["", *(f"{name:<24} {tokens.said(each)}" for name, each in needs.items())]
+        lines.append(f"{'':<24} from whole runs at AdamW's tuned rate, between them linear in log tokens")
+    if kept := found.get("retention"):
+        lines += ["", retention.text(kept)]
     lines += ["", *(_tuning(name, tuned) for name, tuned in found["tuned"].items())]
+    spent = found["cost"]
     lines.append(f"cost {found['flops_of_adamw']:.2f} of AdamW's FLOPs")
+    lines.append(
+        f"rests on {spent['runs']} runs: {spent['flops']:.2g} FLOPs, {hours(spent['hours'])} one after another"
+    )
+    if found["ended"]:
+        lines.append(found["ended"])
     if said := note(found["batch"]):
         lines.append(said)
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    widths = (24, 11, 20, 12, 11, 8, 5)
+    aligned = "<>>>>>>"
+    return "  ".join(f"{cell:{way}{width}}" for cell, way, width in zip(cells, aligned, widths, strict=True))
+
+
+def _compared(rival: str, each: dict[str, Any]) -> str:
+    takes = ""
+    if each.get("pairs_needed"):
+        takes = f": would take {each['pairs_needed']} pairs, {hours(each['hours_needed'])}"
+    numbers = ["-"] * 5
+    if "low" in each:
+        bounds = f"{each['low']:+.4f} to {each['high']:+.4f}"
+        numbers = [f"{each['difference']:+.4f}", bounds, f"{each['nats_a_token']:+.4f}"]
+        numbers += [f"{each['bits_a_byte']:+.4f}", f"{each['share_of_loss']:+.2%}"]
+    said = f"{each['state']}{takes}" + (", as it diverged" if "diverged" in each else "")
+    return _row([rival, *numbers, str(each["pairs"])]) + f"  {said}"
+
+
+def hours(number: float) -> str:
+    """A time, for a reader."""
+    return f"{number:.2g} hours" if number >= 1 else f"{60 * number:.2g} minutes"
 
 
 def _tuning(name: str, tuned: dict[str, Any]) -> str:
@@ -73,10 +112,10 @@ def keep(directory: Path, found: dict[str, Any]) -> str:
     """Writes a verdict's JSON and figure; returns its text."""
     place = directory / VERDICTS
     place.mkdir(parents=True, exist_ok=True)
-    stem = place / file_name(found["candidate"])
+    stem = place / file_name(found["candidate"] + f"@{found['size']}" * bool(found["size"]))
     files.write_json(f"{stem}.json", found)
     said = [line(found), "", table(found), "", f"wrote {stem}.json"]
-    if found["comparisons"]:
+    if any("low" in each for each in found["comparisons"].values()):
         draw(found, Path(f"{stem}.png"))
         said[-1] += f" and {stem.name}.png"
     return "\n".join(said)
@@ -86,7 +125,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """A line a rival: seeds as dots, the interval over all looks, the effect as a band."""
     from steppe.lm import plot
 
-    rows = list(found["comparisons"].items())[::-1]
+    rows = [(rival, each) for rival, each in found["comparisons"].items() if "low" in each][::-1]
     with plot.styled(axes_grid_axis="x"):
         drawn = plot.figure(7, 1.3 + 0.45 * len(rows))
         axes = drawn.subplots()
@@ -108,20 +147,26 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def leaderboard(directory: Path) -> str:
-    """All verdicts of a directory, the lowest loss first."""
+    """All verdicts of a directory, by size, the lowest loss first."""
     found = [json.loads(path.read_text()) for path in sorted((directory / VERDICTS).glob("*.json"))]
     if not found:
         return f"{directory}: no verdict yet; steppe judge CANDIDATE --config=NAME --out={directory} makes one"
     lines = [
-        f"{'candidate':<32} {'nats a byte':>11}  {'less adamw':>10}  {'95% over all looks':>20}  verdict against adamw"
+        f"{'candidate':<32} {'parameters':>11}  {'nats a byte':>11}  {'less adamw':>10}  {'95% over all looks':>20}  "
+        "verdict against adamw"
     ]
-    for each in sorted(found, key=lambda each: each.get("nats_a_byte", math.inf)):
-        if "diverged" in each:
-            lines.append(f"{each['candidate']:<32} {'diverged':>11}")
-            continue
-        way = each["comparisons"].get("adamw, as many FLOPs") or each["comparisons"]["adamw"]
-        at = " at equal FLOPs" if "adamw, as many FLOPs" in each["comparisons"] else ""
-        bounds = f"{way['low']:+.4f} to {way['high']:+.4f}"
-        numbers = f"{each['nats_a_byte']:>11.4f}  {way['difference']:>+10.4f}  {bounds:>20}"
-        lines.append(f"{each['candidate']:<32} {numbers}  {way['state']}{at}")
-    return "\n".join(lines)
+    found.sort(key=lambda each: (each["parameters"], each.get("nats_a_byte", math.inf)))
+    return "\n".join(lines + [_place(each) for each in found])
+
+
+def _place(found: dict[str, Any]) -> str:
+    head = f"{found['candidate']:<32} {found['parameters']:>11,}"
+    if "diverged" in found:
+        return f"{head}  {'diverged':>11}"
+    equal = found["comparisons"].get("adamw, as many FLOPs")
+    way, at = equal or found["comparisons"]["adamw"], " at equal FLOPs" if equal else ""
+    level = f"{found['nats_a_byte']:.4f}" if "nats_a_byte" in found else "-"
+    numbers = ("-", "-")
+    if "low" in way:
+        numbers = (f"{way['difference']:+.4f}", f"{way['low']:+.4f} to {way['high']:+.4f}")
+    return f"{head}  {level:>11}  {numbers[0]:>10}  {numbers[1]:>20}  {way['state']}{at}"

@@ -1,24 +1,121 @@
-"""What a judgement will cost and be able to tell, before its first run."""
+"""What a judgement will cost and be able to tell, stage by stage, before its first run."""
 
-from typing import Any
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from steppe.scripts.judge import looks
+from scipy import stats
+
+from steppe.scripts.judge import looks, tokens
 from steppe.scripts.judge.contest import Contender
-from steppe.scripts.judge.stages import Arena
-from steppe.scripts.judge.verdict import EMA
+from steppe.scripts.judge.page import VERDICTS
+from steppe.scripts.judge.stages import Arena, Cost
+from steppe.scripts.judge.verdict import BEYOND, EMA, Case, rivals_of, tune
+from steppe.scripts.report.numbers import statistics as st
 
 
-def plan(arena: Arena, contenders: list[Contender], options: Any) -> None:
-    """Prints the stages, their runs, what one of each costs, and what they will be able to tell."""
-    arena.make("plan", [each.at((0.0,) * len(each.axes)) | EMA for each in contenders], plan=True)
-    rivals = len(contenders) + 3  # their EMA, both's, a short decay, as many FLOPs
-    rule = looks.plan(options.noise, options.effect, comparisons=rivals, most=options.pairs)
-    able = looks.able(rule, options.noise)
-    lines = [
-        f"tuning      {len(contenders) * options.trials} runs: {options.trials} trials of each, on the config's seed",
-        f"verdict     looks at {', '.join(map(str, rule.looks))} pairs of fresh seeds, against up to {rivals} rivals: "
-        f"{rule.looks[-1] * rivals} runs at most",
-        f"will tell   at a pair's sd of {options.noise:g} nats a byte, a difference of {able.detectable:.4f} with "
-        f"probability {rule.power:g}; that none is within {rule.effect:g}, with {able.equal:.2f}",
-    ]
-    print("\n".join(["", *lines]))
+class Stage(NamedTuple):
+    """A row. there: runs that have ended already; cost: of all its runs."""
+
+    name: str
+    runs: int
+    there: int
+    cost: Cost
+    tells: str
+
+
+def plan(arena: Arena, contenders: list[Contender], options: Any) -> str:
+    """The stages for a reader: runs, cost, and what each tells; the cost is at most this, and less as looks end it."""
+    starts = [each.at((0.0,) * len(each.axes)) | EMA for each in contenders]
+    made, speed = arena.estimate(starts)
+    prices = {each.name: Cost(run.flops, speed.seconds(run)) for each, run in zip(contenders, made, strict=True)}
+    tuned = [tune(arena, each, options.trials, make=False) for each in contenders]
+    steps = next(run.steps for each, run in zip(contenders, made, strict=True) if each.name == "adamw")
+    rivals = rivals_of(tuned, prices, steps)
+    rule = looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs)
+    first = made[0].flat["seed"] + BEYOND
+    case = Case(arena, tuned, rivals, rule, prices[contenders[0].name], first, options.budget, {})
+    sd, source = noise(arena.directory, options.noise)
+    rows = [
+        Stage(f"tuning {each.name}", options.trials, len(done.trials), Cost().plus(prices[each.name], options.trials),
+              "its rate" + "".join(f", {axis.key.removeprefix('optim.')}" for axis in each.axes[1:]))
+        for each, done in zip(contenders, tuned, strict=True)
+    ]  # fmt: skip
+    rows += [*_looks(case, sd, options), _tokens(case)]
+    if options.retention:
+        said = "forgetting, rounding, noise, of as many models; its time is not foretold"
+        rows.append(Stage("retention", 2 * rule.looks[-1], 0, Cost(), said))
+    return "\n".join([_table(rows, arena), "", f"noise       {sd:.2g} nats a byte, sd of a pair: {source}",
+                      f"speed       {speed.source}", *_budget(rows, options.budget, arena)])  # fmt: skip
+
+
+def noise(directory: Path, assumed: float) -> tuple[float, str]:
+    """The sd of a pair, nats a byte, and where it comes from: verdicts of the directory, of these the largest."""
+    verdicts = [json.loads(path.read_text()) for path in sorted((directory / VERDICTS).glob("*.json"))]
+    known = [each["sd"] for one in verdicts for each in one["comparisons"].values() if each.get("sd")]
+    if known:
+        return max(known), f"the largest of {len(known)} comparisons here"
+    return assumed, "assumed, as --noise says"
+
+
+def _looks(case: Case, sd: float, options: Any) -> Iterator[Stage]:
+    before = 0
+    different = {str(each.settings): each.settings for each in case.rivals.values()}
+    settings = [case.tuned[0].settings, *different.values()]
+    tuned = all(len(each.trials) == options.trials for each in case.tuned)
+    find = case.arena.read()
+    for number, pairs in enumerate(case.rule.looks):
+        runs = [each for one in settings for each in case.seeds(one, pairs)[before:]]
+        there = sum(find(each) is not None for each in runs) if tuned else 0
+        cost = Cost().plus(case.price(list(case.rivals)), pairs - before)
+        yield Stage(f"look at {pairs} pairs", len(runs), there, cost, able(case.rule, number, sd))
+        before = pairs
+
+
+def able(rule: looks.Rule, number: int, sd: float) -> str:
+    """What a look by itself tells with the rule's power, of the comparison that is told first."""
+    pairs, error = rule.looks[number], looks.errors(rule.looks, rule.alpha / rule.comparisons)[number]
+    found = st.detectable(sd, pairs, rule.power, 1 - error)
+    half = float(stats.t.isf(error / 2, pairs - 1)) * sd / pairs**0.5
+    said = f"a difference of {found:.2g} nats a byte with probability {rule.power:g}"
+    return said + (f", or that it is within {rule.effect:g}" if half < rule.effect else "")
+
+
+def _tokens(case: Case) -> Stage:
+    pairs = case.rule.looks[-1]
+    cost = Cost().plus(case.rivals["adamw"].price, pairs * sum(tokens.LENGTHS))
+    low, high = tokens.LENGTHS
+    return Stage("tokens", 2 * pairs, 0, cost, f"AdamW's tokens for the same loss, from {low:.2f} to {high:.2f} x")
+
+
+def _table(rows: list[Stage], arena: Arena) -> str:
+    from steppe.lm.track.tracker import clock_face
+
+    total = Stage("at most", sum(each.runs for each in rows), sum(each.there for each in rows), Cost(), "")
+    for each in rows:
+        total = total._replace(cost=total.cost.plus(each.cost))
+    lines = [["stage", "runs", "there", "FLOPs", "time", "tells"]] + [
+        [each.name, str(each.runs), str(each.there), f"{each.cost.flops:.2g}",
+         clock_face(each.cost.seconds / arena.at_a_time), each.tells] for each in [*rows, total]
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths[-1] = 0
+    aligned = ("<", ">", ">", ">", ">", "<")
+    return "\n".join(
+        "  ".join(f"{cell:{way}{width}}" for cell, way, width in zip(line, aligned, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _budget(rows: list[Stage], budget: Any, arena: Arena) -> list[str]:
+    """Which look a budget pays for, if all before it are made."""
+    if budget is None:
+        return []
+    spent, last = Cost(), "not the first stage"
+    for each in rows:
+        spent = spent.plus(each.cost)
+        if not budget.allows(spent, arena.at_a_time):
+            break
+        last = f"as far as {each.name}"
+    return [f"budget      {budget.amount:g} {budget.unit}: {last}; what is decided sooner costs less"]

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,29 +24,90 @@ class Stopped(Exception):
         self.status = status
 
 
+class Cost(NamedTuple):
+    """Of runs: FLOPs, and seconds from their starts to their ends, one after the other."""
+
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def plus(self, other: "Cost", times: float = 1.0) -> "Cost":
+        """This, and another so many times."""
+        return Cost(self.flops + times * other.flops, self.seconds + times * other.seconds)
+
+
+class Budget(NamedTuple):
+    """What a judgement may cost. unit: FLOPs, or hours of the machine with its runs side by side."""
+
+    amount: float
+    unit: str
+
+    def allows(self, cost: Cost, jobs: int) -> bool:
+        """Whether runs of this cost, so many at a time, are within it."""
+        return (cost.flops if self.unit == "FLOPs" else cost.seconds / jobs / 3600) <= self.amount
+
+
+HOURS = {"second": 1 / 3600, "minute": 1 / 60, "hour": 1.0, "day": 24.0}
+
+
+def budget(text: str) -> Budget:
+    """A budget from a command line; ArgumentTypeError."""
+    match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?) ?(second|minute|hour|day|FLOP)?s?", text.strip(), re.IGNORECASE)
+    try:
+        amount = float(match[1]) if match else math.nan
+    except ValueError:
+        amount = math.nan
+    if match is None or not 0 < amount < math.inf:
+        raise ArgumentTypeError(f"{text}: must be a time above zero like '6 hours', or FLOPs like 1e15")
+    unit = (match[2] or "flop").lower()
+    return Budget(amount, "FLOPs") if unit == "flop" else Budget(amount * HOURS[unit], "hours")
+
+
 class Arena(NamedTuple):
-    """Where runs are made. directory: a sweep's; path, overrides: of its config; arguments: of steppe sweep besides."""
+    """Where runs are made. directory: a sweep's; path, overrides: of its config; jobs: runs at a time, 0: one a core.
+
+    label: of its stages, where there are several arenas in one directory.
+    """
 
     directory: Path
     path: str
     overrides: list[tuple[str, str]]
-    arguments: list[str]
+    jobs: int = 0
+    label: str = ""
 
-    def make(self, stage: str, runs: Sequence[Mapping[str, str]], plan: bool = False) -> None:
-        """Makes the runs that are not there yet, by steppe sweep; plan: shows them alone. Raises Stopped."""
+    @property
+    def at_a_time(self) -> int:
+        """Runs that are made side by side."""
+        from steppe.scripts.sweep import plan
+
+        return self.jobs or (1 if plan.devices()[1] == "gpu" else len(plan.usable_cores()))
+
+    def make(self, stage: str, runs: Sequence[Mapping[str, str]]) -> None:
+        """Makes the runs that are not there yet, by steppe sweep. Raises Stopped."""
         from steppe.scripts.sweep.__main__ import main as sweep
 
-        file = self.directory / STAGES / f"{stage}.py"
+        file = self.directory / STAGES / f"{stage}{self.label}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n        ".join(repr(dict(run)) for run in runs)
         files.write(file, f"def get_spec():\n    return {{'list': [\n        {lines},\n    ]}}\n")
         given = [f"--config.{key}={text}" for key, text in self.overrides]
-        status = sweep(
-            [f"--config={self.path}", *given, f"--sweep={file}", f"--out={self.directory}", *self.arguments]
-            + ["--plan"] * plan
-        )
+        at_a_time = [f"--jobs={self.jobs}"] if self.jobs else []
+        status = sweep([f"--config={self.path}", *given, f"--sweep={file}", f"--out={self.directory}", *at_a_time])
         if status not in (0, 1):  # 1: a run failed, which is judged as one that diverged
             raise Stopped(status)
+
+    def estimate(self, runs: Sequence[Mapping[str, str]]) -> tuple[list[Any], Any]:
+        """Some runs with their steps and FLOPs, and the sweep.plan.Speed of these. Raises UsageError, DataError."""
+        from steppe.scripts.sweep import launch, plan
+        from steppe.scripts.sweep.__main__ import runs_of
+
+        devices, backend = plan.devices()
+        record, made = results.read_sweep(self.directory), []
+        for run in runs:
+            found, _ = runs_of(self.path, self.overrides, [dict(run)], self.directory, record, devices, backend)
+            made += found
+        made = plan.with_budgets(made, log=print)
+        outcomes = {run.name: launch.settle(run.directory) for run in made}
+        return made, plan.speed(made, outcomes, 1, backend)
 
     def can(self, run: Mapping[str, str]) -> bool:
         """Whether a run's config is one that can run."""
@@ -90,6 +152,12 @@ def loss(result: Result | None) -> float:
     """Held-out nats a byte at the end; inf where a run diverged or failed."""
     value = result.bits_per_byte * math.log(2) if result and result.status == "finished" else math.inf
     return value if math.isfinite(value) else math.inf
+
+
+def cost(result: Result) -> Cost:
+    """What a run took."""
+    outcome = results.read_json(result.directory / results.OUTCOME, results.Outcome)
+    return Cost(result.flops, float(outcome.get("seconds", result.seconds)))
 
 
 def average(result: Result, name: str) -> Result | None:

@@ -1,12 +1,13 @@
 """From contenders to a verdict: tuning, the looks at fresh seeds, and the numbers of every comparison."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steppe.scripts.judge import looks
+from steppe.scripts.judge import looks, retention, tokens
 from steppe.scripts.judge.contest import Contender, Point, best_of, proposals, unsure
-from steppe.scripts.judge.stages import Arena, Stopped, average, duration, file_name, loss
+from steppe.scripts.judge.stages import Arena, Budget, Cost, Stopped, average, cost, duration, file_name, loss
 from steppe.scripts.results import Result
 
 EMA = {"average.weights": "ema"}
@@ -29,26 +30,36 @@ class Tuned(NamedTuple):
         return self.contender.name
 
     @property
+    def best(self) -> Point:
+        """Of its trials; where it starts before there are any."""
+        return best_of(self.trials) if self.trials else (0.0,) * len(self.contender.axes)
+
+    @property
     def settings(self) -> dict[str, str]:
         """{key: text} of its best trial."""
-        return self.contender.at(best_of(self.trials))
+        return self.contender.at(self.best)
 
     @property
     def run(self) -> Result:
         """Its best trial."""
-        return self.runs[list(self.trials).index(best_of(self.trials))]
+        return self.runs[list(self.trials).index(self.best)]
 
 
 class Rival(NamedTuple):
-    """Who a candidate is held against. settings: of its runs; mine, theirs: averages compared, "" for the weights."""
+    """Who a candidate is held against. settings: of its runs; price: of one; mine, theirs: averages that are compared,
+    "" for the weights themselves."""
 
     settings: dict[str, str]
+    price: Cost
     mine: str = ""
     theirs: str = ""
 
 
-def tune(arena: Arena, contender: Contender, trials: int) -> Tuned:
-    """Tries points of a contender's axes on the config's seed until there were so many trials."""
+def tune(arena: Arena, contender: Contender, trials: int, make: bool = True) -> Tuned:
+    """Tries points of a contender's axes on the config's seed until there were so many trials.
+
+    make: whether trials that are not there are made; else the search ends with them.
+    """
     known: dict[Point, Result] = {}
     losses: dict[Point, float] = {}
     legal = lambda point: arena.can(contender.at(point) | EMA)  # noqa: E731
@@ -56,6 +67,8 @@ def tune(arena: Arena, contender: Contender, trials: int) -> Tuned:
         runs = {point: contender.at(point) | EMA for point in more}
         find = arena.read()
         if any(find(run) is None for run in runs.values()):
+            if not make:
+                break
             said = f"trials {len(known) + 1} to {len(known) + len(more)} of {trials}"
             print(f"tuning      {contender.name}: {said}", flush=True)
             arena.make(f"tune_{file_name(contender.name)}_{len(known)}", list(runs.values()))
@@ -87,20 +100,24 @@ def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
     return {name: numbers[name] for name in ("batch_tokens", "noise_scale") if "noise_scale" in numbers}
 
 
-def rivals_of(tuned: Sequence[Tuned]) -> dict[str, Rival]:
-    """{name: Rival} of the first of the tuned."""
+def rivals_of(tuned: Sequence[Tuned], prices: Mapping[str, Cost], steps: int) -> dict[str, Rival]:
+    """{name: Rival} of the first of the tuned. prices: {name of a contender: of a run}; steps: of AdamW's."""
     candidate, *others = tuned
-    adamw = named(others, "adamw")
-    found = {each.name: Rival(each.settings) for each in others}
-    found["adamw, short decay"] = Rival(adamw.settings | SHORT)
-    times = candidate.run.flops / adamw.run.flops
+    settings, price = named(others, "adamw").settings, prices["adamw"]
+    found = {each.name: Rival(each.settings, prices[each.name]) for each in others}
+    found["adamw, short decay"] = Rival(settings | SHORT, price)
+    times = prices[candidate.name].flops / price.flops
     if times > DEARER:
-        longer = {"train.duration": duration(adamw.run.steps, times)}
-        found["adamw, as many FLOPs"] = Rival(adamw.settings | longer)
-    found["adamw, ema"] = Rival(adamw.settings, theirs="ema")
-    if average(candidate.run, "ema"):
-        found[BOTH] = Rival(adamw.settings, mine="ema", theirs="ema")
+        found["adamw, as many FLOPs"] = Rival(settings | longer(steps, times), Cost().plus(price, times))
+    found["adamw, ema"] = Rival(settings, price, theirs="ema")
+    if not candidate.runs or average(candidate.run, "ema"):
+        found[BOTH] = Rival(settings, price, mine="ema", theirs="ema")
     return found
+
+
+def longer(steps: int, times: float) -> dict[str, str]:
+    """{key: text} of a run of another length."""
+    return {"train.duration": duration(steps, times)}
 
 
 def named(tuned: Sequence[Tuned], name: str) -> Tuned:
@@ -108,10 +125,44 @@ def named(tuned: Sequence[Tuned], name: str) -> Tuned:
     return next(each for each in tuned if each.name == name)
 
 
-def seeds(run: Result, settings: Mapping[str, str], pairs: int) -> list[dict[str, str]]:
-    """The runs of fresh seeds, beyond the one that a run tuned on."""
-    first = int(run.config["seed"]) + BEYOND
-    return [{**settings, **EMA, "seed": str(first + i)} for i in range(pairs)]
+class Case(NamedTuple):
+    """What a verdict is sought of. own: price of a candidate's run; first: the first fresh seed.
+
+    used: {directory: cost} of the runs that the verdict rests on, which it fills.
+    """
+
+    arena: Arena
+    tuned: list[Tuned]
+    rivals: dict[str, Rival]
+    rule: looks.Rule
+    own: Cost
+    first: int
+    budget: Budget | None
+    used: dict[Any, Cost]
+
+    def seeds(self, settings: Mapping[str, str], pairs: int) -> list[dict[str, str]]:
+        """The runs of fresh seeds, beyond the one that was tuned on."""
+        return [{**settings, **EMA, "seed": str(self.first + i)} for i in range(pairs)]
+
+    def runs(self, settings: Mapping[str, str], pairs: int) -> list[Result]:
+        """Those of the fresh seeds that have ended, counted as used."""
+        find = self.arena.read()
+        found = [run for each in self.seeds(settings, pairs) if (run := find(each))]
+        self.used.update({run.directory: cost(run) for run in found})
+        return found
+
+    def spent(self) -> Cost:
+        """Of all runs used."""
+        return functools.reduce(Cost.plus, self.used.values(), Cost())
+
+    def affords(self, more: Cost) -> bool:
+        """Whether the budget allows some more."""
+        return self.budget is None or self.budget.allows(self.spent().plus(more), self.arena.at_a_time)
+
+    def price(self, names: Sequence[str]) -> Cost:
+        """Of a pair more of these rivals; one run serves as the weights and as their average."""
+        different = {str(self.rivals[name].settings): self.rivals[name].price for name in names}
+        return functools.reduce(Cost.plus, different.values(), self.own)
 
 
 def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
@@ -121,86 +172,163 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
         raise ValueError(
             f"{arena.directory}: AdamW's best trial diverged: give a lower config.optim.peak_learning_rate"
         )
-    rivals = rivals_of(tuned)
-    rule = looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs)
-    found: dict[str, looks.Finding] = {}
-    differences: dict[str, list[float]] = {}
+    prices = {each.name: cost(each.run) for each in tuned}
+    rivals = rivals_of(tuned, prices, adamw.run.steps)
+    case = Case(
+        arena,
+        tuned,
+        rivals,
+        rule=looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs),
+        own=prices[candidate.name],
+        first=int(candidate.run.config["seed"]) + BEYOND,
+        budget=options.budget,
+        used={run.directory: cost(run) for each in tuned for run in each.runs},
+    )
+    mine, differences, bad, ended = look(case)
+    found = record(case, candidate.run) | {"ended": ended, "pairs": len(mine), "comparisons": {}}
+    own = [each.config["seed"] for each in mine if not math.isfinite(loss(each))]
+    if own:
+        return found | {"diverged": own, "cost": spending(case)}
+    last = looks.verdict(case.rule, differences, ended=True)
+    needs = in_tokens(case, last, mine)
+    for name, rival in rivals.items():
+        lost = {"state": looks.BETTER, "pairs": len(mine), "diverged": bad[name]} if name in bad else None
+        found["comparisons"][name] = lost or comparison(case, name, last[name], differences.get(name, []))
+        if not lost and last[name].interval:
+            found["comparisons"][name] |= in_units(last[name], mine, rival.mine) | {"tokens": needs.get(name)}
+    levels = {f"{name}nats_a_byte": level(mine, name.rstrip("_")) for name in ("", "ema_")} if mine else {}
+    if options.retention:
+        pairs = found["comparisons"]["adamw"]["pairs"]
+        found["retention"] = retention.compared(case, pairs, options.retention)
+    return found | levels | {"cost": spending(case)}
+
+
+def look(case: Case) -> tuple[list[Result], dict[str, list[float]], dict[str, list], str]:
+    """Until all is decided: the candidate's runs, {rival: differences}, {rival: seeds on which it diverged}, and why it
+    ended before its last look, if it did."""
+    candidate, differences, bad = case.tuned[0], {name: [] for name in case.rivals}, {}
     mine: list[Result] = []
-    for pairs in rule.looks:
-        wanted = [name for name in rivals if name not in found or found[name].state == looks.UNDECIDED]
-        print(f"verdict     look at {pairs} pairs of seeds: {', '.join(wanted)}", flush=True)
-        settings = [candidate.settings, *(rivals[name].settings for name in wanted)]
-        runs = [run for each in settings for run in seeds(candidate.run, each, pairs)]
-        arena.make(f"verdict_{file_name(candidate.name)}_{pairs}", runs)
-        find = arena.read()
-        mine = [run for each in seeds(candidate.run, candidate.settings, pairs) if (run := find(each))]
-        bad = [result for result in mine if not math.isfinite(loss(result))]
-        if bad:
-            return record(tuned, rule) | {"diverged": [each.config["seed"] for each in bad], "comparisons": {}}
-        for name in wanted:
-            theirs = [run for each in seeds(candidate.run, rivals[name].settings, pairs) if (run := find(each))]
-            differences[name] = values(rivals[name], mine, theirs)
-        found = looks.verdict(rule, differences)
-        if all(each.state != looks.UNDECIDED for each in found.values()):
+    for pairs in case.rule.looks:
+        found = looks.verdict(case.rule, differences)
+        wanted = [name for name in differences if found[name].state == looks.UNDECIDED]
+        if not wanted:
             break
-    last = looks.verdict(rule, differences, ended=True, seconds=2 * sum(each.seconds for each in mine) / len(mine))
-    return record(tuned, rule) | {
-        "nats_a_byte": level(mine, ""),
-        "ema_nats_a_byte": level(mine, "ema"),
-        "pairs": len(mine),
-        "comparisons": {
-            name: comparison(last[name], differences[name], level(mine, rival.mine)) for name, rival in rivals.items()
-        },
-    }
+        if not case.affords(Cost().plus(case.price(wanted), pairs - len(mine))):
+            return mine, differences, bad, f"the budget ended before the look at {pairs} pairs"
+        print(f"verdict     look at {pairs} pairs of seeds: {', '.join(wanted)}", flush=True)
+        settings = [candidate.settings, *(case.rivals[name].settings for name in wanted)]
+        stage = f"verdict_{file_name(candidate.name)}_{pairs}"
+        case.arena.make(stage, [run for each in settings for run in case.seeds(each, pairs)])
+        mine = case.runs(candidate.settings, pairs)
+        if any(not math.isfinite(loss(each)) for each in mine):
+            break
+        for name in wanted:
+            theirs = case.runs(case.rivals[name].settings, pairs)
+            if lost := [run.config["seed"] for run in theirs if not math.isfinite(loss(run))]:
+                bad[name] = lost
+                del differences[name]
+            else:
+                differences[name] = values(case.rivals[name], mine, theirs)
+    return mine, differences, bad, ""
 
 
 def values(rival: Rival, mine: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
     """The difference of each pair, nats a byte."""
-    pairs = zip(mine, theirs, strict=True)
-    return [loss(average(a, rival.mine)) - loss(average(b, rival.theirs)) for a, b in pairs]
+    return [a - b for a, b in zip(losses(mine, rival.mine), losses(theirs, rival.theirs), strict=True)]
+
+
+def losses(runs: Sequence[Result], weights: str) -> list[float]:
+    """Nats a byte of each run, by its weights or an average of them."""
+    return [loss(average(each, weights)) for each in runs]
 
 
 def level(runs: Sequence[Result], weights: str) -> float:
     """The mean loss of runs, nats a byte."""
-    return sum(loss(average(each, weights)) for each in runs) / len(runs)
+    return sum(losses(runs, weights)) / len(runs)
 
 
-def comparison(finding: looks.Finding, differences: list[float], level: float) -> dict[str, Any]:
-    """What is kept of a comparison; level: the candidate's loss."""
-    interval = finding.interval
-    assert interval is not None
+def in_tokens(case: Case, found: Mapping[str, looks.Finding], mine: Sequence[Result]) -> dict[str, dict]:
+    """{rival: tokens.Times} of those that are AdamW of the same length, from runs of others, which are made now.
+
+    Told better, only longer ones are made, told worse only shorter ones. {} where the budget does not allow them.
+    """
+    adamw = named(case.tuned, "adamw")
+    rows = {n: each for n, each in found.items() if each.interval and case.rivals[n].settings == adamw.settings}
+    sides = {looks.BETTER: tokens.LENGTHS[1:], looks.WORSE: tokens.LENGTHS[:1]}
+    factors = sorted({side for each in rows.values() for side in sides.get(each.state, tokens.LENGTHS)})
+    pairs = max((each.interval.n for each in rows.values() if each.interval), default=0)
+    if not pairs or not case.affords(Cost().plus(case.rivals["adamw"].price, pairs * sum(factors))):
+        return {}
+    settings = [adamw.settings | longer(adamw.run.steps, factor) for factor in factors]
+    print(f"tokens      AdamW at {', '.join(f'{each:.3g}' for each in factors)} x the tokens", flush=True)
+    case.arena.make("tokens", [run for each in settings for run in case.seeds(each, pairs)])
+    lengths = [case.runs(each, pairs) for each in (adamw.settings, *settings)]
+    needs = {}
+    for name, each in rows.items():
+        assert each.interval
+        assert each.error
+        n, weights = each.interval.n, case.rivals[name].theirs
+        known = {runs[0].tokens / adamw.run.tokens: losses(runs[:n], weights) for runs in lengths}
+        known = {factor: values for factor, values in known.items() if all(map(math.isfinite, values))}
+        error = looks.errors(case.rule.looks, each.error)[each.look - 1]
+        if len(known) > 1:
+            needs[name] = tokens.times(losses(mine[:n], case.rivals[name].mine), known, error)._asdict()
+    return needs
+
+
+def comparison(case: Case, name: str, finding: looks.Finding, differences: list[float]) -> dict[str, Any]:
+    """What is kept of a comparison, without its interval."""
+    pairs = finding.needed
+    if finding.state == looks.CANNOT and not finding.interval:
+        pairs = case.rule.looks[-1]
+    seconds = case.price([name]).seconds / case.arena.at_a_time
     return {
         "state": finding.state,
-        "difference": interval.value,
-        "low": interval.low,
-        "high": interval.high,
-        "bits_a_byte": interval.value / math.log(2),
-        "share_of_loss": interval.value / level,
         "pairs": len(differences),
         "sd": finding.sd,
         "differences": differences,
-        "pairs_needed": finding.needed,
-        "hours_needed": finding.hours,
+        "pairs_needed": pairs,
+        "hours_needed": pairs and pairs * seconds / 3600,
     }
 
 
-def record(tuned: list[Tuned], rule: looks.Rule) -> dict[str, Any]:
-    """What is kept of a verdict whatever it says."""
-    run = tuned[0].run
+def in_units(finding: looks.Finding, mine: Sequence[Result], weights: str) -> dict[str, float]:
+    """A difference and its bounds, nats a byte, and the same in other units."""
+    interval = finding.interval
+    assert interval is not None
+    value, run = interval.value, mine[0]
     return {
-        "candidate": tuned[0].name,
+        "difference": value,
+        "low": interval.low,
+        "high": interval.high,
+        "nats_a_token": value * run.loss / loss(run),
+        "bits_a_byte": value / math.log(2),
+        "share_of_loss": value / (level(mine[: interval.n], weights) - value),
+    }
+
+
+def spending(case: Case) -> dict[str, float]:
+    """What the runs took that the verdict rests on, whoever asked for them first."""
+    spent = case.spent()
+    return {"runs": len(case.used), "flops": spent.flops, "hours": spent.seconds / 3600}
+
+
+def record(case: Case, run: Result) -> dict[str, Any]:
+    """What is kept of a verdict whatever it says."""
+    return {
+        "candidate": case.tuned[0].name,
         "parameters": run.parameters,
         "tokens_a_parameter": run.tokens / max(1, run.parameters),
-        "flops_of_adamw": run.flops / named(tuned, "adamw").run.flops,
-        "rule": rule._asdict(),
+        "flops_of_adamw": case.own.flops / case.rivals["adamw"].price.flops,
+        "rule": case.rule._asdict(),
         "tuned": {
             each.name: {
                 "settings": each.settings,
-                "axes": each.contender.texts(best_of(each.trials)),
+                "axes": each.contender.texts(each.best),
                 "not_tuned": list(each.contender.fixed),
                 "trials": [[*point, value] for point, value in each.trials.items()],
                 "at_the_end_of_the_grid": unsure(each.contender.axes, each.trials),
             }
-            for each in tuned
+            for each in case.tuned
         },
     }

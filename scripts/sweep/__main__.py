@@ -82,7 +82,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     usable = sweep_plan.usable_cores()
     jobs = options.jobs or (max(1, len(usable) // options.cores) if backend != "gpu" else 1)
     slurm = sweep_slurm.parameters_of(options.slurm)
-    runs, record = _runs(path, overrides, assignments, options.out, record, device_count, backend)
+    runs, record = runs_of(path, overrides, assignments, options.out, record, device_count, backend)
     runs = sweep_plan.with_budgets(sweep_spec.matching(runs, options.only, lambda run: run.flat), log=print)
 
     outcomes = {run.name: sweep_launch.settle(run.directory) for run in runs}
@@ -147,7 +147,7 @@ def _assignments(options: Any) -> tuple[list[dict[str, str]], sweep_halving.Halv
     return found, halving
 
 
-def _runs(
+def runs_of(
     path: str, overrides: list, assignments: list[dict[str, str]], out: Path, record: dict, device_count: int, backend
 ) -> tuple[list, dict]:
     """(the runs, checked, named and without duplicates; the record of the sweep). Raises UsageError, DataError.

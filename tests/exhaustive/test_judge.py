@@ -52,10 +52,14 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
     }
     # the same steps, but for the order of a chain: the same losses to rounding
     assert found["same"]["adamw"]["state"] == "within the effect"
+    assert found["same"]["adamw"]["tokens"]["value"] == pytest.approx(1.0, abs=1e-3)  # where 1 is measured itself
+    assert found["same"]["adamw, both by ema"]["state"] == "within the effect"
+    assert found["slow"]["adamw"]["tokens"]["high"] < 1
     assert abs(found["same"]["adamw"]["difference"]) < 1e-4
     assert found["slow"]["adamw"]["state"] == "worse"
     assert "adamw, as many FLOPs" not in found["slow"]  # it costs what AdamW costs
-    assert runs["slow"] - runs["same"] <= 3 + 4  # trials and seeds of its own, its rivals' are there
+    # trials and seeds of its own, its rivals' are there; told worse it needs no longer AdamW
+    assert runs["slow"] - runs["same"] <= 3 + 4
     capsys.readouterr()
     assert cli.main(["judge", "--out=judged"]) == 0
     board = capsys.readouterr().out.splitlines()[1:]
@@ -66,5 +70,14 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
     assert cli.main(["judge", "mine.py:slow", *line, *few]) == 0
     assert len(list((tmp_path / "judged" / "runs").iterdir())) == runs["slow"]
     assert (tmp_path / "judged" / "verdicts" / "mine.py_slow.json").read_bytes() == before
+
+    # a budget that ends before the first look: nothing is told, and what it would take is
+    capsys.readouterr()
+    assert cli.main(["judge", "mine.py:slow", *line, *few, "--budget=1e6"]) == 0
+    assert "cannot be told: would take 4 pairs" in capsys.readouterr().out
+    assert cli.main(["judge", "mine.py:slow", *line, *few, "--plan"]) == 0
+    stages = {row.split("  ")[0]: row.split() for row in capsys.readouterr().out.splitlines()}
+    assert stages["tuning mine.py:slow"][2:4] == ["3", "3"]  # runs, and those that are there
+    assert stages["look at 4 pairs"][4] == "3"  # the candidate's, AdamW's and its short decay's
     assert cli.main(["judge", "mine.py:slow", *line[:-1], "--config.seed=3", *few, "--out=judged"]) == 2
     assert cli.main(["judge", "adamw", *line, *few]) == 2
