@@ -118,6 +118,8 @@ def keep(directory: Path, found: dict[str, Any]) -> str:
     if any("low" in each for each in found["comparisons"].values()):
         draw(found, Path(f"{stem}.png"))
         said[-1] += f" and {stem.name}.png"
+    else:
+        Path(f"{stem}.png").unlink(missing_ok=True)  # of a verdict before this one
     return "\n".join(said)
 
 
@@ -133,16 +135,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.axvspan(-effect, effect, color="0.9", zorder=0)
         axes.axvline(0, color="0.4", linewidth=1)
         for at, (_, each) in enumerate(rows):
-            axes.plot(each["differences"], [at] * len(each["differences"]), ".", color="0.6", markersize=5)
+            axes.plot(each["differences"], [at - 0.2] * len(each["differences"]), ".", color="0.5", markersize=5)
             colour = {looks.BETTER: "#00695C", looks.WORSE: "#B71C1C"}.get(each["state"], "0.1")
             axes.plot([each["low"], each["high"]], [at, at], color=colour, linewidth=2)
             axes.plot(each["difference"], at, "D", color=colour, markersize=6)
         axes.set_yticks(range(len(rows)), [f"less {rival}: {each['state']}" for rival, each in rows], fontsize=9)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel("held-out loss, nats a byte: left is better")
-        axes.set_title(
-            f"{found['candidate']}: 95% intervals over all looks; grey: within the effect", fontsize=9, loc="left"
-        )
+        axes.set_xlabel("held-out loss, nats a byte: left is better\n95% over all looks; grey: within the effect")
+        title = f"{found['candidate']} at {found['parameters']:,} parameters"
+        drawn.suptitle(title, fontsize=10, x=0.01, ha="left")
         plot.save(drawn, path, dpi=150)
 
 
