@@ -1,4 +1,4 @@
-"""First passes: which gradients a method takes at theta, of which tokens, and what the second pass reuses of them."""
+"""First passes: the gradients of a method at theta, their sequences, and the results that the second pass reuses."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -12,7 +12,7 @@ from steppe.optim.rule import Anchor, Objective, OptionError, Tree, backward, by
 
 
 class Gradients(NamedTuple):
-    """Summed over microbatches: loss at theta; clean, its gradient; ascent, the gradient climbed. None where absent."""
+    """Loss at theta; clean: its gradient; ascent: the gradient to climb. Summed over microbatches; None if absent."""
 
     loss: Any
     clean: Tree
@@ -20,9 +20,9 @@ class Gradients(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Kept for the second pass over the same microbatch: its rows, the anchor, the loss, and the trunk's pullback.
+    """Inputs of the second pass over the same microbatch: its rows, the anchor, the loss, and the trunk's pullback.
 
-    aux: what the readout returned of all rows at theta; None where that was not computed, or is nothing.
+    aux: the readout's `returned` for all rows at theta; None if not computed or absent.
     """
 
     batch: Tree
@@ -33,10 +33,10 @@ class Residuals(NamedTuple):
 
 
 class FirstPass(Protocol):
-    """What is computed at theta on one (micro)batch."""
+    """Computation at theta on one (micro)batch."""
 
     def __call__(self, objective: Objective, params: Tree, batch: Tree) -> tuple[Gradients, Residuals]:
-        """The gradients at theta, and what the second pass over the same rows will need."""
+        """The gradients at theta, and the residuals for the second pass over the same rows."""
         ...
 
 
@@ -48,7 +48,7 @@ def whole(objective: Objective, params: Tree, batch: Tree) -> tuple[Gradients, R
 
 
 def forward_only(anchored: bool) -> FirstPass:
-    """No gradient at theta, for directions that need none; one forward if the path is anchored there, else nothing."""
+    """For directions without a gradient: one forward at theta if the path is anchored there, else nothing."""
 
     def first(objective, params, batch):
         if not anchored:
@@ -62,12 +62,12 @@ def forward_only(anchored: bool) -> FirstPass:
 
 
 def subset_rows(fraction: float, sequences: int, shards: int) -> int:
-    """The sequences that `fraction` of a batch stands for: as many of each data shard, at least one."""
+    """Number of sequences in a `fraction` of a batch: equally many from each data shard, at least one."""
     return max(1, round(fraction * sequences / shards)) * shards
 
 
 def subset(fraction: float, anchored: bool, shards: int = 1) -> FirstPass:
-    """The ascent gradient from a `fraction` of the sequences, spread evenly; the descent still sees all of them."""
+    """Takes the ascent gradient of an evenly spread `fraction` of the sequences; the descent uses all of them."""
 
     def first(objective, params, batch):
         size = row_count(batch)
@@ -85,20 +85,20 @@ def subset(fraction: float, anchored: bool, shards: int = 1) -> FirstPass:
 
 
 def hardest(
-    shards: int = 1, k: Annotated[int, Option("sequences taken of each data shard", *AT_LEAST_ONE)] = 4
+    shards: int = 1, k: Annotated[int, Option("sequences from each data shard", *AT_LEAST_ONE)] = 4
 ) -> FirstPass:
     """The k sequences of highest loss in each of `shards` equal blocks of rows (K-SAM, Ni et al. 2022).
 
-    Needs aux["per_sequence_loss"] [B] from the readout; the reported loss is that of the chosen ones.
+    Needs aux["per_sequence_loss"] [B] from the readout. Reports the loss of the chosen sequences.
     """
 
     def first(objective, params, batch):
         _, aux = objective.readout(params, objective.trunk(params, batch), batch)
         if "per_sequence_loss" not in aux:
-            raise ValueError(f'k_sam needs aux["per_sequence_loss"] [B] from the loss, whose aux has {sorted(aux)}')
+            raise ValueError(f'k_sam needs aux["per_sequence_loss"] [B] from the loss; its aux has {sorted(aux)}')
         size = len(aux["per_sequence_loss"])
         if size % shards or k > size // shards:
-            raise OptionError("k", k, f"at most the sequences of a shard; there are {size} in {shards}")
+            raise OptionError("k", k, f"at most the sequences of a shard; {shards} shards have {size}")
         losses = aux["per_sequence_loss"].reshape(shards, -1)
         chosen = jax.lax.top_k(losses, k)[1]
 
@@ -118,22 +118,22 @@ def focal(
     gamma: Annotated[float, Option("focus on rare tokens", *FINITE)] = 1.0,
     lam: Annotated[float, Option("weight of the focused loss", *NOT_NEGATIVE)] = 0.5,
 ) -> FirstPass:
-    """Rare tokens weigh more in the ascent: c_y = lam (1 - frequency_y)^gamma (Focal-SAM, Li et al. 2025).
+    """Weights rare tokens more in the ascent: c_y = lam (1 - frequency_y)^gamma (Focal-SAM, Li et al. 2025).
 
-    clean is the gradient of the loss, ascent that of the loss with each token weighted by c; the second pass sees those
-    weights. Needs batch["targets"], batch["weights"], and a loss that multiplies by weights but divides by the number
-    of tokens of positive weight, so that both share one normaliser. frequency: [V], summing to 1.
+    clean is the gradient of the loss; ascent is the gradient of the loss with tokens weighted by c. The second pass
+    uses those weights. frequency: [V], sums to 1. Needs batch["targets"], batch["weights"], and a loss that multiplies
+    by the weights and divides by the number of tokens of positive weight, so that both losses share one normaliser.
     """
 
     def first(objective, params, batch):
-        # Above zero, else a token whose weight underflows would no longer be counted among those of the mean.
+        # Above zero, because the mean does not count tokens of weight 0, and a weight may underflow.
         share = jnp.maximum(lam * (1 - frequency) ** gamma, 1e-30)
         focused = {**batch, "weights": batch["weights"] * share[batch["targets"]]}
         hidden, pull = jax.vjp(lambda p: objective.trunk(p, batch), params)
         (loss, aux), clean = backward(objective.readout, pull, params, hidden, batch, has_aux=True)
-        (focused_loss, kept), ascent = backward(objective.readout, pull, params, hidden, focused, has_aux=True)
-        anchor = Anchor(params, hidden, kept.get("kept"))
-        # The second pass sees the focused loss only: what it lacks of the loss is kept, to report the whole.
+        (focused_loss, own), ascent = backward(objective.readout, pull, params, hidden, focused, has_aux=True)
+        anchor = Anchor(params, hidden, own.get("kept"))
+        # The second pass computes the focused loss only, so pass on the difference to report the whole loss.
         residuals = Residuals(focused, anchor, loss - focused_loss, pull, aux.get("returned"))
         return Gradients(loss, clean, ascent), residuals
 

@@ -1,10 +1,10 @@
-"""Optimizers from outside, by reference: `FILE.py:NAME` or `a.module:NAME` wherever a method or a base is named.
+"""Optimizers from outside: the reference `FILE.py:NAME` or `a.module:NAME` can replace the name of a method or base.
 
     def half_sign(mix: Annotated[float, Option("share of the sign", *SHARE)] = 0.5) -> Ascent: ...
 
-A method is the maker of a direction (optim.ascent.Ascent), the maker of a rule (optim.rule.Rule), or a row
+A method is a function that returns a direction (optim.ascent.Ascent) or a rule (optim.rule.Rule), or a row
 (optim.methods.Method). A base is a function of the learning rate that returns an optax transformation. Parameters
-annotated with an Option are options of the run, as those of the methods here (optim.options).
+annotated with an Option become options of the run (optim.options).
 """
 
 import functools
@@ -27,7 +27,7 @@ ACCEPTED = "FILE.py:NAME or a.module:NAME"
 
 
 class Source(NamedTuple):
-    """What a reference names, made by running its file. text: of that file, in which alone a change is seen."""
+    """A loaded reference. made: the named object. text: the text of its file, without the files that it imports."""
 
     reference: str
     made: Any
@@ -39,61 +39,61 @@ class Source(NamedTuple):
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def declared(self) -> dict[str, Declared]:
-        """{name: Declared} of the options of what is named."""
+        """{name: Declared} of its options."""
         return self.made.declared() if hasattr(self.made, "declared") else options(self.made)
 
 
 def is_reference(name: str) -> bool:
-    """Whether a method's or a base's name refers to code from outside."""
+    """Whether the name of a method or base is a reference."""
     return ":" in name
 
 
 def load(key: str, reference: str) -> Source:
-    """Runs the file that a reference names, once in a process. key: method or base, for the OptionError."""
-    place, _, name = reference.rpartition(":")
+    """Runs the file of a reference, once per process. Raises OptionError for `key`, "method" or "base"."""
+    path, _, name = reference.rpartition(":")
     try:
-        module, text = _module(place)
+        module, text = _module(path)
     except FileNotFoundError:
-        raise OptionError(key, reference, f"{ACCEPTED}; there is no {place or 'file'} in {os.getcwd()}") from None
+        raise OptionError(key, reference, f"{ACCEPTED}; there is no {path or 'file'} in {os.getcwd()}") from None
     except SyntaxError as error:
         raise OptionError(key, reference, f"a file that runs: line {error.lineno}: {error.msg}") from None
-    except (Exception, SystemExit) as error:  # whatever a user's file raises is about that file
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"line {lines[-1]}: " if lines else ""
         raise OptionError(key, reference, f"a file that runs: {where}{type(error).__name__}: {error}") from None
     made = getattr(module, name, None)
     if not callable(made) and not hasattr(made, "declared"):
         known = sorted(each for each, value in vars(module).items() if callable(value) and _own(value, module))
-        raise OptionError(key, reference, f"the name of a function there: {', '.join(known) or 'it has none'}")
-    origin = inspect.getsourcefile(made) if inspect.isroutine(made) else None  # of a name that a module passes on
+        raise OptionError(key, reference, f"the name of a function in that file: {', '.join(known) or 'it has none'}")
+    origin = inspect.getsourcefile(made) if inspect.isroutine(made) else None  # another file if the module imported it
     if origin and not _own(made, module):
         text = Path(origin).read_text(encoding="utf-8")
     return Source(reference, made, text)
 
 
 @functools.cache
-def _module(place: str) -> tuple[Any, str]:
-    """(the module, the text of its file) of a path or a dotted name, run once. FileNotFoundError."""
-    if os.path.isfile(place):
-        text = Path(place).read_text(encoding="utf-8")
+def _module(path: str) -> tuple[Any, str]:
+    """Runs the module at a path or dotted name: (module, text of its file). Raises FileNotFoundError."""
+    if os.path.isfile(path):
+        text = Path(path).read_text(encoding="utf-8")
         name = f"steppe_outside_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        spec = importlib.util.spec_from_file_location(name, place)
-    elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
+        spec = importlib.util.spec_from_file_location(name, path)
+    elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path):
         try:
-            spec = importlib.util.find_spec(place)
+            spec = importlib.util.find_spec(path)
         except ModuleNotFoundError:
             spec = None
         if spec is None or not spec.origin or not os.path.isfile(spec.origin):
-            raise FileNotFoundError(place)
-        name, text = place, Path(spec.origin).read_text(encoding="utf-8")
+            raise FileNotFoundError(path)
+        name, text = path, Path(spec.origin).read_text(encoding="utf-8")
     else:
-        raise FileNotFoundError(place)
-    if name == place:
+        raise FileNotFoundError(path)
+    if name == path:
         return importlib.import_module(name), text
     if name not in sys.modules:
         assert spec is not None
         assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # where annotations are looked up
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # annotations are looked up there
         try:
             spec.loader.exec_module(sys.modules[name])
         except BaseException:
@@ -107,10 +107,10 @@ def _own(value: Any, module: Any) -> bool:
 
 
 def sources(names: Mapping[str, str]) -> dict[str, Source]:
-    """{key: Source} of those of {"method": name, "base": name} that are references; runs their files."""
+    """{key: Source} of the references among {"method": name, "base": name}. Runs their files."""
     return {key: load(key, name) for key, name in names.items() if is_reference(name)}
 
 
 def declared(names: Mapping[str, str]) -> dict[str, Declared]:
-    """{option: Declared} of the references among {"method": name, "base": name}; runs their files."""
+    """{option: Declared} of the references among {"method": name, "base": name}. Runs their files."""
     return {name: each for source in sources(names).values() for name, each in source.declared().items()}

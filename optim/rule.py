@@ -1,8 +1,7 @@
-"""The seam between a model and a gradient rule, and the plain rule.
+"""The interface between a model and a gradient rule, and the plain gradient.
 
-A rule is handed an objective, never a model. Splitting the model at its last hidden state keeps arrays of shape
-[batch, seq, vocabulary] out of memory and lets the functional path freeze the loss derivative without ever forming
-perturbed logits.
+A rule receives an objective, not a model. The objective splits the model at its last hidden state. This keeps arrays
+[batch, seq, vocabulary] out of memory, and the functional path can freeze the loss derivative without perturbed logits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,9 +13,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 Tree = Any
-# loss: at theta, but at theta + epsilon for methods that never look at theta. cosine: of clean and returned gradient.
-# survival: of epsilon under the compute dtype. epsilon_row: share of |epsilon|^2 in its largest row; with groups of
-# parameters, epsilon_GROUP is that of each. Where each microbatch has its own epsilon, these are averages over them.
+# loss: at theta, or at theta + epsilon for methods without a pass at theta. cosine: of clean and returned gradient.
+# survival: how much of epsilon survives the cast to the compute dtype. epsilon_row: share of |epsilon|^2 in its largest
+# row. epsilon_GROUP: the share of a group of parameters. If each microbatch has its own epsilon, these are averages.
 REPORT = (
     *("loss", "perturbed_loss", "gradient_norm", "epsilon_norm", "epsilon_row", "cosine"),
     *("survival_norm", "survival_cosine", "nonfinite"),
@@ -24,7 +23,7 @@ REPORT = (
 
 
 class OptionError(ValueError):
-    """An impossible option of a method or base: its `name`, its `value`, and what is `accepted`; one line in all."""
+    """An invalid option of a method or base, in one line. Fields: `name`, `value`, and the `accepted` values."""
 
     def __init__(self, name: str, value: Any, accepted: str):
         self.name, self.value, self.accepted = name, value, accepted
@@ -32,7 +31,7 @@ class OptionError(ValueError):
 
 
 class Anchor(NamedTuple):
-    """Where a loss derivative is frozen: parameters, hidden state, and what the readout kept there (or None)."""
+    """The point where a loss derivative is frozen: parameters, hidden state, and the readout's `kept` or None."""
 
     params: Tree
     hidden: Tree
@@ -48,11 +47,11 @@ class Trunk(Protocol):
 
 
 class Readout(Protocol):
-    """The rest of the model, and the loss."""
+    """The model after its last hidden state, and the loss."""
 
     def __call__(self, params: Tree, hidden: Tree, batch: Tree, /) -> tuple[jax.Array, dict]:
-        """(mean loss of the batch, aux); aux may hold `per_sequence_loss` [B], `kept`, handed on in the anchor, and
-        `returned`, any tree of arrays, handed back in the report."""
+        """(mean loss of the batch, aux). aux may hold `per_sequence_loss` [B]; `kept`, passed on in the anchor; and
+        `returned`, a tree of arrays for the report."""
         ...
 
 
@@ -60,18 +59,18 @@ class FrozenReadout(Protocol):
     """The readout with its loss derivative frozen."""
 
     def __call__(self, params: Tree, hidden: Tree, anchor: Anchor, batch: Tree, /) -> jax.Array:
-        """<dl/dF at the anchor, F(params, hidden) - F(anchor)>, a scalar: its gradient in (params, hidden) is the
-        functional path, its value the first-order change of the loss."""
+        """<dl/dF at the anchor, F(params, hidden) - F(anchor)>, a scalar. Its gradient in (params, hidden) is the
+        functional path; its value is the first-order change of the loss."""
         ...
 
 
 class Objective(NamedTuple):
     """A loss as functions of (params, batch), split before the readout.
 
-    weight(batch) -> scalar: the weight of this batch's mean loss among other microbatches (e.g. its token count).
-    ascent_readout: the readout where its gradient is only climbed, which may be less exact; None: readout.
-    compute_dtype: the dtype parameters are cast to inside trunk and readout, None when they are not.
-    sharded: whether devices exchange anything inside trunk and readout.
+    weight(batch) -> scalar: the weight of this batch's mean loss among microbatches, such as its token count.
+    ascent_readout: a readout, possibly less exact, for gradients that serve the ascent only; None: readout.
+    compute_dtype: the dtype that trunk and readout cast parameters to; None: no cast.
+    sharded: whether devices communicate inside trunk and readout.
     """
 
     trunk: Trunk
@@ -83,15 +82,15 @@ class Objective(NamedTuple):
     sharded: bool = False
 
     def after(self, tree: Tree, known: Tree) -> Tree:
-        """The tree, which waits for `known` where collectives need it: see `after`."""
+        """Returns the tree, delayed until `known` is computed if the objective is sharded: see `after`."""
         return after(tree, known) if self.sharded else tree
 
 
 class Rule(Protocol):
-    """A gradient rule: two pure functions, jit-able, that shard as their inputs do."""
+    """A gradient rule: pure functions that can be jitted. Outputs are sharded like the inputs."""
 
     def init(self, params: Tree) -> Tree:
-        """The rule's state for these parameters. Raises ValueError for parameters that the rule cannot take."""
+        """The rule's initial state. Raises ValueError for parameters that the rule cannot use."""
         ...
 
     def gradient(
@@ -99,25 +98,25 @@ class Rule(Protocol):
     ) -> tuple[Tree, Tree, dict]:
         """(gradient for the base optimizer, rule state, report) of step number `step`.
 
-        report: float32 scalars by the names REPORT (and one per group of parameters, see Switches.groups), NaN where
-        the method does not compute one. nonfinite is 0 where every loss and gradient of the step was finite; otherwise
-        the gradient must not be used, and the rule state is the old one, so that a caller only has to keep the
-        optimizer's. Of a readout that gives `returned`, report["aux"] is that of the whole batch: at theta, or at
-        theta + epsilon where the method never sees the whole batch at theta. Several microbatches: stacked [K, ...].
+        report: float32 scalars named in REPORT, one more per group of parameters (see Switches.groups), and NaN for
+        those that the method does not compute. nonfinite is 0 if every loss and gradient of the step is finite. Else
+        the caller must not use the gradient and must keep its optimizer state; the returned rule state is the old one.
+        report["aux"] is the readout's `returned` for the whole batch, at theta, or at theta + epsilon if the method
+        has no pass over the whole batch at theta. K > 1 microbatches: stacked [K, ...].
         """
         ...
 
     def perturbing(self, steps: int) -> float:
-        """The share of the first `steps` steps on which the rule does more than its base, which is what they cost."""
+        """The share of the first `steps` steps on which the rule computes more than its base."""
         ...
 
 
 def objective(forward: Callable, loss: Callable, *, has_aux: bool = False, weight: Callable | None = None) -> Objective:
-    """Makes an objective of any model: forward(params, batch) -> outputs, loss(outputs, batch) -> scalar.
+    """Makes an objective from any model: forward(params, batch) -> outputs, loss(outputs, batch) -> scalar.
 
-    outputs: what the loss is a function of, logits for example; other arrays may come along, such as the new state of
-    batch normalisation. With has_aux, loss returns (scalar, any tree of arrays), and the report has that tree as "aux".
-    weight(batch) -> scalar weighs unequal microbatches (default: equally).
+    outputs: the inputs of the loss, such as logits, and possibly other arrays, such as the state of batch
+    normalisation. With has_aux, loss returns (scalar, tree of arrays), and the report has that tree as "aux".
+    weight(batch) -> scalar: the weight of a microbatch (default: equal weights).
     """
 
     def readout(params, outputs, batch):
@@ -137,7 +136,7 @@ def objective(forward: Callable, loss: Callable, *, has_aux: bool = False, weigh
 
 
 def _number(derivative: jax.Array) -> jax.Array:
-    """A derivative; 0 of an output that is no real number, such as a counter, which has none."""
+    """A derivative; 0 for outputs that have none, such as an integer counter."""
     return jnp.zeros(()) if derivative.dtype == jax.dtypes.float0 else derivative
 
 
@@ -146,14 +145,14 @@ def _difference(derivative: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def backward(readout: Callable, pull: Callable, params: Tree, hidden: Tree, *rest: Tree, has_aux: bool = False):
-    """(value, gradient in params) of readout(params, trunk(params), *rest); pull: the trunk's hidden -> params."""
+    """(value, gradient in params) of readout(params, trunk(params), *rest). pull: the trunk's pullback."""
     both = jax.value_and_grad(readout, argnums=(0, 1), has_aux=has_aux, allow_int=True)
     value, (direct, cotangent) = both(params, hidden, *rest)
     return value, jax.tree.map(jnp.add, pull(cotangent)[0], direct)
 
 
 class Clean(NamedTuple):
-    """The pass at theta: loss, aux, gradient, the anchor, and the trunk's pullback hidden-cotangent -> parameters."""
+    """Results of the pass at theta. pull: the trunk's pullback, hidden cotangent -> (parameter cotangent,)."""
 
     loss: jax.Array
     aux: dict
@@ -163,41 +162,41 @@ class Clean(NamedTuple):
 
 
 def clean_pass(objective: Objective, params: Tree, batch: Tree) -> Clean:
-    """One forward and one backward at theta, keeping what later passes can reuse."""
+    """One forward and one backward at theta; returns everything that later passes can reuse."""
     hidden, pull = jax.vjp(lambda p: objective.trunk(p, batch), params)
     (loss, aux), gradient = backward(objective.readout, pull, params, hidden, batch, has_aux=True)
     return Clean(loss, aux, gradient, Anchor(params, hidden, aux.get("kept")), pull)
 
 
 def row_count(batch: Tree) -> int:
-    """The rows B of a batch. ValueError where its leaves [B, ...] differ in it; scalars and PRNG keys have none."""
+    """The number of rows B of a batch, without scalars and PRNG keys. Raises ValueError if leaves differ in it."""
     leaves = [(path, jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(batch) if not _may_be_key(leaf)]
     (first, shape), *others = [(path, shape) for path, shape in leaves if shape] or [((), (0,))]
     for path, other in others:
         if other[0] != shape[0]:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has {other[0]} rows and batch{jax.tree_util.keystr(first)} "
-                f"{shape[0]}: a batch that is cut holds arrays [rows, ...], scalars and PRNG keys"
+                f"{shape[0]}: a batch in microbatches may only have arrays [rows, ...], scalars and PRNG keys"
             )
     return shape[0]
 
 
 def _may_be_key(leaf: Any) -> bool:
-    """Whether it may be one PRNG key in its old form, of integers."""
+    """Whether a leaf may be a PRNG key in the old format, an array of integers."""
     old = jax.eval_shape(jax.random.PRNGKey, 0)
     return getattr(leaf, "dtype", None) == old.dtype and jnp.shape(leaf) == old.shape
 
 
 def by_rows(batch: Tree, rows: Callable, key: Callable = lambda key: key, other: Callable = lambda x: x) -> Tree:
-    """The batch with rows(leaf) of its leaves [B, ...], key(leaf) of its PRNG keys, and other(leaf) of its scalars."""
+    """Applies rows(leaf) to leaves [B, ...], key(leaf) to PRNG keys, and other(leaf) to scalars of a batch."""
     count = row_count(batch)
 
     def one(path, leaf):
         if _may_be_key(leaf):
             if len(leaf) == count:
                 raise ValueError(
-                    f"batch{jax.tree_util.keystr(path)} is {len(leaf)} integers, a PRNG key or one number for each of "
-                    f"the {count} rows: make a key with jax.random.key, and numbers int32"
+                    f"batch{jax.tree_util.keystr(path)} is {len(leaf)} integers: a PRNG key, or one number for each of "
+                    f"the {count} rows? Make a key with jax.random.key, and numbers int32"
                 )
             return key(leaf)
         if jnp.ndim(leaf):
@@ -208,10 +207,10 @@ def by_rows(batch: Tree, rows: Callable, key: Callable = lambda key: key, other:
 
 
 def split(objective: Objective, batch: Tree, microbatches: int) -> tuple[Tree, jax.Array]:
-    """Cuts a batch [B, ...] into [K, B/K, ...] and gives each part's share [K] of the total weight.
+    """Splits a batch [B, ...] into K = `microbatches` parts [K, B/K, ...], each with a share [K] of the total weight.
 
-    Rows are dealt out in turn (row i goes to part i mod K), so a batch axis split over devices stays where it is. A
-    PRNG key becomes K keys, a scalar is the same in all parts.
+    Row i goes to part i mod K, so rows stay on their devices. A PRNG key becomes K keys; all parts share a scalar.
+    Raises OptionError if K does not divide B.
     """
     if row_count(batch) % microbatches:
         raise OptionError("microbatches", microbatches, f"a divisor of the {row_count(batch)} rows of a batch")
@@ -226,29 +225,29 @@ def split(objective: Objective, batch: Tree, microbatches: int) -> tuple[Tree, j
 
 
 def accumulate(function: Callable, state: Tree, parts: Tree, shares: jax.Array | None) -> tuple[Tree, Tree, Tree]:
-    """Runs function(state, part) -> (state, total, kept) over the parts in turn.
+    """Runs function(state, part) -> (state, total, output) over the parts in turn.
 
-    Returns (last state, sum of share-weighted totals, kept stacked). With shares None, `parts` is the one whole batch.
-    Sums are held in float32 or better and come back in the totals' own dtype.
+    Returns (last state, share-weighted sum of totals, stacked outputs). With shares None, `parts` is the whole batch.
+    Sums are computed in float32 or better and returned in the dtype of the totals.
     """
     if shares is None:
         return function(state, parts)
 
     def body(carry, part):
         state, sums = carry
-        state, total, kept = function(state, part[0])
-        return (state, jax.tree.map(lambda s, t: s + (part[1] * t).astype(s.dtype), sums, total)), kept
+        state, total, output = function(state, part[0])
+        return (state, jax.tree.map(lambda s, t: s + (part[1] * t).astype(s.dtype), sums, total)), output
 
     totals = jax.eval_shape(function, state, jax.tree.map(lambda x: x[0], parts))[1]
     zeros = jax.tree.map(lambda t: jnp.zeros(t.shape, jnp.promote_types(t.dtype, jnp.float32)), totals)
-    (state, sums), kept = lax.scan(body, (state, zeros), (parts, shares))
-    return state, jax.tree.map(lambda s, t: s.astype(t.dtype), sums, totals), kept
+    (state, sums), outputs = lax.scan(body, (state, zeros), (parts, shares))
+    return state, jax.tree.map(lambda s, t: s.astype(t.dtype), sums, totals), outputs
 
 
 def after(tree: Tree, known: Tree) -> Tree:
-    """The tree, which on CPUs waits for `known`, a scalar or a tree like it. Its values stay; NaN where `known` is.
+    """Returns the tree; on CPUs only after `known`, a scalar or a similar tree, is computed. NaN where `known` is NaN.
 
-    So no collective of it overtakes those in a loop or a branch before it, see steppe.lm.model.hlo.unordered.
+    Its collectives then cannot overtake those in an earlier loop or branch, see steppe.lm.model.hlo.unordered.
     """
 
     def waiting(tree, known):
@@ -259,14 +258,14 @@ def after(tree: Tree, known: Tree) -> Tree:
 
 
 def microbatched(objective: Objective, batch: Tree, microbatches: int) -> tuple[Tree, jax.Array | None]:
-    """(parts, shares) for accumulate: the batch itself when there is only one part."""
+    """(parts, shares) for accumulate; (batch, None) for one microbatch."""
     return (batch, None) if microbatches == 1 else split(objective, batch, microbatches)
 
 
 def report(
     loss: jax.Array, gradient_norm: jax.Array | None, returned: Tree, *, groups: Iterable[str] = (), **others
 ) -> dict:
-    """Every key of REPORT and of the groups as a float32 scalar, NaN where not given; gradient_norm None if none is."""
+    """{key: float32 scalar} for REPORT and the groups, NaN for missing values. gradient_norm: None if not computed."""
     values = {"loss": loss, **others}
     if gradient_norm is not None:
         values["gradient_norm"] = gradient_norm
@@ -283,18 +282,18 @@ def check_floating(params: Tree) -> None:
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"parameter {name} is {dtype or type(leaf).__name__}: keep only floating-point arrays among the "
-                "parameters (of an equinox module: eqx.partition(module, eqx.is_inexact_array), the rest in the loss)"
+                f"parameter {name} is {dtype or type(leaf).__name__}: parameters must be floating-point arrays (for an "
+                "equinox module: eqx.partition(module, eqx.is_inexact_array); combine it with the rest in the loss)"
             )
 
 
 def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches: int = 1) -> tuple[jax.Array, Tree]:
-    """(mean loss, its gradient at theta), the batch taken in `microbatches` parts."""
+    """(mean loss, its gradient at theta), computed in `microbatches` parts."""
     return plain_pass(objective, params, batch, microbatches)[:2]
 
 
 def plain_pass(objective: Objective, params: Tree, batch: Tree, microbatches: int) -> tuple[jax.Array, Tree, Tree]:
-    """(mean loss, its gradient at theta, what the readout returned in each part or None)."""
+    """(mean loss, its gradient at theta, the readout's `returned` of each part or None)."""
 
     def one(state, part):
         clean = clean_pass(objective, params, part)
@@ -305,7 +304,7 @@ def plain_pass(objective: Objective, params: Tree, batch: Tree, microbatches: in
 
 
 def inner(a: Tree, b: Tree) -> jax.Array:
-    """Inner product over a whole tree in float32 or better; it does not flatten, so sharded leaves stay sharded."""
+    """Inner product of two trees, in float32 or better. Does not flatten leaves, so they stay sharded."""
 
     def product(x, y):
         wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
@@ -320,10 +319,10 @@ def norm(tree: Tree) -> jax.Array:
 
 
 def ratio(a: ArrayLike, b: ArrayLike, at_zero: float = 1.0) -> jax.Array:
-    """a / b for b >= 0, at_zero where b is 0, NaN where b is."""
+    """a / b for b >= 0; at_zero where b is 0, NaN where b is NaN."""
     return jnp.where(b == 0, at_zero, a / jnp.where(b == 0, 1.0, b))
 
 
 def cosine(a: Tree, b: Tree) -> jax.Array:
-    """Cosine of two trees; 1 if either is zero."""
+    """Cosine of the angle between two trees; 1 if either is zero."""
     return ratio(inner(a, b), norm(a) * norm(b))

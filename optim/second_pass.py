@@ -1,8 +1,8 @@
-"""Second passes: which gradient is taken once the perturbation is known, and how it joins the gradient at theta.
+"""Second passes: the gradient taken after the perturbation is known, and its combination with the gradient at theta.
 
-A path maps PassInput to (perturbed loss, vectors, aux). The loss is exact on the full path and a first-order estimate
-on the others, which never form perturbed logits (for a loss convex in the outputs: from below on the functional path,
-from above on the logit path).
+A path maps PassInput to (perturbed loss, vectors, aux). The full path gives the exact loss. The other paths do not form
+perturbed logits and give a first-order estimate; if the loss is convex in the outputs, the functional path
+underestimates it and the logit path overestimates it.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from steppe.optim.rule import Anchor, Objective, Tree, backward, inner, norm, ra
 
 
 class PassInput(NamedTuple):
-    """Everything a path may use on one (micro)batch. pull is None when the pass at theta can no longer be reused."""
+    """The inputs of a path on one (micro)batch. pull is None if the pass at theta is no longer stored."""
 
     objective: Objective
     params: Tree
@@ -33,21 +33,21 @@ class PassInput(NamedTuple):
 
 
 class Path(Protocol):
-    """The work of a second pass on one (micro)batch."""
+    """The computation of a second pass on one (micro)batch."""
 
     def __call__(self, given: PassInput) -> tuple[jax.Array, Tree, Tree]:
-        """(perturbed loss, vectors, aux): vectors are trees that are averaged over microbatches before they are
-        combined; aux is what the readout returned at theta + epsilon, None where it was not called there."""
+        """(perturbed loss, vectors, aux). vectors: trees, averaged over microbatches before `combine`. aux: the
+        readout's `returned` at theta + epsilon, None if the readout is not called there."""
         ...
 
 
 class SecondPass(NamedTuple):
     """A path, and combine(Gradients, vectors) -> gradient.
 
-    anchored: the path needs the hidden state at theta. frozen: it uses the loss derivative there, which the readout may
-    have kept. pulls: it goes back through the trunk at theta.
-    combine None: the vectors are the gradient. Otherwise the clean gradient of the whole batch takes part.
-    remember(clean gradient, gradient) -> memory and reuse(clean gradient, memory) -> gradient serve the steps between
+    anchored: the path needs the hidden state at theta. frozen: it uses the loss derivative at theta, which the readout
+    may have stored. pulls: it uses the trunk's pullback at theta. combine: None if the vectors are the gradient;
+    otherwise it may use the clean gradient of the whole batch.
+    remember(clean gradient, gradient) -> memory and reuse(clean gradient, memory) -> gradient define the steps between
     perturbed ones (LookSAM); None: those steps return the clean gradient.
     """
 
@@ -61,7 +61,7 @@ class SecondPass(NamedTuple):
 
     @property
     def only_climbs(self) -> bool:
-        """Whether the gradient at theta serves the ascent alone, and has no part in what is returned."""
+        """Whether the gradient at theta serves only the ascent, not the returned gradient."""
         return self.combine is None and self.remember is None
 
 
@@ -75,7 +75,7 @@ def _full(given: PassInput, params: Tree) -> tuple[jax.Array, Tree, Tree]:
 
 
 def _check_frozen(given: PassInput, params: Tree, hidden: Tree, anchor: Anchor) -> None:
-    """ValueError where the frozen readout's gradient is the same wherever the loss derivative is frozen."""
+    """Raises ValueError if the frozen readout's gradient does not depend on the anchor."""
 
     def gradient(anchor):
         frozen = jax.grad(given.objective.frozen_readout, argnums=(0, 1), allow_int=True)
@@ -84,13 +84,13 @@ def _check_frozen(given: PassInput, params: Tree, hidden: Tree, anchor: Anchor) 
     traced = jax.make_jaxpr(gradient)(anchor).jaxpr
     if not any(_reached(traced, [True] * len(traced.invars))):
         raise ValueError(
-            "the loss is linear in the outputs, so its derivative is the same everywhere and there is none to freeze: "
-            "functional_sam would be sam, and logit_sam its base. Let forward return the logits, and loss the loss"
+            "the loss is linear in the outputs, so its derivative is constant: functional_sam would equal sam, and "
+            "logit_sam its base. Let forward return the logits, and loss compute the loss from them"
         )
 
 
 def _reached(program: core.Jaxpr, inputs: list[bool]) -> list[bool]:
-    """Which outputs of a traced program may depend on those inputs."""
+    """Which outputs of a traced program may depend on the marked inputs."""
     reached = {variable for variable, marked in zip(program.invars, inputs, strict=True) if marked}
     for equation in program.eqns:
         marked = [not isinstance(v, core.Literal) and v in reached for v in equation.invars]
@@ -105,7 +105,7 @@ def _reached(program: core.Jaxpr, inputs: list[bool]) -> list[bool]:
 
 
 def _functional(given: PassInput, hidden: Tree, pull: Callable) -> tuple[jax.Array, Tree, None]:
-    """hidden, pull: the trunk at theta + epsilon."""
+    """The functional path. hidden, pull: the trunk's result and pullback at theta + epsilon."""
     _check_frozen(given, given.perturbed, hidden, given.anchor)
     difference, gradient = backward(
         given.objective.frozen_readout, pull, given.perturbed, hidden, given.anchor, given.batch
@@ -116,7 +116,7 @@ def _functional(given: PassInput, hidden: Tree, pull: Callable) -> tuple[jax.Arr
 def _logit(given: PassInput, perturbed_hidden: Tree) -> tuple[jax.Array, Tree, None]:
     frozen = Anchor(given.perturbed, perturbed_hidden)
     _check_frozen(given, given.params, given.anchor.hidden, frozen)
-    # With several parts the pass at theta was not kept: its forward runs again.
+    # With several microbatches the pass at theta is not stored: run its forward again.
     pull = given.pull or jax.vjp(lambda p: given.objective.trunk(p, given.batch), given.params)[1]
     difference, gradient = backward(
         given.objective.frozen_readout, pull, given.params, given.anchor.hidden, frozen, given.batch
@@ -125,7 +125,7 @@ def _logit(given: PassInput, perturbed_hidden: Tree) -> tuple[jax.Array, Tree, N
 
 
 def full() -> SecondPass:
-    """J(theta+eps)^T dl(F(theta+eps)): the whole gradient at the perturbed point."""
+    """J(theta+eps)^T dl(F(theta+eps)): the full gradient at the perturbed point."""
     return SecondPass(lambda given: _full(given, given.perturbed))
 
 
@@ -162,15 +162,15 @@ def mixture(alpha: Annotated[float, Option("share of the functional path", *FINI
 
 
 def penalty() -> SecondPass:
-    """g + H eps by an exact Hessian-vector product: the gradient of L + eps^T g with eps held fixed."""
+    """g + H eps with an exact Hessian-vector product: the gradient of L + eps^T g for fixed eps."""
 
     def path(given):
         def value_and_gradient(p):
             *both, aux = _full(given, p)
             return tuple(both), aux
 
-        # The derivative of a product is two products; what of the gradient, known already, is not on the way to its own
-        # derivative is left out: 8 products where a gradient has 3.
+        # The derivative of a product is two products. The gradient is already known, so only those of its parts that
+        # the derivative needs are computed: 8 products, where a gradient has 3.
         at, tangent = (given.params,), (given.epsilon,)
         (loss, _), (slope, product), aux = jax.jvp(value_and_gradient, at, tangent, has_aux=True)
         return loss + slope + 0.5 * inner(given.epsilon, product), product, aux
@@ -184,7 +184,7 @@ def _orthogonal(vector: Tree, along: Tree) -> Tree:
 
 
 def surrogate_gap(alpha: Annotated[float, Option("weight of the part orthogonal to g_p", *FINITE)] = 0.4) -> SecondPass:
-    """g_p - alpha * (part of g orthogonal to g_p): lowers the gap L_p - L too (GSAM, Zhuang et al. 2022, alg. 1)."""
+    """g_p - alpha * (part of g orthogonal to g_p): also lowers the gap L_p - L (GSAM, Zhuang et al. 2022, alg. 1)."""
 
     def combine(gradients, perturbed):
         return jax.tree.map(lambda p, o: p - alpha * o, perturbed, _orthogonal(gradients.clean, perturbed))
@@ -192,8 +192,8 @@ def surrogate_gap(alpha: Annotated[float, Option("weight of the part orthogonal 
     return SecondPass(lambda given: _full(given, given.perturbed), combine)
 
 
-def reused(alpha: Annotated[float, Option("weight of the part that is reused", *FINITE)] = 0.7) -> SecondPass:
-    """The full path, whose part orthogonal to g is reused on the steps between (LookSAM, Liu et al. 2022, alg. 1)."""
+def reused(alpha: Annotated[float, Option("weight of the reused part", *FINITE)] = 0.7) -> SecondPass:
+    """The full path; steps between reuse its part orthogonal to g (LookSAM, Liu et al. 2022, alg. 1)."""
 
     def reuse(clean, memory):
         share = alpha * ratio(norm(clean), norm(memory), 0.0)
@@ -214,7 +214,7 @@ def curvature_regularized(
 
     def path(given):
         loss, up, aux = _full(given, given.perturbed)
-        # The barrier orders the two passes, so that their activations are never held together.
+        # The barrier orders the two passes, so that their activations are not in memory together.
         opposite, up = lax.optimization_barrier((jax.tree.map(jnp.subtract, given.params, given.epsilon), up))
         return loss, (up, _full(given, opposite)[1]), aux
 
@@ -225,7 +225,7 @@ def curvature_regularized(
 
 
 def focused() -> SecondPass:
-    """g + (the focused gradient at theta+eps, less that at theta): Focal-SAM, on first_pass.focal (Li et al. 2025)."""
+    """g + (focused gradient at theta+eps) - (that at theta): Focal-SAM (Li et al. 2025), with first_pass.focal."""
 
     def path(given):
         loss, gradient, aux = _full(given, given.perturbed)

@@ -1,4 +1,4 @@
-"""SOAP: Adam in the eigenbases of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321), an optax transform."""
+"""SOAP as an optax transform: Adam in the eigenbases of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321)."""
 
 import math
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from jax import lax
 from steppe.optim.masks import dimensions
 from steppe.optim.rule import Tree, after
 
-EVERY = 10  # steps between two refreshes of the bases, as in the paper
-SHIFT = 100  # rounding errors of a factor's trace that are added to its diagonal when a basis is turned
-MOST = 10_000  # a side longer than this keeps its own basis, as its authors' code has it
+EVERY = 10  # steps between refreshes of the bases, as in the paper
+SHIFT = 100  # a refresh adds this many rounding errors of a factor's trace to its diagonal
+MOST = 10_000  # a side longer than this keeps the standard basis, as in the authors' code
 
 
 class SoapState(NamedTuple):
-    """count of updates; mu: first moment; nu: second moment, of a matrix in the eigenbases; sides: per leaf in order,
-    () for what is no matrix, else (left, right), each {"factor", "basis"} [stack, side, side], or () where too long."""
+    """count: of updates. mu: first moment. nu: second moment, for matrices in the eigenbases. sides: per leaf, (left,
+    right) for a matrix, else (); each is {"factor", "basis"} [stack, side, side], or () if the side exceeds MOST."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]: a field, of the name that optax gives it
     mu: Tree
@@ -28,7 +28,7 @@ class SoapState(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """A leaf as [stack, m, n]: m what it sums over, n what it writes."""
+    """The view of a leaf as [stack, m, n]: m its input axes, n its output axes."""
 
     order: tuple[int, ...]
     shape: tuple[int, ...]
@@ -46,29 +46,29 @@ class _Matrix(NamedTuple):
 def scale_by_soap(
     b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8, matrix_axes: Callable | None = None
 ) -> optax.GradientTransformation:
-    """Adam's direction, of each matrix in the eigenbases of its factors; Adam itself of what is no matrix.
+    """Adam's direction for each matrix in the eigenbases of its factors; plain Adam for other leaves.
 
-    With L, R the averages (decay b2) of G Gᵀ and GᵀG, Q_L and Q_R their eigenvectors, M the average of G and V that of
-    (Q_Lᵀ G Q_R)²: the direction is Q_L (Q_Lᵀ M Q_R / (√V + eps)) Q_Rᵀ √(1 - b2^t) / (1 - b1^t), in bases that do not
-    know this gradient. In the order of its authors' code: the first step only makes L, R and the bases, and moves
-    nothing; from then on L and R take a gradient after it has made its step, and every EVERY steps the columns are put
-    in the order of their eigenvalues, V with them, and turned by one step of orthogonal iteration.
-    matrix_axes: as optim.base takes it; stacked matrices have factors of their own.
+    L, R are averages (decay b2) of G Gᵀ and GᵀG; Q_L and Q_R their eigenvectors; M is the average of G, and V of
+    (Q_Lᵀ G Q_R)². The direction is Q_L (Q_Lᵀ M Q_R / (√V + eps)) Q_Rᵀ √(1 - b2^t) / (1 - b1^t), in bases from earlier
+    gradients. As in the authors' code, the first step only makes L, R and the bases, and its direction is zero. Later
+    gradients enter L and R after their step. Every EVERY steps, the columns of the bases and V are sorted by eigenvalue
+    and one step of orthogonal iteration updates the bases.
+    matrix_axes: as in optim.base; each matrix in a stack has its own factors.
     """
 
     def matrices(tree: Tree) -> list[_Matrix | None]:
-        found = []
+        views = []
         for leaf, dims in zip(jax.tree.leaves(tree), dimensions(tree, matrix_axes), strict=True):
             if dims is None:
-                found.append(None)
+                views.append(None)
                 continue
             reads, writes = (
                 (axis,) if isinstance(axis, int) else tuple(axis) for axis in (dims.reduction_axis, dims.output_axis)
             )
             stack = tuple(axis for axis in range(leaf.ndim) if axis not in (*reads, *writes))
             sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (reads, writes)]
-            found.append(_Matrix((*stack, *reads, *writes), leaf.shape, *sizes))
-        return found
+            views.append(_Matrix((*stack, *reads, *writes), leaf.shape, *sizes))
+        return views
 
     def init(params: Tree) -> SoapState:
         def side(leaf, matrix, length):
@@ -86,10 +86,10 @@ def scale_by_soap(
         return SoapState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), sides)
 
     def begun(whole, sides):
-        """The bases of a first gradient [stack, m, n]: its singular vectors are the eigenvectors of its grams.
+        """The bases of a first gradient [stack, m, n]: its singular vectors are the eigenvectors of its Gram matrices.
 
-        Of the grams themselves all beyond the rank would be rounding noise, other on every mesh, and the direction with
-        it; a QR that completes the singular vectors changes as little as the gradient does.
+        Eigenvectors of the Gram matrices beyond the rank would be rounding noise that differs between meshes. A QR that
+        completes the singular vectors is as stable as the gradient.
         """
         left, _, right = jnp.linalg.svd(whole, full_matrices=False)
         vectors = left, jnp.swapaxes(right, -1, -2)
@@ -100,13 +100,13 @@ def scale_by_soap(
         factor, basis = side["factor"], side["basis"]
         product = factor @ basis
         order = jnp.argsort(jnp.sum(basis * product, axis=-2), axis=-1, descending=True)
-        # of what no gradient has reached the product is rounding noise: the shift has those columns stay
+        # for columns that no gradient reached, the product is rounding noise: the shift keeps them unchanged
         shift = SHIFT * jnp.finfo(factor.dtype).eps * jnp.trace(factor, axis1=-2, axis2=-1)
         moved = jnp.take_along_axis(product + shift[:, None, None] * basis, order[:, None, :], axis=-1)
         return jnp.linalg.qr(moved)[0], order
 
     def fed(whole, sides):
-        """The sides of a matrix once a gradient has entered their factors."""
+        """The sides of a matrix with its factors updated by a gradient."""
         grams = jnp.einsum("smn,skn->smk", whole, whole), jnp.einsum("smn,smk->snk", whole, whole)
         return tuple(
             {**side, "factor": b2 * side["factor"] + (1 - b2) * gram} if side else ()
@@ -114,9 +114,9 @@ def scale_by_soap(
         )
 
     def renewed(count, wholes, pairs):
-        """(per matrix its two (basis, order of the columns), a number that is known when they are).
+        """(two (basis, order of columns) per matrix, a scalar that is computed with them).
 
-        One branch for all: a collective outside could overtake one inside, see steppe.lm.model.hlo.unordered.
+        All share one branch: a collective outside could overtake one inside, see steppe.lm.model.hlo.unordered.
         """
         same = [[jnp.broadcast_to(jnp.arange(n), (len(x), n)) for n in x.shape[1:]] for x in wholes]
 
@@ -136,8 +136,8 @@ def scale_by_soap(
                 for each in zip(pairs, same, strict=True)
             ], 2.0
 
-        place = jnp.where(count == 0, 0, jnp.where(count % EVERY == 0, 1, 2))
-        return lax.switch(place, [first, then, between])
+        phase = jnp.where(count == 0, 0, jnp.where(count % EVERY == 0, 1, 2))
+        return lax.switch(phase, [first, then, between])
 
     def into(sides, x):
         left, right = sides
@@ -158,17 +158,17 @@ def scale_by_soap(
         turns, known = renewed(state.count, wholes, pairs)
         leaves, before = after((leaves, state.sides), known)
         turns = iter(zip(pairs, turns, strict=True))
-        entered = jnp.where(state.count == 0, 0.0, 1.0)  # of the first gradient nothing enters the moments
+        entered = jnp.where(state.count == 0, 0.0, 1.0)  # the first gradient does not enter the moments
         by = [1 - b ** jnp.maximum(state.count, 1).astype(jnp.float32) for b in (b1, b2)]
-        found = []
+        results = []
         for g, m, v, sides, matrix in zip(
             leaves, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), before, shapes, strict=True
         ):
-            kept, scale = entered.astype(g.dtype), (entered * jnp.sqrt(by[1]) / by[0]).astype(g.dtype)
-            first = m + kept * (1 - b1) * (g - m)
+            enters, scale = entered.astype(g.dtype), (entered * jnp.sqrt(by[1]) / by[0]).astype(g.dtype)
+            first = m + enters * (1 - b1) * (g - m)
             to, back = (matrix.to, matrix.back) if matrix else (lambda x: x, lambda x: x)
             turned, moved = (into(sides, to(x)) if matrix else x for x in (g, first))
-            second = to(v) + kept * (1 - b2) * (turned**2 - to(v))
+            second = to(v) + enters * (1 - b2) * (turned**2 - to(v))
             direction = scale * moved / (jnp.sqrt(second) + eps)
             if matrix:
                 direction = out_of(sides, direction)
@@ -177,8 +177,8 @@ def scale_by_soap(
                 sides = tuple({**side, "basis": basis} if side else () for side, basis in bases)
                 second = jnp.take_along_axis(second, rows[:, :, None], axis=1)
                 second = jnp.take_along_axis(second, columns[:, None, :], axis=2)
-            found.append((back(direction), first, back(second), sides))
-        directions, firsts, seconds, sides = zip(*found, strict=True)
+            results.append((back(direction), first, back(second), sides))
+        directions, firsts, seconds, sides = zip(*results, strict=True)
         trees = [jax.tree.unflatten(structure, part) for part in (directions, firsts, seconds)]
         return trees[0], SoapState(state.count + 1, trees[1], trees[2], tuple(sides))
 

@@ -1,4 +1,4 @@
-"""The two-pass rule: gradients at theta, a perturbation, the second pass there. Every method is one of it."""
+"""The two-pass rule that the methods share: gradients at theta, a perturbation, and a second pass there."""
 
 import math
 import re
@@ -35,54 +35,51 @@ from steppe.optim.second_pass import PassInput, SecondPass
 
 
 class Switches(NamedTuple):
-    """The settings of every method. A field that is annotated with an Option is a key of every config, optim.NAME.
+    """The settings that all methods share. A field annotated with an Option is the config key optim.NAME.
 
-    rho: step -> radius (or a constant). start, stop, every: steps on which the method perturbs; on the others, and
-    where a schedule gives rho = 0, the base gradient is returned (or what SecondPass.reuse makes of it).
-    microbatches: parts in which the batch is processed. rho_factors: see masks.factors. widening: the width over that
-    of mup's base, see `widened`; 1 for the standard parametrisation. matrix_axes: see layer_scale.
-    clip_norm: bound on the gradient climbed and on the one returned, each by itself; None leaves both, for a base that
-    clips what it is given. groups: {name: regex over parameter paths} of which the report says what share of
-    |epsilon|^2 they have.
+    rho: radius, or step -> radius. start, stop, every: the steps that perturb. All others, and steps with rho = 0,
+    return the base gradient or SecondPass.reuse of it. microbatches: parts of a batch. rho_factors: see masks.factors.
+    widening: width / base width under mup, see `widened`; else 1. matrix_axes: see layer_scale. clip_norm: bound on the
+    ascent gradient and on the returned gradient, each separately; None if the base clips. groups: {name: regex over
+    parameter paths}; the report has each group's share of |epsilon|^2.
     """
 
     rho: float | Callable = 0.0
     start: int = 0
     stop: int | None = None
-    every: Annotated[int, Option("perturb on every k-th step, the base gradient in between", *AT_LEAST_ONE)] = 1
+    every: Annotated[int, Option("perturb every n-th step; other steps use the base gradient", *AT_LEAST_ONE)] = 1
     microbatches: int = 1
     ascent_over: Annotated[
         str,
         Option(
-            "what one perturbation is of: the whole batch, each microbatch (m-sharpness), or part of each microbatch",
+            "data of one perturbation: the whole batch, each microbatch (m-sharpness), or a subset of each microbatch",
             *one_of("global", "microbatch", "subset"),
         ),
     ] = "global"
     ascent_fraction: Annotated[
-        float, Option("with subset: fraction of each microbatch's sequences used for the ascent", *PART)
+        float, Option("ascent_over = subset: fraction of each microbatch's sequences for the ascent", *PART)
     ] = 1.0
     perturb: Annotated[
-        tuple, Option("regexes over parameter paths: a parameter is perturbed if one matches", *PATTERNS)
+        tuple, Option("regexes over parameter paths; parameters that match one are perturbed", *PATTERNS)
     ] = (".*",)
     layerwise_rho: Annotated[
         str,
         Option(
-            "scaling of rho per parameter: norm by |theta_l|, width by 1 / sqrt(fan-in); the length stays rho",
+            "scales rho per parameter, by |theta_l| (norm) or 1 / sqrt(fan-in) (width); the total length stays rho",
             *one_of("none", "norm", "width"),
         ),
     ] = "none"
     rho_factors: Annotated[
         tuple,
         Option(
-            'rho of groups of parameters, as ("^embed=0.1",): each rule a group, perturbed by its factor times rho',
-            *FACTORS,
+            'per-group rho, such as ("^embed=0.1",): each rule perturbs its group by its factor times rho', *FACTORS
         ),
     ] = ()
     rho_budget: Annotated[
         float,
         Option(
-            "nats that the perturbation may add to the loss, to first order: else it is shortened; 0: any "
-            "(LE-SAM, arXiv 2605.10183: along the gradient rho = min(budget / |g|, rho))",
+            "most nats that the perturbation may add to the loss, to first order; longer ones are shortened; 0: no "
+            "limit (LE-SAM, arXiv 2605.10183: along the gradient rho = min(budget / |g|, rho))",
             *NOT_NEGATIVE,
         ),
     ] = 0.0
@@ -96,7 +93,7 @@ class Switches(NamedTuple):
         return self.rho(step) if callable(self.rho) else self.rho
 
     def active(self, step: jax.Array) -> jax.Array | None:
-        """Whether this step perturbs; None when every step does, so that no conditional is compiled."""
+        """Whether this step perturbs; None if every step does, so that no conditional is compiled."""
         tests = [self.radius(step) > 0] if callable(self.rho) else []
         if self.start > 0:
             tests.append(step >= self.start)
@@ -125,7 +122,7 @@ def table() -> str:
 
 
 class Plain(NamedTuple):
-    """The base optimizer's own gradient, as a Rule; of the switches only microbatches and clip_norm matter."""
+    """The plain gradient as a Rule. Uses only microbatches, clip_norm and groups of the switches."""
 
     switches: Switches
 
@@ -146,7 +143,7 @@ class Plain(NamedTuple):
 
 
 class StepInput(NamedTuple):
-    """What a step is given, beside the rule's state; moments: those of the base, None in each where none is needed."""
+    """The inputs of a step, except the rule's state. moments: of the base; all None if the ascent needs none."""
 
     objective: Objective
     params: Tree
@@ -156,9 +153,9 @@ class StepInput(NamedTuple):
 
 
 class TwoPass(NamedTuple):
-    """The rule that climbs `ascent` and returns the gradient that `second` finds there.
+    """The rule that perturbs along `ascent` and returns the gradient of the `second` pass at that point.
 
-    moments(optimizer_state, params) -> optim.base.Moments. Its state: (ascent state, what `second` remembers).
+    moments(optimizer_state, params) -> optim.base.Moments. Rule state: (ascent state, memory of SecondPass.remember).
     """
 
     ascent: Ascent
@@ -168,7 +165,7 @@ class TwoPass(NamedTuple):
     first: FirstPass = whole
 
     def init(self, params: Tree) -> Tree:
-        """The state before the first step. Raises ValueError for parameters it cannot take."""
+        """The state before the first step. Raises ValueError for parameters that it cannot use."""
         check_floating(params)
         mask(params, self.switches.perturb)
         factors(params, self.switches.rho_factors)
@@ -208,7 +205,7 @@ class TwoPass(NamedTuple):
         return returned, (climbed, memory), _with_aux(facts, aux)
 
     def base_step(self, given: StepInput, state: Tree) -> tuple[Tree, Tree, dict]:
-        """The same of a step between: the base gradient, or what the second pass makes of it and its memory."""
+        """Like perturbed_step, for the other steps: the base gradient, or SecondPass.reuse of it."""
         base = Plain(self.switches._replace(clip_norm=None))
         clean, _, facts = base.gradient(given.objective, given.params, given.batch, None, (), given.step)
         if not self.second.reuse:
@@ -221,7 +218,7 @@ class TwoPass(NamedTuple):
         return returned, state, {**facts, "cosine": cosine(clean, returned).astype(jnp.float32)}
 
     def one_epsilon(self, given: StepInput, microbatches: int, state: Tree, batch: Tree):
-        """(ascent state, (gradient, clean gradient or (), report), aux) of a batch that shares one perturbation."""
+        """(ascent state, (gradient, clean gradient or (), report), aux) of a batch with one perturbation."""
         params, objective = given.params, given.objective
         parts, weights = microbatched(objective, batch, microbatches)
         climbed_readout = (self.second.only_climbs and objective.ascent_readout) or objective.readout
@@ -229,7 +226,7 @@ class TwoPass(NamedTuple):
 
         def first(_, part):
             gradients, residuals = self.first(at_theta, params, part)
-            # The scan over several parts stacks what is kept: hidden states, but neither theta nor activations.
+            # The scan over microbatches stacks residuals: keep hidden states, but neither theta nor activations.
             return (), gradients, residuals if weights is None else _slim(residuals, self.second.anchored)
 
         _, gradients, residuals = accumulate(first, (), parts, weights)
@@ -238,16 +235,16 @@ class TwoPass(NamedTuple):
             state=state, step=given.step,
         )  # fmt: skip
         epsilon, climbed = perturbation(self.ascent, known, self.switches.radius(given.step), self.switches)
-        # Materialise theta + epsilon once, in the parameters' own dtype, rather than once per use.
+        # Materialise theta + epsilon once, in the parameters' dtype, instead of once per use.
         perturbed = lax.optimization_barrier(jax.tree.map(jnp.add, params, epsilon))
         clean = gradients.clean
-        found = {
+        measured = {
             "gradient_norm": None if clean is None else norm(clean), "epsilon_norm": norm(epsilon),
             **survival(params, perturbed, epsilon, objective.compute_dtype), **shares(epsilon, self.switches.groups),
         }  # fmt: skip
-        # All that the first pass says is reduced before the second begins; whether it is a number does not matter.
-        said = [value for value in (gradients.loss, *found.values()) if value is not None]
-        perturbed = objective.after(perturbed, jnp.sum(jnp.isnan(jnp.stack(said))))
+        # The second pass waits for all reductions of the first. isnan, so that a NaN does not spread.
+        scalars = [value for value in (gradients.loss, *measured.values()) if value is not None]
+        perturbed = objective.after(perturbed, jnp.sum(jnp.isnan(jnp.stack(scalars))))
         second = partial(self.second_pass, given, epsilon, perturbed)
         first_aux, residuals = residuals.aux, residuals._replace(aux=None)
         _, (perturbed_loss, vectors), aux = accumulate(second, (), residuals, weights)
@@ -255,9 +252,9 @@ class TwoPass(NamedTuple):
         returned = self.second.combine(gradients, vectors) if self.second.combine else vectors
         returned = _as(returned, params)
         facts = report(
-            perturbed_loss if gradients.loss is None else gradients.loss, found.pop("gradient_norm"), returned,
+            perturbed_loss if gradients.loss is None else gradients.loss, measured.pop("gradient_norm"), returned,
             perturbed_loss=perturbed_loss, cosine=jnp.nan if clean is None else cosine(clean, returned),
-            groups=self.switches.groups, **found,
+            groups=self.switches.groups, **measured,
         )  # fmt: skip
         aux = aux if first_aux is None else first_aux
         return climbed, (returned, clean if self.second.remember else (), facts), aux
@@ -265,9 +262,9 @@ class TwoPass(NamedTuple):
     def second_pass(self, given: StepInput, epsilon: Tree, perturbed: Tree, _, residuals: Residuals):
         """((), (perturbed loss, vectors), aux) of one microbatch."""
         objective = given.objective
-        # A collective in a branch is one that another may overtake, see steppe.lm.model.hlo.unordered.
+        # Another collective could overtake one inside a branch, see steppe.lm.model.hlo.unordered.
         late = objective if objective.sharded else objective._replace(trunk=_late(objective.trunk))
-        # None for a path that is not anchored
+        # None if the path is not anchored
         anchor = cast(Anchor, residuals.anchor and residuals.anchor._replace(params=given.params))
         passed = PassInput(
             objective=late, params=given.params, epsilon=epsilon, perturbed=perturbed, batch=residuals.batch,
@@ -278,7 +275,7 @@ class TwoPass(NamedTuple):
 
 
 def perturbation(ascent: Ascent, known: AscentInput, rho: ArrayLike, switches: Switches) -> tuple[Tree, Tree]:
-    """(epsilon, ascent state): the direction, masked, scaled per parameter, of length rho; zero where the length is."""
+    """(epsilon, ascent state): the direction, masked and scaled to length rho; zero if the direction is zero."""
     chosen = mask(known.params, switches.perturb)
 
     def masked(tree):
@@ -301,12 +298,12 @@ def perturbation(ascent: Ascent, known: AscentInput, rho: ArrayLike, switches: S
 
 
 def widened(vector: Tree, widths: tuple[float, float], switches: Switches) -> tuple[Tree, Tree]:
-    """(the direction under mup, the tree whose l2 norm rho is measured in), the direction itself at the base width.
+    """(the direction scaled for mup, the tree whose l2 norm rho measures); at the base width both are the direction.
 
-    mu-P^2 (Haas et al. 2024, arXiv 2411.00075): every parameter's perturbation is to act on the network at every width
-    as the updates of mup do: entries of matrices fall as 1 / width, others stay. `widths`, of optim.ascent.Ascent,
-    says which powers do that to a direction. So perturbed a parameter with one long axis has a norm that grows as the
-    root of the width; that is taken out of the measure, in which then no kind of parameter outweighs the others.
+    Under mu-P^2 (Haas et al. 2024, arXiv 2411.00075) perturbations must scale with width like the updates of mup:
+    entries of matrices fall as 1 / width, other entries stay constant. `widths`, from optim.ascent.Ascent, has the
+    powers that achieve this. The norm of a parameter with one long axis then grows as sqrt(width). The measured tree
+    removes that growth, so that no kind of parameter dominates at large width.
     """
     vectors, matrices = widths
     scaled = by_width(vector, switches.matrix_axes, switches.widening, vectors, matrices)
@@ -314,27 +311,27 @@ def widened(vector: Tree, widths: tuple[float, float], switches: Switches) -> tu
 
 
 def _scales(vector: Tree, length: jax.Array | None, rho: ArrayLike, rules: tuple[str, ...]) -> Tree:
-    """What each leaf of the direction is multiplied by.
+    """The factor of each leaf of the direction.
 
-    length None: a group of leaves has the l2 length factor x rho. Else lengths are relative to the one given.
+    length None: each group of leaves gets the l2 length factor * rho. Else every leaf gets factor * rho / length.
     """
     groups, each = factors(vector, rules)
     leaves = list(zip(jax.tree.leaves(vector), jax.tree.leaves(groups), strict=True))
-    found = {
+    lengths = {
         group: norm([leaf for leaf, number in leaves if number == group]) if length is None else length
         for group in sorted({number for _, number in leaves})
     }
-    scales = {group: ratio(rho, long, 0.0) for group, long in found.items()}
+    scales = {group: ratio(rho, long, 0.0) for group, long in lengths.items()}
     return jax.tree.map(lambda group, factor: scales[group] * factor if factor != 1 else scales[group], groups, each)
 
 
 def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | None = None) -> Tree:
-    """The vector rescaled per weight matrix; the whole is renormalised to rho afterwards.
+    """Rescales the vector per weight matrix; the caller normalises the result to rho.
 
-    norm: in proportion to the matrix's own norm. width: by 1 / sqrt(fan-in), so that wide matrices are not perturbed
-    out of proportion (the concern of mu-P^2, Haas et al. 2024).
-    matrix_axes(params) -> tree of optax.contrib.MuonDimensionNumbers or None, as optim.base takes it: axes that are
-    neither reduced nor output stack matrices. Default: all axes but the last are reduced. Vectors have fan-in 1.
+    kind: "norm" gives each matrix a length proportional to its parameter's norm. "width" multiplies by
+    1 / sqrt(fan-in), so that wide matrices get no larger share (see mu-P^2, Haas et al. 2024). matrix_axes: as in
+    optim.base; axes that are neither reduced nor output stack matrices. Default: all axes but the last are reduced.
+    Vectors have fan-in 1.
     """
 
     def by_norm(v, p, dims):
@@ -356,10 +353,10 @@ def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | N
 
 
 def survival(params: Tree, perturbed: Tree, epsilon: Tree, dtype) -> dict:
-    """How much of epsilon is left after the cast to the compute dtype: norm ratio and cosine."""
+    """How much of epsilon survives the cast to the compute dtype: norm ratio and cosine."""
 
     def cast(x):
-        # reduce_precision, because XLA may drop a pair of casts (it is allowed to keep excess precision).
+        # reduce_precision, because XLA may drop a pair of casts to keep excess precision.
         info = jnp.finfo(dtype or x.dtype)
         return lax.reduce_precision(x, info.nexp, info.nmant)
 
@@ -368,9 +365,9 @@ def survival(params: Tree, perturbed: Tree, epsilon: Tree, dtype) -> dict:
 
 
 def shares(epsilon: Tree, groups: Mapping[str, str]) -> dict:
-    """Where epsilon lies: the share of |epsilon|^2 in its largest row (epsilon_row) and in each group (epsilon_GROUP).
+    """The share of |epsilon|^2 in its largest row (epsilon_row) and in each group of parameters (epsilon_GROUP).
 
-    A row runs along a parameter's last axis: a token's entries in a table, what one head or unit adds to the stream.
+    A row runs along a parameter's last axis: the entries of one token in a table, or the output weights of one unit.
     """
 
     def squares(e):
@@ -388,11 +385,11 @@ def shares(epsilon: Tree, groups: Mapping[str, str]) -> dict:
 
 
 def _late(trunk: Callable) -> Callable:
-    """The trunk of a second pass, whose buffers are not to be there during the first.
+    """The trunk of a second pass, without memory for its buffers during the first pass.
 
-    A scan's stacked outputs start as constants, and XLA on CPU makes those of all passes when the step begins, which
-    doubles the activations held. Inside the branch of a condition it cannot see through, they are made when the pass
-    begins. XLA on TPU needs no such help, and a branch keeps it from sharing memory.
+    The stacked outputs of a scan start as constants. XLA on CPU allocates those of all passes when the step begins,
+    which doubles the memory of activations. In a branch with an opaque condition it allocates them when the pass
+    begins. XLA on TPU does not need this, and a branch would stop it from sharing memory.
     """
 
     def run(params, batch):

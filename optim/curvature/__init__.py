@@ -1,1 +1,1 @@
-"""How a loss bends: products with its curvature, spectra of them, and the landscape around theta. Reads optim.rule."""
+"""Curvature of a loss: matrix-vector products, their spectra, and the landscape around theta."""

@@ -1,4 +1,4 @@
-"""How the loss goes along one direction: the critical step along an update, the curvature along a displacement."""
+"""The loss along one direction: the critical step of an update, and the curvature along a displacement."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,20 @@ from steppe.optim.curvature.landscape import loss_at
 from steppe.optim.curvature.products import hessian_product, nme_product
 from steppe.optim.rule import Objective, Tree, inner, norm, plain_gradient, ratio
 
-REACH = 16  # doublings or halvings after which no critical step is looked for any further
-FINE = 1 / 16  # of a doubling, to which it is bisected
+REACH = 16  # the search stops after this many doublings or halvings
+FINE = 1 / 16  # bisection ends at this fraction of a doubling
 
 
 def critical_step(
     objective: Objective, params: Tree, batch: Tree, update: Tree, microbatches: int = 1
 ) -> dict[str, jax.Array]:
-    """{"critical_steps", "critical_forwards"}: the s at which the loss at params + s * update is that at params again.
+    """Finds the step s > 0 at which the loss at params + s * update equals the loss at params.
 
-    Critical sharpness (arXiv 2601.16979): with `update` a step of the optimizer at learning rate eta, s eta is the
-    critical learning rate and 2 / (s eta) the sharpness along what the optimizer does, at the cost of a few forward
-    passes: s is doubled, or halved, until the loss crosses its value at params, and the crossing bisected in the
-    logarithm to within a factor of 2^(1/16). s < 1: the step that comes raises the loss. NaN where none of so many
-    doublings crosses, and where already 2^-16 steps rise. In the dtype of the parameters.
+    Returns {"critical_steps": s, "critical_forwards": forward passes used}. If `update` is an optimizer step with
+    learning rate eta, s eta is the critical learning rate and 2 / (s eta) the critical sharpness (arXiv 2601.16979).
+    Doubles or halves s until the loss crosses its value at params. Then bisects log s to within a factor of 2^(1/16).
+    s < 1 means that this step raises the loss. s is NaN without a crossing between 2^-16 and 2^16. Computes in the
+    dtype of the parameters.
     """
 
     def going(carry):
@@ -32,13 +32,13 @@ def critical_step(
         count, before, low, high = carry
         middle = jnp.where(jnp.isinf(low), jnp.where(jnp.isinf(high), 0.0, high - 1), (low + high) / 2)
         power = jnp.where(jnp.isinf(high) & ~jnp.isinf(low), low + 1, middle)
-        scale = jnp.where(count < 1, 0.0, jnp.exp2(power))  # first of all the loss at params
+        scale = jnp.where(count < 1, 0.0, jnp.exp2(power))  # the first turn gives the loss at params
         loss = loss_at(objective, params, batch, (update,), scale[None], microbatches)
-        risen = ~(loss <= before)  # what is not finite has risen
+        risen = ~(loss <= before)  # a non-finite loss counts as risen
         low, high = jnp.where(risen | (count < 1), low, power), jnp.where(risen & (count >= 1), power, high)
         return count + 1, jnp.where(count < 1, loss, before), low, high
 
-    # One loss in one loop: compiled once. low and high are powers of two at which the loss has not, and has, risen.
+    # One call in one loop compiles once. At 2^low the loss has not risen, at 2^high it has.
     kind = jax.eval_shape(lambda: loss_at(objective, params, batch, (), jnp.zeros(0), microbatches)).dtype
     start = jnp.int32(0), jnp.zeros((), kind), jnp.float32(-jnp.inf), jnp.float32(jnp.inf)
     count, _, low, high = lax.while_loop(going, further, start)
@@ -47,18 +47,18 @@ def critical_step(
 
 
 def critical(rate: jax.Array | float, found: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What critical_step found of an update at this learning rate, as the critical learning rate and sharpness."""
+    """The critical learning rate and sharpness, from the result of critical_step and the update's learning rate."""
     most = found["critical_steps"] * rate
     forwards = found["critical_forwards"]
     return {"critical_learning_rate": most, "critical_sharpness": 2 / most, "critical_forwards": forwards}
 
 
 def along(objective: Objective, params: Tree, batch: Tree, direction: Tree, microbatches: int = 1) -> dict:
-    """What the loss does from params to params + direction, v = direction: scalars.
+    """Scalars about the loss from params to params + v, v = direction.
 
-    norm |v|; slope g^T v / |v|; curvature v^T H v / |v|^2, of which functional_curvature is the NME's part; rise, of
-    the loss from one end to the other; quadratic, what g and H say of that, g^T v + v^T H v / 2. With v what
-    fine-tuning has done to params and batch of the text before it, that is the mechanism of forgetting.
+    norm: |v|. slope: g^T v / |v|. curvature: v^T H v / |v|^2. functional_curvature: the part of the NME in it. rise:
+    the loss at params + v minus the loss at params. quadratic: its second-order estimate, g^T v + v^T H v / 2. If v is
+    the change by fine-tuning and the batch is pretraining text, rise measures forgetting.
     """
     loss, gradient = plain_gradient(objective, params, batch, microbatches)
     there = loss_at(objective, objective.after(params, loss), batch, (direction,), jnp.ones(1), microbatches)

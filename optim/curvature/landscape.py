@@ -1,6 +1,6 @@
-"""How the loss rises around theta: at worst in a ball, on average, along lines; and through which part of the model.
+"""The rise of the loss around theta: the worst in a ball, along directions, and split by parts of the model.
 
-Pure functions of one evaluation each, to be jitted; the loops over them are the caller's.
+Each function is pure and makes one evaluation; jit it and loop over it in the caller.
 """
 
 import jax
@@ -29,7 +29,7 @@ def ascend(
 ) -> tuple[jax.Array, Tree, Tree]:
     """One step of projected ascent in the ball of radius rho: (loss at params + epsilon, gradient there, next epsilon).
 
-    The step is rho along the normalised gradient, then back onto the ball: from 0 it lands on SAM's perturbation.
+    Moves epsilon by rho along the normalised gradient, then projects onto the ball. From 0 this is SAM's perturbation.
     """
     loss, gradient = plain_gradient(objective, jax.tree.map(jnp.add, params, epsilon), batch, microbatches)
     pace = ratio(rho, norm(gradient), 0.0)
@@ -41,11 +41,11 @@ def ascend(
 def rise(
     objective: Objective, params: Tree, batch: Tree, gradient: Tree, epsilon: Tree, microbatches: int = 1
 ) -> dict[str, jax.Array]:
-    """What the loss rises by from params to params + epsilon, and the three parts that add up to it.
+    """The rise of the loss from params to params + epsilon, and three parts that sum to it.
 
-    first_order: <gradient, epsilon>, gradient being that of the loss at params. functional: the frozen readout's rise
-    beyond first_order, eps^T NME eps / 2 to second order: the model bends under a loss derivative that stays. logit:
-    the rest, the Bregman divergence of the loss between outputs here and there, eps^T GGN eps / 2 to second order.
+    gradient: of the loss at params. first_order: <gradient, epsilon>. functional: the rise of the frozen readout beyond
+    first_order, which comes from the curvature of the model; eps^T NME eps / 2 to second order. logit: the rest, the
+    Bregman divergence of the loss between both outputs; eps^T GGN eps / 2 to second order.
     """
     moved = jax.tree.map(jnp.add, params, epsilon)
 

@@ -1,4 +1,4 @@
-"""The gradient noise scale, and what a perturbation expects to meet at a batch below it.
+"""The gradient noise scale, and the expected effect of a perturbation at batch sizes below it.
 
 Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162, section 2.2 and appendix A.1.
 """
@@ -13,13 +13,13 @@ from steppe.optim.rule import Objective, Tree, accumulate, inner, norm, plain_gr
 def noise_scale(objective: Objective, params: Tree, batch: Tree, parts: int) -> dict[str, jax.Array]:
     """The noise of the gradient, and the change of the gradient under SAM's perturbation, over parts of a batch.
 
-    batch: [B, ...], its rows in random order; part k has rows k, k + parts ... parts: at least 2, a divisor of B.
-    Returns scalars, with g_i the gradient of part i, u_i = g_i / |g_i|, W the weight (tokens) of the whole batch:
-    gradient_square, |G|^2 of the mean gradient G; noise_square, tr(S) / W, S the covariance of one token's gradient;
-    scale, tr(S) / (W |G|^2): the noise scale in units of this batch; inf where the noise hides |G|^2.
-    logit_norm, functional_norm: of delta_logit = GGN_i u_i and delta_func = NME_i u_i of one part, root mean square;
-    expected_logit_norm, expected_functional_norm: of their means over all parts there could be.
-    Squares are unbiased if rows are independent; those of the expected norms are cut at 0. Costs about six gradients.
+    batch: [B, ...], rows in random order; part k has rows k, k + parts ... parts: at least 2, a divisor of B.
+    Returns scalars; g_i is the gradient of part i, u_i = g_i / |g_i|, W the weight (tokens) of the whole batch:
+    gradient_square: |G|^2 of the mean gradient G. noise_square: tr(S) / W, S the covariance of one token's gradient.
+    scale: tr(S) / (W |G|^2), the noise scale in units of this batch; inf if noise hides |G|^2.
+    logit_norm, functional_norm: root mean square norms of delta_logit = GGN_i u_i and delta_func = NME_i u_i.
+    expected_logit_norm, expected_functional_norm: norms of their expectations over parts.
+    Squares are unbiased if rows are independent; negative expected squares become 0. Costs about six gradients.
     """
     cut, shares = split(objective, batch, parts)
 
@@ -28,9 +28,9 @@ def noise_scale(objective: Objective, params: Tree, batch: Tree, parts: int) -> 
         unit = jax.tree.map(lambda g: g * ratio(1.0, norm(gradient), 0.0).astype(g.dtype), gradient)
         logit = ggn_product(objective, objective.after(params, norm(unit)), part, unit)
         functional = nme_product(objective, objective.after(params, norm(logit)), part, unit)
-        found = gradient, logit, functional
-        squares = jnp.stack([inner(tree, tree) for tree in found])
-        return jnp.sum(squares), found, squares
+        trees = gradient, logit, functional
+        squares = jnp.stack([inner(tree, tree) for tree in trees])
+        return jnp.sum(squares), trees, squares
 
     _, means, squares = accumulate(one, jnp.zeros((), _wide(params)), cut, shares)
     square = jnp.stack([inner(mean, mean) for mean in means])

@@ -1,8 +1,8 @@
-"""Products with the Hessian and its two parts, for any objective: H = GGN + NME.
+"""Products of a vector with the Hessian and its two parts, for any objective: H = GGN + NME.
 
-The GGN bends the loss through the outputs, the NME (nonlinear modelling error, the functional Hessian) bends the model
-under a frozen loss derivative. All are forward over reverse, in the dtype of the parameters: a trunk or a readout with
-custom reverse rules can be differentiated no other way.
+The GGN is the curvature of the loss in the outputs. The NME (nonlinear modelling error, or functional Hessian) is the
+curvature of the model under a frozen loss derivative. All use forward over reverse mode, because custom reverse rules
+in trunk or readout allow no other order. They compute in the dtype of the parameters.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Product = Callable[[Tree], Tree]
 
 
 def hessian_product(objective: Objective, params: Tree, batch: Tree, vector: Tree, microbatches: int = 1) -> Tree:
-    """H v at params; the batch taken in `microbatches` parts."""
+    """H v at params, computed in `microbatches` parts."""
 
     def one(state, part):
         def loss(p):
@@ -29,7 +29,7 @@ def hessian_product(objective: Objective, params: Tree, batch: Tree, vector: Tre
 
 
 def nme_product(objective: Objective, params: Tree, batch: Tree, vector: Tree, microbatches: int = 1) -> Tree:
-    """NME v: the derivative along v of the functional gradient, its anchor staying at params."""
+    """NME v: the derivative along v of the functional gradient with its anchor fixed at params."""
 
     def one(state, part):
         anchor = Anchor(params, objective.trunk(params, part))
@@ -43,10 +43,10 @@ def nme_product(objective: Objective, params: Tree, batch: Tree, vector: Tree, m
 
 
 def ggn_product(objective: Objective, params: Tree, batch: Tree, vector: Tree, microbatches: int = 1) -> Tree:
-    """GGN v = J^T l'' J v, the trunk's tangent forth and its pullback back: no second derivative of the trunk.
+    """GGN v = J^T l'' J v with the trunk's tangent and pullback, without second derivatives of the trunk.
 
-    The seam hides the outputs, so l'' is what the readout has beyond the frozen readout, both bent at params; where the
-    trunk's result is the outputs themselves, the frozen readout is linear and nothing is subtracted.
+    An objective hides the outputs, so l'' is the curvature of the readout minus the curvature of the frozen readout,
+    at params. If the trunk returns the outputs, the frozen readout is linear and its curvature 0.
     """
 
     def one(state, part):
@@ -54,7 +54,7 @@ def ggn_product(objective: Objective, params: Tree, batch: Tree, vector: Tree, m
             return objective.trunk(p, part)
 
         hidden, pull = jax.vjp(trunk, params)
-        # The tangent of vjp's result, not of the trunk: a custom reverse rule in it has no forward one.
+        # The tangent of vjp's result, not of the trunk: its custom reverse rules have no forward rules.
         moved = jax.jvp(lambda p: jax.vjp(trunk, p)[0], (params,), (vector,))[1]
 
         def bend(readout, at):
@@ -70,10 +70,10 @@ def ggn_product(objective: Objective, params: Tree, batch: Tree, vector: Tree, m
 
 
 def output_product(objective: Objective, params: Tree, batch: Tree, vector: Tree) -> Tree:
-    """l'' v, the Hessian of the loss in the trunk's result, times a vector of its shape.
+    """l'' v: the Hessian of the loss with respect to the trunk's result, times a vector of its shape.
 
-    For optim.objective(forward, loss) the trunk's result are the outputs, so this is the logit Hessian. An objective
-    split before its readout hides the logits; then it is the readout's curvature in the hidden state.
+    For optim.objective(forward, loss) the trunk's result is the outputs, so this is the logit Hessian. For an objective
+    split before its readout it is the curvature of the readout in the hidden state.
     """
     hidden = objective.trunk(params, batch)
     return jax.jvp(jax.grad(lambda h: objective.readout(params, h, batch)[0]), (hidden,), (vector,))[1]
@@ -83,7 +83,7 @@ PRODUCTS = {"hessian": hessian_product, "ggn": ggn_product, "nme": nme_product}
 
 
 def restricted(product: Product, keep: Tree) -> Product:
-    """P A P, with P the projection onto the parameters where `keep` (masks.mask) is true."""
+    """P A P, with P the projection onto the parameters for which `keep` (masks.mask) is true."""
 
     def project(vector):
         return jax.tree.map(lambda v, chosen: v if chosen else jnp.zeros_like(v), vector, keep)
@@ -92,7 +92,7 @@ def restricted(product: Product, keep: Tree) -> Product:
 
 
 def preconditioned(product: Product, scale: Tree) -> Product:
-    """D^-1/2 A D^-1/2: curvature as a step D^-1 g meets it. scale: D, as ascent.preconditioner gives it."""
+    """D^-1/2 A D^-1/2: the curvature for steps D^-1 g. scale: D, from ascent.preconditioner."""
 
     def half(vector):
         return jax.tree.map(lambda v, d: v / jnp.sqrt(d), vector, scale)
@@ -110,12 +110,12 @@ def split_directions(
     stacked: str = "",
     microbatches: int = 1,
 ) -> dict[str, dict[str, jax.Array]]:
-    """The first-order changes of the gradient under epsilon, delta_logit = GGN eps and delta_func = NME eps, by group.
+    """First-order changes of the gradient under epsilon, delta_logit = GGN eps and delta_func = NME eps, per group.
 
-    groups: name -> regex over parameter paths; "all" is always there. stacked: regex of parameters whose first axis is
-    the layer; each then counts as one parameter per layer, its path followed by "/0", "/1" ...
-    Returns group -> logit_norm, functional_norm, their shares of the whole squared norms, and cosine, the one between
-    the two. ValueError for a regex that matches nothing.
+    groups: name -> regex over parameter paths; the group "all" is added. stacked: regex of parameters whose first axis
+    is the layer; each counts as one parameter per layer, with path suffix "/0", "/1" ...
+    Returns group -> logit_norm, functional_norm, their shares of the total squared norms, and the cosine between both.
+    Raises ValueError for a regex that matches no path.
     """
     logit = ggn_product(objective, params, batch, epsilon, microbatches)
     functional = nme_product(objective, objective.after(params, norm(logit)), batch, epsilon, microbatches)
@@ -123,20 +123,20 @@ def split_directions(
 
 
 def compare(logit: Tree, functional: Tree, groups: dict[str, str], *, stacked: str = "") -> dict:
-    """What split_directions returns, of delta_logit and delta_func themselves."""
+    """The result of split_directions for given delta_logit and delta_func."""
     logit, functional = _by_layer(logit, stacked), _by_layer(functional, stacked)
-    found = {}
+    compared = {}
     for name, pattern in {"all": "", **groups}.items():
         chosen = mask(logit, (pattern,))
         a, b = ({path: tree[path] for path in tree if chosen[path]} for tree in (logit, functional))
-        found[name] = {
+        compared[name] = {
             "logit_norm": norm(a),
             "functional_norm": norm(b),
             "logit_share": ratio(norm(a), norm(logit), 0.0) ** 2,
             "functional_share": ratio(norm(b), norm(functional), 0.0) ** 2,
             "cosine": cosine(a, b),
         }
-    return found
+    return compared
 
 
 def _by_layer(tree: Tree, stacked: str) -> dict[str, jax.Array]:

@@ -1,8 +1,8 @@
-"""Eigenvalues, trace and spectral density of a symmetric operator on parameter trees, through matfree.
+"""Eigenvalues, trace and spectral density of a symmetric operator on parameter trees, computed with matfree.
 
-The operator is a function tree -> tree; see optim.curvature.products. matfree walks on flat vectors, so `flat` makes
-them, split over devices where `place` says so. What costs products is pure and may be jitted; what follows from its
-small results runs on the host, in float64.
+The operator is a function tree -> tree; see optim.curvature.products. matfree needs flat vectors, which `flat` makes
+and `place` shards. Functions that apply the operator are pure and can be jitted. The others use their small results on
+the host, in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from steppe.optim.rule import Tree
 
 
 class Flat(NamedTuple):
-    """Trees as vectors of `size` entries, padded with zeros: flatten(tree) -> [n], unflatten([n]) -> tree."""
+    """Trees as vectors of `size` entries and `pad` zeros: flatten(tree) -> [n], unflatten([n]) -> tree."""
 
     flatten: Callable[[Tree], jax.Array]
     unflatten: Callable[[jax.Array], Tree]
@@ -27,9 +27,9 @@ class Flat(NamedTuple):
 
 
 class Krylov(NamedTuple):
-    """Lanczos from one vector: T's diagonal [k] and offdiagonal [k] (the last is the residual's), basis [k, n].
+    """Result of Lanczos: diagonal [k] and offdiagonal [k] of T (the last entry is the residual norm), basis [k, n].
 
-    square: the start vector's squared norm.
+    square: squared norm of the start vector.
     """
 
     diagonal: jax.Array
@@ -39,9 +39,9 @@ class Krylov(NamedTuple):
 
 
 class Ritz(NamedTuple):
-    """Eigenpairs of T on the host, in ascending order: values [m], weights [m] (of the density), coefficients [m, m].
+    """Eigenpairs of T on the host, ascending: values [m], weights [m] in the spectral density, coefficients [m, m].
 
-    bounds [m]: |A v - value v| of each pair's vector v, as Lanczos knows it without another product.
+    bounds [m]: |A v - value v| for the vector v of each pair, computed without another product.
     """
 
     values: np.ndarray
@@ -51,16 +51,16 @@ class Ritz(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean over probes and its standard error, NaN of one probe."""
+    """A mean over probes and its standard error (NaN for one probe)."""
 
     mean: float
     error: float
 
 
 def flat(like: Tree, parts: int = 1, place: Callable[[jax.Array], jax.Array] = lambda vector: vector) -> Flat:
-    """The vectors of trees like `like` (arrays or shapes), their length padded to a multiple of `parts`.
+    """Converts between trees like `like` (arrays or shapes) and vectors, padded to a multiple of `parts`.
 
-    place(vector): constrains where a vector lives, inside jit.
+    place(vector): constrains the sharding of a vector inside jit.
     """
     leaves, structure = jax.tree.flatten(like)
     edges = np.cumsum([0, *(leaf.size for leaf in leaves)])
@@ -90,9 +90,9 @@ def signs(view: Flat, key: jax.Array, keep: Tree | None = None) -> jax.Array:
 
 
 def lanczos(product: Callable[[Tree], Tree], view: Flat, start: jax.Array, steps: int) -> Krylov:
-    """`steps` products of Lanczos with full reorthogonalisation from `start` [n].
+    """Runs Lanczos for `steps` products from `start` [n], with full reorthogonalisation.
 
-    Memory beside the product's: the basis, steps x n, twice while matfree transposes it.
+    Memory in addition to the product's: the basis, steps x n, twice while matfree transposes it.
     """
     from matfree.decomp import hessenberg
 
@@ -100,14 +100,14 @@ def lanczos(product: Callable[[Tree], Tree], view: Flat, start: jax.Array, steps
         return view.flatten(product(view.unflatten(vector)))
 
     found = hessenberg(steps, reortho="full", custom_vjp=False)(matvec, start)
-    # T from below: where the rank runs out, the entries above are noise that matfree's tridiag_sym would average in.
+    # Read T below the diagonal: beyond the rank, entries above it are noise, which tridiag_sym would average in.
     small, basis = cast(tuple[jax.Array, jax.Array], (found.J_small, found.Q_tall))
     below = jnp.append(jnp.diagonal(small, -1), jnp.linalg.norm(found.residual))
     return Krylov(jnp.diagonal(small), below, basis, jnp.sum(start * start))
 
 
 def ritz(krylov: Krylov) -> Ritz:
-    """The eigenpairs of T, up to an offdiagonal that is 0 to rounding: there the operator's rank ran out."""
+    """The eigenpairs of T up to the operator's rank. Raises FloatingPointError for a non-finite product."""
     precision = 10 * float(jnp.finfo(krylov.diagonal.dtype).eps)
     diagonal, offdiagonal = (np.asarray(jax.device_get(x), np.float64) for x in krylov[:2])
     m, scale = 0, 0.0
@@ -127,29 +127,29 @@ def ritz_vector(krylov: Krylov, found: Ritz, index: int) -> jax.Array:
     """The unit vector [n] of one eigenpair."""
     coefficients = np.zeros(len(krylov.diagonal))
     coefficients[: len(found.values)] = found.coefficients[:, index]
-    # the part of the basis beyond a breakdown may be NaN, which 0 times would keep
+    # the basis beyond a breakdown may be NaN, and 0 * NaN is NaN
     basis = jnp.where(coefficients[:, None] == 0, 0, krylov.basis)
     vector = jnp.asarray(coefficients, krylov.basis.dtype) @ basis
     return vector / jnp.linalg.norm(vector)
 
 
 def residual(vector: jax.Array, image: jax.Array) -> tuple[float, float]:
-    """(Rayleigh quotient, |A v - quotient v|) of a unit vector v and its image A v: an eigenvalue lies that near."""
+    """(Rayleigh quotient, |A v - quotient v|) of a unit vector v and its image A v; the latter bounds the error."""
     quotient = jnp.vdot(vector, image)
     return float(quotient), float(jnp.linalg.norm(image - quotient * vector))
 
 
 def estimate(samples: Sequence[float]) -> Estimate:
-    """Mean and standard error of independent samples: of v^T A v over sign vectors v, the trace (Hutchinson)."""
+    """Mean and standard error of independent samples. Samples v^T A v of sign vectors v give the trace (Hutchinson)."""
     values = np.asarray(samples, np.float64)
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
     return Estimate(float(values.mean()), float(error))
 
 
 def density(probes: Sequence[Ritz], points: int = 801, width: float = 0.005) -> tuple[np.ndarray, np.ndarray]:
-    """Spectral density by stochastic Lanczos quadrature: (grid, density of an eigenvalue, which integrates to 1).
+    """Spectral density by stochastic Lanczos quadrature: (grid [points], density [points], which integrates to 1).
 
-    Each probe's Ritz values, weighted, under Gaussians of `width` times the range of all; mean over the probes.
+    The mean over probes of their weighted Ritz values, smoothed by Gaussians of `width` times the range of all values.
     """
     low, high = min(p.values[0] for p in probes), max(p.values[-1] for p in probes)
     sigma = width * max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-30)

@@ -1,1 +1,1 @@
-"""For optimizers from outside (steppe.optim.references): their contract, FLOPs counted from programs, examples."""
+"""Optimizers from outside (steppe.optim.references): their contract, FLOP counts, and examples."""

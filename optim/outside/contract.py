@@ -1,7 +1,7 @@
-"""What a training run relies on in a method or a base: checks of one from outside, which those here pass in the tests.
+"""The contract of a method or base with a training run, as checks for optimizers from outside.
 
-Each check is a function of a Subject on the toy problem; it raises Broken, whose text says what was seen and what a
-run needs instead.
+Each check tests a Subject on the toy problem. It raises Broken with the observed and the required behaviour. Steppe's
+own methods pass all checks in the tests.
 """
 
 import functools
@@ -23,15 +23,15 @@ from steppe.optim.outside import toy
 from steppe.optim.rule import REPORT, Tree, cosine, norm
 
 DEVICES = (2, 2, 2)  # of the mesh: data, fsdp, tensor
-CLOSE = 1e-5  # of sums in another order, relative to the norm
+CLOSE = 1e-5  # tolerance for sums in another order, relative to the norm
 
 
 class Broken(Exception):
-    """A promise that is not kept; its message is for a reader."""
+    """A violation of the contract; its message is for the user."""
 
 
 class Subject(NamedTuple):
-    """A method on a base, by name or reference, with its options; rho: a radius that it perturbs by."""
+    """A method and a base, by name or reference, with options and a radius rho > 0."""
 
     method: str = "adamw"
     base: str = "adamw"
@@ -45,7 +45,7 @@ class Subject(NamedTuple):
         return row is not None and "rho" in row.declared()
 
     def made(self) -> Base:
-        """Its base."""
+        """Makes its base."""
         return base(self.base, 1e-2, b1=0.9, b2=0.95)
 
     def start(self, dtype=jnp.float32) -> tuple:
@@ -54,15 +54,15 @@ class Subject(NamedTuple):
         return params, self.made().transform.init(params), self.rule(self.rho).init(params)
 
     def rule(self, rho: Any, **switches: Any):
-        """Its rule at a radius."""
+        """Makes its rule for a radius."""
         given = {"rho": rho} if self.has_radius else {}
         return method(self.method, base=self.made(), **given, **dict(self.options), **switches)
 
 
 @functools.cache
 def step_of(subject: Subject, microbatches: int = 1, broken: bool = False) -> Any:
-    """step(rho, params, base state, rule state, batch, i) -> (new ones, gradient, report), jitted, as a run takes it:
-    nothing advances where the report says that something was not finite. broken: every loss is NaN."""
+    """A jitted step(rho, params, base state, rule state, batch, i) -> (params, states, gradient, report), as in a run:
+    params and base state stay if the report has non-finite numbers. broken: every loss is NaN."""
     problem, transform = toy.language_model(), subject.made().transform
     if broken:
         trunk = problem.trunk
@@ -81,7 +81,7 @@ def step_of(subject: Subject, microbatches: int = 1, broken: bool = False) -> An
 
 
 def run(subject: Subject, steps: int, rho: float | None = None, **given: Any) -> tuple[tuple, Tree, dict]:
-    """((params, base state, rule state), gradient, report) after some steps, each of another batch."""
+    """((params, base state, rule state), gradient, report) after `steps` steps on different batches."""
     step, carry = step_of(subject, **given), subject.start()
     gradient = report = None
     for i in range(steps):
@@ -90,7 +90,7 @@ def run(subject: Subject, steps: int, rho: float | None = None, **given: Any) ->
 
 
 def need(true: Any, said: str) -> None:
-    """Broken where something is not so."""
+    """Raises Broken with the message `said` unless `true`."""
     if not true:
         raise Broken(said)
 
@@ -110,22 +110,22 @@ def _apart(a: Tree, b: Tree) -> float:
 
 
 def shapes(subject: Subject) -> None:
-    """Gradient, update and states have the shapes and dtypes of what goes in, in float32 and bfloat16."""
+    """Gradient, update and states keep the shapes and dtypes of their inputs, in float32 and bfloat16."""
     for dtype in (jnp.float32, jnp.bfloat16):
         start, transform = jax.eval_shape(lambda dtype=dtype: subject.start(dtype)), subject.made().transform
         rule = subject.rule(subject.rho)
         run = lambda *s, rule=rule: rule.gradient(toy.language_model(), s[0], toy.batch(), s[1], s[2], jnp.int32(3))  # noqa: E731
         gradient, rule_state, report = jax.eval_shape(run, *start)
         updates, base_state = jax.eval_shape(transform.update, gradient, start[1], start[0])
-        for name, found, given in (
+        for name, made, given in (
             ("gradient", gradient, start[0]),
             ("update", updates, start[0]),
             ("base's state", base_state, start[1]),
             ("rule's state", rule_state, start[2]),
         ):
-            tree, wanted = jax.tree.structure(found), jax.tree.structure(given)
-            need(tree == wanted, f"the {name} must be a tree like what it is made from: {wanted}, not {tree}")
-            pairs = zip(_kinds(found), _kinds(given), strict=True)
+            tree, wanted = jax.tree.structure(made), jax.tree.structure(given)
+            need(tree == wanted, f"the {name} must be a tree like its input: {wanted}, not {tree}")
+            pairs = zip(_kinds(made), _kinds(given), strict=True)
             wrong = [f"{a[1]}{list(a[0])} for {b[1]}{list(b[0])}" for a, b in pairs if a != b]
             need(not wrong, f"the {name} must keep shapes and dtypes ({jnp.dtype(dtype).name} parameters): {wrong[:3]}")
         missing = set(REPORT) - set(report)
@@ -133,60 +133,59 @@ def shapes(subject: Subject) -> None:
 
 
 def jit(subject: Subject) -> None:
-    """One compiled step serves all steps, and two runs of it are equal bit for bit."""
+    """One compiled step serves all steps, and two runs are bitwise equal."""
     step = step_of(subject)
     first, second = run(subject, 3)[0], run(subject, 3)[0]
-    need(_same(first, second), "the same steps must give the same numbers: two runs of three steps differ")
+    need(_same(first, second), "two runs of three steps must be bitwise equal; they differ")
     programs = step._cache_size()
-    need(
-        programs == 1, f"a step must be compiled once, and it was {programs} times: a state changes its dtype or shape"
-    )
+    need(programs == 1, f"a step must compile once, not {programs} times: a state changes its dtype or shape")
 
 
 def radius(subject: Subject) -> None:
-    """rho = 0 is the base bit for bit; a radius above it changes the gradient."""
+    """rho = 0 equals the base bitwise; a larger rho changes the gradient."""
     if not subject.has_radius:
         return
     plain = run(subject._replace(method="adamw", options=()), 3, 0.0)[0]
     zero = run(subject, 3, 0.0)[0]
-    need(_same(zero[:2], plain[:2]), "rho = 0 must give the base alone, bit for bit; after 3 steps it differs")
-    at, base_alone = run(subject, 3)[1], run(subject, 3, 0.0)[1]  # on the first there is no momentum to climb
-    need(not _same(at, base_alone), f"rho = {subject.rho} must change the gradient; it is the base's")
+    need(_same(zero[:2], plain[:2]), "rho = 0 must equal the base bitwise; after 3 steps it differs")
+    at, base_alone = run(subject, 3)[1], run(subject, 3, 0.0)[1]  # at the first step there is no momentum to climb
+    need(not _same(at, base_alone), f"rho = {subject.rho} must change the gradient; it equals the base's")
 
 
 def zeros(subject: Subject) -> None:
-    """Where every gradient is zero nothing becomes NaN, and nothing moves."""
+    """Zero gradients give no NaN and change no parameter."""
     step, carry, gradient = step_of(subject), subject.start(), None
     batch = toy.batch(weights=jnp.zeros((toy.B, toy.T)))
     for i in range(2):
         *carry, gradient, _ = step(subject.rho, *carry, batch, i)
     finite = all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((gradient, carry)))
-    need(finite, "zero gradients must stay finite; a division by a norm or a moment of zero gives NaN")
+    need(finite, "zero gradients must give finite numbers; a division by a zero norm or moment gives NaN")
     moved = _apart(carry[0], toy.parameters())
-    need(
-        moved <= 1e-6, f"zero gradients must move nothing; two steps moved the parameters by {moved:.1e} of their norm"
-    )
+    need(moved <= 1e-6, f"zero gradients must change no parameter; two steps changed them by {moved:.1e} of their norm")
 
 
 def nan(subject: Subject) -> None:
-    """A loss that is NaN is reported, and the rule's state stays."""
+    """A NaN loss is reported and does not change the rule's state."""
     carry = run(subject, 2)[0]
     *after, _, report = step_of(subject, broken=True)(subject.rho, *carry, toy.batch(5), 2)
-    need(report["nonfinite"] > 0, "the report must say nonfinite where the loss is NaN: optim.rule.report does")
-    need(_same(tuple(after), carry), "a step with a NaN must leave all states; the rule's state took it")
+    need(report["nonfinite"] > 0, "the report must have nonfinite > 0 if the loss is NaN: use optim.rule.report")
+    need(_same(tuple(after), carry), "a step with a NaN must change no state; it changed the rule's state")
 
 
 def microbatches(subject: Subject) -> None:
-    """Two microbatches give what the whole batch gives."""
+    """Two microbatches give the gradient of the whole batch."""
     one, two = run(subject, 2), run(subject, 2, microbatches=2)
     apart = _apart(two[1], one[1])
-    need(apart <= CLOSE, f"two microbatches must give the gradient of the whole batch; they are {apart:.1e} apart")
+    need(
+        apart <= CLOSE,
+        f"two microbatches must give the gradient of the whole batch; it differs by {apart:.1e} of its norm",
+    )
 
 
 def sharding(subject: Subject) -> None:
-    """Eight devices, with batch and parameters split, give what one gives; states like parameters are split as they."""
+    """Eight devices that split batch, parameters and states give the result of one device."""
     count = int(np.prod(DEVICES))
-    need(len(jax.devices()) >= count, f"eight devices are needed: JAX_NUM_CPU_DEVICES={count} gives them on a CPU")
+    need(len(jax.devices()) >= count, f"needs eight devices: set JAX_NUM_CPU_DEVICES={count} on a CPU")
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh(DEVICES, axes, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
     params = toy.parameters()
@@ -201,23 +200,26 @@ def sharding(subject: Subject) -> None:
     *one, gradient, _ = step(subject.rho, *carry, toy.batch(1), 1)
     *many, split, _ = step(subject.rho, *jax.tree.map(place, carry), jax.tree.map(rows, toy.batch(1)), 1)
     apart = max(_apart(split, gradient), _apart(many[0], one[0]))
-    need(apart <= CLOSE, f"eight devices must give what one gives; they are {apart:.1e} apart")
+    need(apart <= CLOSE, f"eight devices must give the result of one; it differs by {apart:.1e} of its norm")
 
 
 def resume(subject: Subject) -> None:
-    """The states survive a checkpoint bit for bit, and the run goes on as if it had not stopped."""
+    """A checkpoint restores the states bitwise, so that a run can resume."""
     carry = run(subject, 2)[0]
     state = {"base": carry[1], "rule": carry[2]}
     with tempfile.TemporaryDirectory() as directory, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(f"{directory}/state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(f"{directory}/state", jax.tree.map(jnp.zeros_like, state))
-    need(jax.tree.structure(restored) == jax.tree.structure(state), "the states must be trees that a checkpoint holds")
-    need(_same(restored, state), "the states must survive a checkpoint bit for bit")
+    need(
+        jax.tree.structure(restored) == jax.tree.structure(state),
+        "a checkpoint must restore the structure of the states",
+    )
+    need(_same(restored, state), "a checkpoint must restore the states bitwise")
 
 
 def learns(subject: Subject) -> None:
-    """Thirty steps lower the loss on their batch, and the gradient points the way the plain one does."""
+    """Thirty steps on one batch lower its loss, and the gradient has a positive cosine with the plain one."""
     step, carry = step_of(subject), subject.start()
     losses, batch = [], toy.batch()
     for i in range(30):
@@ -235,13 +237,13 @@ CHECKS = (shapes, jit, radius, zeros, nan, microbatches, sharding, resume, learn
 
 
 def outcomes(subject: Subject, checks: Sequence[Callable[[Subject], None]] = CHECKS) -> Iterator[tuple[str, str, str]]:
-    """(check, its meaning, "" or what is broken) of every check, in turn."""
+    """Yields (name, meaning, error message or "") of every check."""
     for check in checks:
         try:
             check(subject)
             said = ""
         except Broken as error:
             said = str(error)
-        except Exception as error:  # whatever a user's function raises is about that function
+        except Exception as error:  # a user's function may raise anything
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         yield check.__name__, (check.__doc__ or "").partition("\n")[0], said

@@ -1,7 +1,7 @@
-"""FLOPs of any function, counted from its program before XLA: products of matrices and their factorisations.
+"""Counts the FLOPs of matrix products and factorisations in any function, from its jaxpr.
 
-Multiply-adds count two, elementwise work nothing, as the FLOPs of a run are counted. What depends on a step that is
-known, such as the branch of a SOAP step that renews its bases, is counted as it is on that step.
+A multiply-add counts two, elementwise work nothing, like the FLOPs of a run. Branches that depend on the step, such as
+the refresh of SOAP's bases, are evaluated for given steps.
 """
 
 import math
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-LARGEST_KNOWN = 64  # values that are followed through a program: counters and what is computed of them
+LARGEST_KNOWN = 64  # largest array whose values are computed while counting: step counters and their functions
 
 
 def counted(function: Callable, *arguments: Any, steps: Sequence[int] = (1,)) -> float:
-    """FLOPs of function(*arguments), which may be ShapeDtypeStructs, on average over steps.
+    """Mean FLOPs of function(*arguments) over steps. Arguments may be ShapeDtypeStructs.
 
-    steps: values that all integer scalars among the arguments have together, as the counters of an optimizer do. A
-    branch that depends on nothing known counts as its dearest one; a loop without a known length as one turn.
+    steps: the values that all integer scalars among the arguments (an optimizer's counters) take together. A condition
+    with an unknown value counts its most expensive branch; a loop of unknown length counts one turn.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     leaves = jax.tree.leaves(arguments)
@@ -38,7 +38,7 @@ def counted(function: Callable, *arguments: Any, steps: Sequence[int] = (1,)) ->
 
 
 def _branches(jaxpr: Any) -> bool:
-    """Whether a program may do another thing on another step."""
+    """Whether a program contains a condition, so that its cost may depend on the step."""
     return any(equation.primitive.name == "cond" for equation in jaxpr.eqns) or any(
         map(_branches, core.subjaxprs(jaxpr))
     )
@@ -49,7 +49,7 @@ def _small(value: Any) -> np.ndarray | None:
 
 
 def _count(jaxpr: Any, consts: Sequence, known: Sequence) -> tuple[float, list]:
-    """(FLOPs, the values of the outputs that are known, None for others) of a jaxpr with inputs of which some are."""
+    """(FLOPs, output values) of a jaxpr with the given constants and inputs; None stands for an unknown value."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *known), strict=True))
 
     def read(atom):
@@ -87,8 +87,8 @@ def _equation(equation: Any, given: list) -> tuple[float, list]:
         return _count(jaxpr, consts, [None] * len(jaxpr.invars))[0], unknown
     small = all(math.prod(atom.aval.shape) <= LARGEST_KNOWN for atom in equation.outvars)
     if small and not equation.effects and all(value is not None for value in given):
-        found = equation.primitive.bind(*given, **parameters)
-        return 0.0, [np.asarray(each) for each in (found if equation.primitive.multiple_results else [found])]
+        result = equation.primitive.bind(*given, **parameters)
+        return 0.0, [np.asarray(each) for each in (result if equation.primitive.multiple_results else [result])]
     return 0.0, unknown
 
 
@@ -104,7 +104,7 @@ def _convolution(equation: Any) -> float:
 
 
 def _factorised(times: float) -> Callable[[Any], float]:
-    """times n^2 (m - n/3) of a stack of [m, n], n <= m (Golub and Van Loan, Matrix Computations, 5.2 and 8.6)."""
+    """times * n^2 (m - n/3) per [m, n] in a stack, n <= m (Golub and Van Loan, Matrix Computations, 5.2 and 8.6)."""
 
     def flops(equation: Any) -> float:
         *stack, m, n = equation.invars[0].aval.shape
@@ -114,7 +114,7 @@ def _factorised(times: float) -> Callable[[Any], float]:
     return flops
 
 
-# of a QR: R, then Q
+# jax computes a QR as geqrf (R), then householder_product (Q)
 PRODUCTS = {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,

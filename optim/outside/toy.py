@@ -1,4 +1,4 @@
-"""A language model of 72 parameters, nonlinear in them, with token weights: what the contract is tried on."""
+"""The toy problem of the contract: a nonlinear language model of 72 parameters with token weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ V, D, LAYERS, B, T = 7, 4, 2, 8, 3
 
 
 def parameters(dtype=jnp.float32, seed=0):
-    """A stacked trunk, a vector, an embedding and a readout, of sizes that 2 x 2 x 2 devices divide where they must."""
+    """A stacked trunk, a vector, an embedding and a readout, with sizes that a 2 x 2 x 2 mesh can split."""
     keys = jax.random.split(jax.random.key(seed), 3)
     return {
         "embed": jax.random.normal(keys[0], (V, D), dtype),
@@ -38,7 +38,7 @@ def trunk(params, batch, dtype=None):
 
 
 def token_loss(logits, batch):
-    """Mean over tokens of positive weight, with the per-sequence losses that k_sam asks for."""
+    """Mean over tokens of positive weight, and the per-sequence losses that k_sam needs."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * batch["weights"]
     count = jnp.maximum(jnp.sum(batch["weights"] > 0), 1)
     return jnp.sum(losses) / count, {"per_sequence_loss": jnp.sum(losses, axis=1)}
@@ -49,7 +49,7 @@ def tokens_of(batch):
 
 
 def language_model(dtype=None) -> Objective:
-    """The problem as forward and loss: F are the logits."""
+    """The problem as an Objective whose outputs are the logits."""
 
     def forward(params, batch):
         hidden = trunk(params, batch, dtype)

@@ -114,7 +114,7 @@ def test_an_unscaled_parameter_of_asam_climbs_as_sam_does():
     np.testing.assert_allclose(np.concatenate([vector["kernel"], vector["bias"]]), t**2 * g, rtol=1e-6)
     np.testing.assert_allclose(length, np.linalg.norm(t * g), rtol=1e-6)
     assert made().direction(given)[0]["bias"] == pytest.approx(5.01**2 * 0.5)
-    with pytest.raises(ValueError, match=r"optim\.unscaled = 'gamma': must be a regex of some parameter's path"):
+    with pytest.raises(ValueError, match=r"optim\.unscaled = 'gamma': must be a regex that matches a parameter's path"):
         optim.method("asam", unscaled="gamma").init(params)
 
 

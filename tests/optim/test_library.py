@@ -206,7 +206,7 @@ def test_rows_are_chosen_from_a_batch_with_a_key(name):
     [
         ({"classes": jnp.ones(10)}, r"batch\['x'\] has 6 rows and batch\['classes'\] 10"),
         ({"table": jnp.ones((2, 6))}, r"batch\['x'\] has 6 rows and batch\['table'\] 2"),
-        ({"x": jnp.ones((2, 3)), "y": jnp.ones(2), "key": jax.random.PRNGKey(0)}, "a PRNG key or one number for each"),
+        ({"x": jnp.ones((2, 3)), "y": jnp.ones(2), "key": jax.random.PRNGKey(0)}, "a PRNG key, or one number for each"),
         ({"x": jnp.ones((5, 3)), "y": jnp.ones(5)}, "optim.microbatches = 2: must be a divisor of the 5 rows"),
     ],
 )

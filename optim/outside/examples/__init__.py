@@ -1,4 +1,4 @@
-"""Optimizers that ship as code from outside would come: optim.base=steppe.optim.outside.examples.mars:mars.
+"""Examples of optimizers from outside: optim.base=steppe.optim.outside.examples.mars:mars.
 
-Each is one file that may be copied and changed; `steppe check` tries it.
+Each is one file to copy and change; `steppe check` tests it.
 """

@@ -18,15 +18,15 @@ def ademamix(
     decay_mask,
     slow_decay: Annotated[float, Option("decay of the slow average", *SHARE)] = 0.999,
     slow_weight: Annotated[float, Option("weight of the slow average next to the fast one", *NOT_NEGATIVE)] = 5.0,
-    slow_warmup: Annotated[int, Option("steps over which both grow to these; 0: none", *NATURAL)] = 1000,
+    slow_warmup: Annotated[int, Option("warm-up of weight and decay, steps; 0: none", *NATURAL)] = 1000,
 ) -> optax.GradientTransformation:
-    """(m₁/(1-b1ᵗ) + α m₂) / (√(v/(1-b2ᵗ)) + eps), m₂ the average of decay β₃; decoupled decay.
+    """(m₁/(1-b1ᵗ) + α m₂) / (√(v/(1-b2ᵗ)) + eps), m₂ the average with decay β₃; decoupled weight decay.
 
-    Over the warm-up α grows linearly from 0, and β₃ from b1 so that the half-life does (their section 3). Their
-    defaults are for hundreds of thousands of steps (β₃ 0.9999, the warm-up the whole run); these are for thousands.
+    During the warm-up α grows linearly from 0, and β₃ from b1 with a linear half-life (section 3 of the paper). The
+    paper's defaults suit hundreds of thousands of steps (β₃ 0.9999, warm-up of the whole run); these suit thousands.
     """
 
-    def done(count):  # of no dtype of its own, so that states keep theirs
+    def done(count):  # weakly typed, so that states keep their dtypes
         return jnp.minimum((count + 1) * (1 / slow_warmup), 1.0)
 
     def weight(count):

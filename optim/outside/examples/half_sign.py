@@ -1,4 +1,4 @@
-"""A direction of one's own, in fifteen lines."""
+"""A custom direction in fifteen lines."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Hyperball: matrices of constant norm (Wen, Dang, Lyu, Ma, Liang 2026, arXiv 2606.16899), on Adam and on Muon."""
+"""Hyperball: Adam and Muon with matrices of constant norm (Wen, Dang, Lyu, Ma, Liang 2026, arXiv 2606.16899)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +12,12 @@ from steppe.optim.rule import Tree, ratio
 
 
 def adam_hyperball(learning_rate, b1, b2, eps, weight_decay, decay_mask, matrix_axes) -> optax.GradientTransformation:
-    """AdamH: W ← R N(W - η R N(u)) of matrices, N(x) = x/‖x‖, R = ‖W‖, u Adam's; AdamW of the rest."""
+    """AdamH: W ← R N(W - η R N(u)) for matrices, N(x) = x/‖x‖, R = ‖W‖, u Adam's direction; AdamW for the rest."""
     return _on_balls(optax.scale_by_adam(b1, b2, eps), learning_rate, weight_decay, decay_mask, matrix_axes)
 
 
 def muon_hyperball(learning_rate, b1, b2, eps, weight_decay, decay_mask, matrix_axes) -> optax.GradientTransformation:
-    """MuonH: the same with u of Muon; AdamW of the rest."""
+    """MuonH: the same with Muon's direction u; AdamW for the rest."""
     muon = optax.contrib.muon(1.0, beta=b1, eps=eps, adam_b1=b1, adam_b2=b2, muon_weight_dimension_numbers=matrix_axes)
     inner = optax.chain(muon, optax.scale(-1.0))
     return _on_balls(inner, learning_rate, weight_decay, decay_mask, matrix_axes)
@@ -30,19 +30,19 @@ def _on_balls(
     decay_mask: Any,
     matrix_axes: Callable | None,
 ) -> optax.GradientTransformation:
-    """The inner direction as steps on balls where a parameter is a matrix, as decoupled decay has them elsewhere.
+    """Steps on spheres for matrices, and plain steps with decoupled decay for other parameters.
 
-    The radius is the norm that a matrix has: what its steps keep, up to rounding.
+    The radius is the current norm of a matrix, which its steps preserve up to rounding.
     """
 
     def on_matrices(function: Callable) -> optax.GradientTransformation:
-        """function(update, matrix, norm) of every matrix, norm(x) that of each of a stack."""
+        """Applies function(update, matrix, norm) to every matrix; norm(x) is the norm of each matrix in a stack."""
 
         def update(updates: Tree, params: Tree) -> Tree:
             leaves, structure = jax.tree.flatten(updates)
             rows = zip(leaves, jax.tree.leaves(params), dimensions(params, matrix_axes), strict=True)
-            found = [u if dims is None else function(u, w, partial(matrix_norm, dims=dims)) for u, w, dims in rows]
-            return jax.tree.unflatten(structure, found)
+            new = [u if dims is None else function(u, w, partial(matrix_norm, dims=dims)) for u, w, dims in rows]
+            return jax.tree.unflatten(structure, new)
 
         return optax.stateless(update)
 

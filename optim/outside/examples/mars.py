@@ -1,4 +1,4 @@
-"""MARS-AdamW: variance reduction by the gradient before (Yuan et al. 2024, arXiv 2411.10438, their approximation)."""
+"""MARS-AdamW: variance reduction by the previous gradient (Yuan et al. 2024, arXiv 2411.10438, approximate form)."""
 
 from typing import Annotated, NamedTuple
 
@@ -12,7 +12,7 @@ from steppe.optim.rule import Tree
 
 
 class Before(NamedTuple):
-    """The gradient of the step before."""
+    """State: the gradient of the previous step."""
 
     gradient: Tree
 
@@ -25,11 +25,11 @@ def mars(
     weight_decay,
     decay_mask,
     matrix_axes,
-    reduction: Annotated[float, Option("share of the difference from the gradient before", *NOT_NEGATIVE)] = 0.025,
+    reduction: Annotated[float, Option("weight of the difference from the previous gradient", *NOT_NEGATIVE)] = 0.025,
 ) -> optax.GradientTransformation:
-    """AdamW of c = g + γ b1/(1-b1) (g - g of the step before), cut to norm 1, in matrices; of g elsewhere.
+    """AdamW on c = g + γ b1/(1-b1) (g - previous g), clipped to norm 1, for matrices; on g for other parameters.
 
-    Each matrix of a stack is cut by itself. As in their approximation the gradient before is of another batch.
+    Clips each matrix of a stack separately. As in the paper's approximate form, the previous g is of another batch.
     """
 
     def update(updates, state, params=None):
