@@ -1,1 +1,1 @@
-"""Text to tokens to batches: everything between a corpus and the arrays of one training step."""
+"""Turns a corpus into token batches: reading, tokenising, packing, storing and loading."""

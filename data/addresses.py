@@ -1,4 +1,4 @@
-"""Files behind addresses (s3://, gs://, hf://, memory://), as fsspec's drivers reach them."""
+"""Access to URLs (s3://, gs://, hf://, memory://) through fsspec's drivers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from steppe.data.errors import DataError
 
 
 def reached(address: str) -> tuple[Any, str]:
-    """(fsspec's file system, the path in it) of an address. DataError where its driver is missing, or refuses."""
+    """(fsspec file system, path in it) of a URL. Raises DataError if the driver is missing or fails."""
     try:
         return fsspec.core.url_to_fs(address)
     except Exception as error:  # a missing package, an unknown scheme, no credentials: every store has its own
@@ -16,6 +16,6 @@ def reached(address: str) -> tuple[Any, str]:
 
 
 def unreachable(address: str, error: Exception) -> DataError:
-    """The error of an address that a driver could not serve."""
+    """The DataError for a URL that a driver could not access."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return DataError(f"{address}: cannot be reached ({reason[:200]})")

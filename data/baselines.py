@@ -1,4 +1,4 @@
-"""What a model without context, and a compressor, make of a held-out set: numbers to read a loss against."""
+"""Reference losses of a held-out set: a unigram model and a compressor."""
 
 import gzip
 import math
@@ -7,12 +7,12 @@ import numpy as np
 
 from steppe.data.loader import Corpus, rows_in_order
 
-NAMES = {"unigram": "unigram", "gzip": "gzip -9"}  # of the references, and as they are shown
-SAMPLE_ROWS = 20_000  # training rows that the unigram counts come from, at most
+NAMES = {"unigram": "unigram", "gzip": "gzip -9"}  # references and their labels
+SAMPLE_ROWS = 20_000  # most training rows per source for the unigram counts
 
 
 def token_counts(corpus: Corpus, vocabulary: int) -> np.ndarray:
-    """How often each token is a target in (the first SAMPLE_ROWS of each source of) the training text: [vocabulary]."""
+    """Counts [vocabulary] of each token as a target in the first SAMPLE_ROWS of each training source."""
     counts = np.zeros(vocabulary, np.int64)
     for part in corpus.train:
         for start in range(0, min(part.rows, SAMPLE_ROWS), 1000):
@@ -24,8 +24,8 @@ def token_counts(corpus: Corpus, vocabulary: int) -> np.ndarray:
 def baselines(corpus: Corpus, name: str, counts: np.ndarray, sample_bytes: int = 8 << 20) -> dict[str, float]:
     """Bits per byte of held-out set `name` (its first sample_bytes) under two references.
 
-    unigram: the add-one-smoothed token frequencies `counts` of the training text. gzip: gzip -9 of the decoded
-    text, per byte of the source, which a lossy vocabulary does not give back whole.
+    unigram: add-one-smoothed token frequencies from `counts`. gzip: gzip -9 of the decoded text, per byte of the
+    source; a lossy vocabulary decodes to a different text.
     """
     part = corpus.held_out[name]
     rows = max(1, min(part.rows, part.rows * sample_bytes // max(1, part.bytes)))

@@ -1,4 +1,4 @@
-"""The prepared directory of a run: the one its config names, or the cache's, prepared on first use."""
+"""The prepared directory of a run: the one in its config, or one in the cache that is prepared on first use."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from steppe.data.prepare.shards import Recipe
 
 
 def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
-    """The prepared directory of config.data: `directory` if set, else the cache's, prepared on first use. One behind an
-    address is fetched into the cache.
+    """The prepared directory of config.data: `directory` if set, else one in the cache, prepared on first use. Fetches
+    a URL into the cache.
 
-    Two processes that ask at once prepare it once. Never imports tensorflow: the preparation is a process of its own.
+    Concurrent processes prepare it once. Preparation runs in another process, so this one never imports tensorflow.
     """
     if data_config["directory"]:
         directory = os.path.expanduser(data_config["directory"])
@@ -34,7 +34,7 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
     directory, older = (
         os.path.join(cache, f"{name}-{manifests.checksum(known)[:16]}") for known in (now, without_samples(now))
     )
-    for known in (directory, older):  # the older one is of a version that did not look into files
+    for known in (directory, older):  # older versions did not hash file contents
         if os.path.exists(os.path.join(known, manifests.NAME)):
             return known
     try:
@@ -49,12 +49,12 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
 
 
 def cache_of(data_config: Mapping) -> str:
-    """Where corpora are kept that no config names."""
+    """The cache directory of corpora."""
     return os.path.expanduser(data_config["cache"] or files.user_cache())
 
 
 def open_of(data_config: Mapping, log: Callable[[str], None] = print) -> Corpus:
-    """The corpus of config.data, opened as `ensure` and loader.open_corpus say."""
+    """Opens the corpus of config.data; see `ensure` and loader.open_corpus."""
     return open_corpus(
         ensure(data_config, log),
         vocabulary=data_config["vocabulary"],
@@ -65,9 +65,9 @@ def open_of(data_config: Mapping, log: Callable[[str], None] = print) -> Corpus:
 
 
 def held_out_of(data_config: Mapping, task: str, log: Callable[[str], None] = print) -> Corpus:
-    """A corpus without training text: the sources of `task`, whole unless it says otherwise, as held-out sets.
+    """A corpus in the cache without training text: the sources of `task` become held-out sets, by default whole.
 
-    Tokenised and packed as config.data says, and kept in its cache.
+    Tokenised and packed according to config.data.
     """
     named = tuple(
         f"{source.name}={source.kind}{f':{source.where}' * bool(source.where)}@{source.split}"
@@ -82,14 +82,14 @@ def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -
     command.append(str(os.getpid()))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
-        said, complained = process.stdout, process.stderr
-        assert said is not None
-        assert complained is not None
+        output, errors_of = process.stdout, process.stderr
+        assert output is not None
+        assert errors_of is not None
         complaints: list[str] = []
-        reader = threading.Thread(target=lambda: complaints.extend(complained), daemon=True)
+        reader = threading.Thread(target=lambda: complaints.extend(errors_of), daemon=True)
         reader.start()
         try:
-            for line in said:
+            for line in output:
                 log(line.rstrip())
         except BaseException:
             process.kill()

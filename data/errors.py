@@ -1,10 +1,10 @@
-"""What can go wrong in this room, one class per remedy. Every message is one line and names the key or file."""
+"""The errors of this package, one class per remedy. Every message is one line and names the key or file."""
 
 from typing import Any, Required, TypedDict
 
 
 class DataError(ValueError):
-    """Bad input: the message names the key, its value and what is accepted, which are fields where there is a key."""
+    """Bad input. If a config key is at fault, the fields `key`, `value` and `accepted` are set."""
 
     def __init__(self, message: str, *, key: str = "", value: Any = None, accepted: str = ""):
         self.key, self.value, self.accepted = key, value, accepted
@@ -12,29 +12,29 @@ class DataError(ValueError):
 
 
 class StorageError(OSError):
-    """Something could not be written where it belongs; one line."""
+    """A file could not be written; the message is one line."""
 
 
 def refused(key: str, value: Any, accepted: str) -> DataError:
-    """The error of the value of a key, or of an --option."""
+    """The DataError for a bad value of a config key or an --option."""
     name = key if key.startswith("--") else f"config.{key}"
     return DataError(f"{name}={value!r}: accepted is {accepted}", key=key, value=value, accepted=accepted)
 
 
 class CorpusMismatch(DataError):
-    """A prepared directory does not suit the run: prepare another one or change the named key."""
+    """A prepared directory does not match the run: prepare another one or change the named key."""
 
 
 class CorpusDamaged(DataError):
-    """A prepared directory is not what was prepared: a shard or the manifest is missing, cut short or altered."""
+    """A prepared directory is damaged: a shard or the manifest is missing, truncated or altered."""
 
 
 class BadRecords(DataError):
-    """More records than config.data.bad_records allows could not be read."""
+    """More bad records than config.data.bad_records allows."""
 
 
 class Refusal(TypedDict, total=False):
-    """What `to_json` makes of an error."""
+    """The JSON form of an error, made by `to_json`."""
 
     kind: Required[str]
     message: Required[str]
@@ -44,7 +44,7 @@ class Refusal(TypedDict, total=False):
 
 
 def to_json(error: DataError | StorageError) -> Refusal:
-    """An error for another process; `from_json` makes it again."""
+    """Converts an error to JSON for another process; `from_json` restores it."""
     said: Refusal = {"kind": type(error).__name__, "message": str(error)}
     if isinstance(error, DataError):
         said.update({"key": error.key, "value": error.value, "accepted": error.accepted})
@@ -52,7 +52,7 @@ def to_json(error: DataError | StorageError) -> Refusal:
 
 
 def from_json(said: Refusal) -> DataError | StorageError:
-    """The error that another process told of."""
+    """Restores an error from `to_json`."""
     kinds = {kind.__name__: kind for kind in (DataError, CorpusMismatch, CorpusDamaged, BadRecords, StorageError)}
     fields: dict[str, Any] = {name: field for name, field in said.items() if name in ("key", "value", "accepted")}
     return kinds.get(said["kind"], DataError)(said["message"], **fields)

@@ -1,4 +1,4 @@
-"""The one way files are written, locked and hashed: a kill leaves the old file or the new one, never a part of it."""
+"""Writes, locks and hashes files. Writes are atomic: a kill leaves the old file or the new one, never a part."""
 
 import contextlib
 import csv
@@ -21,11 +21,11 @@ import xxhash
 
 from steppe.data.errors import DataError
 
-ASIDE = ".tmp"  # how names of files end that are being written
+ASIDE = ".tmp"  # suffix of unfinished files
 
 
 class Held(RuntimeError):
-    """A lock that another process has: `holder` says which, as far as is known."""
+    """Another process holds the lock; `holder` describes it."""
 
     def __init__(self, holder: str):
         self.holder = holder
@@ -34,12 +34,12 @@ class Held(RuntimeError):
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """The name of an empty file beside `path` to write to, which takes its place, durably, once the block is left in
-    order; a link at `path` is replaced, not followed."""
+    """Yields the path of an empty temporary file, which replaces `path` durably when the block ends without an error.
+    A link at `path` is replaced, not followed."""
     writer = f"{socket.gethostname()}-{threading.get_native_id()}"  # several hosts may write one directory
     aside = f"{os.fspath(path)}.{writer}{ASIDE}"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(aside)  # of a process that was killed, or a link that somebody put there
+        os.unlink(aside)  # left by a killed process, or a link that somebody made
     os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield aside
@@ -56,7 +56,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a whole file, UTF-8 where it is text. OSError leaves what was there."""
+    """Writes a whole file, text as UTF-8. An OSError leaves the old file unchanged."""
     with replacing(path) as aside, open(aside, "wb") as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
@@ -70,12 +70,12 @@ def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any, *, digits: int | None = None) -> None:
-    """Writes JSON; what is not finite becomes null. digits: significant ones that numbers keep, None for all."""
+    """Writes JSON; non-finite numbers become null. digits: significant digits of floats, None for all."""
     write(path, json.dumps(plain(value, digits), indent=1, allow_nan=False))
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
-    """A value as JSON has it: lists for tuples, None for what is not finite, so many significant digits."""
+    """Converts a value for JSON: tuples to lists, non-finite numbers to None, floats to `digits` significant digits."""
     if isinstance(value, dict):
         return {key: plain(inside, digits) for key, inside in value.items()}
     if isinstance(value, (list, tuple)):
@@ -88,7 +88,7 @@ def plain(value: Any, digits: int | None = None) -> Any:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Returns once a local file or directory is safely on disk."""
+    """Waits until a local file or directory is on disk (fsync)."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -97,17 +97,17 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def user_cache() -> str:
-    """Where Steppe keeps what it can make again, unless it is told another place: STEPPE_CACHE, or ~/.cache/steppe."""
+    """The default cache directory for data that Steppe can recreate: $STEPPE_CACHE, else ~/.cache/steppe."""
     return os.path.expanduser(os.environ.get("STEPPE_CACHE") or os.path.join("~", ".cache", "steppe"))
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is an address, such as gs://bucket/file."""
+    """Whether a path is a URL, such as gs://bucket/file."""
     return "://" in str(path)
 
 
 def ordinary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
-    """An ordinary file to read from. DataError for a pipe, a device or a socket, at which reading would wait."""
+    """Opens a regular file for reading. Raises DataError for a pipe, device or socket, whose read could block."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = os.fstat(number).st_mode
     if stat.S_ISREG(kind):
@@ -119,7 +119,7 @@ def ordinary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
 
 
 def opened(path: str) -> BinaryIO:
-    """A file to read from; an address through fsspec."""
+    """Opens a file, or a URL with fsspec, for reading."""
     if not is_remote(path):
         return open(path, "rb", buffering=1 << 20)
     from steppe.data import addresses
@@ -129,17 +129,17 @@ def opened(path: str) -> BinaryIO:
 
 
 def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list[str]:
-    """The files (or what else is of the `kind`) that a pattern matches (~ and ** too), sorted; an address by fsspec.
+    """The files (or other paths of the `kind`) that a glob pattern with ~ and ** matches, sorted; URLs with fsspec.
 
-    A name that exists is that name, whatever brackets, stars or question marks are in it.
+    Special characters in names that exist are literal.
     """
     if not is_remote(pattern):
         pattern = os.path.expanduser(pattern)
         parts = pattern.split(os.sep)
         starts = [os.sep.join(parts[:n]) for n in range(len(parts) + 1)]
         literal = next(start for start in reversed(starts) if not start or os.path.lexists(start))
-        found = glob.glob(glob.escape(literal) + pattern[len(literal) :], recursive=True)
-        return sorted(filter(kind, found))
+        paths = glob.glob(glob.escape(literal) + pattern[len(literal) :], recursive=True)
+        return sorted(filter(kind, paths))
     from steppe.data import addresses
 
     system, inside = addresses.reached(pattern)
@@ -160,11 +160,10 @@ def content_hash(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def lock(path: str | os.PathLike, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
-    """Holds an advisory lock, which the kernel drops when its holder dies. Held if another has it and wait is false.
+    """Holds an advisory lock, which the kernel releases when the process dies.
 
-    shared: beside others that hold it so.
-
-    OSError on a file system without locks, rather than run unprotected.
+    wait: waits for another holder instead of raising Held. shared: allows other shared holders.
+    Raises OSError on a file system without locks.
     """
     number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -175,7 +174,7 @@ def lock(path: str | os.PathLike, *, wait: bool = False, shared: bool = False) -
                 raise
             raise Held(os.pread(number, 200, 0).decode(errors="replace").strip() or "another process") from None
         os.ftruncate(number, 0)
-        with contextlib.suppress(OSError):  # on a full disk it is held all the same
+        with contextlib.suppress(OSError):  # a full disk only prevents the holder's name
             os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
@@ -183,7 +182,7 @@ def lock(path: str | os.PathLike, *, wait: bool = False, shared: bool = False) -
 
 
 def is_held(path: str | os.PathLike) -> bool:
-    """Whether a process holds this lock now."""
+    """Whether a process holds this lock."""
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -198,17 +197,17 @@ def is_held(path: str | os.PathLike) -> bool:
 
 
 def below(root: str | os.PathLike, name: Any, *, links: bool = False) -> Path:
-    """The path below a root of a name that a stored file, an address or a listing told, to read, write or delete.
+    """Joins a root directory and an untrusted relative name, from a stored file, a URL or a listing.
 
-    root: a directory, which may be a link itself. name: its parts are divided by "/". links: whether those of the
-    directory may lead out, as in a downloaded snapshot, to read only.
-    DataError for what leads out, links of the directory too, and for what is no name of a file.
+    root: a directory, possibly a link. name: parts separated by "/". links: whether links inside the directory may lead
+    out of it, as in a downloaded snapshot; only for reading.
+    Raises DataError for an invalid name, and for a path that leaves the directory, also through a link.
     """
     fault = ""
     if not isinstance(name, str) or not name:
         fault = "must be the name of a file"
     elif _NO_NAME.search(name):
-        fault = "has characters that no name may have"
+        fault = "has forbidden characters"
     elif name.startswith("/") or re.match("[A-Za-z]:", name) or {"", ".", ".."} & set(name.split("/")):
         fault = "must be relative, without empty parts, . and .."
     elif len(name.encode()) > 1024 or max(len(part.encode()) for part in name.split("/")) > 255:
@@ -226,18 +225,18 @@ _NO_NAME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\\\\]")
 
 
 def shown(value: Any) -> str:
-    """A stored value for a message: one short line."""
+    """A stored value as one short line for a message."""
     text = ascii(value) if isinstance(value, str) and _NO_NAME.search(value) else repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def visible(text: str, stream: Any) -> str:
-    """A text for a stream: on a terminal, which would obey them, control characters are escaped."""
+    """Escapes control characters in a text if the stream is a terminal, which would execute them."""
     if not (hasattr(stream, "isatty") and stream.isatty()):
         return text
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def leftovers(directory: str | os.PathLike) -> list[Path]:
-    """Files under a directory that were being written when their writer died."""
+    """Unfinished files under a directory, left by processes that died."""
     return sorted(Path(directory).rglob(f"*{ASIDE}"))

@@ -1,8 +1,8 @@
-"""Batches of a prepared directory: pure functions of (seed, step, global row). Never imports tensorflow.
+"""Batches of a prepared directory, as pure functions of (seed, step, global row). Never imports tensorflow.
 
-Rows of a source are shuffled anew in every epoch by grain's index shuffle, sources are mixed by weight, and row r of
-step s is element s * batch_size + r of that endless sequence: no iterator state, no dependence on hosts, workers or
-restarts.
+grain's index shuffle reorders the rows of a source in every epoch, and sources are mixed by weight. Row r of step s is
+element s * batch_size + r of this endless sequence. So there is no iterator state, and batches do not depend on hosts,
+workers or restarts.
 """
 
 import threading
@@ -20,8 +20,8 @@ from steppe.data.errors import CorpusDamaged, CorpusMismatch, DataError
 from steppe.data.packing import to_batch
 from steppe.data.vocabulary import Tokenizer, load_tokenizer
 
-READ_AHEAD = 256  # rows read at once where batches are smaller: a call costs as much as a hundred of its rows
-HELD_OUT_SEED = 0  # the fixed order of held-out rows, so that a prefix of them is a fair sample
+READ_AHEAD = 256  # rows read together for smaller batches; one call costs as much as reading a hundred rows
+HELD_OUT_SEED = 0  # fixed shuffle of held-out rows, so that their first rows are a fair sample
 
 
 _one_at_a_time = threading.Lock()
@@ -37,12 +37,12 @@ class Rows:
     tokens: int  # targets with weight 1, over all rows
     bytes: int  # of source text
     documents: int
-    records: Any  # a grain.sources.ArrayRecordDataSource, whose methods no checker sees
+    records: Any  # a grain.sources.ArrayRecordDataSource, whose methods type checkers cannot see
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """An open prepared directory. Hashable by identity; may be shared by threads."""
+    """An open prepared directory. Hashed by identity; threads may share it."""
 
     directory: str
     manifest: manifests.Manifest
@@ -54,7 +54,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Equal on two machines exactly if they hold the same corpus."""
+        """Equal for two directories exactly if they have the same corpus."""
         return self.manifest["fingerprint"]
 
     @property
@@ -64,7 +64,7 @@ class Corpus:
 
     @property
     def tokens_per_row(self) -> float:
-        """Tokens that a training row predicts on average: fewer than T with bestfit, whose rows are padded."""
+        """Mean number of tokens that a training row predicts; below T for bestfit, which pads rows."""
         if self.packing == "concat":
             return self.sequence_length
         total = sum(part.weight for part in self.train)
@@ -84,10 +84,10 @@ def open_corpus(
     packing: str | None = None,
     verify: str = "auto",
 ) -> Corpus:
-    """Opens and verifies a prepared directory; `vocabulary`, `sequence_length` and `packing` are those the run expects.
+    """Opens and verifies a prepared directory. The run expects `vocabulary`, `sequence_length` and `packing`.
 
-    None accepts what the directory has, with the copy of the vocabulary that lies in it. CorpusMismatch names the key,
-    its value and what the directory has; CorpusDamaged names the file.
+    None accepts the value of the directory, and its copy of the vocabulary. Raises CorpusMismatch for another value,
+    CorpusDamaged for a damaged file.
     """
     if verify not in manifests.VERIFY:
         raise DataError(f"config.data.verify={verify!r}: accepted are {', '.join(manifests.VERIFY)}")
@@ -96,7 +96,7 @@ def open_corpus(
     tokenizer = load_tokenizer(vocabulary) if vocabulary else None
     if tokenizer and tokenizer.fingerprint != have["fingerprint"]:
         difference = f"{vocabulary} ({tokenizer.fingerprint}), but {directory} was prepared with {have['spec']}"
-        again = "; that was before control strings were text and texts began as the model says: prepare it again"
+        again = "; older versions of Steppe treated control strings or beginnings differently: prepare it again"
         again *= tokenizer.fingerprint.startswith(have["fingerprint"] + "-")
         raise CorpusMismatch(f"config.data.vocabulary is {difference} ({have['fingerprint']}){again}")
     for key, value in (("sequence_length", sequence_length), ("packing", packing)):
@@ -117,7 +117,7 @@ def open_corpus(
     )
 
 
-OWN = ("name", "weight", "rows", "tokens", "bytes", "documents")  # of a manifest's component
+OWN = ("name", "weight", "rows", "tokens", "bytes", "documents")  # fields of Rows in a manifest's component
 
 
 def _open_rows(directory: str, entry: manifests.Component) -> Rows:
@@ -135,25 +135,25 @@ def _open_rows(directory: str, entry: manifests.Component) -> Rows:
 def training_rows(
     corpus: Corpus, seed: int, step: int, batch_size: int, rows: Sequence[int] | None = None, before: int = 0
 ) -> dict[str, np.ndarray]:
-    """Rows `rows` (global indices in [0, batch_size), default all) of a step's batch, as data.packing.to_batch says.
+    """Rows `rows` (global indices in [0, batch_size), default all) of a step's batch; see data.packing.to_batch.
 
-    before: rows of the stream that batches of another size took before step 0.
+    before: rows that batches of another size consumed before step 0.
     """
     rows = tuple(_checked(rows, batch_size))
     steps = max(1, READ_AHEAD // max(1, len(rows)))
-    block, place = divmod(step, steps)
+    block, within = divmod(step, steps)
     first = before + block * steps * batch_size
     if steps == 1:
         return _batch(corpus, _training_records(corpus, seed, first, batch_size, rows, 1))
-    with _one_at_a_time:  # of several threads that want the same block, one reads it
+    with _one_at_a_time:  # so that only one thread reads a block
         records = _training_block(corpus, seed, first, batch_size, rows, steps)
-    return _batch(corpus, records[place * len(rows) : (place + 1) * len(rows)])
+    return _batch(corpus, records[within * len(rows) : (within + 1) * len(rows)])
 
 
 def _training_records(
     corpus: Corpus, seed: int, first: int, batch_size: int, rows: tuple[int, ...], steps: int
 ) -> list[bytes]:
-    """Rows `rows` of so many batches from row `first` of the stream on."""
+    """Rows `rows` of `steps` batches that start at row `first` of the stream."""
     stream = _stream(corpus, seed)
     picked = [stream[first + step * batch_size + row] for step in range(steps) for row in rows]
     records: list[bytes] = [b""] * len(picked)
@@ -169,10 +169,10 @@ _training_block = lru_cache(maxsize=4)(_training_records)
 
 @lru_cache(maxsize=8)
 def _stream(corpus: Corpus, seed: int) -> Sequence[tuple[int, int]]:
-    """Endless sequence of (source, row)."""
+    """The endless sequence of (source, row)."""
 
     def shuffled(number: int, part: Rows) -> grain.MapDataset:
-        # Mixing in the number gives every source an order of its own, whatever else is in the mixture.
+        # Mixing in the name gives every source its own order, independent of the rest of the mixture.
         order = grain.MapDataset.range(part.rows).seed(_mix(seed, part.name)).shuffle().repeat(None)
         return order.map(lambda row: (number, int(row)))
 
@@ -186,19 +186,19 @@ def _mix(seed: int, name: str) -> int:
 
 
 def rows_in_order(corpus: Corpus, part: Rows, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Rows [start, stop) of a source as they were written, text after text: for statistics, not for training."""
+    """Rows [start, stop) of a source in stored order, for statistics, not for training."""
     return _batch(corpus, _read(part, list(range(start, stop))))
 
 
 def held_out_steps(corpus: Corpus, name: str, batch_size: int) -> int:
-    """Batches that cover held-out set `name` once."""
+    """Number of batches that cover held-out set `name` once."""
     return -(-_held_out(corpus, name).rows // batch_size)
 
 
 def held_out_rows(
     corpus: Corpus, name: str, index: int, batch_size: int, rows: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Rows of batch `index` of a held-out set, in one fixed order; the last batch is filled up with empty rows."""
+    """Rows of batch `index` of a held-out set, in a fixed order; empty rows fill the last batch."""
     part = _held_out(corpus, name)
     numbers = [index * batch_size + r for r in _checked(rows, batch_size)]
     if batch_size >= READ_AHEAD:
@@ -211,7 +211,7 @@ def held_out_rows(
 
 @lru_cache(maxsize=8)
 def _held_out_block(corpus: Corpus, name: str, block: int) -> Sequence[bytes]:
-    """Rows of a held-out set, in the fixed order, that are read at once."""
+    """One block of held-out rows in the fixed order."""
     part = corpus.held_out[name]
     order = _held_out_order(part.rows)
     last = min(part.rows, (block + 1) * READ_AHEAD)
@@ -240,7 +240,7 @@ def _read(part: Rows, indices: list[int]) -> Sequence[bytes]:
     if not indices:
         return []
     try:
-        return part.records.__getitems__(indices)  # one call: six times as fast as one by one
+        return part.records.__getitems__(indices)  # one call is six times as fast as single reads
     except Exception as error:  # array_record raises bare RuntimeError and ValueError
         raise CorpusDamaged(f"rows of {part.name} cannot be read: {_line(error)}") from error
 
@@ -249,7 +249,7 @@ def _batch(corpus: Corpus, records: Sequence[bytes | None]) -> dict[str, np.ndar
     try:
         return to_batch(records, corpus.manifest["dtype"], corpus.packing, corpus.sequence_length)
     except (ValueError, IndexError) as error:
-        raise CorpusDamaged(f"{corpus.directory}: a row is none that Steppe wrote ({_line(error)})") from None
+        raise CorpusDamaged(f"{corpus.directory}: a row was not written by Steppe ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:
@@ -257,11 +257,11 @@ def _line(error: Exception) -> str:
 
 
 class prefetch:
-    """Iterates (step, read(step)) for first <= step < last, read ahead by background threads.
+    """Iterates over (step, read(step)) for first <= step < last, with background threads that read ahead.
 
-    At most `depth` results wait; `workers` threads call `read`, results stay in order; workers=0 reads on demand.
-    `waited` is the total and `last_wait` the last time, in seconds, that the consumer stood still. An exception of
-    `read` is raised where its result would have been. Use it in a `with` block, or call close().
+    depth: most waiting results. workers: threads that call `read`; 0 reads on demand. Results keep their order.
+    `waited` is the total and `last_wait` the last time, in seconds, that the consumer waited. An exception of `read` is
+    raised in place of its result. Use it in a `with` block, or call close().
     """
 
     def __init__(self, read: Callable[[int], object], first: int, last: int, depth: int = 2, workers: int = 1):
@@ -289,5 +289,5 @@ class prefetch:
             self.waited += self.last_wait
 
     def close(self) -> None:
-        """Stops the threads; results read ahead are dropped."""
+        """Stops the threads and drops waiting results."""
         self._iterator.close()

@@ -1,7 +1,7 @@
-"""The manifest of a prepared directory: written last, checked first.
+"""The manifest of a prepared directory, which is written last and checked first.
 
-A directory is finished exactly if it has manifest.json. The manifest holds the hash of every shard and of itself, so a
-damaged or foreign file is an error on opening, never another corpus.
+A directory is finished exactly if it has manifest.json. The manifest has the hash of every shard and of itself, so a
+damaged or foreign file raises an error when the directory is opened.
 """
 
 import json
@@ -16,18 +16,18 @@ from msgspec import Meta
 from steppe.data import files, stored
 from steppe.data.errors import CorpusDamaged, DataError
 
-FORMAT = 1  # of the records, the packing and the manifest; a directory of another format is refused
+FORMAT = 1  # version of records, packing and manifest; other versions are refused
 NAME = "manifest.json"
 VOCABULARY = "vocabulary.model"  # copy of the SentencePiece model
 VERIFY = ("auto", "full", "sizes")
-FULL_UP_TO = 8 << 30  # bytes that verify=auto reads on every opening
+FULL_UP_TO = 8 << 30  # verify=auto reads all contents up to this many bytes
 
-# keys of config.data that a prepared directory knows
+# keys of config.data that a prepared directory records
 DESCRIBED = ("task", "held_out", "held_out_fraction", "text_field", "seqio_module", "shards")
 
 
 class File(TypedDict):
-    """A file of a prepared directory, by its name in it."""
+    """A file of a prepared directory; `file` is its relative path."""
 
     file: str
     size: stored.Count
@@ -35,7 +35,7 @@ class File(TypedDict):
 
 
 class Shard(File):
-    """A shard as a manifest names it; `content`: the hash of its rows."""
+    """A shard in a manifest; `content` is the hash of its rows."""
 
     rows: stored.Count
     content: str
@@ -54,7 +54,7 @@ class Component(TypedDict):
 
 
 class Vocabulary(TypedDict):
-    """spec: as config.data.vocabulary named it. file: the copy that lies in the directory, None of bytes."""
+    """spec: config.data.vocabulary. file: the copy in the directory, None for bytes."""
 
     spec: str
     fingerprint: str
@@ -78,7 +78,7 @@ class Manifest(TypedDict):
 
 
 def checksum(value: Mapping[str, Any]) -> str:
-    """Hash of a JSON value, key "checksum" left out."""
+    """Hash of a JSON value without its key "checksum"."""
     content = {key: item for key, item in value.items() if key != "checksum"}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
@@ -89,18 +89,18 @@ def write_json(path: str, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str) -> dict:
-    """Reads what `write_json` wrote; an altered file is CorpusDamaged, a missing one FileNotFoundError."""
+    """Reads a file of `write_json`. Raises CorpusDamaged if it was altered, FileNotFoundError if it is missing."""
     try:
         value = stored.read(path, dict[str, Any])
     except DataError as error:
         raise CorpusDamaged(f"{error}; prepare the directory again") from None
     if value.get("checksum") != checksum(value):
-        raise CorpusDamaged(f"{path} does not match its own checksum: it was altered; prepare the directory again")
+        raise CorpusDamaged(f"{path} does not match its checksum, so it was altered; prepare the directory again")
     return value
 
 
 def read(directory: str) -> Manifest:
-    """The manifest of a finished directory, whose files all have names below it."""
+    """The manifest of a finished directory. Raises CorpusDamaged; all its file names stay below the directory."""
     if os.path.isfile(directory):
         raise CorpusDamaged(f"config.data.directory={directory!r} is a file")
     try:
@@ -109,7 +109,7 @@ def read(directory: str) -> Manifest:
         if os.path.exists(os.path.join(directory, "preparation.json")):
             state = "holds an unfinished preparation; run steppe prepare_data on it again to finish it"
         elif os.path.isdir(directory):
-            state = f"has no {NAME}; it is no prepared directory"
+            state = f"has no {NAME}; it is not a prepared directory"
         else:
             state = "does not exist"
         raise CorpusDamaged(f"config.data.directory={directory!r} {state}") from error
@@ -122,7 +122,7 @@ def read(directory: str) -> Manifest:
 
 
 def checked(manifest: dict, directory: str) -> Manifest:
-    """A manifest, once it is of its type and all its files have names below the directory. CorpusDamaged."""
+    """Checks the types of a manifest and that its files stay below the directory. Raises CorpusDamaged."""
     try:
         known = cast(Manifest, stored.typed(manifest, Manifest, os.path.join(directory, NAME)))
         for entry in entries(known):
@@ -133,33 +133,32 @@ def checked(manifest: dict, directory: str) -> Manifest:
 
 
 def recipe(directory: str) -> dict:
-    """What a finished directory was prepared from, by the names of config.data."""
+    """The recipe of a finished directory, with the names of config.data."""
     return read(os.path.expanduser(directory))["identity"]
 
 
 def shards(manifest: Manifest) -> Iterable[Shard]:
-    """All shard entries: file, size, hash, rows."""
+    """All shard entries of a manifest."""
     for part in ("train", "held_out"):
         for component in manifest[part]:
             yield from component["shards"]
 
 
 def entries(manifest: Manifest) -> list[File]:
-    """All files that a manifest names: its shards and, where there is one, the copy of the vocabulary."""
+    """All files in a manifest: its shards and, if there is one, the copy of the vocabulary."""
     copied = manifest["vocabulary"]["file"]
     return [*shards(manifest), *([copied] if copied else [])]
 
 
 def path_of(directory: str, entry: File) -> str:
-    """The path of a file that a manifest names. DataError where it leads out of the directory."""
+    """The path of a file in a manifest. Raises DataError if it leaves the directory."""
     return str(files.below(directory, entry["file"]))
 
 
 def verify(directory: str, manifest: Manifest, how: str = "auto") -> None:
-    """Compares every shard with the manifest: presence and size, and contents (`full`; `auto`: up to 8 GiB in total).
+    """Checks that every file exists and has its size and, with `full` or with `auto` up to 8 GiB, its hash.
 
-    Records that `sizes` leaves unread still carry ArrayRecord's own chunk checksums, so a flipped byte is an error when
-    read.
+    With `sizes`, ArrayRecord's chunk checksums still detect damaged records when they are read.
     """
     listed = entries(manifest)
     for entry in listed:
@@ -177,9 +176,9 @@ def verify(directory: str, manifest: Manifest, how: str = "auto") -> None:
     if how == "sizes" or (how == "auto" and sum(entry["size"] for entry in listed) > FULL_UP_TO):
         return
     with ThreadPoolExecutor(4) as pool:
-        for entry, found in zip(listed, pool.map(lambda e: _hash_or_error(directory, e), listed), strict=True):
-            if found != entry["hash"]:
-                raise CorpusDamaged(f"{path_of(directory, entry)} was altered ({found}); prepare again")
+        for entry, digest in zip(listed, pool.map(lambda e: _hash_or_error(directory, e), listed), strict=True):
+            if digest != entry["hash"]:
+                raise CorpusDamaged(f"{path_of(directory, entry)} was altered ({digest}); prepare again")
 
 
 def _hash_or_error(directory: str, entry: File) -> str:
@@ -188,4 +187,4 @@ def _hash_or_error(directory: str, entry: File) -> str:
     except OSError as error:
         return f"unreadable: {error.strerror}"
     except DataError:
-        return "no ordinary file"
+        return "not a regular file"

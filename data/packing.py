@@ -1,9 +1,9 @@
-"""From documents to rows, from rows to records, from records to the arrays of a batch.
+"""Packs documents into rows, serialises rows as records, and makes batches from records.
 
-A row predicts at most T tokens. It is a list of segments; a segment is the tokens to predict (targets) and the token
-before them (first): 0 where a document or stream begins. `concat` rows have one segment; `bestfit` rows have whole
-documents. Record: int32 [bytes, S], S x int32 [length, first], then the targets in uint16 or uint32, all little-endian,
-no padding.
+A row predicts at most T tokens. It is a list of segments. A segment has the tokens to predict (targets) and the token
+before them (first), which is 0 at the beginning of a document or stream. `concat` rows have one segment; `bestfit` rows
+have whole documents. Record: int32 [bytes, S], S x int32 [length, first], then the targets in uint16 or uint32, all
+little-endian, without padding.
 """
 
 import bisect
@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 PACKINGS = ("concat", "bestfit")
-WINDOW = 1 << 14  # segments that bestfit sorts and packs at a time: bounds memory, and is part of the format
+WINDOW = 1 << 14  # segments that bestfit packs together; bounds memory and affects the stored rows
 
 
 class Documents(NamedTuple):
-    """Tokenised documents, one after the other: ids [n], each closed by the end-of-document id; the source bytes
-    [n] behind each id; and where documents end, ascending places [d] in ids.
+    """Concatenated tokenised documents. ids [n]: each document ends with the end-of-document id. lengths [n]: source
+    bytes of each id. ends [d]: end positions of documents in ids, ascending.
 
-    The last document goes on in the next Documents unless the last of `ends` is n.
+    If the last of `ends` is not n, the last document continues in the next Documents.
     """
 
     ids: np.ndarray
@@ -29,7 +29,7 @@ class Documents(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Targets [n] predicted in one context, the token before them, and the source bytes they stand for."""
+    """Targets [n] in one context, the token before them, and the number of their source bytes."""
 
     targets: np.ndarray
     first: int
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 
 
 def rows(documents: Iterable[Documents], packing: str, sequence_length: int, begin: int = 0) -> Iterator[list[Segment]]:
-    """Packs documents into rows; every token of every document is the target of exactly one position of one row.
+    """Packs documents into rows; every token is the target of exactly one position of one row.
 
     begin: the input before the first token of a stream.
     """
@@ -46,7 +46,7 @@ def rows(documents: Iterable[Documents], packing: str, sequence_length: int, beg
 
 
 def _concat(documents: Iterable[Documents], length: int, begin: int) -> Iterator[list[Segment]]:
-    """One stream cut every `length` tokens; rows overlap by one, the first begins with `begin`."""
+    """Cuts one stream every `length` tokens. The first input of a row is the last target before it, or `begin`."""
     ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), begin
     for more in documents:
         ids, sizes = np.concatenate([ids, more.ids]), np.concatenate([sizes, more.lengths])
@@ -55,15 +55,15 @@ def _concat(documents: Iterable[Documents], length: int, begin: int) -> Iterator
         for targets, size in zip(ids[:used].reshape(-1, length), behind.tolist(), strict=True):
             yield [Segment(targets, first, size)]
             first = int(targets[-1])
-        ids, sizes = ids[used:].copy(), sizes[used:].copy()  # not views, which would hold all that was used
+        ids, sizes = ids[used:].copy(), sizes[used:].copy()  # views would keep the used arrays in memory
     if len(ids):
         yield [Segment(ids, first, int(sizes.sum(dtype=np.int64)))]
 
 
 def _bestfit(documents: Iterable[Documents], length: int, begin: int) -> Iterator[list[Segment]]:
-    """Best-fit decreasing over windows of segments: each goes to the fullest row that still has room for it.
+    """Best-fit decreasing over windows: each segment goes to the fullest row that has room for it.
 
-    A document longer than a row is cut; the rest continues in another row, whose first input is the token before it.
+    Cuts a document that is longer than a row; the rest starts another row with the token before it as first input.
     """
     window: list[Segment] = []
     for ended, *pieces in _segments(documents, length, begin):
@@ -75,8 +75,8 @@ def _bestfit(documents: Iterable[Documents], length: int, begin: int) -> Iterato
 
 
 def _segments(documents: Iterable[Documents], length: int, opening: int) -> Iterator[tuple[bool, *tuple[Segment, ...]]]:
-    """(whether a document ends here, segments of one document that are complete by now)."""
-    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), opening  # of the document that goes on
+    """Yields (whether a document ends here, *complete segments of one document)."""
+    ids, sizes, first = np.zeros(0, np.uint16), np.zeros(0, np.uint8), opening  # of the unfinished document
     for more in documents:
         total = np.concatenate([[0], np.cumsum(more.lengths, dtype=np.int64)])
         begin = 0
@@ -102,7 +102,7 @@ def _segments(documents: Iterable[Documents], length: int, opening: int) -> Iter
 
 def _pack_window(window: list[Segment], length: int) -> Iterator[list[Segment]]:
     packed: list[list[Segment]] = []
-    with_room: dict[int, list[int]] = {}  # free positions -> rows that have exactly so many
+    with_room: dict[int, list[int]] = {}  # number of free positions -> rows
     free: list[int] = []  # the keys of with_room, sorted
     for segment in sorted(window, key=lambda segment: -len(segment.targets)):
         size = len(segment.targets)
@@ -124,7 +124,7 @@ def _pack_window(window: list[Segment], length: int) -> Iterator[list[Segment]]:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Name of the dtype in which ids are stored."""
+    """Name of the dtype of stored ids."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -138,7 +138,7 @@ def to_record(row: list[Segment], dtype: str) -> bytes:
 
 
 def from_record(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """targets [n] int32, segment lengths [S], first inputs [S], bytes of one record."""
+    """(targets [n] int32, segment lengths [S], first inputs [S], number of source bytes) of one record."""
     size, segments = np.frombuffer(record, "<i4", 2)
     pairs = np.frombuffer(record, "<i4", 2 * int(segments), 8).reshape(-1, 2)
     targets = np.frombuffer(record, np.dtype(dtype).newbyteorder("<"), -1, 8 + 8 * int(segments)).astype(np.int32)
@@ -146,11 +146,10 @@ def from_record(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def to_batch(records: Sequence[bytes | None], dtype: str, packing: str, sequence_length: int) -> dict[str, np.ndarray]:
-    """The batch of R records, None being an empty row.
+    """Makes the batch of R records; None is an empty row.
 
-    inputs, targets int32 [R, T]; weights float32 [R, T], 0 on padding; bytes int32 [R], the source bytes behind a row's
-    targets. With bestfit also segments int32 [R, T], 1, 2, ... and 0 on padding, and positions int32 [R, T] within the
-    segment.
+    inputs, targets: int32 [R, T]. weights: float32 [R, T], 0 on padding. bytes: int32 [R], source bytes of a row's
+    targets. bestfit adds segments, int32 [R, T]: 1, 2, ... and 0 on padding; and positions in them, int32 [R, T].
     """
     shape = (len(records), sequence_length)
     batch: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in ("inputs", "targets")}

@@ -1,4 +1,4 @@
-"""Prepared corpora behind addresses (s3://, gs://, hf://, memory://), through fsspec: fetched once, published whole."""
+"""Fetches and publishes prepared corpora at URLs (s3://, gs://, hf://, memory://) with fsspec."""
 
 import os
 import shutil
@@ -12,46 +12,46 @@ from steppe.data.errors import CorpusDamaged, DataError
 
 
 def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:
-    """The local copy, below `cache`, of a prepared directory behind an address; what is there and whole is not fetched
-    again. Several processes fetch it once. CorpusDamaged where it is none."""
+    """Fetches the prepared directory at a URL into `cache` and returns the local path. Keeps intact local files;
+    several processes fetch it once. Raises CorpusDamaged if the URL is not a prepared directory."""
     system, path = reached(address)
-    place = os.path.join(cache, f"fetched-{manifests.checksum({'address': address})[:16]}")
+    local = os.path.join(cache, f"fetched-{manifests.checksum({'address': address})[:16]}")
     try:
-        os.makedirs(place, exist_ok=True)
-        with files.lock(f"{place}.lock", wait=True):
-            aside = os.path.join(place, f"{manifests.NAME}.remote")
+        os.makedirs(local, exist_ok=True)
+        with files.lock(f"{local}.lock", wait=True):
+            aside = os.path.join(local, f"{manifests.NAME}.remote")
             try:
                 system.get_file(f"{path}/{manifests.NAME}", aside)
             except FileNotFoundError:
-                raise CorpusDamaged(f"{address} has no {manifests.NAME}; it is no prepared directory") from None
-            manifest = manifests.checked(manifests.read_json(aside), place)
-            here = os.path.join(place, manifests.NAME)  # there once all was whole
+                raise CorpusDamaged(f"{address} has no {manifests.NAME}; it is not a prepared directory") from None
+            manifest = manifests.checked(manifests.read_json(aside), local)
+            here = os.path.join(local, manifests.NAME)  # exists only after all files were fetched
             if os.path.exists(here) and manifests.read_json(here) == manifest:
                 os.unlink(aside)
-                return place
-            missing = [entry for entry in manifests.entries(manifest) if not _whole(place, entry)]
+                return local
+            missing = [entry for entry in manifests.entries(manifest) if not _whole(local, entry)]
             if missing:
                 size = sum(entry["size"] for entry in missing)
-                log(f"fetching {len(missing)} files, {size / 1e6:,.1f} MB, of {address} to {place}, once")
+                log(f"fetching {len(missing)} files, {size / 1e6:,.1f} MB, from {address} to {local}, once")
             for entry in missing:
-                target = manifests.path_of(place, entry)
+                target = manifests.path_of(local, entry)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with files.replacing(target) as partial:
                     system.get_file(f"{path}/{entry['file']}", partial)
-                if not _whole(place, entry):
-                    raise CorpusDamaged(f"{address}/{entry['file']} is not what its manifest says; publish it again")
+                if not _whole(local, entry):
+                    raise CorpusDamaged(f"{address}/{entry['file']} does not match its manifest; publish it again")
             os.replace(aside, here)
     except (DataError, OSError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{place}: {error.strerror or error}") from error
+        raise DataError(f"{local}: {error.strerror or error}") from error
     except Exception as error:
         raise unreachable(address, error) from error
-    return place
+    return local
 
 
 def published(address: str) -> manifests.Manifest | None:
-    """The manifest of a prepared directory behind an address, None where there is none."""
+    """The manifest of the prepared directory at a URL, None if there is none."""
     system, path = reached(address)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def published(address: str) -> manifests.Manifest | None:
 
 
 def publish(directory: str, address: str, log: Callable[[str], None] = print) -> None:
-    """Copies a finished prepared directory to an address, the manifest last: no manifest, no corpus there."""
+    """Copies a finished prepared directory to a URL. The manifest comes last and marks the copy as complete."""
     system, path = reached(address)
     manifest = manifests.read(directory)
     names = [*(entry["file"] for entry in manifests.entries(manifest)), manifests.NAME]
@@ -82,17 +82,17 @@ def publish(directory: str, address: str, log: Callable[[str], None] = print) ->
 
 
 def staged(address: str, cache: str) -> str:
-    """Where a corpus is prepared that is then published at an address; its own, so that it can be continued."""
+    """The local directory in which a corpus for this URL is prepared. It is fixed, so that a preparation can resume."""
     return os.path.join(cache, f"staged-{manifests.checksum({'address': address})[:16]}")
 
 
 def discard(directory: str) -> None:
-    """Removes a staged directory that was published."""
+    """Removes a staged directory after it was published."""
     shutil.rmtree(directory)
 
 
-def _whole(place: str, entry: manifests.File) -> bool:
-    path = manifests.path_of(place, entry)
+def _whole(directory: str, entry: manifests.File) -> bool:
+    path = manifests.path_of(directory, entry)
     return os.path.exists(path) and os.stat(path).st_size == entry["size"] and files.content_hash(path) == entry["hash"]
 
 

@@ -1,18 +1,18 @@
-"""The grammar that names where text comes from, and what every reader gives.
+"""The grammar of text sources, and the records that readers return.
 
-A task is `SOURCE` or `WEIGHT SOURCE + WEIGHT SOURCE ...`, a source `[NAME=]KIND[:WHERE][@SPLIT]`:
+A task is `SOURCE` or `WEIGHT SOURCE + WEIGHT SOURCE ...`. A source is `[NAME=]KIND[:WHERE][@SPLIT]`:
 
-    embedded                        this Python's standard library, always at hand
-    topics                          its help topics, English prose, of which embedded holds a part too
+    embedded                        the standard library of this Python, always available
+    topics                          its help topics, English prose; embedded contains them too
     text:GLOB                       every file is a document
     lines:GLOB                      every line that is not blank is a document
-    jsonl:GLOB                      every line is a JSON object, its document under config.data.text_field
-    parquet:GLOB                    every row is a record, its document in the column config.data.text_field
-    tfds:NAME[/CONFIG][:VERSION]    a TFDS builder found in config.data.tfds_dir
-    seqio:NAME                      a registered seqio task or mixture, once config.data.seqio_module is imported
+    jsonl:GLOB                      every line is a JSON object; the document is its field config.data.text_field
+    parquet:GLOB                    every row is a record; the document is its column config.data.text_field
+    tfds:NAME[/CONFIG][:VERSION]    a TFDS builder in config.data.tfds_dir
+    seqio:NAME                      a seqio task or mixture that config.data.seqio_module registers
 
-SPLIT is train (default), held_out or all; for tfds and seqio any of its own. What follows the last @ or a + of a path
-is part of it unless it reads as a split or a source.
+SPLIT is train (default), held_out or all; tfds and seqio have their own splits. A path may contain @ and +, unless a
+split follows the last @, or a source follows " + ".
 """
 
 import re
@@ -22,7 +22,7 @@ import xxhash
 
 from steppe.data.errors import refused
 
-BUILT_IN = ("embedded", "topics")  # kinds without a place
+BUILT_IN = ("embedded", "topics")  # kinds without WHERE
 FILES = ("text", "lines", "jsonl", "parquet")
 PREPARED = ("tfds", "seqio")  # kinds with splits of their own
 KINDS = (*BUILT_IN, *FILES, *PREPARED)
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What reading depends on beside the source: keys of config.data."""
+    """The keys of config.data that readers need in addition to the source."""
 
     text_field: str = "text"
     held_out_fraction: float = 0.0
@@ -54,7 +54,7 @@ class Reading(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One record as read: its text, or the reason why there is none and the place where it stands."""
+    """One record: its text, or a fault and the location of the record."""
 
     text: bytes
     fault: str = ""  # "" | json | field
@@ -69,7 +69,7 @@ def parse(task: str, key: str = "data.task", split: str = "train") -> tuple[Sour
     for name in names:
         if names.count(name) > 1:
             example = f"a={parts[0].split(maxsplit=1)[-1]}"
-            raise refused(key, task, f"sources with names of their own: two are called {name!r}; as in {example}")
+            raise refused(key, task, f"sources with different names, such as {example}; two are called {name!r}")
     return tuple(sources)
 
 
@@ -86,13 +86,13 @@ def _parse_source(part: str, key: str, split: str, weighted: bool) -> Source:
         raise refused(key, part, grammar)
     kind, where = match["kind"], match["where"] or ""
     if (kind in BUILT_IN) == bool(where):
-        raise refused(key, part, f"{grammar}; {kind} {'takes no' if where else 'needs a'} place")
+        raise refused(key, part, f"{grammar}; {kind} {'takes no' if where else 'needs'} WHERE")
     try:
         weight = float(match["weight"]) if match["weight"] else 1.0
     except ValueError:
         weight = 0.0
     if not 0 < weight < float("inf") or (weighted and not match["weight"]):
-        raise refused(key, part, f"a weight > 0 before every source of a mixture, as in '0.7 {part.split()[-1]}'")
+        raise refused(key, part, f"a weight > 0 before every source of a mixture, such as '0.7 {part.split()[-1]}'")
     if kind not in PREPARED and split not in SPLITS:
         raise refused(key, part, f"for {kind} the splits {', '.join(SPLITS)}")
     name = match["name"] or (re.sub(r"[^\w.-]+", "_", where) if kind in PREPARED else kind)
@@ -100,21 +100,21 @@ def _parse_source(part: str, key: str, split: str, weighted: bool) -> Source:
 
 
 def held_out_sources(task: str, held_out: tuple[str, ...]) -> tuple[Source, ...]:
-    """The held-out sets of a run: those named by config.data.held_out, else the held_out split of every source."""
+    """The held-out sets of a run: those of config.data.held_out, else the held_out split of every source."""
     if not held_out:
         return tuple(source._replace(split="held_out", weight=1.0) for source in parse(task))
     key = "data.held_out"
     parsed = [parse(entry, key, "held_out") for entry in held_out]
-    if several := [entry for entry, found in zip(held_out, parsed, strict=True) if len(found) > 1]:
-        raise refused(key, several[0], "one source an entry; list them apart")
-    sources = tuple(found for (found,) in parsed)
+    if several := [entry for entry, listed in zip(held_out, parsed, strict=True) if len(listed) > 1]:
+        raise refused(key, several[0], "one source per entry")
+    sources = tuple(source for (source,) in parsed)
     if len({source.name for source in sources}) < len(sources):
-        raise refused(key, held_out, "sets with names of their own: two share one; as in a=text:GLOB@all")
+        raise refused(key, held_out, "sets with different names: two are equal; name them, such as a=text:GLOB@all")
     return sources
 
 
 def in_split(source: Source, reading: Reading, identity: bytes) -> bool:
-    """Whether a record is in the split of its source, drawn by a hash of what identifies it."""
+    """Whether a record is in the split of its source. A hash of its `identity` decides."""
     if source.split == "all":
         return True
     threshold = round(reading.held_out_fraction * 2**32)

@@ -1,7 +1,7 @@
-"""The one reading of stored JSON: ordinary files of bounded size and depth, with types, ranges and no key twice.
+"""Reads stored JSON safely: regular files of bounded size and depth, checked types and ranges, no duplicate keys.
 
-What a file holds is declared once, as a TypedDict beside its writer. Keys that are not declared are let through: other
-versions write others. A value that will not do is a `Wrong` of one line.
+A TypedDict next to the writer declares the content of a file. Undeclared keys are accepted, because other versions
+write other keys. A bad value raises a `Wrong` of one line.
 """
 
 import json
@@ -15,8 +15,8 @@ from msgspec import Meta
 from steppe.data import files
 from steppe.data.errors import DataError
 
-MOST = 256 << 20  # bytes of a file
-DEPTH = 64  # of objects and lists within one another
+MOST = 256 << 20  # largest file, bytes
+DEPTH = 64  # deepest nesting of objects and lists
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
@@ -26,35 +26,35 @@ Flat = dict[str, Scalar | list[Scalar]]  # a config, {"optim.rho": 0.1}
 
 
 class Wrong(DataError):
-    """A stored file, or a value in it, is not what Steppe writes."""
+    """A stored file, or a value in it, is damaged or not from Steppe."""
 
 
 def read(path: str | os.PathLike, kind: Any, most: int = MOST) -> Any:
-    """The content of a JSON file as a type that msgspec knows. Wrong, or FileNotFoundError where there is none."""
+    """Reads a JSON file and checks it against a msgspec type. Raises Wrong or FileNotFoundError."""
     return decode(content_of(path, most), kind, os.fspath(path))
 
 
 def content_of(path: str | os.PathLike, most: int = MOST) -> bytes:
-    """The bytes of an ordinary file. Wrong for what is none, cannot be read or is too large; FileNotFoundError."""
+    """The bytes of a regular file. Raises FileNotFoundError, or DataError for an irregular, unreadable or large file."""
     try:
         with files.ordinary(path) as handle:
-            found = handle.read(most + 1)
+            content = handle.read(most + 1)
     except (FileNotFoundError, DataError):
         raise
     except (OSError, ValueError) as error:
         raise Wrong(f"{os.fspath(path)}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if len(found) > most:
-        raise Wrong(f"{os.fspath(path)}: is too large; at most {most:,} bytes are read")
-    return found
+    if len(content) > most:
+        raise Wrong(f"{os.fspath(path)}: is too large; the limit is {most:,} bytes")
+    return content
 
 
 def decode(content: bytes, kind: Any, place: str) -> Any:
-    """JSON as a type; place: what a message calls it. Wrong."""
+    """Decodes JSON and checks it against a type. place: its name in messages. Raises Wrong."""
     if _is_deep(content):
         raise Wrong(f"{place}: is nested more than {DEPTH} deep")
     try:
         value = msgspec.json.decode(content)
-        if _keys(value) != len(_KEY.findall(content)):  # a key is there twice, or text looks like one: look closely
+        if _keys(value) != len(_KEY.findall(content)):  # a duplicate key, or a text that looks like one
             json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
         raise Wrong(f"{place}: is damaged ({' '.join(str(error).split())[:200]})") from None
@@ -62,7 +62,7 @@ def decode(content: bytes, kind: Any, place: str) -> Any:
 
 
 def typed(value: Any, kind: Any, place: str) -> Any:
-    """A value that was read, once it is of a type. Wrong, with where in it, the value, and what is accepted."""
+    """Checks a value against a type and returns it. Raises Wrong with the path, the value and what is accepted."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -74,7 +74,7 @@ _KEY = re.compile(rb'"\s*:')
 
 
 def _keys(value: Any) -> int:
-    """The keys of all objects in a value."""
+    """Number of keys of all objects in a value."""
     if isinstance(value, dict):
         return len(value) + sum(_keys(each) for each in value.values() if isinstance(each, (dict, list)))
     return sum(map(_keys, value)) if isinstance(value, list) else 0
@@ -83,7 +83,7 @@ def _keys(value: Any) -> int:
 def _once(pairs: list[tuple[str, Any]]) -> None:
     if len({key for key, _ in pairs}) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {files.shown(next(key for key in keys if keys.count(key) > 1))} is there twice")
+        raise ValueError(f"the key {files.shown(next(key for key in keys if keys.count(key) > 1))} occurs twice")
 
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
@@ -106,11 +106,11 @@ _WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "tr
 
 
 def _fault(value: Any, kind: Any, said: str) -> str:
-    """What msgspec said of a value, with the place in full and the value there."""
+    """Rewrites an error of msgspec with the full path and the value there."""
     message, _, path = said.partition(" - at ")
     where, inside = "", value
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
-        if index == "...":  # some key of an object
+        if index == "...":  # msgspec does not say which key
             index = _culprit(value, inside, kind, said)
             where, inside = f"{where}.{index}" if where else index, inside[index]
         elif name:
@@ -126,12 +126,12 @@ def _fault(value: Any, kind: Any, said: str) -> str:
     if message.startswith("Expected"):
         return f"{where or 'it'} = {files.shown(inside)}: must be {accepted}{bound}"
     if message.startswith("Invalid enum value"):
-        return f"{where or 'it'} = {files.shown(inside)}: must be a value that Steppe writes there"
+        return f"{where or 'it'} = {files.shown(inside)}: must be a value that Steppe writes"
     return f"{where or 'it'} = {files.shown(inside)}: {message[:1].lower()}{message[1:100]}"
 
 
 def _culprit(whole: Any, inside: dict, kind: Any, said: str) -> str:
-    """The key of `inside`, a part of `whole`, over which msgspec complains."""
+    """The key of `inside`, a part of `whole`, that causes the error `said` of msgspec; found by bisection."""
 
     def complains(keys: list[str]) -> bool:
         inside.clear()

@@ -1,6 +1,7 @@
-"""Preparing a corpus once: plan, shards in parallel, manifest last.
+"""Prepares a corpus: first a plan, then shards in parallel, then the manifest.
 
-`prepare` may be interrupted at any point and run again; data/cache.py calls it for a run that names no directory.
+`prepare` may be interrupted at any time and resumes when it is called again. data/cache.py calls it for runs without a
+prepared directory.
 """
 
 import contextlib
@@ -30,14 +31,14 @@ from steppe.data.vocabulary import load_tokenizer, read_model
 
 PLAN = "preparation.json"  # the plan of an unfinished preparation
 LOCK = ".lock"
-SAMPLES = "samples"  # in an identity: hashes of what is in files, by source
-BAD = "refused.json"  # why one of several processes gave up, for the others
-POLL = 1.0  # seconds between looks at what others have finished
-REFUSED = 3  # exit status of the process that prepares; its last line on stderr is the error, as JSON
+SAMPLES = "samples"  # key of an identity: hashes of file contents, by source
+BAD = "refused.json"  # the error of one of several processes, for the others
+POLL = 1.0  # seconds between checks for shards that other processes finished
+REFUSED = 3  # exit status of the preparing process after an error, whose JSON is the last line of stderr
 
 
 def recipe_of(data_config: Mapping, **overrides) -> Recipe:
-    """The recipe in config.data, checked."""
+    """Makes the recipe from config.data and checks it. Raises DataError."""
     values = {field: data_config[field] for field in Recipe._fields} | overrides
     recipe = Recipe(**{**values, "held_out": tuple(values["held_out"])})
     for key, good, accepted in (
@@ -55,17 +56,17 @@ def recipe_of(data_config: Mapping, **overrides) -> Recipe:
 
 
 def sources_of(recipe: Recipe) -> dict[str, tuple[sources.Source, ...]]:
-    """{part: its sources}. Held-out sets come first: training documents equal to one of theirs are left out."""
+    """{part: its sources}. Held-out sets come first, so that training can exclude documents equal to theirs."""
     train = sources.parse(recipe.task) if recipe.task or not recipe.held_out else ()
     return {"held_out": sources.held_out_sources(recipe.task, recipe.held_out), "train": train}
 
 
 def identity(recipe: Recipe) -> dict:
-    """What must be equal for two preparations to be one: recipe, vocabulary, state of the sources, format."""
+    """The identity of a preparation: recipe, vocabulary, state of the sources, and format."""
     listed, known = sources_of(recipe), recipe._asdict()
     of_files = {f"{s.kind}:{s.where}": s for part in listed.values() for s in part if s.kind in sources.FILES}
-    samples = {name: found for name, source in of_files.items() if (found := plain.sample(source))}
-    if not recipe.seqio_module:  # which came later: corpora that do not need it are those they were
+    samples = {name: digest for name, source in of_files.items() if (digest := plain.sample(source))}
+    if not recipe.seqio_module:  # a newer key: without it, identities of old corpora stay the same
         del known["seqio_module"]
     return {
         **known,
@@ -81,7 +82,7 @@ def identity(recipe: Recipe) -> dict:
 
 
 def without_samples(identity: Mapping) -> dict:
-    """An identity as it was before files were looked into."""
+    """An identity in the form of older versions, which did not hash file contents."""
     return {key: value for key, value in identity.items() if key != SAMPLES}
 
 
@@ -95,43 +96,42 @@ def prepare(
     wait: bool = False,
     together: bool = False,
 ) -> Manifest:
-    """Prepares `recipe` in directory `out` and returns the manifest; an interrupted preparation is continued.
+    """Prepares `recipe` in directory `out` and returns the manifest. Resumes an interrupted preparation.
 
-    Work is spread over `workers` processes, shard by shard; the result does not depend on their number. `report` is
-    called about twice a second with the counts {shards, of, documents, tokens, bytes}. wait: for another process that
-    is at it, which is an error otherwise. together: beside others, of this host or of any that sees `out`: each takes
-    shards that no other has, and the manifest, written when there is none left, is the one of a process alone. A
-    finished directory is never written again: the same recipe verifies it, another is CorpusMismatch.
+    workers: processes that write shards; the result does not depend on their number. report: called about twice a
+    second with the counts {shards, of, documents, tokens, bytes}. wait: waits for another process that prepares `out`,
+    instead of an error. together: works with other processes, on this or other hosts that share `out`. Each writes
+    different shards, and the manifest is the same as that of a single process.
+    Never changes a finished directory: verifies it for the same recipe, raises CorpusMismatch for another. Also raises
+    DataError for bad input and StorageError if a file cannot be written.
     """
     expected = identity(recipe)
     if os.path.exists(os.path.join(out, manifests.NAME)):
         return _already(out, expected, log)
     if os.path.isdir(out) and _foreign(out):
-        raise DataError(f"--out={out}: exists and is no preparation; choose an empty or new directory")
+        raise DataError(f"--out={out}: exists and is not a preparation; choose an empty or new directory")
     tokenizer = load_tokenizer(recipe.vocabulary)
     for source in {(s.kind, s.where, s.split): s for part in sources_of(recipe).values() for s in part}.values():
         readers.of(source.kind).check(source, recipe.reading)
     if os.path.lexists(out) and not os.path.isdir(out):
-        raise DataError(f"--out={out}: exists and is no directory; choose an empty or new one")
+        raise DataError(f"--out={out}: exists and is not a directory; choose an empty or new one")
     created = not os.path.exists(out)
     try:
         os.makedirs(out, exist_ok=True)
         work = lambda: _run(recipe, out, tokenizer, expected, workers, log, report, together)  # noqa: E731
         if together:
-            return _beside_others(out, expected, log, work)
+            return _with_others(out, expected, log, work)
         with files.lock(os.path.join(out, LOCK), wait=wait):
             return _alone(out, expected, log, created, work)
     except files.Held:
         raise DataError(
-            f"--out={out}: another process is preparing it; wait for it, or work beside it with --together"
+            f"--out={out}: another process is preparing it; wait for it, or join it with --together"
         ) from None
     except StorageError:
         raise
     except OSError as error:
-        place = error.filename or out
-        raise StorageError(
-            f"cannot write {place}: {error.strerror or error}; finished shards are kept, run again"
-        ) from error
+        remedy = "finished shards remain; run again"
+        raise StorageError(f"cannot write {error.filename or out}: {error.strerror or error}; {remedy}") from error
 
 
 def _alone(out: str, expected: dict, log, created: bool, work: Callable[[], Manifest]) -> Manifest:
@@ -145,7 +145,7 @@ def _alone(out: str, expected: dict, log, created: bool, work: Callable[[], Mani
         raise
     except (DataError, OSError) as error:
         _remove_leftovers(out)
-        # Bad input leaves nothing behind; what interrupts a good preparation leaves its finished shards.
+        # Bad input leaves no files; an interrupted valid preparation keeps its finished shards.
         if isinstance(error, BadRecords) or not _any_shard(out):
             _clear(out, created)
         raise
@@ -153,8 +153,8 @@ def _alone(out: str, expected: dict, log, created: bool, work: Callable[[], Mani
     return manifest
 
 
-def _beside_others(out: str, expected: dict, log, work: Callable[[], Manifest]) -> Manifest:
-    """The lock is shared by those at work; whoever holds it alone, the first to come or the last to go, may tidy up."""
+def _with_others(out: str, expected: dict, log, work: Callable[[], Manifest]) -> Manifest:
+    """Workers share the lock. A process that gets it exclusively, as first or last, may clean up."""
     lock, bad, done = (os.path.join(out, name) for name in (LOCK, BAD, manifests.NAME))
     try:
         while True:
@@ -167,7 +167,7 @@ def _beside_others(out: str, expected: dict, log, work: Callable[[], Manifest]) 
                 if os.path.exists(done):
                     return _already(out, expected, log)
                 if not os.path.exists(os.path.join(out, PLAN)):
-                    continue  # others gave up and cleared it meanwhile
+                    continue  # others gave up and cleared it in the meantime
                 _refuse_what_others_refused(out)
                 _compare(f"{out} holds an unfinished part of", manifests.read_json(os.path.join(out, PLAN)), expected)
                 try:
@@ -180,7 +180,7 @@ def _beside_others(out: str, expected: dict, log, work: Callable[[], Manifest]) 
             if os.path.exists(done):
                 _tidy(out, manifests.read(out))
             elif os.path.exists(bad) or not _any_shard(out):
-                _clear(out, created=False, kept=(LOCK,))  # for which others may be waiting
+                _clear(out, created=False, spared=(LOCK,))  # others may wait for the lock
 
 
 def _refuse_what_others_refused(out: str) -> None:
@@ -189,7 +189,7 @@ def _refuse_what_others_refused(out: str) -> None:
 
 
 def same(out: str, manifest: Manifest, expected: dict) -> None:
-    """CorpusMismatch if a finished directory holds something else than the recipe of this `identity`."""
+    """Raises CorpusMismatch if a finished directory has another identity than `expected`."""
     _compare(f"{out} is finished and holds", manifest["identity"], expected)
 
 
@@ -202,8 +202,8 @@ def _already(out: str, expected: dict, log: Callable[[str], None]) -> Manifest:
 
 
 def _compare(prefix: str, have: dict, expected: dict) -> None:
-    # Refusing more or fewer bad records does not change what was written; a key that was not there yet was not used.
-    if SAMPLES not in have:  # prepared before files were looked into
+    # bad_records does not change the written rows. Keys that a plan lacks are newer than it and were not used.
+    if SAMPLES not in have:  # prepared by a version that did not hash file contents
         expected = without_samples(expected)
     for key in sorted(expected.keys() | have.keys()):
         if (have.get(key) or "") != (expected.get(key) or "") and key not in ("bad_records", "checksum"):
@@ -212,7 +212,7 @@ def _compare(prefix: str, have: dict, expected: dict) -> None:
 
 
 def _foreign(out: str) -> bool:
-    """Whether a directory holds something, and is no preparation."""
+    """Whether a directory has files but is not a preparation."""
     names = [name for name in os.listdir(out) if name != LOCK and not name.endswith(files.ASIDE)]
     return bool(names) and not {PLAN, manifests.NAME} & {*names}
 
@@ -234,7 +234,7 @@ def _remove_leftovers(out: str) -> None:
 
 
 def _made(out: str) -> list[str]:
-    """The names of all files in a directory that a preparation makes; whatever else is there is somebody's own."""
+    """The names of all files in a directory that a preparation makes. Other files belong to the user."""
     return [
         name
         for folder, _, inside in os.walk(out)
@@ -254,12 +254,12 @@ def _any_shard(out: str) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(out), "*", "*", "*.array_record.json")))
 
 
-def _clear(out: str, created: bool, kept: Sequence[str] = ()) -> None:
-    for name in sorted(set(_made(out)) - {*kept}, key=lambda name: name == PLAN):  # which says what this is, last
+def _clear(out: str, created: bool, spared: Sequence[str] = ()) -> None:
+    for name in sorted(set(_made(out)) - {*spared}, key=lambda name: name == PLAN):  # the plan last: it marks `out`
         os.unlink(os.path.join(out, name))
     for folder, _, _ in os.walk(out, topdown=False):
         if folder != out or created:
-            with contextlib.suppress(OSError):  # it holds what is not ours
+            with contextlib.suppress(OSError):  # it has files of the user
                 os.rmdir(folder)
 
 
@@ -309,7 +309,7 @@ def _component(recipe: Recipe, part: str, source: sources.Source, entries: list[
     log(
         f"{part} {source.name}: {totals['documents']:,} documents, {totals['bytes']:,} bytes, "
         f"{totals['tokens']:,} tokens in {totals['rows']:,} rows ({used:.1%} used); bad records: {listed}; "
-        f"left out as held-out text: {totals['overlap']:,}"
+        f"excluded as held-out text: {totals['overlap']:,}"
     )
     if not totals["documents"]:
         where = f"{source.kind}:{source.where}" if source.where else source.kind
@@ -325,16 +325,16 @@ def _component(recipe: Recipe, part: str, source: sources.Source, entries: list[
 
 
 def _refuse_bad(recipe: Recipe, part: str, parts: dict[str, list[dict]]) -> None:
-    """BadRecords if a source has too many. A held-out set drawn from a training source is judged together with it."""
+    """Raises BadRecords if a source has too many. Counts a held-out split together with its training source."""
 
-    def place(entry: dict) -> str:
+    def name_of(entry: dict) -> str:
         return f"{entry['kind']}:{entry['where']}"
 
-    training = {place(source._asdict()) for source in sources_of(recipe)["train"]}
-    for where in {place(entry) for entry in parts[part]}:
+    training = {name_of(source._asdict()) for source in sources_of(recipe)["train"]}
+    for where in {name_of(entry) for entry in parts[part]}:
         if part == "held_out" and where in training:
             continue
-        entries = [entry for listed in parts.values() for entry in listed if place(entry) == where]
+        entries = [entry for listed in parts.values() for entry in listed if name_of(entry) == where]
         faults = sum((Counter(entry["faults"]) for entry in entries), Counter())
         records = sum(entry["records"] for entry in entries)
         if faults.total() > recipe.bad_records * records:
@@ -349,24 +349,24 @@ COUNTS = ("records", "documents", "tokens", "bytes", "rows", "overlap")
 
 
 def _hint(recipe: Recipe, source: sources.Source) -> str:
-    """What helps a set without documents."""
+    """A remedy for a set without documents, as the end of an error line."""
     if source.kind in sources.PREPARED or source.split == "all":
         return ""
     every = readers.of(source.kind).records(source._replace(split="all"), recipe.reading)
     if len(list(itertools.islice(every, 2))) < 2:
-        remedy = "one document cannot be split: name another source in config.data.held_out, as val=text:OTHER@all"
-        return f"; {remedy}, and this one with @all"
+        remedy = "one document cannot be split: name another source in config.data.held_out, such as val=text:OTHER@all"
+        return f"; {remedy}, and add @all to this one"
     if source.split == "train":
         return "; lower config.data.held_out_fraction"
-    return "; raise config.data.held_out_fraction or name sets in config.data.held_out, as val=lines:val.txt@all"
+    return "; raise config.data.held_out_fraction or name sets in config.data.held_out, such as val=lines:val.txt@all"
 
 
 def _fingerprint(manifest: dict) -> str:
-    kept = {key: manifest[key] for key in ("format", "sequence_length", "packing", "dtype")}
-    kept["vocabulary"] = manifest["vocabulary"]["fingerprint"]
+    known = {key: manifest[key] for key in ("format", "sequence_length", "packing", "dtype")}
+    known["vocabulary"] = manifest["vocabulary"]["fingerprint"]
     for part in ("train", "held_out"):
-        kept[part] = [[c["name"], c["weight"], *(shard["content"] for shard in c["shards"])] for c in manifest[part]]
-    return manifests.checksum(kept)
+        known[part] = [[c["name"], c["weight"], *(shard["content"] for shard in c["shards"])] for c in manifest[part]]
+    return manifests.checksum(known)
 
 
 def _copy_vocabulary(spec: str, out: str) -> manifests.File | None:
@@ -379,7 +379,7 @@ def _copy_vocabulary(spec: str, out: str) -> manifests.File | None:
 
 
 def _tidy(out: str, manifest: Manifest) -> None:
-    """Leaves of what a finished preparation made only what its manifest names, read-only. Its lock must be held."""
+    """Deletes temporary files of a finished preparation and makes the others read-only. The caller holds the lock."""
     keep = {entry["file"] for entry in manifests.shards(manifest)} | {manifests.NAME, manifests.VOCABULARY}
     for name in _made(out):
         path = os.path.join(out, name)
@@ -390,7 +390,7 @@ def _tidy(out: str, manifest: Manifest) -> None:
 
 
 def code_version() -> str:
-    """Version of Steppe that prepares."""
+    """The installed version of Steppe, or "unknown"."""
     try:
         return metadata.version("steppe")
     except metadata.PackageNotFoundError:
@@ -400,7 +400,7 @@ def code_version() -> str:
 def _run_jobs(
     recipe: Recipe, out: str, jobs: list[Job], dtype: str, workers: int, report, together: bool
 ) -> dict[str, list[dict]]:
-    # what others have just written is compared by its size: every host would read the whole corpus otherwise
+    # with others, compare sizes only: hashes would make every host read the whole corpus
     known = shards.written if together else shards.finished
     entries = {job: known(out, job) for job in jobs}
     counts = [0, 0, 0]
@@ -435,9 +435,9 @@ def _run_jobs(
 
 
 def main(arguments: Iterable[str]) -> int:
-    """`python -m steppe.data.prepare RECIPE_JSON DIRECTORY [PARENT]`: what data/cache.py starts.
+    """`python -m steppe.data.prepare RECIPE_JSON DIRECTORY [PARENT]`, which data/cache.py starts.
 
-    Ends when the process PARENT does; people use steppe prepare_data.
+    Ends when the process PARENT ends. Users call steppe prepare_data instead.
     """
     recipe, directory, *parent = arguments
     if parent:

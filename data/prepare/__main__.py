@@ -1,4 +1,4 @@
-"""`python -m steppe.data.prepare RECIPE_JSON DIRECTORY [PARENT]`: a preparation in a process of its own."""
+"""`python -m steppe.data.prepare RECIPE_JSON DIRECTORY [PARENT]`: a preparation in a separate process."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One shard of a preparation, the unit of work and of resuming: read, tokenise, pack, write, read back."""
+"""Prepares one shard, the unit of work and of resuming: read, tokenise, pack, write, and verify."""
 
 import contextlib
 import os
@@ -15,13 +15,13 @@ from steppe.data.errors import BadRecords, CorpusDamaged, StorageError
 from steppe.data.sources import Reading, Record, Source
 from steppe.data.vocabulary import PART, Tokenizer, load_tokenizer
 
-OPTIONS = "group_size:1,zstd:3"  # one record per group: random access reads nothing else
-LOCK = ".lock"  # beside a shard: held by whoever writes it
-GIVE_UP = 1000  # a shard whose first records are all bad is not read to its end
+OPTIONS = "group_size:1,zstd:3"  # one record per group, so that random access reads only that record
+LOCK = ".lock"  # suffix of a shard's lock file, held by its writer
+GIVE_UP = 1000  # stop if this many first records of a shard are all bad
 
 
 class Recipe(NamedTuple):
-    """What decides the contents of a prepared directory; plain values, the keys of config.data."""
+    """The keys of config.data that determine a prepared directory."""
 
     task: str
     held_out: tuple[str, ...]
@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 def written(directory: str, job: Job) -> dict | None:
-    """What was recorded of this shard once it was written; None if it is not, or not of that size."""
+    """The entry of a written shard; None if it is missing or has another size."""
     path = os.path.join(directory, job.file)
     try:
         entry = manifests.read_json(path + ".json")
@@ -65,7 +65,7 @@ def written(directory: str, job: Job) -> dict | None:
 
 
 def finished(directory: str, job: Job) -> dict | None:
-    """The same, its contents compared; the record of a damaged one is removed."""
+    """Like written, but also checks the hash. Deletes the entry of a damaged shard."""
     path = os.path.join(directory, job.file)
     entry = written(directory, job)
     with contextlib.suppress(OSError):
@@ -76,14 +76,14 @@ def finished(directory: str, job: Job) -> dict | None:
 
 
 def is_taken(directory: str, job: Job) -> bool:
-    """Whether a process is writing this shard now."""
+    """Whether a process is writing this shard."""
     return files.is_held(os.path.join(directory, job.file) + LOCK)
 
 
 def take(
     directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable[[int, int, int], None] = lambda *_: None
 ) -> dict | None:
-    """The entry of a shard, which is written unless it is already; None if another process is at it."""
+    """Writes a shard if it is missing and returns its entry; None if another process is writing it."""
     path = os.path.join(directory, job.file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
@@ -96,10 +96,9 @@ def take(
 def write(
     directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable[[int, int, int], None] = lambda *_: None
 ) -> dict:
-    """Writes one shard and its record of counts and hashes; `count(documents, tokens, bytes)` is called as work
-    proceeds.
+    """Writes one shard and its entry of counts and hashes. Calls count(documents, tokens, bytes) during the work.
 
-    A shard appears under its name only when it is complete and was read back.
+    A shard gets its name only after it is complete and verified.
     """
     path = os.path.join(directory, job.file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -133,23 +132,23 @@ REMEDY = "check config.data.text_field and the source, or raise config.data.bad_
 
 
 class _Tally:
-    """What is counted of a shard, and which of its records are good."""
+    """Counts the records of a shard and selects the valid ones."""
 
     def __init__(self, job: Job, held_out: frozenset[bytes]):
         self.job, self.held_out = job, held_out
         self.records = self.documents = self.tokens = self.bytes = self.overlap = 0
-        self.faults, self.places = Counter(), {}  # how many of each kind, and where the first of them is
+        self.faults, self.places = Counter(), {}  # number of each fault, and location of its first record
         self.hashes, self.digests = xxhash.xxh3_128(), bytearray()
 
     def bad(self, fault: str, place: str) -> None:
         self.faults[fault] += 1
         self.places.setdefault(fault, place)
         if self.faults.total() == self.records >= GIVE_UP:
-            said = listed(self.faults, self.places)
-            raise BadRecords(f"{_describe(self.job)}: its first {self.records} records are all bad ({said}); {REMEDY}")
+            why = listed(self.faults, self.places)
+            raise BadRecords(f"{_describe(self.job)}: its first {self.records} records are all bad ({why}); {REMEDY}")
 
     def good(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The records that are documents and in no held-out set."""
+        """The valid records that are not in a held-out set."""
         for record in records:
             self.records += 1
             if fault := record.fault or readers.fault_of(record.text):
@@ -171,15 +170,15 @@ class _Tally:
 
 
 def listed(faults: Mapping[str, int], places: Mapping[str, str]) -> str:
-    """The faults of records, how many of each kind and where the first is; "none"."""
-    said = (
+    """The number of each fault and the location of its first record, as text; "none" without faults."""
+    texts = (
         f"{n} {fault}{f' (first: {places[fault]})' if places.get(fault) else ''}" for fault, n in sorted(faults.items())
     )
-    return ", ".join(said) or "none"
+    return ", ".join(texts) or "none"
 
 
 def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records together, so that short ones do not each pay for a call; one longer than PART by itself."""
+    """Groups short records, to save calls. A record longer than PART is a group by itself."""
     group, size = [], 0
     for record in records:
         if group and (size >= PART or len(record.text) > PART):
@@ -195,33 +194,33 @@ def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
 def _documents(
     groups: Iterable[list[Record]], tokenizer: Tokenizer, tally: _Tally, count: Callable[[int, int, int], None]
 ) -> Iterator[packing.Documents]:
-    """The tokens of records, each document closed by the end-of-document id."""
+    """Tokenises records and ends each document with the end-of-document id."""
     end = tokenizer.eos_id
     for group in groups:
         before = tally.documents, tally.tokens, tally.bytes
         if len(group[0].text) > PART:
             counts, ids = 0, np.zeros(0, np.int32)
             for part in tokenizer.cuts(group[0].text):
-                found = tokenizer.measure([part])
-                ids = found.ids
+                tokens = tokenizer.measure([part])
+                ids = tokens.ids
                 counts += len(ids)
-                yield packing.Documents(found.ids, found.lengths, np.zeros(0, np.int64))
+                yield packing.Documents(tokens.ids, tokens.lengths, np.zeros(0, np.int64))
             counts = np.array([counts])
             if counts[0]:
                 yield packing.Documents(np.array([end], ids.dtype), np.zeros(1, np.uint8), np.ones(1, np.int64))
         else:
-            found = tokenizer.measure([record.text for record in group])
-            counts = found.counts
+            tokens = tokenizer.measure([record.text for record in group])
+            counts = tokens.counts
             ends = np.cumsum(counts[counts > 0] + 1)
-            inside = np.ones(len(found.ids) + len(ends), bool)
+            inside = np.ones(len(tokens.ids) + len(ends), bool)
             inside[ends - 1] = False
-            ids, lengths = np.full(len(inside), end, found.ids.dtype), np.zeros(len(inside), found.lengths.dtype)
-            ids[inside], lengths[inside] = found.ids, found.lengths
+            ids, lengths = np.full(len(inside), end, tokens.ids.dtype), np.zeros(len(inside), tokens.lengths.dtype)
+            ids[inside], lengths[inside] = tokens.ids, tokens.lengths
             yield packing.Documents(ids, lengths, ends)
         for record, n in zip(group, counts.tolist(), strict=True):
             if n:
                 tally.document(record.text, n + 1)
-            else:  # a lossy vocabulary may leave nothing of a text, such as one of zero-width characters
+            else:  # a lossy vocabulary may drop a whole text, such as zero-width characters
                 tally.bad("no token", record.place)
         count(*(after - b for after, b in zip((tally.documents, tally.tokens, tally.bytes), before, strict=True)))
 
@@ -256,7 +255,7 @@ def _write_rows(path: str, rows: Iterator[list[packing.Segment]], dtype: str) ->
 
 
 def _close(writer) -> None:
-    with contextlib.suppress(Exception):  # the error that led here is the one to report
+    with contextlib.suppress(Exception):  # the first error is the one to report
         writer.close()
 
 
@@ -268,22 +267,22 @@ def _read_back(path: str, rows: int, content: str) -> None:
         with open(path, "rb") as handle:
             os.fsync(handle.fileno())
         reader = ArrayRecordReader(path)
-        found = reader.num_records()
-        for start in range(0, found, 1024):  # never a whole shard in memory
-            for record in reader.read(list(range(start, min(start + 1024, found)))):
+        count = reader.num_records()
+        for start in range(0, count, 1024):  # a whole shard may not fit in memory
+            for record in reader.read(list(range(start, min(start + 1024, count)))):
                 digest.update(record)
         reader.close()
     except Exception as error:
         raise _cannot_write(path, error) from error
-    if found != rows or digest.hexdigest() != content:
-        raise _cannot_write(path, "what was written reads back differently")
+    if count != rows or digest.hexdigest() != content:
+        raise _cannot_write(path, "the written file reads back differently")
 
 
 def _cannot_write(path: str, error: Exception | str) -> StorageError:
     reason = " ".join(str(error).split())[:200]
     status = os.statvfs(os.path.dirname(path))
     free = status.f_bavail * status.f_frsize
-    remedy = "finished shards are kept, make room and run again"
+    remedy = "finished shards remain; free space and run again"
     return StorageError(f"cannot write {path}: {reason} ({free / 1e6:.1f} MB free there); {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""Shards written by several processes, which never outlive the one that started them."""
+"""Writes shards in several processes, which end when their parent ends."""
 
 import ctypes
 import multiprocessing
@@ -20,14 +20,13 @@ from steppe.data.prepare.shards import Job, Recipe
 def run(
     directory: str, recipe: Recipe, jobs: list[Job], dtype: str, workers: int, tell: Callable[[list[int]], None]
 ) -> Iterator[tuple[Job, dict | None]]:
-    """Yields (job, its entry) as shards are finished, None of one that another process has.
+    """Yields (job, entry) for finished shards; the entry is None if another process is writing the shard.
 
-    `tell` gets [documents, tokens, bytes] so far, twice a second.
-
-    Whatever ends this early, an error, an interrupt or the death of this process, ends the workers within a second.
+    Calls `tell` twice a second with the total [documents, tokens, bytes]. Workers end within a second after an error,
+    an interrupt or the death of this process.
     """
     context = multiprocessing.get_context("spawn")  # tensorflow does not survive a fork
-    # Without locks: a worker that is killed while it holds one would stop the others.
+    # Raw memory without locks, because a worker that is killed while it holds a lock would block the others.
     counts, stopped = context.RawArray(ctypes.c_int64, 3 * len(jobs)), context.RawValue(ctypes.c_bool, False)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (counts, stopped, os.getpid()))
     done = threading.Event()
@@ -42,14 +41,14 @@ def run(
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        with _interrupts_held():  # which the workers, started here, inherit: this process stops them
+        with _interrupts_held():  # workers inherit the blocked signal, so only this process stops them
             futures = {pool.submit(_work, directory, recipe, job, dtype, i): job for i, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures[future], future.result()
         tell(totals())
     except BrokenProcessPool as error:
         stopped.value = True
-        remedy = "finished shards are kept, run again, perhaps with fewer --workers"
+        remedy = "finished shards remain; run again, perhaps with fewer --workers"
         raise DataError(f"a worker preparing {directory} was killed (out of memory?); {remedy}") from error
     except BaseException:
         stopped.value = True
@@ -63,7 +62,7 @@ def run(
 def run_here(
     directory: str, recipe: Recipe, jobs: list[Job], dtype: str, workers: int, tell: Callable[[list[int]], None]
 ) -> Iterator[tuple[Job, dict | None]]:
-    """The same in this process, one shard after the other."""
+    """Like run, but in this process, one shard after the other."""
     counts, told = [0, 0, 0], time.monotonic()
 
     def count(*more: int) -> None:
@@ -80,7 +79,7 @@ def run_here(
 
 @contextmanager
 def _interrupts_held():
-    """An interrupt that arrives meanwhile is delivered afterwards; to processes started meanwhile, never."""
+    """Delays an interrupt until the block ends. Processes started in the block never receive interrupts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -88,7 +87,7 @@ def _interrupts_held():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_counts: Any = None  # set once in a worker process
+_counts: Any = None  # set in worker processes
 
 
 def _start(counts, stopped, parent: int) -> None:
@@ -98,7 +97,7 @@ def _start(counts, stopped, parent: int) -> None:
 
 
 def follow(parent: int, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Ends this process soon after its parent has ended, or when it is stopped."""
+    """Ends this process soon after its parent ends, or after `stopped()` is true."""
 
     def watch() -> None:
         while os.getppid() == parent and not stopped():

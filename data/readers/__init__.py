@@ -1,4 +1,4 @@
-"""Readers: how the text of a kind of source is found. One module for each way, and `of`, which picks it.
+"""Readers of the kinds of sources, and `of`, which selects one.
 
 A reader has check(source, reading), records(source, reading, shard, shards) and fingerprint(source, reading).
 """
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from steppe.data.readers import built_in, plain, tasks
 from steppe.data.sources import BUILT_IN, FILES, PREPARED, Reading, Source
 
-_BLANK = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # of ASCII, what str.strip strips
-_PART = 1 << 20  # bytes that are decoded at a time
+_BLANK = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # the ASCII characters that str.strip removes
+_PART = 1 << 20  # bytes to decode at a time
 
 READERS = {**dict.fromkeys(BUILT_IN, built_in), **dict.fromkeys(FILES, plain), **dict.fromkeys(PREPARED, tasks)}
 
@@ -21,7 +21,7 @@ def of(kind: str):
 
 
 def fault_of(text: bytes) -> str:
-    """What keeps a text from being a document: "encoding" if it is no UTF-8, "empty" if it is blank; else ""."""
+    """The fault of a text: "encoding" if it is not UTF-8, "empty" if it is blank, else ""."""
     if text.isascii():
         return "" if text.strip(_BLANK) else "empty"
     decoder, blank = codecs.getincrementaldecoder("utf-8")(), True
@@ -35,7 +35,7 @@ def fault_of(text: bytes) -> str:
 
 
 def texts(sources: tuple[Source, ...], reading: Reading) -> Iterator[str]:
-    """The good documents of a whole task, its sources in turn by weight until the first of them ends."""
+    """The valid documents of a task. Alternates between sources by weight until one of them ends."""
 
     def good(source: Source) -> Iterator[str]:
         for record in of(source.kind).records(source, reading):

@@ -1,4 +1,4 @@
-"""The text that every Python carries along: its standard library, and the help topics of its pydoc."""
+"""Text that every Python contains: its standard library and the help topics of pydoc."""
 
 import os
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from steppe.data.sources import Reading, Record, Source, in_split
 
 
 def check(source: Source, reading: Reading) -> None:
-    """Nothing can be wrong with it."""
+    """Does nothing: this source is always valid."""
 
 
 def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -> Iterator[Record]:
-    """Every `shards`-th document, beginning at `shard`; the split is drawn by a hash of its name."""
+    """Every `shards`-th document of the split, starting with number `shard`. A hash of its name decides the split."""
     listed = [text for name, text in documents(source.kind) if in_split(source, reading, name.encode())]
     yield from (Record(text) for text in listed[shard::shards])
 
 
 def fingerprint(source: Source, reading: Reading) -> str:
-    """Of names and contents."""
+    """Hash of names and contents."""
     digest = xxhash.xxh3_128()
     for name, text in documents(source.kind):
         digest.update(f"{name}\0{len(text)}\0".encode() + text)
@@ -35,15 +35,14 @@ def topic_documents() -> list[tuple[str, bytes]]:
     """(name, UTF-8 text) of the help topics of pydoc, sorted by name; names as in the embedded corpus."""
     from pydoc_data import topics
 
-    found = [(f"pydoc_data/topics/{name}", text.encode()) for name, text in topics.topics.items() if text.strip()]
-    return sorted(found)
+    listed = [(f"pydoc_data/topics/{name}", text.encode()) for name, text in topics.topics.items() if text.strip()]
+    return sorted(listed)
 
 
 def embedded_documents() -> list[tuple[str, bytes]]:
-    """(name, UTF-8 text) of this Python's standard library, its tests left out, sorted by name; no network.
+    """(name, UTF-8 text) of this Python's standard library without its tests, sorted by name. Needs no network.
 
-    pydoc_data's topics are documents of their own. Text differs between Python versions: the manifest records a
-    hash of it.
+    Each topic of pydoc_data is a document. Texts differ between Python versions; the manifest records their hash.
     """
     root = os.path.dirname(os.__file__)
     listed = []
@@ -52,7 +51,7 @@ def embedded_documents() -> list[tuple[str, bytes]]:
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("config-"))
         for name in names:
             relative = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
-            # Written by this machine's installation, not part of the library.
+            # The installation on this machine writes these; they are not part of the library.
             local = name.startswith(("_sysconfigdata", "sitecustomize"))
             if name.endswith(".py") and not local and relative != "pydoc_data/topics.py":
                 listed.append((relative, os.path.join(root, relative)))

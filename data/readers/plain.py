@@ -1,7 +1,7 @@
-"""Text in files: whole files, lines, JSONL and Parquet, compressed or not.
+"""Reads text in files: whole files, lines, JSONL and Parquet, compressed or not.
 
-What a file is, its first bytes say, not its name. A file that cannot be what its source says is found by `check`,
-before anything is written; what is damaged further on is an error where it is met.
+The first bytes of a file decide its format, not its name. `check` refuses a file of the wrong format before anything is
+written. Damage further on raises an error when it is read.
 """
 
 import bz2
@@ -23,11 +23,11 @@ from steppe.data.errors import BadRecords, DataError, refused
 from steppe.data.files import is_remote, matching, opened
 from steppe.data.sources import Reading, Record, Source, in_split
 
-Stream = BinaryIO | io.BufferedIOBase  # a file's bytes, decompressed or as they are
+Stream = BinaryIO | io.BufferedIOBase  # a file's decompressed bytes
 
-HEAD = 1000  # records of a source that are looked at before it is read
-WHOLE, BLOCKS, BLOCK = 64 << 20, 8, 4096  # bytes of a source that are all hashed; blocks of each file else, of bytes
-REMOTE_HEADS = 8  # of files behind an address, so many are looked at
+HEAD = 1000  # records of a source to check before it is read
+WHOLE, BLOCKS, BLOCK = 64 << 20, 8, 4096  # bytes hashed fully per source; else blocks per file, of this many bytes
+REMOTE_HEADS = 8  # files to check at a URL
 _REFUSED = {
     b"PK\x03\x04": "a zip archive",
     b"\x04\x22\x4d\x18": "compressed by lz4",
@@ -36,8 +36,8 @@ _REFUSED = {
     b"\x1f\x9d": "compressed by compress (.Z)",
     b"\xff\x06\x00\x00sNaPpY": "compressed by snappy",
     b"LZIP": "compressed by lzip",
-    b"\xff\xfe": "UTF-16; convert it, as in `iconv -f UTF-16 -t UTF-8`",
-    b"\xfe\xff": "UTF-16; convert it, as in `iconv -f UTF-16 -t UTF-8`",
+    b"\xff\xfe": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+    b"\xfe\xff": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
     b"%PDF-": "a PDF",
     b"\x89HDF": "an HDF5 file",
     b"ARROW1": "an Arrow file; write it as Parquet and name it parquet:",
@@ -47,7 +47,7 @@ _SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
 
 def check(source: Source, reading: Reading) -> None:
-    """Raises DataError if the source's files, or the first records of them, cannot be what it says."""
+    """Raises DataError if the source's files or their first records do not have its format."""
     paths = files(source)
     for path in paths if not is_remote(source.where) else paths[:REMOTE_HEADS]:
         with opened_text(path, source.kind):
@@ -60,17 +60,17 @@ def check(source: Source, reading: Reading) -> None:
         first = first or record
     if seen:
         listed = ", ".join(list(seen)[:20])
-        accepted = f"a field with text in {source.kind}:{source.where}; the fields seen are {listed}"
+        accepted = f"a text field of {source.kind}:{source.where}; the fields seen are {listed}"
         raise refused("data.text_field", reading.text_field, accepted)
     if first:
-        raise BadRecords(f"{first.place}: no JSON object, nor is any record after it; jsonl: needs one object a line")
+        raise BadRecords(f"{first.place}: not a JSON object, nor is any later record; jsonl: needs one object per line")
 
 
 def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -> Iterator[Record]:
-    """Every `shards`-th record of a source, in a fixed order, beginning at `shard`.
+    """The records of one shard of a source, in a fixed order.
 
-    Whole files are dealt out when there are at least `shards` of them, single records otherwise. Every record is in
-    exactly one shard, and in one split: a hash of the text, or of what stands in its place, draws it.
+    Shards divide whole files if there are at least `shards` files, else single records. Every record is in exactly one
+    shard and one split. A hash of its text (or of the faulty line or location) decides the split.
     """
     paths = files(source)
     by_file = len(paths) >= shards
@@ -84,17 +84,17 @@ def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -
 
 
 def files(source: Source) -> list[str]:
-    """Paths that the glob of a source matches, sorted."""
+    """The files that the glob of a source matches, sorted. Raises DataError if there are none."""
     paths = matching(source.where)
     if paths:
         return paths
     where = os.path.expanduser(source.where)
-    reason = "is a directory; name the files in it, as DIR/*" if os.path.isdir(where) else "matches no file"
+    reason = "is a directory; name its files, such as DIR/*" if os.path.isdir(where) else "matches no file"
     raise DataError(f"config.data: {source.kind}:{source.where} {reason}")
 
 
 def fingerprint(source: Source, reading: Reading) -> str:
-    """Changes when the text may have changed: names, sizes and times of the files. `sample` looks into them."""
+    """Hash of names, sizes and modification times of the files. `sample` hashes their contents."""
     digest = xxhash.xxh3_128()
     for path in files(source):
         if is_remote(path):
@@ -106,14 +106,14 @@ def fingerprint(source: Source, reading: Reading) -> str:
 
 
 def sample(source: Source) -> str:
-    """A hash of what is in the files: of all of it up to WHOLE bytes in all, else of BLOCKS blocks of each, its first
-    and its last among them; "" behind an address. DataError for a file that cannot be read."""
+    """Hash of the contents of local files, "" for URLs. Hashes everything up to WHOLE bytes in total, else BLOCKS
+    blocks of each file, including its first and last. Raises DataError for an unreadable file."""
     paths = [path for path in files(source) if not is_remote(path)]
     sizes = [os.stat(path).st_size for path in paths]
     blocks = None if sum(sizes) <= WHOLE else BLOCKS
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda path, size: _sample(path, size, blocks), paths, sizes)
-        return xxhash.xxh3_128_hexdigest(b"".join(found)) if paths else ""
+        digests = pool.map(lambda path, size: _sample(path, size, blocks), paths, sizes)
+        return xxhash.xxh3_128_hexdigest(b"".join(digests)) if paths else ""
 
 
 def _sample(path: str, size: int, blocks: int | None) -> bytes:
@@ -127,14 +127,14 @@ def _sample(path: str, size: int, blocks: int | None) -> bytes:
                 for number in range(blocks):
                     digest.update(os.pread(handle.fileno(), BLOCK, number * (size - BLOCK) // (blocks - 1)))
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; mend or remove the file") from error
+        raise DataError(f"cannot read {path}: {error.strerror}; repair or remove the file") from error
     return digest.digest()
 
 
 def _every_record(
     source: Source, reading: Reading, paths: list[str], mine: Callable[[int, int], bool] | None, seen: dict[str, None]
 ) -> Iterator[Record]:
-    """The records of files that are `mine(file, number)`; names of fields without a text are added to `seen`."""
+    """The records with mine(file, number). Adds the fields of records without text to `seen`."""
     read = {"text": _whole, "lines": _lines, "jsonl": _objects, "parquet": _rows}[source.kind]
     for index, path in enumerate(paths):
         chosen = None if mine is None else (lambda number, index=index: mine(index, number))
@@ -144,9 +144,9 @@ def _every_record(
 
 @contextmanager
 def opened_text(path: str, kind: str) -> Iterator[Stream]:
-    """The text of a file, decompressed, from its first byte that is no byte-order mark. Parquet as it is.
+    """Opens the decompressed text of a file, after a byte-order mark; Parquet unchanged.
 
-    Whatever goes wrong inside a decoder while it is open becomes one line that names the file.
+    Raises DataError, one line with the file's name, for any error of a decoder while it is open.
     """
     try:
         with opened(path) as raw:
@@ -160,14 +160,14 @@ def opened_text(path: str, kind: str) -> Iterator[Stream]:
             reason = error.strerror
         else:
             reason = f"it is damaged ({' '.join(str(error).split())[:200] or type(error).__name__})"
-        raise DataError(f"cannot read {path}: {reason}; mend or remove the file") from error
+        raise DataError(f"cannot read {path}: {reason}; repair or remove the file") from error
 
 
 def _recognised(path: str, kind: str, raw: BinaryIO) -> Stream:
     head = _head(raw)
     if kind == "parquet":
         if not head.startswith(_PARQUET):
-            raise DataError(f"cannot read {path}: it is no Parquet file; text:, lines: and jsonl: read others")
+            raise DataError(f"cannot read {path}: it is not a Parquet file; text:, lines: and jsonl: read other files")
         return raw
     made = _decompressed(path, raw, head)
     head = head if made is raw else _head(made)
@@ -175,11 +175,11 @@ def _recognised(path: str, kind: str, raw: BinaryIO) -> Stream:
         raise DataError(f"cannot read {path}: it is a Parquet file; name it parquet:{path}")
     what = next((name for magic, name in _REFUSED.items() if head.startswith(magic)), "")
     if what or head[257:262] == b"ustar":
-        known = "plain, .gz, .zst, .bz2 and .xz are read; unpack or convert it first"
+        known = "Steppe reads plain, .gz, .zst, .bz2 and .xz files; unpack or convert it first"
         raise DataError(f"cannot read {path}: it is {what or 'a tar archive'}; {known}")
     if kind == "jsonl" and head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
-        remedy = "write one object a line, as in `jq -c '.[]' FILE`"
-        raise DataError(f"cannot read {path}: it is a JSON array, not one object a line; {remedy}")
+        remedy = "write one object per line, with `jq -c '.[]' FILE`"
+        raise DataError(f"cannot read {path}: it is a JSON array, not one object per line; {remedy}")
     if head.startswith(codecs.BOM_UTF8):
         made.read(len(codecs.BOM_UTF8))
     return made
@@ -206,13 +206,13 @@ def _decompressed(path: str, raw: BinaryIO, head: bytes) -> Stream:
 
 
 class _Zstandard(io.RawIOBase):
-    """All frames of a .zst file; unlike the library's reader, a file cut inside a frame is an error."""
+    """Reads all frames of a .zst file. Unlike the library's reader, it raises EOFError for a truncated frame."""
 
     def __init__(self, raw: BinaryIO):
         import zstandard
 
         self._raw = raw
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # as zstd --long=31 writes
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # for zstd --long=31
         self._restart()
 
     def _restart(self) -> None:
@@ -236,7 +236,7 @@ class _Zstandard(io.RawIOBase):
             chunk = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._started = self._new(), False
-            chunk = chunk or self._raw.read(1 << 14)  # may become 32,768 times as many bytes
+            chunk = chunk or self._raw.read(1 << 14)  # small, because it may expand 32,768 times
             if not chunk:
                 if self._started:
                     raise EOFError
@@ -253,15 +253,15 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
-# Of each kind: the records of one open file. A record's text is handed on, never kept: documents can be large.
+# One reader of an open file per kind. None keeps a record's text, because documents can be large.
 
 
-LONGEST = 256 << 20  # bytes of a document; a small compressed file may hold any number
+LONGEST = 256 << 20  # longest document, bytes; a small compressed file may expand to any size
 
 
 def _bounded(document: bytes, place: str) -> bytes:
     if len(document) > LONGEST:
-        raise DataError(f"cannot read {place}: one document is longer than {LONGEST >> 20} MiB; cut it into several")
+        raise DataError(f"cannot read {place}: one document is longer than {LONGEST >> 20} MiB; split it")
     return document
 
 
@@ -290,7 +290,7 @@ _NOTHING = Record(b"")
 
 
 def _object(handle, place: str, field: str, wanted: bool, seen: dict[str, None]) -> Record | None:
-    """The record of the next line; _NOTHING of a blank one. Nothing else of a line is held longer than it has to be."""
+    """The record of the next line; _NOTHING for a blank or unwanted line, None at the end. Frees memory early."""
     line = _bounded(handle.readline(LONGEST + 1), place)
     if not line:
         return None
@@ -305,31 +305,31 @@ def _object(handle, place: str, field: str, wanted: bool, seen: dict[str, None])
         value = json_value(text)
     except ValueError:
         return Record(text.encode(), "json", place)
-    found = value_at(value, field)
-    if not isinstance(found, str):
+    document = value_at(value, field)
+    if not isinstance(document, str):
         seen.update(dict.fromkeys(_fields(value)))
         return Record(text.encode(), "field", place)
     del text, value
-    return Record(found.encode("utf-8", "surrogatepass"), "", place)  # lone surrogates are then found to be no UTF-8
+    return Record(document.encode("utf-8", "surrogatepass"), "", place)  # fault_of refuses lone surrogates
 
 
 def _no_json(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _JSON = json.JSONDecoder(parse_constant=_no_json)
 
 
 def json_value(text: str) -> Any:
-    """The value of a line of JSONL. ValueError where it is not strictly JSON: NaN and Infinity are none."""
+    """The value of a line of JSONL. Raises ValueError unless it is strict JSON, without NaN and Infinity."""
     try:
         return _JSON.decode(text)
     except RecursionError as error:
-        raise ValueError("is nested too deep") from error
+        raise ValueError("is nested too deeply") from error
 
 
 def value_at(value, field: str):
-    """What stands in a JSON value under a field, or along a dotted path of fields; None if nothing does."""
+    """The entry of a JSON value at a field or a dotted path of fields, None if absent."""
     if not isinstance(value, dict) or field in value:
         return value.get(field) if isinstance(value, dict) else None
     for name in field.split("."):
@@ -338,7 +338,7 @@ def value_at(value, field: str):
 
 
 def _fields(value, prefix: str = "") -> Iterator[str]:
-    """The dotted paths of an object's fields, two deep."""
+    """The dotted paths of an object's fields, two levels deep."""
     for name, inside in value.items() if isinstance(value, dict) else ():
         yield f"{prefix}{name}"
         if isinstance(inside, dict) and not prefix:

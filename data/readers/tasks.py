@@ -1,4 +1,4 @@
-"""TFDS sets and seqio tasks and mixtures: the only place that meets tensorflow, inside its functions."""
+"""Reads TFDS data sets, and seqio tasks and mixtures. Only the functions of this module import tensorflow."""
 
 import importlib
 import os
@@ -12,16 +12,16 @@ from steppe.configs import packages
 from steppe.data.errors import DataError, refused
 from steppe.data.sources import Reading, Record, Source
 
-BATCH = 256  # records that cross from tensorflow to Python at a time
+BATCH = 256  # records per transfer from tensorflow to Python
 
 
 def import_tensorflow():
-    """Imports tensorflow and seqio, quiet and without accelerators: they belong to the training process. DataError."""
+    """Imports tensorflow and seqio silently, without accelerators, which training needs. Raises DataError."""
     if lacking := packages.lacking("seqio", "tensorflow", "tensorflow_datasets"):
         raise DataError(f"config.data.task: a task of seqio or TFDS {lacking}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # What tensorflow's libraries print while they load ignores that level.
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    # tensorflow's libraries ignore that level while they load.
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         import seqio  # noqa: F401
@@ -30,14 +30,14 @@ def import_tensorflow():
         tf.config.set_visible_devices([], "GPU")
         tf.config.set_visible_devices([], "TPU")
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(null)
     return tf
 
 
 def check(source: Source, reading: Reading) -> None:
-    """Raises DataError if the set is not there, or has no such split or text."""
+    """Raises DataError if the data set, its split or its text field does not exist."""
     import_tensorflow()
     if source.kind == "tfds":
         _builder(source, reading)
@@ -46,7 +46,7 @@ def check(source: Source, reading: Reading) -> None:
 
 
 def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -> Iterator[Record]:
-    """The records of shard `shard` of `shards` of a split, in a fixed order."""
+    """The records of shard `shard` of `shards` of a split, in a fixed order. Raises DataError."""
     tf = import_tensorflow()
     if source.kind == "seqio":
         dataset, field = _seqio_dataset(source, reading)
@@ -54,7 +54,7 @@ def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -
     else:
         builder, split = _builder(source, reading)
         field = reading.text_field
-        if builder.info.file_format.value == "array_record":  # which tf.data cannot read
+        if builder.info.file_format.value == "array_record":  # tf.data cannot read these
             rows = builder.as_data_source(split)
             for index in range(shard, len(rows), shards):
                 text = rows[index][field]
@@ -80,7 +80,7 @@ def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -
 
 
 def fingerprint(source: Source, reading: Reading) -> str:
-    """Of the name alone: what is prepared under a name and version does not change."""
+    """Hash of the name and its directory or module; data of one name and version do not change."""
     place = reading.tfds_dir if source.kind == "tfds" else reading.seqio_module
     return xxhash.xxh3_128_hexdigest(f"{source.where}\0{place}".encode())
 
@@ -100,7 +100,7 @@ def _tfrecord_dataset(builder, split: str, reading: Reading, shard: int, shards:
 
 
 def _seqio_dataset(source: Source, reading: Reading):
-    """(tf dataset of one pass, the field that holds its text)."""
+    """(tf dataset of one pass, its text field). Raises DataError."""
     tf = import_tensorflow()
     import seqio
 
@@ -109,7 +109,7 @@ def _seqio_dataset(source: Source, reading: Reading):
         try:
             importlib.import_module(module)
         except Exception as error:
-            accepted = f"a module that can be imported, not one that ends in {_line(error)}"
+            accepted = f"a module that can be imported; this one raises {_line(error)}"
             raise refused("data.seqio_module", module, accepted) from error
     try:
         known = seqio.get_mixture_or_task(name)
@@ -128,26 +128,26 @@ def _seqio_dataset(source: Source, reading: Reading):
     field = next((field for field in wanted if field in texts), None)
     if field is None:
         listed = ", ".join(texts) or f"none (its fields are {', '.join(spec)})"
-        raise refused("data.text_field", reading.text_field, f"a field of seqio:{name} that holds text: {listed}")
+        raise refused("data.text_field", reading.text_field, f"a text field of seqio:{name}: {listed}")
     return dataset, field
 
 
 def _builder(source: Source, reading: Reading) -> tuple[Any, str]:
-    """(builder, split) of a TFDS source, which must be prepared on this machine; nothing is downloaded."""
+    """(builder, split) of a TFDS source that is prepared on this machine. Downloads nothing; raises DataError."""
     import_tensorflow()
     import tensorflow_datasets as tfds
 
     name, tfds_dir, text_field = source.where, reading.tfds_dir, reading.text_field
     try:
         builder: Any = tfds.builder(name, data_dir=tfds_dir or None, try_gcs=False)
-    except Exception as error:  # whatever a builder's own code, or a name that is none, may raise
+    except Exception as error:  # a builder's code, or an unknown name, may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"config.data: tfds:{name} in config.data.tfds_dir={tfds_dir!r}: {reason}") from error
     splits = list(builder.info.splits)
     if not splits:
-        place = os.path.dirname(os.path.dirname(str(builder.data_dir)))
+        parent = os.path.dirname(os.path.dirname(str(builder.data_dir)))
         remedy = f"run `tfds build {name} --data_dir=DIR` and set config.data.tfds_dir=DIR"
-        raise DataError(f"config.data.tfds_dir={tfds_dir!r}: tfds:{name} is not prepared below {place}; {remedy}")
+        raise DataError(f"config.data.tfds_dir={tfds_dir!r}: tfds:{name} is not prepared below {parent}; {remedy}")
     split = _split_of(f"tfds:{name}", source.split, splits)
     features = builder.info.features
     if text_field not in features or not isinstance(features[text_field], tfds.features.Text):
@@ -156,12 +156,12 @@ def _builder(source: Source, reading: Reading) -> tuple[Any, str]:
 
 
 def _split_of(name: str, split: str, splits: list[str]) -> str:
-    """The split that is meant, held_out being validation or test."""
+    """Checks a split, and maps held_out to validation or test. Raises DataError."""
     held_out = split == "held_out"
     if held_out:
         split = next((known for known in ("validation", "test") if known in splits), split)
     if split.split("[")[0] not in (*splits, *(["all"] if name.startswith("tfds:") else [])):
-        remedy = "; name sets in config.data.held_out, as val=tfds:NAME@SPLIT" if held_out else ""
+        remedy = "; name a set in config.data.held_out, such as val=tfds:NAME@SPLIT" if held_out else ""
         raise DataError(f"{name} has no split {split!r}, only {', '.join(splits)}{remedy}")
     return split
 

@@ -1,7 +1,7 @@
-"""Vocabularies: bytes, SentencePiece models, Hugging Face's tokenizer.json, tiktoken's ranks; and training one.
+"""Vocabularies: bytes, SentencePiece models, Hugging Face's tokenizer.json, tiktoken's ranks; and training of one.
 
-Preparation, training, evaluation and generation share one `Tokenizer`, which never imports tensorflow. What a file is,
-its first bytes say. One of several files becomes one (`hub.joined`), which is what lies in a prepared directory.
+Preparation, training, evaluation and generation share one `Tokenizer`, which never imports tensorflow. The first bytes
+of a file decide its format. `hub.joined` merges a vocabulary of several files into one for the prepared directory.
 """
 
 import os
@@ -18,7 +18,7 @@ __all__ = ["PART", "Tokenizer", "Tokens", "load_tokenizer", "read_model", "train
 def load_tokenizer(spec: str, kept: str = "") -> Tokenizer:
     """Loads `spec`: "bytes", or the path of a SentencePiece model, a tokenizer.json or a .tiktoken file.
 
-    kept: the fingerprint under which a corpus was prepared; one of before text was text loads what it was then.
+    kept: the fingerprint of a prepared corpus; that of an older version of Steppe selects its behaviour.
     """
     if spec == "bytes":
         return byte.load()
@@ -27,7 +27,7 @@ def load_tokenizer(spec: str, kept: str = "") -> Tokenizer:
 
 
 def read_model(spec: str) -> bytes:
-    """Bytes of the vocabulary in file `spec`, complete in themselves."""
+    """The self-contained bytes of the vocabulary in file `spec`. Raises DataError."""
     path = os.path.expanduser(spec)
     try:
         if os.path.isdir(path):

@@ -1,4 +1,4 @@
-"""The bytes themselves: seqio's ByteVocabulary, which is ByT5's."""
+"""The byte vocabulary, equal to seqio's ByteVocabulary and that of ByT5."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ BYTE_OFFSET = 3  # 0 padding, 1 end of document, 2 unknown, then the 256 bytes
 
 
 def load() -> Tokenizer:
-    """The byte vocabulary."""
+    """Makes the byte vocabulary."""
     return Tokenizer(
         spec="bytes",
         fingerprint="bytes",
@@ -29,8 +29,8 @@ def _encode_bytes(text: str) -> list[int]:
 
 
 def _decode_bytes(ids: Iterable[int]) -> str:
-    kept = bytes(int(i) - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < 256 + BYTE_OFFSET)
-    return kept.decode("utf-8", errors="ignore")  # as seqio: a character cut at a row's end is dropped
+    content = bytes(int(i) - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < 256 + BYTE_OFFSET)
+    return content.decode("utf-8", errors="ignore")  # like seqio, drops a character cut at the end of a row
 
 
 def _measure_bytes(texts: list[bytes]) -> Tokens:

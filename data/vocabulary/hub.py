@@ -1,7 +1,7 @@
 """Vocabularies of other frameworks: Hugging Face's tokenizer.json (tokenizers), and tiktoken's files of ranks.
 
-Either needs more than its file says: which ids begin and end a text, which pattern cuts it. So it is joined with that
-into one JSON object, {"tokenizer": ...} or {"tiktoken": ...} with "begin" and "end", which is what is kept and hashed.
+Both need data from other files: the ids that begin and end a text, and tiktoken's split pattern. `joined` merges all
+into one JSON object, {"tokenizer": ...} or {"tiktoken": ...} with "begin" and "end". Steppe stores and hashes that.
 """
 
 import base64
@@ -23,21 +23,21 @@ from steppe.data.errors import DataError, refused
 from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
 
 Id = Annotated[int, Meta(ge=-1, le=1 << 31)]
-_NEAR = 400  # bytes on either side of a cut that must be encoded as without it
+_NEAR = 400  # bytes on each side of a cut whose tokens must not depend on the cut
 _BETWEEN = re.compile(rb"[a-z](?= [a-z])")
-# What ends a text, where nothing beside the file names it; the first that a vocabulary has
+# If no other file names the end-of-text token: the first of these in the vocabulary
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 
 class Added(TypedDict):
-    """A token that a tokenizer.json adds to its model's."""
+    """An added token of a tokenizer.json."""
 
     id: Id
     content: str
 
 
 class Model(TypedDict, total=False):
-    """The model of a tokenizer.json: {piece: id}, or [piece, score] of every id."""
+    """The model of a tokenizer.json. vocab: {piece: id}, or [piece, score] per id."""
 
     type: str | None
     vocab: dict[str, Id] | list[tuple[str, float]]
@@ -46,7 +46,7 @@ class Model(TypedDict, total=False):
 
 
 class Fast(TypedDict, total=False):
-    """tokenizer.json, as far as it is read here; the tokenizers library reads the rest."""
+    """The parts of tokenizer.json that this module reads; the tokenizers library reads the rest."""
 
     model: Required[Model]
     added_tokens: list[Added]
@@ -54,7 +54,7 @@ class Fast(TypedDict, total=False):
 
 
 class Joined(TypedDict, total=False):
-    """What `joined` makes: one of two kinds."""
+    """The result of `joined`, with "tokenizer", or with "tiktoken", "pattern" and "special"."""
 
     begin: Required[Id]
     end: Required[Id]
@@ -65,13 +65,13 @@ class Joined(TypedDict, total=False):
 
 
 class Named(TypedDict):
-    """A token as an object."""
+    """A token in object form."""
 
     content: str
 
 
-class Beside(TypedDict, total=False):
-    """What stands beside a vocabulary and says which tokens begin and end a text, or how tiktoken cuts it."""
+class Companion(TypedDict, total=False):
+    """A file next to a vocabulary that names begin and end tokens, or tiktoken's split pattern."""
 
     bos_token: str | Named | None
     eos_token: str | Named | None
@@ -82,24 +82,24 @@ class Beside(TypedDict, total=False):
 
 
 def joined(spec: str, path: str, content: bytes) -> bytes:
-    """The vocabulary in a file, with what stands beside it; what is no such vocabulary, as it is. DataError."""
+    """Merges a vocabulary with its companion files; returns other content unchanged. Raises DataError."""
     if path.endswith(".tiktoken"):
         return _join_tiktoken(spec, path, content)
     if content[:1] != b"{" or is_joined(content):
         return content
     try:
-        found = stored.decode(content, Fast, path)
+        fast = stored.decode(content, Fast, path)
     except stored.Wrong as error:
         raise DataError(
-            f"config.data.vocabulary={spec!r}: no tokenizer.json of the tokenizers library ({error})"
+            f"config.data.vocabulary={spec!r}: not a tokenizer.json of the tokenizers library ({error})"
         ) from None
-    ids = _ids(found)
+    ids = _ids(fast)
     begin, end = (_named(path, name, ids) for name in ("bos", "eos"))
     end = end or next((token for token in _ENDS if token in ids), "")
     if end not in ids:
-        accepted = f"a tokenizer with an end of text: eos_token in the tokenizer_config.json beside it, or {_ENDS[0]}"
+        accepted = f"a tokenizer with an end of text: eos_token in the tokenizer_config.json next to it, or {_ENDS[0]}"
         raise refused("data.vocabulary", spec, accepted)
-    return _packed({"tokenizer": found, "begin": ids.get(begin, ids[end]), "end": ids[end]})
+    return _packed({"tokenizer": fast, "begin": ids.get(begin, ids[end]), "end": ids[end]})
 
 
 def _ids(found: dict) -> dict[str, int]:
@@ -110,39 +110,41 @@ def _ids(found: dict) -> dict[str, int]:
 
 
 def _named(path: str, name: str, ids: dict[str, int]) -> str:
-    """The token that the files beside a tokenizer.json name as bos or eos: as text, or of the model, by its id."""
+    """The bos or eos token from the files next to a tokenizer.json, given as text or as an id; "" if absent."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if token := _text(_beside(path, file).get(f"{name}_token")):
+        if token := _text(_companion(path, file).get(f"{name}_token")):
             return token
     tokens: dict[Any, str] = {number: token for token, number in ids.items()}
     for file in ("generation_config.json", "config.json"):
-        number = _beside(path, file).get(f"{name}_token_id")
+        number = _companion(path, file).get(f"{name}_token_id")
         if token := tokens.get(number[0] if isinstance(number, list) and number else number):
             return token
     return ""
 
 
 def is_joined(content: bytes) -> bool:
-    """Whether these are the bytes that `joined` makes."""
+    """Whether `joined` made these bytes."""
     return content.startswith((b'{"begin":', b'{"end":'))
 
 
 def load(spec: str, content: bytes, kept: str = "") -> Tokenizer:
-    """The vocabulary of what `joined` made; kept: as `load_tokenizer`.
+    """Loads the result of `joined`; kept: see `load_tokenizer`.
 
-    DataError where its library is missing, or refuses it.
+    Raises DataError if its library is missing or refuses it.
     """
     found = stored.decode(content, Joined, spec)
     digest = hashlib.sha256(content).hexdigest()[:32]
     kind = "tokenizer" if "tokenizer" in found else "tiktoken"
     library = {"tokenizer": "tokenizers", "tiktoken": "tiktoken"}[kind]
     fingerprint = f"{library}-{digest}"
-    textual = kind == "tokenizer" and kept != fingerprint  # once, control strings in text were control ids
+    textual = (
+        kind == "tokenizer" and kept != fingerprint
+    )  # old versions turned control strings in text into control ids
     try:
         made = _ranked(found) if kind == "tiktoken" else _fast(found, textual)
     except ImportError:
         raise DataError(f"config.data.vocabulary={spec!r}: {packages.lacking(library)}") from None
-    except Exception as error:  # of the library's own kinds
+    except Exception as error:  # the libraries have their own error types
         reason = " ".join(f"{error}".split())[:200]
         raise DataError(f"config.data.vocabulary={spec!r}: {library} refuses it ({reason})") from None
     fingerprint += "-text" * textual
@@ -150,10 +152,10 @@ def load(spec: str, content: bytes, kept: str = "") -> Tokenizer:
 
 
 def textual_tokenizer(found: dict) -> tuple[dict, dict[str, int]]:
-    """(the tokenizer.json of what `joined` made, for a library that takes control strings for text; {control: id}).
+    """(a tokenizer.json from the result of `joined` that reads control strings as text, {control string: id}).
 
-    Controls are the tokens it calls special, and those that begin and end a text. A unigram model's own search would
-    find them in text: there they are made less likely than their characters.
+    Control tokens are special tokens and those that begin and end a text. The search of a unigram model could still
+    choose them, so they become less likely than their characters.
     """
     made = copy.deepcopy(found["tokenizer"])
     ends = (found["begin"], found["end"])
@@ -167,10 +169,10 @@ def textual_tokenizer(found: dict) -> tuple[dict, dict[str, int]]:
 
 
 def shun(scores: list[list], control: Iterable[int]) -> None:
-    """Lowers the scores of a unigram's control pieces until no text is one of them.
+    """Lowers the scores of a unigram model's control pieces so that it never chooses them for text.
 
-    scores: [piece, score] of every id. A control string of which a character is no piece is left alone: it is likelier
-    than an unknown one whatever its score. For the lowest score says what an unknown one costs.
+    scores: [piece, score] per id. Skips a control string with a character that is not a piece. It would beat unknown
+    characters at any score, because the lowest score sets their cost.
     """
     single = {piece: score for piece, score in scores if len(piece) == 1}
     for number in control:
@@ -179,7 +181,7 @@ def shun(scores: list[list], control: Iterable[int]) -> None:
 
 
 def _unknown(model: dict) -> int | None:
-    """The id that a tokenizer.json's model has for what it does not know."""
+    """The unknown id of a tokenizer.json's model."""
     ids: dict[Any, int] = _ids({"model": model})
     return model["unk_id"] if "unk_id" in model else ids.get(model.get("unk_token"))
 
@@ -187,7 +189,7 @@ def _unknown(model: dict) -> int | None:
 def _fast(found: dict, textual: bool) -> dict:
     import tokenizers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # shards are what is worked on side by side
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # shards already run in parallel
     made, control = textual_tokenizer(found) if textual else (found["tokenizer"], {})
     library = tokenizers.Tokenizer.from_str(json.dumps(made))
     library.no_truncation()
@@ -199,14 +201,14 @@ def _fast(found: dict, textual: bool) -> dict:
     within = re.compile("|".join(inside) or "$^")
 
     def encoded(texts: list[str]) -> list[list]:
-        """[(text, its encoding)] of the parts of each text: one, unless a control id was found in it."""
+        """[(part, its encoding)] of each text. A text has several parts only if the library gave control ids."""
         whole = library.encode_batch(texts, add_special_tokens=False)
-        found = []
+        split = []
         for text, each in zip(texts, whole, strict=True):
             parts = [text] if never.isdisjoint(each.ids) else within.split(text)
             made = [each] if len(parts) == 1 else library.encode_batch(parts, add_special_tokens=False)
-            found.append(list(zip(parts, made, strict=True)))
-        return found
+            split.append(list(zip(parts, made, strict=True)))
+        return split
 
     def encode(text: str) -> list[int]:
         return [number for _, each in encoded([text])[0] for number in each.ids]
@@ -215,10 +217,10 @@ def _fast(found: dict, textual: bool) -> dict:
         return library.decode([int(i) for i in ids if i not in added], skip_special_tokens=False)
 
     def measure(texts: list[bytes]) -> Tokens:
-        found = encoded([text.decode() for text in texts])
-        counts = np.array([sum(len(each.ids) for _, each in parts) for parts in found])
-        ids = np.array([i for parts in found for _, each in parts for i in each.ids], np.int32)
-        lengths = [_lengths(text.encode(), each.offsets) for parts in found for text, each in parts]
+        split = encoded([text.decode() for text in texts])
+        counts = np.array([sum(len(each.ids) for _, each in parts) for parts in split])
+        ids = np.array([i for parts in split for _, each in parts for i in each.ids], np.int32)
+        lengths = [_lengths(text.encode(), each.offsets) for parts in split for text, each in parts]
         return Tokens(ids, np.concatenate([*lengths, np.zeros(0, np.int32)]), counts)
 
     return {
@@ -231,8 +233,7 @@ def _fast(found: dict, textual: bool) -> dict:
 
 
 def _by_words(found: dict) -> bool:
-    """Whether a tokenizer.json first cuts the text by patterns, and changes none of it: what is far apart is encoded
-    apart."""
+    """Whether a tokenizer.json splits text by patterns without changing it, so that distant parts are independent."""
     first = found.get("pre_tokenizer") or {}
     steps = first.get("pretokenizers", [first])
     kinds = {step.get("type") for step in steps}
@@ -241,7 +242,7 @@ def _by_words(found: dict) -> bool:
 
 
 def _cuts(encode: Callable[[str], list[int]]) -> Callable[[bytes], Iterator[bytes]]:
-    """Parts of a text between a word and a blank, where what is near is encoded alike in two parts."""
+    """Makes cuts(text), which splits between a word and a blank if the text near the split gives the same tokens."""
 
     def alike(left: bytes, right: bytes) -> bool:
         texts = left.decode(errors="ignore"), right.decode(errors="ignore")
@@ -262,10 +263,10 @@ def _cuts(encode: Callable[[str], list[int]]) -> Callable[[bytes], Iterator[byte
 
 
 def _lengths(text: bytes, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """The source bytes of each token, [n]; offsets: its (first, past the last) character.
+    """The number of source bytes of each token, [n]. offsets: (first, last + 1) character of each token.
 
-    Of a character in several tokens, the last stands for all of its bytes; text that no token covers counts with the
-    next one, and at the end with the last.
+    The last of several tokens of a character gets all of its bytes. Text that no token covers counts for the next
+    token, or for the last one at the end.
     """
     if not offsets:
         return np.zeros(0, np.int32)
@@ -304,27 +305,26 @@ def _ranked(found: dict) -> dict:
 
 
 def _join_tiktoken(spec: str, path: str, content: bytes) -> bytes:
-    """Pattern and special tokens stand in FILE.tiktoken.json, or are those of the encoding that FILE is named for."""
+    """Takes pattern and special tokens from FILE.tiktoken.json, or from tiktoken's encoding with the name FILE."""
     try:
         ranks = {token.decode(): int(rank) for token, rank in (line.split() for line in content.splitlines() if line)}
     except ValueError:
         raise DataError(
-            f"config.data.vocabulary={spec!r}: no tiktoken file, a base64 token and its rank a line"
+            f"config.data.vocabulary={spec!r}: not a tiktoken file, with a base64 token and its rank per line"
         ) from None
-    said = _beside(path, os.path.basename(path) + ".json") or _known_encoding(
-        os.path.basename(path)[: -len(".tiktoken")]
-    )
-    special = said.get("special_tokens", {})
+    name = os.path.basename(path)
+    known = _companion(path, f"{name}.json") or _known_encoding(name[: -len(".tiktoken")])
+    special = known.get("special_tokens", {})
     end = next((token for token in _ENDS if token in special), "")
-    if not said.get("pat_str") or not end:
-        accepted = f"a file of one of tiktoken's own encodings, or with a {os.path.basename(path)}.json beside it: "
+    if not known.get("pat_str") or not end:
+        accepted = f"a file of one of tiktoken's own encodings, or with a {name}.json next to it: "
         raise refused("data.vocabulary", spec, accepted + '{"pat_str": ..., "special_tokens": {"<|endoftext|>": ID}}')
-    kept = {"tiktoken": ranks, "pattern": said["pat_str"], "special": special}
-    return _packed({**kept, "begin": special[end], "end": special[end]})
+    encoding = {"tiktoken": ranks, "pattern": known["pat_str"], "special": special}
+    return _packed({**encoding, "begin": special[end], "end": special[end]})
 
 
 def _known_encoding(name: str) -> dict:
-    """What tiktoken itself says of an encoding that it knows by name, without its ranks, which it would download."""
+    """The definition of one of tiktoken's encodings without its ranks, which tiktoken would download; {} if unknown."""
     try:
         from tiktoken_ext import openai_public
     except ImportError:
@@ -339,9 +339,9 @@ def _known_encoding(name: str) -> dict:
         return make()
 
 
-def _beside(path: str, name: str) -> dict:
+def _companion(path: str, name: str) -> dict:
     try:
-        return stored.read(os.path.join(os.path.dirname(path), name), Beside)
+        return stored.read(os.path.join(os.path.dirname(path), name), Companion)
     except FileNotFoundError:
         return {}
 

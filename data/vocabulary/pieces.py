@@ -1,4 +1,4 @@
-"""SentencePiece models: ids, their source bytes, and training one."""
+"""SentencePiece models: ids, their source bytes, and training."""
 
 import hashlib
 import re
@@ -11,14 +11,14 @@ from steppe.data import files
 from steppe.data.errors import DataError
 from steppe.data.vocabulary.tokenizer import PAD_ID, PART, Tokenizer, Tokens
 
-_WHITE = bytes.maketrans(b"\t\n\r", b"   ")  # what a normaliser may take for blanks
-_NEAR = 1 << 10  # how far before the end of a part a blank is looked for first
+_WHITE = bytes.maketrans(b"\t\n\r", b"   ")  # a normaliser may turn these into blanks
+_NEAR = 1 << 10  # search the last _NEAR bytes of a part first for a blank
 _SPACE = "\u2581"  # SentencePiece's mark of a blank
-_BLANK = re.compile(rb"[!-~] (?=[!-~])")  # a single one, nothing near it that a normaliser could join to it
+_BLANK = re.compile(rb"[!-~] (?=[!-~])")  # a single blank that a normaliser cannot merge with its neighbours
 
 
 def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
-    """The vocabulary of a model's bytes; kept: as `load_tokenizer`. DataError where they are none."""
+    """Loads a model from its bytes; kept: see `load_tokenizer`. Raises DataError for an invalid model."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -28,13 +28,13 @@ def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
         raise DataError(f"config.data.vocabulary={spec!r}: not a SentencePiece model ({error})") from error
     size, eos_id = processor.GetPieceSize(), processor.eos_id()
     if eos_id <= 0:
-        raise DataError(f"config.data.vocabulary={spec!r}: its end-of-sentence id is {eos_id}; a positive id is needed")
+        raise DataError(f"config.data.vocabulary={spec!r}: its end-of-sentence id is {eos_id}; it must be > 0")
 
     digest = hashlib.sha256(model).hexdigest()[:32]
     begin_id = PAD_ID
     if processor.pad_id() != PAD_ID and kept != f"sentencepiece-{digest}":
         begin_id = processor.bos_id() if processor.bos_id() >= 0 else eos_id
-    # Models without padding at 0 once began with 0 too, whatever it is in them: such corpora are others.
+    # Old versions began texts with 0 for every model, so the fingerprint records another begin id.
     policy = "" if begin_id == PAD_ID else f"-begin{begin_id}"
 
     def decode(ids: Iterable[int]) -> str:
@@ -58,7 +58,7 @@ class _Measuring(NamedTuple):
 
 
 def model_of(content: bytes) -> Any:
-    """The protocol buffer of a SentencePiece model, whose classes come to be when it is imported."""
+    """The protocol buffer of a SentencePiece model. Its classes exist only after the import."""
     import sentencepiece.sentencepiece_model_pb2
 
     messages: Any = sentencepiece.sentencepiece_model_pb2
@@ -66,12 +66,11 @@ def model_of(content: bytes) -> Any:
 
 
 def _measuring(processor) -> _Measuring:
-    """How a SentencePiece model's tokens are aligned with the bytes of their source.
+    """Aligns the tokens of a SentencePiece model with their source bytes.
 
-    The library's own alignment costs several times what encoding does. Where normalisation leaves a text as it is, but
-    for marking its blanks, pieces alone say where they end: in all texts with a vocabulary of our own, in most of plain
-    prose with others. Elsewhere the library's normaliser says where a place of the normalised text lies in the source;
-    and where even that sum does not come out, the library aligns.
+    The library's alignment costs several times the encoding. If normalisation only marks blanks, the lengths of pieces
+    give the alignment. This holds for all texts with a vocabulary of Steppe, and for most plain prose with others.
+    Otherwise the offsets of the library's normaliser give it. If the lengths do not add up, the library aligns.
     """
     import sentencepiece.sentencepiece_pb2
 
@@ -86,30 +85,32 @@ def _measuring(processor) -> _Measuring:
         if piece.type == kinds.BYTE:
             normal_sizes[number] = 1
         elif piece.type != kinds.NORMAL and piece.type != kinds.USER_DEFINED:
-            normal_sizes[number] = 1 << 40  # never part of a sum that comes out
-    sizes = normal_sizes - [piece.piece.count(_SPACE) * (len(mark) - 1) for piece in model.pieces]  # blanks as blanks
+            normal_sizes[number] = 1 << 40  # so large that the sum cannot match
+    sizes = normal_sizes - [
+        piece.piece.count(_SPACE) * (len(mark) - 1) for piece in model.pieces
+    ]  # a marked blank is one byte
 
     def unchanged(text: bytes) -> bool:
-        """Whether normalisation does no more than mark the blanks."""
+        """Whether normalisation only marks the blanks."""
         return identity or processor.Normalize(text) == mark * prefix + text.translate(_WHITE).replace(b" ", mark)
 
     def ends_of(text: bytes, ids: np.ndarray) -> np.ndarray:
-        """Where in any text each of its tokens ends."""
-        behind = normal_sizes[ids]
-        if places := np.flatnonzero(ids == unknown).tolist():
+        """The end of each token in the source bytes, for any text."""
+        piece_sizes = normal_sizes[ids]
+        if unknowns := np.flatnonzero(ids == unknown).tolist():
             pieces = processor.Encode(text, return_type=bytes)
-            behind[places] = [len(pieces[i]) for i in places]
-        normal, places = processor.Normalize(text, with_offsets=True)
-        ends = np.cumsum(behind)
+            piece_sizes[unknowns] = [len(pieces[i]) for i in unknowns]
+        normal, offsets = processor.Normalize(text, with_offsets=True)
+        ends = np.cumsum(piece_sizes)
         if ends[-1] == len(normal):
-            return np.array(places)[ends]
+            return np.array(offsets)[ends]
         parsed = messages.SentencePieceText.FromString(processor.Encode(text, return_type="serialized_proto"))
         return np.array([piece.end for piece in parsed.pieces])
 
     def measure(texts: list[bytes]) -> Tokens:
-        found = processor.Encode(texts, return_type="numpy", num_threads=1)
-        counts = np.array([len(ids) for ids in found])
-        ids = np.concatenate([*found, np.zeros(0, np.int32)])
+        encoded = processor.Encode(texts, return_type="numpy", num_threads=1)
+        counts = np.array([len(ids) for ids in encoded])
+        ids = np.concatenate([*encoded, np.zeros(0, np.int32)])
         edges, text_sizes = np.cumsum([0, *counts]), np.array([len(text) for text in texts])
         upto = np.concatenate([[0], np.cumsum(sizes[ids])])
         ends = upto[1:] - np.repeat(upto[edges[:-1]] + prefix, counts)
@@ -120,7 +121,7 @@ def _measuring(processor) -> _Measuring:
                 ends[part] = ends_of(text, ids[part])
         last = edges[1:][counts > 0] - 1
         ends[last] = text_sizes[counts > 0]  # text that normalisation drops at the end belongs to the last token
-        # Of a character in several pieces, the last stands for all of its bytes.
+        # The last of several pieces of a character gets all of its bytes.
         begins = np.repeat(np.cumsum(text_sizes) - text_sizes, counts)
         whole = np.frombuffer(b"".join(texts) + b"\0", np.uint8)
         for _ in range(3):
@@ -130,9 +131,9 @@ def _measuring(processor) -> _Measuring:
         lengths[first] = ends[first]
         return Tokens(ids.astype(np.int32), lengths.astype(np.int32), counts)
 
-    # No piece goes on over a blank, so what is on its two sides is encoded apart. A normaliser takes away the blank
-    # that a part begins with, and puts its own there. (A unigram model adds up float32 scores, so which of equally
-    # likely segmentations it takes, of 99999 for one, depends on where it begins.)
+    # No piece crosses a blank, so its two sides are encoded independently. A normaliser replaces the blank at the
+    # beginning of a part by its own. (A unigram model sums float32 scores, so its choice between equally likely
+    # segmentations, such as those of 99999, depends on the beginning of the part.)
     apart = identity or (spec.add_dummy_prefix and spec.remove_extra_whitespaces)
     apart = apart and not any(_SPACE in piece.piece.lstrip(_SPACE) for piece in model.pieces)
 
@@ -155,8 +156,8 @@ def train_sentencepiece(
 ) -> Tokenizer:
     """Trains a lossless SentencePiece model on the first `characters` of `documents` and writes it to `path`.
 
-    Ids 0, 1, 2 are padding, end of document and unknown, as seqio expects. No normalisation, no dummy prefix and byte
-    fallback: decode(encode(text)) is text. `size` counts all pieces, and so must exceed 256 bytes + 3.
+    Ids 0, 1, 2 are padding, end of document and unknown, as seqio expects. Without normalisation and dummy prefix, and
+    with byte fallback, decode(encode(text)) equals text. size: number of pieces, at least 300. Raises DataError.
     """
     import sentencepiece
 
@@ -193,7 +194,7 @@ def train_sentencepiece(
 
 
 def _sentences(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Lines of the documents, in order, until `characters` were given. Pieces never span a line break then."""
+    """Lines of the documents until `characters` are reached. Separate lines keep pieces from crossing line breaks."""
     given = 0
     for document in documents:
         for line in document.splitlines():

@@ -1,16 +1,16 @@
-"""What a vocabulary is to the rest of Steppe: text to ids and back, and the source bytes behind each id."""
+"""The interface of a vocabulary: text to ids and back, and the source bytes of each id."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-PAD_ID = 0  # fills rows, and is never a target there
-PART = 1 << 15  # bytes of a long text that are tokenised at a time, where the vocabulary allows it
+PAD_ID = 0  # pads rows, and is not a target there
+PART = 1 << 15  # long texts are tokenised in parts of about this many bytes, if the vocabulary allows it
 
 
 class Tokens(NamedTuple):
-    """Several texts as tokens: ids [n], the source bytes [n] behind each id, and how many ids [texts] each text has."""
+    """Tokens of several texts: ids [n], number of source bytes [n] of each id, number of ids [texts] of each text."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -18,10 +18,10 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer(NamedTuple):
-    """Text <-> ids. `decode` drops padding and end-of-document ids; it is lossless where the vocabulary is.
+    """Converts between text and ids. `decode` drops padding and end-of-document ids.
 
-    measure(texts): the Tokens of UTF-8 texts. cuts(text): the text in parts of which the tokens, one after the other,
-    are those of the whole. begin_id begins every stream, eos_id ends every document.
+    measure(texts): the Tokens of UTF-8 texts. cuts(text): parts of the text whose concatenated tokens are those of the
+    whole text. begin_id begins every stream, eos_id ends every document.
     """
 
     spec: str

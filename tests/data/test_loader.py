@@ -305,7 +305,7 @@ def test_a_foreign_or_unfinished_directory_is_refused(copy, tmp_path):
     with pytest.raises(CorpusDamaged, match=r"^config\.data\.directory='[^']*absent' does not exist$"):
         open_corpus(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CorpusDamaged, match=r"empty' has no manifest.json; it is no prepared directory$"):
+    with pytest.raises(CorpusDamaged, match=r"empty' has no manifest.json; it is not a prepared directory$"):
         open_corpus(str(tmp_path / "empty"))
     manifest = manifests.read(str(copy))
     manifests.write_json(str(copy / manifests.NAME), {**manifest, "format": 99})

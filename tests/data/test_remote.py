@@ -106,9 +106,9 @@ def test_a_cut_fetch_goes_on_and_damage_is_found(tmp_path, store):
     assert said[0].startswith("fetching 2 files")
     open_corpus(place, verify="full")
     put(f"{store}/train/topics/00001-of-00003.array_record", b"damaged")
-    with pytest.raises(CorpusDamaged, match="is not what its manifest says"):
+    with pytest.raises(CorpusDamaged, match="does not match its manifest"):
         remote.fetch(store, str(tmp_path / "new"), **QUIET)
-    with pytest.raises(CorpusDamaged, match="it is no prepared directory"):
+    with pytest.raises(CorpusDamaged, match="it is not a prepared directory"):
         remote.fetch(f"{store}/nothing", str(tmp_path / "new"), **QUIET)
 
 

@@ -306,7 +306,7 @@ def test_a_finished_directory_is_immutable(tmp_path, documents):
     assert all(path.stat().st_mode & 0o222 == 0 for path in before if path.is_file())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
-    with pytest.raises(DataError, match="exists and is no preparation"):
+    with pytest.raises(DataError, match="exists and is not a preparation"):
         prepare(recipe(task), str(tmp_path / "full"), log=quiet)
 
 

@@ -92,10 +92,7 @@ def test_another_recipe_does_not_join(tmp_path):
     preparing._start(str(out), preparing.identity(recipe), lambda line: None)
     with files.lock(out / preparing.LOCK, shared=True), pytest.raises(DataError, match="sequence_length is 64 there"):
         prepare(recipe._replace(sequence_length=32), str(out), log=lambda line: None, together=True)
-    with (
-        files.lock(out / preparing.LOCK, shared=True),
-        pytest.raises(DataError, match="work beside it with --together"),
-    ):
+    with files.lock(out / preparing.LOCK, shared=True), pytest.raises(DataError, match="join it with --together"):
         prepare(recipe, str(out), log=lambda line: None)
 
 

@@ -205,7 +205,7 @@ def archive(kind):
 @pytest.mark.parametrize(
     ("kind", "content", "said"),
     [
-        ("jsonl", b' \n[{"text": "a"},\n', "JSON array, not one object a line"),
+        ("jsonl", b' \n[{"text": "a"},\n', "JSON array, not one object per line"),
         ("jsonl", b"\xef\xbb\xbf[\n", "JSON array"),
         ("jsonl", archive("zip"), "a zip archive; plain, .gz, .zst, .bz2 and .xz are read"),
         ("text", archive("tar"), "a tar archive"),
@@ -213,8 +213,8 @@ def archive(kind):
         ("text", b"\x04\x22\x4d\x18" + b"x" * 20, "compressed by lz4"),
         ("lines", "text\n".encode("utf-16"), "UTF-16; convert it"),
         ("jsonl", b"PAR1" + b"x" * 20, "a Parquet file; name it parquet:"),
-        ("parquet", b'{"text": "a"}', "no Parquet file; text:, lines: and jsonl: read others"),
-        ("jsonl", b'{"text":\n "a"\n}\n', "x:1: no JSON object, nor is any record after it"),
+        ("parquet", b'{"text": "a"}', "not a Parquet file; text:, lines: and jsonl: read other files"),
+        ("jsonl", b'{"text":\n "a"\n}\n', "x:1: not a JSON object, nor is any later record"),
     ],
     ids=lambda value: "content" if isinstance(value, bytes) else None,  # an archive holds the second it was made in
 )

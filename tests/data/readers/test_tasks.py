@@ -209,7 +209,7 @@ def test_a_seqio_task_becomes_a_corpus(registered, tmp_path):
         (
             "seqio:numbers",
             "some_tasks",
-            r"config\.data\.text_field='text': .*that holds text: none \(its fields are targets\)",
+            r"config\.data\.text_field='text': .*a text field of seqio:[^ ]*: none \(its fields are targets\)",
         ),
         ("seqio:tokenised@test", "some_tasks", r"seqio:tokenised has no split 'test', only train, validation"),
     ],

@@ -178,7 +178,7 @@ def test_a_corpus_keeps_the_whole_vocabulary_in_one_file(folder, tmp_path, name,
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "no tokenizer.json"),
+        ("{", "not a tokenizer.json"),
         ('{"model": 3}', "model = 3: must be an object"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "with an end of text"),
         ('{"model": {"type": "BPE", "vocab": [1], "merges": []}}', "vocab"),
@@ -199,7 +199,7 @@ def test_a_tiktoken_file_says_its_pattern_or_is_named_for_an_encoding(folder, tm
     (tmp_path / "cl100k_base.tiktoken").write_text((folder / "ranks.tiktoken").read_text())
     assert load_tokenizer(str(tmp_path / "cl100k_base.tiktoken")).eos_id == 100257
     (tmp_path / "bad.tiktoken").write_text("no ranks here")
-    with pytest.raises(DataError, match="no tiktoken file"):
+    with pytest.raises(DataError, match="not a tiktoken file"):
         load_tokenizer(str(tmp_path / "bad.tiktoken"))
 
 
