@@ -35,7 +35,7 @@ def read(path: str | os.PathLike, kind: Any, most: int = MOST) -> Any:
 
 
 def content_of(path: str | os.PathLike, most: int = MOST) -> bytes:
-    """The bytes of a regular file. Raises FileNotFoundError, or DataError for an irregular, unreadable or large file."""
+    """The bytes of a regular file. Raises FileNotFoundError, or DataError if irregular, unreadable or too large."""
     try:
         with files.ordinary(path) as handle:
             content = handle.read(most + 1)
@@ -126,7 +126,7 @@ def _fault(value: Any, kind: Any, said: str) -> str:
     if message.startswith("Expected"):
         return f"{where or 'it'} = {files.shown(inside)}: must be {accepted}{bound}"
     if message.startswith("Invalid enum value"):
-        return f"{where or 'it'} = {files.shown(inside)}: must be a value that Steppe writes"
+        return f"{where or 'it'} = {files.shown(inside)}: must be a value that Steppe writes there"
     return f"{where or 'it'} = {files.shown(inside)}: {message[:1].lower()}{message[1:100]}"
 
 

@@ -133,7 +133,7 @@ def test_names_that_are_nowhere_are_refused(file):
             methods.row_of(reference)
     with pytest.raises(OptionError, match=r"optim\.base"):
         methods.row_of(f"{file}:adam")
-    with pytest.raises(OptionError, match="colour is none"):
+    with pytest.raises(OptionError, match="colour is neither"):
         kind_of(f"{file}:stranger")
 
 

@@ -207,7 +207,7 @@ def archive(kind):
     [
         ("jsonl", b' \n[{"text": "a"},\n', "JSON array, not one object per line"),
         ("jsonl", b"\xef\xbb\xbf[\n", "JSON array"),
-        ("jsonl", archive("zip"), "a zip archive; plain, .gz, .zst, .bz2 and .xz are read"),
+        ("jsonl", archive("zip"), "a zip archive; Steppe reads plain, .gz, .zst, .bz2 and .xz files"),
         ("text", archive("tar"), "a tar archive"),
         ("lines", archive("tar.gz"), "a tar archive"),
         ("text", b"\x04\x22\x4d\x18" + b"x" * 20, "compressed by lz4"),
