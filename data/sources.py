@@ -79,7 +79,7 @@ def _parse_source(part: str, key: str, split: str, weighted: bool) -> Source:
     match = _SOURCE.fullmatch(part)
     if at and "/" not in end and end:
         before = _SOURCE.fullmatch(body)
-        # A path may hold an @: only what is a split ends a file source.
+        # A path may hold an @: for files, only a split after it counts.
         if before and (before["kind"] in PREPARED or end in SPLITS or not match):
             match, split = before, end
     if not match:
