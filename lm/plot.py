@@ -1,4 +1,4 @@
-"""How pictures look, and the loss curve of a run, from its metrics.jsonl alone."""
+"""The style of figures, and a run's loss curve, drawn from its metrics.jsonl alone."""
 
 import math
 import os
@@ -10,10 +10,10 @@ import numpy as np
 from steppe.data import files
 from steppe.lm.track import lines
 
-# Okabe and Ito's colours, told apart by colour-blind readers and, by lightness and dash, in grey print
+# Okabe and Ito's colours: distinct for colour-blind readers and, by lightness and dash, in grey print
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 BLACK, GREY, PALE = "#000000", "#555555", "#999999"
-DRAWN = 10_000  # points of a line, at most
+DRAWN = 10_000  # most points of a line
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -29,7 +29,7 @@ STYLE = {
 
 
 def styled(**changes):
-    """The context in which figures are made and saved; changes: of STYLE, `_` for the dots of their names."""
+    """The context to make and save figures in. changes: to STYLE, with `_` for the dots of its names."""
     import matplotlib
 
     style: Any = {**STYLE, **{name.replace("_", "."): value for name, value in changes.items()}}
@@ -37,21 +37,21 @@ def styled(**changes):
 
 
 def figure(width: float, height: float):
-    """An empty figure, in inches, that lays out its axes."""
+    """An empty figure with automatic layout; sizes in inches."""
     from matplotlib.figure import Figure  # draws off screen; pyplot would choose a backend for the whole process
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(drawn, path, **options) -> None:
-    """Writes a figure to a path, or to an open file.
+    """Writes a figure to a path or an open file.
 
-    What stands in it is text: names of runs and files hold dollars that are no mathematics.
+    Dollar signs are not parsed as mathematics, because names of runs and files contain them.
     """
     from matplotlib.text import Text
 
     for text in drawn.findobj(Text):
-        if "$" in text.get_text() and "mathdefault" not in text.get_text():  # of ticks, matplotlib's own
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():  # not matplotlib's own tick labels
             text.set_parse_math(False)
     if not isinstance(path, (str, os.PathLike)):
         drawn.savefig(path, **options)
@@ -61,11 +61,11 @@ def save(drawn, path, **options) -> None:
 
 
 def loss_curve(workdir: str | os.PathLike) -> Path | None:
-    """Draws loss.png in the workdir and returns its path; None where no step has been recorded.
+    """Draws loss.png in the workdir and returns its path; None if no step has been recorded.
 
-    Above: training loss (faint, and its running mean), held-out losses, those of averages of the weights too, and each
-    baseline of the run's record (`baselines`: {name: nats per token}) as a line. Below, where the method perturbs:
-    perturbed minus clean loss, the sharpness that the method sees. Losses are nats per token.
+    Above: training loss (faint) and its running mean, held-out losses (also of averaged weights), and each baseline of
+    the run's record (`baselines`: {name: nats per token}) as a line. Below, if the method perturbs: perturbed minus
+    clean loss, which is the sharpness that the method sees. Losses are nats per token.
     """
     records = lines.read(workdir)
     train, runs = records.train, records.of("run")
@@ -94,7 +94,7 @@ def loss_curve(workdir: str | os.PathLike) -> Path | None:
 
 
 def running_mean(values: list[float], decay: float) -> list[float]:
-    """Exponential average with the bias of its start divided out; NaN and infinities are passed over."""
+    """Exponential average, corrected for the bias of its start; skips NaN and infinities."""
     means, total, weight = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):
@@ -104,7 +104,7 @@ def running_mean(values: list[float], decay: float) -> list[float]:
 
 
 def _smoothing(count: int) -> float:
-    """Averages over about a fiftieth of what is drawn."""
+    """The decay that averages over about a fiftieth of the points."""
     return 1 - 1 / max(1.0, count / 50)
 
 
@@ -123,7 +123,7 @@ def _losses(axes, train, evaluations, baselines):
         whole = [(r["step"], r["loss"]) for r in found if r.get("tokens") != found[0].get("tokens")]
         style = {"color": colour, "marker": marker, "markersize": 4}
         axes.plot(*zip(*part, strict=True), **style, linestyle="--", label=label if not whole else None)
-        if whole:  # on more of the set than the others: no step of the same line
+        if whole:  # measured on more of the set than the others, so not a point of the same line
             style |= {"markersize": 7, "fillstyle": "none", "label": f"{label}, whole set"}
             axes.plot(*zip(*whole, strict=True), **style, linestyle="")
     for (name, value), dash in zip(
@@ -131,7 +131,7 @@ def _losses(axes, train, evaluations, baselines):
     ):
         axes.axhline(value, color=GREY, linewidth=1.1, linestyle=dash, label=f"{name} {value:.3f}")
 
-    # the first steps, at log(vocabulary), would flatten all the rest
+    # exclude the first steps, whose loss near log(vocabulary) would flatten the rest
     settled = [value for value in smooth[len(smooth) // 20 :] if math.isfinite(value)]
     late = [record for record in evaluations if record["step"] > steps[len(steps) // 20]]
     held_out = [record["loss"] for record in late if math.isfinite(record["loss"])]

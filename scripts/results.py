@@ -104,7 +104,7 @@ class FineTune(TypedDict, total=False):
 
 
 class Details(TypedDict, total=False):
-    """Further fields of a measurement, as far as they are read."""
+    """Further fields of a measurement that are read."""
 
     fine_tune: FineTune | None
 
@@ -262,7 +262,7 @@ def read(
 
 
 def _described(found: list[Result]) -> list[Result]:
-    """Copies what a prepared directory was prepared from to runs on it that have not begun, from runs that have."""
+    """Fills in the source of a prepared directory for runs that have not begun, from runs on it that have."""
     keys = [f"data.{name}" for name in DESCRIBED]
     known = {
         result.config.get("data.directory"): {key: result.config[key] for key in keys if key in result.config}

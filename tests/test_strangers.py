@@ -126,7 +126,7 @@ def test_what_a_stored_config_names_is_not_followed(downloaded, tmp_path, capsys
     status, said = said_by([*line, f"--workdir={run}"], capsys)
     refusal = [each for each in said.splitlines() if f"config.{key} = " in each]
     assert len(refusal) == 1, said
-    assert "--trust does so, where the run is your own" in refusal[0]
+    assert "pass --trust if the run is your own" in refusal[0]
     assert status in (1, 2)
     assert not Elsewhere.asked
     assert not (tmp_path / "out").exists()

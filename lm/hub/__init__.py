@@ -1,1 +1,1 @@
-"""To and from Hugging Face: models, their configs and tokenizers. Nothing else knows that there is such a thing."""
+"""To and from Hugging Face: models, configs and tokenizers. No other folder of lm knows its formats."""

@@ -1,4 +1,4 @@
-"""Where an exported tokenizer gives other ids than its run: looked for on text that aims at differences."""
+"""Finds texts on which an exported tokenizer gives other ids than the run's, among texts made to provoke that."""
 
 import json
 import random
@@ -13,18 +13,18 @@ from steppe.data.loader import Corpus, held_out_rows, training_rows
 from steppe.data.vocabulary import Tokenizer
 from steppe.lm.keep.exits import Unusable
 
-JOINED = 5000  # texts of several parts, beside every token alone
-LOOKED_AT = 256  # rows of the corpus in which control strings are counted
+JOINED = 5000  # texts joined from several parts, in addition to every single token
+LOOKED_AT = 256  # corpus rows in which control strings are counted
 _BLANKS = (" ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", "\v", "\f", "\x85", "\u00a0", "\u2003", "\u2028", "\u3000")
 _ODD = ("\0", "\x1b", "\x7f", "\u00ad", "\u0301", "\u200b", "\u200d", "\u2581", "\ufeff", "\ufffd", "\u202e", "\ufb01")
 _PLANES = ((0x20, 0x7F), (0x80, 0x3000), (0x3000, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000))
 
 
 class Found(NamedTuple):
-    """How many texts were compared, and how many of them have other ids for a reason.
+    """How many texts were compared, and how many have other ids, by reason.
 
-    control: a control string is no text there. ties: another segmentation that is as likely. normal: the library
-    normalises characters with marks after them in another way. other: for no reason that is known, shortest first.
+    control: a control string is not text in the export. ties: another segmentation is equally likely. normal: the
+    library normalises combining marks differently. other: texts without a known reason, shortest first.
     """
 
     texts: int
@@ -35,9 +35,9 @@ class Found(NamedTuple):
 
 
 def said(folder: Path, corpus: Corpus) -> str:
-    """What is to be said of the tokenizer in `folder`, loaded as its users load it.
+    """A summary of how the tokenizer in `folder`, loaded as its users load it, agrees with the run's.
 
-    Unusable, with the shortest text, where it gives other ids than the run for no reason that is known.
+    Raises Unusable, with the shortest text, if it gives other ids for no known reason.
     """
     from transformers import AutoTokenizer
 
@@ -56,14 +56,14 @@ def said(folder: Path, corpus: Corpus) -> str:
             f"the exported tokenizer differs from the run's: {text!a} is {got[:12]}, and {wanted[:12]} in the run "
             f"({len(found.other):,} of {found.texts:,} texts)"
         )
-    words = [f"ids are the run's on {found.texts - sum(found[1:4]):,} of {found.texts:,} hostile texts"]
+    words = [f"ids equal the run's on {found.texts - sum(found[1:4]):,} of {found.texts:,} difficult texts"]
     if found.ties:
-        words.append(f"on {found.ties:,} another segmentation is as likely")
+        words.append(f"on {found.ties:,} another segmentation is equally likely")
     if found.normal:
-        words.append(f"on {found.normal:,} tokenizers normalises a character and its marks in another way")
+        words.append(f"on {found.normal:,} the tokenizers library normalises combining marks differently")
     if found.control:
         times, rows = _times(corpus, control)
-        words.append(f"on {found.control:,} a control string is no text there; it is {times:,} times in {rows:,} rows")
+        words.append(f"on {found.control:,} a control string is not text; it occurs {times:,} times in {rows:,} rows")
     return "; ".join(words)
 
 
@@ -76,8 +76,8 @@ def compare(
 ) -> Found:
     """Compares ids on `hostile` texts.
 
-    theirs(texts): ids of each, with what begins it. control: {string: id}. scores: of a unigram's pieces.
-    normalised(text): as the run's library and theirs normalise it.
+    theirs(texts): ids of each, including the begin token. control: {string: id}. scores: of a unigram's pieces.
+    normalised(text): the text as the run's library and as theirs normalises it.
     """
     texts = list(hostile(ours, list(control)))
     counts, other = dict.fromkeys(("control", "ties", "normal"), 0), []
@@ -97,12 +97,12 @@ def compare(
 
 
 def _joins(character: str) -> bool:
-    """Whether a character is part of the one before it, or the mark that SentencePiece has for blanks."""
+    """Whether a character combines with the one before it, or is SentencePiece's mark for blanks."""
     return character == "\u2581" or unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf")
 
 
 def normalisers(folder: Path, theirs: Any) -> Callable[[str], tuple[str, str]] | None:
-    """normalised(text) of SentencePiece and of tokenizers, where the former's model lies in `folder`."""
+    """normalised(text) of SentencePiece and of tokenizers; None if `folder` has no SentencePiece model."""
     if not (folder / "tokenizer.model").exists():
         return None
     from sentencepiece import SentencePieceProcessor
@@ -113,7 +113,7 @@ def normalisers(folder: Path, theirs: Any) -> Callable[[str], tuple[str, str]] |
 
 
 def hostile(tokenizer: Tokenizer, control: Sequence[str], joined: int = JOINED, seed: int = 0) -> Iterator[str]:
-    """Every token as text and every control string, alone and within words; then random joins of these, of blanks,
+    """Every token and control string as text, alone and within words; then random joins of these with blanks,
     characters that normalisers change, and code points of all planes."""
     pieces = [tokenizer.decode([number]) for number in range(tokenizer.vocab_size)]
     pieces = [piece for piece in dict.fromkeys(pieces) if piece]
@@ -147,11 +147,11 @@ def scores_of(made: Mapping[str, Any]) -> list[float]:
 
 def _as_likely(scores: Sequence[float], got: Sequence[int], wanted: Sequence[int]) -> bool:
     sums = [sum(scores[number] for number in ids) for ids in (got, wanted)]
-    return abs(sums[0] - sums[1]) <= 1e-6 * abs(sums[1])  # float32 sums there, float64 here
+    return abs(sums[0] - sums[1]) <= 1e-6 * abs(sums[1])  # they sum in float32, this in float64
 
 
 def _shortest(ours: Tokenizer, ids: Callable, text: str) -> str:
-    """A text that still differs, and no longer does with any one character less."""
+    """A text that still differs, but no longer does if any one character is removed."""
     while True:
         less = [text[:at] + text[at + 1 :] for at in range(len(text))]
         pairs = zip(less, ids(less) if less else (), strict=True)
@@ -162,7 +162,7 @@ def _shortest(ours: Tokenizer, ids: Callable, text: str) -> str:
 
 
 def _times(corpus: Corpus, control: Iterable[str]) -> tuple[int, int]:
-    """(how often control strings stand in the text of some rows, how many rows)."""
+    """(occurrences of control strings in the text of some rows, number of rows)."""
     batches = [held_out_rows(corpus, name, 0, LOOKED_AT) for name in corpus.held_out]
     if corpus.train:
         batches.append(training_rows(corpus, 0, 0, LOOKED_AT))

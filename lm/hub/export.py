@@ -1,6 +1,6 @@
-"""A checkpoint written as a Hugging Face directory: weights, configs, tokenizer and a card that says where it is from.
+"""Writes a checkpoint as a Hugging Face directory: weights, configs, tokenizer and a model card.
 
-Parameters are read from the checkpoint one after the other, and written as soon as a file of them is full.
+Parameters are read from the checkpoint one at a time and written whenever a file is full.
 """
 
 import errno
@@ -24,15 +24,15 @@ from steppe.lm.model.transformer import widening_of
 from steppe.lm.track import lines as lines_of
 from steppe.optim.methods import OPTIONS
 
-MOST = 5 << 30  # bytes of a file of weights
-PARTIAL = ".partial"  # how a directory ends that is being written
+MOST = 5 << 30  # bytes per file of weights
+PARTIAL = ".partial"  # suffix of the directory while it is being written
 
 
 def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
-    """Writes the model of `run` to directory `out`, which appears when it is whole.
+    """Writes the model of `run` to directory `out`, which appears only when complete.
 
-    ConfigError by key where no family is that model; Unusable where its tokenizer is not the run's. Either, or an
-    OSError, leaves nothing.
+    Raises ConfigError, by key, if no family computes that model, and Unusable if the tokenizer differs from the run's.
+    After an error nothing is left.
     """
     family = families.of_config(run.config)
     tokenizer = run.corpus.tokenizer
@@ -50,7 +50,7 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
         files.write(aside / "README.md", card(run))
         for path in aside.iterdir():
             files.sync(path)
-        if os.path.isdir(out):  # an empty one
+        if os.path.isdir(out):  # it is empty
             os.rmdir(out)
         aside.rename(out)
     finally:
@@ -61,7 +61,7 @@ def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    names: dict[str, str] = {}  # their tensor: its file
+    names: dict[str, str] = {}  # {their tensor: its file}
     held: dict[str, np.ndarray] = {}
     written = total = 0
 
@@ -98,7 +98,7 @@ def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str
 
 
 def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, array) of every tensor of the model, read from the checkpoint as they are asked for."""
+    """(their name, array) of every tensor of the model, read from the checkpoint on demand."""
     vocabulary, layers = run.corpus.tokenizer.vocab_size, run.config.model.layers
     widening = widening_of(run.config.model)
     biases: dict[str, list[str]] = {}
@@ -116,7 +116,7 @@ def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
             array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0 if family.linear else 1)
             if paths[0] in ("embed/embedding", "readout/kernel"):
                 array = array[:vocabulary]
-            if paths[0] == families.LAST_NORM and widening != 1:  # mup divides what it gives to the readout
+            if paths[0] == families.LAST_NORM and widening != 1:  # mup divides the readout's input by it
                 array = array / np.float32(widening)
             yield name.format(layer), array
             for bias in biases.get(paths[0], ()):
@@ -124,7 +124,7 @@ def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def card(run: Unread) -> str:
-    """The text of a model card: what the model is, how it was trained, and its held-out losses."""
+    """The text of a model card: what the model is, how it was trained, its held-out losses."""
     config, step, begin = run.config, run.step, run.corpus.tokenizer.begin_id
     records = lines_of.read(run.directory)
     at = records.train.step.searchsorted(step)
@@ -157,5 +157,5 @@ def card(run: Unread) -> str:
 
 
 def architecture(run: Unread) -> str:
-    """The class that the model is there."""
+    """The name of the model's class in transformers."""
     return families.of_config(run.config).architecture

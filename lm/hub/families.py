@@ -1,7 +1,7 @@
-"""The families of Hugging Face models that ours are exactly: a name for each parameter, and for each config key.
+"""Families of Hugging Face models that equal ours exactly, with names for parameters and config keys.
 
-modern is Llama, modern with qk_norm Qwen3, nanodo GPT-2 with biases of zero. Nothing is permuted: RoPE pairs halves
-there as here. Which axes of a kernel are summed over stands in the parameter table (lm/model/parameters.py).
+modern is Llama, modern with qk_norm is Qwen3, nanodo is GPT-2 with biases of zero. Nothing is permuted, because both
+sides' RoPE pairs the halves of a head. The parameter table (lm/model/parameters.py) has the axes a kernel sums over.
 """
 
 import math
@@ -21,7 +21,7 @@ _Size = stored.Positive | None
 
 
 class Rope(TypedDict, total=False):
-    """How positions turn."""
+    """The RoPE settings of a config.json."""
 
     rope_type: str | None
     type: str | None
@@ -29,7 +29,7 @@ class Rope(TypedDict, total=False):
 
 
 class Theirs(TypedDict, total=False):
-    """A config.json of Hugging Face, as far as it is read."""
+    """The fields of a Hugging Face config.json that are read."""
 
     architectures: list[str] | None
     rope_parameters: Rope | None
@@ -53,11 +53,11 @@ class Theirs(TypedDict, total=False):
 
 
 class Family(NamedTuple):
-    """names: {theirs: our paths}, {} for the layer, several where theirs joins kernels along what they write.
+    """names: {theirs: our paths}, with {} for the layer; several paths if theirs joins kernels along their outputs.
 
-    linear: whether kernels are [out, in], as torch's Linear has them, rather than [in, out]. zeros: {theirs: our path
-    whose written size it has}, biases that we do not have. keys: {our key: (their keys)}, the first of which is read.
-    fixed: their keys that must have, and are given, these values; absent ones have them.
+    linear: whether kernels are [out, in], as in torch's Linear, instead of [in, out]. zeros: {theirs: our path with
+    the same output size}, biases that we do not have. keys: {our key: (their keys)}, of which the first is read. fixed:
+    {their key: the value it must have}; these are written, and absent keys count as having them.
     """
 
     kind: str
@@ -151,11 +151,11 @@ FAMILIES = (
         },
     ),
 )  # fmt: skip
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")  # of training there; any value will do
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")  # for their training; any value is valid
 VOCABULARY = (
     "steppe_vocabulary"  # our key in their config.json: fingerprints of the vocabulary, the run's and the export's
 )
-# Keys of a config.json that change nothing that a model computes: names, ids, initial values, what is returned, sampled
+# Keys of a config.json that do not affect what a model computes: names, ids, initial values, output and sampling
 _HARMLESS = frozenset((
     "architectures", "model_type", "vocab_size", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
     "use_cache", "initializer_range", "pretraining_tp", "tokenizer_class", "task_specific_params", "finetuning_task",
@@ -171,7 +171,7 @@ _HARMLESS = frozenset((
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "is_llama_config",
     "transformers.js_config", "rope_parameters", "rope_scaling", "rope_theta", VOCABULARY,
 ))  # fmt: skip
-# Keys that change nothing at these values
+# Keys that have no effect at these values
 _NEUTRAL = {
     "is_encoder_decoder": False, "add_cross_attention": False, "cross_attention_hidden_size": None, "is_decoder": False,
     "use_sliding_window": False, "rope_interleaved": False, "tie_encoder_decoder": False, "pruned_heads": {},
@@ -180,7 +180,7 @@ _NEUTRAL = {
 
 
 def of_config(config: ConfigDict) -> Family:
-    """The family that a run's model is. ConfigError, by key, where it is none."""
+    """The family of a run's model. Raises ConfigError, by key, if there is none."""
     model = config.model
     if model.logit_soft_cap:
         raise ConfigError("model.logit_soft_cap", model.logit_soft_cap, "0 to be exported: no family caps its logits")
@@ -195,7 +195,7 @@ def of_config(config: ConfigDict) -> Family:
 
 
 def theirs(family: Family, config: ConfigDict, vocabulary: int, more: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model. vocabulary: ids that mean something; more: bos_token_id and its like."""
+    """The config.json of a model. vocabulary: number of ids in use; more: bos_token_id and similar keys."""
     model = config.model
     ours = {
         **{f"model.{name}": value for name, value in model.items()},
@@ -213,7 +213,7 @@ def theirs(family: Family, config: ConfigDict, vocabulary: int, more: Mapping[st
 
 
 def of_theirs(found: Mapping[str, Any], place: str) -> Family:
-    """The family of a config.json. Unusable, by key, where none computes the same."""
+    """The family of a config.json. Raises Unusable, by key, if none computes the same model."""
     names = found.get("architectures") or []
     family = next((each for each in FAMILIES if names == [each.architecture]), None)
     if family is None:
@@ -229,20 +229,20 @@ def of_theirs(found: Mapping[str, Any], place: str) -> Family:
         raise Unusable(f"{place}: rope_type = {files.shown(kind)}: must be 'default'; Steppe scales no positions")
     for key, value in {**{name: v for name, v in rope.items() if name not in ("type", "rope_type")}, **found}.items():
         if value is not None and not _accounted(family, key, value, found):
-            raise Unusable(f"{place}: {key} = {_short(value)}: {_REASONS.get(key, 'is no key that Steppe knows')}")
+            raise Unusable(f"{place}: {key} = {_short(value)}: {_REASONS.get(key, 'is not a key that Steppe knows')}")
     return family
 
 
 _REASONS = {
     "quantization_config": "quantised weights are refused; save the model in float32 or bfloat16",
-    "partial_rotary_factor": "must be 1; Steppe turns whole heads",
+    "partial_rotary_factor": "must be 1; Steppe rotates whole heads",
     "layer_types": "must be full_attention in every layer",
 }
 
 
 def _accounted(family: Family, key: str, value: Any, found: Mapping[str, Any]) -> bool:
-    """Whether a key of a config.json is used here, or changes nothing."""
-    if key == "sliding_window":  # where it is not used, any
+    """Whether a key of a config.json is used here or has no effect."""
+    if key == "sliding_window":  # any value, if it is not used
         return found.get("use_sliding_window") is False
     if key == "layer_types":
         return set(value) == {"full_attention"}
@@ -257,7 +257,7 @@ def _short(value: Any) -> str:
 
 
 def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """{our key: value} of a config.json, complete but for text and training."""
+    """{our key: value} of a config.json, complete except for text and training."""
     known = {**(found.get("rope_parameters") or {}), **{k: v for k, v in found.items() if v is not None}}
     known.setdefault("tie_word_embeddings", family.kind == "gpt2")
     known.setdefault("n_inner", 4 * known.get("n_embd", 0))
@@ -274,7 +274,7 @@ def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]
 
 
 def to_theirs(family: Family, path: str, array: np.ndarray) -> np.ndarray:
-    """One of our parameters, of one layer, as theirs has it."""
+    """One of our parameters, of one layer, in the form that theirs has."""
     line = parameters.of(path)
     if line.kind != "matrix":
         return array
@@ -283,14 +283,14 @@ def to_theirs(family: Family, path: str, array: np.ndarray) -> np.ndarray:
 
 
 def to_ours(family: Family, path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse; shape: of our parameter, of one layer."""
+    """The inverse of to_theirs; shape: of our parameter, of one layer."""
     if parameters.of(path).kind == "matrix":
         array = array.T if family.linear else array
     return array.reshape(shape)
 
 
 def written(path: str, shape: tuple[int, ...]) -> int:
-    """How many features a parameter of one layer writes: what theirs joins kernels along."""
+    """The number of output features of one layer's parameter, along which theirs joins kernels."""
     line = parameters.of(path)
     if line.kind != "matrix":
         return shape[-1]
@@ -298,6 +298,6 @@ def written(path: str, shape: tuple[int, ...]) -> int:
 
 
 def _read(line: parameters.Parameter, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """The sizes of the axes that a kernel sums over; the table counts the axis of layers, which is not here."""
+    """The sizes of the axes that a kernel sums over; the table counts the layer axis, which is absent here."""
     stacked = len(line.spec) - ndim
     return tuple(shape[axis - stacked] for axis in line.reads)

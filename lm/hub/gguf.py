@@ -1,7 +1,7 @@
-"""A Llama of a .gguf file, as llama.cpp has it, written as a Hugging Face directory in float32.
+"""Converts a Llama model in a .gguf file (llama.cpp's format) to a Hugging Face directory in float32.
 
-llama.cpp pairs neighbours where Hugging Face pairs halves of a head, so the rows of queries and keys lie in another
-order there. Quantised tensors become the numbers that they stand for.
+llama.cpp's RoPE pairs neighbours and Hugging Face's pairs the halves of a head, so rows of queries and keys are
+reordered. Quantised tensors are dequantised.
 """
 
 import re
@@ -42,12 +42,12 @@ _KEYS = {
 }
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_CUTS = {"smollm": [_DIGITS, _WORDS], "gpt-2": [_WORDS]}  # by the name that llama.cpp has for what cuts a text
-_CONTROL = 3  # a kind of token there
+_CUTS = {"smollm": [_DIGITS, _WORDS], "gpt-2": [_WORDS]}  # by llama.cpp's name of the pre-tokenizer
+_CONTROL = 3  # llama.cpp's type of control tokens
 
 
 def write(source: str, out: str) -> None:
-    """Writes the model of `source` to directory `out`, which appears when it is whole. Unusable, by what it is."""
+    """Writes the model of `source` to directory `out`, which appears only when complete. Raises Unusable."""
     if lacking := packages.lacking("gguf", "safetensors"):
         raise Unusable(f"{source}: {lacking}")
     import gguf
@@ -64,7 +64,7 @@ def write(source: str, out: str) -> None:
         found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
         name = found and _TENSORS.get(found[2])
         if not found or not name:
-            raise Unusable(f"{source}: tensor {tensor.name} is none of a Llama's")
+            raise Unusable(f"{source}: tensor {tensor.name} is not part of a Llama model")
         array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if found[2] in ("attn_q", "attn_k"):
             heads = config["num_attention_heads" if found[2] == "attn_q" else "num_key_value_heads"]
@@ -102,8 +102,8 @@ def _config(said: dict[str, Any], source: str) -> dict[str, Any]:
     config = {theirs: said[f"llama.{key}"] for key, theirs in _KEYS.items()}
     width = config["hidden_size"] // config["num_attention_heads"]
     if said.get("llama.rope.dimension_count", width) != width:
-        raise Unusable(f"{source}: llama.rope.dimension_count: must be {width}; Steppe turns whole heads")
-    # Stored in float32: as the number that was written
+        raise Unusable(f"{source}: llama.rope.dimension_count: must be {width}; Steppe rotates whole heads")
+    # It is stored in float32; rounding restores the decimal number
     config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     ids = {f"{name}_token_id": said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}

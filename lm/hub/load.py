@@ -1,4 +1,4 @@
-"""Parameters that a new run starts from: those of a checkpoint, or of a Hugging Face directory, placed on the mesh."""
+"""A new run's initial parameters, from a checkpoint or a Hugging Face directory, sharded over the mesh."""
 
 import os
 import re
@@ -28,15 +28,15 @@ from steppe.lm.parts.assembly import Parts
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
-PADDING = 1024  # rows that only make a table's size a round number are fewer
-_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # what is computed, not trained
+PADDING = 1024  # more than the rows that only round up a table's size
+_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # computed, not trained
 
 
 def initial_params(config: ConfigDict, parts: Parts, log: Callable[[str], None] = print) -> Any:
-    """The parameters that config.init_from names, placed as `parts` says.
+    """The parameters that config.init_from names, sharded like `parts`.
 
-    Of a run they are those it is judged by, or that config.init_weights names. Unusable, WorkdirError or ConfigError,
-    each one line, where they do not fit the config.
+    Of a run: the weights that it is judged by, or those that config.init_weights names. Raises Unusable, WorkdirError
+    or ConfigError, each one line, if they do not fit the config.
     """
     abstract_params, source = parts.abstract.params, mirror.here(config.init_from, checkpoints=True)
     if not is_hub(source):
@@ -63,7 +63,7 @@ def _placed(arrays: dict[str, np.ndarray], abstract_params: Any) -> Any:
 
 
 def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str], None]) -> Any:
-    """The parameters of a run's checkpoint; of a bare directory of checkpoints, which says no more, the last ones."""
+    """The parameters of a run's checkpoint; for a directory that holds only checkpoints, the last ones."""
     if not os.path.exists(os.path.join(os.path.expanduser(source), "config.json")):
         if weights not in ("", LAST):
             raise ConfigError("init_weights", weights, f'"" or {LAST} unless init_from is the workdir of a run')
@@ -79,7 +79,7 @@ def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str]
 
 
 def is_hub(path: str) -> bool:
-    """Whether a path is a directory that transformers could load a model from."""
+    """Whether a path is a directory that transformers can load a model from."""
     folder = os.path.expanduser(path)
     return os.path.exists(os.path.join(folder, "config.json")) and any(
         os.path.exists(os.path.join(folder, name)) for name in (INDEX, SINGLE)
@@ -87,7 +87,7 @@ def is_hub(path: str) -> bool:
 
 
 def read_config(directory: str) -> tuple[dict[str, Any], Family]:
-    """(config.json of a Hugging Face directory, its family). Unusable where it is none that is ours."""
+    """(config.json of a Hugging Face directory, its family). Raises Unusable if no family of ours matches."""
     place = Path(directory).expanduser() / "config.json"
     try:
         found = stored.read(place, families.Theirs)
@@ -115,10 +115,10 @@ _SAMPLE = "The quick brown fox jumps over 1,234 lazy dogs, and says:\n    return
 
 
 def _same_vocabulary(config: ConfigDict, source: str, found: dict[str, Any]) -> None:
-    """ConfigError where config.data.vocabulary is not the model's.
+    """Raises ConfigError if config.data.vocabulary is not the model's.
 
-    An export of ours says which it is. Of others the tokenizer.json beside the weights must be as large and give the
-    same ids for a sample; where there is none, the table says how many ids there may be.
+    Our exports name theirs. Of other models, tokenizer.json must have the same size and give the same ids for a sample;
+    without that file, the table's rows limit the vocabulary's size.
     """
     ours, kept = load_tokenizer(config.data.vocabulary), found.get(families.VOCABULARY)
     beside = Path(source).expanduser() / "tokenizer.json"
@@ -139,13 +139,13 @@ def _same_vocabulary(config: ConfigDict, source: str, found: dict[str, Any]) -> 
 
 
 class Index(TypedDict):
-    """model.safetensors.index.json, as far as it is read: which file holds which tensor."""
+    """The part of model.safetensors.index.json that is read: which file holds which tensor."""
 
     weight_map: dict[str, str]
 
 
 class _Tensors:
-    """The tensors of a directory's safetensors files by name, read as they are asked for."""
+    """The tensors of a directory's safetensors files by name, read on demand."""
 
     def __init__(self, directory: str):
         self._folder, self._open, self._read = Path(directory).expanduser(), {}, set()
@@ -160,7 +160,7 @@ class _Tensors:
                 with self._opened(SINGLE) as file:
                     where = dict.fromkeys(file.keys(), SINGLE)
             opened = {name: self._opened(name) for name in sorted(set(where.values()))}
-        except Exception as error:  # of the library's own kind
+        except Exception as error:  # safetensors has its own error types
             raise Unusable(f"{self._folder}: its weights cannot be read ({' '.join(str(error).split())})") from None
         self._where, self._open = where, opened
         return self
@@ -192,12 +192,12 @@ class _Tensors:
         return array
 
     def account(self, tied: str, to: str) -> None:
-        """Unusable for a tensor that was not read and is known for nothing; `tied` may be there if it equals `to`."""
+        """Raises Unusable for unread tensors that no parameter explains; `tied` is accepted if it equals `to`."""
         if tied in self and tied not in self._read and not np.array_equal(self[tied], self[to]):
             raise Unusable(f"{self._folder}: tensor {tied} differs from {to}, to which the config ties it")
         rest = sorted(name for name in self._where if name not in self._read and not _BUFFERS.search(name))
         if rest:
-            raise Unusable(f"{self._folder}: no parameter is tensor {', '.join(rest[:3])} ({len(rest)} in all)")
+            raise Unusable(f"{self._folder}: no parameter matches tensor {', '.join(rest[:3])} ({len(rest)} in all)")
 
 
 def _shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:
@@ -207,7 +207,7 @@ def _shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:
 def _arrays(
     family: Family, tensors: _Tensors, config: ConfigDict, shapes: dict, vocabulary: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(our path, float32 array) of every parameter. Rows that only pad the vocabulary, here or there, are dropped."""
+    """(our path, float32 array) of every parameter. Rows that only pad the vocabulary, on either side, are dropped."""
     layers = config.model.layers
     for name, paths in family.names.items():
         if not all(path in shapes for path in paths):
@@ -240,4 +240,4 @@ def _arrays(
     for name in family.zeros:
         for layer in range(layers if "{}" in name else 1):
             if name.format(layer) in tensors and tensors[name.format(layer)].any():
-                raise Unusable(f"{name.format(layer)}: must be zero, as Steppe's models have no biases")
+                raise Unusable(f"{name.format(layer)}: must be zero, because Steppe's models have no biases")

@@ -1,4 +1,4 @@
-"""A run's vocabulary as a tokenizer.json for Hugging Face's fast tokenizers."""
+"""Writes a run's vocabulary as a tokenizer.json for Hugging Face's fast tokenizers."""
 
 import base64
 import itertools
@@ -14,30 +14,30 @@ from steppe.data.manifest import path_of
 from steppe.data.vocabulary import hub, pieces, read_model
 from steppe.data.vocabulary.byte import BYTE_OFFSET
 
-CONTROL = ("<pad>", "</s>", "<unk>")  # of the byte vocabulary, as ByT5 calls them
+CONTROL = ("<pad>", "</s>", "<unk>")  # of the byte vocabulary, with ByT5's names
 _SPACE = "\u2581"
 
 
 class Named(NamedTuple):
-    """The tokens that begin and end a text and fill a batch, and their ids; pad may be None."""
+    """The tokens that begin and end a text and pad a batch, with their ids; pad may be None."""
 
     bos: tuple[str, int]
     eos: tuple[str, int]
     pad: tuple[str, int] | None
 
     def ids(self) -> dict[str, int | None]:
-        """As config.json and generation_config.json have them."""
+        """The ids in the form of config.json and generation_config.json."""
         return {f"{name}_token_id": token and token[1] for name, token in self._asdict().items()}
 
     def tokens(self) -> dict[str, str]:
-        """As tokenizer_config.json and special_tokens_map.json have them."""
+        """The tokens in the form of tokenizer_config.json and special_tokens_map.json."""
         return {f"{name}_token": token[0] for name, token in self._asdict().items() if token}
 
 
 def write(folder: Path, corpus: Corpus, length: int) -> Named:
-    """Writes tokenizer.json, its configs and, of a SentencePiece model, tokenizer.model.
+    """Writes tokenizer.json, its configs and, for a SentencePiece model, tokenizer.model.
 
-    length: tokens that the model was trained on at a time.
+    length: the model's sequence length in tokens.
     """
     import tokenizers
 
@@ -54,7 +54,7 @@ def write(folder: Path, corpus: Corpus, length: int) -> Named:
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **named.tokens(),
-            "split_special_tokens": True,  # text is text
+            "split_special_tokens": True,  # control strings in a text are text
             "padding_side": "left",
             "model_max_length": length,
             "clean_up_tokenization_spaces": False,
@@ -64,9 +64,9 @@ def write(folder: Path, corpus: Corpus, length: int) -> Named:
 
 
 def _pad(made: Mapping[str, Any], ends: tuple[int, int]) -> tuple[str, int] | None:
-    """A control token that no text has and that neither begins nor ends one: one called padding, else the unknown.
+    """A control token that occurs in no text and neither begins nor ends one: one named pad, else the unknown token.
 
-    Were it the first token's id, transformers would hide that token from a model that is given no mask.
+    It must not be the begin token, because transformers would mask that token for a model without a given mask.
     """
     model, free = made["model"], {t["content"]: t["id"] for t in made["added_tokens"] if t["special"]}
     free = {content: number for content, number in free.items() if number not in ends}
@@ -77,7 +77,7 @@ def _pad(made: Mapping[str, Any], ends: tuple[int, int]) -> tuple[str, int] | No
 
 
 def _made(folder: Path, corpus: Corpus) -> dict[str, Any]:
-    """The content of tokenizer.json, without what it puts before a text."""
+    """The content of tokenizer.json without the begin token."""
     kept = corpus.manifest["vocabulary"]["file"]
     if not kept:
         return _of_bytes()
@@ -110,20 +110,20 @@ def _beginning(token: str, number: int) -> dict:
 
 
 def _byte_level(split: dict | None = None) -> tuple[dict, dict]:
-    """(what cuts a text and writes its bytes as characters, what undoes that)."""
+    """(the pre-tokenizer that splits a text and maps bytes to characters, the decoder that reverses it)."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return (_sequence("pretokenizers", [split, level]) if split else level), level
 
 
 def byte_characters() -> dict[int, str]:
-    """{byte: the character that byte-level vocabularies write for it}: itself where it can be seen (GPT-2)."""
+    """{byte: its character in byte-level vocabularies}; a printable byte is itself (GPT-2)."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     unseen = [byte for byte in range(256) if byte not in seen]
     return {**{byte: chr(byte) for byte in seen}, **{byte: chr(256 + n) for n, byte in enumerate(unseen)}}
 
 
 def _bpe(vocabulary: Mapping[str, int], merges: list, unknown: str | None, fallback: bool, words: bool = False) -> dict:
-    """words: whether a whole word that is a piece is that piece, whatever its merges."""
+    """words: whether a whole word that is a piece becomes that piece regardless of merges."""
     return {
         "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": unknown is not None, "byte_fallback": fallback, "ignore_merges": words,
@@ -143,26 +143,26 @@ def _of_bytes() -> dict[str, Any]:
 def of_bytes_and_merges(
     vocabulary: Mapping[str, int], merges: list, special: Mapping[str, int], cuts: list[dict]
 ) -> dict[str, Any]:
-    """A byte-level vocabulary that says its merges; cuts: what cuts a text, the last of which writes its bytes."""
+    """A byte-level vocabulary with its merges. cuts: the pre-tokenizers, of which the last maps bytes to characters."""
     model = _bpe(vocabulary, merges, None, False)
     return _tokenizer(model, cuts[-1], special, pre_tokenizer=_sequence("pretokenizers", cuts))
 
 
 def _of_ranks(found: dict) -> dict[str, Any]:
-    """tiktoken's. A word that is a token is that token there, and special tokens stand outside of what words are."""
+    """tiktoken's. A word that is a token becomes that token; special tokens are not part of the words."""
     characters = byte_characters()
     written = ["".join(characters[byte] for byte in base64.b64decode(token)) for token in found["tiktoken"]]
     vocabulary = dict(zip(written, found["tiktoken"].values(), strict=True))
     special = dict(sorted(found["special"].items(), key=lambda entry: entry[1]))
     merges = _merges(vocabulary)
     if [*sorted(vocabulary.values()), *special.values()] != list(range(len(vocabulary) + len(special))):
-        vocabulary |= special  # the library numbers tokens outside on its own, without gaps
+        vocabulary |= special  # otherwise the library would number special tokens itself, without gaps
     cut, joined = _byte_level(_split(found["pattern"]))
     return _tokenizer(_bpe(vocabulary, merges, None, False, words=True), joined, special, pre_tokenizer=cut)
 
 
 def _of_pieces(content: bytes) -> dict[str, Any]:
-    """A SentencePiece model. The whole text is one word, as it is there."""
+    """A SentencePiece model; it treats the whole text as one word, so this does too."""
     import sentencepiece
 
     model = pieces.model_of(content)
@@ -184,7 +184,7 @@ def _of_pieces(content: bytes) -> dict[str, Any]:
     decoder = [_replace({"String": _SPACE}, " "), *[{"type": "ByteFallback"}] * fallback, {"type": "Fuse"}]
     decoder += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * spec.add_dummy_prefix
     parts: dict[str, Any] = {"normalizer": _sequence("normalizers", normal)}
-    symbols = [symbol for symbol in symbols if " " not in symbol]  # blanks are marks when symbols are looked for
+    symbols = [symbol for symbol in symbols if " " not in symbol]  # blanks are already marks when symbols are matched
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
         scores = _scores(model, kinds)
         hub.shun(scores, special.values())
@@ -193,7 +193,7 @@ def _of_pieces(content: bytes) -> dict[str, Any]:
         return _tokenizer(made, _sequence("decoders", decoder), special, **parts)
     ranks = {p.piece: -p.score for p in model.pieces if p.type == kinds.NORMAL}
     made = _bpe(ids, _merges(ranks), unknown, fallback, words=bool(symbols))
-    if symbols:  # a word each; a word that is no symbol, but called as another token is, is cut
+    if symbols:  # each is a word; a word that is not a symbol but has another token's name is split
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         others = [p.piece for p in model.pieces if p.type not in (kinds.NORMAL, kinds.USER_DEFINED)]
         firsts = [processor.EncodeAsPieces(other)[0].lstrip(_SPACE) or other[0] for other in others]
@@ -216,7 +216,7 @@ def _escaped(text: str) -> str:
 
 
 def _parted(control: Iterable[str], pieces: Sequence[str]) -> dict | None:
-    """What cuts the control strings of a text where no piece goes over the cut, so that none is found there."""
+    """Splits the control strings in a text where no piece crosses the split, so that none is recognised."""
     cuts = []
     for string in control:
         free = (at for at in range(1, len(string)) if not any(string[at - 1 : at + 1] in piece for piece in pieces))
@@ -225,18 +225,18 @@ def _parted(control: Iterable[str], pieces: Sequence[str]) -> dict | None:
 
 
 def _scores(model, kinds) -> list[list]:
-    """[piece, score] of every id; symbols of the user's are likelier than whatever else covers them, as there."""
+    """[piece, score] of every id; user-defined symbols are likelier than any other cover, as in SentencePiece."""
     best = max((piece.score for piece in model.pieces if piece.type == kinds.NORMAL), default=0.0)
     sizes = [len(piece.piece.encode()) if piece.type == kinds.USER_DEFINED else 0 for piece in model.pieces]
     return [[p.piece, size * best - 0.1 if size else p.score] for p, size in zip(model.pieces, sizes, strict=True)]
 
 
 def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The pairs of tokens that become a token, those of the lowest rank first.
+    """The pairs of tokens that merge into a token, lowest rank first.
 
-    ranks: of every token, as characters; the lowest of neighbours that are a token together are merged first. What is
-    left of a token once all lower ones are merged is the only pair it is made of. Of another that none reaches alone,
-    every pair.
+    ranks: of every token, as characters; neighbours whose joined token has the lowest rank merge first. Once all lower
+    merges are done, the parts that remain of a token are its only pair. For a token that merging cannot reach alone,
+    every pair is listed.
     """
     pairs = []
     for token, rank in ranks.items():

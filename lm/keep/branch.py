@@ -1,4 +1,4 @@
-"""Where a run branches off another: its state, its place in the text, and what it had recorded, after some step."""
+"""Branches a run off another: takes the state, position and record that the other had after some step."""
 
 import json
 import os
@@ -22,7 +22,7 @@ KEY = "branch_from"
 
 
 class Parent(NamedTuple):
-    """The run that another continues: its directory here, its workdir as recorded, its id, after how many updates."""
+    """The run that another continues: its directory here, its workdir as given, its id, its updates so far."""
 
     directory: str
     workdir: str
@@ -31,10 +31,10 @@ class Parent(NamedTuple):
 
 
 def named(text: str) -> tuple[str, int | None]:
-    """(workdir, step or None) of RUN or RUN@STEP; a path that exists is itself, whatever @ is in it."""
+    """(workdir, step or None) of RUN or RUN@STEP; a path that exists is taken whole, even with an @."""
     path = os.path.expanduser(text)
     directory, at, step = path.rpartition("@")
-    if at and step.isdecimal() and not os.path.exists(path):  # an address holds no @K of its own
+    if at and step.isdecimal() and not os.path.exists(path):  # for a URL, @K is always a step
         return directory, int(step)
     return path, None
 
@@ -42,11 +42,11 @@ def named(text: str) -> tuple[str, int | None]:
 def take(
     text: str, abstract: State, optimizer: Optimizer, log: Callable[[str], None] = print, trust: bool = False
 ) -> tuple[State, dict[str, Any], Parent]:
-    """(State placed as `abstract` says, meta of the checkpoint, parent) that a run branching from `text` begins with.
+    """(State sharded like `abstract`, meta of the checkpoint, parent) for a new run that branches from `text`.
 
-    Parameters and the base optimizer's state are the parent's, and so is the rule's where both runs keep the same; else
-    it begins anew, which is said. Averages begin at the branch. trust: see saved.checkpoints_of. ConfigError,
-    WorkdirError or Unusable, each one line, where that cannot be.
+    Parameters and the base optimizer's state come from the parent. So does the rule's state if both runs have the same
+    kind; otherwise it starts fresh, and the log says so. Averages start at the branch. trust: see saved.checkpoints_of.
+    Raises ConfigError, WorkdirError or Unusable, each one line.
     """
     parent, step = named(text)
     directory = mirror.here(parent, checkpoints=True)
@@ -71,16 +71,16 @@ def take(
     state = State(**found)
     if not shared:
         method = meta["config"]["optim"]["method"]
-        log(f"branch      what {method} kept beside the optimizer's state is left behind; another begins anew")
+        log(f"branch      the rule's state of {method} is dropped; this run's rule starts fresh")
     run = workdir.id_of(directory)
-    log(f"branch      of {parent}, after step {step}")
+    log(f"branch      from {parent}, after step {step}")
     recorded = parent if files.is_remote(parent) else os.path.abspath(parent)
-    # a wandb run of its own, and what the parent owed is not this run's
+    # the branch gets its own wandb run, and does not owe the parent's evaluation
     return state, {**meta, "wandb_id": "", "owes_evaluation": False}, Parent(directory, recorded, run, step)
 
 
 def copy_record(parent: Parent, directory: str) -> None:
-    """Begins metrics.jsonl with what the parent had recorded by then, and with whose record that is; once."""
+    """Starts metrics.jsonl, if absent, with the parent's record up to the branch and a line that names the parent."""
     mine, theirs = Path(directory) / METRICS, Path(parent.directory) / METRICS
     if mine.exists():
         return

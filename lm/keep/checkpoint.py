@@ -1,7 +1,7 @@
 """Checkpoints through orbax: asynchronous, sealed, restored onto any mesh; a damaged one is never restored.
 
-DIRECTORY/STEP/ holds what orbax wrote (state, meta) and our seal over every file of it. The order of a save is: orbax
-writes aside and renames, the seal is written, older checkpoints go. A kill at any moment leaves the one before whole.
+DIRECTORY/STEP/ holds orbax's files (state, meta) and a seal with the hash of each. A save writes to a temporary name,
+renames, writes the seal, then deletes older checkpoints. A kill at any moment leaves the previous checkpoint intact.
 """
 
 import logging
@@ -26,18 +26,18 @@ from steppe.lm.keep.exits import Unusable
 from steppe.lm.keep.seal import Broken
 from steppe.lm.parts.state import State
 
-ASIDE = ".orbax-checkpoint-tmp"  # in the names of directories that orbax, or we, have not finished with
+ASIDE = ".orbax-checkpoint-tmp"  # in the names of unfinished directories, orbax's and ours
 DELETED = f"{ASIDE}-deleted"
-SPARE = 8 << 20  # bytes a save must leave free, for metrics.jsonl and the like
+SPARE = 8 << 20  # bytes that a save must leave free, for metrics.jsonl and other small files
 
 
 class Checkpoints:
     """The checkpoints of one run. Close it, or use it in a `with` block, to finish writing.
 
-    directory: a path, or gs:// or s3:// where etils can reach them. keep: newest ones kept. keep_every: steps whose
-    multiples are kept forever, 0 for none. period: the newest multiple of it is kept too, to roll back to. run: the
-    run's id ("" in processes that do not know it). read_only: never writes, moves or deletes. log(line): what a reader
-    must know.
+    directory: a path, or a gs:// or s3:// URL that etils can reach. keep: how many of the newest to keep. keep_every:
+    multiples of this step are kept forever; 0: none. period: its newest multiple is also kept, to roll back to. run:
+    the run's id ("" in processes that do not know it). read_only: never writes, moves or deletes. log(line): prints
+    what the user must know.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Checkpoints:
         self.close()
 
     def newest(self, before: int | None = None) -> int | None:
-        """The newest sound step (below `before`), every byte of it verified; None if there is no checkpoint.
+        """The newest sound step (below `before`), with every byte verified; None if there is no checkpoint.
 
-        Damaged, half-written, renamed and foreign ones above it are named to the log and moved to DIRECTORY/damaged.
-        Unusable if there were finished ones and none is sound: those stay where they are. All processes must call it.
+        Logs damaged, unfinished, renamed and foreign checkpoints above it and moves them to DIRECTORY/damaged. Raises
+        Unusable, and moves nothing, if there are finished ones but none is sound. All processes must call it.
         """
         self.wait()
         multihost_utils.sync_global_devices("steppe checkpoints")
@@ -99,7 +99,7 @@ class Checkpoints:
         return step
 
     def forget(self, after: int) -> None:
-        """Deletes the checkpoints after a step: the run goes another way from there. All processes must call it."""
+        """Deletes the checkpoints after a step, from which the run takes another course. All processes must call it."""
         self.wait()
         if self._primary:
             for step in self._steps():
@@ -108,9 +108,9 @@ class Checkpoints:
         multihost_utils.sync_global_devices("steppe checkpoints forgotten")
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-        """(State placed as `abstract` says, meta) of a step that `newest` gave.
+        """(State sharded like `abstract`, meta) of a step that `newest` returned.
 
-        Unusable, before anything is read, if paths, dtypes or shapes differ: orbax would cast silently.
+        Raises Unusable before reading if paths, dtypes or shapes differ, because orbax would cast silently.
         """
         path = self.directory / str(step)
         _compare(path, seal.read(path)["tree"], seal.tree_of(abstract))
@@ -118,7 +118,7 @@ class Checkpoints:
         return State(**{"averages": {}, **restored["state"]}), restored["meta"]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The meta of a step that `newest` gave."""
+        """The meta of a step that `newest` returned."""
         return self._read(self.directory / str(step), meta=ocp.args.JsonRestore())["meta"]
 
     def _read(self, path: epath.Path, **parts: ocp.args.CheckpointArgs) -> Any:
@@ -126,11 +126,11 @@ class Checkpoints:
             return self._orbax.restore(path, args=ocp.args.Composite(**parts))
         except OSError:
             raise
-        except Exception as error:  # its seal is sound, so this is what was saved, and not by this program
+        except Exception as error:  # the seal is sound, so another program saved this
             raise _not_ours(path, error) from None
 
     def room(self, state: State) -> str:
-        """Why the next save would not fit, "" if it does; bytes before compression, local directories only."""
+        """Why the next save does not fit, "" if it does. Counts bytes before compression; local directories only."""
         problem, needed, free = False, 0, 0
         if self._primary and not files.is_remote(self.directory):
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE
@@ -141,9 +141,9 @@ class Checkpoints:
         return f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed" if self._primary else "no room"
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> float:
-        """Starts writing the state after `step` steps with meta (JSON); returns the seconds the caller stood still.
+        """Starts writing the state after `step` steps with meta (JSON); returns the seconds that the caller waited.
 
-        Waits for the save before. StorageError if that one, or the start of this one, failed.
+        Waits for the previous save. Raises StorageError if that save, or the start of this one, failed.
         """
         began = time.monotonic()
         self.wait()
@@ -151,14 +151,14 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(_written(state)), meta=ocp.args.JsonSave(meta))
         try:
             self._orbax.save(path, args=args)
-        except Exception as error:  # tensorstore and jax raise errors of many kinds for a full disk
+        except Exception as error:  # tensorstore and jax raise many kinds of errors for a full disk
             raise self._not_written(path, error) from error
         self._thread = threading.Thread(target=self._finish, args=(path, step, tree), name="seal")
         self._thread.start()
         return time.monotonic() - began
 
     def wait(self) -> None:
-        """Returns once the last save is finished and sealed. StorageError if it failed."""
+        """Returns when the last save is finished and sealed. Raises StorageError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -167,7 +167,7 @@ class Checkpoints:
             raise error
 
     def close(self) -> None:
-        """Finishes writing; a failure that nobody has heard of yet goes to the log."""
+        """Finishes writing; logs a failure that has not been raised yet."""
         try:
             self.wait()
         except StorageError as error:
@@ -184,7 +184,7 @@ class Checkpoints:
             self._failure = self._not_written(path, error)
 
     def _not_written(self, path: epath.Path, error: BaseException) -> StorageError:
-        """The error of a checkpoint that failed. The part that was written is removed: it takes room."""
+        """The error of a failed save; removes the partial checkpoint to free its space."""
         if self._primary and not files.is_remote(path):
             for part in Path(path.parent).glob(f"{path.name}{ASIDE}*"):
                 shutil.rmtree(part, ignore_errors=True)
@@ -192,7 +192,7 @@ class Checkpoints:
         return StorageError(f"checkpoint {path}: not written ({type(error).__name__}: {reason[:300]})")
 
     def _retire(self) -> None:
-        """Deletes sealed checkpoints that retention does not keep; others are nobody's business here."""
+        """Deletes sealed checkpoints that retention does not keep; leaves unsealed ones alone."""
         sealed = sorted(step for step in self._steps() if (self.directory / str(step) / seal.NAME).exists())
         regular = [step for step in sealed if step % self._period == 0]
         for step in sealed[: -self._keep]:
@@ -204,7 +204,7 @@ class Checkpoints:
         if files.is_remote(path):
             path.rmtree()
             return
-        # a kill in mid-deletion must not leave half a checkpoint under its name
+        # renamed first, so that a kill leaves no partial checkpoint under its name
         path = path.rename(self.directory / f"{step}{DELETED}")
         if retired.exists() and (path / seal.NAME).exists():
             (path / seal.NAME).rename(retired / str(step))
@@ -217,7 +217,7 @@ class Checkpoints:
         return [int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name))]
 
     def _examine(self, step: int) -> Broken | None:
-        """What is wrong with a step; the processes, each of which reads a share of it, agree whether anything is."""
+        """What is wrong with a step. Each process reads a share of it; they agree on whether anything is wrong."""
         problem = None
         try:
             share = (jax.process_index(), jax.process_count())
@@ -239,15 +239,15 @@ class Checkpoints:
 
 
 def _written(state: State) -> dict[str, Any]:
-    """A State as a checkpoint holds it: without averages where a run keeps none, as before there were any."""
+    """A State in the stored form: without averages if a run has none, as older versions stored it."""
     fields = state._asdict()
     return fields if fields["averages"] else {name: fields[name] for name in fields if name != "averages"}
 
 
 def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Parts of a checkpoint's State by name ("params", "optimizer"), placed as `abstract_parts` says.
+    """Parts of a checkpoint's State by name ("params", "optimizer"), sharded like `abstract_parts`.
 
-    Every byte of it is verified. Unusable if there is none, or if paths, dtypes or shapes differ.
+    Verifies every byte. Raises Unusable if there is no checkpoint, or if paths, dtypes or shapes differ.
     """
     start = find(path, log)
     tree = seal.read(start)["tree"]
@@ -258,8 +258,8 @@ def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], N
 
 
 def load_arrays(start: epath.Path, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Some leaves of the State of a checkpoint that `find` gave, as {"params/embed/embedding": array} in this host's
-    memory; nothing else of it is read."""
+    """Some leaves of a checkpoint's State, {"params/embed/embedding": array}, in this host's memory. start: from
+    `find`. Reads nothing else of the checkpoint."""
     item: dict[str, Any] = {}
     for name in names:
         inside = item
@@ -273,7 +273,7 @@ def load_arrays(start: epath.Path, names: Collection[str]) -> dict[str, np.ndarr
 
 
 def shapes_of(start: epath.Path) -> dict[str, tuple[int, ...]]:
-    """{"params/embed/embedding": shape} of a checkpoint that `find` gave."""
+    """{"params/embed/embedding": shape} of a checkpoint; start: from `find`."""
     return {name: tuple(entry[1]) for name, entry in seal.read(start)["tree"].items()}
 
 
@@ -287,8 +287,8 @@ def _restore(start: epath.Path, item: Any, arguments: Any) -> Any:
 
 
 def find(path: str, log: Callable[[str], None] = print) -> epath.Path:
-    """The step directory that `path` names: itself one, a directory of them, or a run's workdir; of several the newest
-    sound one. Every byte of it is verified. Unusable if there is none."""
+    """The step directory for `path`: a step directory, a directory of them, or a workdir; of several the newest sound
+    one. Verifies every byte. Raises Unusable if there is none."""
     start = place(path)
     if start.name.isdecimal() and (start / seal.NAME).exists():
         try:
@@ -306,19 +306,19 @@ def find(path: str, log: Callable[[str], None] = print) -> epath.Path:
 
 
 def directory_of(config: ConfigDict, workdir: str) -> str:
-    """Where the checkpoints of a run lie."""
+    """The directory of a run's checkpoints."""
     return config.checkpoint.directory or str(Path(workdir) / "checkpoints")
 
 
 def place(path: str | epath.Path) -> epath.Path:
-    """An absolute path, or the address of an object store. Unusable where that cannot be reached."""
+    """An absolute path, or an object store's URL. Raises Unusable if that cannot be reached."""
     if not files.is_remote(path):
         return epath.Path(path).absolute()
     try:
         found = epath.Path(path)
         found.exists()
         return found
-    except Exception as error:  # a missing package, a missing permission: every store has errors of its own
+    except Exception as error:  # missing packages or permissions: each store raises its own errors
         reason = " ".join(str(error).split())
         raise Unusable(f"{path}: cannot be reached ({type(error).__name__}: {reason[:300]})") from None
 
@@ -331,14 +331,14 @@ def _compare(path: epath.Path, saved: dict, wanted: dict) -> None:
 
 
 def agreed(flag: bool) -> bool:
-    """Whether any process says so."""
+    """Whether the flag is set on any process."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Leaves out the tracebacks that orbax's threads print of errors which are raised here as well."""
+    """A log filter: drops tracebacks that orbax's threads print of errors which are also raised here."""
     return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
 
 

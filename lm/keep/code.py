@@ -1,4 +1,4 @@
-"""The code from outside that a run is trained by: its text and hash, kept in the workdir, which reading never runs."""
+"""Records in a workdir the text and hash of optimizers from users' files; reading the record never runs them."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -13,7 +13,7 @@ from steppe.optim import references
 
 
 class Kept(TypedDict):
-    """What a workdir has of one file: the reference of its config, sha256 and text."""
+    """One recorded file: its reference in the config, sha256 and text."""
 
     reference: str
     sha256: str
@@ -21,7 +21,7 @@ class Kept(TypedDict):
 
 
 def digests(config: ConfigDict) -> dict[str, str]:
-    """{reference: sha256 of its file} of a config's optimizers from outside, whose files are run."""
+    """{reference: sha256 of its file} of a config's optimizers from users' files; runs those files."""
     return {source.reference: source.digest for source in _sources(config)}
 
 
@@ -30,14 +30,14 @@ def _sources(config: ConfigDict) -> list[references.Source]:
 
 
 def keep(directory: str, config: ConfigDict) -> None:
-    """Keeps the texts of a config's optimizers from outside in its workdir."""
+    """Records the texts of a config's optimizers from users' files in its workdir."""
     found = [Kept(reference=s.reference, sha256=s.digest, text=s.text) for s in _sources(config)]
     if found:
         files.write_json(Path(directory) / CODE, found)
 
 
 def same(directory: str, config: ConfigDict) -> None:
-    """Runs a config's optimizers from outside. WorkdirError where their files are not those of the workdir's run."""
+    """Runs a config's optimizers from users' files. Raises WorkdirError if a file differs from the recorded one."""
     path = Path(directory) / CODE
     try:
         kept = {each["reference"]: each["sha256"] for each in stored.read(path, list[Kept])} if path.exists() else {}
@@ -46,6 +46,6 @@ def same(directory: str, config: ConfigDict) -> None:
     for reference, digest in digests(config).items():
         if kept.get(reference) != digest:
             raise WorkdirError(
-                f"{directory}: {reference} must be the file that it was trained by, with sha256 {kept.get(reference)}, "
-                f"and it has {digest}; {path} keeps its text"
+                f"{directory}: {reference} must be the file that the run was trained with, of sha256 "
+                f"{kept.get(reference)}, but has {digest}; {path} holds its text"
             )

@@ -1,4 +1,4 @@
-"""How a run ends: its exit statuses, the errors that refuse one in a single line, and what it is called afterwards."""
+"""How a run ends: its exit statuses, the errors that refuse it in one line, and its final status."""
 
 import math
 from collections.abc import Sequence
@@ -10,32 +10,32 @@ from steppe.data.errors import DataError
 if TYPE_CHECKING:
     from steppe.lm.track.lines import Records
 
-# STORAGE is EX_IOERR; STOPPED is EX_TEMPFAIL: run the same command again to continue.
+# STORAGE is EX_IOERR. STOPPED is EX_TEMPFAIL: run the same command again to resume.
 FINISHED, REFUSED, ANOMALY, STORAGE, STOPPED = 0, 2, 3, 74, 75
-IN_USE = "is in use by"  # in the line of a run that is refused while another process has its workdir
+IN_USE = "is in use by"  # in the error line if another process is using the workdir
 STATUSES = ("finished", "diverged", "failed", "pruned", "unfinished")
-RISEN = 1.05  # a loss this many times its lowest has risen
+RISEN = 1.05  # a loss above its lowest times this has risen
 
 
 class WorkdirError(RuntimeError):
-    """The workdir cannot be used for this run; one line."""
+    """The workdir cannot be used for this run; the message is one line."""
 
 
 class Unusable(ValueError):
-    """A checkpoint that may not, or cannot, be restored here; one line."""
+    """A checkpoint that must not or cannot be restored here; the message is one line."""
 
 
-REFUSALS = (ConfigError, DataError, WorkdirError, Unusable)  # bad input, each message one line that names it
+REFUSALS = (ConfigError, DataError, WorkdirError, Unusable)  # bad input; each message is one line
 
 
 def goes_on(code: int, said: str) -> bool:
-    """Whether an attempt at a run with this exit status and last line is to be followed by another."""
+    """Whether a run should be started again after an attempt with this exit status and last line."""
     return code in (STOPPED, STORAGE) or code < 0 or (code == REFUSED and IN_USE in said)
 
 
 def after(code: int, said: str, recorded: tuple[str, str] | None) -> tuple[str, str]:
     """(status, why) of a run that ended for good with this exit status and last line. recorded: `status` of its record,
-    None where that cannot be read."""
+    None if that cannot be read."""
     known, why = recorded or ("", "")
     if code == FINISHED and known in ("finished", "diverged"):
         return known, why
@@ -51,8 +51,8 @@ def status(
     unigram: float,
     ended: tuple[str, str] = ("", ""),
 ) -> tuple[str, str]:
-    """(status, why) by what a run has recorded. evaluations: on its first held-out set. unigram: what a unigram model
-    has there, nats a token, infinite where unknown. ended: what is known of it otherwise."""
+    """(status, why) from a run's record. evaluations: on its first held-out set. unigram: a unigram model's loss there,
+    nats a token, infinite if unknown. ended: (status, why) if known otherwise."""
     (named, why), last = ended, last_of(evaluations, steps)
     if not named:
         stops = [record for record in records.of("anomaly") if record.get("decision") == "stop"]
@@ -67,7 +67,7 @@ def status(
 
 
 def _judged(evaluations: Sequence[dict[str, Any]], last: dict[str, Any], unigram: float, why: str) -> tuple[str, str]:
-    """(status, why) of a run that went to its end, by its held-out losses."""
+    """(status, why) of a completed run, from its held-out losses."""
     if not last:
         return "failed", "its metrics.jsonl has no evaluation after the last step"
     loss = float(last["loss"])
@@ -81,5 +81,5 @@ def _judged(evaluations: Sequence[dict[str, Any]], last: dict[str, Any], unigram
 
 
 def last_of(evaluations: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """The evaluation after the last step; empty if there is none."""
+    """The evaluation after the last step; {} if there is none."""
     return evaluations[-1] if evaluations and steps and evaluations[-1]["step"] == steps else {}

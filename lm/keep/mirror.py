@@ -1,8 +1,8 @@
-"""Runs whose workdir is an address (s3://, gs://, memory://): they live in the cache, and are copied there as they go.
+"""Runs whose workdir is a URL (s3://, gs://, memory://): they run in the local cache and are copied to the URL.
 
-Sealed checkpoints are the truth, wherever they lie. Before a run begins, the seals of both places are compared: what is
-newer at the address is fetched, what is newer here is sent, and where both have gone on, nothing is touched. Nothing is
-removed here because the address lacks it. There, only steps go that this cache's retention has let go.
+Sealed checkpoints decide which copy is newer. Before a run starts, the seals of both copies are compared. What is newer
+at the URL is fetched, what is newer in the cache is sent; if both have continued, nothing is changed. No local file is
+removed because the URL lacks it. At the URL, only steps are removed that this cache's retention has deleted.
 """
 
 import os
@@ -27,21 +27,21 @@ from steppe.lm.keep.exits import IN_USE, WorkdirError
 from steppe.lm.keep.store import Store, There
 from steppe.lm.keep.workdir import LOCK, RUN
 
-SECONDS = 20.0  # between looks at what is to be copied
-HOLDER = "holder"  # at the address: who trains there; gone once that ended in order
+SECONDS = 20.0  # between copies
+HOLDER = "holder"  # the file at the URL that names the training process; removed after a clean end
 CHECKPOINTS = "checkpoints"
-SUPERSEDED = "superseded"  # below them: steps of which the address has gone another way
-ADDRESS, TRAINING, KNOWN = "address", "training.lock", "known.json"  # beside the local directory
+SUPERSEDED = "superseded"  # a folder in CHECKPOINTS: local steps that the URL's course has replaced
+ADDRESS, TRAINING, KNOWN = "address", "training.lock", "known.json"  # next to the local directory
 
 
 @contextmanager
 def kept(workdir: str, primary: bool, log: Callable[[str], None]) -> Iterator[str]:
-    """The local directory of a workdir for a run, while the `with` block runs; a path is itself.
+    """The local directory of a workdir for training, while the `with` block runs; a path is returned unchanged.
 
-    What is newer behind an address is fetched first; what changes is copied there every SECONDS and at the end. The
-    last to begin has the run: whoever had it before is told by a signal, and copies no more. DataError where the
-    address cannot be reached, WorkdirError where a process of this machine has it or where the address and this cache
-    have both gone on, StorageError at the end for what could not be copied.
+    Newer files at a URL are fetched first; changes are copied to it every SECONDS and at the end. The last process to
+    start owns the run: the previous owner gets a signal and stops copying. Raises DataError if the URL cannot be
+    reached, WorkdirError if another process of this machine uses it, or if the URL and this cache have both continued,
+    and at the end StorageError for files that could not be copied.
     """
     if not files.is_remote(workdir):
         yield workdir
@@ -64,22 +64,22 @@ def kept(workdir: str, primary: bool, log: Callable[[str], None]) -> Iterator[st
 
 
 def here(workdir: str, checkpoints: bool = False) -> str:
-    """The local directory of a workdir for reading, as it is now, its checkpoints where asked for; a path is itself.
+    """The current local directory of a workdir for reading, with checkpoints if asked for; a path is unchanged.
 
-    The directory of a run of this machine is read where it is ahead of the address, and never written. WorkdirError
-    where there is nothing at the address.
+    If a run on this machine is ahead of the URL, its directory is used; it is never written. Raises WorkdirError if
+    there is nothing at the URL.
     """
     if not files.is_remote(workdir):
         return workdir
     place = _looked(workdir, checkpoints)
     if not any(place.iterdir()):
-        raise WorkdirError(f"{workdir}: must be the workdir of a run; there is nothing")
+        raise WorkdirError(f"{workdir}: must be the workdir of a run; it is empty")
     return str(place)
 
 
 def add(directory: str | os.PathLike, *written: str) -> None:
-    """Copies to its address what a command wrote into a directory that `here` gave, files or folders of it; nothing
-    for directories that have no address."""
+    """Copies files or folders that a command wrote into a directory from `here` to its URL; does nothing for
+    directories without a URL."""
     place = Path(directory)
     if place.parent.parent == _runs() and (place.parent / ADDRESS).exists():
         store = Store((place.parent / ADDRESS).read_text(), place)
@@ -87,13 +87,13 @@ def add(directory: str | os.PathLike, *written: str) -> None:
 
 
 def _runs() -> Path:
-    """Where the runs behind addresses live on this machine."""
+    """The folder of local copies of workdirs at URLs."""
     return Path(files.user_cache()) / "runs"
 
 
 def _place(address: str, reading: bool = False) -> Path:
-    """Where what is behind an address lives on this machine: of the same last name, in a folder with its locks; one for
-    the run that trains here, another for those that read."""
+    """The local copy of a URL: a folder with the URL's last name, next to its locks. Training and reading have separate
+    copies."""
     address = address.rstrip("/")
     folder = checksum({"address": address})[:16] + ("-read" if reading else "")
     return _runs() / folder / (address.rpartition("/")[2] or "run")
@@ -105,7 +105,7 @@ def _made(place: Path, address: str) -> Path:
         files.write(place.parent / ADDRESS, address)
     except OSError as error:
         raise WorkdirError(
-            f"{place.parent}: cannot be made, for what is behind {address} ({error.strerror or error})"
+            f"{place.parent}: cannot be created for the copy of {address} ({error.strerror or error})"
         ) from None
     return place
 
@@ -122,7 +122,7 @@ def _one_line(place: Path) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------------------------- comparing
 class _State:
-    """What an address holds now. steps: {step: the digest of its seal}, where asked for. run: its id, "" for none."""
+    """The present content of a URL. steps: {step: digest of its seal}, if asked for. run: its id, "" for none."""
 
     def __init__(self, store: Store, seals: bool = True):
         self.names: dict[str, There] = store.names()
@@ -133,22 +133,22 @@ class _State:
         self.run = ((RUN in self.names and store.read(RUN)) or b"").decode(errors="replace").strip()
 
     def within(self, step: int) -> list[str]:
-        """The names of a step's files, its seal last."""
+        """The names of a step's files, with its seal last."""
         return sorted((name for name in self.names if _step(name) == step), key=_seal_last)
 
 
 class Kept(TypedDict):
-    """What _Known keeps in its file."""
+    """The content of _Known's file."""
 
     seals: dict[str, tuple[str, bool]]
     files: dict[str, tuple[int, int, str]]
 
 
 class _Known:
-    """What a directory here knows of its address, in a file beside it.
+    """What a local directory knows of its URL, stored in a file next to it.
 
-    seals: {step: (digest, whether it arrived)} of those that were taken from there or offered. files: {name: (size,
-    time here, mark there)} of the others as both places last had them; the mark is "" where it was not heard.
+    seals: {step: (digest, whether it arrived)} of seals fetched from there or sent. files: {name: (size, local time,
+    remote mark)} of other files when both copies last agreed; the mark is "" if unknown.
     """
 
     def __init__(self, place: Path):
@@ -156,7 +156,7 @@ class _Known:
         self.seals: dict[int, tuple[str, bool]] = {}
         self.files: dict[str, tuple[int, int, str]] = {}
         self.any = self._path.exists()
-        with suppress(FileNotFoundError, stored.Wrong):  # damaged: it knows nothing
+        with suppress(FileNotFoundError, stored.Wrong):  # a damaged file counts as absent
             found = stored.read(self._path, Kept)
             self.seals = {int(step): tuple(each) for step, each in found["seals"].items() if step.isdecimal()}
             self.files = {name: tuple(each) for name, each in found["files"].items()}
@@ -167,9 +167,9 @@ class _Known:
 
 
 def _newer(place: Path, there: _State, known: _Known, holder: str) -> tuple[bool, bool]:
-    """(whether the newest seal here is one that the address lacks, whether that there is one this cache never had).
+    """(whether the newest local seal is missing at the URL, whether the URL has a seal that this cache never had).
 
-    A seal that the address once had, and lacks where it has gone on since, is not newer.
+    A local seal that the URL once had and then dropped while continuing is not newer.
     """
     mine = _seals(place)
     last, other = max(mine, default=-1), max(there.steps, default=-1)
@@ -177,28 +177,28 @@ def _newer(place: Path, there: _State, known: _Known, holder: str) -> tuple[bool
     theirs = theirs and known.seals.get(other, ("",))[0] != there.steps[other]
     ours = bool(mine) and there.steps.get(last) != mine[last]
     ours = ours and not (theirs and known.seals.get(last) == (mine[last], True))
-    if ours and theirs and not known.any:  # left by a version that wrote down nothing
+    if ours and theirs and not known.any:  # an older version wrote no record
         theirs = f" on {socket.gethostname()} (" not in holder
     return ours, theirs
 
 
 def _refuse_two(place: Path, address: str, there: _State, both: bool) -> None:
-    """WorkdirError where the address and this cache hold two runs, or two ways of one."""
+    """Raises WorkdirError if the URL and this cache hold different runs, or different continuations of one."""
     run = _read(place / RUN)
     other = bool(run and there.run and run != there.run)
     if other or both:
-        what = f"the run {there.run}, this machine the run {run}" if other else "what this machine never had"
+        what = f"the run {there.run}, this machine the run {run}" if other else "steps that this machine never had"
         last, mine = max(there.steps, default=0), max(_seals(place), default=0)
         raise WorkdirError(
-            f"{address}: holds {what}: step {last} there, step {mine} in {place}; nothing was touched. Move that "
-            "directory away to go on from the address, or give a copy of it as --workdir to go on from here"
+            f"{address}: holds {what}: step {last} there, step {mine} in {place}; nothing was changed. To resume from "
+            "the URL, move that directory away; to resume from here, pass a copy of it as --workdir"
         )
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def _looked(address: str, checkpoints: bool) -> Path:
     training = _place(address)
-    if files.is_held(training.parent / TRAINING):  # by a run of this machine, whose copy is ahead of the address
+    if files.is_held(training.parent / TRAINING):  # a run on this machine is ahead of the URL
         return training
     place = _made(_place(address, reading=True), address)
     with _one_line(place), files.lock(place.parent / "fetch.lock", wait=True):
@@ -231,7 +231,7 @@ def _looked(address: str, checkpoints: bool) -> Path:
 
 
 def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: Collection[str] = ()) -> None:
-    """Fetches the files that belong to no step, but for those that are `kept` and those that are here already."""
+    """Fetches files outside of steps, except those in `kept` and those that are already here."""
     wanted = []
     for name in filter(_is_shared, there.names):
         have = known.files.get(name)
@@ -244,7 +244,7 @@ def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: 
         try:
             store.get({name: files.below(incoming, name) for name in wanted})
             break
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:  # removed in the meantime
             now = store.names()
             if all(name in now for name in wanted):
                 raise
@@ -259,13 +259,13 @@ def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: 
 
 
 def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callable, source: Path | None = None) -> bool:
-    """Fetches a sealed step, or links it from where this machine has it; False where it is gone, or damaged there,
-    which is said."""
-    from steppe.lm.keep.checkpoint import ASIDE  # here: commands that read no checkpoint do without orbax
+    """Fetches a sealed step, or links it from another local copy. Returns False if it is gone or damaged; the log
+    reports damage."""
+    from steppe.lm.keep.checkpoint import ASIDE  # imported here: commands that read no checkpoint need no orbax
 
     target = files.below(place, f"{CHECKPOINTS}/{step}")
     aside, problem = target.with_name(f"{step}{ASIDE}-fetched"), None
-    for _ in range(2):  # a connection may have been cut in the middle of a file
+    for _ in range(2):  # twice, because a connection may have been cut within a file
         shutil.rmtree(aside, ignore_errors=True)
         try:
             if source is not None:
@@ -274,7 +274,7 @@ def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callab
                 start = f"{CHECKPOINTS}/{step}/"
                 store.get({name: files.below(aside, name.removeprefix(start)) for name in there.within(step)})
             seal.verify(epath.Path(aside), step)
-        except (FileNotFoundError, shutil.Error):  # its run has let it go meanwhile, or there are no links here
+        except (FileNotFoundError, shutil.Error):  # its run has deleted it, or the file system has no links
             if source is None:
                 shutil.rmtree(aside, ignore_errors=True)
                 return False
@@ -285,7 +285,7 @@ def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callab
             continue
         for path in filter(Path.is_file, aside.rglob("*")):
             files.sync(path)
-        if target.exists():  # never sealed: it is none
+        if target.exists():  # without a seal, so it is not a checkpoint
             _set_aside(place, step)
         aside.rename(target)
         files.sync(target.parent)
@@ -296,7 +296,7 @@ def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callab
 
 
 def _set_aside(place: Path, step: int) -> Path:
-    """Moves a step to where no run looks for its newest."""
+    """Moves a step into SUPERSEDED, where no run looks for its newest checkpoint."""
     aside = place / CHECKPOINTS / SUPERSEDED
     aside.mkdir(exist_ok=True)
     target = next(p for k in range(10**6) if not (p := aside / (f"{step}.{k}" if k else str(step))).exists())
@@ -306,33 +306,33 @@ def _set_aside(place: Path, step: int) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- copying
 class _Taken(Exception):
-    """Another has the run now."""
+    """Another process has taken over the run."""
 
 
 class _Copier:
-    """Copies a run's directory to its address every so many seconds, from a thread, and once more when closed."""
+    """Copies a run's directory to its URL every SECONDS, from a thread, and once more when closed."""
 
     def __init__(self, address: str, place: Path, log: Callable[[str], None]):
         self._store, self._place, self._log = Store(address, place), place, log
         self._token = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex[:8]})"
         self._known = _Known(place)
-        self._there: dict[int, str] = {}  # the seals at the address
-        self._names: set[str] = set()  # of steps, there
+        self._there: dict[int, str] = {}  # {step: digest of its seal} at the URL
+        self._names: set[str] = set()  # the files of steps at the URL
         self._lost, self._failing, self._since = "", False, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def begin(self) -> None:
-        """Compares, takes the run over, fetches what is newer at the address, and begins to copy. WorkdirError before
-        anything is written where both have gone on."""
+        """Compares both copies, takes over the run, fetches what is newer at the URL, and starts copying. Raises
+        WorkdirError, before writing anything, if both have continued."""
         store, place, known = self._store, self._place, self._known
         before = (store.read(HOLDER) or b"").decode(errors="replace")
         there = _State(store)
         _refuse_two(place, store.address, there, all(_newer(place, there, known, before)))
         if before:
-            self._log(f"workdir     had not been left in order by {before}; it is taken over")
+            self._log(f"workdir     {before} did not end cleanly; this process takes over")
         store.write(HOLDER, self._token.encode())
-        there = _State(store)  # the one before may have written meanwhile
+        there = _State(store)  # again, because the previous owner may have written in the meantime
         ours, theirs = _newer(place, there, known, before)
         _refuse_two(place, store.address, there, ours and theirs)
         mine = _seals(place)
@@ -340,13 +340,13 @@ class _Copier:
         if ours:
             what = f"step {other} there" if there.steps else "anything there"
             self._log(
-                f"workdir     step {last} is newer in {place} than {what}; it is sent, and the run goes on from it"
+                f"workdir     step {last} is newer in {place} than {what}; it is sent, and the run resumes from it"
             )
         elif theirs and mine:
-            self._log(f"workdir     step {other} is newer at the address than step {last} here; it is fetched")
+            self._log(f"workdir     step {other} at the URL is newer than step {last} here; it is fetched")
         self._fetch(there, theirs)
         changed = {name for name, mark in _files(place).items() if self._is_new(name, mark)}
-        settled = theirs or not (known.any or ours)  # what is in both places is as the address has it
+        settled = theirs or not (known.any or ours)  # for files in both copies, the URL decides
         _fetch_files(store, place, there, known, kept=() if settled else changed)
         known.any = True
         known.save()
@@ -354,7 +354,7 @@ class _Copier:
         self._thread.start()
 
     def close(self) -> None:
-        """Copies what is left. WorkdirError where another has taken the run, StorageError for what is not there."""
+        """Copies what remains. WorkdirError if another process has taken over; StorageError for missing copies."""
         self._ended.set()
         self._thread.join()
         if not self._lost:
@@ -368,29 +368,29 @@ class _Copier:
                 raise StorageError(f"{error}; {self._lacking()}") from error
         if self._lost:
             raise WorkdirError(
-                f"{self._store.address}: was taken by {self._lost}; what this process did since is only in "
+                f"{self._store.address}: was taken over by {self._lost}; this process's later work is only in "
                 f"{self._place}"
             )
 
     def _fetch(self, there: _State, theirs: bool) -> None:
-        """Fetches the steps that are newer there, or missing here where the address has gone on."""
+        """Fetches steps that are newer at the URL, or missing here if the URL has continued."""
         from steppe.lm.keep.checkpoint import DELETED
 
         place, mine = self._place, _seals(self._place)
         (place / CHECKPOINTS / seal.RETIRED).mkdir(parents=True, exist_ok=True)
-        for left in (place / CHECKPOINTS).glob(f"*{DELETED}/{seal.NAME}"):  # of a process that was killed over it
+        for left in (place / CHECKPOINTS).glob(f"*{DELETED}/{seal.NAME}"):  # a kill interrupted the deletion
             left.rename(place / CHECKPOINTS / seal.RETIRED / left.parent.name.removesuffix(DELETED))
         retired, last = set(_retired(place)), max(mine, default=-1)
         for step, digest in mine.items() if theirs else ():
             if step > max(there.steps) or there.steps.get(step, digest) != digest:
-                self._log(f"workdir     step {step} was left behind there; it is kept in {_set_aside(place, step)}")
+                self._log(f"workdir     step {step} is not part of the run there; moved to {_set_aside(place, step)}")
         mine = _seals(place)
         for step, digest in sorted(there.steps.items()):
             if step not in mine and (step, digest) not in retired and (theirs or step > last):
                 self._known.seals[step] = (digest, _fetch_step(self._store, place, there, step, self._log))
 
     def _adopt(self, there: _State) -> None:
-        """Takes what is at the address for what was sent."""
+        """Records the content of the URL as sent."""
         self._there, self._names = dict(there.steps), {name for name in there.names if _step(name) is not None}
         self._known.files = {name: mark for name, mark in self._known.files.items() if name in there.names}
 
@@ -409,7 +409,7 @@ class _Copier:
             except Exception as error:
                 if not self._failing:
                     self._failing, self._since = True, time.monotonic()
-                    again = f"the run goes on, and it is tried again every {SECONDS:g} s"
+                    again = f"the run continues and tries again every {SECONDS:g} s"
                     self._log(f"NOT COPIED  {error}; {self._lacking()}; {again}")
             self._ended.wait(SECONDS)
 
@@ -417,10 +417,10 @@ class _Copier:
         return f"step {max(self._there)}" if self._there else "no checkpoint"
 
     def _lacking(self) -> str:
-        return f"what is newer than {self._held()} is only in {self._place}"
+        return f"anything newer than {self._held()} is only in {self._place}"
 
     def _copy(self) -> None:
-        """Sends what is new: the files of steps, then the others, then the seals, and lets go what retention let go."""
+        """Sends new files: those of steps, then others, then seals. Removes steps that retention has deleted."""
         self._must_hold()
         known, sealed = self._known, _seals(self._place)
         new = [step for step in sorted(sealed) if self._there.get(step) != sealed[step]]
@@ -443,7 +443,7 @@ class _Copier:
             known.save()
 
     def _send(self, step: int) -> bool:
-        """Sends a step's files but for its seal; False where it is no more. Till it is whole there, it is none."""
+        """Sends a step's files except its seal, without which it is no checkpoint; False if the step is gone."""
         folder = self._place / CHECKPOINTS / str(step)
         found = [path for path in folder.rglob("*") if path.is_file() and path != folder / seal.NAME]
         names = {path.relative_to(self._place).as_posix(): path for path in found}
@@ -453,7 +453,7 @@ class _Copier:
 
     def _seal(self, step: int, digest: str) -> None:
         name = f"{CHECKPOINTS}/{step}/{seal.NAME}"
-        if _seals(self._place).get(step) != digest:  # let go meanwhile
+        if _seals(self._place).get(step) != digest:  # deleted in the meantime
             return
         self._must_hold()
         self._known.seals[step] = (digest, False)
@@ -464,7 +464,7 @@ class _Copier:
             self._there[step] = digest
 
     def _remove(self, step: int, but: set[str]) -> None:
-        """Removes a step at the address, its seal first; `but` some of its files, which are about to be replaced."""
+        """Removes a step at the URL, its seal first, except the files `but`, which are about to be replaced."""
         for name in sorted((n for n in self._names if _step(n) == step and n not in but), key=_seal_last, reverse=True):
             self._store.remove(name)
             self._names.discard(name)
@@ -472,7 +472,7 @@ class _Copier:
                 self._there.pop(step, None)
 
     def _must_hold(self) -> None:
-        """_Taken where another has the run. A holder's file that is gone with all else is written again."""
+        """Raises _Taken if another process owns the run. Rewrites a holder file that vanished with everything else."""
         holder = self._store.read(HOLDER)
         if holder == self._token.encode():
             return
@@ -486,7 +486,7 @@ class _Copier:
         self._adopt(there)
 
     def _compare(self) -> None:
-        """Sends again what the address lacks, or has in part, though it was sent. StorageError where that is no use."""
+        """Sends again what is missing or incomplete at the URL. Raises StorageError if it still is afterwards."""
         place, known = self._place, self._known
         for last in (False, True):
             there = _State(self._store)
@@ -494,7 +494,7 @@ class _Copier:
             sizes = {name: found.size for name, found in there.names.items()}
             now, sealed, lacking = _files(place), _seals(place), []
             wrong = [name for name, mark in now.items() if self._is_new(name, mark) or sizes[name] != mark[0]]
-            if last:  # what is new again is of another process, which still writes it
+            if last:  # a file that changed again belongs to another process, which is still writing it
                 wrong = [name for name in wrong if name not in sizes or not self._is_new(name, now[name])]
             for step, digest in sealed.items():
                 parts = filter(Path.is_file, (place / CHECKPOINTS / str(step)).rglob("*"))
@@ -508,7 +508,7 @@ class _Copier:
                 known.save()
                 return
             if last:
-                raise StorageError(f"{self._store.address}: lacks {(wrong + lacking)[0]}, though it was sent")
+                raise StorageError(f"{self._store.address}: lacks {(wrong + lacking)[0]}, although it was sent")
             for name in wrong:
                 known.files.pop(name, None)
             for step in lacking:
@@ -520,22 +520,22 @@ class _Copier:
 
 
 # --------------------------------------------------------------------------------------------------- local directories
-_DIGEST = 32  # bytes with which a seal begins: the hash of the rest
+_DIGEST = 32  # first bytes of a seal: the hash of the rest
 
 
 def _seals(place: Path) -> dict[int, str]:
-    """{step: the digest of its seal} of a directory's checkpoints."""
+    """{step: digest of its seal} of a directory's checkpoints."""
     found = {}
     with suppress(FileNotFoundError):
         for folder in (place / CHECKPOINTS).iterdir():
             if (step := _number(folder.name)) is not None:
-                with suppress(FileNotFoundError, NotADirectoryError, DataError):  # of no ordinary file: it is no seal
+                with suppress(FileNotFoundError, NotADirectoryError, DataError):  # not an ordinary file, so no seal
                     found[step] = _digest(folder / seal.NAME)
     return found
 
 
 def _retired(place: Path) -> Iterator[tuple[int, str]]:
-    """(step, digest) of what retention has let go since the address was last told."""
+    """(step, digest) of steps that retention has deleted since the last copy."""
     for path in sorted((place / CHECKPOINTS / seal.RETIRED).glob("*")):
         if (step := _number(path.name)) is not None:
             with suppress(FileNotFoundError, DataError):
@@ -548,7 +548,7 @@ def _digest(path: Path) -> str:
 
 
 def _files(place: Path) -> dict[str, tuple[int, int]]:
-    """{name: mark} of the files of a run's directory that belong to no step."""
+    """{name: mark} of the files of a run's directory outside of steps."""
     found = {}
     for folder, below, names in os.walk(place):
         inside = Path(folder).relative_to(place)
@@ -568,7 +568,7 @@ def _mark(path: Path) -> tuple[int, int]:
 
 
 def _is_shared(name: str) -> bool:
-    """Whether a file that belongs to no step is copied: no lock, nothing half-written."""
+    """Whether a file outside of steps is copied: locks and unfinished files are not."""
     top, last = name.split("/")[0], name.rpartition("/")[2]
     return name not in (LOCK, HOLDER) and top != CHECKPOINTS and not last.endswith((".lock", files.ASIDE))
 
@@ -584,7 +584,7 @@ def _number(name: str) -> int | None:
 
 
 def _step(name: str) -> int | None:
-    """The step of the checkpoint that a file belongs to; None for every other file."""
+    """The step whose checkpoint a file belongs to; None for other files."""
     parts = name.split("/")
     return _number(parts[1]) if len(parts) > 2 and parts[0] == CHECKPOINTS else None
 

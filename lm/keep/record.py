@@ -1,4 +1,4 @@
-"""What a run says of itself: its versions, its numbers, and what a restart found changed."""
+"""A run's facts: its versions, its numbers, and what has changed since its checkpoint."""
 
 import importlib.metadata
 from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ from steppe.lm.parts.memo import once
 
 
 class Watched(TypedDict, total=False):
-    """anomaly.Watch.memory()."""
+    """The dict of anomaly.Watch.memory()."""
 
     losses: list[tuple[stored.Count, float]]
     skipped: stored.Count
@@ -43,7 +43,7 @@ class KeptLeg(TypedDict, total=False):
 
 
 class Meta(TypedDict, total=False):
-    """What a checkpoint holds beside its arrays. Those that are not required came with later versions."""
+    """A checkpoint's metadata. Later versions added the keys that are not required."""
 
     config: Required[dict[str, Any]]
     versions: Required[dict[str, str]]
@@ -60,7 +60,7 @@ class Meta(TypedDict, total=False):
 
 
 def meta_of(found: Any, place: object) -> Meta:
-    """A checkpoint's meta, once it is of its types and its config one that a run can have had. Unusable."""
+    """A checkpoint's meta after checking its types and its config. Raises Unusable."""
     try:
         stored.typed(found, Meta, f"{place}: meta")
         base.completed(found["config"])
@@ -70,7 +70,7 @@ def meta_of(found: Any, place: object) -> Meta:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on; `code` is a hash of the sources of data, lm and optim."""
+    """Versions that a result depends on; `code` is a hash of the sources of data, lm and optim."""
     root, digest = Path(__file__).parents[2], xxhash.xxh3_64()
     for path in sorted(path for room in ("data", "lm", "optim") for path in (root / room).rglob("*.py")):
         digest.update(path.read_bytes())
@@ -79,16 +79,16 @@ def versions() -> dict[str, str]:
 
 
 def facts(config: ConfigDict, corpus: Corpus) -> dict[str, Any]:
-    """What every checkpoint of a start of a run says of it."""
+    """The facts that every checkpoint of this start stores."""
     known = {"config": config.to_dict(), "versions": versions(), "corpus": corpus.fingerprint}
     return {**known, "code": code.digests(config)}
 
 
 def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, list]:
-    """{what: [before, now]}: config keys, versions, corpus and code, where a restart differs from its checkpoint, of
-    which this is the meta ({}: there is none). now: its own facts.
+    """{what: [before, now]} of config keys, versions, corpus and code that differ from the checkpoint's.
 
-    ConfigError if the corpus or an optimizer's code from outside differs, and "corpus" or "code" is not allowed.
+    meta: of the checkpoint, {} if there is none. now: this start's facts. Raises ConfigError if the corpus or the code
+    of an optimizer from a user's file differs and `allowed` has no "corpus" or "code".
     """
     if not meta:
         return {}
@@ -96,7 +96,7 @@ def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, 
         raise ConfigError(
             "data.task",
             now["config"]["data"]["task"],
-            f"the corpus the run began with (fingerprint {meta['corpus']}, this one is {now['corpus']}), or "
+            f"the corpus the run began with (its fingerprint is {meta['corpus']}, this one's is {now['corpus']}), or "
             "--allow_change=corpus",
         )
     known = meta.get("code", {})
@@ -104,8 +104,8 @@ def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, 
         if known.get(reference, digest) != digest and "code" not in allowed:
             part = "method" if now["config"]["optim"]["method"] == reference else "base"
             accepted = (
-                f"the code the run began with (sha256 {known[reference]}, this has {digest}), kept in the workdir's "
-                f"{workdir.CODE}, or --allow_change=code"
+                f"the code the run began with (its sha256 is {known[reference]}, this one's is {digest}), stored in "
+                f"the workdir's {workdir.CODE}, or --allow_change=code"
             )
             raise ConfigError(f"optim.{part}", reference, accepted)
     found = workdir.changes(meta["config"], now["config"])
@@ -118,7 +118,7 @@ def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, 
 
 
 def references(corpus: Corpus, counts: np.ndarray, primary: bool) -> dict[str, dict]:
-    """{held-out set: its baselines}, for the process that records them. counts: of each token in the training text."""
+    """{held-out set: its baselines}, on the process that records them. counts: of each token in the training text."""
     names = corpus.held_out if primary else ()
     return once(
         "references",
@@ -128,7 +128,7 @@ def references(corpus: Corpus, counts: np.ndarray, primary: bool) -> dict[str, d
 
 
 def of_run(config: ConfigDict, parts: Parts, references: dict[str, dict]) -> dict:
-    """What metrics.jsonl says of the run as a whole; baselines in nats per token, as the losses are."""
+    """The `run` record of metrics.jsonl; baselines in nats per token, like the losses."""
     budget = parts.budget
     shown = {}
     for name, found in references.items():

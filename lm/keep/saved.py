@@ -1,4 +1,4 @@
-"""A model out of a run's checkpoint, for commands that look at what was trained."""
+"""Loads a model from a run's checkpoint, for commands that use trained models."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -23,14 +23,14 @@ from steppe.lm.track.lines import AVERAGES
 from steppe.optim import references
 from steppe.optim.methods import OPTIONS
 
-PARAMS = "params/"  # of the names of parameters in a checkpoint
+PARAMS = "params/"  # prefix of parameter names in a checkpoint
 
 
 class Saved(NamedTuple):
-    """The run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
+    """A run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
 
-    optimizer: the state of the base optimizer, where it was asked for. weights: whose the parameters are, a name that
-    lm.keep.weights knows. step: of the checkpoint, where one was asked for.
+    optimizer: the base optimizer's state, if asked for. weights: the parameters' name in lm.keep.weights. step: of the
+    checkpoint, if asked for.
     """
 
     config: ConfigDict
@@ -43,15 +43,15 @@ class Saved(NamedTuple):
 
     @property
     def are_last(self) -> bool:
-        """Whether the parameters are those of the last step, and no average."""
+        """Whether the parameters are those of the last step instead of an average."""
         return self.weights == LAST
 
 
 class Unread(NamedTuple):
-    """A checkpoint of a run, whose parameters are read as they are asked for.
+    """A checkpoint of a run whose parameters are read on demand.
 
-    directory: the run's. shapes: {path: shape} of every parameter. read(paths): {path: array, in this host's memory}.
-    weights: whose they are, a name that lm.keep.weights knows.
+    directory: the run's. shapes: {path: shape} of every parameter. read(paths): {path: array} in this host's memory.
+    weights: the parameters' name in lm.keep.weights.
     """
 
     directory: str
@@ -63,47 +63,47 @@ class Unread(NamedTuple):
     weights: str = LAST
 
 
-CODE = ("seqio", "tfds")  # kinds of sources that are read by code which they name
+CODE = ("seqio", "tfds")  # kinds of sources that run code which they name
 
 
 def own_data(config: ConfigDict, trust: bool) -> dict[str, Any]:
-    """config.data of a stored config, to read other text as it did. Unless it is trusted it names no module, no
-    address and no place to write to."""
+    """A stored config's config.data, to read other text in the same way. Unless trusted, it names no modules, URLs or
+    directories to write to."""
     data = config.data.to_dict()
     return data if trust else {**data, "cache": "", "seqio_module": "", "tfds_dir": "", "directory": ""}
 
 
 def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], trust: bool = False) -> Corpus:
-    """The corpus of a run: what it has prepared, or else what its config names. WorkdirError where that is an address,
-    or read by code, and it is not trusted."""
+    """The corpus of a run: the prepared one, else the one its config names. Raises WorkdirError if that is a URL or
+    runs code, and is not trusted."""
     kept = corpora.kept(directory)
     if kept is not None:
         return kept
     data = config.data
     if not trust:
         if files.is_remote(data.directory):
-            raise _untrusted(directory, "data.directory", data.directory, "an address")
+            raise _untrusted(directory, "data.directory", data.directory, "a URL")
         for key, listed in (
             ("task", sources.parse(data.task)),
             ("held_out", sources.held_out_sources("", data.held_out)),
         ):
             for source in () if data.directory else listed:
                 if source.kind in CODE or files.is_remote(source.where):
-                    what = "read by code of its own" if source.kind in CODE else "an address"
+                    what = "which runs its own code" if source.kind in CODE else "a URL"
                     raise _untrusted(directory, f"data.{key}", f"{source.kind}:{source.where}", what)
     return open_of(data.to_dict() if trust else {**data.to_dict(), "cache": "", "seqio_module": ""}, log)
 
 
 def checkpoints_of(directory: str, config: ConfigDict, trust: bool = False) -> str:
-    """Where the checkpoints of a run lie. WorkdirError where that is an address, and it is not trusted."""
+    """The directory of a run's checkpoints. Raises WorkdirError if it is a URL and not trusted."""
     found = directory_of(config, directory)
     if files.is_remote(found) and not trust:
-        raise _untrusted(directory, "checkpoint.directory", found, "an address")
+        raise _untrusted(directory, "checkpoint.directory", found, "a URL")
     return found
 
 
 def _untrusted(directory: str, key: str, value: str, what: str) -> WorkdirError:
-    remedy = "which is not followed on the word of a stored config; --trust does so, where the run is your own"
+    remedy = "which a stored config may not use; pass --trust if the run is your own"
     return WorkdirError(f"{directory}: needs config.{key} = {files.shown(value)}, {what}, {remedy}")
 
 
@@ -114,10 +114,10 @@ def unread(
     weights: str | None = None,
     trust: bool = False,
 ) -> Unread:
-    """The run of `directory` after `step` steps, by default at its newest sound checkpoint, nothing of it in memory.
+    """The run of `directory` at `step`, by default at its newest sound checkpoint; loads no parameters.
 
-    weights: by name, default those that the run is judged by. trust: see corpus_of. WorkdirError, Unusable or
-    DataError, each one line, where that cannot be.
+    weights: a name, by default the weights that the run is judged by. trust: see corpus_of. Raises WorkdirError,
+    Unusable or DataError, each one line.
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
@@ -142,17 +142,17 @@ def unread(
 
 
 def choose(directory: str, config: ConfigDict, name: str | None) -> tuple[str, Weights]:
-    """(name, Weights) of a run: those it is judged by where none are named. WorkdirError for such as it has not."""
+    """(name, Weights) of a run; by default those it is judged by. Raises WorkdirError for a name it does not have."""
     known = weights_of(config)
     name = next(iter(known)) if name is None else name
     if name not in known:
-        kept = f"{', '.join(known)}; config.average.weights says which averages a run keeps"
-        raise WorkdirError(f"{directory}: --weights={name}: must be one of those it has, which are {kept}")
+        kept = f"{', '.join(known)}; config.average.weights sets which averages a run stores"
+        raise WorkdirError(f"{directory}: --weights={name}: must be one of the run's, which are {kept}")
     return name, known[name]
 
 
 def measured_in(directory: str, weights: str | None) -> Path:
-    """Where measurements of these weights of a run stand: in its directory those of what it is judged by."""
+    """The directory for measurements of these weights: the run's own for the weights it is judged by."""
     config = config_of(directory)
     name, _ = choose(directory, config, weights)
     own = name == next(iter(weights_of(config)))
@@ -167,30 +167,30 @@ def load(
     weights: str | None = None,
     trust: bool = False,
 ) -> Saved:
-    """The run of `directory` after `step` steps, by default at its newest sound checkpoint.
+    """The run of `directory` at `step`, by default at its newest sound checkpoint, whatever mesh it was trained on.
 
-    weights: by name, default those that the run is judged by. Whatever mesh it was trained on, it is spread over all
-    devices here (fsdp) if they divide its batch and width, else it goes to the first. WorkdirError, Unusable or
-    DataError, each one line, where that cannot be.
+    weights: a name, by default the weights that the run is judged by. The model is sharded over all devices here (fsdp)
+    if they divide its batch and width; otherwise it goes to the first. Raises WorkdirError, Unusable or DataError, each
+    one line.
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
     devices = jax.devices()
     devices = devices if spreads(config) else devices[:1]
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
-    config.train.microbatches = 1  # one device more or fewer may not divide them, and nothing is trained here:
+    config.train.microbatches = 1  # this mesh may not divide them, and nothing is trained here
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
     if references.is_reference(config.optim.base):
         if not optimizer:
-            config.optim.base = "adamw"  # whose state is not read
+            config.optim.base = "adamw"  # a stand-in: its state is not read
         elif not trust:
-            raise _untrusted(directory, "optim.base", config.optim.base, "code of its own")
+            raise _untrusted(directory, "optim.base", config.optim.base, "a user's code")
         else:
             code.same(directory, config)
     corpus = corpus_of(directory, config, log, trust)
     found = checkpoints_of(directory, config, trust)
     rows = max((part.rows for part in corpus.held_out.values()), default=1)
-    config.train.batch_size = min(config.train.batch_size, -(-rows // len(devices)) * len(devices))  # no more is read
+    config.train.batch_size = min(config.train.batch_size, -(-rows // len(devices)) * len(devices))  # enough rows
     check_stored(config)
     parts = assemble(
         config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices, tokens_per_row=corpus.tokens_per_row
@@ -204,13 +204,13 @@ def load(
 
 
 def spreads(config: ConfigDict) -> bool:
-    """Whether the devices here divide a run's batch and width, so that `load` spreads it over them."""
+    """Whether `load` shards a run over all devices here, which must divide its batch and width."""
     devices = len(jax.devices())
     return config.train.batch_size % devices == 0 and config.model.width % devices == 0
 
 
 def steps(directory: str, trust: bool = False) -> list[int]:
-    """The steps that the run of `directory` has sealed checkpoints of, in order. WorkdirError if it is no run."""
+    """The steps of a run's sealed checkpoints, in order. Raises WorkdirError if `directory` is not a run."""
     directory = mirror.here(directory, checkpoints=True)
     found = place(checkpoints_of(directory, config_of(directory), trust))
     names = [path.name for path in found.iterdir()] if found.exists() else []

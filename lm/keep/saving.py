@@ -1,4 +1,4 @@
-"""When a run saves, and what its checkpoints hold beside its state."""
+"""When a run saves, and the metadata of its checkpoints."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +16,9 @@ from steppe.lm.track.tracker import Tracker
 
 
 class Saves:
-    """The saves of a run: every so many steps and minutes, at its end, and where it is to stop.
+    """The saves of a run: every n steps, every n minutes, at its end, and when it stops.
 
-    place: of its checkpoints. run: its id. facts: config, versions and corpus, as every checkpoint holds them.
+    place: the directory of its checkpoints. run: its id. facts: config, versions and corpus, stored in each checkpoint.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class Saves:
         self.events = [Event(self.due, self.save)]
 
     def due(self, at: Progress) -> bool:
-        """Whether a checkpoint follows this step; every process gives the same answer and must ask after every step."""
+        """Whether to save after this step. All processes get the same answer and must ask after every step."""
         return at.stop or any(when(at) for when in self._regular) or self.timer.due(at.done)
 
     def save(self, at: Progress) -> None:
-        """Begins a checkpoint; one that cannot fit is left out where the run goes on, an error where it ends."""
+        """Starts a checkpoint. If it does not fit, it is skipped during the run and raises StorageError at the end."""
         tracker, checkpoints, budget = self._tracker, self.checkpoints, self._parts.budget
         tracker.sync()
         problem, place = checkpoints.room(at.state), checkpoints.directory
         if problem:
-            tracker.note(f"NO CHECKPOINT AT STEP {at.done}: {place} has no room for it ({problem})")
+            tracker.note(f"NO CHECKPOINT AT STEP {at.done}: {place} has too little space ({problem})")
             if at.stop or at.done == budget.steps:
-                raise StorageError(f"{place}: {problem}; make room, then run again")
+                raise StorageError(f"{place}: {problem}; free some space, then run again")
             return
         meta = {
             **self._facts,
@@ -73,15 +73,15 @@ class Saves:
         self.timer.restart()
 
     def conclude(self) -> None:
-        """Returns once all are finished."""
+        """Returns once all saves are finished."""
         with self._tracker.goodput.spending("save"):
             self.checkpoints.wait()
 
 
 class Timer:
-    """Says when minutes of wall time since the last save have passed; 0 minutes: never. clock: seconds that only grow.
+    """Tells when `minutes` of wall time have passed since the last save; 0: never. clock: monotonic seconds.
 
-    Several processes follow the clock of process 0, which they hear every `every` steps.
+    Several processes follow process 0's clock, which they read every `every` steps.
     """
 
     def __init__(self, minutes: float, every: int, clock: Callable[[], float] = time.monotonic):
@@ -89,11 +89,11 @@ class Timer:
         self.restart()
 
     def restart(self) -> None:
-        """A save was begun."""
+        """Call when a save starts."""
         self._last = self._clock()
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step; every process gives the same answer."""
+        """Whether to save after this step; all processes get the same answer."""
         if not self._seconds or (jax.process_count() > 1 and step % self._every):
             return False
         return agreed(jax.process_index() == 0 and self._clock() - self._last >= self._seconds)

@@ -1,7 +1,7 @@
-"""The seal of a checkpoint: a manifest with a hash of every file, written after the last of them.
+"""The seal of a checkpoint: a manifest with a hash of every file, written last.
 
-A step directory without a whole seal is not a checkpoint, however complete it looks. The seal is plain text: one line
-with the hash of what follows, then JSON. Reading it runs nothing and trusts nothing.
+A step directory without a complete seal is not a checkpoint, however complete it looks. The seal is text: a line with
+the hash of the rest, then JSON. Reading it runs no code.
 """
 
 import json
@@ -19,11 +19,11 @@ from steppe.data.errors import DataError
 
 NAME = "SEAL"
 FORMAT = 1
-RETIRED = "retired"  # beside the steps of a run with an address: seals of what was let go, till that is told
+RETIRED = "retired"  # a folder next to the steps: seals of deleted steps, until the run's URL has been updated
 
 
 class Seal(TypedDict):
-    """What a seal says: of which step and run it is, {path: [dtype, shape]} of its arrays, {name: [bytes, hash]}."""
+    """A seal's content: step, run id, {path: [dtype, shape]} of the arrays, {name: [bytes, hash]} of the files."""
 
     format: int
     step: stored.Count
@@ -33,7 +33,7 @@ class Seal(TypedDict):
 
 
 class Broken(ValueError):
-    """Why a directory is not the checkpoint it should be. sealed: False where it never was one."""
+    """Why a directory is not the expected checkpoint. sealed: False if its save never finished."""
 
     def __init__(self, why: str, sealed: bool = True):
         self.sealed = sealed
@@ -49,7 +49,7 @@ def tree_of(state: Any) -> dict[str, list]:
 
 
 def write(directory: epath.Path, step: int, run: str, tree: dict[str, list]) -> None:
-    """Seals a finished step directory of run `run`. Durable once it returns; OSError if it cannot be written."""
+    """Seals a finished step directory of run `run`. Durable when it returns; OSError if it cannot be written."""
     names = list(_files(directory))
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(names, pool.map(lambda name: _look(directory / name), names), strict=True))
@@ -64,7 +64,7 @@ def write(directory: epath.Path, step: int, run: str, tree: dict[str, list]) -> 
 
 
 def read(directory: epath.Path) -> Seal:
-    """The seal of a step directory, itself verified: format, step, run, tree, files. Raises Broken."""
+    """The seal of a step directory, after verifying its own hash. Raises Broken."""
     path = directory / NAME
     try:
         content = path.read_bytes() if files.is_remote(path) else stored.content_of(str(path))
@@ -78,29 +78,29 @@ def read(directory: epath.Path) -> Seal:
     try:
         seal = stored.decode(body, Seal, NAME)
     except stored.Wrong as error:
-        raise Broken(f"its seal is not of the format that this version reads, {FORMAT} ({error})") from None
+        raise Broken(f"its seal does not have the format of this version, {FORMAT} ({error})") from None
     if seal["format"] != FORMAT:
-        raise Broken(f"its seal is not of the format that this version reads, {FORMAT}")
+        raise Broken(f"its seal does not have the format of this version, {FORMAT}")
     try:
         if not files.is_remote(directory):
             for name in seal["files"]:
                 files.below(directory, name)
     except DataError as error:
-        raise Broken(f"its seal names what is no file of it ({error})") from None
+        raise Broken(f"its seal names a file outside of it ({error})") from None
     return seal
 
 
 def verify(directory: epath.Path, step: int, run: str = "", share: tuple[int, int] = (0, 1)) -> Seal:
-    """The seal, after comparing the directory with it; raises Broken with the first difference.
+    """The seal, after comparing the directory with it. Raises Broken with the first difference.
 
-    run: the id it must have, "" for any. share (i, n): reads the contents of every n-th file from the i-th on.
+    run: the expected id, "" for any. share (i, n): reads the contents of every n-th file, starting at the i-th.
     """
     seal = read(directory)
     if seal["step"] != step:
         raise Broken(f"it was saved as step {seal['step']} and renamed")
     if run and seal["run"] != run:
         other = files.shown(seal["run"])
-        raise Broken(f"it belongs to another run ({other}, this one is {run}); config.init_from starts from it")
+        raise Broken(f"it belongs to another run ({other}; this one is {run}); config.init_from can start from it")
     found = set(_files(directory)) - {NAME}
     for what, names in (("lacks", set(seal["files"]) - found), ("has a foreign file", found - set(seal["files"]))):
         if names:
@@ -114,7 +114,7 @@ def verify(directory: epath.Path, step: int, run: str = "", share: tuple[int, in
 
 
 def differences(saved: dict[str, list], wanted: dict[str, list]) -> list[str]:
-    """What differs between two trees_of, a line each."""
+    """The differences between two results of tree_of, a line each."""
     shown = lambda entry: f"{entry[0]}{entry[1]}" if entry else "absent"  # noqa: E731
     return [
         f"{path}: {shown(saved.get(path))} in the checkpoint, {shown(wanted.get(path))} here"
@@ -128,7 +128,7 @@ def _digest(content: bytes) -> str:
 
 
 def _look(path: epath.Path) -> list:
-    """[size, hash] of a file's contents; a file that cannot be read differs from every other."""
+    """[size, hash] of a file's contents; an unreadable file differs from every other."""
     digest, size = xxhash.xxh3_128(), 0
     try:
         with path.open("rb") if files.is_remote(path) else files.ordinary(path) as handle:
@@ -141,8 +141,8 @@ def _look(path: epath.Path) -> list:
 
 
 def _files(directory: epath.Path, below: str = "") -> Iterable[str]:
-    """Names of all files under a step directory, relative to it. Broken for a link: what it leads to is not of a run,
-    and may have no end."""
+    """Names of all files in a step directory, relative to it. Raises Broken for a link, whose target may lie outside
+    the run or be endless."""
     for path in directory.iterdir():
         name = f"{below}{path.name}"
         if os.path.islink(path):

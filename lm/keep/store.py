@@ -1,4 +1,4 @@
-"""The files behind one address, by their names, through fsspec: one request at a time, every error a single line."""
+"""The files at one URL, by name, through fsspec: one request at a time; every error is one line."""
 
 import os
 import threading
@@ -14,21 +14,21 @@ from fsspec.callbacks import Callback
 from steppe.data import addresses, files
 from steppe.data.errors import DataError, StorageError
 
-PATIENCE = 60.0  # seconds without a byte or an answer after which a request is given up for now
+PATIENCE = 60.0  # seconds without any progress after which a request fails for now
 
 
 class There(NamedTuple):
-    """A file of a listing. mark: changes with the file, as far as the store tells."""
+    """A listed file. mark: changes with the file, as far as the store reports it."""
 
     size: int
     mark: str
 
 
 class Store:
-    """What lies behind an address, by names relative to it.
+    """The content of a URL, by names relative to it.
 
-    place: the local directory that stands for it; a name that leads out of that is a DataError. StorageError, an
-    OSError, for whatever a driver raises and where it does not answer.
+    place: the local directory of its copy; a name that leaves it raises DataError. Errors of a driver, and timeouts,
+    raise StorageError, which is an OSError.
     """
 
     def __init__(self, address: str, place: Path):
@@ -38,7 +38,7 @@ class Store:
         self._pending: _Request | None = None
 
     def names(self) -> dict[str, There]:
-        """Every file there now; none where there is no such bucket. DataError for a name that leads out."""
+        """Every file at the URL; {} if the bucket does not exist. DataError for a name that leaves the directory."""
 
         def listed(system, _):
             system.invalidate_cache()
@@ -58,14 +58,14 @@ class Store:
         return {name: There(info["size"], _mark(info)) for name, info in named.items()}
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none."""
+        """The content of a small file; None if absent."""
         try:
             return self._asked(("read", name), lambda system, _: system.cat_file(self._path(name)))
         except FileNotFoundError:
             return None
 
     def beginnings(self, names: Iterable[str], count: int) -> dict[str, bytes]:
-        """The first bytes of files; those that are gone are left out."""
+        """The first `count` bytes of files; missing files are left out."""
         names = list(names)
         paths = [self._path(name) for name in names]
 
@@ -83,12 +83,12 @@ class Store:
         self._placed(("write", name, content), [name], lambda system, _: system.pipe_file(self._path(name), content))
 
     def remove(self, name: str) -> None:
-        """Removes a file, which may be gone."""
+        """Removes a file; it may be gone already."""
         with suppress(FileNotFoundError):
             self._asked(("remove", name), lambda system, _: system.rm_file(self._path(name)))
 
     def get(self, targets: Mapping[str, Path]) -> None:
-        """Fetches {name: local file}. FileNotFoundError where one is gone."""
+        """Fetches {name: local file}. Raises FileNotFoundError if one is gone."""
         if targets:
             there, here = [self._path(name) for name in targets], [str(path) for path in targets.values()]
             for folder in {path.parent for path in targets.values()}:
@@ -96,7 +96,7 @@ class Store:
             self._asked(("get", *there, *here), lambda system, progress: system.get(there, here, callback=progress))
 
     def put(self, sources: Mapping[str, Path]) -> set[str]:
-        """Sends {name: local file}; the names of those that were not removed here meanwhile."""
+        """Sends {name: local file}; returns the names of files that still existed here."""
         present = {name: path for name, path in sources.items() if path.exists()}
         if not present:
             return set()
@@ -109,7 +109,7 @@ class Store:
         return self.put(present)
 
     def _placed(self, key: tuple, names: Iterable[str], what: Callable, whole: Callable = lambda: True) -> None:
-        """A request that writes, with the folders that some stores need. FileNotFoundError unless `whole`."""
+        """A request that writes; creates folders, which some stores need. FileNotFoundError unless `whole`."""
         try:
             self._asked(key, what)
         except FileNotFoundError as error:
@@ -131,8 +131,8 @@ class Store:
         return f"{self._root}/{name}"
 
     def _asked(self, key: tuple, what: Callable[[Any, Callback], Any]) -> Any:
-        """The answer of what(system, progress). A request that was given up is waited for before the next begins, so
-        that two never write at once; asked again, it is the same one."""
+        """The answer of what(system, progress). A request that timed out must finish before the next starts, so that
+        two never write at once; asking again with its key waits for the same request."""
         if self._pending is not None and self._pending.key != key:
             self._answered(self._pending)
             self._pending = None
@@ -157,7 +157,7 @@ class Store:
 
 
 class _Request(Callback):
-    """A request under way in a thread of its own, which hears of its progress. moved: when it last did."""
+    """A request running in its own thread. moved: the time of its last progress."""
 
     def __init__(self, key: tuple, what: Callable[[Callback], Any]):
         super().__init__()
@@ -174,7 +174,7 @@ class _Request(Callback):
         return Callback(hooks={"moved": lambda *_, **__: self.call()})
 
     def wait(self, patience: float) -> bool:
-        """Whether it is done; false once nothing has moved for `patience` seconds."""
+        """Whether it is done; False after `patience` seconds without progress."""
         while not self._done.wait(max(0.0, self.moved + patience - time.monotonic())):
             if time.monotonic() - self.moved >= patience:
                 return False
@@ -183,7 +183,7 @@ class _Request(Callback):
     def _run(self, what: Callable[[Callback], Any]) -> None:
         try:
             self.result = what(self)
-        except BaseException as error:  # every driver has errors of its own
+        except BaseException as error:  # every driver raises its own errors
             self.error = error
         self._done.set()
 

@@ -1,4 +1,4 @@
-"""Which weights of a run are meant: those that its steps change (last), or an average of them, by name."""
+"""Names of a run's weights: those that its steps change (last), and averages of them."""
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
@@ -16,10 +16,10 @@ NAMES = (LAST, *AVERAGES, *(name for name, kind in BASES.items() if kind.evaluat
 
 
 class Weights(NamedTuple):
-    """Weights as a function of a run's State: of a parameter, combine(*leaves) of the leaves with these names.
+    """Weights as a function of a run's State: each parameter is combine(*leaves) of the leaves that `sources` name.
 
-    sources: names of leaves of the State as its checkpoints have them, {} standing for the parameter's path and * for
-    what lies around it.
+    sources: names of State leaves as stored in checkpoints; {} stands for the parameter's path, * for any surrounding
+    path.
     """
 
     sources: tuple[str, ...]
@@ -27,11 +27,11 @@ class Weights(NamedTuple):
 
     @property
     def sections(self) -> set[str]:
-        """The fields of a State that they are made of."""
+        """The fields of a State that they use."""
         return {source.partition("/")[0] for source in self.sources}
 
     def names(self, path: str, known: Collection[str]) -> list[str]:
-        """The leaves of a State, whose names are `known`, that the parameter at `path` is made of."""
+        """The leaves of a State that the parameter at `path` is computed from. known: names of all leaves."""
         found = []
         for source in self.sources:
             name = source.format(path)
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(config) -> dict[str, Weights]:
-    """{name: Weights} that a run of this config has; the first are those it trains for and is judged by."""
+    """{name: Weights} of a run with this config; the first are those that the run is judged by."""
     optim, average = config.optim, config.average
     found = {LAST: Weights(("params/{}",), lambda leaf: leaf)}
     for name in average.weights:
@@ -55,7 +55,7 @@ def weights_of(config) -> dict[str, Weights]:
 
 
 def readers(config) -> dict[str, Callable[[Any], Any]]:
-    """{name: the parameters of this name out of a State} of a run, in the order of weights_of."""
+    """{name: function from a State to the parameters of this name}, in the order of weights_of."""
 
     def reader(chosen: Weights) -> Callable[[Any], Any]:
         return lambda state: of_state(chosen, state._asdict(), state.params)
@@ -64,7 +64,7 @@ def readers(config) -> dict[str, Callable[[Any], Any]]:
 
 
 def of_state(chosen: Weights, state: Mapping[str, Any], like: Any) -> Any:
-    """A tree of parameters, shaped like `like`, out of the fields of a State that `chosen` is made of."""
+    """A tree of parameters, shaped like `like`, from the State fields that `chosen` uses."""
     leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dict(state))}
 
     def one(path, _):

@@ -1,4 +1,4 @@
-"""The directory of a run: one process at a time, one config, one id; which keys may change when it continues."""
+"""A run's directory: one process at a time, one config, one id; which keys may change on resume."""
 
 import os
 import uuid
@@ -17,23 +17,23 @@ from steppe.lm.keep.exits import IN_USE, WorkdirError
 from steppe.lm.parts.corpus import CORPUS
 
 CONFIG, RUN, LOCK, CODE = "config.json", "run_id", "lock", "code.json"
-WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies", CODE)  # below a workdir
+WRITTEN = (CONFIG, RUN, LOCK, CORPUS, "metrics.jsonl", "loss.png", "wandb_id", "anomalies", CODE)  # in a workdir
 
 
 def changes(before: Mapping | ConfigDict, now: Mapping | ConfigDict) -> dict[str, list]:
-    """{key: [before, now]} of two nested configs, free keys left out; a key that was not there yet has its default.
+    """{key: [before, now]} of two nested configs, without free keys; a key that did not exist yet has its default.
 
-    Raises ConfigError for keys that this version has no longer.
+    Raises ConfigError for keys that this version no longer has.
     """
     old, new = (flatten(base.completed(config)) for config in (before, now))
-    if new["data.directory"]:  # runs did not always record what their directory was prepared from
+    if new["data.directory"]:  # older versions did not record what the directory was prepared from
         initial = flatten(base.get_config())
         old |= {key: new[key] for key in old if key.startswith("data.") and old[key] == initial[key]}
     return {key: [old[key], new[key]] for key in sorted(old) if key not in base.FREE and old[key] != new[key]}
 
 
 def adopt(workdir: str, config: ConfigDict) -> None:
-    """Sets keys that a run's version did not have, and that are at their defaults, to what that run does by them."""
+    """Sets keys that the run's version did not have, if they have their defaults, to the run's implicit values."""
     path = Path(workdir) / CONFIG
     if not path.exists():
         return
@@ -45,17 +45,17 @@ def adopt(workdir: str, config: ConfigDict) -> None:
 
 
 def is_new(workdir: str) -> bool:
-    """Whether no run has taken the workdir yet."""
+    """Whether no run has used the workdir yet."""
     return not os.path.exists(Path(workdir) / CONFIG)
 
 
 @contextmanager
 def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str] = ()) -> Iterator[str]:
-    """Holds a workdir for this config while the `with` block runs; gives the run's id ("" unless primary).
+    """Locks a workdir for this config while the `with` block runs; yields the run's id ("" unless primary).
 
-    A new or empty workdir is made and takes the config. One that another process holds is a WorkdirError. One of
-    another config is a ConfigError naming the first key that differs, both values, and the other keys; free keys and
-    those in `allow` may differ. WorkdirError for a key of `allow` that is none. Only process 0 locks and writes.
+    Creates a new workdir and stores the config. Raises WorkdirError if another process uses the workdir, or for an
+    unknown key in `allow`. Raises ConfigError if the stored config differs: it names the first key, both values, and
+    the other keys. Free keys and those in `allow` may differ. Only process 0 locks and writes.
     """
     directory, path = Path(workdir), Path(workdir) / CONFIG
     unknown = sorted(set(allow) - {*flatten(config.to_dict()), "corpus", "code"})
@@ -66,7 +66,7 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise WorkdirError(f"{directory}: cannot be made ({error.strerror or error})") from None
+                raise WorkdirError(f"{directory}: cannot be created ({error.strerror or error})") from None
             for name in WRITTEN:
                 if (directory / name).is_symlink():
                     raise WorkdirError(f"{directory / name}: is a link, and a run would write through it; remove it")
@@ -82,8 +82,8 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
                 raise ConfigError(
                     first,
                     differing[first][1],
-                    f"{differing[first][0]!r} to continue the run in {workdir}{others}; take another for a new run, or "
-                    f"--allow_change={','.join(refused)} to change it from here on",
+                    f"{differing[first][0]!r} to resume the run in {workdir}{others}; use another workdir for a new "
+                    f"run, or --allow_change={','.join(refused)} to change it from here on",
                 )
         run = ""
         if primary:
@@ -95,7 +95,7 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
 
 
 def id_of(directory: str | os.PathLike) -> str:
-    """The id of the run of a workdir. WorkdirError where it has none."""
+    """The id of a workdir's run. Raises WorkdirError if it has none."""
     path = Path(directory) / RUN
     try:
         return stored.content_of(path, 1000).decode("ascii").strip()
@@ -104,8 +104,8 @@ def id_of(directory: str | os.PathLike) -> str:
 
 
 def config_of(workdir: str) -> ConfigDict:
-    """The config of a run, keys that its version did not have at their defaults. It is data: whoever follows what it
-    names outside of the workdir must be told to (keep.saved). WorkdirError if there is none, or one that none can be.
+    """A run's config; keys that its version did not have are at their defaults. Treat it as data: keep.saved decides
+    whether its URLs and modules may be used. Raises WorkdirError if it is absent or invalid.
     """
     path = Path(workdir) / CONFIG
     if not os.path.exists(path):

@@ -1,7 +1,7 @@
-"""Multiple choice: which continuation of a query a model finds most likely, in all or per byte, as lm-eval counts it.
+"""Multiple choice: which continuation of a query is most likely under a model, in total or per byte, as in lm-eval.
 
-A file has an object a line: {"query", "choices", "gold"}, joined as they stand, or HellaSwag's {"ctx", "endings",
-"label"}, joined by a blank.
+A file has one object a line: {"query", "choices", "gold"}, joined without a separator, or HellaSwag's {"ctx",
+"endings", "label"}, joined by a blank.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ from steppe.lm.model.readout import cross_entropy
 from steppe.lm.parts.assembly import Parts
 
 KEY = "evaluate.choices"
-_FIELDS = (("query", "choices", "gold", ""), ("ctx", "endings", "label", " "))  # and what joins the first two
+_FIELDS = (("query", "choices", "gold", ""), ("ctx", "endings", "label", " "))  # field names, and the separator
 
 
 class Item(NamedTuple):
-    """A question: what its choices continue, them, and the index of the right one."""
+    """A question: a query, its possible continuations, and the index of the right one."""
 
     query: str
     choices: tuple[str, ...]
@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
 
 def read(sources: Sequence[str]) -> dict[str, list[Item]]:
-    """{name: items} of "name=jsonl:FILE" texts, compressed or not. DataError with file and line for what is none."""
+    """{name: items} for "name=jsonl:FILE" texts, compressed or not. DataError with file and line for a bad item."""
     found: dict[str, list[Item]] = {}
     for source in sources:
         name, equals, place = source.partition("=")
@@ -59,14 +59,14 @@ def _items(path: str) -> list[Item]:
                     items.append(_item(json_value(line.decode())))
                 except (ValueError, KeyError):
                     fields = " or ".join("{" + ", ".join(names[:3]) + "}" for names in _FIELDS)
-                    raise DataError(f"config.{KEY}: {place}:{number} is no item: an object with {fields}") from None
+                    raise DataError(f"config.{KEY}: {place}:{number} is not an item: an object with {fields}") from None
     if not items:
         raise refused(KEY, path, "a file with items")
     return items
 
 
 def _item(value: Any) -> Item:
-    """ValueError or KeyError where a line's value is no item."""
+    """The item of a line's value. Raises ValueError or KeyError if it is not an item."""
     names = next((names for names in _FIELDS if isinstance(value, dict) and names[0] in value), None)
     if names is None:
         raise ValueError
@@ -78,12 +78,12 @@ def _item(value: Any) -> Item:
         gold = int(gold)
     if type(gold) is not int or gold not in range(len(texts)):
         raise ValueError
-    "".join((query, *texts)).encode()  # lone surrogates are no text
+    "".join((query, *texts)).encode()  # raises for lone surrogates
     return Item(query, tuple(names[3] + text for text in texts), gold)
 
 
 class Rows(NamedTuple):
-    """Every choice of every item as a row [n, T]: weight 1 where a token of the choice is predicted; its bytes [n]."""
+    """Every choice of every item as a row [n, T]; weight 1 on tokens of the choice. bytes: of each choice [n]."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -92,10 +92,10 @@ class Rows(NamedTuple):
 
 
 def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
-    """The Rows of items: a query is cut at its beginning where the whole is longer than `length`.
+    """The Rows of items; a query loses its beginning if the row is longer than `length`.
 
-    The first token that counts is the first that reaches into the choice, also where it begins in the query. White
-    space at the end of a query counts with the choice, as lm-eval has it. DataError where no token is a choice's.
+    The first counted token is the first that reaches into the choice, even if it begins in the query. White space at
+    the end of a query counts with the choice, as in lm-eval. Raises DataError if a choice has no token.
     """
     texts = [(item.query, choice) for item in items for choice in item.choices]
     shape = len(texts), length
@@ -107,7 +107,7 @@ def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
         before = _before(np.cumsum(tokens.lengths[part]), len(query.rstrip().encode()))
         if before == count:
             raise DataError(
-                f"config.{KEY}: no token of the vocabulary stands for the choice {choice!a} after {query!a}"
+                f"config.{KEY}: no token of the vocabulary represents the choice {choice!a} after {query!a}"
             )
         ids = [tokenizer.begin_id, *tokens.ids[part].tolist()]
         first = max(before, len(ids) - 1 - length)  # of the targets that count
@@ -120,9 +120,9 @@ def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
 
 
 def _before(reached: np.ndarray, query: int) -> int:
-    """How many tokens end by the end of the query; reached: source bytes up to the end of each token, [n].
+    """The number of tokens that end by the end of the query. reached: source bytes up to the end of each token, [n].
 
-    Of a character in several tokens the last stands for all of its bytes: the others reach no further than the query.
+    If several tokens form one character, the last represents all its bytes and the others end where they begin.
     """
     if not query:
         return 0
@@ -131,7 +131,7 @@ def _before(reached: np.ndarray, query: int) -> int:
 
 
 def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:
-    """scores(params, batch of Rows) -> log-likelihood of each row's choice [B], nats, on every process."""
+    """scores(params, batch of Rows) -> log-likelihood in nats of each row's choice [B], on every process."""
     plain = parts.options._replace(smoothing=0.0, z_loss=0.0, keep=False)
 
     def scores(params, batch):
@@ -144,7 +144,7 @@ def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:
 
 
 def measure(scores: Callable, params, items: Sequence[Item], made: Rows, mesh, batch_size: int) -> dict[str, float]:
-    """{accuracy, accuracy_per_byte, items}: of the choices that are likeliest, as they are and per byte."""
+    """{accuracy, accuracy_per_byte, items}, for the choices that are likeliest in total and per byte."""
     mine, found = local_rows(mesh, batch_size), []
     for start in range(0, len(made.bytes), batch_size):
         batch = {}

@@ -1,9 +1,9 @@
-"""How trained models bend: spectra of H, GGN and NME, delta split, sharpness, slices.
+"""Measure curvature of trained models: spectra of H, GGN and NME, delta split, sharpness, slices.
 
 steppe curvature --workdir=RUN_OR_SWEEP [--workdir=...] [--only=KEY=V,V] [--step=K|all] [--batches=N] [--probes=N] ...
 
-Writes WORKDIR/curvature/STEP.json and its plots beside it. Runs of equal shapes share one compilation. Every number is
-of the first held-out set's first batches, at theta, in the run's own loss.
+Writes WORKDIR/curvature/STEP.json and plots next to it. Runs with equal shapes share one compilation. Every number is
+measured on the first batches of the first held-out set, at theta, with the run's own loss.
 """
 
 import functools
@@ -18,21 +18,21 @@ NOISE_BATCHES = Accepted(int, lambda: "0, or an integer >= 2", lambda value: val
 
 
 class Settings(NamedTuple):
-    """How much is measured."""
+    """How much to measure."""
 
-    batches: Annotated[int, "held-out batches of the run's size", count(1)] = 2
-    probes: Annotated[int, "random vectors that traces are taken of", count(1)] = 4
-    densities: Annotated[int, "of these, those that run Lanczos", count(1)] = 2
-    lanczos: Annotated[int, "products of one Lanczos run", count(2)] = 20
-    rho: Annotated[float, "radius of the worst case, l2", number(above=0)] = 0.05
-    ascent: Annotated[int, "ascent steps after SAM's own", count()] = 5
-    noise: Annotated[float, "norm of the average case's noise, l2", number(above=0)] = 1.0
+    batches: Annotated[int, "held-out batches, each of the run's batch size", count(1)] = 2
+    probes: Annotated[int, "random vectors for traces", count(1)] = 4
+    densities: Annotated[int, "probes that also run Lanczos", count(1)] = 2
+    lanczos: Annotated[int, "matrix-vector products per Lanczos run", count(2)] = 20
+    rho: Annotated[float, "radius for worst-case sharpness, l2", number(above=0)] = 0.05
+    ascent: Annotated[int, "ascent steps after SAM's first", count()] = 5
+    noise: Annotated[float, "norm of the noise for average sharpness, l2", number(above=0)] = 1.0
     draws: Annotated[int, "mirrored pairs of noise", count(1)] = 6
-    slices: Annotated[int, "points of a line of the slices; 0: none", count()] = 7
-    within: Annotated[tuple[str, ...], "spectra of the parameters that this regular expression matches", PATTERN] = ()
+    slices: Annotated[int, "points along each axis of the slices; 0: none", count()] = 7
+    within: Annotated[tuple[str, ...], "spectra only of parameters that match this regular expression", PATTERN] = ()
     noise_scale: Annotated[int, "held-out batches for the gradient noise scale; 0: none", NOISE_BATCHES] = 16
-    seed: Annotated[int, "of every random vector", count()] = 0
-    towards: Annotated[str, "also the curvature along the way to this run's model", TEXT] = ""
+    seed: Annotated[int, "seed of all random vectors", count()] = 0
+    towards: Annotated[str, "also the curvature along the displacement to this run's model", TEXT] = ""
 
 
 TITLES = {
@@ -44,13 +44,13 @@ TITLES = {
 
 
 def refused(settings: Settings) -> str:
-    """What is wrong with settings that are right one by one, "" for nothing."""
+    """What is wrong with the combination of settings; "" for nothing."""
     wrong = settings.densities > settings.probes
     return f"--densities={settings.densities}: must be at most --probes={settings.probes}" if wrong else ""
 
 
 def stages(settings: Settings) -> Sequence[str]:
-    """The stages of measure_run, each of which it announces."""
+    """The stages that measure_run announces, in order."""
     from steppe.lm.measure import sharpness
 
     return sharpness.stages(settings)
@@ -59,10 +59,10 @@ def stages(settings: Settings) -> Sequence[str]:
 def measure_run(
     run: Any, settings: Settings, programs: dict, other: Callable[[str], Any], tick: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What is measured of a run at a checkpoint: "summary", {measure: number}, first; how it came about besides.
+    """Measures a run at a checkpoint; returns "summary", {measure: number}, and details.
 
-    run: lm.keep.saved.Saved. programs: those of runs before, by their key; takes those of this one. other(workdir):
-    the parameters of another run of the same model. tick(stage): a stage begins.
+    run: lm.keep.saved.Saved. programs: cache of compiled programs by key, which this call extends. other(workdir): the
+    parameters of another run of the same model. tick(stage): called when a stage begins.
     """
     import jax.numpy as jnp
 
@@ -110,7 +110,7 @@ def measure_run(
 
 
 def _next_step(run):
-    """gradient -> (update, learning rate): what the run's base would do with it next."""
+    """gradient -> (update, learning rate): the next step of the run's base optimizer."""
     import jax
     import jax.numpy as jnp
 
@@ -123,27 +123,27 @@ def _next_step(run):
 
 
 def note(summary: dict[str, float]) -> str:
-    """How a run's batch compares with the gradient noise scale, and what follows; "" where that was not measured."""
+    """A line comparing a run's batch with its gradient noise scale; "" if that was not measured."""
     if "noise_scale" not in summary:
         return ""
     tokens, scale = summary["batch_tokens"], summary["noise_scale"]
     said = f"a batch of {tokens:,.0f} tokens is {tokens / scale:.2g} of the gradient noise scale, {scale:,.0f} tokens"
-    follows = "differ little here" if tokens < scale else "can part here"
+    follows = "differ little here" if tokens < scale else "may differ here"
     return f"{said}: SAM and a functional method {follows}"
 
 
 def draw(found: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: figure} of what measure_run found at one checkpoint."""
+    """{name: figure} of a result of measure_run."""
     return {"spectra": _spectra(found)} | ({"slices": _slices(found)} if "slices" in found else {})
 
 
 def draw_training(found: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> Any:
-    """The figure of all checkpoints of a run, in their order, and of what the run recorded itself."""
+    """The figure of a run over training: results of its checkpoints, in order, and the run's own records."""
     from steppe.lm import plot
 
     figure, (shares, norms, eigenvalues, sharpness) = _panels(7.5, 5.2, 2, 2, sharex=True)
 
-    # two batches, so two lines: what the run recorded, and what was measured of its checkpoints
+    # two lines, because the batches differ: the run's own records, and measurements of its checkpoints
     series = {
         ("-", "while training"): [
             (r["step"], *(_number(r.get("all", {}), key) for key in ("logit_norm", "functional_norm")))
@@ -195,7 +195,7 @@ def _colours() -> dict[str, str]:
 
 
 def _panels(width: float, height: float, rows: int, columns: int, **shared):
-    """(figure, its axes, row by row)."""
+    """(figure, its axes in row order)."""
     from steppe.lm import plot
 
     figure = plot.figure(width, height)
@@ -214,7 +214,7 @@ def _spectra(found: Mapping[str, Any]) -> Any:
         )  # fmt: skip
         axes.set_xlabel("eigenvalue")
     tallest = max(max(found["spectra"][key]["density"]) for key in _NAMES)
-    # one eigenvalue alone stands about so high
+    # about the height of a single eigenvalue
     alone = min(1 / found["spectra"]["hessian"]["dimension"], 1e-3) * 0.01 * tallest
     panels[0].set_ylim(alone, 3 * tallest)
     panels[0].set_ylabel("density")
@@ -247,7 +247,7 @@ def _slices(found: Mapping[str, Any]) -> Any:
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
-    """A number of a stored measurement, NaN where it has none."""
+    """A number of a stored measurement; NaN if absent."""
     found = values.get(key)
     return math.nan if found is None else found
 

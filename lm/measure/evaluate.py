@@ -1,4 +1,4 @@
-"""Held-out loss, in nats per token and bits per byte, always at theta."""
+"""Held-out loss in nats per token and bits per byte, at theta or at an average, never at perturbed weights."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,12 +27,12 @@ from steppe.optim import Objective
 
 
 def make_evaluation_step(parts: Parts) -> Callable:
-    """The compiled evaluation_step of lm.parts.assembly.Parts."""
+    """The compiled evaluation_step of a run's Parts."""
     return jitted(evaluation_step(parts.objective, parts.shape, parts.options), parts.mesh, "evaluation")
 
 
 def evaluation_step(objective: Objective, shape: Shape, options: Options) -> Callable:
-    """step(params, batch) -> (nats, tokens, bytes) of a batch: plain cross-entropy, whatever the training loss adds."""
+    """step(params, batch) -> (nats, tokens, bytes) of a batch, with plain cross-entropy for any training loss."""
     plain = Options(options.vocabulary, options.chunk, soft_cap=options.soft_cap, place=options.place)
 
     def step(params, batch):
@@ -48,10 +48,10 @@ def evaluate(
     step: Callable, params, corpus: Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict | None:  # fmt: skip
-    """Loss on held-out set `name`: {loss (nats per token), bits_per_byte, tokens, bytes}; batches = 0 takes all of it.
+    """Loss on held-out set `name`: {loss (nats per token), bits_per_byte, tokens, bytes}; batches = 0 uses all of it.
 
-    step: a compiled make_evaluation_step. The rows come in one fixed order, so a limit always sees the same ones.
-    stop() is asked before every batch; once it says so, the result is None.
+    step: from make_evaluation_step. Rows have a fixed order, so a limit always selects the same ones. stop() is asked
+    before every batch; if it returns True, the result is None.
     """
     total = held_out_steps(corpus, name, batch_size)
     rows = local_rows(mesh, batch_size)
@@ -61,7 +61,7 @@ def evaluate(
             return None
         batch = held_out_rows(corpus, name, index, batch_size, rows)
         results.append(step(params, place_batch(mesh, batch_size, rows, batch)))
-        jax.block_until_ready(results[-2:][0])  # at most one batch ahead, so that stop() is asked in time
+        jax.block_until_ready(results[-2:][0])  # stay at most one batch ahead, so that stop() is asked in time
     nats, tokens, size = (sum(np.float64(x) for x in column) for column in zip(*jax.device_get(results), strict=True))
     return {
         "loss": float(nats / tokens),
@@ -72,10 +72,10 @@ def evaluate(
 
 
 class Evaluations:
-    """What a run asks of all its weights on every held-out set, and of those it is judged by in multiple choice.
+    """A run's evaluations: all its weights on every held-out set; the weights it is judged by also on multiple choice.
 
-    weights: {name: the parameters of this name out of a State}, those that it is judged by first. questions: items by
-    name. references: baselines of each set. asked(): whether a signal asks to stop.
+    weights: {name: function from a State to its parameters}, those that the run is judged by first. questions: items
+    by name. references: baselines of each set. asked(): whether a signal asks to stop.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Evaluations:
         self.events = [Event(when, self.evaluate)]
 
     def evaluate(self, at: Progress) -> None:
-        """Evaluates everything or, if a signal to stop comes first, nothing: the run then owes it."""
+        """Evaluates everything. If a signal to stop comes first, it records nothing and the run owes the evaluation."""
         with self._tracker.goodput.spending("evaluate"):
             found = self._held_out(at)
             if found is None:
@@ -117,7 +117,7 @@ class Evaluations:
                 self._tracker.choices(at.done, name, values)
 
     def _held_out(self, at: Progress) -> dict[tuple[str, str], dict] | None:
-        """{(weights, set): values}; None where a signal came first."""
+        """{(weights, set): values}; None if a signal came first."""
         found, batches = {}, 0 if at.done == self._total else self._batches
         given = {"mesh": self._mesh, "batch_size": self._rows, "batches": batches, "stop": self._asked}
         for kind, of_state in self._weights.items():
@@ -129,7 +129,7 @@ class Evaluations:
         return found
 
     def conclude(self) -> None:
-        """Says what was found last, with the baselines of each set."""
+        """Prints the last results next to the baselines of each set."""
         for (kind, name), values in self._latest.items():
             known = self._references.get(name, {})
             others = ", ".join(f"{of} {known[key]:.3f}" for key, of in NAMES.items() if known)

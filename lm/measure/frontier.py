@@ -1,18 +1,18 @@
-"""What fine-tuning on a second text costs on the first: the frontier of (gained, lost) over rates and lengths.
+"""The forgetting frontier: loss on the first text versus gain on a second, over learning rates and lengths.
 
-Imports no jax: reports read it off what was measured.
+Imports no jax, because reports use it on stored measurements.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SHARE = 0.8  # of what every run gains: runs are compared there, not where the weakest of them just arrives
+SHARE = 0.8  # of the gain that every run reaches; at the full gain the weakest run would only just arrive
 Paths = Sequence[Sequence[tuple[float, float]]]
 
 
 def paths_of(fine_tune: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
-    """The (gained, lost) points of each path of a record's fine-tuning, {"paths": [{"points": [...]}]}."""
+    """The (gained, lost) points of each path of a fine-tuning record, {"paths": [{"points": [...]}]}."""
     number = lambda value: math.nan if value is None else value  # noqa: E731
     return [
         [(number(point["gained"]), number(point["lost"])) for point in path["points"]] for path in fine_tune["paths"]
@@ -27,10 +27,10 @@ _OF_PATH = {
 
 
 def at_rates(fine_tune: Mapping[str, Any], asked: Sequence[str] = tuple(_OF_PATH)) -> dict[str, float]:
-    """{"fine_tune_lr=RATE: KIND": number} of the paths of a record's fine-tuning, where it is known.
+    """{"fine_tune_lr=RATE: KIND": number} for the paths of a fine-tuning record, without unknown numbers.
 
-    KIND, of those asked: gained by the second text and lost by the first at the last step, nats a token, and curvature
-    of the first's loss in the direction that the path took.
+    KIND, one of `asked`: gained on the second text or lost on the first at the last step, nats a token; or curvature of
+    the first text's loss along the path.
     """
     paths = sorted(fine_tune.get("paths", ()), key=lambda path: path["rate"])
     found = {f"fine_tune_lr={path['rate']:g}: {kind}": _OF_PATH[kind](path) for kind in asked for path in paths}
@@ -38,14 +38,14 @@ def at_rates(fine_tune: Mapping[str, Any], asked: Sequence[str] = tuple(_OF_PATH
 
 
 def best_gain(paths: Paths) -> float:
-    """The most that any point gains, 0 where none does; points that are not finite gain nothing."""
+    """The largest gain of any point, at least 0; non-finite points are ignored."""
     return max((gain for path in paths for gain, lost in path if math.isfinite(gain + lost)), default=0.0)
 
 
 def equal_loss(fine_tunes: Sequence[Mapping[str, Any]]) -> float:
-    """A loss on the second text that all reach: the highest that one of them has after SHARE of its best gain.
+    """A loss on the second text that all runs reach: the highest loss of a run after SHARE of its best gain.
 
-    Those that gain nothing set no mark; NaN if none does.
+    Runs that gain nothing are ignored; NaN if none gains.
     """
     gains = [(each["loss"], best_gain(paths_of(each))) for each in fine_tunes]
     return max((loss - SHARE * gain for loss, gain in gains if gain > 0), default=math.nan)
@@ -54,8 +54,8 @@ def equal_loss(fine_tunes: Sequence[Mapping[str, Any]]) -> float:
 def lost_at(paths: Sequence[Sequence[tuple[float, float]]], gain: float) -> float:
     """The least loss given up on the first text for a gain on the second: the forgetting frontier at `gain`.
 
-    paths: for each learning rate the (gained, lost) points on the way, in nats; each starts at (0, 0) and is taken as
-    straight between points, up to where it first reaches `gain`. 0 for no gain at all, NaN where no path reaches it.
+    paths: for each learning rate the (gained, lost) points during fine-tuning, nats a token. A path starts at (0, 0)
+    and is interpolated linearly up to where it first reaches `gain`. 0 for a gain of 0; NaN if no path reaches it.
     """
     if gain <= 0:
         return 0.0

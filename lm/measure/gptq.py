@@ -1,8 +1,8 @@
-"""Rounding that makes up for itself: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, arXiv 2210.17323).
+"""Quantisation with error compensation: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, arXiv 2210.17323).
 
-A matrix is rounded one input after the other; what each rounding does to the outputs, over the inputs that a
-calibration text gives the matrix, is taken up by the inputs that are still to come. Blocks are rounded from the first
-on, each on what the rounded ones before it give it.
+A matrix is rounded input by input. The inputs not yet rounded compensate for each rounding's effect on the outputs, as
+measured on a calibration text. Blocks are rounded from first to last, each on the outputs of the rounded blocks before
+it.
 """
 
 import math
@@ -20,11 +20,11 @@ from steppe.lm.model.transformer import INPUTS, Trunk
 from steppe.lm.parts.assembly import Parts
 from steppe.optim.masks import path_names
 
-DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, added to it (the paper's)
+DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, added to the diagonal (as in the paper)
 
 
 def gram_program(parts: Parts) -> Callable:
-    """(params, batch) -> {path: [L, I, I]}: the sum over counted tokens of x xᵀ, x what a stacked matrix is fed."""
+    """(params, batch) -> {path: [L, I, I]}: the sum over counted tokens of x xᵀ, with x a stacked matrix's input."""
     trunk = Trunk(parts.shape, parts.options.place)
 
     def grams(params, batch):
@@ -37,7 +37,7 @@ def gram_program(parts: Parts) -> Callable:
             flat = x.reshape(*x.shape[:3], -1).astype(jnp.float32) * counted[None, ..., None]
             return jnp.einsum("lbti,lbtj->lij", flat, flat, precision="highest")
 
-        found, _ = jax.tree_util.tree_flatten_with_path(kept[INPUTS])  # a tuple of one each
+        found, _ = jax.tree_util.tree_flatten_with_path(kept[INPUTS])  # tuples of length one
         return {f"{parameters.name_of(path[:-1]).removesuffix('_input')}/kernel": gram(x) for path, x in found}
 
     return jitted(grams, parts.mesh, "inputs of products")
@@ -45,10 +45,10 @@ def gram_program(parts: Parts) -> Callable:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int = 0) -> jax.Array:
-    """A matrix rounded to the values of retention.quantise_array, input after input.
+    """A matrix [O, I] rounded input by input to the values of retention.quantise_array.
 
-    gram: sum of x xᵀ over the calibration text. group > 0: the scale of each `group` inputs is taken when their turn
-    comes. float32, products at full precision.
+    gram: sum of x xᵀ over the calibration text. group > 0: each group of inputs gets its scale when rounding reaches
+    it. Computes in float32 with products at full precision.
     """
     O, I = w_OxI.shape
     most, size = 2 ** (bits - 1) - 1, min(group, I) or I
@@ -56,7 +56,7 @@ def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int =
     damped = gram_IxI + jnp.diag(jnp.where(diagonal > 0, DAMPING * jnp.mean(diagonal), 1.0))
     lower = jnp.linalg.cholesky(damped)
     inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(I, dtype=w_OxI.dtype))
-    upper = jnp.linalg.cholesky(inverse, upper=True)  # inverse = upperᵀ upper; row i: what input i asks of later ones
+    upper = jnp.linalg.cholesky(inverse, upper=True)  # inverse = upperᵀ upper; row i: how later inputs compensate i
     ahead = jnp.arange(size)
 
     def one(i, carry):
@@ -71,7 +71,7 @@ def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int =
         column = w[:, i]
         rounded = jnp.clip(jnp.round(column / scale), -most, most) * scale
         error = (column - rounded) / upper[i, i]
-        w = w - error[:, None] * upper[i][None]  # upper[i, :i] is zero: what is done stays
+        w = w - error[:, None] * upper[i][None]  # upper[i, :i] is zero, so rounded columns do not change
         return w.at[:, i].set(rounded), scale
 
     with jax.default_matmul_precision("highest"):
@@ -79,9 +79,9 @@ def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int =
 
 
 def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, group: int = 0) -> Any:
-    """The parameters with every matrix of the blocks rounded by GPTQ; tables and norms stay.
+    """The parameters with every matrix of the blocks rounded by GPTQ; tables and norms are unchanged.
 
-    grams: of gram_program. batches: the calibration text, on the mesh.
+    grams: from gram_program. batches: the calibration text, on the mesh.
     """
     names, structure = jax.tree.flatten(path_names(params))
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
@@ -90,7 +90,7 @@ def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, g
     layers = leaves[matrices[0]].shape[0]
     for layer in range(layers):
         whole = structure.unflatten([leaves[name] for name in names])
-        # a batch at a time, and matrices on one device: nothing here is worth programs that wait for each other
+        # one batch at a time, and matrices on one device, because speed does not matter here
         found = [jax.device_get(grams(whole, batch)) for batch in batches]
         for name in matrices:
             gram = sum(each[name][layer] for each in found)
@@ -102,7 +102,7 @@ def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, g
 
 
 def _in_rows(w: jax.Array, stacked_reads: Sequence[int], change: Callable) -> jax.Array:
-    """A layer's matrix changed in the form [outputs, inputs]; stacked_reads: its input axes in the stack of layers."""
+    """Applies `change` to a layer's matrix as [outputs, inputs]; stacked_reads: its input axes in the stacked array."""
     reads = tuple(axis - 1 for axis in stacked_reads)
     behind = tuple(range(-len(reads), 0))
     moved = jnp.moveaxis(w, reads, behind)

@@ -1,4 +1,4 @@
-"""How a language model bends: its logit Hessian, and the light measurement a run takes while it trains."""
+"""Curvature of a language model: its logit Hessian, and the cheap measurement that a run makes during training."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ from steppe.optim.curvature.along import along, critical, critical_step
 from steppe.optim.curvature.products import split_directions
 from steppe.optim.rule import Tree, accumulate, microbatched, norm, plain_gradient, ratio
 
-LAYERS = parameters.STACKED  # of these each layer is one, "layers/mlp/up/kernel/0", so that a group can name layers
+LAYERS = parameters.STACKED  # each layer counts alone, as "layers/mlp/up/kernel/0", so that groups can select layers
 
 
 def twice_differentiable(parts: Parts) -> Objective:
-    """The objective of a run, its attention by a kernel that has a second derivative (cuDNN and splash have none)."""
+    """The objective of a run with an attention kernel that has second derivatives (cuDNN and splash have none)."""
     if parts.shape.kernel not in ("cudnn", "splash"):
         return parts.objective
     kernel = differentiable(parts.shape.sequence_length)
@@ -40,15 +40,14 @@ def twice_differentiable(parts: Parts) -> Objective:
 
 
 def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1) -> Any:
-    """measure(params, state, origin, batch, scalars) -> what a run records of its curvature at params, or where these
-    are None at the state's own.
+    """measure(params, state, origin, batch, scalars) -> the curvature that a run records, at params (None: state's).
 
     {group: {logit_norm, functional_norm, logit_share, functional_share, cosine}}: delta_logit = GGN u and delta_func =
-    NME u for u = g / |g|, the unit ascent direction of SAM on this batch; groups are "name=regex", "all" is always
-    there. critical_sharpness, critical_learning_rate, critical_forwards: along the step that the base optimizer would
-    take on this batch from state (optim.curvature.along). displacement: what that module says of the way from origin,
-    where the run began, to params, by the curvature at origin; left out where origin is None. scalars: Parts.scalars of
-    the run. Costs about five gradients and ten forwards; a displacement seven gradients more.
+    NME u for u = g / |g|, the unit ascent direction of SAM on this batch. groups: "name=regex"; "all" is always added.
+    critical_sharpness, critical_learning_rate, critical_forwards: along the step that the base optimizer would take on
+    this batch from state (optim.curvature.along). displacement: the same module's measures along the displacement from
+    origin, the run's initial parameters, to params, with the curvature at origin; absent if origin is None. scalars:
+    Parts.scalars of the run. Costs about five gradients and ten forwards; a displacement costs seven gradients more.
     """
     named, objective = named_groups(groups), twice_differentiable(parts)
 
@@ -69,10 +68,10 @@ def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1)
 
 
 class Curvature:
-    """What a run measures of how the loss bends at theta, always on the same held-out batch.
+    """Measures curvature at theta during a run, always on the same held-out batch.
 
-    judged: the parameters that the run is judged by out of a State, None where they are its own. origin: those that it
-    began from, None where it began from none, or they are gone.
+    judged: function from a State to the parameters that the run is judged by; None if they are State.params. origin:
+    the given parameters that the run started from; None if there were none or they are gone.
     """
 
     def __init__(
@@ -107,8 +106,8 @@ class Curvature:
         self._began, self._spent = time.monotonic(), []
 
     def measure(self, at: Progress) -> None:
-        """Records it."""
-        jax.block_until_ready(at.state)  # steps still under way are not the measurement's
+        """Records a measurement."""
+        jax.block_until_ready(at.state)  # so that pending steps do not count in the measurement's time
         since = time.monotonic()
         with self._tracker.goodput.spending("curvature"):
             params = None if self._judged is None else self._judged(at.state)
@@ -118,7 +117,7 @@ class Curvature:
         self._tracker.measurement("curvature", at.done, {**found, "seconds": self._spent[-1]})
 
     def conclude(self) -> None:
-        """Says how long it took."""
+        """Prints how long the measurements took."""
         if self._spent:
             spent = sum(self._spent)
             share = spent / (time.monotonic() - self._began)
@@ -126,7 +125,7 @@ class Curvature:
 
 
 def next_step(optimizer: Optimizer, gradient: Tree, state: State) -> tuple[Tree, jax.Array]:
-    """(update, learning rate): what the base optimizer would do with a gradient now."""
+    """(update, learning rate) of the base optimizer for a gradient at this state."""
     counted = at_step(state.optimizer, state.step)
     update, _ = optimizer.base.transform.update(gradient, counted, state.params)
     return update, optimizer.learning_rate(state.step)
@@ -140,12 +139,12 @@ def named_groups(groups: Sequence[str]) -> dict[str, str]:
 def logit_hessian(
     parts: Parts, params, batch: dict, key: jax.Array, microbatches: int = 1, iterations: int = 20
 ) -> dict[str, jax.Array]:
-    """The Hessian of a token's loss in its logits [V], which the seam hides: trace and largest eigenvalue.
+    """The Hessian of a token's loss by its logits [V]: trace and largest eigenvalue.
 
     trace, lambda_max: means over tokens; lambda_max_worst: of the worst token. The whole logit Hessian is block
-    diagonal in the tokens, each block divided by their number. The trace is 1 - |p|^2 of plain cross-entropy, smoothed
-    or not; with a soft cap or z-loss it is taken of sign vectors, one per token. The eigenvalue: by that many power
-    iterations.
+    diagonal over tokens, each block divided by their number. The trace is 1 - |p|^2 for plain or smoothed
+    cross-entropy; with a soft cap or z-loss it is estimated with a vector of random signs per token. lambda_max uses
+    `iterations` power iterations.
     """
     options = parts.options._replace(place=Placement())
 

@@ -1,6 +1,6 @@
-"""Everything steppe curvature measures of one checkpoint on one batch: compiled programs, and the numbers they give.
+"""The measurements of steppe curvature on one checkpoint and one batch: compiled programs and their results.
 
-Programs depend on shapes alone, so checkpoints and runs of equal shapes share them. `settings` are those of
+Programs depend only on shapes, so checkpoints and runs with equal shapes share them. `settings` are those of
 lm.measure.curvature.
 """
 
@@ -25,13 +25,13 @@ from steppe.optim.curvature.noise import noise_scale
 from steppe.optim.masks import mask
 from steppe.optim.rule import Tree, norm, ratio
 
-OPERATORS = ("hessian", "ggn", "nme")  # and "preconditioned", the Hessian's
+OPERATORS = ("hessian", "ggn", "nme")  # and "preconditioned", the preconditioned Hessian
 
 
 class Programs(NamedTuple):
-    """Compiled functions of (params, batch, ...) for one shape, and between its parameters and flat vectors.
+    """Compiled functions of (params, batch, ...) for one shape, and conversions between parameters and flat vectors.
 
-    lanczos and start keep to the parameters of `within`, action does not.
+    lanczos and start are restricted to the parameters of `within`; action is not.
     """
 
     flatten: Callable
@@ -50,12 +50,12 @@ class Programs(NamedTuple):
 
 
 def compile_key(parts: Parts, microbatches: int, settings: Any) -> tuple:
-    """Runs with equal keys share programs."""
+    """A key that is equal for runs which share programs."""
     return parts.shape, parts.options, parts.mesh, microbatches, settings.lanczos, settings.within, settings.noise_scale
 
 
 def programs(parts: Parts, microbatches: int, settings: Any) -> Programs:
-    """The programs of a run. ValueError for a regex of `within` that matches nothing."""
+    """The programs of a run. Raises ValueError if a regex of `within` matches no parameter."""
     target = twice_differentiable(parts)
     split = NamedSharding(parts.mesh, P(AXES))
     view = spectra.flat(
@@ -108,11 +108,11 @@ def measure(
     next_step: Callable[[Tree], tuple[Tree, float]] | None = None, towards: Tree | None = None,
     noisy: dict | None = None, tick: Callable[[str], None] = lambda stage: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
-    """(summary: {name: number}, details) of one checkpoint on one batch; every number is a Python float.
+    """(summary: {name: number}, details) of one checkpoint on one batch; all numbers are Python floats.
 
-    scale: D of the base's second moment, for what is preconditioned; None leaves that out. next_step: gradient ->
-    (update, learning rate) of the run's base, for its critical sharpness. towards: other parameters, for the curvature
-    along the way there. noisy: settings.noise_scale batches of the run, as one, in random order.
+    scale: the preconditioner D from the base's second moment; None omits preconditioned measures. next_step: gradient
+    -> (update, learning rate) of the run's base, for its critical sharpness. towards: other parameters, for the
+    curvature along the displacement to them. noisy: settings.noise_scale batches of the run, joined, in random order.
     tick(stage): called before each stage, len(stages(settings)) times if there is a scale.
     """
     key = jax.random.key(settings.seed)
@@ -182,9 +182,9 @@ def measure(
 
 
 def _of_noise(found: dict[str, float], tokens: int, batches: int) -> dict[str, float]:
-    """The noise scale in tokens, left out where no scale is seen, and the parts of delta that a step expects.
+    """The noise scale in tokens, absent if it is not finite, and the parts of delta expected on a batch of the run.
 
-    tokens: of the whole batch that `found` was measured on, which is so many batches of the run.
+    tokens: of the joined batch that `found` was measured on; batches: how many batches it consists of.
     """
     logit, functional = found["expected_logit_norm"], found["expected_functional_norm"]
     expected = {
@@ -210,8 +210,8 @@ def _runs(name: str, settings: Any) -> int:
 def _spectra(made, params, batch, settings, scale, key, tick):
     """({operator: eigenvalues, trace, density ...}, {operator: its top eigenvector, flat})."""
     starts = [made.start(jax.random.fold_in(key, i)) for i in range(settings.probes)]
-    chosen = jnp.abs(starts[0])  # 1 for a parameter of `within`, 0 for another and in the padding
-    # What is left to Hutchinson alone needs no Hessian product: v^T H v is the sum of its parts.
+    chosen = jnp.abs(starts[0])  # 1 for parameters of `within`, 0 for others and for padding
+    # Hutchinson estimates of H need no Hessian product, because v^T H v is the sum over its two parts.
     forms = {"ggn": [], "nme": [], **({} if scale is None else {"preconditioned": []})}
 
     def act(name, vector):
@@ -274,7 +274,7 @@ def _compare(logit, functional, groups):
 
 
 def _worst_case(made, params, batch, step, loss, settings) -> tuple[Tree, list[float]]:
-    """(the epsilon of the highest loss met, the losses on the way from theta)."""
+    """(the epsilon with the highest loss, the losses from theta on)."""
     best, losses, epsilon = step, [loss], step
     for _ in range(settings.ascent + 1):
         here, _, further = made.ascend(params, batch, epsilon, settings.rho)
@@ -290,7 +290,7 @@ def _loss(made, params, batch, first, second, x, y) -> float:
 
 
 def _average_case(made, params, batch, loss, settings, key) -> spectra.Estimate:
-    """The mean rise of the loss under a Gaussian direction of norm `noise`; a mirrored pair has no first order."""
+    """The mean rise of the loss for Gaussian noise of norm `noise`; mirrored pairs cancel the first order."""
     rises = []
     for i in range(settings.draws):
         direction = made.gaussian(jax.random.fold_in(key, i))
@@ -299,7 +299,7 @@ def _average_case(made, params, batch, loss, settings, key) -> spectra.Estimate:
     return spectra.estimate(rises)
 
 
-# Compiled, and waited for: sums over devices started one ahead of the other can block the threads of a CPU mesh.
+# Compiled and awaited, because two concurrent sums over devices can block the threads of a CPU mesh.
 _norm = jax.jit(norm)
 
 
@@ -310,16 +310,16 @@ def _unit(vector):
 
 @jax.jit
 def _across(vector, unit):
-    """(the unit vector of what is orthogonal to `unit` in a vector, their inner product)."""
+    """(unit vector of the component of a vector orthogonal to `unit`, their inner product)."""
     overlap = optax.tree.vdot(unit, vector)
     return _unit(jax.tree.map(lambda v, u: v - overlap * u, vector, unit)), overlap
 
 
 def _slices(made, params, batch, gradient, random, nme, settings) -> dict[str, Any]:
-    """Losses along the gradient and a random direction, and over the plane of the gradient and the NME's top vector.
+    """Losses along the gradient, NME's top vector and a random direction, and over the plane of the first two.
 
-    Radii: four rho along the gradient and the NME's vector, `noise` along the random one. The plane's second axis is
-    made orthogonal to the first.
+    Radii: four rho along the gradient and the NME's vector, `noise` along the random direction. The plane's second axis
+    is orthogonalised against the first.
     """
     along = np.linspace(-1, 1, settings.slices)
     reach = 4 * settings.rho

@@ -1,4 +1,4 @@
-"""Causal attention as one function; the kernel is chosen by name or by backend, never silently slow."""
+"""Causal attention as one function; the kernel is chosen by name or by backend."""
 
 import functools
 from typing import Any
@@ -10,21 +10,21 @@ from jax.ad_checkpoint import checkpoint_name
 from steppe.lm.model.mesh import Placement
 
 KERNELS = ("auto", "einsum", "blockwise", "cudnn", "splash")
-MIXED = "attention_mixed"  # the name remat policies know the result by
-_LANES = 128  # splash walks the sequence in multiples of this
+MIXED = "attention_mixed"  # the result's name for remat policies
+_LANES = 128  # splash needs sequence lengths that are multiples of this
 
 
 class NoKernel(ValueError):
-    """A kernel that cannot run here: what it needs."""
+    """A kernel that cannot run here; the message names its requirements."""
 
 
 def choose(
     name: str, backend: str, sequence_length: int, dtype: str, *, segmented: bool, second_order: bool = False
 ) -> str:
-    """The kernel for "auto", or the named one; NoKernel where it cannot run.
+    """The named kernel, or the best one for "auto". Raises NoKernel if the named one cannot run.
 
-    cuDNN on GPU in bfloat16 without segments, splash on TPU; neither can be differentiated twice (second_order). Else
-    one einsum while [T, T] is small, and blocks of queries beyond.
+    auto takes cuDNN on GPU in bfloat16 without segments, and splash on TPU. Neither can be differentiated twice
+    (second_order). Otherwise it takes einsum while [T, T] is small, and blocks of queries beyond.
     """
     can = {
         "cudnn": backend == "gpu" and dtype == "bfloat16" and not segmented and not second_order,
@@ -43,16 +43,16 @@ def choose(
 
 
 def unsplit(name: str, sequence_length: int) -> str:
-    """The kernel to take for this one where a batch is not split over the devices of a mesh, which splash must be."""
+    """The kernel to use instead of `name` for a batch that is not split over a mesh, which splash requires."""
     return differentiable(sequence_length) if name == "splash" else name
 
 
 def differentiable(sequence_length: int) -> str:
-    """The kernel that runs everywhere, and can be differentiated twice: one einsum while [T, T] is small, or blocks."""
+    """The kernel that runs everywhere and can be differentiated twice: einsum while [T, T] is small, else blockwise."""
     return "einsum" if sequence_length <= 256 else "blockwise"
 
 
-CACHED = "cached"  # not a kernel of training: keys and values of earlier tokens are kept, and looked up
+CACHED = "cached"  # for generation only: keys and values of earlier tokens come from a cache
 
 
 def attention(
@@ -64,11 +64,11 @@ def attention(
     place: Placement = Placement(),  # noqa: B008
     lean: bool = False,
 ) -> jax.Array:
-    """Causal softmax attention with H a multiple of G (grouped queries); tokens attend within their own segment.
+    """Causal softmax attention; H is a multiple of G (grouped queries). Tokens attend within their own segment.
 
-    Softmax in float32 or better, result [B, T, H, K] in the inputs' dtype. Scaled by 1/sqrt(K). lean: of einsum and
-    blockwise, another rounding of the same: weights are divided by their sum once they have mixed the values, and
-    einsum takes blocks of queries too.
+    Softmax in float32 or better; the result [B, T, H, K] has the inputs' dtype. Scores are scaled by 1/sqrt(K). lean,
+    for einsum and blockwise: divides by the softmax's sum after mixing the values, and einsum also takes blocks of
+    queries. It differs only in rounding.
     """
     if kernel == "cudnn":
         mixed = jax.nn.dot_product_attention(
@@ -84,9 +84,9 @@ def attention(
 def cached_attention(
     query_BxNxHxK: jax.Array, key_BxTxGxK: jax.Array, value_BxTxGxK: jax.Array, positions_BxN: jax.Array
 ) -> jax.Array:
-    """Attention of N new tokens of each sequence, at these positions, over the T that are kept, as far as each may see.
+    """Attention of N new tokens per sequence, at these positions, over T cached keys and values.
 
-    Result [B, N, H, K]; what lies behind a token's own position is not seen, whatever is kept there.
+    Result [B, N, H, K]. A token attends to positions up to its own; later cache entries are ignored.
     """
     B, N, H, K = query_BxNxHxK.shape
     T, G = key_BxTxGxK.shape[1:3]
@@ -99,7 +99,7 @@ def cached_attention(
 
 
 def query_block(sequence_length: int) -> int:
-    """Queries of a block: a quarter of the sequence, from 64 to 512."""
+    """Queries per block: a quarter of the sequence, between 64 and 512."""
     return min(512, max(64, -(-sequence_length // 4)))
 
 
@@ -109,7 +109,7 @@ def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, ke
     grouped = query_BxTxHxK.reshape(B, T, G, H // G, K)
 
     def rows(start: int, size: int, keys: int) -> jax.Array:
-        """Attention of the queries [start, start + size) over the first `keys` positions, all they can see."""
+        """Attention of queries [start, start + size) over the first `keys` positions, which are all they may see."""
         scores = jnp.einsum(
             "bqgrk,btgk->bgrqt",
             grouped[:, start : start + size],
@@ -120,7 +120,7 @@ def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, ke
         if segments_BxT is not None:
             same = segments_BxT[:, start : start + size, None] == segments_BxT[:, None, :keys]
             seen = seen & same[:, None, None]
-        # A finite floor: a padded row that sees nothing but itself must not become NaN.
+        # A finite floor, because a padded row that sees only itself must not become NaN.
         scores = jnp.where(seen, scores, -1e30)
         if not lean:
             weights = jax.nn.softmax(scores).astype(value_BxTxGxK.dtype)
@@ -129,10 +129,10 @@ def _rows_of_queries(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, ke
         mixed = jnp.einsum("bgrqt,btgk->bqgrk", weights.astype(value_BxTxGxK.dtype), value_BxTxGxK[:, :keys])
         return (mixed / jnp.moveaxis(weights.sum(-1), 3, 1)[..., None]).astype(mixed.dtype)
 
-    # Keys after a block are skipped altogether, which halves the work of the causal square.
+    # Skipping the keys after a block halves the work of the causal square.
     block = query_block(T) if lean or kernel == "blockwise" else T
     if kernel == "blockwise":
-        # Each block recomputes its scores in the backward pass, so only [block, T] of them ever exist.
+        # The backward pass recomputes each block's scores, so only [block, T] of them exist at a time.
         rows = jax.checkpoint(rows, static_argnums=(0, 1, 2))
     blocks = [rows(start, min(block, T - start), min(start + block, T)) for start in range(0, T, block)]
     return jnp.concatenate(blocks, axis=1).reshape(B, T, H, K)
@@ -147,7 +147,7 @@ def _splash(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, place: Plac
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
 
-    # The custom call is opaque to the partitioner, so each device runs it on its own sequences and heads.
+    # XLA cannot partition the custom call, so each device runs it on its own sequences and heads.
     def local(query, key, value, segments):
         mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * query.shape[2])
         kernel: Any = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, residual_checkpoint_name=MIXED)

@@ -1,4 +1,4 @@
-"""What an optimized XLA program sends between devices, in which order, and which arrays it holds, from its text."""
+"""Reads from an optimized XLA program's text what devices exchange, in which order, and which arrays it holds."""
 
 import math
 import re
@@ -26,15 +26,15 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _NAMES = re.compile(r"%([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_CHAIN = re.compile(r'chain_id="(\d+)"')  # of the parts of one collective on a TPU
-# The three spellings of who takes part: [groups,size]<=..., {{0,1},...}, and named axes of a mesh of its own.
+_CHAIN = re.compile(r'chain_id="(\d+)"')  # shared by the parts of one collective on a TPU
+# Participants have three spellings: [groups,size]<=..., {{0,1},...}, and named axes of the instruction's own mesh.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
 
 class Collective(NamedTuple):
-    """One collective instruction. shape: of its result, as text; times: how often a run of the program executes it.
+    """One collective instruction. shape: of its result, as text; times: executions per run of the program.
 
-    bytes: sent by one device over all executions, in a ring over its group of `size` devices.
+    bytes: sent by one device in all executions, in a ring over its group of `size` devices.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Collective(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction of one computation: its name, result type, operation, and the rest of its line."""
+    """One instruction of a computation: name, result type, operation, and the rest of its line."""
 
     name: str
     type: str
@@ -55,7 +55,7 @@ class Instruction(NamedTuple):
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """({computation: instructions}, the name of the entry) of an HLO module's text."""
+    """({computation: instructions}, name of the entry computation) of an HLO module's text."""
     found, entry, current = {}, "", None
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -67,7 +67,7 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def array_shapes(text: str) -> set[tuple[int, ...]]:
-    """The shape of every array that any instruction of the program produces, per device."""
+    """The shapes of all arrays that the program's instructions produce on a device."""
     shapes = set()
     for instructions in computations(text)[0].values():
         for instruction in instructions:
@@ -77,10 +77,10 @@ def array_shapes(text: str) -> set[tuple[int, ...]]:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective an execution reaches, loops multiplied by their trip counts; of branches the dearest.
+    """All collectives of one execution, with loops multiplied by trip counts; of branches the most expensive.
 
-    What a TPU spreads over fusions for a start, other work and a done is one: its parts lie in one computation and have
-    one chain, or one kind, result and channel. Elsewhere several collectives may share a channel.
+    A TPU may spread one collective over several fusions (start, other work, done). Its parts are in one computation and
+    share a chain, or share kind, result and channel; they count once. Elsewhere collectives may share a channel.
     """
     found, entry = computations(text)
 
@@ -96,7 +96,7 @@ def collectives(text: str) -> list[Collective]:
                     if same in spread:
                         continue
                     spread.add(same)
-                # TPU's fusion of an all-reduce with the slice each device keeps of it is a reduce-scatter on the wire.
+                # TPU fuses an all-reduce with the slice that each device keeps; it sends what a reduce-scatter sends.
                 scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 result.append(_collective(kind, instruction, times, scatters))
                 continue
@@ -114,13 +114,13 @@ def collectives(text: str) -> list[Collective]:
 
 
 def unordered(text: str) -> list[tuple[str, str]]:
-    """(control flow, collective) of a scheduled program where XLA's CPU runtime keeps no order between the two.
+    """(control flow, collective) pairs of a scheduled program that XLA's CPU runtime may execute in either order.
 
-    The runtime starts collectives in the schedule's order, the same on every device. But a loop, branch or call counts
-    as started when it returns, and it returns before the collectives inside have started. A later collective that does
-    not wait for its results may then overtake them on one device and not on another. gloo pairs by order alone, so the
-    sums are wrong; devices of one process wait for each other forever. (openxla/xla: execution_graph.h orders
-    collectives by scheduling edges, and thunk_executor.cc releases those when a nested executor returns.)
+    The runtime starts collectives in the schedule's order, which is the same on every device. But a loop, branch or
+    call counts as started when it returns, before the collectives inside it have started. A later collective that does
+    not wait for its results may overtake them on some devices only. gloo matches by order alone, so sums are wrong;
+    devices of one process wait for each other forever. (openxla/xla: execution_graph.h orders collectives by
+    scheduling edges, and thunk_executor.cc releases those when a nested executor returns.)
     """
     found, _ = computations(text)
     holding: dict[str, bool] = {}
@@ -142,7 +142,7 @@ def unordered(text: str) -> list[tuple[str, str]]:
 
     result = []
     for instructions in found.values():
-        needs: dict[str, set[str]] = {}  # of an instruction: the control flow before it whose results it waits for
+        needs: dict[str, set[str]] = {}  # {instruction: earlier control flow whose results it waits for}
         for each in instructions:
             operands = _NAMES.findall(each.rest.split("), ")[0])
             before = set().union(*(needs[name] for name in operands if name in needs))
@@ -154,9 +154,9 @@ def unordered(text: str) -> list[tuple[str, str]]:
 
 
 def _trips(loop: Instruction, found: dict, around: list[Instruction]) -> int:
-    """How often a loop runs: as XLA notes it, else from its counter; around: the instructions beside the loop.
+    """A loop's trip count: as XLA noted it, else from its counter. around: the instructions of the same computation.
 
-    The counter is what the condition compares with a constant. A windowed product counts by two, its body unrolled.
+    The condition compares the counter with a constant. A windowed product counts by two, because its body is unrolled.
     """
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
@@ -189,13 +189,13 @@ def _constant(instruction: Instruction | None) -> int | None:
 
 
 def _operand(instruction: Instruction | None, index: int) -> str:
-    """The name of an operand; "" where there is none."""
+    """The name of an operand; "" if absent."""
     names = _NAMES.findall(instruction.rest.split("), ")[0]) if instruction else []
     return names[index] if index < len(names) else ""
 
 
 def _added(body: dict[str, Instruction], name: str) -> int:
-    """The constant that a loop's body adds to its counter; 0 where it does something else."""
+    """The constant that a loop's body adds to its counter; 0 if it does anything else."""
     each = body.get(name)
     if not each or each.operation != "add":
         return 0
@@ -208,7 +208,7 @@ def _collective(kind: str, instruction: Instruction, times: int, scatters: bool)
         math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, 4)
         for dtype, dims in _ARRAY.findall(instruction.type)
     ]
-    # A start holds its operands and then its results, of several arrays where they travel together.
+    # A start lists its operands, then its results; it has several of each when arrays travel together.
     if instruction.operation.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":
         pairs = kind in ("all-gather", "reduce-scatter")
         arrays = arrays[len(arrays) // 2 :] if pairs else [max(arrays[:2])]

@@ -1,4 +1,4 @@
-"""The device mesh (axes data, fsdp, tensor), and where parameters, state, activations and batches live on it."""
+"""The device mesh (axes data, fsdp, tensor) and the shardings of parameters, state, activations and batches."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ ACTIVATIONS = {
     "hidden": P(BATCH, None, None),  # [B, T, D]
     "heads": P(BATCH, None, "tensor", None),  # [B, T, H, K]
     "mlp": P(BATCH, None, "tensor"),  # [B, T, F], and [B, T, V]
-    "table": P("tensor", "fsdp"),  # [V, D], a table as it is stored
-    "positions": P(None, "fsdp"),  # [T, D], likewise
-    "reads heads": P("fsdp", "tensor", None),  # [D, H, K], a layer's kernel as it is stored
+    "table": P("tensor", "fsdp"),  # [V, D], as stored
+    "positions": P(None, "fsdp"),  # [T, D], as stored
+    "reads heads": P("fsdp", "tensor", None),  # [D, H, K], one layer's kernel as stored
     "writes heads": P("tensor", None, "fsdp"),  # [H, K, D]
     "reads mlp": P("fsdp", "tensor"),  # [D, F]
     "writes mlp": P("tensor", "fsdp"),  # [F, D]
@@ -34,9 +34,9 @@ ACTIVATIONS = {
 
 
 class Placement(NamedTuple):
-    """Where activations live. placement(x, kind) constrains one; without a mesh nothing is constrained or split.
+    """Shardings of activations. placement(x, kind) constrains x; without a mesh nothing is constrained or split.
 
-    reduction: dtype in which gradients of tables travel between devices; "": the one that they are summed in.
+    reduction: dtype in which devices exchange gradients of tables; "": the dtype they are summed in.
     """
 
     mesh: Mesh | None = None
@@ -48,7 +48,7 @@ class Placement(NamedTuple):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, ACTIVATIONS[kind]))
 
     def fitting(self, sequences: int) -> "Placement":
-        """This placement if it divides so many sequences, else one that leaves them to XLA (single prompts do)."""
+        """This placement if it divides `sequences`, else one that leaves them to XLA, as for single prompts."""
         shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return self if sequences % shards == 0 else Placement()
 
@@ -56,15 +56,15 @@ class Placement(NamedTuple):
         """Devices along an axis; 1 without a mesh."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
-    # Inside split; left out where there is one device, because XLA copies even then.
+    # These methods run inside `split`. On one device they do nothing, because XLA would copy even then.
 
     def summed(self, x: Any, *axes: str) -> Any:
-        """The sum of a tree over these axes."""
+        """A tree summed over these axes."""
         axes = tuple(axis for axis in axes if self.size(axis) > 1)
         return jax.lax.psum(x, axes) if axes else x
 
     def gathered(self, part: jax.Array) -> jax.Array:
-        """An array [D, N] of which each of several devices along fsdp stores [D / fsdp, N]."""
+        """The whole array [D, N], of which each device along fsdp stores [D / fsdp, N]."""
         blocks, shape, n = _tiles(part[None]), part.shape, self.size("fsdp")
         for groups in reversed(_ring_groups(self.mesh)):
             blocks = jax.lax.all_gather(blocks, "fsdp", axis=0, tiled=True, axis_index_groups=groups)
@@ -73,7 +73,7 @@ class Placement(NamedTuple):
         return blocks.reshape(n, -1)[:, : part.size].reshape(n * shape[0], *shape[1:])
 
     def scattered(self, part: jax.Array) -> jax.Array:
-        """The sum of an array [D, N] over the devices of a batch: the rows [D / fsdp, N] that this device stores."""
+        """The rows [D / fsdp, N] that this device stores of an array [D, N] summed over the devices of a batch."""
         n = self.size("fsdp")
         shape = (len(part) // n, *part.shape[1:])
         blocks = _tiles(part.reshape(n, *shape))
@@ -84,11 +84,11 @@ class Placement(NamedTuple):
         return self.summed(blocks.reshape(-1)[: math.prod(shape)].reshape(shape), "data")
 
     def whole_width(self, table_RxD: jax.Array) -> jax.Array:
-        """A table whose width is split over fsdp, gathered."""
+        """A whole table, gathered if fsdp splits its width."""
         return self.gathered(table_RxD.T).T if self.size("fsdp") > 1 else table_RxD
 
     def reduced(self, gradient_RxD: jax.Array) -> jax.Array:
-        """A table's gradient summed over the devices of a batch, its width split over fsdp as the table's is."""
+        """A table's gradient summed over the devices of a batch, with its width split over fsdp like the table's."""
         if self.size("data") * self.size("fsdp") == 1:
             return gradient_RxD
         sent = gradient_RxD.astype(self.reduction or gradient_RxD.dtype)
@@ -96,9 +96,9 @@ class Placement(NamedTuple):
         return own.astype(gradient_RxD.dtype)
 
     def split(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
-        """The function run on each device's own parts of its arguments, of these kinds (trees of them).
+        """Makes `function` run on each device's parts of its arguments; inputs, outputs: trees of kinds.
 
-        Inside, collectives over AXES are explicit, so that a loop holds exactly those written into it.
+        Collectives over AXES are explicit inside it, so that a loop contains only those written into it.
         """
         if self.mesh is None:
             return function
@@ -106,23 +106,23 @@ class Placement(NamedTuple):
         return jax.shard_map(function, mesh=self.mesh, in_specs=next(specs), out_specs=next(specs), check_vma=False)
 
 
-_TILE = (8, 128)  # in a TPU's memory: what is no multiple is padded there
+_TILE = (8, 128)  # of a TPU's memory, which pads other shapes to multiples
 
 
 def _tiles(blocks: jax.Array) -> jax.Array:
-    """Blocks [n, R, N] of whole tiles, for which XLA on TPU keeps a scatter a scatter; others become [n, rows, 128]."""
+    """Blocks [n, R, N] of whole tiles, so that XLA on TPU does not replace a scatter; others become [n, rows, 128]."""
     if blocks.ndim == 3 and blocks.shape[1] % _TILE[0] == 0 and blocks.shape[2] % _TILE[1] == 0:
         return blocks
     flat = blocks.reshape(len(blocks), -1)
     if missing := -flat.shape[1] % math.prod(_TILE):
-        # XLA on TPU would move the padding over the exchange, and get shapes wrong.
+        # The barrier stops XLA on TPU from moving the padding across the exchange, which gives wrong shapes.
         flat = jax.lax.optimization_barrier(jnp.pad(flat, ((0, 0), (0, missing))))
     return flat.reshape(len(blocks), -1, _TILE[1])
 
 
 @lru_cache
 def rings(mesh: Mesh) -> tuple[int, ...]:
-    """The sizes of the network's axes of which fsdp is made: 8 and 8 on a whole v5e:8x8, else one."""
+    """The sizes of the torus axes that make up fsdp: 8 and 8 on a whole v5e:8x8; otherwise one size."""
     line = mesh.devices[0, :, 0]
     places = [(getattr(device, "slice_index", 0), *getattr(device, "coords", ())) for device in line]
     sizes = tuple(len(set(along)) for along in zip(*places, strict=True))
@@ -132,9 +132,9 @@ def rings(mesh: Mesh) -> tuple[int, ...]:
 
 
 def _ring_groups(mesh: Mesh | None) -> list:
-    """For each ring, outermost first, the groups of positions along fsdp that it joins; None: all.
+    """For each ring, outermost first, its groups of positions along fsdp; None: all positions.
 
-    XLA on TPU makes all-reduces of scatters, and of many gathers, over a whole slice; along an axis they stay.
+    Over a whole slice XLA on TPU turns scatters, and many gathers, into all-reduces; along one axis it does not.
     """
     if mesh is None or len(sizes := rings(mesh)) < 2:
         return [None]
@@ -143,9 +143,9 @@ def _ring_groups(mesh: Mesh | None) -> list:
 
 
 def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices, neighbours in the network along the inner axes.
+    """A (data, fsdp, tensor) mesh over all devices, with neighbours in the network along the inner axes.
 
-    On several TPU slices, data runs across them where its size allows.
+    On several TPU slices, data runs across slices if its size allows.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(d, "slice_index", 0) for d in devices})
@@ -155,7 +155,7 @@ def make_mesh(shape: tuple[int, int, int], devices: Sequence | None = None) -> M
         grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
     else:
         grid = jax.make_mesh(shape, AXES, devices=devices).devices.copy()
-    if hasattr(devices[0], "coords"):  # along fsdp row by row, not as a snake: see rings
+    if hasattr(devices[0], "coords"):  # fsdp goes row by row instead of in a snake: see rings
         for data, tensor in np.ndindex(shape[0], shape[2]):
             line = grid[data, :, tensor]
             grid[data, :, tensor] = sorted(line, key=lambda device: (getattr(device, "slice_index", 0), *device.coords))
@@ -170,9 +170,9 @@ def parameter_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
-    """NamedShardings of an optimizer or rule state: a leaf with the path and shape of a parameter lives where it does.
+    """NamedShardings of an optimizer or rule state. A leaf with a parameter's path and shape is sharded like it.
 
-    Everything else (counts, factored moments) is replicated.
+    Other leaves (counts, factored moments) are replicated.
     """
     shapes = {name_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -185,18 +185,18 @@ def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch array [B, ...] lives: its sequences over data and fsdp."""
+    """The sharding of a batch array [B, ...]: sequences over data and fsdp."""
     return NamedSharding(mesh, P(BATCH))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The global rows of a batch that this process's devices hold, in order."""
+    """The global rows of a batch on this process's devices, in order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return sorted({row for index in places.values() if index for row in range(*index[0].indices(batch_size))})
 
 
 def place_batch(mesh: Mesh, batch_size: int, rows: Sequence[int], batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, ...] from this process's `rows` of them, as local_rows gives them."""
+    """Global arrays [batch_size, ...] from this process's `rows` of them; see local_rows."""
     at = {row: index for index, row in enumerate(rows)}
 
     def place(array):

@@ -9,16 +9,16 @@ from steppe.optim import Objective
 
 
 def readout_kernel(params, shape: Shape):
-    """The readout weights [V, D] as they are stored: the embedding table when tied."""
+    """The readout weights [V, D]; if tied, the embedding table."""
     return params["embed"]["embedding"] if shape.tie_embeddings else params["readout"]["kernel"]
 
 
 def objective(shape: Shape, options: Options, constrain: Placement, ascent_reduction: str = "") -> Objective:
-    """Mean token cross-entropy of next-token prediction as an Objective.
+    """Mean cross-entropy of next-token prediction, as an Objective.
 
-    batch: inputs, targets [B, T] int32, weights [B, T] float32 (0: not counted), and for packed documents segments and
-    positions [B, T] int32. constrain: where activations live; options.place says it for the readout. ascent_reduction:
-    as options.place.reduction, of the readout's weights where their gradient is only climbed; "": no other.
+    batch: inputs, targets [B, T] int32 and weights [B, T] float32 (0: not counted); for packed documents also segments
+    and positions [B, T] int32. constrain: Placement of activations in the trunk; options.place: in the readout.
+    ascent_reduction: replaces options.place.reduction for an ascent gradient that is only climbed; "": no change.
     """
     trunk = Trunk(shape, constrain)
 

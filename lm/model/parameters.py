@@ -1,6 +1,6 @@
-"""Every parameter of the Transformer, a line each: where it lives on a mesh, its kind, which axes it reads and writes.
+"""The Transformer's parameters, one per line: sharding, kind, and the axes that each reads and writes.
 
-A module beside the Transformer, because the mesh reads it and the Transformer needs the mesh.
+It is a module of its own because the mesh reads it and the Transformer imports the mesh.
 """
 
 import re
@@ -13,9 +13,9 @@ from steppe.optim.masks import matrix_axes
 
 
 class Parameter(NamedTuple):
-    """A line of the table. path: regex; spec: its place; kind: table, matrix or norm.
+    """A line of the table. path: regex; spec: its sharding; kind: table, matrix or norm.
 
-    reads, writes: the axes that a matrix sums over and those of its result; the others stack matrices.
+    reads: the axes that a matrix sums over; writes: the axes of its result. Other axes stack matrices.
     """
 
     path: str
@@ -26,12 +26,12 @@ class Parameter(NamedTuple):
 
     @property
     def group(self) -> str:
-        """What it is reported with: embeddings, norms, attention or mlp."""
+        """The name it is reported under: embeddings, norms, attention or mlp."""
         return {"table": "embeddings", "norm": "norms"}.get(self.kind) or self.path.partition("/")[0]
 
 
-# fsdp splits the width, tensor what is computed apart: heads, the MLP's hidden features, the vocabulary. Layer stacks
-# keep their first axis whole: the scan walks along it. A table is read by its rows, so a row is what it writes.
+# fsdp splits the width; tensor splits heads, the MLP's hidden features and the vocabulary. The first axis of stacked
+# layers is not split, because the scan walks along it. A lookup returns rows of a table, so it writes rows.
 TABLE = (
     Parameter(r"(embed/embedding|readout/kernel)$", "table", P("tensor", "fsdp"), (1,), (0,)),
     Parameter(r"position/embedding$", "table", P(None, "fsdp"), (1,), (0,)),
@@ -45,12 +45,12 @@ TABLE = (
 GROUPS = {line.group: "|".join(other.path for other in TABLE if other.group == line.group) for line in TABLE}
 STACKED = r"^layers/"  # parameters of all layers in one array, the layer first
 
-# What muon and layerwise rho take; tables are no matrices.
+# Axes of the matrices, for muon and layerwise rho; tables are not matrices.
 MATRIX_AXES = matrix_axes(tuple((line.path, line.reads, line.writes) for line in TABLE if line.kind == "matrix"))
 
 
 def of(path: str) -> Parameter:
-    """The line of a parameter, by its path. ValueError if there is none."""
+    """The table's line for a parameter path. Raises ValueError if there is none."""
     for line in TABLE:
         if re.search(line.path, path):
             return line
@@ -58,5 +58,5 @@ def of(path: str) -> Parameter:
 
 
 def name_of(path: Any) -> str:
-    """ "layers/mlp/up/kernel" of a path of jax.tree_util."""
+    """The name of a jax.tree_util path, such as "layers/mlp/up/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

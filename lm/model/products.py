@@ -1,8 +1,8 @@
-"""Products of activations with kernels, and what devices exchange for them where the width is split.
+"""Products of activations with kernels, including the collectives if the width is split.
 
-On a mesh with fsdp each device gathers a kernel, multiplies its own sequences, and sums the kernel's gradient into the
-part that it stores. These collectives are written out: left to itself XLA sums whole gradients on every device of a
-large TPU slice, at twice the bytes.
+On a mesh with fsdp each device gathers a kernel, multiplies its own sequences, and reduces the kernel's gradient into
+its own shard. The collectives are explicit, because XLA would sum whole gradients on every device of a large TPU slice,
+at twice the bytes.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from steppe.lm.model.mesh import Placement
 
-PRODUCT = "product"  # names every result for a remat policy
+PRODUCT = "product"  # the results' name for remat policies
 
 
 def read(place: Placement, x_BxTxD: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -31,10 +31,10 @@ def write(place: Placement, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The einsum of activations and a kernel into as many or more features.
+    """The einsum of activations and a kernel into at least as many features.
 
-    Its gradient to the kernel has x as first operand: of such a product XLA on CPU transposes the first, and JAX's own
-    rule puts the wider result there.
+    x is the first operand in the kernel's gradient. XLA on CPU transposes the first operand of such a product, and
+    JAX's own rule puts the wider result there.
     """
     return jnp.einsum(equation, x, kernel)
 
@@ -56,19 +56,19 @@ project.defvjp(_project_forward, _project_backward)
 
 
 def _kinds(reads: bool, kernel: jax.Array) -> tuple[str, str, str]:
-    """Where operands and result of a product live."""
+    """The sharding kinds of a product's operands and result."""
     wide = "heads" if kernel.ndim == 3 else "mlp"
     return ("hidden", f"reads {wide}", wide) if reads else (wide, f"writes {wide}", "hidden")
 
 
 def _matrix(reads: bool, kernel: jax.Array) -> jax.Array:
-    """A kernel as [D, N], the axis that devices split first: its rows are whole tiles and travel as they lie."""
+    """A kernel as [D, N], split along the first axis: its rows are then whole tiles and need no copy before sending."""
     kernel = kernel if reads else jnp.moveaxis(kernel, -1, 0)
     return kernel.reshape(len(kernel), -1)
 
 
 def _times(place: Placement, reads: bool, x, kernel_DxN, shape):
-    """The product on one device, with features of this shape."""
+    """The product on one device; shape: of the result's features."""
     x_BxTxN = x.reshape(*x.shape[:2], -1)
     if reads:
         return jnp.einsum("btd,dn->btn", x_BxTxN, kernel_DxN).reshape(*x.shape[:2], *shape)
@@ -84,7 +84,7 @@ def _multiplied(place: Placement, reads: bool, x, kernel):
 
 
 def _product(place: Placement, reads: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product where fsdp splits the width. reads: the kernel's first axis is the width, else its last."""
+    """The product if fsdp splits the width. reads: the width is the kernel's first axis, else its last."""
     return _multiplied(place, reads, x, kernel)
 
 

@@ -1,14 +1,14 @@
 """The readout: token-chunked cross-entropy, and the frozen-derivative readout of the functional path.
 
-Logits exist for one chunk of tokens at a time. Each pass forms its gradients while it has the chunk's logits, so it
-costs three products with the readout weights and the backward pass recomputes none.
+Logits exist for one chunk of tokens at a time. Each pass computes its gradients while it has a chunk's logits. It
+therefore costs three products with the readout weights, and the backward pass recomputes none.
 
-On a mesh each device runs the loop over its own sequences and its own part of the vocabulary: the weights are gathered
-over fsdp before it, their gradient is summed over devices after it, and inside it only the softmax's two sums per token
-cross devices, and only under tensor parallelism.
+On a mesh each device loops over its own sequences and its own part of the vocabulary. Before the loop the weights are
+gathered over fsdp; after it their gradient is summed over devices. Inside it devices exchange only the softmax's two
+sums per token, and only under tensor parallelism.
 
-The outputs F that the functional path differentiates are the raw logits h W^T. Soft-cap, z-loss and label smoothing
-belong to the loss: their derivative is frozen at theta with the rest, and the perturbed logits are never formed.
+The functional path differentiates the raw logits F = h W^T. Soft-cap, z-loss and label smoothing belong to the loss:
+their derivative is frozen at theta with the rest, and the perturbed logits are never formed.
 """
 
 import warnings
@@ -23,9 +23,9 @@ from steppe.optim.rule import after
 
 
 class Options(NamedTuple):
-    """Static choices. vocabulary: its real size; padded rows never win. chunk: positions of each sequence at a time.
+    """Static options. vocabulary: size without padding rows. chunk: positions of each sequence at a time.
 
-    keep: the pass at theta stores the loss derivative (in `kept_dtype`) for the functional path to come.
+    keep: the pass at theta stores its loss derivative, in `kept_dtype`, for the functional path.
     """
 
     vocabulary: int
@@ -39,25 +39,25 @@ class Options(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a keeping pass stores: d loss / d logits [B, T, V], and its inner product with the logits."""
+    """Stored by a pass with options.keep: d loss / d logits [B, T, V], and its inner product with the logits."""
 
     derivative_BxTxV: jax.Array
     inner: jax.Array
 
 
 def chunk_tokens(backend: str, vocabulary: int) -> int:
-    """Tokens per chunk unless configured: logits of 32 MiB on a CPU, whose caches they stay near, else of 512 MiB."""
+    """Default tokens per chunk: logits of 32 MiB on a CPU, to stay near its caches, otherwise of 512 MiB."""
     return max(1, (2**23 if backend == "cpu" else 2**27) // vocabulary)
 
 
 def chunk_positions(sequence_length: int, sequences: int, tokens: int) -> int:
-    """Positions per chunk: the largest divisor of the length at which `sequences` rows make at most `tokens` tokens."""
+    """Positions per chunk: the largest divisor of the length at which `sequences` rows have at most `tokens` tokens."""
     fitting = [n for n in range(1, sequence_length + 1) if sequence_length % n == 0 and n * sequences <= tokens]
     return max(fitting, default=1)
 
 
 def token_loss(options: Options, raw_BxcxV, targets_Bxc):
-    """(loss per token, its derivative in the raw logits), both unweighted. V: this device's part of the vocabulary."""
+    """(loss per token, its derivative by the raw logits), unweighted. V: this device's part of the vocabulary."""
     V = raw_BxcxV.shape[-1]
     split = options.place.size("tensor") > 1
     first = lax.axis_index("tensor") * V if split else 0
@@ -68,7 +68,7 @@ def token_loss(options: Options, raw_BxcxV, targets_Bxc):
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     peak = lax.stop_gradient(lax.pmax(peak, "tensor")) if split else peak
     powers = jnp.exp(logits - peak)
-    # A comparison instead of a gather: it fuses, and stays local when the vocabulary is split over devices.
+    # A comparison instead of a gather, because it fuses and stays local when devices split the vocabulary.
     hit = index == targets_Bxc[..., None]
     sums = [jnp.sum(powers, axis=-1), jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)]
     if options.smoothing:
@@ -91,7 +91,7 @@ def token_loss(options: Options, raw_BxcxV, targets_Bxc):
 
 
 def _over_chunks(options: Options, length: int, body, carry):
-    """carry = body(carry, take, put) for each chunk; take slices [B, T, ...] arrays, put writes a chunk back."""
+    """carry = body(carry, take, put) for each chunk; take slices arrays [B, T, ...], put writes a chunk back."""
 
     def at(carry, start):
         def take(x):
@@ -113,7 +113,7 @@ def _logits(hidden_BxcxD, kernel_VxD):
 
 
 def _add_products(derivative_BxcxV, kernel_VxD, hidden_BxTxD, gradient, take, put):
-    """Adds one chunk's (d loss/d hidden, d loss/d kernel) to `gradient`; also returns the former at full precision."""
+    """Adds a chunk's (d loss/d hidden, d loss/d kernel) to `gradient`; also returns the former at full precision."""
     wide = gradient[1].dtype
     low = derivative_BxcxV.astype(kernel_VxD.dtype)
     to_hidden = jnp.einsum("bcv,vd->bcd", low, kernel_VxD, preferred_element_type=wide)
@@ -126,28 +126,28 @@ def _zeros_like_gradient(kernel_VxD, hidden_BxTxD):
 
 
 def _share(weights_BxT, dtype):
-    """Weight over the number of tokens that count: the factor of each token's loss in the mean."""
+    """The factor of each token's loss in the mean: its weight / the number of tokens with positive weight."""
     return weights_BxT.astype(dtype) / jnp.maximum(jnp.sum(weights_BxT > 0), 1).astype(dtype)
 
 
 def _fitted(options: Options, sequences: int) -> Options:
-    """The options without their mesh where it does not divide the sequences, which is said aloud."""
+    """The options; without their mesh, and with a warning, if it does not divide the sequences."""
     place = options.place.fitting(sequences)
     if options.place.mesh is not None and place.mesh is not options.place.mesh:
         shards = "data x fsdp = {data} x {fsdp}".format(**options.place.mesh.shape)
-        warnings.warn(f"readout: {sequences} sequences do not divide over {shards}: it will be slow", stacklevel=2)
+        warnings.warn(f"readout: {sequences} sequences do not divide over {shards}, so it is slow", stacklevel=2)
     return options._replace(place=place)
 
 
 def _gathered(options: Options, kernel_VxD, dtype):
-    """The weights in the compute dtype, whole along D: cast first, so that half the bytes travel."""
+    """The weights in the compute dtype, whole along D; cast before the gather to send half the bytes."""
     return options.place.whole_width(kernel_VxD.astype(dtype))
 
 
 def _reduced(options: Options, gradient, value):
-    """(d/d hidden, d/d kernel) summed over devices, once; the latter left split as the weights are stored.
+    """(d/d hidden, d/d kernel), each summed over devices once; d/d kernel stays split like the stored weights.
 
-    value: of the pass, known by all devices. The trunk's backward pass begins with d/d hidden, when all else is summed.
+    value: a result of the pass on all devices. d/d hidden, with which the trunk's backward begins, waits for all sums.
     """
     to_hidden, to_kernel = gradient
     if options.place.size("data") * options.place.size("fsdp") > 1:
@@ -166,7 +166,7 @@ def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights
 
     def local(kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT):
         B, T, _ = hidden_BxTxD.shape
-        # Cast inside, so that the gradient to the kernel keeps the precision it was summed in.
+        # Cast inside the function, so that the kernel's gradient keeps the precision of its sum.
         kernel_VxD = _gathered(options, kernel_VxD, hidden_BxTxD.dtype)
 
         def body(carry, take, put):
@@ -207,9 +207,9 @@ def _cross_entropy(
 ) -> tuple[jax.Array, jax.Array, Kept | None]:
     """(mean loss in nats, mean loss per sequence [B], Kept or None).
 
-    The loss is sum(weights * token loss) / number of tokens with positive weight. Only it carries a gradient, to kernel
-    and hidden. Products run in hidden's dtype and sum in float32 or better, the dtype the kernel should have. T is a
-    multiple of options.chunk.
+    The loss is sum(weights * token loss) / number of tokens with positive weight. Only the loss carries a gradient, to
+    kernel and hidden. Products run in hidden's dtype and sum in float32 or better, which should be the kernel's dtype.
+    T is a multiple of options.chunk.
     """
     return _clean_pass(options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients=False)[0]
 
@@ -244,7 +244,7 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
             if kept is None:
                 raw = _logits(take(fixed[1]), anchor_kernel_VxD)
                 derivative = take(share_BxT)[..., None] * token_loss(options, raw, take(targets_BxT))[1]
-                # Rounded as for the products, so that the value is 0 where nothing has moved.
+                # Rounded like the products' operands, so that the value is 0 if nothing has moved.
                 derivative = derivative.astype(kernel_VxD.dtype)
                 value = value - jnp.sum(derivative.astype(wide) * raw)
             else:

@@ -1,4 +1,4 @@
-"""The Transformer's trunk: tokens to the last hidden state. The readout stands in lm/readout.py.
+"""The Transformer's trunk: tokens to the last hidden state. lm/model/readout.py holds the readout.
 
 Dimensions, here and everywhere: B sequences, T tokens of a sequence, D width, L layers, H query heads, G key/value
 heads, K head width, F hidden width of the MLP, V vocabulary (padded).
@@ -25,7 +25,7 @@ REMAT = ("none", "full", "dots", "offload")
 
 
 class Shape(NamedTuple):
-    """Everything that determines the trunk's computation; built from a config by `shape`."""
+    """Everything that determines the trunk's computation; `shape` builds it from a config."""
 
     style: str
     layers: int
@@ -44,16 +44,16 @@ class Shape(NamedTuple):
     dtype: str = "float32"
     kernel: str = "einsum"
     remat: str = "dots"
-    base_width: int = 0  # of mup; 0: the standard parametrisation
-    small: bool = False  # a step is many small kernels: blocks are not looped over, attention is lean
+    base_width: int = 0  # mup's base width; 0: the standard parametrisation
+    small: bool = False  # kernels are small, so layers are unrolled and attention is lean
 
     @property
     def widening(self) -> float:
-        """The width in units of mup's base, 1 in the standard parametrisation.
+        """width / mup's base width; 1 in the standard parametrisation.
 
-        mup (Yang et al. 2021, arXiv 2203.03466, table 8): entries of tables, the readout's among them, are drawn as at
-        the base width, and hidden states are divided by the widening before the readout. Matrices are drawn by their
-        fan-in as ever. Learning rates: optim.base; rho: optim.two_pass.
+        mup (Yang et al. 2021, arXiv 2203.03466, table 8): tables, including the readout's, are drawn as at the base
+        width, and hidden states are divided by the widening before the readout. Matrices are drawn by fan-in, as in the
+        standard parametrisation. Learning rates are scaled in optim.base, rho in optim.two_pass.
         """
         return self.width / self.base_width if self.base_width else 1.0
 
@@ -64,12 +64,12 @@ class Shape(NamedTuple):
 
 
 def padded_vocabulary(size: int, multiple: int) -> int:
-    """The embedding rows: the vocabulary rounded up, so that tensor parallelism and vector lanes divide it."""
+    """The number of embedding rows: the vocabulary rounded up, to suit tensor parallelism and vector lanes."""
     return -(-size // multiple) * multiple
 
 
 def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Shape:
-    """The trunk's Shape from config.model, the tokenizer's size, the sequence length and the attention kernel."""
+    """The trunk's Shape for config.model, a vocabulary size, a sequence length and an attention kernel."""
     own = {name: model[name] for name in Shape._fields if name in model}
     given = {
         "kv_heads": model.kv_heads or model.heads,
@@ -84,15 +84,15 @@ def shape(model, vocabulary_size: int, sequence_length: int, kernel: str) -> Sha
 
 
 def widening_of(model) -> float:
-    """Shape.widening of config.model."""
+    """Shape.widening for config.model."""
     return model.width / model.base_width if model.parametrisation == "mup" else 1.0
 
 
 def _matrix(init: str, reads: tuple[int, ...], scale: float = 1.0) -> Callable:
-    """Draws a kernel that sums over the axes `reads`.
+    """An initialiser of a kernel that sums over the axes `reads`.
 
-    steppe: normal, cut at three deviations, of variance scale / fan-in. nanodo: Xavier-uniform (Glorot and Bengio
-    2010) of [in, out], whatever the scale.
+    steppe: normal, truncated at three deviations, with variance scale / fan-in. nanodo: Xavier-uniform (Glorot and
+    Bengio 2010) of [in, out]; it ignores scale.
     """
 
     def initialise(key, shape, dtype):
@@ -106,7 +106,7 @@ def _matrix(init: str, reads: tuple[int, ...], scale: float = 1.0) -> Callable:
 
 
 def _table(init: str, scale: float = 1.0) -> Callable:
-    """Draws rows [R, D] of expected square norm `scale`: normal, cut at three deviations by steppe, not by nanodo."""
+    """An initialiser of rows [R, D] with mean square norm `scale`: normal; steppe truncates it at three deviations."""
     if init == "nanodo":
         return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (scale / shape[1]) ** 0.5
     return _matrix(init, (1,), scale)
@@ -128,7 +128,7 @@ class Norm(nn.Module):
 
 
 def rotate(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves paired; angles in float32 or better."""
+    """Rotary position embedding (Su et al. 2021) on pairs from the two halves; angles in float32 or better."""
     half = x_BxTxHxK.shape[-1] // 2
     wide = jnp.promote_types(jnp.float32, x_BxTxHxK.dtype)
     angles = positions_BxT[..., None].astype(wide) * base ** (-jnp.arange(half, dtype=wide) / half)
@@ -138,7 +138,7 @@ def rotate(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, base: float) -> jax.A
 
 
 class Kernel(nn.Module):
-    """One weight array, cast to the compute dtype; its einsum stands where it is used."""
+    """One weight array, cast to the compute dtype; the caller writes its einsum."""
 
     dims: tuple[int, ...]
     draw: Callable
@@ -151,7 +151,7 @@ class Kernel(nn.Module):
 
 
 class Table(nn.Module):
-    """A table [rows, D] of float32 vectors, as it is stored; `lookup` reads it."""
+    """A table [rows, D] of vectors, in float32; `lookup` reads rows of it."""
 
     rows: int
     width: int
@@ -176,15 +176,15 @@ def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, id
 def _lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
     """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
 
-    Written out for the parts of each device: left to itself XLA gathers all sequences on every device. The gradient is
-    summed in float32 or better on a device, whatever the dtype, and over devices as `place` says.
+    Written per device, because XLA would gather all sequences on every device. The gradient is summed in float32 or
+    better on each device, whatever the dtype, and over devices as `place` says.
     """
 
     return _looked_up(place, kind, dtype, table_RxD, ids_BxT)
 
 
 def _local_index(place: Placement, kind: str, ids, rows: int):
-    """(index among a device's rows, whether it holds them): None where every device holds all."""
+    """(row index on this device, whether this device holds the row); the latter is None if each device holds all."""
     if kind != "table" or place.size("tensor") == 1:
         return ids, None
     index = ids - lax.axis_index("tensor") * rows
@@ -193,7 +193,7 @@ def _local_index(place: Placement, kind: str, ids, rows: int):
 
 
 def _lookup_forward(place, kind, dtype, table_RxD, ids_BxT):
-    # Not lookup itself: a second derivative goes through this rule, and finds no other.
+    # Not lookup itself: second derivatives differentiate this rule, which has no rule of its own.
     return _looked_up(place, kind, dtype, table_RxD, ids_BxT), (table_RxD, ids_BxT)
 
 
@@ -215,11 +215,11 @@ lookup = jax.custom_vjp(_lookup, nondiff_argnums=(0, 1, 2))
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-INPUTS = "inputs"  # the collection of what each kernel is multiplied with, where apply(..., mutable=) asks for it
+INPUTS = "inputs"  # the collection of each kernel's input; apply(..., mutable=) asks for it
 
 
 def note_input(module: nn.Module, x: jax.Array, *kernels: str) -> None:
-    """Notes x as what these kernels of a module are multiplied with; nothing where nobody asks for INPUTS."""
+    """Stores x as the input of these kernels of a module, if apply asked for INPUTS."""
     for kernel in kernels:
         module.sow(INPUTS, f"{kernel}_input", x)
 
@@ -253,7 +253,7 @@ class Attention(nn.Module):
         return write(self.place, mixed, out)
 
     def kept(self, key_BxNxGxK, value_BxNxGxK, positions_BxN):
-        """(keys, values) [B, T, G, K] of all tokens so far, from the collection "cache", with these put in place."""
+        """(keys, values) [B, T, G, K] of all tokens so far: writes the new ones into the collection "cache"."""
         rows, found = jnp.arange(positions_BxN.shape[0])[:, None], []
         for name, new in (("keys", key_BxNxGxK), ("values", value_BxNxGxK)):
             shape = (new.shape[0], self.shape.sequence_length, *new.shape[2:])
@@ -277,7 +277,7 @@ class Mlp(nn.Module):
         draw = _matrix(s.init, (0,))
         note_input(self, x_BxTxD, "up", *["gate"] * (s.style == "modern"))
         hidden = read(self.place, x_BxTxD, Kernel((D, F), draw, s.dtype, name="up")())
-        # Checkpointed even where remat is none: the backward pass would read five arrays of [B, T, F] instead of one.
+        # Checkpointed even with remat none, or the backward pass would read five arrays of [B, T, F] instead of one.
         if s.style == "modern":
             gate = read(self.place, x_BxTxD, Kernel((D, F), draw, s.dtype, name="gate")())
             hidden = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up, prevent_cse=False)(gate, hidden)
@@ -307,12 +307,12 @@ class Block(nn.Module):
 
 
 def _remat_policy(name: str, place: Placement):
-    """What the backward pass finds instead of recomputing: nothing (full), or the products with weights and the mixed
-    values of attention, on the device (dots) or in the host's memory (offload)."""
+    """What the backward pass need not recompute: nothing (full), or products with weights and attention's result, kept
+    on the device (dots) or in the host's memory (offload)."""
     policies = jax.checkpoint_policies
     if name == "full":
         return None
-    if place.size("fsdp") > 1:  # a product there is more than its dot
+    if place.size("fsdp") > 1:  # a product also gathers its kernel, so it is saved by name
         if name == "dots":
             return policies.save_only_these_names(PRODUCT, MIXED)
         return policies.save_and_offload_only_these_names(
@@ -329,7 +329,7 @@ def _remat_policy(name: str, place: Placement):
 class Trunk(nn.Module):
     """tokens [B, T] -> hidden [B, T, D] after the final norm, in the compute dtype.
 
-    constrain: where activations live on a mesh. Parameter paths: embed/embedding, position/embedding (nanodo),
+    constrain: the Placement of activations on a mesh. Parameter paths: embed/embedding, position/embedding (nanodo),
     layers/... stacked over L, final_norm/scale, readout/kernel (untied).
     """
 
@@ -341,7 +341,7 @@ class Trunk(nn.Module):
         s, place = self.shape, self.constrain.fitting(tokens_BxT.shape[0])
         if place is not self.constrain and (kernel := unsplit(s.kernel, s.sequence_length)) != s.kernel:
             one = f"a batch of {tokens_BxT.shape[0]}, which does not divide over the devices"
-            warnings.warn(f"attention: {kernel} in place of {s.kernel} for {one}", stacklevel=2)
+            warnings.warn(f"attention: uses {kernel} instead of {s.kernel} for {one}", stacklevel=2)
             s = s._replace(kernel=kernel)
         draw = _table(s.init, s.widening)
         x_BxTxD = lookup(place, "table", s.dtype, Table(s.vocabulary, s.width, draw, name="embed")(), tokens_BxT)
@@ -362,7 +362,7 @@ class Trunk(nn.Module):
             block,
             variable_axes={"params": 0, "cache": 0, INPUTS: 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]: flax takes it, and declares int
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]: flax accepts it but declares int
             length=s.layers,
             unroll=s.layers if s.small else 1,
         )

@@ -1,4 +1,4 @@
-"""From a checked config to the parts of a run: every command that touches a model starts here."""
+"""Builds the parts of a run from a checked config; every command that uses a model starts here."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -41,11 +41,11 @@ from steppe.optim.schedules import rho as rho_schedule
 
 
 class Parts(NamedTuple):
-    """The parts of a run. abstract: the State's shapes and places; initialise() -> State. key: equal of runs whose
-    compiled programs are the same.
+    """The parts of a run. abstract: the State's shapes and shardings; initialise() -> State. key: equal for runs with
+    the same compiled programs.
 
-    scalars: what the step takes as operands, so that runs that differ in nothing else share a compiled program.
-    optimizer_at(**scalars) -> the Optimizer at other values of them, which may be traced.
+    scalars: operands of the step, so that runs that differ only in them share a program. optimizer_at(**scalars): the
+    Optimizer at other values, which may be traced.
     """
 
     mesh: Mesh
@@ -71,11 +71,11 @@ def assemble(
     leg: Leg = WHOLE,
     tokens_per_row: float | None = None,
 ) -> Parts:
-    """Builds the parts from a config that lm.parts.check accepted.
+    """Builds the parts from a config that lm.parts.check has accepted.
 
-    epoch_tokens: positions of one pass over the corpus, for durations in epochs. tokens_per_row: what it has of tokens
-    on average, where it is known. frequency: share of each token in the
-    training text [padded V], for methods that need it. devices: default all. leg: of a run that goes on.
+    epoch_tokens: positions of one pass over the corpus, for durations in epochs. tokens_per_row: tokens of a corpus row
+    on average, None if unknown. frequency: share of each token in the training text [padded V], for methods that need
+    it. devices: default all. leg: of a run that resumes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(config, len(devices))
@@ -103,7 +103,7 @@ def assemble(
     initialise = initialiser(model_shape, optimizer, config.seed)
     try:
         described = abstract(mesh, initialise)
-    except OptionError as error:  # one that has to know the parameters
+    except OptionError as error:  # an option that can only be checked with the parameters
         raise ConfigError(f"optim.{error.name}", error.value, error.accepted) from None
     return Parts(
         mesh=mesh,
@@ -123,14 +123,14 @@ def assemble(
 def planned(
     config: ConfigDict, model_shape: Shape, params: Any, epoch_tokens: int, tokens_per_row: float | None = None
 ) -> Budget:
-    """The Budget of a run on one device that is not assembled. params: their shapes."""
+    """The Budget of a run on one device, without assembling it. params: their shapes."""
     long = length(config, params, epoch_tokens, tokens_per_row=tokens_per_row)
     made = _optimizers(config, params, long, 1, {"frequency": jnp.ones(model_shape.vocabulary)})(**_scalars(config))
     return budget(config, shape=model_shape, params=params, length=long, rule=made.rule, the_base=made.base)
 
 
 def _scalars(config: ConfigDict) -> dict[str, float]:
-    """What the step takes as operands: the rate, and rho where the method is more than its base, another program."""
+    """The step's operands: the learning rate, and rho if the method perturbs (otherwise the program is its base's)."""
     rho = options_of(config.optim.method, method_options(config)).get("rho")
     found = {"peak_learning_rate": config.optim.peak_learning_rate}
     return {**found, "rho": rho} if rho is not None and perturbs(config.optim.method, rho) else found
@@ -139,7 +139,7 @@ def _scalars(config: ConfigDict) -> dict[str, float]:
 def _optimizers(
     config: ConfigDict, params: Any, long: Length, shards: int, surroundings: dict[str, Any], begin: int = 0
 ) -> Callable:
-    """optimizer_at(peak_learning_rate, rho=0.0) of a config. begin: the updates of the run that it branched from."""
+    """optimizer_at(peak_learning_rate, rho=0.0) of a config. begin: the parent's updates, for a branched run."""
     optim = config.optim
     decay_mask = _matching(config, "optim.decay_mask", params)
     _matching(config, "optim.perturb", params)
@@ -147,7 +147,7 @@ def _optimizers(
         _matching(config, key, params, lambda tree, rules: factors(tree, rules)[1])
 
     offset = long.offset
-    total = max(1, round(long.steps + offset))  # in steps of the size they have now
+    total = max(1, round(long.steps + offset))  # in steps of the present size
 
     def steps(duration: str) -> int:
         return duration_steps(duration, tokens_per_step=long.tokens_per_step, total_steps=total)
@@ -210,7 +210,7 @@ def _optimizers(
 
 
 def ascent_reduction(config: ConfigDict) -> str:
-    """What objective takes of this name: nothing where gradients are to be climbed as they are returned."""
+    """The ascent_reduction argument of `objective`; "" for float32, in which gradients are not rounded."""
     return "" if config.mesh.ascent_reduction == "float32" else config.mesh.ascent_reduction
 
 
@@ -231,7 +231,7 @@ def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, par
 
 
 def _matching(config: ConfigDict, key: str, params, reader: Callable = mask) -> Any:
-    """What a key's patterns say of each parameter; ConfigError where one matches none, before anything is trained."""
+    """The result of a key's patterns for each parameter. Raises ConfigError if one matches none."""
     section, name = slot(config, key)
     try:
         return reader(params, tuple(section[name]))
@@ -240,10 +240,10 @@ def _matching(config: ConfigDict, key: str, params, reader: Callable = mask) -> 
 
 
 def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: int, mesh: Mesh, device) -> bool:
-    """Whether the pass at theta stores its loss derivative for the functional path; rows: sequences of a microbatch.
+    """Whether the pass at theta stores its loss derivative for the functional path; rows: sequences per microbatch.
 
-    auto: where the estimate of the step's memory leaves room for it, with a tenth to spare, in one microbatch (several
-    would each keep theirs), and only in bfloat16, where storing it rounds nothing that was not rounded before.
+    auto: only if the memory estimate leaves a tenth spare, with one microbatch (several would each store theirs), and
+    in bfloat16, where storing adds no rounding.
     """
     choice = config.model.functional_readout
     if choice != "auto" or shape.dtype != "bfloat16" or config.train.microbatches > 1:
@@ -255,21 +255,21 @@ def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: i
 
 
 # ------------------------------------------------------------------------------------------------ with a corpus
-# what no program holds: operands of it, and sections about the run alone
+# not part of a program: its operands, and sections that concern only the run
 OPERANDS, OUTSIDE = ("seed", "optim.peak_learning_rate", "optim.rho"), ("log", "checkpoint", "sample")
 
 
 def program_key(config: ConfigDict, fingerprint: str, leg: Leg = WHOLE) -> tuple:
-    """Equal of runs whose compiled programs are the same. fingerprint: of the corpus."""
+    """A key that is equal for runs with the same compiled programs. fingerprint: of the corpus."""
     flat = flatten(config.to_dict())
     held = [(key, flat[key]) for key in sorted(flat) if key not in OPERANDS and key.split(".")[0] not in OUTSIDE]
     return repr(held), fingerprint, leg, tuple(_scalars(config))
 
 
 def open_parts(config: ConfigDict, log: Callable[[str], None], directory: str = "") -> tuple[Corpus, Parts, np.ndarray]:
-    """(corpus, the parts of the run, how often each token occurs in the training text [V]).
+    """(corpus, parts of the run, count of each token in the training text [V]).
 
-    directory: a workdir, whose prepared corpus serves where the text itself cannot be read any more.
+    directory: a workdir, whose prepared corpus is used if the text itself can no longer be read.
     """
     try:
         corpus = open_of(config.data, log)
@@ -277,11 +277,11 @@ def open_parts(config: ConfigDict, log: Callable[[str], None], directory: str = 
         corpus = corpora.kept(directory) if directory else None
         if corpus is None:
             raise
-        log(f"{error}: the run goes on with the corpus it has prepared, {corpus.directory}")
+        log(f"{error}: the run continues with its prepared corpus, {corpus.directory}")
     if _differs(corpus.fingerprint):
         raise DataError(
-            f"config.data.task = {config.data.task!r}: the processes hold different text (here {corpus.fingerprint}); "
-            "prepare it once and give all of them that config.data.directory"
+            f"config.data.task = {config.data.task!r}: the processes read different text (here {corpus.fingerprint}); "
+            "prepare it once and give all processes that config.data.directory"
         )
     used = {part: config.optim[part] for part in ("method", "base")}
     if _differs(repr({key: source.digest for key, source in references.sources(used).items()})):
@@ -292,26 +292,26 @@ def open_parts(config: ConfigDict, log: Callable[[str], None], directory: str = 
 
 
 def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = WHOLE) -> Parts:
-    """The parts of a run on a corpus, in which each token occurs so often [V]. ConfigError where they cannot fit."""
+    """The parts of a run on a corpus; counts: of each token [V]. Raises ConfigError if they do not fit in memory."""
     vocabulary, key = corpus.tokenizer.vocab_size, program_key(config, corpus.fingerprint, leg)
     padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
     frequency = jnp.asarray(np.pad(counts, (0, padded - vocabulary)) / counts.sum(), jnp.float32)
     options = {"leg": leg, "tokens_per_row": corpus.tokens_per_row}
     made = once("parts", key, lambda: assemble(config, vocabulary, corpus.epoch_tokens, frequency, **options))
     must_fit(config, made)
-    scalars = _scalars(config)  # the others may be of a run with the same programs
+    scalars = _scalars(config)  # those of `made` may belong to another run with the same programs
     start = jax.tree_util.Partial(made.initialise.func, np.uint32(config.seed))
     return made._replace(key=key, scalars=scalars, optimizer=made.optimizer_at(**scalars), initialise=start)
 
 
 def _differs(text: str) -> bool:
-    """Whether a text is another on another process."""
+    """Whether processes have different texts."""
     same = int(xxhash.xxh32_hexdigest(text.encode()), 16)
     return len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1
 
 
 def must_fit(config: ConfigDict, parts: Parts) -> None:
-    """Raises ConfigError where not even the state and a gradient fit a device, or one activation: a bound from below,
+    """Raises ConfigError if the state and a gradient, or one activation, exceed a device's memory: a lower bound,
     before compiling."""
 
     def bytes_of(tree) -> int:
@@ -321,7 +321,7 @@ def must_fit(config: ConfigDict, parts: Parts) -> None:
     needed, memory = bytes_of(parts.abstract) + bytes_of(parts.abstract.params), chip_of(device, parts.mesh.size).memory
     if memory and needed > memory:
         sizes = f"{parts.budget.parameters.total:,} parameters on {parts.mesh.size} devices"
-        accepted = f"a model whose state and gradient fit a device: {sizes} are {needed / 1e9:,.1f} GB on each"
+        accepted = f"a model whose state and gradient fit a device: {sizes} need {needed / 1e9:,.1f} GB on each"
         raise ConfigError("model.size", config.model.size, f"{accepted}, which has {memory / 1e9:,.1f} GB")
     data, train, held_out = config.data, config.train, config.evaluate.batch_size
     each = data.sequence_length * config.model.width * jnp.dtype(config.model.compute_dtype).itemsize
@@ -330,16 +330,16 @@ def must_fit(config: ConfigDict, parts: Parts) -> None:
         if memory and needed > memory:
             accepted = (
                 f"a batch of which one activation fits a device: {rows:,} sequences of {data.sequence_length:,} tokens "
-                f"are {needed / 1e9:,.1f} GB on each of {parts.mesh.size} devices, which has {memory / 1e9:,.1f} GB"
+                f"need {needed / 1e9:,.1f} GB on each of {parts.mesh.size} devices, which has {memory / 1e9:,.1f} GB"
             )
             raise ConfigError(key, slot(config, key)[0].batch_size, accepted)
 
 
 def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:
-    """Says what will run, on what."""
+    """Logs the budget, the devices and the kernels of a run."""
     log(describe(parts.budget, config.optim.method))
     if config.data.packing == "bestfit" and config.train.counted == "positions":
-        log("tokens      are positions here, padding included: the run began before they were told apart")
+        log("tokens      are positions, padding included, because the run began with a version that counted those")
     for name, epochs in corpus.epochs(parts.budget.positions).items():
         log(f"corpus      {name}: {epochs:.2f} epochs")
     sizes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
@@ -355,7 +355,7 @@ def rows_reader(
     batch_index: Callable[[int], int],
     rows: Sequence[int] | None = None,
 ) -> Callable:
-    """rows(step) -> these rows of the batch of the step after `step` updates, or all of them."""
+    """rows(step) -> `rows` (None: all) of the batch of the step after `step` updates."""
     leg, size = parts.leg, config.train.batch_size
 
     def read(step: int) -> dict[str, np.ndarray]:
@@ -366,7 +366,7 @@ def rows_reader(
 
 
 def batch_reader(config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: Callable[[int], int]) -> Callable:
-    """read(step) -> the batch of the step after `step` updates, on the mesh."""
+    """read(step) -> the batch of the step after `step` updates, sharded over the mesh."""
     batch_size = config.train.batch_size
     rows = local_rows(parts.mesh, batch_size)
     mine = rows_reader(config, corpus, parts, batch_index, rows)
@@ -380,7 +380,7 @@ def batch_reader(config: ConfigDict, corpus: Corpus, parts: Parts, batch_index: 
 
 
 def abstract_batch(parts: Parts, corpus: Corpus, batch_size: int) -> dict:
-    """A training batch as ShapeDtypeStructs on the mesh."""
+    """A training batch as ShapeDtypeStructs, sharded over the mesh."""
     example = loader.training_rows(corpus, 0, 0, batch_size, [0])
     example.pop("bytes")
     place = batch_sharding(parts.mesh)

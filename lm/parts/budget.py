@@ -1,4 +1,4 @@
-"""What a run is made of before it starts: parameters, tokens, steps, FLOPs, and a first estimate of its memory."""
+"""A run in numbers before it starts: parameters, tokens, steps, FLOPs, and a first estimate of its memory."""
 
 import functools
 import math
@@ -23,27 +23,27 @@ from steppe.optim.base import Base, base
 from steppe.optim.outside.flops import counted
 from steppe.optim.schedules import duration_steps, in_steps
 
-MOST_STEPS = 2**31 - 1  # which the state counts in int32
+MOST_STEPS = 2**31 - 1  # the state counts steps in int32
 
 
 class Parameters(NamedTuple):
-    """Counts of a model: all, and those outside the tables of tokens, positions and readout."""
+    """A model's parameter counts: total, and without the tables of tokens, positions and readout."""
 
     total: int
     non_embedding: int
 
 
 class Flops(NamedTuple):
-    """FLOPs of one token's forward pass: the trunk (with the whole attention square) and one readout product."""
+    """FLOPs of one token's forward pass: the trunk (with the full attention square) and one readout product."""
 
     trunk: float
     readout: float
 
 
 class Length(NamedTuple):
-    """How long a run is: predicted tokens of a step over all devices, on average, and steps.
+    """A run's length: predicted tokens of a step over all devices, on average, and steps.
 
-    offset: what schedules add to the step, where steps before were of another size: they follow the tokens then.
+    offset: added to the step by schedules if earlier steps had another size, so that they follow tokens.
     """
 
     tokens_per_step: float
@@ -54,10 +54,10 @@ class Length(NamedTuple):
 class Budget(NamedTuple):
     """A run in numbers.
 
-    positions_per_step: batch x sequence length, which is what a step costs. tokens_per_step: those of them that the
-    loss counts, on average: all but padding. flops and adamw_flops: of an average step over all devices, of the method
-    (steps that do not perturb counted as what they are) and of plain AdamW. tokens, positions, total_flops,
-    total_adamw_flops: of the whole run, earlier legs included.
+    positions_per_step: batch x sequence length, which determines the cost. tokens_per_step: those that the loss counts,
+    on average: all except padding. flops, adamw_flops: of an average step over all devices, with the method (including
+    its steps that do not perturb) and with plain AdamW. tokens, positions, total_flops, total_adamw_flops: of the whole
+    run, including earlier legs.
     """
 
     parameters: Parameters
@@ -72,12 +72,12 @@ class Budget(NamedTuple):
     total_adamw_flops: float
 
     def steps_of(self, duration: str) -> int:
-        """A duration in steps of the run."""
+        """A duration in steps of this run."""
         return duration_steps(duration, tokens_per_step=self.tokens_per_step, total_steps=self.steps)
 
 
 def count_parameters(params: Any) -> Parameters:
-    """Counts the leaves (arrays or shapes) of a parameter tree."""
+    """Counts the parameters of a tree of arrays or shapes."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     sizes = [(parameters.of(parameters.name_of(path)).kind, math.prod(leaf.shape)) for path, leaf in leaves]
     tables = sum(size for kind, size in sizes if kind == "table")
@@ -86,7 +86,7 @@ def count_parameters(params: Any) -> Parameters:
 
 
 def forward_flops(shape: Shape) -> Flops:
-    """Multiply-adds count two. Norms, softmax and activations are left out (a few per cent at width 128)."""
+    """A multiply-add counts two. Norms, softmax and activations are omitted (a few per cent at width 128)."""
     D, F, H, G = shape.width, shape.mlp_width, shape.heads, shape.kv_heads
     K = shape.features
     projections = 2 * D * K * (2 * H + 2 * G)
@@ -97,9 +97,9 @@ def forward_flops(shape: Shape) -> Flops:
 
 @functools.cache
 def base_flops(shape: Shape, name: str, options: tuple[tuple[str, Any], ...] = ()) -> float:
-    """FLOPs of a base's own products in a step, on average over 100 of them: muon's and soap's; 0 of adamw.
+    """FLOPs of a base optimizer's own products in a step, on average over 100 steps: of muon and soap; 0 for adamw.
 
-    options: of a base from outside, as pairs.
+    options: of a base optimizer from a user's file, as pairs.
     """
     params = parameter_shapes(shape)
     transform = base(name, 1e-3, matrix_axes=parameters.MATRIX_AXES, **dict(options)).transform
@@ -107,7 +107,7 @@ def base_flops(shape: Shape, name: str, options: tuple[tuple[str, Any], ...] = (
 
 
 def rule_flops(shape: Shape, rule: Rule, the_base: Base, batch_size: int) -> float:
-    """FLOPs of a rule's gradient beyond a plain one, counted from its program, on average over 100 steps."""
+    """FLOPs of a rule's gradient in addition to a plain one, counted from its program and averaged over 100 steps."""
     params, place = parameter_shapes(shape), Placement()
     options = Options(shape.vocabulary, shape.sequence_length)
     made = objective(shape._replace(kernel="einsum", remat="none", small=False), options, place)
@@ -125,13 +125,13 @@ def rule_flops(shape: Shape, rule: Rule, the_base: Base, batch_size: int) -> flo
 
 
 def step_flops(shape: Shape, tokens: int, cost: methods.Cost) -> float:
-    """FLOPs of a step of so many tokens; a backward is two forwards."""
+    """FLOPs of a step of `tokens` tokens; a backward pass counts as two forward passes."""
     trunk, readout = forward_flops(shape)
     return tokens * (trunk * (cost.forwards + 2 * cost.backwards) + readout * cost.products)
 
 
 class Memory(NamedTuple):
-    """Estimated bytes of one device. activations: what the backward pass finds; kept: the stored loss derivative."""
+    """Estimated bytes per device. activations: saved for the backward pass; kept: the stored loss derivative."""
 
     state: float
     gradients: float
@@ -145,9 +145,9 @@ def estimate_memory(
 ):
     """The Memory of a step with `sequences` per microbatch and device, on a (data, fsdp, tensor) mesh.
 
-    A first estimate for choices made before compiling; steppe plan has the compiler's own figures. state: float32
-    parameters, two moments and `averages` trees like them. gradients: one, theta + epsilon, and an anchored method's
-    hidden states.
+    A first estimate, for choices before compiling; steppe plan reports the compiler's own figures. state: float32
+    parameters, two moments, and `averages` trees of the same size. gradients: one, theta + epsilon, and the hidden
+    states of an anchored method.
     """
     _, fsdp, tensor = mesh
     tokens, small = sequences * shape.sequence_length, 2 if shape.dtype == "bfloat16" else 4
@@ -155,7 +155,7 @@ def estimate_memory(
     own = 4.0 * parameters / (fsdp * tensor)
     wide = 2 * D + (D + F * (2 if shape.style == "modern" else 1)) / tensor
     features = {"full": 0, "offload": 0, "dots": 2 * D / tensor + wide}.get(shape.remat, 3 * (2 * D / tensor + wide))
-    layer = (2 * D / tensor + wide) * 3 * tokens * small  # one layer's, while it is recomputed
+    layer = (2 * D / tensor + wide) * 3 * tokens * small  # of one layer while it is recomputed
     return Memory(
         (3 + averages) * own,
         2 * own + (tokens * D * small if anchored else 0),
@@ -166,7 +166,7 @@ def estimate_memory(
 
 
 def averages_kept(config) -> int:
-    """Trees like the parameters that the averages of a run keep."""
+    """The number of trees like the parameters that a run's averages store."""
     return sum(AVERAGES[name].slots(config.average.snapshots) for name in config.average.weights)
 
 
@@ -175,9 +175,9 @@ def roofline(
 ) -> tuple[float, float]:
     """Seconds of a step on one device: (the slowest of products, memory and network; their sum).
 
-    flops, bytes of its weights (float32), of what the backward pass finds, and sent to others, all of one device.
-    link: bytes/s of its network (chips.network_of). passes: forward and backward pairs. Memory traffic is a lower
-    bound: state read and written once (7 copies), weights and activations read and written once a pass.
+    Of one device: flops; bytes of its float32 weights, of saved activations, and sent to others. link: bytes/s of its
+    network (chips.network_of). passes: pairs of forward and backward passes. Memory traffic is a lower bound: state is
+    read and written once (7 copies), weights and activations are read and written once per pass.
     """
     traffic = 7 * weights + passes * (2 * weights + 2 * activations)
     parts = flops / chip.flops, traffic / chip.bandwidth, sent / link
@@ -185,7 +185,7 @@ def roofline(
 
 
 def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip, link: float) -> tuple[float, float]:
-    """(seconds, bytes of memory) of a step on one device by estimate, to rank meshes and remat policies."""
+    """Estimated (seconds, bytes of memory) of a step on one device, to rank meshes and remat policies."""
     shape_ = shape(config.model, vocabulary_size, config.data.sequence_length, "")
     data, fsdp, tensor = mesh
     rows = config.train.batch_size // (data * fsdp)
@@ -202,7 +202,7 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip, link: fl
     again = {"none": 0.0, "dots": 0.1, "offload": 0.3, "full": 1.0}[shape_.remat]
     flops = step_flops(shape_, tokens, cost._replace(forwards=forwards + again * backwards)) / tensor
     small = 2 if shape_.dtype == "bfloat16" else 4
-    # Weights are gathered for each forward and backward and their gradient scattered; with tensor, two sums a layer.
+    # Each forward and backward gathers weights and scatters their gradient; tensor adds two sums per layer.
     gathered = small * parameters / tensor * (forwards + backwards * 2) * (fsdp - 1) / fsdp
     gathered += 8.0 * parameters / (fsdp * tensor) * backwards * (data - 1) / data
     summed = 2 * shape_.layers * tokens * shape_.width * small * 2 * (forwards + backwards) * (tensor - 1) / tensor
@@ -212,7 +212,7 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip, link: fl
 
 
 def fixed_memory(config, vocabulary_size: int) -> float:
-    """Bytes of parameters, optimizer state and gradients, over all devices by estimate: what no batch size changes."""
+    """Estimated bytes of parameters, optimizer state and gradients over all devices; the batch size does not matter."""
     shape_ = shape(config.model, vocabulary_size, config.data.sequence_length, "")
     parameters = shape_.layers * 12 * shape_.width**2 + shape_.vocabulary * shape_.width
     state, gradients, *_ = estimate_memory(shape_, parameters, 0, 0, (1, 1, 1), False, averages_kept(config))
@@ -220,7 +220,7 @@ def fixed_memory(config, vocabulary_size: int) -> float:
 
 
 def tokens_of_step(config, tokens_per_row: float | None) -> float:
-    """Tokens of a step as the run counts them. tokens_per_row: of the corpus; None where it is not known."""
+    """Tokens of a step as the run counts them. tokens_per_row: of the corpus; None if unknown."""
     padded = config.data.packing == "bestfit" and config.train.counted == "tokens" and tokens_per_row is not None
     return config.train.batch_size * (tokens_per_row if padded else config.data.sequence_length)
 
@@ -233,7 +233,7 @@ def total_steps(train, parameters: Parameters, tokens_per_step: float, epoch_tok
     else:
         steps = duration_steps(train.duration, tokens_per_step=tokens_per_step, tokens_per_epoch=epoch_tokens)
     if steps > MOST_STEPS:
-        raise ConfigError("train.duration", train.duration, f"at most {MOST_STEPS:,} steps, and it is {steps:.3g}")
+        raise ConfigError("train.duration", train.duration, f"at most {MOST_STEPS:,} steps, but it is {steps:.3g}")
     return steps
 
 
@@ -244,7 +244,7 @@ def length(config, params: Any, epoch_tokens: int, leg: Leg = WHOLE, tokens_per_
     steps = total_steps(config.train, count_parameters(params), tokens_per_step, epoch_tokens * filled)
     if leg == WHOLE or in_steps(config.train.duration):
         return Length(tokens_per_step, steps)
-    had = leg.planned_after(leg.step, tokens_per_step) / tokens_per_step  # steps of this size
+    had = leg.planned_after(leg.step, tokens_per_step) / tokens_per_step  # steps of the present size
     offset = 0.0 if math.isclose(had, leg.step, rel_tol=1e-9) else had - leg.step
     return Length(tokens_per_step, leg.step + max(0, steps - math.floor(had + 1e-9)), offset)
 
@@ -263,8 +263,8 @@ def budget(
 ) -> Budget:
     """The Budget of a run.
 
-    rule: knows which of its steps perturb. the_base: of the run. shards: of the data. keep: whether its readout stores
-    the loss derivative at theta.
+    rule: tells which steps perturb. the_base: the base optimizer. shards: data shards. keep: whether the readout stores
+    its loss derivative at theta.
     """
     train, optim = config.train, config.optim
     one = methods.cost(
@@ -299,7 +299,7 @@ def budget(
 
 
 def describe(budget: Budget, method: str) -> str:
-    """The budget in a few lines for a reader."""
+    """The budget as a few lines of text."""
     total, non_embedding = budget.parameters
     whole, plain = budget.total_flops, budget.total_adamw_flops
     share, padding = budget.tokens_per_step / budget.positions_per_step, ""

@@ -21,13 +21,13 @@ from steppe.optim.two_pass import SWITCHES
 def check(config: ConfigDict, *, device_count: int | None, process_count: int = 1, backend: str | None = None) -> None:
     """Refuses a resolved config that cannot run on these devices and processes, naming one value.
 
-    device_count: None is the fewest that the mesh allows. backend: cpu, gpu or tpu; None leaves out what depends on it.
-    Raises ConfigError, or data's DataError for a text source or vocabulary; either is one line.
+    device_count: None means the fewest that the mesh allows. backend: cpu, gpu or tpu; None skips checks that need it.
+    Raises ConfigError, or data's DataError for a text source or vocabulary; each is one line.
     """
     _check_data(config)
     for name, key in base.keys_of(flatten(config)).items():
         key.check(name, _value(config, name))
-    _need(not (config.init_from and config.branch_from), config, "init_from", '"" with branch_from, which brings all')
+    _need(not (config.init_from and config.branch_from), config, "init_from", '"" with branch_from, which sets weights')
     _need(bool(config.init_from) or not config.init_weights, config, "init_weights", '"" without init_from')
     _check_model(config, backend)
     _check_method(config)
@@ -40,16 +40,16 @@ def check(config: ConfigDict, *, device_count: int | None, process_count: int = 
 
 
 def check_stored(config: ConfigDict) -> None:
-    """Refuses a stored config that no run can have had, its text and devices aside. Raises ConfigError."""
+    """Refuses a stored config that no run can have had; ignores its text and devices. Raises ConfigError."""
     _check_model(config, None)
     _check_durations(config)
 
 
 def mesh_shape(config: ConfigDict, device_count: int | None) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) with the one -1 replaced by the devices that remain, 1 of None. Raises ConfigError."""
+    """(data, fsdp, tensor), with -1 replaced by the number of remaining devices (1 if None). Raises ConfigError."""
     axes = {name: config.mesh[name] for name in ("data", "fsdp", "tensor")}
     for name, size in axes.items():
-        _need(size == -1 or size >= 1, config, f"mesh.{name}", "an integer >= 1, or -1 for the devices that remain")
+        _need(size == -1 or size >= 1, config, f"mesh.{name}", "an integer >= 1, or -1 for the remaining devices")
     free = [name for name, size in axes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"mesh.{free[1]}", -1, f"an integer >= 1, because mesh.{free[0]} is -1 already")
@@ -81,7 +81,7 @@ def _check_model(config: ConfigDict, backend: str | None) -> None:
     model = config.model
     if backend is not None:
         kernel_of(config, backend)
-        accepted = "none, full or dots on a CPU, whose memory is the host's already"
+        accepted = "none, full or dots on a CPU, which has no memory other than the host's"
         _need(model.remat != "offload" or backend != "cpu", config, "model.remat", accepted)
     accepted = f"a divisor of model.width = {model.width}, or any number with model.head_width set"
     _need(model.head_width or model.width % model.heads == 0, config, "model.heads", accepted)
@@ -92,13 +92,13 @@ def _check_model(config: ConfigDict, backend: str | None) -> None:
         accepted = f"0 or a divisor of model.heads = {model.heads}"
         _need(model.kv_heads == 0 or model.heads % model.kv_heads == 0, config, "model.kv_heads", accepted)
         if model.head_width:
-            _need(model.head_width % 2 == 0, config, "model.head_width", "an even number, as RoPE turns pairs")
-        accepted = f"such that model.width / model.heads = {model.width // model.heads} is even, as RoPE turns pairs"
+            _need(model.head_width % 2 == 0, config, "model.head_width", "an even number, because RoPE rotates pairs")
+        accepted = f"such that model.width / model.heads = {model.width // model.heads} is even: RoPE rotates pairs"
         _need(model.head_width or model.width // model.heads % 2 == 0, config, "model.heads", accepted)
 
 
 def kernel_of(config: ConfigDict, backend: str) -> str:
-    """The attention kernel of a run on a backend. Raises ConfigError where the one that is named cannot run there."""
+    """The attention kernel of a run on a backend. Raises ConfigError if the named kernel cannot run there."""
     model, row = config.model, methods.row_of(config.optim.method)
     try:
         return attention.choose(
@@ -121,9 +121,9 @@ def _check_data(config: ConfigDict) -> None:
 
 
 def described(config: ConfigDict) -> dict[str, Any]:
-    """What config.data.directory was prepared from, by the names of config.data; empty without one.
+    """What config.data.directory was prepared from, by names of config.data; {} without a directory.
 
-    Raises ConfigError for a key that says otherwise; one at its default says nothing.
+    Raises ConfigError for a key with another value, unless that is the key's default.
     """
     if not config.data.directory:
         return {}
@@ -140,7 +140,7 @@ def described(config: ConfigDict) -> dict[str, Any]:
 
 def _check_method(config: ConfigDict) -> None:
     optim = config.optim
-    accepted = f"float32 with optim.method = {optim.method}, which does not only climb its gradient at theta"
+    accepted = f"float32 with optim.method = {optim.method}, whose gradient at theta is not only climbed"
     low = config.mesh.ascent_reduction != "float32"
     _need(not low or methods.only_climbs(optim.method), config, "mesh.ascent_reduction", accepted)
     row = methods.row_of(optim.method)
@@ -156,24 +156,24 @@ def _check_method(config: ConfigDict) -> None:
             ),
             widening=widening_of(config.model),
             **method_settings(config),
-            **dict.fromkeys(row.needs() if row else (), 1),  # what they are is known later
+            **dict.fromkeys(row.needs() if row else (), 1),  # placeholders for values that are known later
         )
     except OptionError as error:
         raise ConfigError(f"optim.{error.name}", error.value, error.accepted) from None
 
 
 def method_options(config: ConfigDict) -> dict[str, Any]:
-    """The options of methods that a config sets, None where it leaves one to its method."""
+    """The method options that a config sets; None for those left to the method."""
     return {name: config.optim[name] for name in {**methods.OPTIONS, **declared({"method": config.optim.method})}}
 
 
 def base_options(config: ConfigDict) -> dict[str, Any]:
-    """The options of a base from outside that a config sets, None where it leaves one to it."""
+    """The options that a config sets of a base optimizer from a user's file; None for those left to it."""
     return {name: config.optim[name] for name in declared({"base": config.optim.base})}
 
 
 def method_settings(config: ConfigDict) -> dict[str, Any]:
-    """These, and the switches of every method."""
+    """method_options, and the switches of every method."""
     return method_options(config) | {name: config.optim[name] for name in SWITCHES}
 
 
@@ -187,11 +187,11 @@ def _check_durations(config: ConfigDict) -> None:
         except DurationError as error:
             raise ConfigError(key, text, error.accepted) from None
 
-    # How long "chinchilla" and epochs are depends on the model and the corpus: what is written is checked all the same,
-    # against a run so long that only a false sentence fails.
+    # The length of "chinchilla" and of epochs depends on the model and the corpus. The text is still checked, against a
+    # run so long that only a malformed duration fails.
     whole = config.train.duration
     known = whole != "chinchilla" and "epoch" not in whole
-    # as is how many tokens a padded row has
+    # the number of tokens in a padded row depends on the corpus, too
     known = known and (config.data.packing == "concat" or in_steps(whole))
     total = 10**12 if whole == "chinchilla" else steps("train.duration", tokens_per_epoch=10**15)
     _need(total >= 1, config, "train.duration", f"at least one step, which is {tokens_per_step} tokens")
@@ -205,7 +205,7 @@ def _check_durations(config: ConfigDict) -> None:
         _need(start <= stop, config, "optim.stop", f"no earlier than optim.start = {config.optim.start!r}")
         _need(warmup <= total, config, "optim.warmup", f"no longer than the run, which has {total} steps")
         if config.optim.schedule == "wsd":
-            accepted = f"no longer than what the warm-up of {warmup} steps leaves of the run, {total - warmup} steps"
+            accepted = f"no longer than the {total - warmup} steps that remain of the run after the warm-up of {warmup}"
             _need(warmup + cooldown <= total, config, "optim.cooldown", accepted)
 
 

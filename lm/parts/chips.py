@@ -1,4 +1,4 @@
-"""What one accelerator can do, by the kind JAX reports, and how much memory a device has."""
+"""Speed and memory of accelerators, by the device kind that JAX reports."""
 
 import os
 from collections import Counter
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One device as JAX counts them.
+    """One device as JAX counts devices.
 
-    memory: bytes a program may use; flops: dense bfloat16 peak, 1/s; bandwidth: of its memory, bytes/s; link: bytes/s
-    a ring collective moves through it, of a TPU along one axis of its torus in both directions; hosts: bytes/s to
-    another host (GPU) or slice (TPU); closes: devices at which an axis of the torus becomes a ring, 0 without a torus.
+    memory: bytes a program may use; flops: dense bfloat16 peak, FLOP/s; bandwidth: of its memory, bytes/s; link:
+    bytes/s of a ring collective through it (TPU: along one torus axis in both directions); hosts: bytes/s to another
+    host (GPU) or slice (TPU); closes: devices at which a torus axis becomes a ring, 0 without a torus.
     """
 
     name: str
@@ -23,10 +23,10 @@ class Chip(NamedTuple):
     closes: int = 0
 
 
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; of a link's rate nine tenths reach a program
-# (jax-ml.github.io/scaling-book/tpus). v5e memory is what its compiler allows, 15.75 GiB. A TPU7x chip is two devices.
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. A program gets nine tenths of a link's rate
+# (jax-ml.github.io/scaling-book/tpus). v5e memory is the 15.75 GiB its compiler allows. A TPU7x chip is two devices.
 # GPUs: NVIDIA's data sheets, without sparsity; NVLink in one direction, else PCIe. To other hosts: a DGX's network
-# adapters, one a GPU, of 400 Gb/s (A100: 200 Gb/s); of PCIe cards 100 Gb/s each are assumed.
+# adapters, one per GPU, of 400 Gb/s (A100: 200 Gb/s); PCIe cards are assumed to have 100 Gb/s each.
 CHIPS = {
     "TPU v4": Chip("v4", 31.25 * 2**30, 275e12, 1.228e12, 0.9e11, 6.25e9, 4),
     "TPU v5 lite": Chip("v5e", 15.75 * 2**30, 197e12, 0.819e12, 0.9e11, 3.125e9, 16),
@@ -45,18 +45,18 @@ CHIPS = {
 
 
 class Network(NamedTuple):
-    """How devices are joined. bandwidth: bytes/s that a ring collective over all of them moves through each."""
+    """How devices are connected. bandwidth: bytes/s of a ring collective over all of them, through each."""
 
     bandwidth: float
     name: str
 
 
 def network_of(devices: Sequence, chip: Chip) -> Network:
-    """The Network of devices, also of described ones.
+    """The Network of devices, real or described.
 
-    On a TPU slice the step's collectives go along one axis of the torus after the other, so the slowest counts. An axis
-    too short to close is a line, on which a ring must go back and has half the bandwidth. Between hosts, or slices, a
-    ring enters and leaves each through all its adapters.
+    On a TPU slice the step's collectives use one torus axis after the other, so the slowest one counts. An axis too
+    short to close is a line, on which a ring goes back and has half the bandwidth. Between hosts or slices, a ring
+    uses all network adapters of each.
     """
     if devices[0].platform == "cpu":
         return Network(chip.link, "memory of one host")
@@ -78,16 +78,16 @@ def network_of(devices: Sequence, chip: Chip) -> Network:
 
 
 def peak_flops(mesh) -> float:
-    """FLOP/s of all devices of a mesh together, in bfloat16; 0 where a device's are not known, as a CPU's."""
+    """bfloat16 FLOP/s of all devices of a mesh; 0 if unknown, as for a CPU."""
     device = mesh.devices.flat[0]
     return CHIPS[device.device_kind].flops * mesh.size if device.device_kind in CHIPS else 0.0
 
 
 def chip_of(device, devices_here: int = 1) -> Chip:
-    """The Chip of a JAX device, also of one that is only described. Unknown kinds get what the device itself reports.
+    """The Chip of a JAX device, real or described. Unknown kinds get the memory that the device reports.
 
-    A CPU device gets its share of the host's memory, among `devices_here`; its speeds are those of one measured
-    two-core machine, so that a plan for it has a number at all.
+    A CPU device gets its share of the host's memory, one of `devices_here`. Its speeds were measured on one two-core
+    machine, so that a plan for CPUs has figures at all.
     """
     if device.platform == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

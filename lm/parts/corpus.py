@@ -1,4 +1,4 @@
-"""Which prepared corpus a run reads, as its workdir keeps it."""
+"""Records in a workdir which prepared corpus its run reads."""
 
 import os
 from pathlib import Path
@@ -14,21 +14,21 @@ CORPUS = "corpus.json"
 
 
 class KeptCorpus(TypedDict):
-    """corpus.json: which prepared directory the run reads."""
+    """corpus.json: the prepared directory that the run reads."""
 
     directory: str
     fingerprint: str
 
 
 def keep(workdir: str, corpus: "Corpus") -> None:
-    """Records which prepared directory a run reads."""
+    """Records the prepared directory that a run reads."""
     place = os.path.abspath(corpus.directory)
     files.write_json(Path(workdir) / CORPUS, {"directory": place, "fingerprint": corpus.fingerprint})
 
 
 def kept(workdir: str) -> "Corpus | None":
-    """The prepared corpus that a run has read, if it is still there and the same; its raw text may be gone."""
-    from steppe.data.loader import open_corpus  # here: commands that open no corpus do without its packages
+    """The run's recorded corpus, None if it is missing or has changed. Its raw text may be gone."""
+    from steppe.data.loader import open_corpus  # imported here so that other commands do not need its packages
 
     try:
         kept = stored.read(Path(workdir) / CORPUS, KeptCorpus)

@@ -1,4 +1,4 @@
-"""How far a run had come when it went on with other sizes: counted then, never computed from a config of now."""
+"""Counts of a run from before its batch or sequence length changed; recorded then, never recomputed from a config."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ from steppe.lm.parts.anomaly import batch_index
 
 
 class Leg(NamedTuple):
-    """The part of a run since its batch or sequence length last changed, which began after `step` updates.
+    """The part of a run since its batch or sequence length last changed, after `step` updates.
 
-    What came before it: rows of the training stream, read or left out, and the batches they made; tokens predicted;
-    FLOPs, and those AdamW would have taken. branch: the updates of another run that this one goes on from. planned: the
-    tokens as budgets have them, of average steps; None: they are all of one size.
+    Before it: rows of the training stream, read or skipped, and their batches; tokens predicted; FLOPs, and those AdamW
+    would have used. branch: updates of the run that this one branched from. planned: tokens by the budget's average
+    step; None: equal to tokens.
     """
 
     step: int = 0
@@ -25,16 +25,16 @@ class Leg(NamedTuple):
     planned: float | None = None
 
     def tokens_after(self, step: int, tokens_per_step: float) -> int:
-        """Tokens predicted in `step` updates."""
+        """Tokens predicted after `step` updates."""
         return round(self.tokens + (step - self.step) * tokens_per_step)
 
     def planned_after(self, step: int, tokens_per_step: float) -> float:
-        """The same, every step being an average one."""
+        """Tokens after `step` updates if every step has the average size."""
         return (self.tokens if self.planned is None else self.planned) + (step - self.step) * tokens_per_step
 
 
 def seen(step: int, meta: Mapping[str, Any]) -> int:
-    """Tokens of `step` updates, after which this is a checkpoint's meta: counted, or as many in every step."""
+    """Tokens after `step` updates. meta: of that checkpoint; without a count, all steps have the same size."""
     if "tokens" in meta:
         return meta["tokens"]
     before = base.completed(meta["config"])
@@ -42,7 +42,7 @@ def seen(step: int, meta: Mapping[str, Any]) -> int:
 
 
 def kept(meta: Mapping[str, Any]) -> Leg:
-    """The Leg that a checkpoint's meta holds."""
+    """The Leg stored in a checkpoint's meta."""
     return Leg(**{name: value for name, value in meta.get("leg", {}).items() if name in Leg._fields})
 
 
@@ -50,9 +50,9 @@ WHOLE = Leg()  # a run whose sizes never changed
 
 
 def leg_of(step: int, meta: Mapping[str, Any], config: Mapping[str, Any], branched: bool = False) -> Leg:
-    """The Leg of a run that goes on from the checkpoint of `step` updates, whose meta this is, with `config`.
+    """The Leg of a run that resumes with `config` from the checkpoint of `step` updates. meta: of that checkpoint.
 
-    branched: from another run's checkpoint, whose method may cost something else.
+    branched: it is another run's checkpoint, whose method may have another cost.
     """
     leg, before = kept(meta), base.completed(meta["config"])
     old, new = ((c["train"]["batch_size"], c["data"]["sequence_length"]) for c in (before, config))
@@ -65,7 +65,7 @@ def leg_of(step: int, meta: Mapping[str, Any], config: Mapping[str, Any], branch
     tokens, planned = seen(step, meta), leg.planned_after(step, meta.get("tokens_per_step", old[0] * old[1]))
     return Leg(
         step=step,
-        rows=rows * old[1] // new[1],  # the rows of another length hold other text: as many tokens of it count as read
+        rows=rows * old[1] // new[1],  # rows of another length hold other text, so the same number of tokens is skipped
         batches=batches,
         tokens=tokens,
         flops=leg.flops + flops,

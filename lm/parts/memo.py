@@ -1,4 +1,4 @@
-"""What one process keeps from run to run. Sweeps alone need it: `with Memo(4):` around their runs, and no more."""
+"""Caches values from run to run in one process. Only sweeps use it: `with Memo(4):` around their runs."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -7,8 +7,8 @@ from typing import Any
 
 
 class Memo:
-    """Values by kind and key, which depend on their key alone and are costly to make; of each kind the `keep` that were
-    asked for last. `once` keeps them in the Memo whose `with` block it is in."""
+    """A cache of expensive values that depend only on their kind and key. It keeps the `keep` last used of each kind.
+    The function `once` uses the Memo of the enclosing `with` block."""
 
     def __init__(self, keep: int = 1):
         self._keep, self._kinds, self._before = keep, {}, []
@@ -21,7 +21,7 @@ class Memo:
         _CURRENT.reset(self._before.pop())
 
     def once(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of a key, made where it is not kept."""
+        """The value of a key, made unless cached."""
         values = self._kinds.setdefault(kind, OrderedDict())
         if key not in values:
             values[key] = make()
@@ -35,6 +35,6 @@ _CURRENT: ContextVar[Memo | None] = ContextVar("memo", default=None)
 
 
 def once(kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
-    """The value of a key, made where this process does not keep it. None is no key: nothing is known of the value."""
+    """The value of a key from the current Memo, made unless cached. A key of None is never cached."""
     memo = _CURRENT.get()
     return make() if memo is None or key is None else memo.once(kind, key, make)

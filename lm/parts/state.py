@@ -1,4 +1,4 @@
-"""The state of a run, created where it will live."""
+"""The state of a run, created on the devices that hold it."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -18,9 +18,9 @@ from steppe.optim.base import Base
 
 
 class Optimizer(NamedTuple):
-    """What turns a gradient into an update, and what averages the result.
+    """Turns a gradient into an update, and averages the parameters.
 
-    learning_rate(step) and rho(step) are what base and rule follow.
+    base and rule follow learning_rate(step) and rho(step).
     """
 
     base: Base
@@ -36,9 +36,9 @@ class Optimizer(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything a step changes: step int32 (batches seen), params float32, the optimizer's and the rule's state.
+    """All that a step changes: step int32 (batches seen), params float32, the optimizer's and the rule's state.
 
-    averages: {name: {slot: tree like params}}, see optim.averaging; empty where a run keeps none.
+    averages: {name: {slot: tree like params}}, see optim.averaging; {} for a run without averages.
     """
 
     step: jax.Array
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
 
 def init_params(shape: Shape, key: jax.Array) -> Any:
-    """Fresh parameters, float32; the same numbers on every mesh."""
+    """Fresh float32 parameters; the same numbers on every mesh."""
     return Trunk(shape).init(key, jnp.zeros((1, shape.sequence_length), jnp.int32))["params"]
 
 
@@ -60,7 +60,7 @@ def parameter_shapes(shape: Shape) -> Any:
 
 
 def start(optimizer: Optimizer, params: Any) -> State:
-    """The State at step 0 of given parameters."""
+    """The State at step 0 with given parameters."""
     base, rule, averages = optimizer.base.transform, optimizer.rule, optimizer.averages
     return State(jnp.zeros((), jnp.int32), params, base.init(params), rule.init(params), averages.init(params))
 
@@ -68,7 +68,7 @@ def start(optimizer: Optimizer, params: Any) -> State:
 def initialiser(shape: Shape, optimizer: Optimizer, seed: int) -> jax.tree_util.Partial:
     """A pure function () -> State at step 0; the same numbers on every mesh.
 
-    The seed is its operand, not a constant of its program, which runs of other seeds then share.
+    The seed is an operand of the program instead of a constant, so that runs with other seeds share the program.
     """
 
     def initialise(seed: jax.Array) -> State:
@@ -85,7 +85,7 @@ def shardings(mesh: Mesh, state: State) -> State:
 
 
 def abstract(mesh: Mesh, initialise) -> State:
-    """The State as ShapeDtypeStructs with their shardings: what to restore into, or to compile against."""
+    """The State as ShapeDtypeStructs with shardings, to restore into or to compile for."""
     shapes = jax.eval_shape(initialise.func, *initialise.args)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings(mesh, shapes)
@@ -93,12 +93,12 @@ def abstract(mesh: Mesh, initialise) -> State:
 
 
 def create(mesh: Mesh, initialise) -> State:
-    """A fresh State, each shard computed on the device that keeps it."""
+    """A fresh State; each shard is computed on its own device."""
     places = shardings(mesh, jax.eval_shape(initialise.func, *initialise.args))  # traced once, for all three
     return jax.jit(initialise.func, out_shardings=places)(*initialise.args)
 
 
 def create_from(abstract_state: State, optimizer: Optimizer, params: Any) -> State:
-    """A State at step 0 of given parameters, placed as `abstract_state` says."""
+    """A State at step 0 with given parameters, sharded like `abstract_state`."""
     places = jax.tree.map(lambda s: s.sharding, abstract_state)
     return jax.jit(partial(start, optimizer), out_shardings=places)(params)

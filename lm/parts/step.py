@@ -20,11 +20,10 @@ from steppe.optim.rule import norm
 def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
     """step(state, batch, limit=inf) -> (state, metrics); jit it with the state donated.
 
-    A step whose loss, gradient or update is not finite, in either pass, or whose loss exceeds `limit`, changes nothing
-    but state.step, which learning rate and rho follow. metrics: the report, nonfinite (UPDATE where loss and gradients
-    were finite and the update was not), spike (1 where the limit refused it),
-    sharpness_gap (perturbed minus clean loss), update and parameter norms, learning_rate, rho; float32 scalars. Where
-    documents are packed also tokens, int32: those of the batch that the loss counts.
+    A step changes only state.step, which learning rate and rho follow, if its loss, gradient or update is not finite in
+    either pass, or if its loss exceeds `limit`. metrics, float32 scalars: the report, nonfinite (UPDATE if only the
+    update is not finite), spike (1 if the limit refused the step), sharpness_gap (perturbed minus clean loss), update
+    and parameter norms, learning_rate, rho. For packed documents also tokens, int32: those that the loss counts.
     """
 
     def step(state: State, batch: dict, limit: ArrayLike = jnp.inf) -> tuple[State, dict]:
@@ -50,7 +49,7 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
             "learning_rate": jnp.asarray(optimizer.learning_rate(state.step), jnp.float32),
             "rho": jnp.asarray(optimizer.rho(state.step), jnp.float32),
         }
-        if "segments" in batch:  # rows may be padded: what the loss saw is counted
+        if "segments" in batch:  # rows may be padded, and the loss does not count padding
             metrics["tokens"] = jnp.sum(batch["weights"] > 0)
         return State(state.step + 1, kept[0], kept[1], kept[2], averages), metrics
 
@@ -58,28 +57,28 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
 
 
 def compile_step(parts: Parts, batch: dict) -> Callable:
-    """The compiled step(state, batch, limit), which takes the state's memory."""
+    """The compiled step(state, batch, limit), which reuses the state's memory."""
     return with_scalars(compiled(parts, batch), parts)
 
 
 def compiled(parts: Parts, batch: dict) -> Callable:
-    """The same as a program of Parts.scalars too, which other runs like it can have."""
+    """The compiled step with Parts.scalars as an operand, so that similar runs can share it."""
     return ordered(lower_step(parts, batch).compile(), parts.mesh, "training step")
 
 
 def with_scalars(compiled: Callable, parts: Parts) -> Callable:
-    """step(state, batch, limit) of a run out of a program of `lower_step`, its own or that of another run like it."""
+    """step(state, batch, limit) of a run, from a program of `compiled` made for it or for a similar run."""
     scalars = _scalars(parts)
     return lambda state, batch, limit: compiled(state, batch, limit, scalars)
 
 
 def lower_step(parts: Parts, batch: dict, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
-    """The program of `trace_step`. platforms: to lower it for, instead of that of the devices."""
+    """The lowered program of `trace_step`. platforms: to lower for, by default the devices' own."""
     return trace_step(parts, batch).lower(lowering_platforms=platforms)
 
 
 def trace_step(parts: Parts, batch: dict) -> jax.stages.Traced:
-    """step(state, batch, limit, scalars), traced: one for all runs that differ in Parts.scalars alone."""
+    """The traced step(state, batch, limit, scalars), shared by runs that differ only in Parts.scalars."""
 
     def step(state, batch, limit, scalars):
         return make_step(parts.objective, parts.optimizer_at(**scalars))(state, batch, limit)

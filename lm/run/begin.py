@@ -1,4 +1,4 @@
-"""Where a run begins or goes on: from its newest sound checkpoint, another run, given parameters, or fresh ones."""
+"""The state that a run starts or resumes from: its newest sound checkpoint, another run, given or fresh parameters."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -25,10 +25,10 @@ from steppe.lm.track.tracker import Tracker
 
 
 class Ground(NamedTuple):
-    """What a run stands on when it begins or goes on.
+    """All that a run needs when it starts or resumes.
 
-    counts: of each token in the training text [V]. place: of its checkpoints. run: its id. facts: of record.facts.
-    changed: of record.changes.
+    counts: of each token in the training text [V]. place: the directory of its checkpoints. run: its id. facts: of
+    record.facts. changed: of record.changes.
     """
 
     directory: str
@@ -44,22 +44,22 @@ class Ground(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a run goes on from. meta: of the checkpoint, {} where there is none. parent: the run that it branches off,
-    while it has saved nothing of its own."""
+    """The state that a run resumes from. meta: of its checkpoint, {} if none. parent: the run that it branches from,
+    until it has saved a checkpoint of its own."""
 
     state: State
     meta: Mapping[str, Any] = {}
     parent: branch.Parent | None = None
 
     def progress(self, config: ConfigDict) -> Progress:
-        """How far the run has come."""
+        """The run's Progress at this start."""
         done, meta = int(self.state.step), self.meta
         if not meta:
             return Progress(self.state, done, 0, Watch(config))
         return Progress(self.state, done, seen(done, meta), Watch(config, meta["watch"]), meta["owes_evaluation"])
 
     def leg(self, facts: Mapping[str, Any]) -> Leg:
-        """The part of the run that begins here; on other text than its parent's, a branch reads from its beginning.
+        """The leg that starts here. A branch onto other text than its parent's reads that text from the start.
         facts: of record.facts."""
         if not self.meta:
             return WHOLE
@@ -75,12 +75,12 @@ def prepare(
     stack: ExitStack,
     log: Callable[[str], None],
 ) -> Ground:
-    """What a run of this config stands on; what it takes for itself, `stack` gives back. See train.open_run."""
+    """Prepares a run of this config; `stack` releases what it locks. See train.open_run."""
     primary = jax.process_index() == 0
     directory = stack.enter_context(mirror.kept(directory, primary, log))
     workdir.adopt(directory, config)
     corpus, parts, counts = open_parts(config, log, directory)
-    # before the workdir is taken, in case one of them cannot be used
+    # before the workdir is locked, in case a path or the given parameters cannot be used
     place = checkpoint.place(checkpoint.directory_of(config, directory))
     given = _given(config, directory, parts, log, trust)
     run = stack.enter_context(workdir.claim(directory, config, primary, allow))
@@ -90,13 +90,13 @@ def prepare(
     facts = record.facts(config, corpus)
     changed = record.changes(start.meta, facts, {"corpus", "code"} if start.parent else allow)
     leg = start.leg(facts)
-    if leg != WHOLE:  # the parts count and schedule by what happened
+    if leg != WHOLE:  # counts and schedules continue from the earlier legs
         parts = parts_of(config, corpus, counts, leg)
     return Ground(directory, corpus, counts, parts, place, run, stopping, start, facts, changed)
 
 
 def begin(config: ConfigDict, parts: Parts, log: Callable[[str], None], trust: bool = False) -> Start:
-    """What a run begins with before anything of it is saved. trust: the config that config.branch_from has stored."""
+    """A new run's start. trust: whether to use URLs and code in the stored config of config.branch_from."""
     if config.branch_from:
         return Start(*branch.take(config.branch_from, parts.abstract, parts.optimizer, log, trust))
     if config.init_from:
@@ -105,7 +105,7 @@ def begin(config: ConfigDict, parts: Parts, log: Callable[[str], None], trust: b
 
 
 def _given(config: ConfigDict, directory: str, parts: Parts, log: Callable[[str], None], trust: bool) -> Start | None:
-    """What a new run is given to begin with: read before it takes its workdir, in case it cannot be used."""
+    """A new run's given start, read before its workdir is locked, in case it cannot be used; None if there is none."""
     if not workdir.is_new(directory):
         return None
     found = begin(config, parts, log, trust) if config.init_from or config.branch_from else None
@@ -115,7 +115,7 @@ def _given(config: ConfigDict, directory: str, parts: Parts, log: Callable[[str]
 
 
 def restore(checkpoints: Checkpoints, parts: Parts, first: Callable[[], Start], before: int | None = None) -> Start:
-    """The newest sound checkpoint (before a step), or else what the run began with."""
+    """The newest sound checkpoint (before a step), otherwise first()."""
     newest = checkpoints.newest(before)
     if newest is None:
         return first()
@@ -124,21 +124,21 @@ def restore(checkpoints: Checkpoints, parts: Parts, first: Callable[[], Start], 
 
 
 def say_where(at: Progress, meta: Mapping[str, Any], parts: Parts, log: Callable[[str], None]) -> None:
-    """Says where the run goes on, and what jumps there."""
-    log(f"continuing  after step {at.done} of {parts.budget.steps}, {at.seen:,} tokens")
+    """Logs where the run resumes, and which scheduled values jump there."""
+    log(f"resuming    after step {at.done} of {parts.budget.steps}, {at.seen:,} tokens")
     for name, now in parts.optimizer.following(at.done).items():
         before = meta.get("next", {}).get(name, now)
         if abs(now - before) > 1e-6 * max(abs(now), abs(before)):
-            log(f"changed     {name}: {before:.3g} would have come next, now {now:.3g} does")
+            log(f"changed     {name}: would have been {before:.3g} in the next step, is now {now:.3g}")
 
 
 def origin(config: ConfigDict, parts: Parts, tracker: Tracker) -> Any:
-    """The given parameters that the run began from, to measure how the loss bends on the way from there; None where it
-    began from none, or they are gone by now, which is said: the run itself needs them no more."""
+    """The given parameters that the run started from, to measure curvature along the displacement from them. None if
+    there were none, or, with a note, if they are gone: the run itself no longer needs them."""
     if not (config.curvature.every and config.init_from):
         return None
     try:
         return initial_params(config, parts, lambda line: None)
     except (*REFUSALS, OSError) as error:
-        tracker.note(f"curvature   without the displacement from where the run began: {error}")
+        tracker.note(f"curvature   without the displacement from the initial parameters: {error}")
         return None

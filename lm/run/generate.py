@@ -1,7 +1,7 @@
-"""Text sampled from a model: continuations of prompts, a token of each at a time, keys and values kept.
+"""Samples text from a model: continues prompts token by token, with a cache of keys and values.
 
-Within the T tokens that a model was trained on at a time, earlier tokens are not computed again. Beyond them the window
-slides, every position changes, and each token costs a whole pass.
+Within the model's sequence length T, earlier tokens are not computed again. Beyond it the window slides, every position
+changes, and each token costs a whole pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ from steppe.lm.parts.assembly import Parts
 
 
 class Decoder(NamedTuple):
-    """Compiled parts of generation, all for B prompts at a time; ids [B], keys [B], temperature a number.
+    """Compiled functions for B prompts at a time; ids [B], keys [B], temperature a number.
 
-    first(params, tokens [B, N], lengths [B], keys, temperature) -> (ids that follow the first `lengths` tokens, cache)
-    next(params, cache, ids, positions [B], keys, temperature) -> (ids that follow, cache). again: as `first`, without a
-    cache. vocabulary: ids that are drawn from; length: T.
+    first(params, tokens [B, N], lengths [B], keys, temperature) -> (next ids after the first `lengths` tokens, cache).
+    next(params, cache, ids, positions [B], keys, temperature) -> (next ids, cache). again: like `first`, without a
+    cache. length: T.
     """
 
     first: Callable
@@ -36,7 +36,7 @@ class Decoder(NamedTuple):
 
 
 def make_decoder(shape: Shape, vocabulary: int, mesh: Mesh, soft_cap: float = 0.0) -> Decoder:
-    """The Decoder of a model on a mesh; soft_cap: as config.model.logit_soft_cap."""
+    """The Decoder of a model on a mesh. vocabulary: ids to sample from; soft_cap: config.model.logit_soft_cap."""
     plain = shape._replace(remat="none", kernel="einsum")
     whole, cached = Trunk(plain), Trunk(plain._replace(kernel=CACHED))
 
@@ -83,13 +83,13 @@ def generate(
     seed: int,
     cache: bool = True,
 ) -> list[str]:
-    """Each prompt and up to `tokens` sampled tokens, as text; a text stops at the end of a document.
+    """Each prompt followed by up to `tokens` sampled tokens, as text; a text stops at an end-of-document token.
 
-    temperature: 0 takes the most likely token. Prompt i draws as it would alone with seed + i, whatever stands beside
-    it. cache: False computes every token from the whole window, to the same end.
+    temperature: 0 takes the most likely token. Prompt i uses random seed seed + i, whatever the other prompts are.
+    cache: False computes every token from the whole window, with the same result.
     """
     T = decoder.length
-    texts = [[tokenizer.begin_id, *tokenizer.encode(prompt)] for prompt in prompts]  # as documents begin in training
+    texts = [[tokenizer.begin_id, *tokenizer.encode(prompt)] for prompt in prompts]  # like documents in training
     starts, ended = [len(ids) for ids in texts], [False] * len(texts)
     draws = jnp.stack([jax.random.split(jax.random.key(seed + row), tokens) for row in range(len(texts))], axis=1)
     kept, heat = None, np.float32(temperature)
@@ -116,7 +116,7 @@ def generate(
 
 
 def sample(config: ConfigDict, parts: Parts, tokenizer: Tokenizer, params) -> str:
-    """A text by the model of a run, after config.sample.prompt."""
+    """A text sampled from a run's model after config.sample.prompt."""
     decoder = make_decoder(parts.shape, tokenizer.vocab_size, parts.mesh, config.model.logit_soft_cap)
     wanted = {"tokens": config.sample.tokens, "temperature": config.sample.temperature, "seed": config.seed}
     (text,) = generate(decoder, params, tokenizer, [config.sample.prompt], **wanted)
@@ -124,13 +124,13 @@ def sample(config: ConfigDict, parts: Parts, tokenizer: Tokenizer, params) -> st
 
 
 def _continuation(tokenizer: Tokenizer, ids: list[int], start: int) -> str:
-    """The text of ids[start:] after that of the ids before: alone it may lose its first blank."""
+    """The text of ids[start:], decoded with the ids before it: decoded alone it may lose its first blank."""
     before, whole = tokenizer.decode(ids[:start]), tokenizer.decode(ids)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[start:])
 
 
 def _windows(texts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(the last `length` tokens of each text [B, length], how many there are [B])."""
+    """(the last `length` tokens of each text [B, length], their number [B])."""
     window = np.zeros((len(texts), length), np.int32)
     for row, ids in enumerate(texts):
         window[row, : len(ids[-length:])] = ids[-length:]

@@ -1,4 +1,4 @@
-"""A trace of some steps, as xprof and TensorBoard's profile plugin read it: config.log.profile = "steps 20-25"."""
+"""Traces some steps for xprof and TensorBoard's profile plugin: config.log.profile = "steps 20-25"."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ KEY = "log.profile"
 
 
 def check(text: str, first: int, last: int) -> None:
-    """ConfigError where `text` names steps that a run does not take: it takes steps `first` to `last`."""
+    """Raises ConfigError if `text` names steps outside of `first` to `last`, which the run executes."""
     named = _steps_of(text)
     if named is not None and not first <= named[0] <= named[1] <= last:
         raise ConfigError(KEY, text, f"steps of the run, from {first} to {last}")
 
 
 class Profile:
-    """Traces the steps that are named into WORKDIR/profile; of a run that goes on among them, those that are left."""
+    """Traces the named steps into WORKDIR/profile; a run that resumes among them traces the remaining ones."""
 
     def __init__(self, config: ConfigDict, workdir: str, tracker: Tracker):
         self._steps, self._folder, self._tracker = (
@@ -28,32 +28,32 @@ class Profile:
             str(Path(workdir) / "profile"),
             tracker,
         )
-        self._first: int | None = None  # the first step that is traced, while it is
+        self._first: int | None = None  # the first traced step, during a trace
         self.events = [Event(self._ends, self.end), Event(self.starts, self.start)]
 
     def starts(self, at: Progress) -> bool:
-        """Whether a trace begins here."""
+        """Whether to start a trace now."""
         return self._steps is not None and self._first is None and self._steps[0] - 1 <= at.done < self._steps[1]
 
     def _ends(self, at: Progress) -> bool:
         return self._steps is not None and self._first is not None and at.done >= self._steps[1]
 
     def start(self, at: Progress) -> None:
-        """Begins a trace."""
+        """Starts a trace."""
         jax.profiler.start_trace(self._folder)
         self._first = at.done + 1
 
     def end(self, at: Progress) -> None:
-        """Writes the trace that was begun, if one was."""
+        """Writes the current trace, if there is one."""
         if self._first is not None:
             jax.block_until_ready(at.state)
             jax.profiler.stop_trace()
-            where = f"{self._folder}; see it with xprof --logdir={self._folder}"
+            where = f"{self._folder}; view it with xprof --logdir={self._folder}"
             self._tracker.note(f"profile     steps {self._first} to {at.done} in {where}")
             self._first = None
 
 
 def _steps_of(text: str) -> tuple[int, int] | None:
-    """(first, last) of "steps 20-25"; None of ""."""
+    """(first, last) of "steps 20-25"; None for ""."""
     first, _, last = text.removeprefix("steps ").partition("-")
     return (int(first), int(last)) if text else None

@@ -1,4 +1,4 @@
-"""One step of a run again, looked at closely: norms per layer, and where the first NaN comes from."""
+"""Repeats one step of a run and reports norms per layer and the origin of the first NaN."""
 
 import contextlib
 import io
@@ -31,10 +31,9 @@ _HOUSE = str(Path(anomaly.__file__).parents[2])
 def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str], None] = print) -> dict[str, float]:
     """Repeats step `number` of the run in `directory` from the newest checkpoint before it; returns its metrics.
 
-    The steps between are run again too, so the state is bit for bit that of the run on the same mesh. Prints a table of
-    norms per parameter and layer, then runs the gradient under jax's NaN checks. Writes nothing. A step from which the
-    run was rolled back is that bad step, with the batches that led to it. ConfigError, WorkdirError or Unusable where
-    that cannot be done.
+    It repeats the steps in between, so on the same mesh the state equals the run's bit for bit. It prints a table of
+    norms per parameter and layer, then runs the gradient under jax's NaN checks. It writes nothing. A step that caused
+    a rollback is repeated as that bad step, with its original batches. Raises ConfigError, WorkdirError or Unusable.
     """
     directory = mirror.here(directory, checkpoints=True)
     differing = workdir.changes(workdir.config_of(directory), config)
@@ -50,9 +49,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     for change in recorded.of("change"):
         if change["step"] > int(state.step) and "." in change["key"]:
             since = f"config.{change['key']} is {change['after']!r} since step {change['step']}"
-            raise Unusable(
-                f"--replay_step={number}: must be a step with a checkpoint before it as the config is: {since}"
-            )
+            raise Unusable(f"--replay_step={number}: must have a checkpoint before it with the present config: {since}")
     leg = start.leg(record.facts(config, corpus))
     if leg != WHOLE:
         parts = parts_of(config, corpus, counts, leg)
@@ -78,7 +75,7 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
     for name, value in metrics.items():
         log(f"  {name:<20} {value:.6g}")
 
-    # the same gradient as the step's, by itself: the report's NaNs, which mean "not computed", stay out of it
+    # the step's gradient alone: NaNs in the report only mean "not computed"
     def gradient(state, batch):
         clean = jax.grad(lambda p: parts.objective.readout(p, parts.objective.trunk(p, batch), batch)[0])(state.params)
         returned, _, _ = parts.optimizer.rule.gradient(
@@ -94,8 +91,8 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
 
 
 def _windows(recorded: lines.Records, number: int) -> tuple[list | None, int]:
-    """(batches that were left out when step `number` ran, None if those are its checkpoint's; the step that its
-    checkpoint must be before)."""
+    """(batches that were skipped when step `number` ran, None to use the checkpoint's; the step that the checkpoint
+    must precede)."""
     back = recorded.of("rollback")
     if not any(found["step"] == number for found in recorded.of("anomaly")):
         for found in reversed(back):
@@ -106,9 +103,9 @@ def _windows(recorded: lines.Records, number: int) -> tuple[list | None, int]:
 
 
 def table(params, clean, returned, after) -> str:
-    """Norms per parameter and, where layers are stacked, per layer: theta, clean and returned gradient, update.
+    """A table of norms per parameter and, for stacked layers, per layer: theta, clean and returned gradient, update.
 
-    Takes trees of arrays on any mesh, whose shards may lie on other hosts.
+    Takes trees of arrays on any mesh, including shards on other hosts.
     """
 
     def facts(trees):
@@ -128,25 +125,25 @@ def table(params, clean, returned, after) -> str:
 
 
 def _norms(name: str, leaf: jax.Array) -> jax.Array:
-    """[layers, (norm, entries that are not finite)] of a parameter."""
+    """[layers, (norm, number of non-finite entries)] of a parameter."""
     rows = leaf.reshape(leaf.shape[0] if re.search(parameters.STACKED, name) else 1, -1)
     return jnp.stack([jnp.linalg.norm(rows, axis=1), jnp.sum(~jnp.isfinite(rows), axis=1)], axis=1)
 
 
 def first_nan(gradient: Callable, state: State, batch: dict) -> str:
-    """What jax's NaN checks find in gradient(state, batch): the operation that made the first NaN, and our line."""
+    """The result of jax's NaN checks on gradient(state, batch): the operation with the first NaN, and its line here."""
     with jax.debug_nans(True), jax.debug_infs(True):
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # what jax prints of its own way there
+            with contextlib.redirect_stdout(io.StringIO()):  # jax prints its own progress
                 jax.block_until_ready(gradient(state, batch))
         except FloatingPointError as compiled:
             error = compiled
             try:
-                with jax.disable_jit():  # one operation after the other, also those inside the scan over layers
+                with jax.disable_jit():  # one operation at a time, also within the scan over layers
                     jax.block_until_ready(gradient(state, batch))
             except FloatingPointError as found:
                 error = found
-            # what jax traced before it ran has its place in the cause
+            # for operations that jax traced before, the traceback is in the cause
             tracebacks = (cause.__traceback__ for cause in (error, error.__cause__) if cause)
             frames = [frame for found in tracebacks for frame in traceback.extract_tb(found)]
             ours = [frame for frame in frames if frame.filename.startswith(_HOUSE)]

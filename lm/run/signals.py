@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the first lets it finish its step and save, the second ends it at once."""
+"""Signals that ask a run to stop: the first lets it finish its step and save; the second ends it at once."""
 
 import ctypes
 import os
@@ -10,15 +10,15 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-TOGETHER = 1.0  # seconds within which several signals are one: launchers send theirs more than once
+TOGETHER = 1.0  # seconds within which several signals count as one, because launchers repeat theirs
 
 
 class StopSignals:
     """Catches SIGTERM and SIGINT while in use.
 
-    Several processes: jax's preemption service is told of a signal to whichever process, and lets all of them stop
-    after the same step. A second signal ends the process at once, also while it hangs in an exchange with the others,
-    where no handler of Python's would run; the others end when its heartbeat is missed.
+    With several processes, jax's preemption service passes a signal to all of them, and all stop after the same step. A
+    second signal ends the process at once, even while it hangs in an exchange, when no Python handler could run. The
+    others end when they miss its heartbeat.
     """
 
     def __init__(self):
@@ -35,13 +35,13 @@ class StopSignals:
         return self
 
     def _pass_on(self) -> None:
-        """From now on a thread hears the signals of this process, one of several, and tells jax of the first."""
+        """Starts a thread that receives this process's signals and passes the first to jax; for several processes."""
         libc = ctypes.CDLL(None)
         libc.signal.restype = ctypes.c_void_p
-        jaxs = libc.signal(signal.SIGTERM, signal.SIG_IGN)  # the handler that jax installed, unknown to Python
+        jaxs = libc.signal(signal.SIGTERM, signal.SIG_IGN)  # the handler that jax installed without Python
         tell = ctypes.CFUNCTYPE(None, ctypes.c_int)(jaxs)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # Python's own handler in C writes the number to this descriptor
+            signal.signal(number, lambda *_: None)  # so that Python's C handler writes the number to the wakeup fd
         heard, end = os.pipe()
         os.set_blocking(end, False)
         signal.set_wakeup_fd(end, warn_on_full_buffer=False)
@@ -72,14 +72,14 @@ class StopSignals:
         os.write(2, b"stopping after this step; a second signal stops at once\n")
 
     def asked(self) -> bool:
-        """Whether the only process was asked to stop; with several, which must agree after a step, False."""
+        """Whether the only process was asked to stop; False with several, which must agree after a step."""
         return self._asked and jax.process_count() == 1
 
     def requested(self) -> bool:
-        """Whether to stop after this step; every process gives the same answer and must ask after every step."""
+        """Whether to stop after this step. All processes get the same answer and must ask after every step."""
         if jax.process_count() == 1:
             return self._asked
-        # a number that only grows, which the step does not: a rollback takes it back
+        # a counter, because the service needs numbers that only grow and a rollback decreases the step
         self._calls += 1
         if not self._agreed and multihost_utils.reached_preemption_sync_point(self._calls):
             self._agreed = True

@@ -1,4 +1,4 @@
-"""A training run from a config: `open_run` makes it whole, `run` trains it and closes it."""
+"""A training run: `open_run` builds it from a config, `run` trains it to its end."""
 
 import math
 import time
@@ -43,8 +43,8 @@ def run(
     until: int | None = None,
     trust: bool = False,
 ) -> int:
-    """Runs or continues the run of `directory`, as open_run says, to its end; the exit status, see lm.keep.exits.
-    OSError when the workdir or the checkpoints cannot be written any more."""
+    """Starts or resumes the run of `directory` and trains to its end; returns the exit status, see lm.keep.exits. See
+    open_run. Raises OSError if the workdir or the checkpoints can no longer be written."""
     opened = open_run(config, directory, allow_change, until, trust)
     if opened is None:
         return FINISHED
@@ -59,17 +59,17 @@ def open_run(
     until: int | None = None,
     trust: bool = False,
 ) -> "Run | None":
-    """The run of `directory`, which may be an address, ready for its next step; None where it is past `until` already.
+    """The run of `directory`, a path or URL, ready for its next step; None if it is past `until` already.
 
-    allow_change: config keys (or "corpus", "code") that may differ from what the run had so far. until: stops after
-    this step, as if asked to; schedules stay those of the whole run. trust: the config that the run of
-    config.branch_from has stored. Raises, before anything is compiled, one of exits.REFUSALS for what cannot run.
+    allow_change: config keys (or "corpus", "code") that may differ from the stored run. until: stop after this step;
+    schedules remain those of the whole run. trust: whether to use URLs and code in the stored config of the run that
+    config.branch_from names. Raises one of exits.REFUSALS before compiling if the run is not possible.
     """
     log, goodput = (lambda text: print(text, flush=True) if jax.process_index() == 0 else None), Goodput()
     config.data.update(described(config))
     questions = choices.read(config.evaluate.choices)
     if files.is_remote(directory) and jax.process_count() > 1 and not config.checkpoint.directory:
-        accepted = "storage that all processes write to, such as gs://…, where --workdir is an address"
+        accepted = "storage that all processes can write to, such as gs://…, because --workdir is a URL"
         raise ConfigError("checkpoint.directory", "", accepted)
     with ExitStack() as stack:
         ground = begin.prepare(config, directory, allow_change, trust, stack, log)
@@ -78,14 +78,14 @@ def open_run(
         if at.done:
             begin.say_where(at, ground.start.meta, parts, log)
         if until is not None and until <= at.done < parts.budget.steps:
-            log(f"stopped     after step {at.done} already, and it was to be {until}; without --until it goes on")
+            log(f"stopped     already after step {at.done}, past --until={until}; run without --until to resume")
             return None
         tracker, references = _recorded(config, ground, at, goodput)
         stack.callback(lambda: tracker.close(at.ended))
         saves = Saves(config, parts, tracker, place=ground.place, run=ground.run, facts=ground.facts, log=log)
         stack.callback(saves.checkpoints.close)
         if ground.start.parent:
-            saves.save(at)  # from now on it needs its parent no more
+            saves.save(at)  # after this save it no longer needs its parent
         began, first = time.monotonic(), partial(begin.begin, config, parts, log, trust)
         given = {"questions": questions, "references": references, "until": until, "first": first}
         made = Run(config, ground, at, tracker, saves, **given, closing=(closing := ExitStack()))
@@ -96,7 +96,7 @@ def open_run(
 
 
 def _recorded(config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput) -> tuple[Tracker, dict[str, dict]]:
-    """(the run's record, continued with what the run is and what has changed since its checkpoint; baselines)."""
+    """(the run's record, with its facts and with changes since its checkpoint added; baselines)."""
     primary, budget, start = jax.process_index() == 0, ground.parts.budget, ground.start
     if primary:
         corpora.keep(ground.directory, ground.corpus)
@@ -125,10 +125,10 @@ def _recorded(config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput
 
 
 class Run:
-    """A run under way: what it is made of, each of it set once, and `at`, which is all that changes.
+    """A run in progress. Its parts are set once; only `at` changes.
 
-    first(): what it began with, for a rollback to before its first checkpoint. closing: gives back what it has taken.
-    events: what happens between steps, in this order.
+    first(): its initial state, for a rollback to before the first checkpoint. closing: releases its resources. events:
+    what happens between steps, in this order.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ training
     def train(self) -> int:
-        """Trains to the end, or to where it is to stop; the exit status."""
+        """Trains to the end or to the requested stop; returns the exit status."""
         at = self.at
         self.saves.timer.restart()
         self.tracker.goodput.mark(at.done)
@@ -180,7 +180,7 @@ class Run:
                 return self.stopped()
         if self.profile.starts(at):
             self.profile.start(at)
-        while at.done < self.total:  # once, and once more after every rollback
+        while at.done < self.total:  # repeats only after a rollback
             bad = self.advance()
             if bad and not self.roll_back(bad):
                 return self.end(at.ended, ANOMALY)
@@ -190,7 +190,7 @@ class Run:
         return self.finished()
 
     def advance(self) -> dict | None:
-        """Takes step after step until the end, a stop, or a bad step that is not simply skipped, which it returns."""
+        """Takes steps until the end, a stop, or a bad step that must not be skipped, which it returns."""
         at, data, goodput = self.at, self.config.data, self.tracker.goodput
         with (
             loader.prefetch(self.read, at.done, self.total, data.prefetch, data.workers) as batches,
@@ -211,15 +211,15 @@ class Run:
                 for what in due:
                     what(at)
                 if at.stop:
-                    if self.saves.save not in due:  # an evaluation was interrupted
+                    if self.saves.save not in due:  # a signal interrupted an evaluation
                         self.saves.save(at)
                     return None
         return None
 
     def settle(self) -> dict | None:
-        """Records the metrics of the step before, which the device has finished by now; what must end this attempt.
+        """Records the metrics of the previous step, which the device has finished by now.
 
-        That is what Watch.judge says, with the step, of a bad step that is not simply skipped.
+        Returns Watch.judge's result and the step for a bad step that must not be skipped, otherwise None.
         """
         at, tracker, budget = self.at, self.tracker, self.parts.budget
         if not at.pending:
@@ -242,14 +242,14 @@ class Run:
         return None if found["decision"] == "skip" else {"step": number, **found}
 
     def roll_back(self, bad: dict) -> bool:
-        """Goes back to before a bad step and leaves out the data since; False if the run is to stop instead."""
+        """Goes back to before a bad step and skips the data since; False if the run must stop instead."""
         at, tracker, checkpoints = self.at, self.tracker, self.saves.checkpoints
         at.pending.clear()
         again = bad["decision"] == "rollback"
         if again:
             del at.state
-            # to a multiple of the period, so that saves for other reasons change nothing of what the run does, or to
-            # where this leg began
+            # Go back to a multiple of the period, so that additional saves do not change the run, or to the start of
+            # this leg.
             regular = (bad["step"] - 1) // self.saves.period * self.saves.period
             before = max(regular, self.parts.leg.step) + 1
             at.back_to(begin.restore(checkpoints, self.parts, self.first, before).progress(self.config))
@@ -262,21 +262,21 @@ class Run:
         tracker.roll_back(at.done, at.seen)
         windows = at.watch.windows
         tracker.event("rollback", at.done + 1, {"to": at.done, "because": bad, "windows": windows})
-        tracker.note(f"rolled back to step {at.done}; {windows[-1][1]} batches are left out")
+        tracker.note(f"rolled back to step {at.done}; {windows[-1][1]} batches are skipped")
         return True
 
     # -------------------------------------------------------------------------------------------------------- ending
     def stopped(self) -> int:
-        """Says where the run stopped; the exit status."""
+        """Logs where the run stopped; returns the exit status."""
         done = self.at.done
         if done == self.until and not self.at.owes_evaluation:
             return self.end(
-                f"stopped after step {done}, as --until says; without it the same command goes on", FINISHED
+                f"stopped after step {done}, as --until asks; run the command without it to resume", FINISHED
             )
-        return self.end(f"stopped after step {done}; run the same command again to continue", STOPPED)
+        return self.end(f"stopped after step {done}; run the same command again to resume", STOPPED)
 
     def finished(self) -> int:
-        """Shows what the model has learned; the exit status."""
+        """Logs results and a sample; returns the exit status."""
         for owner in (self.saves, self.curvature, self.evaluations):
             if owner:
                 owner.conclude()
@@ -286,7 +286,7 @@ class Run:
         return self.end("finished", FINISHED)
 
     def end(self, said: str, status: int) -> int:
-        """Draws the loss curve of the run so far, and takes down what is said when it is closed; the exit status."""
+        """Draws the loss curve and sets the final line, logged when the run closes; returns the exit status."""
         if jax.process_index() == 0:
             if lacking := packages.lacking("matplotlib"):
                 self.tracker.note(f"loss curve  {lacking}; then: steppe plot {self.directory}")

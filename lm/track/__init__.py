@@ -1,1 +1,1 @@
-"""What a run shows and keeps: lines of metrics.jsonl, the terminal, wandb, TensorBoard."""
+"""A run's output: metrics.jsonl, the terminal, wandb, TensorBoard."""

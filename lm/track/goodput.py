@@ -1,4 +1,4 @@
-"""Where the wall-clock of a run goes: every second, of all of its starts, counts for one thing."""
+"""What a run's wall-clock time is spent on: each second of all its starts counts for one kind."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from steppe.lm.track.lines import Records
 
-# kind: how it is called; only the first is what the run is for
+# kind: its name in the output; the share of the first is the goodput
 KINDS = {
     "step": "steps",
     "data": "waiting for data",
@@ -21,7 +21,7 @@ KINDS = {
 
 
 class Goodput:
-    """A clock that always runs for one kind; `start` at first. clock: seconds that only grow."""
+    """A clock that counts for one kind at a time, at first `start`. clock: monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._kind, self._since = clock, "start", clock()
@@ -30,7 +30,7 @@ class Goodput:
 
     @contextmanager
     def spending(self, kind: str) -> Iterator[None]:
-        """Time counts for this kind while the `with` block runs."""
+        """Counts time for this kind while the `with` block runs."""
         before = self._turn(kind)
         try:
             yield
@@ -38,24 +38,24 @@ class Goodput:
             self._turn(before)
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """So many seconds were spent on another kind than was thought."""
+        """Moves seconds from one kind to another."""
         self._turn(self._kind)
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def mark(self, step: int) -> None:
-        """The run can go back to this step."""
+        """Marks a step that the run can go back to."""
         self._turn(self._kind)
         self._marks[step] = self._seconds["step"]
 
     def back(self, step: int) -> None:
-        """The run goes back to a step: what its steps have taken since is lost."""
+        """The run goes back to a step: the time of steps since then counts as lost."""
         self._turn(self._kind)
         since = max((at for at in self._marks if at <= step), default=None)
         self.move(self._seconds["step"] - (self._marks[since] if since is not None else 0.0), "step", "lost")
 
     def add(self, earlier: Mapping[str, float]) -> None:
-        """What earlier starts of the run spent."""
+        """Adds the time of earlier starts of the run."""
         for kind, seconds in earlier.items():
             self._seconds[kind if kind in KINDS else "other"] += seconds
 
@@ -72,8 +72,8 @@ class Goodput:
 
 
 def earlier(records: Records, step: int) -> dict[str, float]:
-    """What the starts before this one spent, of a run that goes on after `step` updates: as they had recorded it by
-    then, and the time of what they did since, which is lost."""
+    """The recorded time of the starts before this one, for a run that resumes after `step` updates. The time of later
+    steps counts as lost."""
     known: dict[str, float] = {}
     for record in records.others:
         if record["step"] <= step and isinstance(record.get("goodput"), dict):
@@ -89,13 +89,13 @@ def earlier(records: Records, step: int) -> dict[str, float]:
 
 
 def share(seconds: Mapping[str, float]) -> float:
-    """The share of the wall-clock that went into steps that count; NaN of a run that recorded none."""
+    """The share of wall-clock time spent in steps that count; NaN if no time is recorded."""
     total = sum(seconds.values())
     return seconds["step"] / total if total else float("nan")
 
 
 def described(seconds: Mapping[str, float], mfu: float = 0.0) -> str:
-    """One line for the reader. mfu: of the steps that count, 0 where unknown."""
+    """The times as one line. mfu: of the steps that count, 0 if unknown."""
     parts = [f"{KINDS[kind]} {_short(spent)}" for kind, spent in seconds.items() if kind != "step" and spent >= 0.05]
     used = f"MFU {mfu:.1%} in them, {mfu * share(seconds):.1%} of all; " if mfu else ""
     return f"{share(seconds):.1%} of {_short(sum(seconds.values()))} in steps; {used}{', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""metrics.jsonl: its lines read, cut back, and numbers as JSON has them. Imports nothing heavy."""
+"""metrics.jsonl: reads its lines, truncates it, and encodes numbers as JSON. Imports nothing heavy."""
 
 import array
 import contextlib
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 METRICS = "metrics.jsonl"
-AVERAGES = "averages"  # the folder of a workdir for what is measured of the averages that the run keeps
+AVERAGES = "averages"  # the workdir's folder for measurements of averaged weights
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-Number = float | None | Literal["nan", "inf", "-inf"]  # as `plain` writes it
-Name = Annotated[str, Meta(pattern=r"^\w[\w.+-]{0,99}$")]  # which a folder may have
+Number = float | None | Literal["nan", "inf", "-inf"]  # in the form that `plain` writes
+Name = Annotated[str, Meta(pattern=r"^\w[\w.+-]{0,99}$")]  # usable as the name of a folder
 
 COMMON: dict[str, Any] = {"kind": Required[str], "step": Required[stored.Count], "name": str, "weights": str}
 LOSSES = {"name": Required[str], "loss": Required[Number], "bits_per_byte": Number, "tokens": Number}
 FLOPS = ("flops", "adamw_flops", "flops_per_step", "adamw_flops_per_step", "tokens_per_step")
-# {kind: its values, as far as they are read}; those that are not Required came with later versions
+# {kind: the values that are read}; later versions added those that are not Required
 KINDS: dict[str, Any] = {
-    "run": {  # a start: what the run is
+    "run": {  # one per start
         "title": str, "steps": stored.Count, "tokens": stored.Count, **dict.fromkeys(FLOPS, float),
         "parameters": dict[str, stored.Count], "baselines": dict[str, Number], "versions": dict[str, str],
     },
@@ -36,28 +36,28 @@ KINDS: dict[str, Any] = {
         "tokens": stored.Count, **dict.fromkeys(("seconds", "loss", "perturbed_loss", "tokens_per_second"), Number),
     },
     "evaluate": LOSSES,
-    "average": {**LOSSES, "weights": Required[Name]},  # of other weights than those that the run is judged by
+    "average": {**LOSSES, "weights": Required[Name]},  # weights other than those that the run is judged by
     "anomaly": {"what": Required[str], "decision": str},  # a bad step
     "parted": {"cosine": Required[Number], "usual": Required[Number]},  # of the gradients of a step's two passes
     "rollback": {
         "to": Required[stored.Count], "because": Required[dict[str, Any]],
-        "windows": Required[list[tuple[stored.Count, stored.Count]]],  # batches that are left out since
+        "windows": Required[list[tuple[stored.Count, stored.Count]]],  # batches skipped since then
     },
     "branch": {"parent": Required[str], "parent_run": str},
-    "change": {"key": Required[str]},  # of the config, by a restart
+    "change": {"key": Required[str]},  # a config key that a restart changed
     "curvature": {"all": dict[str, Number]},
-    "goodput": {"goodput": dict[str, stored.Amount]},  # seconds by what they went into
+    "goodput": {"goodput": dict[str, stored.Amount]},  # seconds by kind
     "checkpoint": {"goodput": dict[str, stored.Amount]},
 }  # fmt: skip
-_MADE: Any = TypedDict  # a type checker wants its values written out
+_MADE: Any = TypedDict  # type checkers accept only literal fields
 RECORD = _MADE("record", COMMON, total=False)
 KINDS = {kind: _MADE(kind, {**COMMON, **values}, total=False) for kind, values in KINDS.items()}
 
 
 class Train(NamedTuple):
-    """The training steps of a record, in order, as arrays [n]; NaN where a step has no such number.
+    """The training steps of a record, in order, as arrays [n]; NaN for numbers that a step lacks.
 
-    apart: whether something else was recorded right before the step, or nothing: its clock then also ran for that.
+    apart: whether something else, or nothing, was recorded right before the step; its time then includes that.
     """
 
     step: "np.ndarray"
@@ -69,7 +69,7 @@ class Train(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What a metrics.jsonl holds: its training steps, and every other record in order."""
+    """The content of a metrics.jsonl: its training steps, and every other record in order."""
 
     train: Train
     others: list[dict[str, Any]]
@@ -79,15 +79,15 @@ class Records(NamedTuple):
         return [record for record in self.others if record["kind"] == kind]
 
 
-# The numbers of lines as `step` writes them, in their order: parsing the whole of them takes several times as long.
+# The numbers of train lines, in the order in which `step` writes them; parsing whole lines takes several times as long.
 _BLOCK = 1 << 20  # bytes read at a time
-_LONGEST = 16 << 20  # bytes of a line that are looked at
+_LONGEST = 16 << 20  # most bytes read of a line
 _NUMBERS = re.compile(rb'"(?:step|tokens|seconds|loss|perturbed_loss)": ([^,}]+)')
 _STEP, _END_OF_STEPS = b'{"kind": "train", ', re.compile(rb'\n(?!\{"kind": "train", )')
 
 
 def _steps_from(content: bytes, position: int) -> bytes:
-    """The whole lines of steps that follow one another from a position on."""
+    """The consecutive train lines from a position on; only complete lines."""
     if not content.startswith(_STEP, position):
         return b""
     end = _END_OF_STEPS.search(content, position)
@@ -95,13 +95,13 @@ def _steps_from(content: bytes, position: int) -> bytes:
 
 
 def _numbers(lines: bytes) -> "np.ndarray | None":
-    """[n, 5] of the lines of steps, as Train has them but for `apart`; None of lines that have to be looked at."""
+    """[n, 5]: the fields of Train without `apart`; None for lines that need full parsing."""
     import numpy as np
 
-    text = np.frombuffer(lines, np.uint8)  # in which numpy counts several times as fast as Python
+    text = np.frombuffer(lines, np.uint8)  # numpy counts several times faster than bytes.count
     ends = np.flatnonzero(text == ord("\n"))
     count = len(ends)
-    if np.count_nonzero(text == ord("{")) != count or (text[ends - 1] != ord("}")).any():  # torn, or of something else
+    if np.count_nonzero(text == ord("{")) != count or (text[ends - 1] != ord("}")).any():  # torn or foreign lines
         return None
     found = _NUMBERS.findall(lines)
     if len(found) not in (4 * count, 5 * count):
@@ -116,18 +116,18 @@ def _numbers(lines: bytes) -> "np.ndarray | None":
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """A file in parts of whole lines; nothing where there is none."""
+    """A file in blocks of complete lines; nothing if it is absent."""
     with contextlib.suppress(FileNotFoundError), files.ordinary(path) as handle:
         while block := handle.read(_BLOCK):
             yield block + handle.readline(_LONGEST)
 
 
 def read(workdir: str | os.PathLike) -> Records:
-    """The records of a run's metrics.jsonl, without torn or damaged lines; no records where there is none.
+    """The records of a run's metrics.jsonl, without torn or damaged lines; no records if it is absent.
 
-    Numbers that are not finite are floats again. stored.Wrong for a whole line that no run writes.
+    Non-finite numbers are floats again. Raises stored.Wrong for a complete line that no run writes.
     """
-    import numpy as np  # here: commands that read no run do without it
+    import numpy as np  # imported here because other commands do not need it
 
     rows, others, apart, path, number = array.array("d"), [], True, Path(workdir) / METRICS, 1
     for content in _blocks(path):
@@ -159,7 +159,7 @@ def read(workdir: str | os.PathLike) -> Records:
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole record of a metrics.jsonl, in order, with all of its values; slower than `read`."""
+    """Every complete record of a metrics.jsonl, in order, with all its values; slower than `read`."""
     for content in _blocks(path):
         for record in map(_record, content.splitlines()):
             if record is not None:
@@ -167,14 +167,14 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def restored(record: dict[str, Any]) -> dict[str, Any]:
-    """A record whose numbers that are not finite are floats again."""
+    """A record whose non-finite numbers are floats again."""
     return _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
 
 
 def rewind(path: Path, step: int) -> list[str]:
-    """Cuts metrics.jsonl back to what was known after `step` updates (-1: empties it); returns what a reader must know.
+    """Truncates metrics.jsonl to the records up to `step` updates (-1: empties it); returns lines for the user.
 
-    Read from its end, as far as what is cut. A kill leaves the old file or the new one.
+    Reads from the end, only as far as necessary. A kill leaves the old file or the new one.
     """
     if not path.exists():
         return []
@@ -185,12 +185,12 @@ def rewind(path: Path, step: int) -> list[str]:
     *lines, end = tail.split(b"\n")
     records = [(line, _record(line)) for line in lines]
     torn = len(end)
-    if not torn and records and records[-1][1] is None:  # zeros, or half a line, where a block was never written
+    if not torn and records and records[-1][1] is None:  # zeros or half a line: a block that was never written
         torn = len(records.pop()[0])
     broken = sum(record is None for _, record in records)
     problems = [f"{path.name}: dropped a torn last line of {torn} bytes"] if torn else []
     problems += [f"{path.name}: dropped {broken} damaged lines"] if broken else []
-    # a change belongs to the restart that made it: restarted from the same step, it is recorded anew
+    # a change belongs to the restart that made it: a restart from the same step records it again
     kept = b"".join(
         line + b"\n"
         for line, record in records
@@ -209,12 +209,12 @@ def rewind(path: Path, step: int) -> list[str]:
     if step > 0:
         missing = step - _count(path, b'{"kind": "train"')
         if missing > 0:
-            problems.append(f"{path.name}: {missing} of the {step} steps before this start are not in it")
+            problems.append(f"{path.name}: {missing} of the {step} steps before this start are missing")
     return problems
 
 
 def _tail(path: Path, step: int) -> int:
-    """Where the part of a metrics.jsonl begins in which something may be of a step >= `step`: steps only grow."""
+    """The position in metrics.jsonl from which records may be of a step >= `step`; steps only grow."""
     position = path.stat().st_size
     with open(path, "rb") as handle:
         while position > 0 and step > 0:
@@ -229,13 +229,13 @@ def _tail(path: Path, step: int) -> int:
 
 
 def _count(path: Path, start: bytes) -> int:
-    """Lines of a file that begin so."""
+    """The number of lines that begin with `start`."""
     with open(path, "rb") as handle:
         return sum(line.startswith(start) for line in handle)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None of one that is damaged: a kill cuts a line short or leaves zeros."""
+    """The record of a line; None for a damaged one, because a kill can cut a line or leave zeros."""
     try:
         return stored.decode(line, RECORD, METRICS)
     except stored.Wrong:
@@ -243,7 +243,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _typed(line: bytes, place: str) -> dict[str, Any] | None:
-    """The same, with its numbers as they were recorded; stored.Wrong for one whose values are not of its kind."""
+    """The record with its original numbers. Raises stored.Wrong for values that do not fit its kind."""
     record = _record(line)
     if record is None:
         return None
@@ -252,7 +252,7 @@ def _typed(line: bytes, place: str) -> dict[str, Any] | None:
 
 
 def number(value: Any) -> Any:
-    """A Python number (or text, truth, None) from it or from a scalar array."""
+    """A Python value from a scalar array; other values unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
@@ -268,7 +268,7 @@ def plain(value: Any) -> Any:
 
 
 def _restore(value: Any, nothing: float | None) -> Any:
-    """A value as it was recorded. nothing: what null stands for."""
+    """The original value. nothing: the value of null."""
     if isinstance(value, dict):
         return {key: _restore(item, nothing) for key, item in value.items()}
     if isinstance(value, list):
@@ -279,13 +279,13 @@ def _restore(value: Any, nothing: float | None) -> Any:
 
 
 def latest(workdir: str | os.PathLike, kinds: tuple[str, ...] = ("run", "train", "evaluate")) -> dict[str, dict]:
-    """{kind: its last record} of a run, as far as there are any; the file is read from its end, for lines that begin
-    as those kinds do. stored.Wrong as in `read`."""
+    """{kind: its last record} of a run, for kinds that occur. Reads the file from its end. Raises stored.Wrong like
+    `read`."""
     path, found = Path(workdir) / METRICS, {}
     begins = {kind: b'\n{"kind": "%s",' % kind.encode() for kind in kinds}
     with contextlib.suppress(FileNotFoundError), files.ordinary(path) as handle:
         end = position = os.fstat(handle.fileno()).st_size
-        after = b""  # the begin of what was read last, in which a line may begin
+        after = b""  # the start of the block read before, where a line may begin
         while position and len(found) < len(kinds):
             position = max(0, position - _BLOCK)
             handle.seek(position)

@@ -1,7 +1,7 @@
-"""Where records go besides metrics.jsonl: wandb, TensorBoard. What they hold is a function of that file.
+"""Followers of metrics.jsonl: wandb and TensorBoard. Their content is a function of that file.
 
-At every start and rollback they are made anew from it, so that a kill leaves no gap and no step that is not the run's.
-One that fails is said once and costs the run nothing.
+Every start and rollback rebuilds them from it, so a kill leaves no gaps and no steps that are not the run's. If one
+fails, a note says so once and the run continues without it.
 """
 
 import json
@@ -18,35 +18,35 @@ from steppe.data import files, stored
 from steppe.lm.track.goodput import share
 from steppe.lm.track.lines import METRICS, records
 
-_AXES = ("tokens", "seconds", "tokens_per_second", "mfu")  # of a step, whatever is drawn over it
+_AXES = ("tokens", "seconds", "tokens_per_second", "mfu")  # of a step, to draw other values over
 _PLACES = {"evaluate": "held_out", "average": "held_out", "choices": "choices"}
 
 
 class Row(NamedTuple):
-    """Numbers of a record of a step, by "group/name"; axes: what they may be drawn over, `own` where they are new."""
+    """A record's numbers by "group/name". axes: values to draw them over; own: whether the record has them itself."""
 
     step: int
     values: dict[str, Any]
     axes: dict[str, Any]
     own: bool
-    elapsed: float  # seconds that the starts of the run have lasted by then
+    elapsed: float  # seconds of all the run's starts so far
 
 
 class Rows:
-    """Rows out of records, in the order of metrics.jsonl."""
+    """Converts records to rows, in the order of metrics.jsonl."""
 
     def __init__(self):
         self._axes = {"tokens": 0, "seconds": 0.0}
         self._before = 0.0
 
     def of(self, record: dict[str, Any]) -> Row | None:
-        """The row of a record; None of one that has none."""
+        """The row of a record; None if the record has none."""
         values = {key: value for key, value in record.items() if key not in ("kind", "step", "name", "weights")}
         kind, step = record["kind"], record["step"]
         if kind == "train":
             axes = {name: values.pop(name) for name in _AXES if name in values}
             last, self._axes = self._axes, {name: axes.get(name, before) for name, before in self._axes.items()}
-            if self._axes["seconds"] < last["seconds"]:  # another start, with a clock of its own
+            if self._axes["seconds"] < last["seconds"]:  # another start, whose clock began at 0
                 self._before += last["seconds"]
             values = {f"train/{name}": value for name, value in values.items()}
             return Row(step, values, axes, True, self._before + self._axes["seconds"])
@@ -62,8 +62,8 @@ class Rows:
 
 
 class Sink(Protocol):
-    """row: one more of those of metrics.jsonl, which come in its order from the first on after it is made and after
-    `again`. facts: what the run is. close(good): the end."""
+    """row: adds a row; rows come in the order of metrics.jsonl, again from the first after `again`. facts: sets the
+    run's facts. close(good): ends it."""
 
     name: str
 
@@ -80,11 +80,11 @@ S = TypeVar("S", bound=Sink)
 
 
 class Wandb:
-    """A wandb run that a resumed run continues. workdir: where it writes; id: of the wandb run.
+    """A wandb run, continued by a resumed run. workdir: its directory; id: of the wandb run.
 
-    Offline, its directories are made anew, but for those that were synchronised. Online, rows that wandb has are not
-    sent again. Where it has rows that metrics.jsonl has no more, after a rollback or a kill, a wandb run with another
-    id begins, as wandb cannot take rows back.
+    Offline, its directories are rebuilt, except those already synchronised. Online, rows that wandb has are not sent
+    again. If wandb has rows that metrics.jsonl no longer has, after a rollback or a kill, a wandb run with another id
+    starts, because wandb cannot delete rows.
     """
 
     name = "wandb"
@@ -100,7 +100,7 @@ class Wandb:
         offline = log.wandb == "offline"
         for old in self._workdir.glob(f"wandb/offline-run-*-{id}") if offline else ():
             if old.is_dir() and not old.is_symlink() and not any(old.glob("*.synced")):
-                # wandb's own process outlives a killed run for a while, and may still write there
+                # wandb's own process outlives a killed run for a while and may still write there
                 gone = old.rename(old.with_name(f"removed-{uuid.uuid4().hex[:8]}"))
                 shutil.rmtree(gone, ignore_errors=True)
         self._run = wandb.init(
@@ -113,18 +113,18 @@ class Wandb:
             resume="allow",
             dir=self._workdir,
             config=self._config.to_dict(),
-            # its capture of the terminal would fight the live line, and no outage may hold up a run for long
+            # wandb's capture of the terminal conflicts with the live line; an outage must not delay a run for long
             settings=wandb.Settings(console="off", silent=True, init_timeout=30, login_timeout=30, finish_timeout=60),
         )
-        # steps as a metric, not wandb's own counter, which counts rows
+        # steps as a metric, because wandb's own counter counts rows
         self._run.define_metric("*", step_metric="step")
         for axis in ("tokens", "seconds"):
             self._run.define_metric(axis, step_metric="step")
-        self._known = 0 if offline else self._run.step  # rows that it has, which are those of metrics.jsonl
+        self._known = 0 if offline else self._run.step  # rows that wandb already has
 
     @property
     def is_ahead(self) -> bool:
-        """Whether it has rows beyond those that came."""
+        """Whether wandb has more rows than have been replayed."""
         return self._known > 0
 
     def row(self, row: Row) -> None:
@@ -144,11 +144,11 @@ class Wandb:
         import wandb
 
         self._run.finish(exit_code=0 if good else 1)
-        wandb.teardown()  # its service takes an id that it has had for one in use
+        wandb.teardown()  # otherwise its service takes an earlier id for one in use
 
 
 class TensorBoard:
-    """The event file in WORKDIR/tensorboard. Its times are those of the run's steps, counted from when it began."""
+    """The event file in WORKDIR/tensorboard. Its times are the run's, counted from when the run began."""
 
     name = "tensorboard"
 
@@ -163,14 +163,14 @@ class TensorBoard:
         for old in self._folder.glob("events.out.tfevents.*"):
             if old.is_file() and not old.is_symlink():
                 old.unlink()
-        # a TensorBoard that has read the file of before forgets it
+        # purge_step makes a running TensorBoard forget the previous file
         self._writer = SummaryWriter(str(self._folder), purge_step=0)
 
     def row(self, row: Row) -> None:
         from tensorboardX.proto import summary_pb2
         from tensorboardX.summary import scalar
 
-        messages: Any = summary_pb2  # whose classes come to be when it is imported
+        messages: Any = summary_pb2  # its classes are created at import, so type checkers do not see them
 
         shown = {**row.values, **(row.axes if row.own else {})}
         numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
@@ -190,8 +190,8 @@ class TensorBoard:
 
 
 class Sinks:
-    """All that config.log asks for, with what metrics.jsonl holds now. wandb_id: of a checkpoint, or "".
-    note(line): what a reader must know.
+    """The sinks that config.log asks for, filled from metrics.jsonl. wandb_id: of a checkpoint, or "". note(line):
+    prints a line for the user.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, *, wandb_id: str, note: Callable[[str], None]):
@@ -208,32 +208,32 @@ class Sinks:
 
     @property
     def wandb_id(self) -> str:
-        """The id of the wandb run, "" where there is none."""
+        """The id of the wandb run, "" if there is none."""
         return self._wandb.id if self._wandb else self._given
 
     def record(self, record: dict[str, Any]) -> None:
-        """Sends the numbers of a record that metrics.jsonl has just got."""
+        """Sends the numbers of a record that was just added to metrics.jsonl."""
         if self._sinks and (row := self._rows.of(record)):
             self._each(lambda sink: sink.row(row))
 
     def facts(self, values: dict[str, Any]) -> None:
-        """Sends what the run is."""
+        """Sends the run's facts."""
         self._facts = values
         self._each(lambda sink: sink.facts(values))
 
     def again(self) -> None:
-        """Begins anew with what metrics.jsonl holds now, of which something was taken back."""
+        """Rebuilds the sinks after metrics.jsonl was truncated."""
         self._each(lambda sink: sink.again())
         if self._wandb and self._wandb.id != self._given:
             self._given = self._wandb.id
             files.write(self._workdir / "wandb_id", self._given + "\n")
-            self._note(f"wandb       goes on as run {self._given}: rows of another cannot be taken back")
+            self._note(f"wandb       continues as run {self._given}, because wandb cannot delete the old run's rows")
         self._replay()
         if self._facts is not None:
             self.facts(self._facts)
 
     def close(self, good: bool) -> None:
-        """Ends all; good: whether the run did not fail."""
+        """Closes all; good: whether the run did not fail."""
         self._each(lambda sink: sink.close(good))
 
     def _replay(self) -> None:
@@ -260,12 +260,12 @@ class Sinks:
 
     def _drop(self, name: str, error: Exception) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self._note(f"{name} failed and is left out from here on; metrics.jsonl has everything ({reason[:200]})")
+        self._note(f"{name} failed and is not used from here on; metrics.jsonl has everything ({reason[:200]})")
 
 
 def _id(workdir: Path, given: str) -> str:
     file = workdir / "wandb_id"
-    if file.exists():  # a rollback may have begun another since the checkpoint
+    if file.exists():  # newer than the checkpoint's id if a rollback started another wandb run
         given = stored.content_of(file, 1000).decode(errors="replace").strip() or given
     given = given or _new_id()
     files.write(file, given + "\n")

@@ -1,11 +1,10 @@
-"""What a run shows and keeps: progress on the terminal, metrics.jsonl, and wandb where it is wanted.
+"""Records and displays a run: progress on the terminal, metrics.jsonl, and its followers (wandb, TensorBoard).
 
-Lines of metrics.jsonl are JSON objects with a `kind`: `run` (one per start: what the run is), `train` (one per step),
-`evaluate`, `average` (the evaluation of other weights than those the run is judged by: `weights`), `curvature`,
+Lines of metrics.jsonl are JSON objects with a `kind`: `run` (facts of the run, one per start), `train` (one per step),
+`evaluate`, `average` (evaluation of other weights, named `weights`, than those that the run is judged by), `curvature`,
 `checkpoint`, `anomaly` (a bad step), `rollback`, `change` (of a config key, by a restart after `step`) and `goodput`
-(at the end of a start: what the wall-clock went into); each has the `step` it belongs to, the number of updates made.
-NaN is null, infinities are the strings "inf" and "-inf", since JSON has no others; what a method does not compute is
-left out.
+(wall-clock time by kind, at the end of a start). Each has its `step`, the number of updates made. NaN is null and
+infinities are the strings "inf" and "-inf", because JSON has neither. Values that a method does not compute are absent.
 """
 
 import collections
@@ -30,12 +29,11 @@ from steppe.lm.track.sinks import Sinks
 class Tracker:
     """Records one run in `workdir`, continuing after `start_step` updates.
 
-    tokens_per_step: predicted tokens of one step over all devices, on average; tokens_seen: those before this start.
-    flops_per_step: FLOPs of one step over all devices, 0 where unknown. peak_flops: FLOP/s of all devices together, 0
-    where unknown, for the MFU. wandb_id: the id a checkpoint brought, "" for the one in the workdir or a new one.
-    goodput: what the run has spent its time on; earlier starts are added to it.
-    primary: False makes every method do nothing (all processes but the first). clock: seconds that only grow. stream:
-    where progress goes; live if it is a terminal.
+    tokens_per_step: predicted tokens of an average step over all devices; tokens_seen: before this start.
+    flops_per_step: FLOPs of one step over all devices, 0 if unknown. peak_flops: FLOP/s of all devices, 0 if unknown,
+    for the MFU. wandb_id: from a checkpoint; "" to use the workdir's id or a new one. goodput: the run's time so far;
+    earlier starts are added to it. primary: False makes every method do nothing, on all processes but the first. clock:
+    monotonic seconds. stream: for progress, live on a terminal.
     """
 
     def __init__(
@@ -65,7 +63,7 @@ class Tracker:
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._clock, self._stream = clock, stream or sys.stdout
         self._begin = clock()
-        self._first: tuple[float, int] | None = None  # when the first step of this start was seen, for the ETA
+        self._first: tuple[float, int] | None = None  # (time, step) of this start's first step, for the ETA
         self._marks = collections.deque(maxlen=32)  # (time, step, tokens) since the last pause, for the rates
         self._rate = self._pace = 0.0  # steps per second, tokens per second
         self._held_out: tuple[str, float] | None = None  # the first held-out set and its latest loss
@@ -83,15 +81,15 @@ class Tracker:
         self.wandb_id = self._sinks.wandb_id
 
     def run(self, step: int, facts: dict[str, Any]) -> None:
-        """Records what this run is (parameters, tokens, FLOPs, versions, baselines ...), once per start."""
+        """Records the run's facts (parameters, tokens, FLOPs, versions, baselines ...), once per start."""
         if self._primary:
             self._write("run", step, {**facts, "goodput": self.goodput.seconds()})
             self._sinks.facts(plain(facts))
 
     def step(self, step: int, metrics: dict[str, Any], tokens: int | None = None) -> None:
-        """Records the metrics of the step that made update number `step`; values are numbers or scalar arrays.
+        """Records the metrics of step `step`; values are numbers or scalar arrays.
 
-        tokens: that the loss has seen by then; None: as many in every step.
+        tokens: counted by the loss so far; None if every step has the same number.
         """
         if not self._primary:
             return
@@ -106,7 +104,7 @@ class Tracker:
         pace = {"tokens": self._seen, "seconds": now - self._begin, "tokens_per_second": self._pace}
         if self._peak_flops:
             pace["mfu"] = self._rate * self._flops_per_step / self._peak_flops
-        # NaN in a sound step is what its method does not compute
+        # NaN in a sound step means that the method does not compute the value
         numbers = {name: number(value) for name, value in metrics.items()}
         known = {name: n for name, n in numbers.items() if not (sound and isinstance(n, float) and math.isnan(n))}
         self._write("train", step, {**pace, **known})
@@ -117,9 +115,9 @@ class Tracker:
             self._print(f"step {step}/{self._total}  {line}")
 
     def evaluation(self, step: int, name: str, metrics: dict[str, Any], weights: str = "") -> None:
-        """Records an evaluation on the held-out set `name` of the parameters after `step` updates.
+        """Records an evaluation of the parameters after `step` updates on held-out set `name`.
 
-        weights: whose it is, if not those that the run is judged by.
+        weights: their name, if not those that the run is judged by.
         """
         if not self._primary:
             return
@@ -132,31 +130,31 @@ class Tracker:
         self._found("evaluate", "held-out", step, name, metrics)
 
     def choices(self, step: int, name: str, metrics: dict[str, Any]) -> None:
-        """Records the share of questions `name` that the parameters after `step` updates answer."""
+        """Records the multiple-choice accuracy on items `name` of the parameters after `step` updates."""
         if not self._primary:
             return
         self._pause(step)
         self._found("choices", "choices", step, name, metrics)
 
     def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
-        """Records that a checkpoint of `step` was begun."""
+        """Records the start of a checkpoint of `step`."""
         if self._primary:
             self._pause(step)
             self._write("checkpoint", step, {**(facts or {}), "goodput": self.goodput.seconds()})
 
     def event(self, kind: str, step: int, facts: dict[str, Any]) -> None:
-        """Records something rare: an `anomaly`, a `rollback`, a `change`."""
+        """Records a rare event: `anomaly`, `rollback`, `change`."""
         if self._primary:
             self._write(kind, step, facts)
 
     def measurement(self, kind: str, step: int, facts: dict[str, Any]) -> None:
-        """Records what was measured between steps; the time it took stays out of the rate of steps."""
+        """Records a measurement between steps, whose time does not count in the rate of steps."""
         if self._primary:
             self._pause(step)
             self._write(kind, step, facts)
 
     def spent(self, step: int) -> None:
-        """Records and shows what all starts of the run have spent their time on, at the end of this one."""
+        """Records and prints the wall-clock time of all starts of the run by kind, at the end of this start."""
         if not self._primary:
             return
         seconds = self.goodput.seconds()
@@ -166,12 +164,12 @@ class Tracker:
         self.note(f"goodput     {described(seconds, mfu)}")
 
     def sync(self) -> None:
-        """Returns once everything recorded is safely on disk, as it must be before a checkpoint that follows it."""
+        """Returns once the record is on disk, which must happen before a later checkpoint."""
         if self._primary:
             os.fsync(self._file.fileno())
 
     def roll_back(self, step: int, tokens: int | None = None) -> None:
-        """Forgets what was recorded after `step` updates: the run goes on from there, with so many tokens seen."""
+        """Removes records after `step` updates; the run continues from there, after `tokens` tokens."""
         if self._primary:
             self._seen = round(step * self._tokens_per_step) if tokens is None else tokens
             self._file.close()
@@ -183,12 +181,12 @@ class Tracker:
             self._pause(step)
 
     def note(self, text: str) -> None:
-        """Shows one line to the reader; it is kept nowhere."""
+        """Prints one line, which is not recorded."""
         if self._primary:
             self._print(text)
 
     def close(self, status: str) -> None:
-        """Ends the record; `status` (finished, stopped, failed ...) is shown and goes to wandb. Safe to call twice."""
+        """Ends the record; prints `status` (finished, stopped, failed ...) and sends it to wandb; idempotent."""
         if not self._primary or self._file.closed:
             return
         if self._bar is not None:
@@ -196,7 +194,7 @@ class Tracker:
             self._bar = None
         try:
             self._file.close()
-        except OSError as error:  # a full disk: its last line was not written, and whoever wrote it has heard
+        except OSError as error:  # a full disk: the last line was not written, and its writer got the error
             status = f"{status} ({error})"
         self._sinks.close(status.startswith(("finished", "stopped")))
         self._print(status)
@@ -226,18 +224,18 @@ class Tracker:
         return "  ".join(parts)
 
     def _pause(self, step: int) -> None:
-        """Keeps time spent outside steps out of the rate (the ETA, which measures the whole, keeps it)."""
+        """Excludes time between steps from the rate; the ETA includes it."""
         self._marks.clear()
         self._marks.append((self._clock(), step, self._seen))
 
     def _open(self) -> None:
-        self._file = open(self._workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._file = open(self._workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open during the run
         self._inode = os.fstat(self._file.fileno()).st_ino
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         path = self._workdir / METRICS
-        if not path.exists() or path.stat().st_ino != self._inode:  # else lines would go to a file that nobody sees
-            raise OSError(errno.ENOENT, "was removed or replaced while the run was on", str(path))
+        if not path.exists() or path.stat().st_ino != self._inode:  # lines would go to an unlinked file
+            raise OSError(errno.ENOENT, "was removed or replaced during the run", str(path))
         record = {"kind": kind, "step": step, **plain(values)}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
@@ -256,13 +254,13 @@ class Tracker:
         from rich.table import Column
 
         self._bar = progress.Progress(
-            # where the terminal is narrow the text wraps; bar and count stay
+            # on a narrow terminal the text wraps, while bar and count keep their width
             progress.BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
             progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
             progress.TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=False)),
             console=Console(file=self._stream),
             get_time=self._clock,
-            redirect_stdout=sys.stdout.isatty(),  # what else is printed there goes above the live line
+            redirect_stdout=sys.stdout.isatty(),  # other output appears above the live line
             redirect_stderr=False,
         )
         self._task = self._bar.add_task("", total=self._total, completed=start_step, line="compiling")
@@ -274,7 +272,7 @@ def _short(value: Any) -> str:
 
 
 def _si(number: float, gap: str = "") -> str:
-    """Three digits and a metric letter: 12.3k, 4.56M."""
+    """A number with three digits and an SI prefix: 12.3k, 4.56M."""
     for letter in ("", "k", "M", "G", "T", "P"):
         if number < 999.5 or letter == "P":
             break
@@ -284,7 +282,7 @@ def _si(number: float, gap: str = "") -> str:
 
 
 def clock_face(seconds: float) -> str:
-    """1:02:03 or 2:03; ? where unknown."""
+    """1:02:03 or 2:03; ? if unknown."""
     if math.isnan(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

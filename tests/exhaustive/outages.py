@@ -240,7 +240,7 @@ def _said(scene: Scene, machine: int = 0) -> int:
     """The lines that spoke of an outage, each of which must tell what it means."""
     lines = [line for line in scene.log(machine).splitlines() if "NOT COPIED" in line or "stopped:" in line]
     told = re.compile(
-        r"what is newer than (step \d+|no checkpoint) is only in /|no answer for \d+ s; what is on disk is"
+        r"anything newer than (step \d+|no checkpoint) is only in /|no answer for \d+ s; the stored files are"
     )
     dumb = [line for line in lines if not told.search(line)]
     if dumb or "Traceback" in scene.log(machine):
@@ -389,7 +389,7 @@ def two_writers(cut_off: bool) -> Callable[[Scene], Outcome]:
         if cut_off:
             scene.proxy.turn("open")
         status = run.wait()
-        if status != REFUSED or "was taken by process" not in scene.log():
+        if status != REFUSED or "was taken over by process" not in scene.log():
             raise RuntimeError(f"the first ended with {status}")
         statuses = [status, other.wait()]
         if statuses[1] != FINISHED:
@@ -397,7 +397,7 @@ def two_writers(cut_off: bool) -> Callable[[Scene], Outcome]:
         before, held = _contents(scene.place()), sealed(scene.place())
         again = scene.start()
         statuses.append(again.wait())
-        refused = "nothing was touched" in scene.log()
+        refused = "nothing was changed" in scene.log()
         if cut_off and (statuses[-1] != REFUSED or not refused or _contents(scene.place()) != before):
             raise RuntimeError(f"the first, started again, ended with {statuses[-1]}")
         if not cut_off and statuses[-1] not in (FINISHED, REFUSED):
@@ -405,7 +405,7 @@ def two_writers(cut_off: bool) -> Callable[[Scene], Outcome]:
         if refused and not set(held) <= set(sealed(scene.place())):
             raise RuntimeError("what the first had sealed is gone")
         _said(scene)
-        return Outcome(statuses, [], [], scene.log().count("was taken by process"))
+        return Outcome(statuses, [], [], scene.log().count("was taken over by process"))
 
     return scenario
 

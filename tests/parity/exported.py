@@ -62,7 +62,7 @@ class Figures(NamedTuple):
     """Where an export and its run differ.
 
     logits: as a share of the largest. greedy: tokens, of `tokens`, without a mask, through a pipeline and by our own
-    sampling. ids: hostile texts, of `texts`, whose ids differ for a known reason; for another, export refuses. merged:
+    sampling. ids: difficult texts, of `texts`, whose ids differ for a known reason; export refuses others. merged:
     choices whose first token begins in the query. choices, rolling: log-likelihoods, relative.
     """
 
@@ -98,7 +98,7 @@ def measure(family: str, base, text: Corpus, place: Path) -> Figures:
     lines = []
     run = Unread(base.data.cache, config, text, 20, shapes, lambda paths: {path: arrays[path] for path in paths})
     export.export(run, str(place), log=lines.append)
-    same, texts = re.search(r"run's on ([\d,]+) of ([\d,]+) hostile texts", "\n".join(lines)).groups()
+    same, texts = re.search(r"run's on ([\d,]+) of ([\d,]+) difficult texts", "\n".join(lines)).groups()
     texts, same = (int(number.replace(",", "")) for number in (texts, same))
     model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     theirs = transformers.AutoTokenizer.from_pretrained(place)

@@ -63,7 +63,7 @@ def test_a_real_model_goes_the_whole_way(tmp_path, capsys):
     assert after < before < 1.6  # of English; a model that is misread is above 3
 
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'back'}"]) == 0
-    assert " hostile texts" in capsys.readouterr().out
+    assert " difficult texts" in capsys.readouterr().out
     run = saved.load(str(tmp_path / "run"), log=lambda line: None)
 
     @jax.jit

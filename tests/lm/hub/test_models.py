@@ -146,8 +146,8 @@ def test_what_no_family_expresses_is_refused_by_key(text, tmp_path):
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config = .*: quantised weights are"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
-        ({"sliding_window": 128}, "sliding_window = 128: is no key that Steppe knows"),
-        ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0: is no key that Steppe knows"),
+        ({"sliding_window": 128}, "sliding_window = 128: is not a key that Steppe knows"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0: is not a key that Steppe knows"),
     ],
 )
 def test_a_model_that_is_not_ours_is_refused_by_key(text, made, tmp_path, change, said):
@@ -207,8 +207,8 @@ Q = "model.layers.0.self_attn.q_proj"
     ("change", "said"),
     [
         (_quantised, "_proj.weight is I8: must be one of F64"),
-        (lambda t: {**t, f"{Q}.bias": np.ones(16, np.float32)}, f"no parameter is tensor {Q}.bias"),
-        (lambda t: {**t, f"{Q}.SCB": np.ones(16, np.float32)}, f"no parameter is tensor {Q}.SCB"),
+        (lambda t: {**t, f"{Q}.bias": np.ones(16, np.float32)}, f"no parameter matches tensor {Q}.bias"),
+        (lambda t: {**t, f"{Q}.SCB": np.ones(16, np.float32)}, f"no parameter matches tensor {Q}.SCB"),
         (lambda t: {**t, "model.layers.2.mlp.up_proj.weight": np.ones(3, np.float32)}, "model.layers.2.mlp.up_proj"),
         (
             lambda t: {n.replace("q_proj.w", "q_proj.base_layer.w"): a for n, a in t.items()},

@@ -100,7 +100,7 @@ def unsealed(two, chance):
 def forged(two, chance):
     body = b'{"format": 1, "step": 20}'
     (two / "20" / "SEAL").write_bytes(seal._digest(body).encode() + b"\n" + body)
-    return 20, "not of the format"
+    return 20, "does not have the format"
 
 
 def empty(two, chance):

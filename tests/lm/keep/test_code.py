@@ -88,7 +88,7 @@ def test_its_text_is_kept_and_reading_never_runs_it(run, file):
     file.with_suffix(".ran").unlink()
     found = saved.load(str(place))
     assert np.isfinite(float(jax.tree.leaves(found.params)[0].sum()))
-    with pytest.raises(WorkdirError, match=r"code of its own.*--trust"):
+    with pytest.raises(WorkdirError, match=r"a user's code.*--trust"):
         saved.load(str(place), optimizer=True)
     assert not file.with_suffix(".ran").exists()
     assert saved.load(str(place), optimizer=True, trust=True).optimizer

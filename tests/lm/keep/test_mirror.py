@@ -125,14 +125,14 @@ def test_the_last_to_begin_has_the_run(machine, address, tmp_path):
         while not told:
             time.sleep(0.01)
         write(place, "late.txt", "not there")
-        with pytest.raises(WorkdirError, match="was taken by another; what this process did since is only in /"):
+        with pytest.raises(WorkdirError, match=r"was taken over by another; .* later work is only in /"):
             run.close()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert names(address) == {mirror.HOLDER}
     with mirror.kept(address, True, lines.append):
         pass
-    assert "had not been left in order by another; it is taken over" in " ".join(lines)
+    assert "another did not end cleanly; this process takes over" in " ".join(lines)
     assert names(address) == {"late.txt"}, "what it had not sent is sent once it has the run again"
 
 
@@ -150,17 +150,17 @@ def test_what_cannot_be_copied_is_said_once_kept_and_sent_by_the_next_start(mach
     while not any("NOT COPIED" in line for line in lines):
         time.sleep(0.01)
     time.sleep(0.3)
-    with pytest.raises(StorageError, match=r"memory://.*: PermissionError: no; what is newer than step 5 is only in /"):
+    with pytest.raises(StorageError, match=r".*: PermissionError: no; anything newer than step 5 is only in /"):
         run.close()
     (said,) = [line for line in lines if "NOT COPIED" in line]
-    assert f"what is newer than step 5 is only in {place}; the run goes on" in said
+    assert f"anything newer than step 5 is only in {place}; the run continues" in said
     assert mirror.here(address, checkpoints=True) == place, "what is ahead is what is read"
     monkeypatch.setattr(type(store), "put_file", put)
     assert steps(names(address)) == {5}
     with mirror.kept(address, True, lines.append) as place:
         assert steps_in(place) == {5, 6}, "nothing goes because the address lacks it"
     assert steps(names(address)) == {5, 6}
-    assert f"step 6 is newer in {place} than step 5 there; it is sent, and the run goes on from it" in lines[-2]
+    assert f"step 6 is newer in {place} than step 5 there; it is sent, and the run resumes from it" in lines[-2]
 
 
 def test_an_outage_that_ends_is_said_to_have_ended(machine, address, monkeypatch):
@@ -316,14 +316,14 @@ def test_what_is_newer_there_is_taken_and_where_both_went_on_nothing_is_touched(
         step(place, 11, "eleven")
         with pytest.raises(StorageError):
             run.close()
-    assert "step 7 is newer at the address than step 9 here; it is fetched" in lines[0]
+    assert "step 7 at the URL is newer than step 9 here; it is fetched" in lines[0]
     machine("second")
     with mirror.kept(address, True, print) as other:
         step(other, 8, "eight")
     machine("first")
     before, there = contents(place), names(address)
     expected = (
-        f"holds what this machine never had: step 8 there, step 11 in {place}; nothing was touched. Move that dir"
+        f"holds steps that this machine never had: step 8 there, step 11 in {place}; nothing was changed. To resume"
     )
     with pytest.raises(WorkdirError, match=re.escape(expected)), mirror.kept(address, True, print):
         pass
@@ -335,7 +335,7 @@ def test_what_is_newer_there_is_taken_and_where_both_went_on_nothing_is_touched(
     with mirror.kept(address, True, print) as place:
         assert steps_in(place) == {5, 7, 8}
     fsspec.filesystem("memory").pipe_file(f"{address}/run_id", b"two")
-    expected = f"holds the run two, this machine the run one: step 8 there, step 8 in {place}; nothing was touched"
+    expected = f"holds the run two, this machine the run one: step 8 there, step 8 in {place}; nothing was changed"
     with pytest.raises(WorkdirError, match=re.escape(expected)), mirror.kept(address, True, print):
         pass
 
@@ -351,7 +351,7 @@ def test_an_address_that_was_emptied_is_filled_again(machine, address):
         wait(lambda: steps(names(address)) == {5} and "metrics.jsonl" in names(address))
     memory.rm(address, recursive=True)
     machine("second")
-    with pytest.raises(WorkdirError, match="there is nothing"):
+    with pytest.raises(WorkdirError, match="it is empty"):
         mirror.here(address)
     machine("first")
     assert mirror.here(address) == place
@@ -495,7 +495,7 @@ def test_a_run_on_a_server_goes_on_bit_for_bit_after_an_outage(text, machine, tm
 
         with monkeypatch.context() as patched:
             patched.setattr(mirror._Copier, "_send", cut_off)
-            with pytest.raises(StorageError, match=r"what is newer than step 5 is only in /"):
+            with pytest.raises(StorageError, match=r"anything newer than step 5 is only in /"):
                 lm_runs.run(config.copy_and_resolve_references(), address, until=15)
         proxy.turn("open")
         place = mirror._place(address)

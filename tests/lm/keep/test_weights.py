@@ -98,7 +98,7 @@ def test_every_command_reads_the_weights_that_are_named(whole, capsys):
         loaded = saved.load(str(whole), weights=name, log=lambda line: None).params["embed"]["embedding"]
         np.testing.assert_allclose(streamed.read(["embed/embedding"])["embed/embedding"], loaded, rtol=1e-6)
     assert evaluate.main([f"--workdir={whole}", "--weights=best"]) == 2
-    assert "--weights=best: must be one of those it has, which are last, ema, lawa" in capsys.readouterr().err
+    assert "--weights=best: must be one of the run's, which are last, ema, lawa" in capsys.readouterr().err
 
 
 def test_measurements_of_an_average_stand_by_themselves(whole):
@@ -150,7 +150,7 @@ def test_a_new_run_starts_from_the_weights_that_are_named(corpus, whole, tmp_pat
         assert lm_runs.run(config, str(place), until=1) == train.FINISHED
         assert lm_runs.records(place, "evaluate")[0]["loss"] == pytest.approx(losses[name], rel=1e-6)
     other = lm_runs.config(*corpus, **METHOD, init_from=str(whole), init_weights="best")
-    with pytest.raises(WorkdirError, match="must be one of those it has, which are last, ema, lawa"):
+    with pytest.raises(WorkdirError, match="must be one of the run's, which are last, ema, lawa"):
         lm_runs.run(other, str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="init_weights = 'ema': must be \"\" without init_from"):
         check(lm_runs.config(*corpus, **METHOD, init_weights="ema"), device_count=8)

@@ -58,7 +58,7 @@ BAD = [
     ({"optim.b2": 1.0}, "optim.b2", "1.0", "a number >= 0 and < 1"),
     ({"optim.warmup": "soon"}, "optim.warmup", "'soon'", "a duration such as"),
     ({"optim.warmup": "2000 steps"}, "optim.warmup", "'2000 steps'", "no longer than the run, which has 1000 steps"),
-    ({"optim.schedule": "wsd", "optim.cooldown": "96%"}, "optim.cooldown", "'96%'", "50 steps leaves of the run, 950"),
+    ({"optim.schedule": "wsd", "optim.cooldown": "96%"}, "optim.cooldown", "'96%'", "the 950 steps that remain"),
     ({"optim.start": "60%", "optim.stop": "50%"}, "optim.stop", "'50%'", "no earlier than optim.start = '60%'"),
     ({"optim.stop": "150%"}, "optim.stop", "'150%'", "a fraction of a run"),
     ({"train.duration": "long"}, "train.duration", "'long'", "a duration such as"),
@@ -94,7 +94,7 @@ BAD = [
         {"optim.method": "gsam", "mesh.ascent_reduction": "bfloat16"},
         "mesh.ascent_reduction",
         "'bfloat16'",
-        "float32 with optim.method = gsam, which does not only climb",
+        "float32 with optim.method = gsam, whose gradient at theta is not only climbed",
     ),
 ]
 

@@ -53,7 +53,7 @@ def test_a_larger_batch_reads_on_where_the_smaller_one_ended(corpus, tmp_path, r
         *range(128, 897, 128), *range(896 + 256, 2689, 256)
     ]  # fmt: skip
     assert "tokens      2,688 in 14 steps" in said
-    assert "continuing  after step 7 of 14, 896 tokens" in said
+    assert "resuming    after step 7 of 14, 896 tokens" in said
     assert "changed     learning_rate" not in said
     last = lm_runs.records(place, "evaluate")[-1]
     assert (last["step"], last["bytes"]) == (14, 5_000)

@@ -108,7 +108,7 @@ def test_a_run_of_before_goes_on_counting_positions_and_says_so(lines, tmp_path,
     (tmp_path / "config.json").write_text(json.dumps(stored))
     capsys.readouterr()
     assert lm_runs.run(config(lines, train__duration=f"{8 * BATCH * T} tokens"), tmp_path) == train.FINISHED
-    assert "tokens      are positions here" in capsys.readouterr().out
+    assert "tokens      are positions, padding included" in capsys.readouterr().out
     records = lm_runs.records(tmp_path, "train")
     assert [record["tokens"] for record in records] == [BATCH * T * step for step in range(1, 9)]
 

@@ -299,7 +299,7 @@ def test_a_run_needs_the_weights_it_began_from_no_more(corpus, whole, tmp_path, 
     assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "later"), until=10) == train.FINISHED
     shutil.rmtree(gone)  # it needs it no more, but for the displacement
     assert lm_runs.run(lm_runs.config(*corpus, **new), str(tmp_path / "later")) == train.FINISHED
-    assert "curvature   without the displacement from where the run began" in capsys.readouterr().out
+    assert "curvature   without the displacement from the initial parameters" in capsys.readouterr().out
     (bends,) = lm_runs.records(tmp_path / "later", "curvature")
     assert "displacement" not in bends
 
@@ -339,7 +339,7 @@ def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, 
             break
     rest = run.stdout.read()
     assert run.wait(timeout=60) == train.STOPPED, rest[-2000:]
-    assert "run the same command again to continue" in rest
+    assert "run the same command again to resume" in rest
     imported = {
         line.rsplit("|", 1)[1].strip() for line in [*seen, *rest.splitlines()] if line.startswith("import time")
     }

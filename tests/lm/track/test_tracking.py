@@ -110,7 +110,7 @@ def test_a_fresh_start_empties_the_file_and_a_gap_is_reported(tmp_path, config):
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
     stream = io.StringIO()
     _track(tmp_path, config, start_step=5, stream=stream)
-    assert "3 of the 5 steps before this start are not in it" in stream.getvalue()
+    assert "3 of the 5 steps before this start are missing" in stream.getvalue()
 
 
 def test_a_long_record_is_cut_from_its_end(tmp_path, config, monkeypatch):
@@ -263,7 +263,7 @@ def test_a_damaged_line_is_dropped_and_said(tmp_path, config):
     _steps(_track(tmp_path, config, start_step=5, stream=stream), 6, 7)
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4, 5, 6, 7]
     assert "dropped 1 damaged lines" in stream.getvalue()
-    assert "1 of the 5 steps before this start are not in it" in stream.getvalue()
+    assert "1 of the 5 steps before this start are missing" in stream.getvalue()
 
 
 @pytest.mark.parametrize("harm", ["removed", "replaced"])
@@ -274,7 +274,7 @@ def test_a_workdir_that_vanishes_is_an_error_and_not_silence(tmp_path, config, h
     if harm == "replaced":
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / METRICS).write_text("")
-    with pytest.raises(OSError, match="was removed or replaced while the run was on"):
+    with pytest.raises(OSError, match="was removed or replaced during the run"):
         tracker.step(3, {"loss": 1.0})
     tracker.close("failed")
 

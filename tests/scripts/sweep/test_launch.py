@@ -194,7 +194,7 @@ def test_slurm_runs_an_array_and_continues_a_requeued_run(slurm, config, tmp_pat
     found = results.read(out)
     assert [result.status for result in found] == ["finished", "finished"]
     assert "stopping after this step" in (first / "train.log").read_text()
-    assert "continuing  after step" in (first / "train.log").read_text()
+    assert "resuming    after step" in (first / "train.log").read_text()
     assert [len(json.loads((place / "attempts.json").read_text())["attempts"]) for place in (first, second)] == [2, 1]
     assert [record["step"] for record in lm_runs.records(first, "train")] == list(range(1, 2001))
 

@@ -246,7 +246,7 @@ def test_a_killed_sweep_loses_nothing_and_repeats_nothing(config, whole, tmp_pat
 
     assert evidence(first) == before
     assert [len(attempts(place)) for place in (first, second, third)] == [1, 2, 1]
-    assert "continuing  after step" in (second / "train.log").read_text()
+    assert "resuming    after step" in (second / "train.log").read_text()
     for name in NAMES:
         mine, undisturbed = out / "runs" / name, whole / "runs" / name
         assert lm_runs.losses(mine) == lm_runs.losses(undisturbed)
