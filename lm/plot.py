@@ -32,7 +32,10 @@ def styled(**changes):
     """The context to make and save figures in. changes: to STYLE, with `_` for the dots of its names."""
     import matplotlib
 
-    style: Any = {**STYLE, **{name.replace("_", "."): value for name, value in changes.items()}}
+    style: Any = {
+        **STYLE,
+        **{name if "." in name else name.replace("_", "."): value for name, value in changes.items()},
+    }
     return matplotlib.rc_context(style)
 
 

@@ -13,6 +13,7 @@ behind figures and tables as CSV.
 
 import contextlib
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from steppe.scripts.cli import KINDS
 
 PAGE = "index.html"
 WRITTEN = "files.json"
+SHARED = ("optim.peak_learning_rate", "optim.schedule", "optim.weight_decay")  # keys of AdamW too
 
 
 class Written(TypedDict, total=False):
@@ -49,33 +51,29 @@ def main(argv: Sequence[str]) -> int:
     directories = options.directories
     out = results.report_place(directories, options.out)
     found = results.read(directories, options.only)
-    name = Path(directories[0]).resolve().stem if len(directories) == 1 else f"{len(found)} runs"
-    path = write(found, out, name)
+    path = write(
+        found, out, ", ".join(map(_called, directories[:3])) + ", …" * (len(directories) > 3), _adding(directories)
+    )
     print(f"wrote {path}")
     return 0
 
 
-def write(found: list, out: Path, name: str) -> Path:
+def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
     """Writes the report of results.read(...) into a directory; returns the path of its page."""
     from steppe.scripts import results, style
-    from steppe.scripts.report import answer, drawing, figures, measured, page, tables
+    from steppe.scripts.report import answer, drawing, figures, page, tables
     from steppe.scripts.report.numbers import analysis as an
     from steppe.scripts.report.numbers import beside, entries
 
     study = entries.analyse(results.with_averages(found))
     made, compared = beside.answer(study.entries), an.comparison(study)
     optima, (scaled, refused), measures = an.best_rho(study), an.scaling_laws(study), an.measures(study)
-    laws, steady, styles = (
-        an.power_laws(optima),
-        an.unsteadiness(study) <= an.STEADY,
-        style.of_variants(an.variants(study)),
-    )
+    laws, steady = an.power_laws(optima), an.unsteadiness(study) <= an.STEADY
 
     out.mkdir(parents=True, exist_ok=True)
     before, written = _before(out), []
-    Section = page.Section
 
-    def add(section, *parts):
+    def add(section, *parts, folded=True):
         """Tables and figures of a section, each also written beside the page."""
         for part in parts:
             if part is None or not len(part.frame):
@@ -85,45 +83,55 @@ def write(found: list, out: Path, name: str) -> Path:
             files.write(out / f"{stem}.csv", tables.to_csv(part.frame))
             written.append(f"{stem}.csv")
             if is_table:
-                section.table(part)
-            else:
-                section.figure(part, drawing.save(part, out))
+                section.table(part, folded)
+            elif part.figure is not None:
+                section.figure(part, drawing.save(part, out), folded)
                 written.append(f"{stem}.png")
         return section
 
     with drawing.styled():
+        first, *rest = answer.figures(made) or [None]
+        shown = first.frame["entry"] if first else []
+        styles = style.of_variants(dict.fromkeys(["adamw", *shown, *an.variants(study), *made.rows.get("name", ())]))
+        opening = page.Section("Answer").text(*answer.sentences(made), kind="answer")
+        if len(made.rows):
+            opening.text(
+                f"Better: by a 95 % interval without zero, of paired seeds at {made.first}, which has most of them. "
+                "Kept: of fine-tuning and of rounded weights.", kind="caption",
+            )  # fmt: skip
+        if not any(entry.adamw for entry in study.entries):
+            opening.text("There is no AdamW among these runs, so nothing is compared. This command adds it:").code(
+                add_adamw
+            )
         sections = [
-            add(Section("Answer").points(answer.sentences(made)), *answer.figures(made)).points(answer.lines(made)),
-            add(Section("What it rests on").points(summary(study, compared)), answer.power(made)),
+            add(add(opening, first, tables.answer(made), folded=False), *rest),
+            add(page.Section("Basis").points(summary(study, compared)), tables.counts(made), tables.power(made)),
             add(
-                Section("Methods"), answer.beside(made), tables.comparison(compared),
+                page.Section("Methods"), tables.beside(made), tables.comparison(compared),
                 tables.costs(compared, study.names),
             ),
-            add(Section("Loss against rho"), figures.loss_against_rho(an.loss_against_rho(study), styles)),
             add(
-                Section("Best rho against size"), figures.best_rho(optima, laws, study.names),
-                tables.power_laws(an.laws_table(optima, laws)), tables.optima(optima, study.names),
+                page.Section("Radius"), figures.loss_against_rho(an.loss_against_rho(study), styles),
+                figures.best_rho(optima, laws, study.names), tables.power_laws(an.laws_table(optima, laws)),
+                tables.optima(optima, study.names),
             ),
             add(
-                Section("Tokens, compute, time"), figures.differences(an.on_the_way(study), styles),
+                page.Section("Tokens, compute, time"), figures.differences(an.on_the_way(study), styles),
                 figures.frontier(an.frontier(study), styles, steady), figures.curves(an.curves(study), styles, steady),
-            ),
-            add(
-                Section("Scaling law"), figures.scaling(an.scaling(study, scaled), scaled),
-                tables.scaling_laws(an.scaling_table(scaled)),
+                figures.scaling(an.scaling(study, scaled)), tables.scaling_laws(an.scaling_table(scaled)),
             ).points([f"{name}: no scaling law; {reason}." for name, reason in refused.items()]),
         ]  # fmt: skip
         for source, own in measures.groupby("source", observed=True):
-            parts = measured.sharpness(source, own, styles)
+            parts = figures.sharpness(source, own, styles)
             if source == "curvature":
-                parts = [*parts, measured.curvature_over_training(an.over_training(study), styles)]
+                parts = [*parts, figures.curvature_over_training(an.over_training(study), styles)]
             elif source == "retention":
                 kept, costs = beside.kept_against_rho(study.entries), beside.forgetting(made)
-                parts = [measured.kept_against_rho(kept), measured.forgetting(costs), *parts, answer.fine_tuning(made)]
-            sections.append(add(Section(source.capitalize()), tables.sharpness(source, own), *parts))
-        sections.append(add(Section("Rank correlations"), tables.correlations(measures)))
-        sections.append(add(Section("Runs"), tables.runs(study)))
-    files.write(out / PAGE, page.page(f"Report: {name}", _introduction(study), sections))
+                kept, costs = figures.kept_against_rho(kept, styles), figures.forgetting(costs, styles)
+                parts = [kept, costs, *parts, tables.fine_tuning(made)]
+            sections.append(add(page.Section(source.capitalize()), tables.sharpness(source, own), *parts))
+        sections.append(add(page.Section("Runs"), tables.correlations(measures), tables.runs(study)))
+    files.write(out / PAGE, page.page(f"{name}: report", _introduction(study), sections))
     for each in set(before) - set(written):
         _remove(out, each, before[each])
     files.write_json(out / WRITTEN, {"hashes": {each: files.content_hash(out / each) for each in written}})
@@ -147,13 +155,35 @@ def _remove(out: Path, name: str, content: str) -> None:
             path.unlink()
 
 
+def _called(directory: str) -> str:
+    """The name of a sweep; of a pack that has none, its folder's."""
+    path = Path(directory).resolve()
+    return path.parent.name if path.stem == "runs" else path.stem
+
+
+def _adding(directories: Sequence[str]) -> str:
+    """The command that adds AdamW to a sweep: on each seed, model, text, length and rate of its runs."""
+    import pandas as pd
+
+    from steppe.scripts import results
+
+    packed = len(directories) > 1 or results.is_pack(directories[0])
+    sweep = {} if packed else results.read_sweep(Path(directories[0]))
+    if not sweep:
+        return "steppe sweep --config=FILE --out=DIR --grid optim.method=adamw --grid seed=0,1,2"
+    runs = [{**sweep["base"], **own} for own in sweep["resolved"].values()]
+    ours = [key for key in results.varying_keys(runs) if not key.startswith("optim.") or key in SHARED]
+    each = pd.DataFrame([[f"{run[key]}" for key in ours] for run in runs], columns=ours).drop_duplicates()
+    values = [f"--zip {shlex.quote(key + '=' + ','.join(each[key]))}" for key in ours]
+    words = ["steppe sweep", f"--config={sweep['config']}", f"--out={directories[0]}", "--grid optim.method=adamw"]
+    return " ".join([*words, *values])
+
+
 def _introduction(study) -> str:
     cells = len(study.cells)
     return (
         f"{len(study.trained)} runs in {cells} {'cell' if cells == 1 else 'cells'} of scale and budget. Losses are "
-        "held-out, in nats per token, after the last step. Runs of one seed share initialisation and data order, so "
-        "differences are taken seed by seed. An interval is a 95 % confidence interval unless it says otherwise: it "
-        "concerns the mean over seeds of this very setting (text, model, schedule), not other settings."
+        "held-out, nats per token, after the last step. Intervals are of 95 %, for this text, model and schedule."
     )
 
 

@@ -73,26 +73,25 @@ def numbers(a, b) -> list[tuple[str, str, str, str]]:
     """(what, in a, in b, b beside a) for the table."""
     step, common = first_difference(a, b)
     differ = f"step {step}" if step is not None else f"nowhere in {common} common steps" if common else "no common step"
-    last = [run.curve[-1] for run in (a, b) if run.curve]
-    shared = sorted({point.step for point in a.curve} & {point.step for point in b.curve})
-    losses = [{point.step: point.loss for point in run.curve} for run in (a, b)]
     rows = [("status", a.status, b.status, ""), ("training losses differ from", "", "", differ)]
-    if len(last) == 2:
-        rows.append(
-            ("last held-out loss, nats per token", *(f"{point.loss:.4f} (step {point.step})" for point in last),
-             _signed(last[1].loss - last[0].loss))
-        )  # fmt: skip
-    if shared and len(last) == 2 and last[0].step != last[1].step:
-        pair = [loss[shared[-1]] for loss in losses]
-        rows.append(
-            (f"held-out loss at step {shared[-1]}", *(f"{loss:.4f}" for loss in pair), _signed(pair[1] - pair[0]))
-        )
+    if a.curve and b.curve:
+        last = a.curve[-1], b.curve[-1]
+        shown = (f"{point.loss:.4f} (step {point.step})" for point in last)
+        rows.append(("last held-out loss, nats per token", *shown, _signed(last[1].loss - last[0].loss)))
+        losses = [{point.step: point.loss for point in run.curve} for run in (a, b)]
+        shared = max(losses[0].keys() & losses[1].keys(), default=None)
+        if shared is not None and last[0].step != last[1].step:
+            x, y = (loss[shared] for loss in losses)
+            rows.append((f"held-out loss at step {shared}", f"{x:.4f}", f"{y:.4f}", _signed(y - x)))
     paces = [run.seconds / max(1, len(run.train_curve.step)) for run in (a, b)]
-    rows.append(("seconds a step", *(f"{pace:.3g}" for pace in paces), _ratio(paces[1], paces[0])))
-    rows.append(("seconds of training", *(f"{run.seconds:.1f}" for run in (a, b)), _ratio(b.seconds, a.seconds)))
-    rows.append(("FLOPs", *(f"{run.flops:.3g}" for run in (a, b)), _ratio(b.flops, a.flops)))
-    rows.append(("tokens", *(f"{run.tokens:,}" for run in (a, b)), _ratio(b.tokens, a.tokens)))
-    return rows
+    spent = [("seconds a step", ".3g", *paces), ("seconds of training", ".1f", a.seconds, b.seconds)]
+    spent += [("FLOPs", ".3g", a.flops, b.flops), ("tokens", ",", a.tokens, b.tokens)]
+    ratio = lambda x, y: f"{y / x:.3g} x" if x else ""  # noqa: E731
+    return rows + [(what, format(x, form), format(y, form), ratio(x, y)) for what, form, x, y in spent]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def text(pair, keys, facts) -> str:
@@ -100,10 +99,8 @@ def text(pair, keys, facts) -> str:
     cut = lambda value: value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"  # noqa: E731
     rows = [("", pair[0].name, pair[1].name, "B beside A"), *facts, ("", "", "", "")]
     rows += [(key, cut(a), cut(b), "") for key, a, b in keys] or [("configs", "the same", "the same", "")]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _page_path(text: str) -> Path:
@@ -124,22 +121,24 @@ def _one(results, workdir: str):
 def _page(path: Path, pair, keys, facts) -> Path:
     import pandas as pd
 
-    from steppe.scripts.report import drawing as report_drawing
-    from steppe.scripts.report import page as report_page
-    from steppe.scripts.report.tables import Table, words
+    from steppe.scripts.report import drawing as dr
+    from steppe.scripts.report import page
+    from steppe.scripts.report.tables import Column, Table
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    heads = [words(key, header) for key, header in zip("wabd", ("", "A", "B", "B beside A"), strict=True)]
-    numbered, differing = pd.DataFrame(facts, columns=[*"wabd"]), pd.DataFrame(keys, columns=[*"wab"])
-    section = report_page.Section("Numbers").table(Table("numbers", "Numbers", "", heads, numbered))
-    config = report_page.Section("Config keys that differ").table(Table("config", "Config", "", heads[:3], differing))
-    if not keys:
-        config.text("None.")
-    with report_drawing.styled():
+    heads = [Column(*head) for head in zip("wabd", ("of", "A", "B", "B beside A"), strict=True)]
+    tables = [
+        Table("numbers", "Numbers", "", heads, pd.DataFrame(facts, columns=[*"wabd"])),
+        Table("config", "Config keys that differ", "", heads[:3], pd.DataFrame(keys, columns=[*"wab"])),
+    ]
+    with dr.styled():
+        section = page.Section("Two runs")
+        for table in tables:
+            section.table(table)
         drawing = _drawing(path.stem, pair)
-        curves = report_page.Section("Curves").figure(drawing, report_drawing.save(drawing, path.parent))
-    title = f"{pair[0].name} (A) and {pair[1].name} (B)"
-    files.write(path, report_page.page(title, "", [section, curves, config]))
+        if drawing.figure is not None:
+            section.figure(drawing, dr.save(drawing, path.parent))
+    files.write(path, page.page(f"{pair[0].name} (A) and {pair[1].name} (B)", "", [section]))
     return path
 
 
@@ -152,52 +151,33 @@ def curves(pair):
         train, thin = run.train_curve, slice(None, None, max(1, len(run.train_curve.step) // 400))
         found += [(letter, "training", *each) for each in zip(train.step[thin], train.loss[thin], strict=True)]
         found += [(letter, "held-out", point.step, point.loss) for point in run.curve]
-    found += [
-        ("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(pair[0], pair[1], kind)
-    ]
+    found += [("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(*pair, kind)]
     return pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
 
 
 def _drawing(name: str, pair):
     from steppe.scripts import style
     from steppe.scripts.report import drawing as dr
-    from steppe.scripts.report.numbers import statistics as st
 
-    figure, panels = dr.grid([(0, "loss"), (0, "difference")], 3.9)
     frame, titles = curves(pair), {"A": f"A: {pair[0].name}", "B": f"B: {pair[1].name}", "B - A": "B − A"}
-    looks = dict(zip(titles, (*style.series(2), ("#000000", "o", "-")), strict=True))
-    known = frame[frame["step"] > 0]
-    for (run, kind), line in known.groupby(["run", "kind"], sort=False):
-        colour, marker, dash = looks[run]
-        faint = {"alpha": 0.35, "linewidth": 0.8}
-        kept = faint if kind == "training" else {"marker": marker, "linestyle": dash}
-        axes = panels[0, "difference" if run == "B - A" else "loss"]
-        thin = line[:: max(1, len(line) // 400)]
-        axes.plot(thin["step"], thin["loss"], color=colour, label=f"{titles[run]}, {kind}", **kept)
-    panels[0, "difference"].axhline(0, color="#000000", linewidth=0.8)
-    known = known[st.finite(known["loss"])]
-    apart = known["run"] == "B - A"
-    last = known.groupby(["run", "kind"])["step"].transform("max")
-    late = known.loc[~apart & (known["step"] > known["step"].max() / 20), "loss"]
-    panels[0, "difference"].set_ylim(dr.around([0.0, *known.loc[apart & (known["step"] >= 0.2 * last), "loss"]], 0.1))
-    if len(late):
-        panels[0, "loss"].set_ylim(dr.around(late, 0.05))
-    for (_, what), axes in panels.items():
-        axes.set(xlabel="step", ylabel="loss, nats per token" if what == "loss" else "B − A: below zero B is better")
-        axes.set_xlim(left=0)
-        dr.si_ticks(axes.xaxis)
-    dr.finish(figure, panels, "")
-    caption = (
-        "Training loss faint, held-out loss with marks; the frames show what lies after a twentieth and a fifth of "
-        "training. B − A is at the same step, of the training loss averaged over windows of a hundredth of the run."
-    )
-    alt = f"Training and held-out loss of {pair[0].name} and {pair[1].name} against the step, and their difference."
-    return dr.Drawing(name, "Loss of both runs", caption, alt, figure, frame.assign(run=frame["run"].replace(titles)))
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def _ratio(value: float, base: float) -> str:
-    return f"{value / base:.3g} x" if base else ""
+    looks = zip(titles.values(), (*style.series(2), ("#000000", "o", "-")), strict=True)
+    styles = {
+        f"{title}, {kind}": (colour + faint, marker, dash)
+        for title, (colour, marker, dash) in looks for kind, faint in (("training", "55"), ("held-out", ""))
+    }  # fmt: skip
+    apart = frame["run"] == "B - A"
+    seen = frame.assign(
+        label=frame["run"].map(titles) + ", " + frame["kind"],
+        panel=apart.map({False: "both", True: "B − A: below zero B is better"}),
+    )[frame["step"] > 0]
+    figure = dr.panels(
+        seen, styles, x="step", y="loss", by="label", panel=["panel"], labels=("step", "loss, nats per token"),
+        late=seen["step"] > seen["step"].max() * apart[seen.index].map({False: 0.05, True: 0.2}), marks=False,
+    )  # fmt: skip
+    return dr.Drawing(
+        name, "Loss of both runs",
+        "Training loss is pale. The frames show what lies after a twentieth and a fifth of training. B − A is at the "
+        "same step, of the training loss averaged over windows of a hundredth of the run.",
+        f"Training and held-out loss of {pair[0].name} and {pair[1].name} against the step, and their difference.",
+        figure, frame.assign(run=frame["run"].replace(titles)),
+    )  # fmt: skip

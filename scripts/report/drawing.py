@@ -1,101 +1,165 @@
-"""What the figures of a report share: panels, their one legend, and saving as SVG and PNG."""
+"""How a report draws: panels of a frame, two side by side, their one legend, and saving as SVG and PNG."""
 
 import re
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from steppe.data import files
 from steppe.lm import plot
 from steppe.scripts import style
+from steppe.scripts.report.numbers.statistics import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 11.0  # inches of every figure: the page's
+WIDTH, HEIGHT = 6.2, 2.6  # inches of a figure, and of a row of its panels: letters stay legible on a phone
+ACROSS, MOST = 2, 12  # panels side by side, and in all: those with most points
+DPI = 130
+NAMED = 10  # entries of a legend; the rest is grey
+REST = ("#b8b8b8", ".", "-")
+AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
 class Drawing(NamedTuple):
-    """name: stem of its files. alt: what it shows, in words. frame: the data, a row a point."""
+    """name: stem of its files. alt: what it shows, in words. frame: the data, a row a point; figure: None where these
+    are too few to be drawn."""
 
     name: str
     title: str
     caption: str
     alt: str
-    figure: "Figure"
+    figure: "Figure | None"
     frame: pd.DataFrame
 
 
 def styled(**changes):
     """The context in which the figures of a report are made and saved."""
     return plot.styled(
-        font_size=9,
-        axes_titlesize=9,
-        axes_titlelocation="left",
-        axes_grid_axis="both",
-        grid_color="#e4e4e4",
-        lines_linewidth=1.4,
-        lines_markersize=5,
-        legend_fontsize=8.5,
-        svg_fonttype="path",
-        **changes,
-    )
+        font_size=9.5, axes_titlesize=9.5, axes_titlelocation="left", axes_grid_axis="both", grid_color="#e4e4e4",
+        lines_linewidth=1.4, lines_markersize=5, legend_fontsize=9, svg_fonttype="none",
+        **{"text.parse_math": False}, **changes,
+    )  # fmt: skip
 
 
 def save(drawing: Drawing, directory: Path) -> str:
     """Writes NAME.png and returns the figure as an <svg> element that stands alone in a page."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    figure = drawing.figure
+    assert figure is not None
     with styled(svg_hashsalt=drawing.name):  # ids differ between figures, not between calls
-        plot.save(drawing.figure, directory / f"{drawing.name}.png", dpi=140)
-        drawing.figure.set_layout_engine("none")  # it stays as it has been laid out
-        text = StringIO()
-        plot.save(drawing.figure, text, format="svg", metadata={"Date": None})
+        figure.set_dpi(DPI)
+        with files.replacing(directory / f"{drawing.name}.png") as aside:
+            FigureCanvasAgg(figure).print_png(aside)  # savefig would draw everything twice
+        if figure.get_layout_engine():
+            figure.set_layout_engine("none")  # it stays as it has been laid out
+        FigureCanvasSVG(figure).print_svg(text := StringIO(), metadata={"Date": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->| font-family: [^;\"]*;?|^\s+", "", svg, flags=re.MULTILINE)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
+    shorter = lambda tag: re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", tag[0])  # noqa: E731
+    svg = re.sub(r"<[^>]*>", shorter, svg)  # places, not text, to 1/7200 inch
     # within HTML the namespaces are known; ids of glyphs are shared by all figures and mean the same in each
     return re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
 
 
-def ticker():
-    from matplotlib import ticker
+def panels(
+    frame: pd.DataFrame,
+    styles: dict[str, tuple],
+    *,
+    x: str,
+    y: str,
+    labels: tuple[str, str],
+    by: str = "variant",
+    panel: Sequence[str] = ("cell",),
+    each: Sequence[str] = (),
+    bounds: Sequence[str] = (),
+    band: bool = False,
+    joined: Callable[[str], bool] = lambda name: True,
+    marks: bool = True,
+    log: str = "",
+    zero: bool = False,
+    late: pd.Series | None = None,
+    then: Callable[[Any, pd.DataFrame, Callable[[str], tuple]], None] | None = None,
+    named: Callable[[str], str] = str,
+) -> "Figure | None":
+    """A panel for each value of the keys `panel`, in it y over x, a line for each `by` and `each`; None where no panel
+    has two places on its x axis.
 
-    return ticker
+    labels: of x and y, "axis" for x taking that of AXES. bounds: keys of low and high, drawn as bars or as a band.
+    joined: which lines are more than marks. log: axes that are logarithmic. zero: a line there. late: which rows set
+    the frame of y. then: draws more into a panel, given the look of a name. named: the words of a panel's key.
+    """
+    from matplotlib.figure import Figure
+
+    known = frame[finite(frame[y])]
+    groups = [(key, own) for key, own in known.groupby([*panel], sort=False, observed=True) if own[x].nunique() > 1]
+    if not groups:
+        return None
+    most = sorted((len(own) for _, own in groups), reverse=True)[:MOST][-1]
+    groups = [group for group in groups if len(group[1]) >= most][:MOST]
+    some = list(dict.fromkeys(name for _, own in groups for name in own[by]))
+    shown = [name for name in styles if name in some][:NAMED]
+    look = {name: styles[name] if name in shown else REST for name in some}
+    rows = -(-len(groups) // ACROSS)
+    figure = Figure(figsize=(WIDTH, HEIGHT * rows))  # panels are alike: to find room for each costs more than to draw
+    made = figure.subplots(rows, min(ACROSS, len(groups)), squeeze=False).ravel()
+    for axes, (key, own) in zip(made, groups, strict=False):
+        for name, line in sorted(
+            own.groupby([by, *each], sort=False, observed=True), key=lambda own: own[0][0] in shown
+        ):
+            colour, marker, dash = look[name[0]]
+            drawn = joined(name[0])
+            if drawn and line[x].nunique() < 2:
+                continue  # nothing is drawn from one point
+            kept = {"marker": marker if marks else None, "linestyle": dash if drawn else "none", "markersize": 4}
+            axes.plot(line[x], line[y], color=colour, label=name[0] if name[0] in shown else "others", **kept)
+            if bounds and (sure := line.dropna(subset=[*bounds])).size and name[0] in shown:
+                ends = [sure[end].clip(own[y].min() - 9, own[y].max() + 9) for end in bounds]
+                if band:
+                    axes.fill_between(sure[x], *ends, color=colour, alpha=0.1, linewidth=0)
+                else:
+                    axes.vlines(sure[x], *ends, color=colour, linewidth=1)
+        axes.set_title("\n".join(textwrap.wrap(", ".join(filter(None, map(named, key))), 40)))
+        axes.set_xlabel(labels[0] if labels[0] != "axis" else AXES[own["axis"].iloc[0]])
+        axes.set_xscale("log" if "x" in log else "linear")
+        axes.set_yscale("log" if "y" in log else "linear")
+        if zero:
+            axes.axhline(0, color=plot.GREY, linewidth=1)
+        if late is not None and (values := [*own[y][late.reindex(own.index)], *[0.0] * zero]):
+            axes.set_ylim(around(values, 0.2 if zero else 0.05))
+        if then:
+            then(axes, own, lambda name: look.get(name, REST))
+        si_ticks(axes.xaxis)
+        if "y" in log:
+            si_ticks(axes.yaxis)
+    for axes in made[len(groups) :]:
+        axes.set_visible(False)
+    below = legend(figure)
+    height = HEIGHT * rows + below
+    figure.set_figheight(height)
+    figure.supylabel(labels[1], fontsize=9.5, x=0.005)
+    edges = {"left": 0.72 / WIDTH, "right": 1 - 0.1 / WIDTH, "top": 1 - 0.4 / height, "bottom": (below + 0.5) / height}
+    figure.subplots_adjust(**edges, hspace=0.9 / (HEIGHT - 0.9), wspace=0.26)
+    return figure
 
 
-def grid(cells: list[tuple], height: float, sharey: bool | Literal["row"] = False):
-    """(figure, {(row, column): axes}), as wide as the page, with a panel for each (row, column), `height` inches high;
-    empty corners stay empty."""
-    down, across = (list(dict.fromkeys(cell[axis] for cell in cells)) for axis in (0, 1))
-    figure = plot.figure(WIDTH, height * len(down) + 0.6)
-    made = figure.subplots(len(down), len(across), squeeze=False, sharey=sharey)
-    panels = {(row, column): made[i, j] for i, row in enumerate(down) for j, column in enumerate(across)}
-    for cell, axes in panels.items():
-        axes.set_visible(cell in cells)
-    return figure, {cell: axes for cell, axes in panels.items() if cell in cells}
-
-
-def spread(wanted: list[tuple]) -> list[tuple]:
-    """(row, column) for each wanted (row, column): those of a full matrix as they are, else one after the other."""
-    down, across = len({row for row, _ in wanted}), len({column for _, column in wanted})
-    if len(wanted) == down * across and across <= 4:
-        return wanted
-    columns = min(3, len(wanted))
-    return [(i // columns, i % columns) for i in range(len(wanted))]
-
-
-def finish(figure, panels: dict, ylabel: str) -> None:
-    """The label of all y axes, and one legend of all panels below them."""
-    labels = {}
-    for axes in panels.values():
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            labels.setdefault(label, handle)
-    figure.supylabel(ylabel, fontsize=9)
-    if labels:
-        longest = max(map(len, labels))
-        columns = max(1, min(len(labels), 4, 150 // (longest + 8)))  # so many characters are as wide as the page
-        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
+def legend(figure: "Figure") -> float:
+    """One legend of all panels below them, what is grey at its end; returns its height in inches."""
+    found = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label if len(label) < 72 else f"{label[:70]}…": handle for handle, label in found}
+    names = sorted(handles, key=lambda name: name == "others")
+    columns = max(1, min(len(names), 4, 80 // (max(map(len, names), default=1) + 8)))  # of letters in the page's width
+    figure.legend([handles[name] for name in names], names, loc="lower center", ncols=columns)
+    return 0.18 * -(-len(names) // columns) + 0.1
 
 
 def around(values: Iterable[float], share: float) -> tuple[float, float]:
@@ -105,24 +169,18 @@ def around(values: Iterable[float], share: float) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def ticks_at(axis, values: list[float]) -> None:
-    """A tick at each of these values and nowhere else."""
-    formats = ticker()
-    axis.set_major_locator(formats.FixedLocator(values))
-    axis.set_major_formatter(formats.FuncFormatter(lambda value, _: style.si(value)))
-    axis.set_minor_locator(formats.NullLocator())
+def si_ticks(axis, at: Sequence[float] = ()) -> None:
+    """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, closer where it is short, at 1 and 3 where it is long; or
+    at given values alone."""
+    from matplotlib import ticker
 
-
-def si_ticks(axis) -> None:
-    """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, closer where it is short, at 1 and 3 where it is long."""
-    formats = ticker()
-    axis.set_major_formatter(formats.FuncFormatter(lambda value, _: style.si(value)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: style.si(value)))
+    axis.set_major_locator(ticker.FixedLocator(at) if len(at) else ticker.MaxNLocator(5))
     if axis.get_scale() == "log":
         low, high = sorted(axis.get_view_interval())
         wide = high / low
         steps = [1, 2, 5] if wide > 5 else [1, 1.5, 2, 3, 4, 6, 8] if wide > 2 else list(np.arange(1, 10, 0.5))
-        axis.set_major_locator(formats.LogLocator(10, subs=[1, 3] if wide > 300 else steps))
-        axis.set_minor_formatter(formats.NullFormatter())
-        axis.set_minor_locator(formats.NullLocator())
-    else:
-        axis.set_major_locator(formats.MaxNLocator(5))
+        if not len(at):
+            axis.set_major_locator(ticker.LogLocator(10, subs=[1, 3] if wide > 300 else steps))
+        axis.set_minor_formatter(ticker.NullFormatter())
+        axis.set_minor_locator(ticker.NullLocator())

@@ -1,4 +1,4 @@
-"""The figures of a report, each of a frame, with a text for those who do not see it."""
+"""The figures of a report: each is a frame and how its columns are drawn."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,101 +8,81 @@ import pandas as pd
 
 from steppe.scripts import style
 from steppe.scripts.report import drawing as dr
+from steppe.scripts.report.numbers import analysis as an
 from steppe.scripts.report.numbers import statistics as st
 
-_AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 _LATE = 0.4  # share of training after which losses are in the frame
+_PART = 4  # measures in one drawing
+_LOSS = "held-out loss, nats per token"
 
 
-def _axes(frame: pd.DataFrame, steady: bool) -> list[str]:
-    """What losses are drawn against: what is known of all rows; seconds where runs that do the same take the same."""
-    return [axis for axis in _AXES if (frame[axis] > 0).all() and (steady or axis != "seconds")]
+def _drawing(
+    name: str, title: str, caption: str, frame: pd.DataFrame, styles: dict, seen: pd.DataFrame | None = None, **mapping
+) -> dr.Drawing | None:
+    """A drawing of a frame, or of what is `seen` of it; None of none."""
+    if frame.empty:
+        return None
+    seen = frame if seen is None else seen
+    over, names = mapping["labels"], seen[mapping.get("by", "variant")].astype(str).unique()
+    alt = f"{title}: {over[1] or over[0]}, of {', '.join(names[: dr.NAMED])}"
+    return dr.Drawing(name, title, caption, alt, dr.panels(seen, styles, **mapping), frame)
 
 
-def _listed(used: Sequence[str]) -> str:
-    names = [_AXES[axis] for axis in used]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+def _over(frame: pd.DataFrame, key: str, steady: bool) -> pd.DataFrame:
+    """A row a point and axis: tokens, FLOPs, and seconds where runs that do the same take the same; by key and axis."""
+    used = [axis for axis in dr.AXES if (frame[axis] > 0).all() and (steady or axis != "seconds")]
+    kept = [column for column in frame if column not in dr.AXES]
+    long = frame.melt(kept, used, "axis", "at")
+    order = {each: pd.Categorical(long[each], names) for each, names in ((key, frame[key].unique()), ("axis", used))}
+    return long.assign(**order).sort_values([key, "axis", "at"], kind="stable", ignore_index=True)
+
+
+def _axis_aside(key: str) -> str:
+    return "" if key in dr.AXES else str(key)
 
 
 def loss_against_rho(frame: pd.DataFrame, styles: dict) -> dr.Drawing | None:
     """Mean loss over rho, a panel a cell; diverged runs as crosses on top, AdamW as a line and a band."""
     if frame.empty:
         return None
-    places = dr.spread([*frame[["budget", "scale"]].drop_duplicates().itertuples(index=False, name=None)])
-    figure, panels = dr.grid(places, 3.2)
-    for (label, own), place in zip(frame.groupby("cell", sort=False), places, strict=True):
-        axes = panels[place]
-        _rho_panel(axes, own, styles)
-        axes.set(xscale="log", xlabel="rho", title=label)
-        axes.margins(x=0.04)
-        tried = sorted(own.loc[(own["rho"] > 0) & own["loss"].notna(), "rho"].unique())
-        dr.ticks_at(axes.xaxis, tried) if len(tried) <= 8 else dr.si_ticks(axes.xaxis)
-    dr.finish(figure, panels, "held-out loss, nats per token")
-    worst = sorted(frame.loc[frame["status"] == "diverged", "variant"].unique())
-    return dr.Drawing(
-        "loss_against_rho", "Held-out loss against rho",
-        "At each method's best peak rate. Losses are freed of their seed's own level: AdamW's mean plus the difference "
-        "to AdamW of the same seed (an average's to the same average of AdamW). Line: "
-        "mean over the seeds that every rho of the method has; large mark: its best rho; small marks: further seeds. "
-        "Black line: AdamW's mean; grey band: one standard deviation of a single such difference to either side, from "
-        "the noise between seeds. Cross at the upper edge: a run at that rho diverged; hollow triangle there: its loss "
-        "is above the frame.",
-        f"Held-out loss against rho in {len(places)} panels, one for each scale and budget, a line for each method. "
-        + (f"Diverged at some rho: {', '.join(worst)}." if worst else "No run with a rho diverged."),
-        figure, frame,
-    )  # fmt: skip
+    keys = ["cell", "variant", "rho"]
+    perturbed = frame[frame["rho"] > 0]
+    diverged = perturbed[perturbed["status"] == "diverged"].drop_duplicates(keys)
+    known = perturbed[st.finite(perturbed["freed_of_seed"])].merge(diverged[keys], how="left", indicator="apart")
+    known = known[known["apart"] == "left_only"]
+    known = known[known["chose"] | ~known.groupby(keys)["chose"].transform("any")]
+    means = known.groupby(keys, sort=False)["freed_of_seed"].mean().reset_index(name="mean").sort_values("rho")
+    means = means.assign(cell=pd.Categorical(means["cell"], frame["cell"].unique())).sort_values("cell", kind="stable")
 
-
-def _rho_panel(axes, frame: pd.DataFrame, styles: dict) -> None:
-    known = frame[st.finite(frame["freed_of_seed"])]
-    seen, above = [], {}
-
-    def on_top(rho: float, **mark) -> None:
-        """Marks of one rho hang below each other."""
-        above[rho] = above.get(rho, 0) + 1
-        axes.plot(
-            [rho], [1.02 - 0.055 * above[rho]], markersize=6, linestyle="none", transform=axes.get_xaxis_transform(),
-            zorder=5, **mark,
-        )  # fmt: skip
-
-    for name, own in known[known["rho"] == 0].groupby("variant", sort=False):
-        middle, noise = own["freed_of_seed"].mean(), own["noise"].iloc[0]
-        axes.axhline(middle, color=styles[name][0], linewidth=1.2, label=name)
-        seen.append(middle)
-        if math.isfinite(noise):
+    def then(axes, own: pd.DataFrame, look) -> None:
+        cell = own["cell"].iloc[0]
+        best = own.loc[own.groupby("variant")["mean"].idxmin()]
+        for row in best.itertuples():
+            axes.plot(row.rho, row.mean, look(row.variant)[1], color=look(row.variant)[0], ms=9, mec="black")
+        base = frame[(frame["cell"] == cell) & (frame["rho"] == 0) & st.finite(frame["freed_of_seed"])]
+        seen = [*best["mean"]]
+        for name, runs in base.groupby("variant", sort=False):
+            middle, noise = runs["freed_of_seed"].mean(), np.nan_to_num(runs["noise"].iloc[0])
+            axes.axhline(middle, color=look(name)[0] if look(name) != dr.REST else styles[name][0], label=name, lw=1.2)
             axes.axhspan(middle - noise, middle + noise, color="#000000", alpha=0.12, linewidth=0)
             seen += [middle - noise, middle + noise]
-    diverged = frame[(frame["status"] == "diverged") & (frame["rho"] > 0)].drop_duplicates(["variant", "rho"])
-    for row in diverged.itertuples():
-        on_top(row.rho, color=styles[row.variant][0], marker="x", markeredgewidth=1.8)
-    lines = known[known["rho"] > 0].merge(diverged[["variant", "rho"]], how="left", indicator="apart")
-    lines = lines[lines["apart"] == "left_only"]
-    means = {
-        name: own[own["chose"] | ~own.groupby("rho")["chose"].transform("any")].groupby("rho")["freed_of_seed"].mean()
-        for name, own in lines.groupby("variant", sort=False)
-    }
-    for name, mean in means.items():
-        colour, marker, dash = styles[name]
-        axes.plot([mean.idxmin()], [mean.min()], color=colour, marker=marker, markersize=9, markeredgecolor="black")
-        seen.append(mean.min())
-    few = lines[lines.groupby(["variant", "rho"])["seed"].transform("size") > 1]
-    for name, mean in means.items():
-        colour, marker, dash = styles[name]
-        axes.plot(mean.index, mean, color=colour, marker=marker, linestyle=dash, label=name)
-        marks = few[few["variant"] == name]
-        kept = {"markersize": 2.5, "linestyle": "none", "alpha": 0.6}
-        axes.plot(marks["rho"], marks["freed_of_seed"], color=colour, marker=marker, **kept)
-    if not seen:
-        return
-    # a method far off at large rho must not flatten what is near AdamW
-    top = max(seen) + max(2.5 * (max(seen) - min(seen)), 0.02)
-    for name, mean in means.items():
-        for rho in mean.index[mean > top]:
-            on_top(rho, marker="^", markerfacecolor="white", markeredgecolor=styles[name][0])
-    shown = pd.concat([pd.Series(seen), *means.values(), few["freed_of_seed"]])
-    least, most = shown.min(), shown[shown <= top].max()
-    room = (0.16 + 0.05 * max(above.values(), default=0)) * (most - least)
-    axes.set_ylim(least - 0.06 * (most - least) - 1e-4, most + room + 1e-4)
+        # a method far off at large rho must not flatten what is near AdamW
+        top = max(seen) + max(2.5 * (max(seen) - min(seen)), 0.02)
+        crosses, above = diverged[diverged["cell"] == cell].assign(mark="x"), own[own["mean"] > top].assign(mark="^")
+        outside = pd.concat([crosses, above])[["rho", "variant", "mark"]]
+        for row, below in zip(outside.itertuples(), outside.groupby("rho").cumcount(), strict=True):
+            where = {"transform": axes.get_xaxis_transform(), "markersize": 6, "markerfacecolor": "white"}
+            axes.plot([row.rho], [0.965 - 0.055 * below], row.mark, color=look(row.variant)[0], **where)
+        least, most = min(seen), max([*seen, *own.loc[own["mean"] <= top, "mean"]])
+        room = 0.1 + 0.06 * outside.groupby("rho").size().max() if len(outside) else 0.06
+        axes.set_ylim(least - 0.06 * (most - least) - 1e-4, most + room * (most - least) + 1e-4)
+
+    return _drawing(
+        "loss_against_rho", "Held-out loss against rho",
+        "Mean over the seeds that every rho has, each less its seed's own level; large mark: the best. Line and band: "
+        "AdamW and the noise of a difference. Cross: diverged; triangle: above the frame.",
+        frame, styles, means, x="rho", y="mean", labels=("rho", _LOSS), log="x", then=then,
+    )  # fmt: skip
 
 
 def best_rho(frame: pd.DataFrame, laws: Mapping, names: Sequence[str]) -> dr.Drawing | None:
@@ -110,82 +90,51 @@ def best_rho(frame: pd.DataFrame, laws: Mapping, names: Sequence[str]) -> dr.Dra
     frame = frame[frame["tried"] > 1] if len(frame) else frame
     if frame.empty:
         return None
-    marks = dict(zip(families := frame["family"].unique(), style.series(len(families)), strict=True))
     sizes = frame.groupby("variant")["parameters"].nunique()
     names = [name for name in names if sizes.get(name, 0) > 1] or [name for name in names if name in sizes]
     frame = frame[frame["variant"].isin(names)]
-    columns = min(3, len(names))
-    figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(names))], 3.1)
-    for name, axes in zip(names, panels.values(), strict=True):
-        own = frame[frame["variant"] == name]
-        for number, (family, (colour, marker, dash)) in enumerate(marks.items()):
-            aside = 1.06 ** (number - (len(marks) - 1) / 2)  # marks of one size stand beside each other
-            rows = own[own["family"] == family]
-            bounded = rows[st.finite(rows["optimum_low"])]
-            axes.vlines(
-                bounded["parameters"] * aside, bounded["optimum_low"].clip(lower=bounded["least"] / 2),
-                bounded["optimum_high"].clip(upper=bounded["most"] * 2), color=colour, linewidth=1,
-            )  # fmt: skip
-            for inside, filled in rows.groupby(rows["state"] == "inside"):
-                axes.plot(
-                    filled["parameters"] * aside, filled["optimum"], color=colour, marker=marker, linestyle="none",
-                    markerfacecolor=colour if inside else "white",
-                )  # fmt: skip
-            if law := laws.get((family, name)):
-                fitted = rows.loc[rows["state"] == "inside", "parameters"]
-                x = np.geomspace(fitted.min() / 1.3, fitted.max() * 1.3, 50)
-                line, low, high = st.power_law_band(law, x)
-                if np.isfinite(low).all():  # a line through two points says nothing
-                    axes.plot(x, line, color=colour, linestyle=dash, marker="none")
-                    axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-            if len(rows):
-                axes.plot([], [], color=colour, marker=marker, linestyle=dash, label=family)
-        axes.set(xscale="log", yscale="log", xlabel="non-embedding parameters", title=name)
+    styles = dict(zip(families := frame["family"].unique(), style.series(len(families)), strict=True))
+    seen = frame.assign(variant=pd.Categorical(frame["variant"], names)).sort_values("variant", kind="stable")
+
+    def then(axes, own: pd.DataFrame, look) -> None:
+        for family, rows in own.groupby("family"):
+            colour, marker, dash = look(family)
+            bounded, open_ = rows[st.finite(rows["optimum_low"])], rows[rows["state"] != "inside"]
+            ends = (
+                bounded["optimum_low"].clip(bounded["least"] / 2),
+                bounded["optimum_high"].clip(None, bounded["most"] * 2),
+            )
+            axes.vlines(bounded["parameters"], *ends, color=colour, linewidth=1)
+            axes.plot(open_["parameters"], open_["optimum"], marker, color=colour, markerfacecolor="white", ms=4)
+            law = laws.get((family, own["variant"].iloc[0]))
+            x = np.geomspace(*own.loc[own["state"] == "inside", "parameters"].agg(["min", "max"]), 50) if law else []
+            line, low, high = st.power_law_band(law, x) if law else ([math.nan],) * 3
+            if np.isfinite(low).all():  # a line through two points says nothing
+                axes.plot(x, line, color=colour, linestyle=dash)
+                axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         axes.set_ylim(own["least"].min() / 1.6, own["most"].max() * 1.6)
-        axes.set_xlim(frame["parameters"].min() / 1.4, frame["parameters"].max() * 1.4)
-        dr.si_ticks(axes.xaxis)
-        dr.si_ticks(axes.yaxis)
-    dr.finish(figure, panels, "best rho")
-    names_of = {"family": "budget", "optimum": "rho", "optimum_low": "low", "optimum_high": "high", "state": "status"}
-    shown = frame.drop(columns=["budget", "status"]).rename(columns=names_of)
-    return dr.Drawing(
+
+    of = {"family": "budget", "optimum": "rho", "optimum_low": "low", "optimum_high": "high", "state": "status"}
+    shown = frame.drop(columns=["budget", "status"]).rename(columns=of)
+    return _drawing(
         "best_rho", "Best rho against parameters",
-        "Filled: the minimum of a parabola in log rho, with its 95 % Fieller interval. Hollow: "
-        "the best rho of the grid, where its minimum is not bracketed (at the edge, beside a diverged or pruned rho, "
-        "no minimum); left out of the fit. Line and band: power law a N^b and its pointwise 95 % interval. The "
-        "frame is the grid that was tried; marks of one size are drawn side by side.",
-        f"Best rho against non-embedding parameters, a panel for each of {len(names)} methods; "
-        f"{(frame['state'] == 'inside').sum()} of {len(frame)} optima lie inside their grids.",
-        figure, shown[["variant", "budget", "scale", "parameters", "rho", "low", "high", "status"]],
+        "Filled: minimum of a parabola in log rho with Fieller's 95 % interval; hollow: best of a grid that does not "
+        "bracket it, left out of the fit. Line and band: power law a N^b, 95 %.",
+        shown[["variant", "budget", "scale", "parameters", "rho", "low", "high", "status"]], styles, seen,
+        x="parameters", y="optimum", by="family", panel=["variant"], joined=lambda name: False, log="xy",
+        labels=("non-embedding parameters", "best rho"), then=then,
     )  # fmt: skip
 
 
 def frontier(frame: pd.DataFrame, styles: dict, steady: bool) -> dr.Drawing | None:
     """Final loss against tokens, FLOPs and seconds, a row of panels a scale: AdamW's budgets joined by a line."""
-    if frame.empty:
-        return None
-    used, scales = _axes(frame, steady), frame["scale"].unique()
-    figure, panels = dr.grid([(scale, axis) for scale in scales for axis in used], 3, sharey="row")
-    for (scale, axis), axes in panels.items():
-        own = frame[frame["scale"] == scale].sort_values(axis)
-        for name in [name for name in styles if name in set(own["variant"])]:
-            points, (colour, marker, dash) = own[own["variant"] == name], styles[name]
-            joined = dash if name.split(",")[0] == "adamw" else "none"
-            axes.vlines(points[axis], points["lowest"], points["highest"], color=colour, linewidth=1)
-            axes.plot(points[axis], points["loss"], color=colour, marker=marker, linestyle=joined, label=name)
-        axes.set(xscale="log", xlabel=_AXES[axis], title=scale)
-        axes.set_xlim(own[axis].min() / 1.1, own[axis].max() * 1.1)
-        dr.si_ticks(axes.xaxis)
-    dr.finish(figure, panels, "held-out loss, nats per token")
-    return dr.Drawing(
-        "frontier", f"Final loss against {_listed(used)}",
-        "One mark a method and budget, at its best rho: mean over seeds, line from the lowest seed to the highest, "
-        "each freed of its seed's own level where AdamW has that seed. "
-        "AdamW's budgets are joined: a method below that line at the same FLOPs is worth its cost, one above is not."
-        + " Seconds: of training, as measured, median over all runs of a method and budget." * ("seconds" in used),
-        f"Final held-out loss against {_listed(used)} for {len(scales)} scales, AdamW's budgets "
-        "joined by a line.",
-        figure, frame,
+    return None if frame.empty else _drawing(
+        "frontier", "Final loss against what it takes",
+        "A mark a method and budget, at its best rho: mean and range of seeds, freed of their levels. AdamW's budgets "
+        "are joined: a method below that line at the same FLOPs is worth its cost.",
+        frame, styles, _over(frame, "scale", steady), x="at", y="loss", panel=["scale", "axis"], log="x",
+        bounds=["lowest", "highest"], joined=lambda name: name.split(",")[0] == "adamw", labels=("axis", _LOSS),
+        named=_axis_aside,
     )  # fmt: skip
 
 
@@ -193,79 +142,111 @@ def curves(frame: pd.DataFrame, styles: dict, steady: bool) -> dr.Drawing | None
     """Held-out loss during training against tokens, FLOPs and seconds, mean over seeds at the best rho."""
     if frame.empty:
         return None
-    used, labels = _axes(frame, steady), frame["panel"].unique()
-    figure, panels = dr.grid([(label, axis) for label in labels for axis in used], 2.8, sharey="row")
-    for (label, axis), axes in panels.items():
-        own = frame[frame["panel"] == label]
-        for (name, aside, _), line in own.groupby(["variant", "aside", "budget"], sort=False):
-            colour, marker, dash = styles[name]
-            kind = {"label": f"{name}, longer", "linestyle": "--", "markerfacecolor": "white"} if aside else {}
-            kind = {"label": name, "linestyle": dash, **kind}
-            axes.plot(line[axis], line["loss"], color=colour, marker=marker, markersize=3.5, **kind)
-        axes.set(xlabel=_AXES[axis], title=label, ylim=dr.around(own.loc[own["share"] >= _LATE, "loss"], 0.05))
-        axes.set_xlim(left=0)
-        dr.si_ticks(axes.xaxis)
-    dr.finish(figure, panels, "held-out loss, nats per token")
-    return dr.Drawing(
+    long = _over(frame, "panel", steady)
+    long["variant"] = long["variant"] + np.where(long["aside"], ", longer", "")
+    longer = {f"{name}, longer": (colour, marker, "--") for name, (colour, marker, _) in styles.items()}
+    return _drawing(
         "curves", "Held-out loss during training",
-        "At the best rho, mean over the seeds that all methods of a panel have; hollow: AdamW trained longer, for the "
-        "FLOPs of the two-pass methods. The learning rate falls to its end only at each run's last step, so only last "
-        "points of different lengths may be compared. The frame shows what lies after four tenths of training.",
-        f"Held-out loss during training against {_listed(used)} in {len(labels)} panels of scale and budget.",
-        figure, frame.drop(columns="aside"),
+        "At the best rho, mean over the seeds that all have; longer: AdamW for the FLOPs of two passes. Rates fall to "
+        "their end at each run's last step: only last points of different lengths compare.",
+        frame.drop(columns="aside"), styles | longer, long, x="at", y="loss", panel=["panel", "axis"], marks=False,
+        late=long["share"] >= _LATE, labels=("axis", _LOSS), named=_axis_aside,
     )  # fmt: skip
 
 
 def differences(frame: pd.DataFrame, styles: dict) -> dr.Drawing | None:
     """Held-out loss less AdamW's of the same seed during training, at the best rho: mean and interval over seeds."""
-    if frame.empty:
-        return None
-    labels = frame["cell"].unique()
-    places = dr.spread([(0, label) for label in labels])
-    figure, panels = dr.grid(places, 3.2)
-    for (label, own), place in zip(frame.groupby("cell", sort=False), places, strict=True):
-        axes = panels[place]
-        for name, line in own.groupby("variant", sort=False):
-            colour, marker, dash = styles[name]
-            kept = {"markersize": 3, "linestyle": dash, "label": name}
-            axes.plot(line["tokens"], line["difference"], color=colour, marker=marker, **kept)
-            if st.finite(line["difference_high"]).all():
-                bounds = line["difference_low"], line["difference_high"]
-                axes.fill_between(line["tokens"], *bounds, color=colour, alpha=0.1, linewidth=0)
-        axes.axhline(0, color="#000000", linewidth=1)
-        late = own.loc[own["share"] >= _LATE, "difference"]
-        axes.set(xlabel="tokens", title=label, ylim=dr.around([*late, 0.0], 0.3))
-        axes.set_xlim(left=0)
-        dr.si_ticks(axes.xaxis)
-    dr.finish(figure, panels, "held-out loss less AdamW's, nats per token")
-    return dr.Drawing(
+    return None if frame.empty else _drawing(
         "differences", "Difference to AdamW during training",
-        "Of the same seed at the same step, at the best rho: mean over the seeds by which the tables compare, AdamW at "
-        "its best; bands: 95 % intervals. Averages of the weights are held against AdamW's own average. Below zero is "
-        "better; what counts is the end, where the learning rate has fallen. The frame shows what lies after four "
-        "tenths of training.",
-        f"Held-out loss less AdamW's during training, in {len(labels)} panels of scale and budget.", figure, frame,
+        "Of the same seed and step, at the best rho, mean with 95 % band; averages less AdamW's average. What counts "
+        "is the end, where the learning rate has fallen. Below zero is better.",
+        frame, styles, x="tokens", y="difference", bounds=["difference_low", "difference_high"], band=True, zero=True,
+        marks=False, late=frame["share"] >= _LATE, labels=("tokens", "less AdamW's, nats per token"),
     )  # fmt: skip
 
 
-def scaling(frame: pd.DataFrame, laws: Mapping[str, st.ScalingLaw]) -> dr.Drawing | None:
+def scaling(frame: pd.DataFrame) -> dr.Drawing | None:
     """Final loss against tokens with the fitted L(N, D), a panel a name."""
     if frame.empty:
         return None
-    columns = min(3, len(laws))
-    figure, panels = dr.grid([(i // columns, i % columns) for i in range(len(laws))], 3.4)
-    for (name, law), axes in zip(laws.items(), panels.values(), strict=True):
-        own = frame[frame["variant"] == name].groupby("parameters")
-        for (size, runs), (colour, marker, dash) in zip(own, style.series(len(own)), strict=True):
-            x = np.geomspace(runs["tokens"].min(), runs["tokens"].max(), 50)
-            axes.plot(runs["tokens"], runs["loss"], color=colour, marker=marker, linestyle="none")
-            axes.plot(x, st.predict(law, size, x), color=colour, linestyle=dash)
-            axes.plot([], [], color=colour, marker=marker, linestyle=dash, label=f"{style.si(size)} parameters")
-        axes.set(xscale="log", xlabel="tokens", title=name)
-        dr.si_ticks(axes.xaxis)
-    dr.finish(figure, panels, "held-out loss, nats per token")
-    return dr.Drawing(
-        "scaling_law", "Scaling law L(N, D) = E + A/N^a + B/D^b",
-        "Marks: runs at the best rho; lines: the fit.",
-        f"Final held-out loss against tokens with the fitted scaling law, for {', '.join(laws)}.", figure, frame,
+    seen = frame.assign(size=[f"{style.si(number)} parameters" for number in frame["parameters"]])
+    styles = dict(zip(sizes := seen["size"].unique(), style.series(len(sizes)), strict=True))
+
+    def then(axes, own: pd.DataFrame, look) -> None:
+        for size, runs in own.groupby("size"):
+            axes.plot(runs["tokens"], runs["fitted"], color=look(size)[0], linestyle=look(size)[2])
+
+    return _drawing(
+        "scaling_law", "Scaling law L(N, D) = E + A/N^a + B/D^b", "Marks: runs at the best rho; lines: the fit.",
+        frame, styles, seen, x="tokens", y="loss", by="size", panel=["variant"], joined=lambda name: False, log="x",
+        labels=("tokens", _LOSS), then=then,
+    )  # fmt: skip
+
+
+def sharpness(source: str, frame: pd.DataFrame, styles: dict) -> list[dr.Drawing | None]:
+    """Held-out loss against each measure, a panel a cell and measure; at most _PART measures a drawing."""
+    names = an.shown(list(dict.fromkeys(frame["measure"])))
+    parts = [names[first : first + _PART] for first in range(0, len(names), _PART)]
+    known = frame[st.finite(frame["loss"])]
+    found = []
+    for number, part in enumerate(parts, 1):
+        own = known.assign(measure=an.in_order(known["measure"], part)).dropna(subset="measure")
+        own = own.sort_values(["measure", "cell"], kind="stable")
+        several = f", part {number}" if len(parts) > 1 else ""
+        shown = own[["cell", "variant", "rho", "seed", "measure", "value", "loss"]]
+        found.append(
+            _drawing(
+                f"{source}_{number}" if several else source, f"Held-out loss beside {source}{several}",
+                "One mark a run, of all rho and seeds measured." + f" {style.INCREASES}" * (source == "retention"),
+                shown, styles, x="value", y="loss", panel=["cell", "measure"], joined=lambda name: False,
+                labels=("", _LOSS), named=_measure_named,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _measure_named(key: str) -> str:
+    return style.in_words(key) if "," not in key else key
+
+
+def curvature_over_training(frame: pd.DataFrame, styles: dict) -> dr.Drawing | None:
+    """Curvature of checkpoints against tokens, a panel a cell and measure, a line a run."""
+    return None if frame.empty else _drawing(
+        "curvature_over_training", "Curvature over training",
+        "One line a run, of runs of which several checkpoints were measured. The functional share is that of |NME ε|² "
+        "in |GGN ε|² + |NME ε|², ε along the gradient.",
+        frame, styles, x="tokens", y="value", panel=["cell", "measure"], each=["run"],
+        labels=("tokens", "of the held-out loss"), named=_measure_named,
+    )  # fmt: skip
+
+
+def kept_against_rho(frame: pd.DataFrame, styles: dict) -> dr.Drawing | None:
+    """Loss, forgetting and loss in few bits over rho at the best rate, less AdamW's of the same seeds."""
+    return None if frame.empty else _drawing(
+        "kept_against_rho", "Kept of the loss, against rho",
+        "At each method's best rate, less AdamW's of the same seed and tokens (the line at zero), averages less "
+        "AdamW's own: mean over seeds with 95 % intervals. Below zero is better.",
+        frame, styles, x="rho", y="less_adamw", by="entry", panel=["cell", "aspect"], bounds=["low", "high"], log="x",
+        zero=True, labels=("rho", "less AdamW's, nats per token"),
+    )  # fmt: skip
+
+
+def forgetting(frame: pd.DataFrame, styles: dict) -> dr.Drawing | None:
+    """Forgotten against the loss reached on the second text: the frontier of each entry, and less AdamW's."""
+    if frame.empty:
+        return None
+    sure = frame["n"].where(frame["n"] > 2) * 0
+    parts = {"forgotten": frame["forgotten"], "forgotten less AdamW's": frame["less_adamw"]}
+    seen = pd.concat([frame.assign(kind=kind, y=values, low=frame["low"] + sure) for kind, values in parts.items()])
+    order = {each: pd.Categorical(seen[each], seen[each].unique()) for each in ("group", "kind")}
+    seen = seen.assign(**order).sort_values(["group", "kind"], kind="stable", ignore_index=True)
+    seen.loc[seen["kind"] == "forgotten", "low"] = math.nan
+    return _drawing(
+        "forgetting", "Cost of fine-tuning on the first text",
+        "The least that any rate and length forgets where the second text reaches a loss, mean over seeds, and less "
+        "AdamW's of as many tokens with 95 % bands of three pairs or more. Fine-tuning goes to the right.",
+        frame.drop(columns="n"), styles, seen, x="second_loss", y="y", by="entry", panel=["group", "kind"],
+        bounds=["low", "high"], band=True, marks=False,
+        labels=("loss on the second text, nats a token", "nats a token"),
+        then=lambda axes, own, look: axes.invert_xaxis(),
     )  # fmt: skip

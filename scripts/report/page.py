@@ -1,6 +1,9 @@
 """One HTML page that stands alone: tables, figures as inline SVG, the data behind each as a link within the page."""
 
 import base64
+import gzip
+import re
+from collections.abc import Sequence
 from html import escape
 
 import pandas as pd
@@ -8,88 +11,133 @@ import pandas as pd
 from steppe.scripts.report.drawing import Drawing
 from steppe.scripts.report.tables import Table, to_csv
 
-_LONGEST = 400  # rows of data shown as a table; more are only in the CSV
+_LONG = 10  # rows from which a table has a filter
 _STYLE = """
 body { font: 15px/1.45 system-ui, "Helvetica Neue", Arial, sans-serif; color: #000; background: #fff; max-width: 76rem;
-  margin: 0 auto; padding: 1rem 1.5rem 4rem; }
+  margin: 0 auto; padding: 1rem clamp(0.6rem, 2vw, 1.5rem) 4rem; }
 h1 { font-size: 1.7rem; margin: 0.5rem 0; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 0.5rem; border-bottom: 2px solid #000; padding-bottom: 0.2rem; }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 0.2rem; }
-p, figcaption, .caption { max-width: 60rem; }
-.caption, figcaption, nav { color: #333; font-size: 0.9rem; }
+section > p, figcaption, .caption { max-width: 62rem; }
+.answer { font-size: 1.15rem; margin: 0.4rem 0; }
+.caption, figcaption, nav { color: #333; font-size: 0.87rem; }
 nav a { margin-right: 1rem; }
-/* a table that goes on is shaded at that side, as long as there is more of it */
-.wide { overflow-x: auto; background:
-  linear-gradient(to right, #fff 30%, #fff0) left / 3rem 100% local no-repeat,
-  linear-gradient(to left, #fff 30%, #fff0) right / 3rem 100% local no-repeat,
-  linear-gradient(to right, #0005, #0000) left / 1.1rem 100% scroll no-repeat,
-  linear-gradient(to left, #0005, #0000) right / 1.1rem 100% scroll no-repeat; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { padding: 0.22rem 0.6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
-thead th { border-bottom: 2px solid #000; vertical-align: bottom; }
+thead th { border-bottom: 2px solid #000; vertical-align: bottom; cursor: pointer; }
+thead th[aria-sort=ascending]::after { content: " ↑"; }
+thead th[aria-sort=descending]::after { content: " ↓"; }
 th.group { padding-top: 0.9rem; background: #f3f3f3b0; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 tbody th[scope=row] { font-weight: normal; }
 figure { margin: 1rem 0; }
-figure svg { width: 100%; height: auto; }
-details { margin: 0.3rem 0; font-size: 0.9rem; }
+figure svg { width: 100%; min-width: 27rem; max-width: 46rem; height: auto;
+  font-family: "DejaVu Sans", Verdana, sans-serif; }
+details { margin: 0.5rem 0; }
 summary { cursor: pointer; }
+details.part > summary { font-weight: bold; }
 a { color: #0050a0; }
-a:focus-visible, summary:focus-visible { outline: 3px solid #E69F00; }
+a:focus-visible, summary:focus-visible, th:focus-visible { outline: 3px solid #E69F00; }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
-  nav, .data { display: none; }
+  nav, .data, input { display: none; }
   h2, h3, .caption, thead, tr.group { break-after: avoid; }
-  tbody tr:nth-child(-n+3), tr.group + tr { break-after: avoid; } /* no row alone below a heading, */
-  tbody tr:nth-last-child(-n+3) { break-before: avoid; } /* or at the top of a page */
   figure, tr { break-inside: avoid; }
-  .wide { overflow: visible; background: none; }
+  .wide { overflow: visible; }
   table { font-size: 7.5pt; }
   th, td { padding: 1pt 4pt; }
   td.number { white-space: normal; }
   figure svg { max-height: 165mm; }
 }
 """
+# a click on a heading sorts the rows of each group, text in the field above a table keeps those that have it
+_SCRIPT = """
+const value = cell => {
+  const found = /^[\\u2212+]?[\\d.]+([kMGTP]?)/.exec(cell.innerText.trim());
+  if (!found) return cell.innerText;
+  const size = parseFloat(found[0].replace("\\u2212", "-"));
+  return size * 1000 ** (" kMGTP".indexOf(found[1] || " "));
+};
+const before = (a, b) => typeof a == typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a == "number" ? -1 : 1;
+for (const head of document.querySelectorAll("thead th")) {
+  head.tabIndex = 0;
+  head.onclick = () => {
+    const rising = head.ariaSort != "ascending", place = head.cellIndex;
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.ariaSort = rising ? "ascending" : "descending";
+    for (const body of head.closest("table").tBodies) {
+      const rows = [...body.rows].filter(row => row.className != "group");
+      rows.sort((a, b) => (rising ? 1 : -1) * before(value(a.cells[place]), value(b.cells[place])));
+      body.append(...rows);
+    }
+  };
+  head.onkeydown = event => event.key == "Enter" && head.onclick();
+}
+for (const field of document.querySelectorAll("input")) field.oninput = () => {
+  const words = field.value.toLowerCase().split(" ");
+  for (const body of field.parentNode.querySelectorAll("tbody")) for (const row of body.rows) {
+    const text = (body.rows[0].innerText + " " + row.innerText).toLowerCase();
+    row.hidden = row.className != "group" && !words.every(word => text.includes(word));
+  }
+};
+const open = () => document.querySelectorAll("details").forEach(each => each.open = true);
+addEventListener("beforeprint", open);
+"""
 
 
 class Section:
-    """A heading with what stands under it, in order: text, tables and figures."""
+    """A heading with the parts under it, in order: text, tables and figures."""
 
     def __init__(self, title: str):
         self.title, self.name = title, "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
         self.parts: list[str] = []
 
-    def text(self, *paragraphs: str) -> "Section":
-        self.parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs if paragraph]
+    def text(self, *paragraphs: str, kind: str = "") -> "Section":
+        self.parts += [f"<p{f' class={kind}' * bool(kind)}>{escape(paragraph)}</p>" for paragraph in paragraphs]
         return self
 
-    def points(self, items: list[str]) -> "Section":
+    def code(self, text: str) -> "Section":
+        self.parts.append(f"<pre>{escape(text)}</pre>")
+        return self
+
+    def points(self, items: Sequence[str]) -> "Section":
         if items:
             self.parts.append("<ul>\n" + "\n".join(f"<li>{escape(item)}</li>" for item in items) + "\n</ul>")
         return self
 
-    def table(self, table: Table) -> "Section":
+    def table(self, table: Table, folded: bool = False) -> "Section":
         if len(table.frame):
-            self.parts.append(
-                f'<h3 id="title-{table.name}">{escape(table.title)}</h3>\n'
-                f'<p class="caption" id="about-{table.name}">{escape(table.caption)}</p>\n'
-                f'<div class="wide">{_table(table)}</div>\n<p class="data">{_download(table.name, table.frame)}</p>'
+            search = (
+                f'<input type="search" placeholder="filter" aria-label="filter: {escape(table.title, quote=True)}">'
             )
+            about = f'<p class="caption" id="about-{table.name}">{escape(table.caption)}</p>\n'
+            wide = search * (len(table.frame) >= _LONG) + f'<div class="wide">{_table(table)}</div>'
+            data = f'<p class="data">{_download(table.name, table.frame)}</p>'
+            self._add(table.title, f"title-{table.name}", f"{about}<div>{wide}</div>\n{data}", folded)
         return self
 
-    def figure(self, drawing: Drawing | None, svg: str) -> "Section":
-        if drawing is not None:
-            self.parts.append(
-                f'<h3>{escape(drawing.title)}</h3>\n<figure id="figure-{drawing.name}">\n'
-                f"{_described(svg, drawing.alt)}\n"
-                f"<figcaption>{escape(drawing.caption)}</figcaption>\n{_data(drawing)}\n</figure>"
-            )
+    def figure(self, drawing: Drawing, svg: str, folded: bool = False) -> "Section":
+        body = (
+            f'<figure id="figure-{drawing.name}">\n<div class="wide">{_described(svg, drawing.alt)}</div>\n'
+            f"<figcaption>{escape(drawing.caption)}</figcaption>\n"
+            f'<p class="data">{_download(drawing.name, drawing.frame)}</p>\n</figure>'
+        )
+        self._add(drawing.title, f"of-{drawing.name}", body, folded)
         return self
 
+    def _add(self, title: str, name: str, body: str, folded: bool) -> None:
+        if folded:
+            self.parts.append(
+                f'<details class="part"><summary id="{name}">{escape(title)}</summary>\n{body}\n</details>'
+            )
+        else:
+            self.parts.append(f'<h3 id="{name}">{escape(title)}</h3>\n{body}')
 
-def page(title: str, introduction: str, sections: list[Section]) -> str:
+
+def page(title: str, introduction: str, sections: Sequence[Section]) -> str:
     """The whole page; it names no address outside itself."""
     sections = [section for section in sections if section.parts]
     links = "\n".join(f'<a href="#{section.name}">{escape(section.title)}</a>' for section in sections)
@@ -103,34 +151,30 @@ def page(title: str, introduction: str, sections: list[Section]) -> str:
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<header>\n"
         f"<h1>{escape(title)}</h1>\n"
         f'<p>{escape(introduction)}</p>\n</header>\n<nav aria-label="Sections">\n{links}\n</nav>\n'
-        f"<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<main>\n{body}\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
 def _table(table: Table) -> str:
-    heads = "".join(f'<th scope="col"{_class(column.number)}>{escape(column.header)}</th>' for column in table.columns)
+    rows = table.frame.to_dict("records")
+    cells = [[column.of(row) for column in table.columns] for row in rows]
+    numbers = [all(re.match(r"[−\d—∞]|default|$", cell) for cell in column) for column in zip(*cells, strict=True)]
+    kinds = [' class="number"' if number else "" for number in numbers]
     lines, group = [], None
-    for row in table.frame.to_dict("records"):
+    for row, shown in zip(rows, cells, strict=True):
         if table.group and row[table.group] != group:
             group = row[table.group]
-            lines.append(
-                f'<tr class="group"><th scope="rowgroup" class="group" colspan="{len(table.columns)}">'
-                f"{escape(str(group))}</th></tr>"
-            )
-        cells = []
-        for number, column in enumerate(table.columns):
-            kind = 'th scope="row"' if number == 0 else "td"
-            shown = escape(column.of(row)).replace("\n", "<br>")
-            cells.append(f"<{kind}{_class(column.number)}>{shown}</{kind.split()[0]}>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+            heading = f'<th scope="rowgroup" class="group" colspan="{len(kinds)}">{escape(str(group))}</th>'
+            lines.append(f'</tbody><tbody>\n<tr class="group">{heading}</tr>')
+        first, *others = (escape(cell).replace("\n", "<br>") for cell in shown)
+        data = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
+        lines.append(f'<tr><th scope="row"{kinds[0]}>{first}</th>{data}</tr>')
+    pairs = zip(table.columns, kinds, strict=True)
+    heads = "".join(f'<th scope="col"{kind}>{escape(column.header)}</th>' for column, kind in pairs)
     return (
         f'<table aria-labelledby="title-{table.name}" aria-describedby="about-{table.name}">\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
     )
-
-
-def _class(number: bool) -> str:
-    return ' class="number"' if number else ""
 
 
 def _described(svg: str, alt: str) -> str:
@@ -140,24 +184,5 @@ def _described(svg: str, alt: str) -> str:
 
 
 def _download(name: str, frame: pd.DataFrame) -> str:
-    text = base64.b64encode(to_csv(frame).encode()).decode()
-    return f'<a download="{name}.csv" href="data:text/csv;charset=utf-8;base64,{text}">{name}.csv</a>'
-
-
-def _data(drawing: Drawing) -> str:
-    frame, shown = drawing.frame, ""
-    if len(frame) <= _LONGEST:
-        heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in frame)
-        lines = "\n".join(
-            "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row) + "</tr>"
-            for row in frame.itertuples(index=False, name=None)
-        )
-        shown = f'\n<div class="wide"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
-    return (
-        f'<details class="data"><summary>Data behind this figure ({len(frame)} rows)</summary>\n'
-        f"<p>{_download(drawing.name, frame)}</p>{shown}\n</details>"
-    )
-
-
-def _cell(value) -> str:
-    return "" if pd.isna(value) else f"{value:.6g}" if isinstance(value, float) else str(value)
+    packed = base64.b64encode(gzip.compress(to_csv(frame).encode(), mtime=0)).decode()
+    return f'<a download="{name}.csv.gz" href="data:application/gzip;base64,{packed}">{name}.csv.gz</a>'

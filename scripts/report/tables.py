@@ -1,31 +1,35 @@
 """The tables of a report: a frame, and how each of its columns is shown in the page."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from steppe.scripts import style
 from steppe.scripts.report.numbers import analysis as an
+from steppe.scripts.report.numbers import beside as bs
 from steppe.scripts.report.numbers import entries as en
+
+Row = Mapping[str, Any]
 
 
 class Column(NamedTuple):
-    """key of the frame, header with its unit, how a value is shown; numbers stand to the right.
-
-    also: keys whose values are shown with it.
-    """
+    """key of the frame, header with its unit, and how a value is shown: "" as text, a format of numbers, "si", "±4" an
+    interval with KEY_low, KEY_high and KEY_n to four decimals, or a function of the row."""
 
     key: str
     header: str
-    show: Callable[..., str] = str
-    number: bool = True
-    also: Sequence[str] = ()
+    form: str | Callable[[Row], str] = ""
 
-    def of(self, row: dict[str, Any]) -> str:
+    def of(self, row: Row) -> str:
         """A cell as text."""
-        return self.show(*(row[key] for key in (self.key, *self.also)))
+        value = row[self.key]
+        if callable(self.form):
+            return self.form(row)
+        if self.form.startswith("±"):
+            return interval(value, *(row[f"{self.key}_{end}"] for end in ("low", "high", "n")), self.form[1:])
+        return number(value, self.form) if self.form else "" if pd.isna(value) else str(value)
 
 
 class Table(NamedTuple):
@@ -34,9 +38,15 @@ class Table(NamedTuple):
     name: str
     title: str
     caption: str
-    columns: list[Column]
+    columns: Sequence[Column]
     frame: pd.DataFrame
     group: str = ""
+
+
+def _table(
+    name: str, title: str, caption: str, columns: Sequence[tuple], frame: pd.DataFrame, group: str = ""
+) -> Table:
+    return Table(name, title, caption, [Column(*column) for column in columns], frame, group)
 
 
 def to_csv(frame: pd.DataFrame) -> str:
@@ -45,137 +55,189 @@ def to_csv(frame: pd.DataFrame) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- values
-def decimals(digits: int) -> Callable[[float], str]:
-    """Shows a float with so many decimals and a true minus sign; an em dash where it is not known."""
-
-    def show(value: float) -> str:
-        if value is None or math.isnan(value):
-            return "—"
-        return "∞" if math.isinf(value) else f"{value:.{digits}f}".replace("-", "−")
-
-    return show
+def number(value: float, form: str) -> str:
+    """A number with a true minus sign; an em dash where it is not known."""
+    if pd.isna(value):
+        return "—"
+    return "∞" if math.isinf(value) else (style.si(value) if form == "si" else format(value, form)).replace("-", "−")
 
 
-def significant(value: float) -> str:
-    """Three digits."""
-    return "—" if value is None or math.isnan(value) else f"{value:.3g}".replace("-", "−")
+def interval(value: float, low: float, high: float, n: float, digits: str = "4") -> str:
+    """ "value (n 3)" and "[low, high]" below it; one value has no interval."""
+    if pd.isna(value) or not n > 0:
+        return "—"
+    shown = [number(each, f".{digits}f") for each in (value, low, high)]
+    return f"{shown[0]} (n {n:g})\n" + (f"[{shown[1]}, {shown[2]}]" if math.isfinite(high) else "no interval")
 
 
-def interval(key: str, header: str, digits: int = 4, count: str = "n") -> Column:
-    """Shows "value (n 3)" and "[low, high]" below it; one value says that it has no interval."""
-    shown = decimals(digits)
-
-    def show(value: float, low: float, high: float, n: float) -> str:
-        if not n > 0 or math.isnan(value):
-            return "—"
-        bounds = f"[{shown(low)}, {shown(high)}]" if math.isfinite(high) else "no interval"
-        return shown(value) + (f" ({count} {n:g})" if count else "") + f"\n{bounds}"
-
-    return Column(key, header, show, also=_bounds(key))
-
-
-def _bounds(key: str) -> list[str]:
-    return [f"{key}_{end}" for end in ("low", "high", "n")]
-
-
-def rho(value: float) -> str:
+def rho(value: float | None) -> str:
     """A radius, three digits; "default" where the method's own was used."""
-    return "default" if math.isnan(value) else f"{value:.3g}"
+    return "default" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
-def words(key: str, header: str, show: Callable[[Any], str] = str) -> Column:
-    """A column of text."""
-    return Column(key, header, show, number=False)
+def _best_rho(row: Row) -> str:
+    return "—" if row["rho"] == 0 and not row["where"] else "\n".join(filter(None, [rho(row["rho"]), row["where"]]))
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+def _optimum(row: Row) -> str:
+    low, high = row["optimum_low"], row["optimum_high"]
+    bounds = f"[{rho(low) if low else 'below grid'}, {rho(high) if math.isfinite(high) else 'above grid'}]"
+    return f"{rho(row['optimum'])} (n {row['optimum_n']})\n{'no interval' if math.isnan(low) else bounds}"
+
+
+# -------------------------------------------------------------------------------------------------------------- answer
+def answer(made: bs.Answer) -> Table:
+    """A row an entry: its best setting, and its differences in every aspect and on both bases."""
+    frame = bs.shown(made)
+
+    def way(key: str) -> Callable[[Row], str]:
+        return lambda row: interval(*(row[f"{key}{end}"] for end in ("", "_low", "_high")), row[f"{key}_pairs"])
+
+    def setting(axis: str) -> Callable[[Row], str]:
+        return lambda row: "" if pd.isna(row[axis]) else f"{row[axis]:g}{bs.ARROW[row[f'{axis}_edge']]}"
+
+    aspects = [
+        (key, f"{aspect.title}, {en.BASES[basis]}", way(key))
+        for name, aspect in bs.ASPECTS.items() for basis in en.BASES
+        if (key := name if basis == "tokens" else f"{name}_at_equal_{basis}") in frame
+    ]  # fmt: skip
+    return _table(
+        "answer", "Every entry less AdamW at its best",
+        "Nats a token, mean over n paired seeds with its 95 % interval: below zero is better. Best rho and rate "
+        "tried; an arrow where the best ends its grid: extend it that way. A click on a heading sorts.",
+        [("entry", "entry"), *aspects, ("cost", "FLOPs / AdamW", ".2f"), ("rho", "best rho", setting("rho")),
+         ("rate", "peak rate", setting("rate"))],
+        frame, "group",
+    )  # fmt: skip
+
+
+def counts(made: bs.Answer) -> Table:
+    """How many methods are better than AdamW, by scale and budget."""
+    frame = bs.counts(made) if len(made.rows) else pd.DataFrame()
+    words = {key: aspect.title for key, aspect in bs.ASPECTS.items()}
+    return _table(
+        "counts", "Better and worse than AdamW",
+        "By a 95 % interval without zero, of the methods of which several pairs of seeds are known.",
+        [("aspect", "in"), ("basis", "held against AdamW"), ("known", "methods", ".0f"), ("better", "better", ".0f"),
+         ("worse", "worse", ".0f")],
+        frame.replace({"aspect": words, "basis": en.BASES}) if len(frame) else frame, "group",
+    )  # fmt: skip
+
+
+def power(made: bs.Answer) -> Table:
+    return _table(
+        "power", "The smallest difference that pairs of seeds could show",
+        "Standard deviation of one pair's difference, pooled over entries of two pairs or more, and the true "
+        "difference in nats a token whose 95 % interval would exclude zero with probability 0.8.",
+        [("aspect", "in"), ("basis", "held against AdamW"), ("sigma", "sd of a pair", ".4f"),
+         ("df", "degrees of freedom", ".0f"), *((f"pairs_{n}", f"{n} pairs", ".4f") for n in bs.PAIRS)],
+        bs.power(made), "group",
+    )  # fmt: skip
+
+
+def beside(made: bs.Answer) -> Table:
+    """A row an entry and basis: its loss, and what was measured of its weights when disturbed, less AdamW's."""
+    return _differences(
+        "beside", "Loss, as it is and disturbed, less AdamW's",
+        "Nats a token, by seed, with 95 % intervals; an average less AdamW's average: what a user of the rounded model "
+        f"gets. Equal FLOPs: AdamW within {en.EQUAL_FLOPS:.0%}, on more tokens. AdamW's own row has values.",
+        made, bs.disturbances(made), ("loss", "forgetting"),
+    )  # fmt: skip
+
+
+def fine_tuning(made: bs.Answer) -> Table:
+    """A row an entry and basis: gained, lost and bent at each rate of fine-tuning, less AdamW's at that rate."""
+    return _differences(
+        "fine_tuning", "Fine-tuning at one rate, less AdamW's",
+        "What the second text gains, the first loses, and the first's curvature in the direction taken, nats a token. "
+        "To lose less at one rate may be to learn less. AdamW's own row has values.",
+        made, bs.fine_tunings(made),
+    )  # fmt: skip
+
+
+def _differences(
+    name: str, title: str, caption: str, made: bs.Answer, asked: Sequence[str], of_answer: Sequence[str] = ()
+) -> Table:
+    frame = bs.table(made, asked, of_answer)
+    titles = {key: aspect.title for key, aspect in bs.ASPECTS.items()}
+    measures = [
+        (key, style.in_words(key) if key in asked else titles[key], "±3")
+        for key in (*of_answer, *asked)
+        if key in frame
+    ]
+    given = [
+        ("entry", "entry"),
+        ("basis", "held against AdamW"),
+        ("adamw", "which is"),
+        ("cost", "FLOPs / AdamW", ".2f"),
+    ]
+    return _table(name, title, caption, [*given, *measures], frame, "group")
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
 def comparison(found: pd.DataFrame) -> Table:
-    return Table(
+    return _table(
         "comparison", "Method by scale and budget",
-        "Loss: held-out, nats per token, mean over the seeds at the best rho and peak rate. Difference: loss minus "
-        "that of AdamW at its best on as many tokens (an average's minus the same average's), paired by seed, negative "
-        "is better; where a method has fewer seeds than AdamW, compare them, not the losses. It is over fresh seeds, "
-        "which took no part in choosing a setting, where there are two, else over all. Pooled: the same difference "
-        "with the noise shared by all methods of the group, which assumes that it is alike. Brackets: 95 % Student "
-        "intervals; one pair has none. Flattery: upper bound of what choosing rho on its seeds lowers that loss by.",
-        [
-            words("variant", "method"), Column("rate", "peak rate", significant),
-            Column("rho", "best rho", _chosen, also=["where"]), Column("seeds", "seeds"),
-            Column("loss", "loss, nats per token", decimals(4)), words("against", "held against"),
-            interval("difference", "difference (n pairs)"),
-            words("fresh", "fresh seeds", lambda value: {True: "yes"}.get(value, "")),
-            interval("difference_pooled", "difference, pooled noise (n pairs)"),
-            Column("selection", "flattery, nats", lambda value: decimals(4)(value or math.nan)),
-            Column("flops_ratio", "FLOPs / AdamW", decimals(2)),
-        ],
+        "Loss at the best rho and rate, mean over seeds. Difference to AdamW at equal tokens by fresh seeds, where two "
+        "are, else all; pooled: with the noise of all methods. Flattery: at most, by choosing rho.",
+        [("variant", "method"), ("rate", "peak rate", ".3g"), ("rho", "best rho", _best_rho), ("seeds", "seeds", ".0f"),
+         ("loss", "loss, nats per token", ".4f"), ("against", "held against"),
+         ("difference", "difference (n pairs)", "±4"), ("fresh", "fresh seeds", lambda row: "yes" * row["fresh"]),
+         ("difference_pooled", "difference, pooled noise (n pairs)", "±4"),
+         ("selection", "flattery, nats", lambda row: number(row["selection"] or math.nan, ".4f")),
+         ("flops_ratio", "FLOPs / AdamW", ".2f")],
         found, "cell",
     )  # fmt: skip
 
 
 def costs(compared: pd.DataFrame, names: Sequence[str]) -> Table:
-    return Table(
+    return _table(
         "cost", "Cost of a token, AdamW = 1",
-        "FLOPs as counted; seconds of training as measured: median of the finished runs of a scale and budget over "
-        "AdamW's median there, whatever else the machine did; then median, lowest and highest over scales and budgets.",
-        [
-            words("variant", "method"), Column("flops", "FLOPs / AdamW", decimals(2)),
-            Column("seconds", "seconds / AdamW", decimals(2)), Column("lowest", "lowest", decimals(2)),
-            Column("highest", "highest", decimals(2)), Column("cells", "scales and budgets"),
-        ],
+        "FLOPs as counted. Seconds of training as measured, whatever else the machine did: medians of the finished "
+        "runs of a scale and budget over AdamW's, then median and range over scales and budgets.",
+        [("variant", "method"), ("flops", "FLOPs / AdamW", ".2f"), ("seconds", "seconds / AdamW", ".2f"),
+         ("lowest", "lowest", ".2f"), ("highest", "highest", ".2f"), ("cells", "scales and budgets", ".0f")],
         an.costs(compared, names),
     )  # fmt: skip
 
 
 def optima(found: pd.DataFrame, names: Sequence[str]) -> Table:
     if len(found):
-        found = found.assign(variant=an.in_order(found["variant"], names)).drop_duplicates(
-            ["variant", "scale", "budget"]
-        )
+        found = found.assign(variant=an.in_order(found["variant"], names))
+        found = found.drop_duplicates(["variant", "scale", "budget"])
         found = found.sort_values(["variant", "parameters", "scale", "budget"])
-    return Table(
+    return _table(
         "best_rho", "Best rho",
-        "Optimum: minimum of a parabola in log rho through the best rho of the grid and its neighbours (and all within "
-        "a factor of 4), with Fieller's 95 % interval, cut off where the grid ends; n points. Where the grid does not "
-        "bracket it, the best of the grid stands there, without an interval, and is left out of the power law. Noise: "
-        "standard deviation of one loss beside its seed's own level, nats, which needs several seeds, and its df.",
-        [
-            words("budget", "budget"), words("scale", "scale"), Column("parameters", "parameters", "{:,}".format),
-            Column("grid_best", "best of the grid", rho),
-            Column("optimum", "optimum (n points)", _rho_interval, also=_bounds("optimum")), words("status", "where"),
-            Column("noise", "noise, nats", decimals(4)), Column("noise_df", "its df"), words("noise_of", "noise from"),
-        ],
+        "Optimum: minimum of a parabola in log rho about the grid's best, with Fieller's 95 % interval from n points; "
+        "else the grid's best. Noise: sd of a loss beside its seed's level.",
+        [("budget", "budget"), ("scale", "scale"), ("parameters", "parameters", ",.0f"),
+         ("grid_best", "best of the grid", lambda row: rho(row["grid_best"])),
+         ("optimum", "optimum (n points)", _optimum), ("status", "where"), ("noise", "noise, nats", ".4f"),
+         ("noise_df", "its df", ".0f"), ("noise_of", "noise from")],
         found.drop(columns=[*an.OF_FIT, "family"], errors="ignore"), "variant",
     )  # fmt: skip
 
 
 def power_laws(found: pd.DataFrame) -> Table:
-    return Table(
+    return _table(
         "power_law", "Best rho = a N^b",
-        "b with its 95 % interval, which takes three scales: it rests on their scatter about the line. N non-embedding "
-        "parameters. n scales whose optimum lies inside the grid; scales "
-        "without one are left out, which biases b if they are at one end. Check: a law fitted without the largest "
-        "scale, beside the best of the grid there.",
-        [
-            words("variant", "method"), words("budget", "budget"), Column("factor", "a", significant),
-            interval("exponent", "b (n scales)", 2), Column("left_out", "scales left out"),
-            words("interval_from", "interval from"), words("check", "check at the largest scale"),
-        ],
+        "b over n scales with its 95 % interval, from their scatter about the line; scales without an optimum inside "
+        "the grid are left out. Check: a law without the largest scale, held against its best.",
+        [("variant", "method"), ("budget", "budget"), ("factor", "a", ".3g"), ("exponent", "b (n scales)", "±2"),
+         ("left_out", "scales left out", ".0f"), ("interval_from", "interval from"),
+         ("check", "check at the largest scale")],
         found,
     )  # fmt: skip
 
 
 def scaling_laws(found: pd.DataFrame) -> Table:
     digits = {"E": 3, "A": 1, "B": 1, "a": 3, "b": 3}
-    return Table(
-        "scaling_law", "L(N, D) = E + A/N^a + B/D^b",
-        "Huber loss on log loss, several starts; runs at the best rho; N non-embedding parameters, D tokens, losses in "
-        "nats per token. 95 % intervals of profile likelihood, if the form holds; the seeds of a size and length "
-        "are one point.",
-        [
-            words("variant", "method"), Column("points", "points"),
-            *(interval(key, key, count, "") for key, count in digits.items()),
-            Column("rms", "rms of log loss", significant),
-        ],
+    return _table(
+        "scaling_law", "Constants of the scaling law",
+        "Huber's loss on log loss; N non-embedding parameters, D tokens, nats per token. 95 % intervals of profile "
+        "likelihood, if the form holds; the seeds of a size and length are one point.",
+        [("variant", "method"), ("points", "points", ".0f"), *((key, key, f"±{n}") for key, n in digits.items()),
+         ("rms", "rms of log loss", ".3g")],
         found,
     )  # fmt: skip
 
@@ -185,27 +247,21 @@ def sharpness(source: str, measured: pd.DataFrame) -> Table:
     shown = an.shown(names)
     more = f" {len(names)} measures in all, in the CSV." if len(shown) < len(names) else ""
     unit = f" {style.INCREASES}" * (source == "retention")
-    return Table(
-        source, source.capitalize(), f"Mean over the seeds that were measured.{unit}{more}",
-        [
-            words("variant", "method"), Column("rho", "rho", rho), Column("seeds", "seeds"),
-            Column("loss", "held-out loss, nats per token", decimals(4)),
-            *(Column(measure, style.in_words(measure), significant) for measure in shown),
-        ],
+    return _table(
+        source, f"Measured: {source}", f"Mean over the seeds that were measured.{unit}{more}",
+        [("variant", "method"), ("rho", "rho", lambda row: rho(row["rho"])), ("seeds", "seeds", ".0f"),
+         ("loss", "held-out loss, nats per token", ".4f"), *((key, style.in_words(key), ".3g") for key in shown)],
         an.means(measured), "cell",
     )  # fmt: skip
 
 
 def correlations(measured: pd.DataFrame) -> Table:
-    return Table(
+    return _table(
         "rank_correlation", "Rank correlation with held-out loss",
-        "Spearman's, over the finished runs of one scale and budget, all methods, rho and seeds that were measured; "
-        "positive: less of it goes with lower loss. 95 % percentile bootstrap over runs; none below 8 runs. Runs share "
-        "seeds and methods, so they are less independent than the bootstrap takes them to be.",
-        [
-            words("measure", "measure", style.in_words), words("cell", "scale and budget"),
-            interval("correlation", "correlation (n runs)", 2),
-        ],
+        "Spearman's, over the measured runs of one scale and budget; positive: less of it goes with lower loss. "
+        "95 % percentile bootstrap over runs, from 8 on, as if they shared no seeds and methods.",
+        [("measure", "measure", lambda row: style.in_words(row["measure"])), ("cell", "scale and budget"),
+         ("correlation", "correlation (n runs)", "±2")],
         an.correlations(measured), "source",
     )  # fmt: skip
 
@@ -225,24 +281,12 @@ def runs(study: en.Study) -> Table:
         "tokens",
         "flops",
     ]
-    return Table(
+    return _table(
         "runs", "All runs",
-        "Failed, diverged and missing runs are listed too; seconds are those of training, goodput is their share of "
-        "the wall-clock of all starts: the rest went into compiling, evaluations, checkpoints and steps done again.",
-        [
-            words("run", "run"), words("status", "status"), words("why", "why"), Column("rho", "rho", rho),
-            Column("seed", "seed"), Column("tokens", "tokens", style.si), Column("flops", "FLOPs", style.si),
-            Column("seconds", "seconds", decimals(0)), Column("goodput", "goodput", decimals(2)),
-            Column("loss", "loss, nats per token", decimals(4)),
-        ],
+        "Failed, diverged and missing ones too. Seconds: of training; goodput: their share of the wall-clock of all "
+        "starts.",
+        [("run", "run"), ("status", "status"), ("why", "why"), ("rho", "rho", lambda row: rho(row["rho"])),
+         ("seed", "seed", ".0f"), ("tokens", "tokens", "si"), ("flops", "FLOPs", "si"), ("seconds", "seconds", ".0f"),
+         ("goodput", "goodput", ".2f"), ("loss", "loss, nats per token", ".4f")],
         study.runs[[*keys, "seconds", "goodput", "loss", "bits_per_byte"]].replace({"loss": {math.inf: math.nan}}),
     )  # fmt: skip
-
-
-def _rho_interval(value: float, low: float, high: float, n: int) -> str:
-    bounds = f"[{rho(low) if low else 'below grid'}, {rho(high) if math.isfinite(high) else 'above grid'}]"
-    return f"{rho(value)} (n {n})\n{'no interval' if math.isnan(low) else bounds}"
-
-
-def _chosen(value: float, where: str) -> str:
-    return "—" if value == 0 and not where else rho(value) + (f"\n{where}" if where else "")

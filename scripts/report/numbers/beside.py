@@ -16,20 +16,21 @@ BITS = (4, 3)  # of steppe retention, to the nearest, a scale an output channel
 FREE = 1.05  # FLOPs of a token, in AdamW's, up to which a method costs no further pass
 ITSELF = "AdamW itself"  # a value, no difference
 LONG = 12  # rows of a group that are taken in at a glance
+ARROW = {"lower": " ↓", "upper": " ↑", "": ""}  # which way the grid of an entry should go on
 PAIRS = (3, 5, 10)  # of seeds, that a study may have
 
 
 class Aspect(NamedTuple):
-    """A number of a run in which entries are compared; title: over its panel; clause: how a sentence begins."""
+    """A number of a run in which entries are compared; title: over its panel; clause: in a sentence, of the better."""
 
     title: str
     clause: str
 
 
 ASPECTS = {
-    "loss": Aspect("held-out loss", "In held-out loss"),
-    "forgetting": Aspect("forgotten, at equal fine-tuning loss", "In what fine-tuning costs"),
-    **{f"int{bits}": Aspect(f"held-out loss in {bits} bits", f"In the loss in {bits} bits") for bits in BITS},
+    "loss": Aspect("held-out loss", "beat AdamW"),
+    "forgetting": Aspect("forgotten, at equal fine-tuning loss", "forget less"),
+    **{f"int{bits}": Aspect(f"held-out loss in {bits} bits", f"are better in {bits} bits") for bits in BITS},
 }
 
 
@@ -61,6 +62,11 @@ class Answer(NamedTuple):
     def aspects(self) -> list[str]:
         """Those in which some row differs from its reference."""
         return [aspect for aspect in ASPECTS if (self.ways["measure"] == aspect).any()]
+
+    @property
+    def first(self) -> str:
+        """The scale and budget with most pairs."""
+        return self.ways.groupby(self.ways["row"].map(self.rows["group"]), sort=False)["n"].sum().idxmax()
 
     def known(self, aspect: str, basis: str) -> pd.DataFrame:
         """The differences in an aspect on a basis, with their rows."""
@@ -112,6 +118,15 @@ def answer(found: Sequence[en.Entry]) -> Answer:
     order = frame["group"].map({group: place for place, group in enumerate(frame["group"].unique())})
     frame = frame.assign(_=order).sort_values(["_", "rank"], kind="stable").drop(columns="_")
     return Answer(frame, pd.concat(ways, ignore_index=True))
+
+
+def counts(made: Answer) -> pd.DataFrame:
+    """A row a group, aspect and basis: how many methods are known by an interval, and how many of these are better than
+    AdamW, how many worse."""
+    ways = made.ways.join(made.rows[["group", "adamw"]], on="row")
+    ways = ways[~ways["adamw"].astype(bool)].rename(columns={"measure": "aspect"})
+    found = ways.assign(known=st.finite(ways["high"]), better=ways["sign"] < 0, worse=ways["sign"] > 0)
+    return found.groupby(["group", "aspect", "basis"], sort=False)[["known", "better", "worse"]].sum().reset_index()
 
 
 def power(made: Answer) -> pd.DataFrame:

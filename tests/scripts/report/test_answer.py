@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
-from steppe.scripts.report import answer, measured, tables
+from steppe.scripts.report import answer, figures, tables
 from steppe.scripts.report.numbers import analysis, beside, entries
 
 STUDY = pathlib.Path(__file__).parents[3] / "configs" / "studies" / "english"
@@ -116,7 +116,7 @@ def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
 
 def test_what_is_kept_is_a_table_of_every_measure(sweep):
     made = beside.answer(entries_of(sweep))
-    rows = answer.beside(made).frame.set_index(["entry", "basis"])
+    rows = tables.beside(made).frame.set_index(["entry", "basis"])
     assert set(rows.index) == {
         ("adamw", beside.ITSELF),
         ("adamw, 2000 steps", "at equal tokens"),
@@ -132,7 +132,7 @@ def test_what_is_kept_is_a_table_of_every_measure(sweep):
 
 
 def test_fine_tuning_is_compared_at_each_rate_too(sweep):
-    table = answer.fine_tuning(beside.answer(entries_of(sweep)))
+    table = tables.fine_tuning(beside.answer(entries_of(sweep)))
     rows = table.frame.set_index(["entry", "basis"])
     kept = 0.04 + sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3
     for what, value, own in (("gained", 0.0, 0.3), ("lost", -kept, 0.1), ("curvature", -kept, 0.2)):
@@ -197,9 +197,9 @@ def test_scales_that_are_too_many_for_one_figure_are_in_several_the_surest_first
     ]  # fmt: skip
     made = beside.answer(entries.analyse([*small, *found]).entries)
     assert [drawing.name for drawing in answer.figures(made)] == ["answer"]
-    monkeypatch.setattr(answer, "TALL", 3)
+    monkeypatch.setattr(answer, "ROWS", 3)
     first, second = answer.figures(made)
-    assert (first.name, second.name) == ("answer", "answer_2")
+    assert (first.name, second.name) == ("answer", "answer_rest")
     assert (set(first.frame["group"]), set(second.frame["group"])) == ({"0.1m, 1000 steps"}, {"small, 1000 steps"})
 
 
@@ -220,16 +220,28 @@ def test_runs_of_one_name_keep_their_own_measures(sweep):
 
 
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
-    loss, kept, sure = answer.sentences(beside.answer(entries_of(sweep)))
-    assert loss.startswith(
-        "In held-out loss, at equal tokens 1 of 1 are better than AdamW by an interval without zero "
-    )
-    assert "at equal FLOPs none of 1 is better than AdamW by an interval without zero, 1 are worse" in loss
-    assert "In what fine-tuning costs, at equal tokens 1 of 1 are better" in kept
-    assert "In the loss in 4 bits, at equal tokens 1 of 1 are better" in kept
-    assert "at equal FLOPs none of 1 is better than AdamW by an interval without zero, 1 are worse" in kept
-    assert "3–4 pairs of seeds" in sure
-    assert "of 9 intervals 0.5 would exclude zero by chance alone" in sure
+    made = beside.answer(entries_of(sweep))
+    loss, kept, sure = answer.sentences(made)
+    assert loss.startswith("Loss: 1 of 1 beat AdamW at equal tokens, 0 of 1 at equal FLOPs; best is sam, −0.0497 [")
+    assert kept == "Kept at equal tokens: 1 of 1 forget less, 1 of 1 are better in 4 bits."
+    counted = beside.counts(made).set_index(["aspect", "basis"])[["known", "better", "worse"]]
+    assert counted.loc["loss", "flops"].to_list() == counted.loc["int4", "flops"].to_list() == [1, 0, 1]
+    assert "3–4 pairs of seeds; 9 of 9 by fresh seeds" in sure
+    assert "0.5 of 9 intervals exclude zero by chance" in sure
+
+
+def test_a_sentence_has_25_words_at_most_and_a_caption_two_lines(sweep):
+    """In the study of most entries and aspects, in one of few, and where a name is long."""
+    found = results.with_averages(results.read(STUDY / "runs.jsonl"))
+    made = beside.answer(entries.analyse(found).entries)
+    long = made._replace(rows=made.rows.assign(name=made.rows["name"] + " with a name of many words"))
+    for each in (made, long, beside.answer(entries_of(sweep)), beside.answer(entries_of(sweep, of_seed_0))):
+        said = answer.sentences(each)
+        assert len(said) == 3
+        assert max(len(sentence.split()) for sentence in said) <= 25
+        drawn = answer.figures(each)
+        assert len(drawn[0].frame) <= 12
+        assert all(len(part.caption) <= 270 for part in (*drawn, tables.answer(each), tables.beside(each)))
 
 
 def test_a_panel_of_what_no_entry_of_its_drawing_has_is_empty(sweep):
@@ -242,16 +254,18 @@ def test_a_panel_of_what_no_entry_of_its_drawing_has_is_empty(sweep):
         answer.figures(beside.Answer(rows, less))
 
 
-def test_a_line_says_where_to_look_next(sweep):
-    lines = answer.lines(beside.answer(entries_of(sweep)))
-    assert lines[1].startswith("sam, 2.00 × a token: rho 0.1 of 3 at the grid's upper edge: extend upwards; ")
-    assert lines[1].endswith("3 fresh pairs.")
+def test_a_row_says_where_to_look_next(sweep):
+    table = tables.answer(beside.answer(entries_of(sweep)))
+    (row,) = (row for row in table.frame.to_dict("records") if row["entry"] == "sam")
+    shown = {column.header: column.of(row) for column in table.columns}
+    assert (shown["FLOPs / AdamW"], shown["best rho"], shown["peak rate"]) == ("2.00", "0.1 ↑", f"{row['rate']:g}")
+    assert shown["held-out loss, at equal tokens"].startswith("−0.0497 (n 3)\n[−0.0548, ")
 
 
 def test_one_pair_has_no_interval_and_nothing_is_claimed_of_it(sweep, tmp_path):
     loss, _, sure = answer.sentences(beside.answer(entries_of(sweep, of_seed_0)))
-    assert "at equal tokens there is one pair of seeds of each, and no interval: the lowest is sam" in loss
-    assert sure.startswith("Each difference is of one pair of seeds, none of which")
+    assert loss == "Loss: one pair of seeds each has no interval; the lowest at equal tokens is sam, −0.0500 nats."
+    assert sure == "Differences are of one pair of seeds; 0 of 9 by fresh seeds."
 
 
 def test_what_is_kept_is_drawn_over_rho(sweep, tmp_path):
@@ -279,7 +293,7 @@ def test_what_is_kept_is_drawn_where_it_was_measured(tmp_path):
         if "500 steps" in overrides.values():
             record = {"step": 500, "summary": {"int4_channel": 0.1}}
             (tmp_path / "sweep" / "runs" / name / "retention.json").write_text(json.dumps(record))
-    drawing = measured.kept_against_rho(beside.kept_against_rho(entries_of(tmp_path / "sweep")))
+    drawing = figures.kept_against_rho(beside.kept_against_rho(entries_of(tmp_path / "sweep")), {})
     assert {cell.split(", ")[1] for cell in drawing.frame["cell"]} == {"500 steps"}
 
 
@@ -295,7 +309,7 @@ def test_what_is_kept_at_one_rho_alone_is_not_drawn_over_rho(sweep):
     )
     assert aspects - left == {"held-out loss in 4 bits"}
     nothing = beside.kept_against_rho(entries_of(sweep, bare))
-    assert measured.kept_against_rho(nothing) is None  # the loss alone is drawn elsewhere
+    assert figures.kept_against_rho(nothing, {}) is None  # the loss alone is drawn elsewhere
 
 
 def test_of_several_kinds_of_adamw_the_best_is_that_on_the_seeds_that_all_have(tmp_path):
@@ -330,7 +344,7 @@ def test_another_rate_of_adamw_with_seeds_of_its_own_is_no_method_and_no_referen
     for entry in (found["sam"], found["adamw, rate 0.02"]):
         assert entries.at_equal_tokens([*found.values()], entry).name == "adamw"
     loss = answer.sentences(beside.answer([*found.values()]))[0]
-    assert loss.startswith("In held-out loss, at equal tokens none of 1 is better than AdamW")
+    assert loss.startswith("Loss: 0 of 1 beat AdamW at equal tokens; best is sam")
 
 
 def test_where_the_best_rate_has_no_seed_of_a_method_it_stands_beside_another_rate(tmp_path):
@@ -358,10 +372,12 @@ def test_of_several_budgets_the_sentences_name_what_has_most_pairs_and_count_the
                 name, overrides = plan(method, rho, seed=seed, duration=f"{steps} steps")
                 runs[name] = overrides, 2.0 + LEVELS[seed] + (gain + WOBBLE[seed]) * (method == "msam")
     write_sweep(tmp_path, runs)
-    loss = answer.sentences(beside.answer(entries_of(tmp_path)))[0]
+    made = beside.answer(entries_of(tmp_path))
     group = next(entry for entry in entries_of(tmp_path) if entry.budget == "1000 steps").scale + ", 1000 steps"
-    assert loss.startswith(f"In held-out loss ({group}), at equal tokens none of 1 is better than AdamW")
-    assert loss.endswith("Elsewhere at equal tokens 1 of 2 better, 1 worse; at equal FLOPs 1 of 2 better, 1 worse.")
+    assert made.first == group
+    assert answer.sentences(made)[0].startswith("Loss: 0 of 1 beat AdamW at equal tokens, 0 of 1 at equal FLOPs")
+    elsewhere = beside.counts(made).loc[lambda counted: counted["group"] != group].groupby("basis")
+    assert elsewhere[["known", "better", "worse"]].sum().to_numpy().tolist() == [[2, 1, 1], [2, 1, 1]]
 
 
 def test_what_was_fine_tuned_on_another_text_is_not_compared(sweep):
@@ -511,7 +527,7 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     assert len(study.runs) > len(study.trained) == len(runs)
     made, measures = beside.answer(study.entries), analysis.measures(study)
     bends = tables.sharpness("curvature", measures[measures["source"] == "curvature"])
-    ways = {"beside": answer.beside(made), "fine_tuning": answer.fine_tuning(made), "power": answer.power(made)}
+    ways = {"beside": tables.beside(made), "fine_tuning": tables.fine_tuning(made), "power": tables.power(made)}
     for name, table in {**ways, "curvature": bends}.items():
         rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.frame))))
         assert [list(map(near, row.items())) for row in page.read(name)] == [

@@ -2,19 +2,24 @@
 
 import base64
 import csv
+import gzip
+import html
 import io
 import json
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 from helpers.report_runs import PARAMETERS, plan, write_run, write_sweep
 from steppe.configs import base
-from steppe.scripts import results
+from steppe.scripts import cli, results, style
 from steppe.scripts.report import __main__ as report
 from steppe.scripts.report import compare as report_compare
+from steppe.scripts.report import drawing
 from steppe.scripts.report import figures as report_figures
 from steppe.scripts.report.numbers import analysis as report_analysis
 from steppe.scripts.report.numbers import entries as report_entries
@@ -111,7 +116,7 @@ def only(rows, **wanted):
 
 def test_the_page_asks_for_nothing_outside_itself(made):
     _, page, _ = made
-    assert not re.search(r"https?:|@import|url\(\s*[\"']?(?!#)|<script|<iframe|<object|<base", page)
+    assert not re.search(r"https?:|@import|url\(\s*[\"']?(?!#)|<script[^>]|<iframe|<object|<base", page)
     for tag, attributes in Page(page).tags:
         for name, value in attributes.items():
             if name in ("href", "xlink:href", "src", "srcset", "action", "poster"):
@@ -132,11 +137,60 @@ def test_figures_have_words_and_tables_have_heads(made):
     assert len(names) == len(set(names))
 
 
+def test_the_page_is_named_and_none_of_its_titles_twice(made):
+    _, page, _ = made
+    assert "<title>sweep: report</title>" in page
+    titles = re.findall(r"<(?:h2|h3|summary)[^>]*>(.*?)</", page)
+    assert len(titles) == len(set(titles)) > 12
+    captions = re.findall(r'<(?:figcaption|p class="?caption[^>]*)>(.*?)</', page)
+    assert len(captions) > 12
+    assert all(len(html.unescape(caption)) <= 270 for caption in captions)  # two lines of the page
+    assert len(page) < 2e6
+    assert page.count("<details") > 6  # one figure and one table are open
+    answer = page[page.index('<section id="answer">') : page.index('<section id="basis">')]
+    assert answer.partition("<details")[0].count("<figure") == answer.partition("<details")[0].count("<table") == 1
+
+
+def test_a_legend_has_ten_names_and_what_is_one_point_is_not_drawn():
+    frame = pd.DataFrame(
+        [{"cell": "c", "variant": f"v{n}", "x": x, "y": n + x} for n in range(14) for x in (1, 2)]
+        + [{"cell": "c", "variant": "once", "x": 1, "y": 0.0}, *({"cell": "d", "variant": "v1", "x": 1, "y": 3.0},) * 2]
+    )
+    styles = style.of_variants([*frame["variant"].unique()][::-1])
+    figure = drawing.panels(frame, styles, x="x", y="y", labels=("x", "y"))
+    (axes,) = (axes for axes in figure.axes if axes.get_visible())
+    assert axes.get_title() == "c"
+    lines = {tuple(line.get_ydata()): line.get_color() for line in axes.get_lines()}
+    assert set(lines) == {(n + 1, n + 2) for n in range(14)}
+    grey = {ends for ends, colour in lines.items() if colour == drawing.REST[0]}
+    assert grey == {(n + 1, n + 2) for n in range(5)}  # once is of the ten, though it is not drawn
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [*(f"v{n}" for n in range(5, 14)), "others"]
+    assert drawing.panels(frame[frame["cell"] == "d"], styles, x="x", y="y", labels=("x", "y")) is None
+
+
+def test_without_adamw_the_page_has_the_command_that_adds_it(tmp_path, capsys):
+    runs = {}
+    for size, steps in (("0.1m", 1000), ("0.4m", 2000)):
+        for rho, seed in ((0.01, 0), (0.1, 0), (0.1, 1)):
+            name, overrides = plan("sam", rho, size=size, seed=seed, duration=f"{steps} steps")
+            runs[name] = overrides, 2.0
+    write_sweep(tmp_path / "sweep", runs)
+    record = tmp_path / "sweep" / "sweep.json"
+    record.write_text(record.read_text().replace("configs/x.py", "configs/base.py"))
+    assert report.main([str(tmp_path / "sweep")]) == 0
+    (shown,) = re.findall("<pre>(.*)</pre>", (tmp_path / "sweep" / "report" / "index.html").read_text())
+    steppe, *words = shlex.split(html.unescape(shown))
+    assert steppe == "steppe"
+    assert cli.main([*words, "--plan"]) == 0
+    assert re.search(r"runs +4 \(4 unfinished\)", capsys.readouterr().out)  # two seeds of each size and its length
+
+
 def test_the_data_in_the_page_are_those_beside_it(made):
     _, page, tables = made
     links = {a["download"]: a["href"] for a in Page(page).having("a") if "download" in a}
     for figure in ("loss_against_rho", "frontier", "curves"):
-        text = base64.b64decode(links[f"{figure}.csv"].partition("base64,")[2]).decode()
+        text = gzip.decompress(base64.b64decode(links[f"{figure}.csv.gz"].partition("base64,")[2])).decode()
         assert list(csv.DictReader(io.StringIO(text))) == tables[figure]
 
 
