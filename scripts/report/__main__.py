@@ -70,6 +70,12 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
     optima, (scaled, refused), measures = an.best_rho(study), an.scaling_laws(study), an.measures(study)
     laws, steady = an.power_laws(optima), an.unsteadiness(study) <= an.STEADY
 
+    introduction = (
+        f"{len(study.trained)} runs in {len(study.cells)} cell{'s' * (len(study.cells) != 1)} of scale and budget. "
+        "Losses are held-out, nats per token, after the last step. Intervals are of 95 %, for this text, model and "
+        "schedule."
+    )
+
     out.mkdir(parents=True, exist_ok=True)
     before, written = _before(out), []
 
@@ -131,7 +137,7 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
                 parts = [kept, costs, *parts, tables.fine_tuning(made)]
             sections.append(add(page.Section(source.capitalize()), tables.sharpness(source, own), *parts))
         sections.append(add(page.Section("Runs"), tables.correlations(measures), tables.runs(study)))
-    files.write(out / PAGE, page.page(f"{name}: report", _introduction(study), sections))
+    files.write(out / PAGE, page.page(f"{name}: report", introduction, sections))
     for each in set(before) - set(written):
         _remove(out, each, before[each])
     files.write_json(out / WRITTEN, {"hashes": {each: files.content_hash(out / each) for each in written}})
@@ -179,62 +185,43 @@ def _adding(directories: Sequence[str]) -> str:
     return " ".join([*words, *values])
 
 
-def _introduction(study) -> str:
-    cells = len(study.cells)
-    return (
-        f"{len(study.trained)} runs in {cells} {'cell' if cells == 1 else 'cells'} of scale and budget. Losses are "
-        "held-out, nats per token, after the last step. Intervals are of 95 %, for this text, model and schedule."
-    )
-
-
 def summary(study, compared) -> list[str]:
-    """What the numbers allow to say, as sentences."""
+    """The basis of the numbers, as sentences."""
     from steppe.scripts.report.numbers import analysis as an
 
-    trained, counts = study.trained, study.trained["status"].value_counts()
-    names = {"unfinished": "missing or unfinished"}
-    statuses = ("finished", "diverged", "failed", "pruned", "unfinished")
-    listed = ", ".join(f"{counts[status]} {names.get(status, status)}" for status in statuses if counts.get(status))
-    said = [f"{len(trained)} runs: {listed}."]
-    if counts.get("unfinished"):
-        said.append("The sweep is not complete: everything below is of the runs that have ended.")
+    counts = study.trained["status"].value_counts()
+    statuses = {"finished": "finished", "diverged": "diverged", "failed": "failed", "pruned": "pruned",
+                "unfinished": "missing or unfinished"}  # fmt: skip
+    listed = ", ".join(f"{counts[status]} {word}" for status, word in statuses.items() if counts.get(status))
     pairs = compared["difference_n"].max() if len(compared) else 0
-    if not any(entry.adamw for entry in study.entries):
-        said.append("There is no AdamW run: losses are shown, no differences to it.")
-    elif not pairs:
-        said.append("No method shares a seed with a finished AdamW run yet: there are no differences.")
-    if pairs == 1:
-        said.append("One seed a method: no difference has an interval, and none can be told from seed noise.")
     several = compared[(compared["tried"] > 1) & compared["variant"].isin(study.names)] if len(compared) else compared
     tried = several.groupby("variant", sort=False)["tried"].last() if len(several) else {}
-    if len(set(tried)) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in tried.items())
-        said.append(f"Numbers of rho tried differ ({listed}): more of them are more chances to look good by luck.")
+    grids = ", ".join(f"{name} {count}" for name, count in tried.items())
     chosen = compared.loc[compared["selection"] != 0, "selection"] if len(compared) else compared
-    if len(chosen):
-        known = chosen.dropna()
-        said.append(
-            "Best rho is the best of a grid on the mean over the seeds that every rho has, judged by the same held-out "
-            "text as the final loss, which flatters the methods over AdamW on those seeds, "
-            + (
-                f"by up to {known.min():.4f} to {known.max():.4f} nats if all rho were equally good."
-                if len(known)
-                else "by an amount unknown with one seed."
-            )
-        )
-    unsteady = an.unsteadiness(study)
-    if unsteady > an.STEADY:
-        said.append(
-            f"Seconds a token of runs that do the same work differ by up to a factor of {unsteady:.2g}: the machine "
-            "did other things meanwhile, so measured times and their ratios say little; FLOPs are exact."
-        )
-    branches = [result.branch for result in trained["result"] if result.branch]
-    if branches:
-        said.append(
-            f"{len(branches)} runs are branches of others ({', '.join(sorted(set(branches)))}): tokens, FLOPs and "
-            "curves begin with those of the trunk, which they share."
-        )
-    return said + study.notes
+    known = chosen.dropna()
+    flattery = (
+        f"up to {known.min():.4f} to {known.max():.4f} nats if all rho were equally good" if len(known)
+        else "an amount unknown with one seed"
+    )  # fmt: skip
+    unsteady, adamw = an.unsteadiness(study), any(entry.adamw for entry in study.entries)
+    branches = [result.branch for result in study.trained["result"] if result.branch]
+    said = {
+        f"{len(study.trained)} runs: {listed}.": True,
+        "The sweep is not complete: everything below is of the runs that have ended.": counts.get("unfinished"),
+        "There is no AdamW run: losses are shown, no differences to it.": not adamw,
+        "No method shares a seed with a finished AdamW run yet: there are no differences.": adamw and not pairs,
+        "One seed a method: no difference has an interval, and none can be told from seed noise.": pairs == 1,
+        f"Numbers of rho tried differ ({grids}): more of them are more chances to look good by luck.":
+            len(set(tried)) > 1,
+        "Best rho is the best of a grid on the mean over the seeds that every rho has, judged by the same held-out "
+        f"text as the final loss, which flatters the methods over AdamW on those seeds, by {flattery}.": len(chosen),
+        f"Seconds a token of runs that do the same work differ by up to a factor of {unsteady:.2g}: the machine did "
+        "other things meanwhile, so measured times and their ratios say little; FLOPs are exact.":
+            unsteady > an.STEADY,
+        f"{len(branches)} runs are branches of others ({', '.join(sorted(set(branches)))}): tokens, FLOPs and curves "
+        "begin with those of the trunk, which they share.": branches,
+    }  # fmt: skip
+    return [text for text, holds in said.items() if holds] + study.notes
 
 
 if __name__ == "__main__":

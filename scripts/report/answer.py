@@ -18,7 +18,7 @@ from steppe.scripts.report.numbers import entries as en
 from steppe.scripts.report.numbers import statistics as st
 
 ROWS, TALL = 12, 30  # of the first drawing, and of another
-LABEL = 28  # letters of a name in a line
+LABEL = 32  # letters of a name in a line
 NAME = 4  # words of a name in a sentence
 UNMEASURED = "Fine-tuning and few bits were not measured: what the methods keep is not known."
 
@@ -127,10 +127,10 @@ def _figure(made: bs.Answer, part: bs.Answer, name: str) -> dr.Drawing:
         own = own[both | ~own.duplicated("row")]  # of one pass a step both are the same
         draw_rows(axes, own, len(labels), {"tokens": "D", "flops": "s"})
         axes.set_title(textwrap.fill(bs.ASPECTS[aspect].title, 26))
-        axes.set_xlabel("less AdamW's, nats a token\n← better      worse →")
+        axes.set_xlabel("nats a token\n← better      worse →")
         axes.set_xlim(*_frame(own))
     for axes in panels[:, 0]:
-        axes.set_yticks(range(len(labels)), labels, fontsize=9)
+        axes.set_yticks(range(len(labels)), labels, fontsize=8, linespacing=0.9)
     shown = ", ".join(part.rows["name"][:ROWS])
     return dr.Drawing(
         name, "Less AdamW at its best" + ("" if name == "answer" else f": the others {name[12:]}").rstrip(),
@@ -159,13 +159,15 @@ def label_of(name: str, entry: en.Entry) -> str:
 
 def draw_rows(axes, ways: pd.DataFrame, count: int, markers: Mapping[str, str]) -> None:
     """Pale dots, a mark and the interval of each difference, at the height `at`; the marker is that of its basis."""
-    for way in ways.itertuples():
-        colour = {-1: plot.BLUE, 1: plot.VERMILION}.get(way.sign, plot.BLACK)
-        sure = math.isfinite(way.low) and math.isfinite(way.high)
-        axes.plot([*way.pairs.values()], [way.at] * len(way.pairs), "o", color=plot.PALE, markersize=3)
-        axes.plot([way.low, way.high] if sure else [], [way.at] * 2 * sure, color=colour, linewidth=1.8)
-        kind = markers[way.basis]
-        axes.plot([way.value], [way.at], kind, color=colour, markersize=5, fillstyle="full" if sure else "none")
+    dots = [(value, way.at) for way in ways.itertuples() for value in way.pairs.values()]
+    axes.plot(*zip(*dots, strict=True) if dots else ([], []), "o", color=plot.PALE, markersize=3)
+    sure = st.finite(ways["low"]) & st.finite(ways["high"])
+    for (sign, basis, known), own in ways.groupby([ways["sign"], ways["basis"], sure]):
+        colour = {-1: plot.BLUE, 1: plot.VERMILION}.get(sign, plot.BLACK)
+        if known:
+            axes.hlines(own["at"], own["low"], own["high"], color=colour, linewidth=1.8)
+        kept = {"linestyle": "none", "markersize": 5, "fillstyle": "full" if known else "none"}
+        axes.plot(own["value"], own["at"], marker=markers[basis], color=colour, **kept)
     axes.axvline(0, color=plot.GREY, linewidth=1)
     axes.set_ylim(-0.7, count - 0.3)
     axes.locator_params(axis="x", nbins=4)

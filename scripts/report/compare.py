@@ -151,7 +151,9 @@ def curves(pair):
         train, thin = run.train_curve, slice(None, None, max(1, len(run.train_curve.step) // 400))
         found += [(letter, "training", *each) for each in zip(train.step[thin], train.loss[thin], strict=True)]
         found += [(letter, "held-out", point.step, point.loss) for point in run.curve]
-    found += [("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(*pair, kind)]
+    found += [
+        ("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(pair[0], pair[1], kind)
+    ]
     return pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
 
 

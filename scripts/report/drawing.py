@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 6.2, 2.6  # inches of a figure, and of a row of its panels: letters stay legible on a phone
-ACROSS, MOST = 2, 12  # panels side by side, and in all: those with most points
+ACROSS, MOST = 2, 8  # panels side by side, and in all: those with most points
 DPI = 130
 NAMED = 10  # entries of a legend; the rest is grey
 REST = ("#b8b8b8", ".", "-")
@@ -72,31 +72,19 @@ def save(drawing: Drawing, directory: Path) -> str:
 
 
 def panels(
-    frame: pd.DataFrame,
-    styles: dict[str, tuple],
-    *,
-    x: str,
-    y: str,
-    labels: tuple[str, str],
-    by: str = "variant",
-    panel: Sequence[str] = ("cell",),
-    each: Sequence[str] = (),
-    bounds: Sequence[str] = (),
-    band: bool = False,
-    joined: Callable[[str], bool] = lambda name: True,
-    marks: bool = True,
-    log: str = "",
-    zero: bool = False,
-    late: pd.Series | None = None,
-    then: Callable[[Any, pd.DataFrame, Callable[[str], tuple]], None] | None = None,
+    frame: pd.DataFrame, styles: dict[str, tuple], *, x: str, y: str, labels: tuple[str, str], by: str = "variant",
+    panel: Sequence[str] = ("cell",), each: Sequence[str] = (), bounds: Sequence[str] = (), band: bool = False,
+    joined: Callable[[str], bool] = bool, marks: bool = True, log: str = "", zero: bool = False,
+    late: pd.Series | None = None, then: Callable[[Any, pd.DataFrame, Callable[[str], tuple]], None] | None = None,
     named: Callable[[str], str] = str,
-) -> "Figure | None":
-    """A panel for each value of the keys `panel`, in it y over x, a line for each `by` and `each`; None where no panel
-    has two places on its x axis.
+) -> "Figure | None":  # fmt: skip
+    """A panel for each value of the keys `panel`, in it a line for each `by` and `each`; None where no panel has two
+    places on its x axis.
 
     labels: of x and y, "axis" for x taking that of AXES. bounds: keys of low and high, drawn as bars or as a band.
-    joined: which lines are more than marks. log: axes that are logarithmic. zero: a line there. late: which rows set
-    the frame of y. then: draws more into a panel, given the look of a name. named: the words of a panel's key.
+    joined: which names are more than marks ("-": those that share the grey). log: axes that are logarithmic. zero: a
+    line there. late: which rows set the frame of y. then: draws more into a panel, given the look of a name. named: the
+    words of a panel's key.
     """
     from matplotlib.figure import Figure
 
@@ -106,32 +94,28 @@ def panels(
         return None
     most = sorted((len(own) for _, own in groups), reverse=True)[:MOST][-1]
     groups = [group for group in groups if len(group[1]) >= most][:MOST]
-    some = list(dict.fromkeys(name for _, own in groups for name in own[by]))
-    shown = [name for name in styles if name in some][:NAMED]
-    look = {name: styles[name] if name in shown else REST for name in some}
+    some = {name for _, own in groups for name in own[by]}
+    look = {name: styles[name] for name in [name for name in styles if name in some][:NAMED]}
     rows = -(-len(groups) // ACROSS)
     figure = Figure(figsize=(WIDTH, HEIGHT * rows))  # panels are alike: to find room for each costs more than to draw
     made = figure.subplots(rows, min(ACROSS, len(groups)), squeeze=False).ravel()
     for axes, (key, own) in zip(made, groups, strict=False):
-        for name, line in sorted(
-            own.groupby([by, *each], sort=False, observed=True), key=lambda own: own[0][0] in shown
-        ):
-            colour, marker, dash = look[name[0]]
-            drawn = joined(name[0])
-            if drawn and line[x].nunique() < 2:
-                continue  # nothing is drawn from one point
-            kept = {"marker": marker if marks else None, "linestyle": dash if drawn else "none", "markersize": 4}
-            axes.plot(line[x], line[y], color=colour, label=name[0] if name[0] in shown else "others", **kept)
-            if bounds and (sure := line.dropna(subset=[*bounds])).size and name[0] in shown:
+        lines = [(name[0], line) for name, line in own.groupby([by, *each], sort=False, observed=True)]
+        lines = [(name, line) for name, line in lines if not joined(name) or line[x].nunique() > 1]
+        rest = [line for name, line in lines if name not in look]
+        grey = [("", _broken(rest, x, y))] if rest else []
+        for name, line in grey + [each for each in lines if each[0] in look]:
+            colour, marker, dash = look.get(name, REST)
+            kept = {"marker": marker if marks else None, "linestyle": dash if joined(name or "-") else "none"}
+            axes.plot(line[x], line[y], color=colour, label=name or "others", markersize=4, **kept)
+            if name and bounds and len(sure := line.dropna(subset=[*bounds])):
                 ends = [sure[end].clip(own[y].min() - 9, own[y].max() + 9) for end in bounds]
-                if band:
-                    axes.fill_between(sure[x], *ends, color=colour, alpha=0.1, linewidth=0)
-                else:
-                    axes.vlines(sure[x], *ends, color=colour, linewidth=1)
-        axes.set_title("\n".join(textwrap.wrap(", ".join(filter(None, map(named, key))), 40)))
+                kind = {"alpha": 0.1, "linewidth": 0} if band else {"linewidth": 1}
+                (axes.fill_between if band else axes.vlines)(sure[x], *ends, color=colour, **kind)
+        axes.set_title("\n".join(textwrap.wrap(", ".join(filter(None, map(named, key))), 34)))
         axes.set_xlabel(labels[0] if labels[0] != "axis" else AXES[own["axis"].iloc[0]])
-        axes.set_xscale("log" if "x" in log else "linear")
-        axes.set_yscale("log" if "y" in log else "linear")
+        if log:
+            axes.set(**{f"{axis}scale": "log" for axis in log})
         if zero:
             axes.axhline(0, color=plot.GREY, linewidth=1)
         if late is not None and (values := [*own[y][late.reindex(own.index)], *[0.0] * zero]):
@@ -152,6 +136,12 @@ def panels(
     return figure
 
 
+def _broken(lines: Sequence[pd.DataFrame], x: str, y: str) -> pd.DataFrame:
+    """Many lines as one, with gaps between them."""
+    gap = pd.DataFrame({x: [np.nan], y: [np.nan]})
+    return pd.concat([part for line in lines for part in (line[[x, y]], gap)])
+
+
 def legend(figure: "Figure") -> float:
     """One legend of all panels below them, what is grey at its end; returns its height in inches."""
     found = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
@@ -169,18 +159,16 @@ def around(values: Iterable[float], share: float) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def si_ticks(axis, at: Sequence[float] = ()) -> None:
-    """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, closer where it is short, at 1 and 3 where it is long; or
-    at given values alone."""
+def si_ticks(axis) -> None:
+    """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, closer where it is short, at 1 and 3 where it is long."""
     from matplotlib import ticker
 
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: style.si(value)))
-    axis.set_major_locator(ticker.FixedLocator(at) if len(at) else ticker.MaxNLocator(5))
+    axis.set_major_locator(ticker.MaxNLocator(5))
     if axis.get_scale() == "log":
         low, high = sorted(axis.get_view_interval())
         wide = high / low
         steps = [1, 2, 5] if wide > 5 else [1, 1.5, 2, 3, 4, 6, 8] if wide > 2 else list(np.arange(1, 10, 0.5))
-        if not len(at):
-            axis.set_major_locator(ticker.LogLocator(10, subs=[1, 3] if wide > 300 else steps))
+        axis.set_major_locator(ticker.LogLocator(10, subs=[1, 3] if wide > 30 else steps))
         axis.set_minor_formatter(ticker.NullFormatter())
         axis.set_minor_locator(ticker.NullLocator())

@@ -22,10 +22,10 @@ def _drawing(
     """A drawing of a frame, or of what is `seen` of it; None of none."""
     if frame.empty:
         return None
-    seen = frame if seen is None else seen
-    over, names = mapping["labels"], seen[mapping.get("by", "variant")].astype(str).unique()
-    alt = f"{title}: {over[1] or over[0]}, of {', '.join(names[: dr.NAMED])}"
-    return dr.Drawing(name, title, caption, alt, dr.panels(seen, styles, **mapping), frame)
+    drawn = frame if seen is None else seen
+    over, names = mapping["labels"], dict.fromkeys(map(str, drawn[mapping.get("by", "variant")]))
+    alt = f"{title}: {over[1]} against {over[0] or 'the measure'}, of {', '.join([*names][: dr.NAMED])}"
+    return dr.Drawing(name, title, caption, alt, dr.panels(drawn, styles, **mapping), frame)
 
 
 def _over(frame: pd.DataFrame, key: str, steady: bool) -> pd.DataFrame:
@@ -63,7 +63,8 @@ def loss_against_rho(frame: pd.DataFrame, styles: dict) -> dr.Drawing | None:
         seen = [*best["mean"]]
         for name, runs in base.groupby("variant", sort=False):
             middle, noise = runs["freed_of_seed"].mean(), np.nan_to_num(runs["noise"].iloc[0])
-            axes.axhline(middle, color=look(name)[0] if look(name) != dr.REST else styles[name][0], label=name, lw=1.2)
+            label = "others" if look(name) == dr.REST else name
+            axes.axhline(middle, color=look(name)[0], label=label, linewidth=1.2)
             axes.axhspan(middle - noise, middle + noise, color="#000000", alpha=0.12, linewidth=0)
             seen += [middle - noise, middle + noise]
         # a method far off at large rho must not flatten what is near AdamW
@@ -106,12 +107,13 @@ def best_rho(frame: pd.DataFrame, laws: Mapping, names: Sequence[str]) -> dr.Dra
             )
             axes.vlines(bounded["parameters"], *ends, color=colour, linewidth=1)
             axes.plot(open_["parameters"], open_["optimum"], marker, color=colour, markerfacecolor="white", ms=4)
-            law = laws.get((family, own["variant"].iloc[0]))
-            x = np.geomspace(*own.loc[own["state"] == "inside", "parameters"].agg(["min", "max"]), 50) if law else []
-            line, low, high = st.power_law_band(law, x) if law else ([math.nan],) * 3
-            if np.isfinite(low).all():  # a line through two points says nothing
-                axes.plot(x, line, color=colour, linestyle=dash)
-                axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+            if law := laws.get((family, own["variant"].iloc[0])):
+                fitted = rows.loc[rows["state"] == "inside", "parameters"]
+                x = np.geomspace(fitted.min(), fitted.max(), 50)
+                line, low, high = st.power_law_band(law, x)
+                if np.isfinite(low).all():  # a line through two points says nothing
+                    axes.plot(x, line, color=colour, linestyle=dash)
+                    axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         axes.set_ylim(own["least"].min() / 1.6, own["most"].max() * 1.6)
 
     of = {"family": "budget", "optimum": "rho", "optimum_low": "low", "optimum_high": "high", "state": "status"}

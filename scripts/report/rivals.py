@@ -20,21 +20,20 @@ def table(found: Sequence, against):
 
     from steppe.scripts.report.numbers import entries as en
 
-    rows, less = [], f"less {against.name}"
+    less = f"less {against.name}"
+    form = lambda value, spec: "" if value is None else format(value, spec)  # noqa: E731
+    rows = []
     for entry in found:
         edges = " and ".join(axis for axis in ("rate", "rho") if entry.edge(axis))
-        row = {"entry": entry.name, "cost": entry.cost, "peak rate": entry.chosen("rate"), "rho": entry.chosen("rho"),
-               "at the grid's edge": edges, "loss": entry.loss, "seeds": len(entry.best)}  # fmt: skip
-        for way in en.differences(entry, {"": against}, {"loss": "loss"}).itertuples():
-            pairs = f"{way.n} {'fresh' if way.fresh else 'all'}"
-            row |= {less: way.value, "low": way.low, "high": way.high, "pairs": pairs}
-        rows.append(row)
-    shown = {"cost": ".2f", "peak rate": "g", "rho": "g", "loss": ".4f", less: "+.4f", "low": "+.4f", "high": "+.4f"}
-    given = ["entry", "cost", "peak rate", "rho", "at the grid's edge", "loss", "seeds"]
-    frame = pd.DataFrame(rows, columns=[*given, less, "low", "high", "pairs"])
-    for key, form in shown.items():
-        frame[key] = ["" if pd.isna(value) else format(value, form) for value in frame[key]]
-    return frame.astype(object).fillna("")
+        way = en.difference(entry, against)
+        bounds = [form(value, "+.4f") if value == value else "" for value in way.interval[:3]] if way else [""] * 3
+        pairs = f"{way.interval.n} {'fresh' if way.fresh else 'all'}" if way else ""
+        settings = [form(entry.chosen(axis), "g") for axis in ("rate", "rho")]
+        rows.append(
+            [entry.name, f"{entry.cost:.2f}", *settings, edges, f"{entry.loss:.4f}", len(entry.best), *bounds, pairs]
+        )
+    columns = ["entry", "cost", "peak rate", "rho", "at the grid's edge", "loss", "seeds", less, "low", "high", "pairs"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def draw(found: Sequence, against, path: Path) -> None:
@@ -45,14 +44,12 @@ def draw(found: Sequence, against, path: Path) -> None:
     from steppe.scripts.report import answer
     from steppe.scripts.report.numbers import entries as en
 
-    made = [(entry, ways) for entry in found if len(ways := en.differences(entry, {"": against}, {"loss": "loss"}))][
-        ::-1
-    ]
+    made = [(entry, ways) for entry in found[::-1] if (ways := en.ways(entry, {"": against}, {"loss": "loss"}))]
     with plot.styled(axes_grid_axis="x"):
         drawn = plot.figure(7.5, 1.2 + 0.32 * len(made))
         axes = drawn.subplots()
-        ways = pd.concat([ways.assign(at=line) for line, (_, ways) in enumerate(made)]) if made else pd.DataFrame()
-        answer.draw_rows(axes, ways, len(made), {"": "D"})
+        rows = [{**way, "at": line} for line, (_, ways) in enumerate(made) for way in ways]
+        answer.draw_rows(axes, pd.DataFrame(rows, columns=[*(rows or [{}])[0]]), len(made), {"": "D"})
         axes.set_yticks(range(len(made)), [answer.label_of(entry.name, entry) for entry, _ in made], fontsize=9)
         axes.set_xlabel(f"held-out loss less that of {against.name} at its best, nats a token: lower is better")
         axes.set_title("dots: seeds; diamonds: means with 95% intervals", fontsize=9, loc="left")

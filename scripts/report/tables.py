@@ -28,7 +28,7 @@ class Column(NamedTuple):
         if callable(self.form):
             return self.form(row)
         if self.form.startswith("±"):
-            return interval(value, *(row[f"{self.key}_{end}"] for end in ("low", "high", "n")), self.form[1:])
+            return interval(row, self.key, f"{self.key}_n", self.form[1:])
         return number(value, self.form) if self.form else "" if pd.isna(value) else str(value)
 
 
@@ -62,8 +62,9 @@ def number(value: float, form: str) -> str:
     return "∞" if math.isinf(value) else (style.si(value) if form == "si" else format(value, form)).replace("-", "−")
 
 
-def interval(value: float, low: float, high: float, n: float, digits: str = "4") -> str:
+def interval(row: Row, key: str, count: str, digits: str = "4") -> str:
     """ "value (n 3)" and "[low, high]" below it; one value has no interval."""
+    value, low, high, n = (row[each] for each in (key, f"{key}_low", f"{key}_high", count))
     if pd.isna(value) or not n > 0:
         return "—"
     shown = [number(each, f".{digits}f") for each in (value, low, high)]
@@ -91,7 +92,7 @@ def answer(made: bs.Answer) -> Table:
     frame = bs.shown(made)
 
     def way(key: str) -> Callable[[Row], str]:
-        return lambda row: interval(*(row[f"{key}{end}"] for end in ("", "_low", "_high")), row[f"{key}_pairs"])
+        return lambda row: interval(row, key, f"{key}_pairs")
 
     def setting(axis: str) -> Callable[[Row], str]:
         return lambda row: "" if pd.isna(row[axis]) else f"{row[axis]:g}{bs.ARROW[row[f'{axis}_edge']]}"

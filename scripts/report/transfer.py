@@ -52,34 +52,33 @@ def regret(runs):
 
 
 def draw(runs, path: Path) -> None:
-    """A panel a parametrisation and axis, a line a width: the least loss over the other axis."""
-    from steppe.lm import plot
+    """A panel a parametrisation and axis, a line a width: the least loss over the other axis, the best circled."""
+    import pandas as pd
 
-    colours = [plot.SKY, plot.BLUE, plot.GREEN, plot.VERMILION, plot.PINK, plot.BLACK]
-    looks = dict(zip(sorted(runs["width"].unique()), zip(colours, "osD^vP", strict=True), strict=False))
-    with plot.styled():
-        drawn = plot.figure(8, 6)
-        panels = drawn.subplots(2, 2, sharey="row")
-        for column, kind in enumerate(("standard", "mup")):
-            mine = runs[runs["parametrisation"] == kind]
-            for line, (axis, title) in enumerate((("rate", "peak learning rate"), ("rho", "rho"))):
-                axes = panels[line][column]
-                for width, points in mine.groupby(["width", axis])["loss"].min().groupby("width"):
-                    colour, marker = looks[width]
-                    points = points.droplevel("width")
-                    kept = {"color": colour, "marker": marker}
-                    axes.plot(points.index, points, markersize=4, label=f"width {width}", **kept)
-                    axes.plot(points.idxmin(), points.min(), markersize=10, fillstyle="none", **kept)
-                axes.set_xscale("log")
-                values = sorted(runs[axis].unique())
-                axes.set_xticks(values, [f"{value:g}" for value in values])
-                axes.minorticks_off()
-                axes.set_xlabel(title)
-                axes.set_title(f"{kind}: best {title} of each width circled", fontsize=9, loc="left")
-            panels[0][column].legend(fontsize=8)
-        for row in panels:
-            row[0].set_ylabel("held-out loss, nats")
-        plot.save(drawn, path, dpi=150)
+    from steppe.lm import plot
+    from steppe.scripts import style
+    from steppe.scripts.report import drawing as dr
+
+    axes = {"rate": "peak learning rate", "rho": "rho"}
+    parts = [
+        runs.groupby(["parametrisation", "width", axis], as_index=False)["loss"].min()
+        .rename(columns={axis: "at"}).assign(panel=f"over {words}")
+        for axis, words in axes.items()
+    ]  # fmt: skip
+    frame = pd.concat(parts).sort_values(["panel", "parametrisation"], ascending=False, kind="stable")
+    frame["width"] = "width " + frame["width"].astype(str)
+    styles = dict(zip(widths := frame["width"].unique(), style.series(len(widths)), strict=True))
+
+    def then(axes, own, look) -> None:
+        for row in own.loc[own.groupby("width")["loss"].idxmin()].itertuples():
+            axes.plot(row.at, row.loss, "o", color=look(row.width)[0], markersize=10, fillstyle="none")
+
+    with dr.styled():
+        drawn = dr.panels(
+            frame.reset_index(drop=True), styles, x="at", y="loss", by="width", panel=["panel", "parametrisation"],
+            log="x", labels=("", "held-out loss, nats"), then=then,
+        )  # fmt: skip
+        plot.save(drawn or plot.figure(dr.WIDTH, 1), path, dpi=150)
 
 
 def transfer(argv: Sequence[str]) -> int:

@@ -57,6 +57,7 @@ SUMMARY = {
     "precond_functional_sam, rho 0.1": "precond_functional_sam",
     "sam, rho 0.1": "sam",
 }
+MAIN = "0.03m, 200 tokens a parameter"
 PANELS = {"loss": "held-out loss", "int4": "held-out loss in 4 bits"}
 BLUE, RED = "#0072b2", "#d55e00"
 ITSELF = "AdamW itself"  # of rows that are values, not differences
@@ -93,8 +94,7 @@ def summary() -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with open(HERE / "answer.csv", newline="", encoding="utf-8") as handle:
-        rows = {row["entry"]: row for row in csv.DictReader(handle)}
+    rows = {row["entry"]: row for row in read("answer") if row["group"] == MAIN}
     names = list(SUMMARY)[::-1]
     with mpl.rc_context({"font.size": 11}):
         drawn = Figure(figsize=(5.8, 3.0), layout="constrained")

@@ -24,7 +24,6 @@ _STATUS = {
     "flat": "no minimum in rho",
 }
 OF_FIT = ("state", "error", "least", "most", "tried", "step")  # columns of best_rho that only fits and frames need
-SPENT = ("tokens", "flops", "seconds")
 Interval = st.Interval
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -138,7 +137,7 @@ def freed(entry: Entry, runs: pd.DataFrame) -> pd.Series:
 
     The loss itself where AdamW has no run of that seed.
     """
-    base = entry.tokens.value("loss") if entry.tokens else pd.Series(dtype=float)
+    base = pd.Series(entry.tokens.value("loss") if entry.tokens else {}, dtype=float)
     base = base[st.finite(base)]
     return runs["loss"] - (runs["seed"].map(base) - base.mean()).fillna(0.0)
 
@@ -261,30 +260,20 @@ def laws_table(optima: pd.DataFrame, laws: Mapping[tuple[str, str], st.PowerLaw]
 def frontier(study: Study) -> pd.DataFrame:
     """A row an entry at its best: mean over seeds of what it spends and of its loss, freed of the seeds' levels."""
     rows = []
-    for cell in study.cells:
-        for entry in cell.entries.values():
-            runs = entry.best[st.finite(entry.best["loss"])]
-            losses = freed(entry, runs)
-            rows.append(
-                {"scale": cell.scale, "budget": cell.budget, "variant": entry.name, "rho": runs["rho"].iloc[0],
-                 "tokens": runs["tokens"].mean(), "flops": runs["flops"].mean(), "seconds": seconds(entry),
-                 "loss": losses.mean(), "lowest": losses.min(), "highest": losses.max(), "seeds": len(runs)}
-            )  # fmt: skip
+    for cell, entry in [(each, entry) for each in study.cells for entry in each.entries.values()]:
+        runs = entry.best[st.finite(entry.best["loss"])]
+        losses = freed(entry, runs)
+        rows.append(
+            {"scale": cell.scale, "budget": cell.budget, "variant": entry.name, "rho": runs["rho"].iloc[0],
+             "tokens": runs["tokens"].mean(), "flops": runs["flops"].mean(), "seconds": seconds(entry),
+             "loss": losses.mean(), "lowest": losses.min(), "highest": losses.max(), "seeds": len(runs)}
+        )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def seconds(entry: Entry) -> float:
     """Seconds of training of a run: the median, since at times something else keeps the machine busy."""
     return entry.grid.loc[entry.grid["status"] == "finished", "seconds"].median()
-
-
-def points(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a held-out loss on the way of runs: seed, share of the steps, and what a Point has."""
-    rows = [
-        {"seed": run.seed, "share": point.step / run.steps, **point._asdict()}
-        for run in runs.itertuples() for point in run.result.curve if point.step and run.steps
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["seed", "share", "step", *SPENT, "loss"])
 
 
 def curves(study: Study) -> pd.DataFrame:
@@ -300,7 +289,8 @@ def curves(study: Study) -> pd.DataFrame:
         for entry in [*cell.entries.values(), *{each.label: each for each in longer}.values()]:
             runs = entry.best[st.finite(entry.best["loss"])]
             runs = runs if not shared & set(runs.index) else runs[runs.index.isin(shared)]
-            mean = points(runs).groupby(["step", "share"], as_index=False).agg(
+            own = entry.points[entry.points["seed"].isin(runs.index)]
+            mean = own.groupby(["step", "share"], as_index=False).agg(
                 **{key: (key, "mean") for key in ("tokens", "flops", "loss")}, seeds=("seed", "size")
             )  # fmt: skip
             mean = mean[(mean["seeds"] == len(runs)) & st.finite(mean["loss"])]
@@ -318,16 +308,16 @@ def on_the_way(study: Study) -> pd.DataFrame:
         if way is None or entry.tokens is None:
             continue
         seeds, _ = paired(entry, entry.tokens, way.pairs)
-        own, base = (points(each.best[each.best.index.isin(seeds)]) for each in (entry, entry.tokens))
+        own, base = (each.points[each.points["seed"].isin(seeds)] for each in (entry, entry.tokens))
         both = own.merge(base[["seed", "step", "loss"]], on=["seed", "step"], suffixes=("", "_base"))
         both["difference"] = both["loss"] - both["loss_base"]
-        for (step, share), at in both.groupby(["step", "share"]):
-            if len(at) == len(seeds) and st.finite(at["difference"]).all():
-                rows.append(
-                    {"cell": cell.label, "variant": entry.name, "step": step, "share": share,
-                     "tokens": at["tokens"].iloc[0], **spread("difference", st.t_interval(at["difference"]))}
-                )  # fmt: skip
-    return pd.DataFrame(rows)
+        table = both[st.finite(both["difference"])].pivot_table("difference", "step", "seed", "last").dropna()
+        if table.shape[1] == len(seeds):
+            first = both.drop_duplicates("step").set_index("step").loc[table.index, ["share", "tokens"]].reset_index()
+            bounds = spread("difference", st.t_intervals(table.to_numpy()))
+            rows.append(first.assign(cell=cell.label, variant=entry.name, **bounds))
+    keys = ["cell", "variant", "step", "share", "tokens", *spread("difference", NOTHING)]
+    return pd.concat(rows, ignore_index=True)[keys] if rows else pd.DataFrame()
 
 
 # --------------------------------------------------------------------------------------------------------- scaling laws
@@ -355,10 +345,9 @@ def scaling_table(laws: Mapping[str, st.ScalingLaw]) -> pd.DataFrame:
     """A row a law: its constants, and how far it is from the runs."""
     rows = []
     for name, law in laws.items():
-        row = {"variant": name, "points": law.intervals["E"].n}
-        for key, found in law.intervals.items():
-            row |= spread(key, found)
-        rows.append(row | {"rms": law.rms})
+        constants = [spread(key, found) for key, found in law.intervals.items()]
+        numbers = {key: value for part in constants for key, value in part.items()}
+        rows.append({"variant": name, "points": law.intervals["E"].n, **numbers, "rms": law.rms})
     return pd.DataFrame(rows)
 
 
@@ -378,26 +367,21 @@ def measures(study: Study) -> pd.DataFrame:
 
     The loss they measure beside it, standard errors and residuals are left out: they measure nothing of a minimum.
     """
-    rows = []
-    for run in study.runs.itertuples():
-        newest = run.result.curvature[-1] if run.result.curvature else {}
-        given = {"cell": run.cell, "variant": run.variant, "rho": run.rho, "seed": run.seed, "loss": run.loss}
-        found = {"curvature": newest, "retention": run.result.retention, **run.result.measured}
-        for source, numbers in found.items():
-            rows += [
-                {"source": source, "run": run.Index, **given, "measure": measure, "value": float(value)}
-                for measure, value in numbers.items()
-                if measure not in ("loss", "step") and not measure.endswith(("_error", "_residual"))
-                and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            ]  # fmt: skip
-    columns = ["source", "run", "cell", "variant", "rho", "seed", "loss", "measure", "value"]
-    found = pd.DataFrame(rows, columns=columns)
+    rows = [
+        (source, run.Index, run.cell, run.variant, run.rho, run.seed, run.loss, measure, float(value))
+        for run in study.runs.itertuples()
+        for source, numbers in {
+            "curvature": (run.result.curvature or ({},))[-1], "retention": run.result.retention, **run.result.measured
+        }.items()
+        for measure, value in numbers.items()
+        if measure not in ("loss", "step") and not measure.endswith(("_error", "_residual"))
+        and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ]  # fmt: skip
+    found = pd.DataFrame(rows, columns=["source", "run", "cell", "variant", "rho", "seed", "loss", "measure", "value"])
     order = {
-        "cell": [cell.label for cell in study.cells],
-        "variant": variants(study),
+        "cell": [cell.label for cell in study.cells], "variant": variants(study), "measure": None,
         "source": list(dict.fromkeys(["curvature", "retention", *found["source"]])),
-        "measure": None,
-    }
+    }  # fmt: skip
     return found.assign(**{key: in_order(found[key], names) for key, names in order.items()})
 
 

@@ -1,6 +1,8 @@
 """Entries beside AdamW in all that was measured of them, as frames: at equal tokens and at equal compute, by seed."""
 
+import collections
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -151,6 +153,9 @@ def table(made: Answer, asked: Sequence[str], of_answer: Sequence[str] = ()) -> 
     """
     rows, itself = [], {}  # itself: a row a group
     of = {key: key for key in asked}
+    answered = collections.defaultdict(list)
+    for way in made.ways[made.ways["measure"].isin(of_answer)].to_dict("records") if len(made.ways) else ():
+        answered[way["row"]].append(way)
 
     def given(group: str, name: str, entry: en.Entry, basis: str, against: str, fresh: bool) -> dict:
         return {"adamw": against, "group": group, "entry": name, "basis": basis, "cost": entry.cost,
@@ -160,19 +165,18 @@ def table(made: Answer, asked: Sequence[str], of_answer: Sequence[str] = ()) -> 
         if row.tokens is not None and row.tokens.plain:
             itself[row.group] = given(row.group, row.tokens.name, row.tokens, ITSELF, "", False)
             for key in (*(key for key in of_answer if key == "loss"), *asked):
-                known = row.tokens.value(key)
-                itself[row.group] |= spread(key, st.t_interval(known[st.finite(known)]))
+                known = [value for value in row.tokens.value(key).values() if math.isfinite(value)]
+                itself[row.group] |= spread(key, st.t_interval(known))
         # of one pass a step both are the same AdamW
         others = {"tokens": row.tokens} | ({"flops": row.flops} if row.flops is not row.tokens else {})
-        own = made.ways[(made.ways["row"] == row.Index) & made.ways["measure"].isin(of_answer)]
-        ways = pd.concat([own, en.differences(row.entry, others, of)])
+        ways = answered.get(row.Index, []) + en.ways(row.entry, others, of)
         for basis, other in others.items():
-            if other and len(known := ways[ways["basis"] == basis]):
+            if other and (known := [way for way in ways if way["basis"] == basis]):
                 against = other.name if other.budget == row.entry.budget else f"{other.name}, {other.budget}"
-                rows.append(
-                    given(row.group, row.name, row.entry, en.BASES[basis], against, bool(known["fresh"].all()))
-                    | {key: part for way in known.itertuples() for key, part in spread(way.measure, way[4:8]).items()}
-                )
+                fresh = all(way["fresh"] for way in known)
+                rows.append(given(row.group, row.name, row.entry, en.BASES[basis], against, fresh))
+                for way in known:
+                    rows[-1] |= spread(way["measure"], st.Interval(*(way[part] for part in st.Interval._fields)))
     ordered = [
         each
         for group, own in itertools.groupby(rows, lambda row: row["group"])

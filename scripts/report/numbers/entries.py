@@ -17,7 +17,7 @@ import pandas as pd
 
 from steppe.lm.measure import frontier
 from steppe.scripts.report.numbers import statistics as st
-from steppe.scripts.results import OF_SIZE, Result
+from steppe.scripts.results import OF_SIZE, Point, Result
 
 BASE = "adamw"  # the method that perturbs nothing, and the base that all are held against
 TUNED = {"optim.peak_learning_rate": "rate", "optim.rho": "rho"}
@@ -66,21 +66,33 @@ class Entry:
         return self.runs[self.runs["rate"] == self.chosen("rate")]
 
     @functools.cached_property
-    def values(self) -> pd.DataFrame:
-        """What is known of the best runs, a row a seed, a column a measure, nats a token: the last held-out loss, the
-        loss that each rounding or disturbance of steppe retention leaves, and those of frontier.at_rates."""
-        found = [
-            {"loss": row.loss}
-            | {key: row.loss + value for key, value in row.result.retention.items() if key.startswith(DISTURBED)}
-            | frontier.at_rates(row.result.fine_tune)
-            for row in self.best.itertuples()
-        ]
-        return pd.DataFrame(found, index=self.best.index).astype(float)
+    def values(self) -> dict[str, dict[int, float]]:
+        """{measure: {seed: what is known of the best run}}, nats a token: the last held-out loss, the loss that each
+        rounding or disturbance of steppe retention leaves, and those of frontier.at_rates."""
+        found: dict[str, dict[int, float]] = {}
+        for seed, loss, result in zip(self.best.index, self.best["loss"], self.best["result"], strict=True):
+            disturbed = {key: loss + value for key, value in result.retention.items() if key.startswith(DISTURBED)}
+            for key, value in {"loss": loss, **disturbed, **frontier.at_rates(result.fine_tune)}.items():
+                found.setdefault(key, {})[seed] = float(value)
+        return found
 
-    def value(self, of: str | Callable[[Result], float]) -> pd.Series:
-        """A number of the best runs by seed, where it is known: a column of `values`, or what a function says."""
-        known = self.best["result"].map(of).astype(float) if callable(of) else self.values.get(of)
-        return pd.Series(dtype=float) if known is None else known.dropna()
+    def value(self, of: str | Callable[[Result], float]) -> dict[int, float]:
+        """{seed: a number of the best run} where it is known: one of `values`, or what a function says."""
+        known = (
+            {seed: of(result) for seed, result in self.best["result"].items()}
+            if callable(of)
+            else self.values.get(of, {})
+        )
+        return {seed: value for seed, value in known.items() if not math.isnan(value)}
+
+    @functools.cached_property
+    def points(self) -> pd.DataFrame:
+        """A row a held-out loss on the way of the best runs: seed, share of the steps, and what a Point has."""
+        rows = [
+            (seed, point.step / result.steps, *point)
+            for seed, result in self.best["result"].items() for point in result.curve if point.step and result.steps
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=["seed", "share", *Point._fields])
 
     @functools.cached_property
     def means(self) -> dict[float, float]:
@@ -167,10 +179,7 @@ class Entry:
 
 
 class Difference(NamedTuple):
-    """An entry less another, by seed; fresh: whether over seeds that chose neither, not over all.
-
-    pairs: {seed: difference} of all that both have.
-    """
+    """An entry less another; fresh: over seeds that chose neither, not over all; pairs: {seed: difference} of all."""
 
     interval: st.Interval
     fresh: bool
@@ -179,8 +188,7 @@ class Difference(NamedTuple):
     @property
     def sign(self) -> int:
         """-1 or 1 where the interval lies wholly below or above zero, else 0."""
-        low, high = self.interval.low, self.interval.high
-        return -1 if high < 0 else 1 if low > 0 else 0
+        return int(self.interval.low > 0) - int(self.interval.high < 0)
 
 
 class Cell(NamedTuple):
@@ -471,11 +479,27 @@ def difference(entry: Entry, other: Entry | None, of: str | Callable[[Result], f
     if other is None or entry.label == other.label:
         return None
     own, base = entry.value(of), other.value(of)
-    pairs = {seed: own[seed] - base[seed] for seed in sorted(set(own.index) & set(base.index))}
+    pairs = {seed: own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())}
     seeds, fresh = paired(entry, other, pairs)
     if not seeds or not all(map(math.isfinite, pairs.values())):
         return None
     return Difference(st.t_interval([pairs[seed] for seed in seeds]), fresh, pairs)
+
+
+def paired(entry: Entry, other: Entry, known: Iterable[int]) -> tuple[list[int], bool]:
+    """(the seeds by which two entries are compared, whether they chose neither): the fresh ones where there are two."""
+    seeds, both = list(known), entry.fresh & other.fresh
+    fresh = [seed for seed in seeds if seed in both]
+    return (fresh, True) if len(fresh) >= 2 else (seeds, False)
+
+
+def ways(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[str, str | Callable]) -> list[dict]:
+    """The rows of `differences`."""
+    return [
+        {"basis": basis, "against": other, "measure": measure, **way.interval._asdict(), "fresh": way.fresh,
+         "pairs": way.pairs, "sign": way.sign, "p": st.p_value(way.interval)}
+        for measure, what in of.items() for basis, other in others.items() if (way := difference(entry, other, what))
+    ]  # fmt: skip
 
 
 def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[str, str | Callable]) -> pd.DataFrame:
@@ -484,20 +508,8 @@ def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[st
 
     others: {basis: whom it is held against}; of: {measure: see Entry.value}. A family of them takes statistics.holm.
     """
-    rows = [
-        {"basis": basis, "against": other, "measure": measure, **way.interval._asdict(), "fresh": way.fresh,
-         "pairs": way.pairs, "sign": way.sign, "p": st.p_value(way.interval)}
-        for measure, what in of.items() for basis, other in others.items() if (way := difference(entry, other, what))
-    ]  # fmt: skip
-    return pd.DataFrame(
-        rows, columns=["basis", "against", "measure", *st.Interval._fields, "fresh", "pairs", "sign", "p"]
-    )
-
-
-def paired(entry: Entry, other: Entry, known: Iterable[int]) -> tuple[list[int], bool]:
-    """(the seeds by which two entries are compared, whether they chose neither): the fresh ones where there are two."""
-    fresh = [seed for seed in known if seed in entry.fresh & other.fresh]
-    return (fresh, True) if len(fresh) >= 2 else (list(known), False)
+    columns = ["basis", "against", "measure", *st.Interval._fields, "fresh", "pairs", "sign", "p"]
+    return pd.DataFrame(ways(entry, others, of), columns=columns)
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured

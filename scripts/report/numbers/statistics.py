@@ -44,11 +44,19 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(float(found.mean()), float(found.mean() - half), float(found.mean() + half), n, n - 1)
 
 
-def p_value(found: Interval, level: float = LEVEL) -> float:
+def t_intervals(values_RxN: np.ndarray) -> Interval:
+    """t_interval of each row, its parts as arrays."""
+    n, values_RxN = values_RxN.shape[1], np.ascontiguousarray(values_RxN, float)
+    half = _t(LEVEL, n - 1) * values_RxN.std(axis=1, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    middle = values_RxN.mean(axis=1)
+    return Interval(middle, middle - half, middle + half, n)  # pyright: ignore[reportArgumentType]
+
+
+def p_value(found: Interval) -> float:
     """Of Student's two-sided test that the mean behind an interval of t_interval is zero; NaN without bounds."""
     if not found.df > 0:
         return math.nan
-    error = (found.high - found.low) / 2 / _t(level, found.df)
+    error = (found.high - found.low) / 2 / _t(LEVEL, found.df)
     return float(2 * stats.t.sf(abs(found.value) / error, found.df)) if error else float(found.value == 0)
 
 
@@ -119,9 +127,9 @@ def additive(losses: Mapping[tuple[T, S], float]) -> Noise:
     return Noise(math.sqrt(float(((y - design @ fitted) ** 2).sum()) / df) if df else math.nan, df)
 
 
-def with_noise(found: Interval, noise: Noise, level: float = LEVEL) -> Interval:
+def with_noise(found: Interval, noise: Noise) -> Interval:
     """A mean of differences with bounds from the noise of one loss, that of all; exact if it is normal and alike."""
-    half = _t(level, noise.df) * noise.sigma * math.sqrt(2 / found.n) if noise.df else math.nan
+    half = _t(LEVEL, noise.df) * noise.sigma * math.sqrt(2 / found.n) if noise.df else math.nan
     return Interval(found.value, found.value - half, found.value + half, found.n, noise.df)
 
 
@@ -183,7 +191,7 @@ class Optimum(NamedTuple):
     coefficients: tuple[float, float, float] = (math.nan, math.nan, math.nan)  # of log(rho / best of the grid)
 
 
-def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 1, level: float = LEVEL) -> Optimum:
+def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 1) -> Optimum:
     """The minimum of {rho: mean loss} by a parabola in log rho through the best value and its surroundings.
 
     The surroundings are both neighbours and whatever lies within a factor of 4, no further, since losses are no
@@ -219,7 +227,7 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
     error = math.sqrt(v[1, 1] + 4 * vertex * v[1, 2] + 4 * vertex**2 * v[2, 2]) / (2 * c2)
     low = high = math.nan
     if df > 0 and math.isfinite(sigma):
-        t2 = _t(level, df) ** 2  # the vertices x with (c1 + 2 c2 x)^2 <= t^2 var(c1 + 2 c2 x)
+        t2 = _t(LEVEL, df) ** 2  # the vertices x with (c1 + 2 c2 x)^2 <= t^2 var(c1 + 2 c2 x)
         a, b, c = 4 * (c2**2 - t2 * v[2, 2]), 4 * (c1 * c2 - t2 * v[1, 2]), c1**2 - t2 * v[1, 1]
         root = math.sqrt(max(0.0, b * b - 4 * a * c)) if a > 0 else math.inf
         low, high = (best * math.exp(min(500.0, (-b + sign * root) / (2 * abs(a) or 1))) for sign in (-1, 1))
@@ -238,9 +246,7 @@ class PowerLaw(NamedTuple):
     how: str
 
 
-def power_law(
-    x: Sequence[float], y: Sequence[float], errors: Sequence[float], df: float, level: float = LEVEL
-) -> PowerLaw | None:
+def power_law(x: Sequence[float], y: Sequence[float], errors: Sequence[float], df: float) -> PowerLaw | None:
     """Fits log y = log factor + exponent log x; errors: standard errors of log y, all NaN where unknown.
 
     Points scatter about the line by more than their errors. How much more is estimated (Paule, Mandel: J. Res. NBS 87,
@@ -271,7 +277,7 @@ def power_law(
     if free and known:
         scale, freedom, how = max(1.0, scale), min(freedom, df), f"noise between seeds and {how}"
     error = math.sqrt(scale / line.spread)
-    half = _t(level, freedom) * error if freedom > 0 else math.nan
+    half = _t(LEVEL, freedom) * error if freedom > 0 else math.nan
     return PowerLaw(
         math.exp(line.level - line.slope * line.middle),
         Interval(line.slope, line.slope - half, line.slope + half, n, freedom),
@@ -298,12 +304,12 @@ def _line(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> _Line:
     return _Line(*map(float, (middle, level, slope, w.sum(), spread, misfit)))
 
 
-def power_law_band(law: PowerLaw, x: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def power_law_band(law: PowerLaw, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(line, lower, upper) of a power law at x, pointwise; NaN bounds where it has none."""
     u = np.log(x / law.centre[0])
     line = np.log(law.centre[1]) + law.exponent.value * u
     freedom = law.exponent.df
-    half = (_t(level, freedom) if freedom > 0 else math.nan) * np.hypot(law.centre_error, u * law.exponent_error)
+    half = (_t(LEVEL, freedom) if freedom > 0 else math.nan) * np.hypot(law.centre_error, u * law.exponent_error)
     return np.exp(line), np.exp(line - half), np.exp(line + half)
 
 
@@ -325,9 +331,7 @@ def scaling_law_refusal(parameters: Sequence[float], tokens: Sequence[float]) ->
     return ""
 
 
-def scaling_law(
-    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], level: float = LEVEL
-) -> ScalingLaw:
+def scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
     """Fits L(N, D) = E + A/N^a + B/D^b by Huber loss on log loss from several starts (as arXiv 2203.15556).
 
     Seeds of one (N, D) are averaged first: what a size is off the law by is common to them, so they are no evidence of
@@ -350,7 +354,7 @@ def scaling_law(
     noise = 1.4826 * float(np.median(np.abs(y - _law(best.x, u, v)[0]))) * math.sqrt(len(y) / free)
     delta = max(_HUBER, 1.345 * noise)  # much narrower than the noise it would be the median's poor efficiency
     best = _fit_law(u, v, y, best.x, delta)
-    allowed = _t(level, free) ** 2 / free * best.cost
+    allowed = _t(LEVEL, free) ** 2 / free * best.cost
     found, point = {}, _natural(best.x, centre)
     for i, (name, row) in enumerate(_directions(centre).items()):
         low, high = (_bound(u, v, y, best, delta, row, side, _ENDS[name][side > 0], allowed) for side in (-1, 1))
@@ -366,9 +370,7 @@ def predict(law: ScalingLaw, parameters: np.ndarray, tokens: np.ndarray) -> np.n
     return E + A * np.asarray(parameters, float) ** -a + B * np.asarray(tokens, float) ** -b
 
 
-def rank_correlation(
-    x: Sequence[float], y: Sequence[float], resamples: int = 2000, seed: int = 0, level: float = LEVEL
-) -> Interval:
+def rank_correlation(x: Sequence[float], y: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
     """Spearman's correlation of paired values, percentile bootstrap over pairs, which it takes as independent draws.
 
     No bounds below 8 pairs, of which the bootstrap's intervals are too short, nor where all ranks agree: every resample
@@ -384,7 +386,7 @@ def rank_correlation(
     if n < 8 or abs(value) > 1 - 1e-9:
         return Interval(float(value), math.nan, math.nan, n)
     many = _row_correlation(stats.rankdata(a[rows], axis=1), stats.rankdata(b[rows], axis=1))
-    low, high = np.nanquantile(many, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(many, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high), n)
 
 

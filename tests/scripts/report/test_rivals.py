@@ -82,7 +82,9 @@ def test_a_candidate_has_its_differences_on_both_bases_with_p_values(sweep):
     ways = entries.differences(candidate, {"tokens": candidate.tokens, "flops": candidate.flops}, {"loss": "loss"})
     assert list(ways["basis"]) == ["tokens", "flops"]  # one pass a step: the same AdamW
     assert all(other is plain for other in ways["against"])
-    losses = [each.value("loss")[[1, 2, 3]] for each in (candidate, plain)]  # seed 0 chose rho and rate
+    losses = [
+        [each.value("loss")[seed] for seed in (1, 2, 3)] for each in (candidate, plain)
+    ]  # seed 0 chose rho and rate
     expected = stats.ttest_rel(*losses)
     assert list(ways["p"]) == pytest.approx([expected.pvalue] * 2)
     assert list(ways["low"]) == pytest.approx([expected.confidence_interval().low] * 2)
