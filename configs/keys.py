@@ -30,13 +30,15 @@ class ConfigError(ValueError):
 class Accepted(NamedTuple):
     """The accepted values of a type. text() completes "must be ..."; allows(value) checks a value of the type.
 
-    names() lists the values as texts if they are few. An Accepted also serves as the `type` of an argparse option.
+    names() lists the values as texts if they are few. of: the type of the numbers in a tuple. An Accepted also serves
+    as the `type` of an argparse option.
     """
 
     kind: type
     text: Callable[[], str]
     allows: Callable[[Any], bool] = lambda value: True
     names: Callable[[], list[str]] = lambda: []
+    of: type | None = None
 
     def wanted(self, value: Any) -> str:
         """text(), with a suggestion if `value` is close to an accepted name."""
@@ -45,9 +47,11 @@ class Accepted(NamedTuple):
     def read(self, *texts: str) -> Any:
         """Converts command-line text to a value of the type, without checking that it is allowed.
 
-        A tuple may take several texts. Each is a Python tuple, a single item, or names separated by commas.
-        Raises ValueError for a text that cannot be converted.
+        A tuple may take several texts. Each is a Python tuple, a single item, or names separated by commas; a tuple of
+        numbers is numbers separated by commas. Raises ValueError for a text that cannot be converted.
         """
+        if self.of is not None:
+            return tuple(dict.fromkeys(self.of(item) for text in texts for item in text.split(",")))
         if self.kind is tuple:
             items = tuple(item for text in texts for item in _items(text))
             cut = [word.strip() for item in items for word in item.split(",")]
@@ -143,6 +147,12 @@ def number(above: float = -math.inf, least: float = -math.inf, below: float = ma
         return above < value < below and least <= value <= most and math.isfinite(value)
 
     return Accepted(float, lambda: text, allows)
+
+
+def listed(each: Accepted, least: int = 1) -> Accepted:
+    """At least so many of these numbers, each once, in the order given."""
+    text = lambda: f"{least} or more with commas between them, each {each.text()}"  # noqa: E731
+    return Accepted(tuple, text, lambda value: len(value) >= least and all(map(each.allows, value)), of=each.kind)
 
 
 def one_of(*names: str) -> Accepted:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from steppe.configs import packages
 
+# what a measurement defines: an example of its use
+MEASURE = {"measure_run": "--workdir=runs/quickstart", "measure_config": "--config=quickstart --out=measured"}
 # name: (module, an example of its use), in the order in which a user needs them
 COMMANDS = {
     "docs": ("steppe.scripts.docs", "optim"),
@@ -28,11 +30,10 @@ COMMANDS = {
     "sweep": ("steppe.scripts.sweep.__main__", "--config=quickstart --sweep=rho_by_scale:0.1m --out=sweeps/rho"),
     "report": ("steppe.scripts.report.__main__", "sweeps/rho"),
     **{
-        name: (f"steppe.lm.measure.{name}", "--workdir=runs/quickstart --step=all")
-        for name in packages.ready("steppe.lm.measure", "measure_run")
+        name: (f"steppe.lm.measure.{name}", example)
+        for function, example in MEASURE.items()
+        for name in packages.ready("steppe.lm.measure", function)
     },
-    "retention": ("steppe.scripts.measure.retention", "--workdir=sweeps/rho --out=retention"),
-    "coordinates": ("steppe.scripts.measure.coordinates", "--config=quickstart --out=coordinates"),
     "judge": ("steppe.scripts.judge.__main__", "msam --config=quickstart --out=judged"),
     "check": ("steppe.scripts.judge.check", "mine.py:half_sign"),
     "doctor": ("steppe.scripts.doctor", ""),

@@ -84,10 +84,12 @@ def run_parser(name: str, summary: str | None) -> Parser:
     return made
 
 
-def add_weights(made: argparse.ArgumentParser) -> None:
-    """Adds --weights, which selects among the weights that a run stores."""
+def add_weights(made: argparse.ArgumentParser, several: bool = False) -> None:
+    """Adds --weights, which selects among the weights that a run stores. several: whether it may be repeated."""
     help = "last, ema, lawa, or the base optimizer's average; default: the weights that the run is judged by"
-    made.add_argument("--weights", metavar="NAME", help=help)
+    made.add_argument(
+        "--weights", metavar="NAME", help=help + "; repeatable" * several, action="append" if several else "store"
+    )
 
 
 def add_trust(made: argparse.ArgumentParser) -> None:
@@ -107,21 +109,22 @@ Settings = TypeVar("Settings", bound=tuple)
 def add_settings(made: argparse.ArgumentParser, settings: type[tuple]) -> None:
     """Adds an option for each field of a NamedTuple: Annotated[KIND, "its meaning", Accepted] with a default.
 
-    A field that is a tuple becomes an option that may be repeated.
+    A bool becomes a flag. A tuple of texts becomes an option that may be repeated, a tuple of numbers an option that
+    takes numbers separated by commas.
     """
     defaults: dict[str, Any] = settings._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
     for name, hint in typing.get_type_hints(settings, include_extras=True).items():
         kind, meaning, accepted = typing.get_args(hint)
-        several = typing.get_origin(kind) is tuple
-        said = f" (default {defaults[name]})" if defaults[name] not in ((), "") else ""
-        made.add_argument(
-            f"--{name}",
-            type=accepted,
-            metavar={int: "N", float: "X"}.get(kind, "TEXT"),
-            help=meaning.replace("%", "%%") + said,
-            action="append" if several else "store",
-            default=[] if several else defaults[name],
-        )
+        default, several = defaults[name], typing.get_origin(kind) is tuple
+        texts, value = several and accepted.kind is str, {int: "N", float: "X"}.get(accepted.of or kind, "TEXT")
+        taken: dict[str, Any] = {"type": accepted, "metavar": f"{value},{value},..." if accepted.of else value}
+        if kind is bool:
+            taken = {"action": "store_true"}
+        elif default not in ((), ""):
+            meaning += f" (default {','.join(map(str, default)) if several else default})"
+        if texts:
+            taken["action"], default = "append", list(default)
+        made.add_argument(f"--{name}", default=default, help=meaning.replace("%", "%%"), **taken)
 
 
 def settings_of(options: argparse.Namespace, settings: type[Settings]) -> Settings:

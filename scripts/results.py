@@ -15,9 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
-
-from msgspec import Meta
+from typing import Any, Literal, NamedTuple, Required, TypedDict
 
 from steppe.configs.base import FREE, typed, with_defaults
 from steppe.configs.keys import ConfigError, flatten
@@ -27,11 +25,12 @@ from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.data.manifest import DESCRIBED
 from steppe.lm.keep import exits
+from steppe.lm.measure.frontier import Details, FineTune
 from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
 from steppe.scripts.sweep import spec
 
-SWEEP, RUNS, OUTCOME, RETENTION = "sweep.json", "runs", "outcome.json", "retention.json"
+SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
 MEASURED = tuple(ready("steppe.lm.measure", "measure_run"))  # names of the measurements of checkpoints
 PACK = ".jsonl"  # suffix of a file of packed runs
 # Keys that model.size sets, so they need not be named in addition to it.
@@ -77,36 +76,6 @@ class Attempts(TypedDict):
     """attempts.json."""
 
     attempts: list[Attempt]
-
-
-class Tuned(TypedDict, total=False):
-    """A point during fine-tuning, nats a token."""
-
-    step: stored.Count
-    gained: Required[float | None]
-    lost: Required[float | None]
-
-
-class TunedPath(TypedDict, total=False):
-    """Fine-tuning at one peak learning rate."""
-
-    rate: Required[stored.Amount]
-    points: Required[Annotated[list[Tuned], Meta(min_length=1)]]
-    along: dict[str, float | None]
-
-
-class FineTune(TypedDict, total=False):
-    """Gains and losses of fine-tuning on a second text; loss: before it, nats a token; text: its fingerprint."""
-
-    loss: Required[float | None]
-    paths: Required[list[TunedPath]]
-    text: str
-
-
-class Details(TypedDict, total=False):
-    """Further fields of a measurement that are read."""
-
-    fine_tune: FineTune | None
 
 
 class Measurement(TypedDict, total=False):
@@ -324,28 +293,31 @@ def read_json(path: Path, kind: Any) -> dict:
 
 
 def measured(directory: Path, name: str) -> list[Path]:
-    """The files of a measurement, one per checkpoint of a run, in order of steps."""
+    """The files of a measurement of a run: one per checkpoint, in order of steps, or one in all."""
     steps = [path for path in (directory / name).glob("*.json") if re.fullmatch("[0-9]{1,15}", path.stem)]
-    return sorted(steps, key=lambda path: int(path.stem))
+    alone = [directory / f"{name}.json"]
+    return sorted(steps, key=lambda path: int(path.stem)) + [path for path in alone if os.path.lexists(path)]
 
 
 def _measured(directory: Path, left_out: Callable[[str], None]) -> dict[str, Any]:
     """The measurements of a run or an average, as fields of its Result; damaged files are left out."""
 
-    def numbers(path: Path) -> tuple[dict, dict]:
+    def numbers(path: Path) -> dict:
         try:
-            found = read_json(path, Measurement)
+            return read_json(path, Measurement)
         except ResultsError as error:
             left_out(f"{error}; the measurement is left out")
-            found = {}
-        return found, {"step": found["step"], **_known(found["summary"])} if found else {}
+            return {}
 
-    found = {name: tuple(filter(None, (numbers(path)[1] for path in measured(directory, name)))) for name in MEASURED}
-    record, retention = numbers(directory / RETENTION)
+    read = {name: [*filter(None, map(numbers, measured(directory, name)))] for name in MEASURED}
+    found = {name: [{"step": each["step"], **_known(each["summary"])} for each in own] for name, own in read.items()}
+    newest = {name: each[-1] for name, each in found.items() if each}
+    curvature, retention = tuple(found["curvature"]), newest.pop("retention", {})
+    newest.pop("curvature", None)
+    record = read["retention"][-1] if retention else {}
     tuned = record.get("details", {}).get("fine_tune") or {}
     tuned = tuned and {**tuned, "text": str((record.get("fine_tune") or {}).get("corpus", ""))}
-    newest = {name: each[-1] for name, each in found.items() if each and name != "curvature"}
-    return {"curvature": found["curvature"], "measured": newest, "retention": retention, "fine_tune": tuned}
+    return {"curvature": curvature, "measured": newest, "retention": retention, "fine_tune": tuned}
 
 
 def _known(summary: Mapping[str, float | None]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Loads a model from a run's checkpoint, for commands that use trained models."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ class Saved(NamedTuple):
     """A run's config, its corpus, the parts of its model on this machine's devices, and the parameters.
 
     optimizer: the base optimizer's state, if asked for. weights: the parameters' name in lm.keep.weights. step: of the
-    checkpoint, if asked for.
+    checkpoint, if asked for. data: see own_data.
     """
 
     config: ConfigDict
@@ -40,6 +41,7 @@ class Saved(NamedTuple):
     optimizer: Any = None
     weights: str = LAST
     step: int | None = None
+    data: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def are_last(self) -> bool:
@@ -200,13 +202,20 @@ def load(
     wanted = {field: getattr(parts.abstract, field) for field in fields}
     state = load_parts(found if step is None else f"{found}/{step}", wanted, log)
     params = of_state(chosen, state, parts.abstract.params)
-    return Saved(config, corpus, parts, params, state["optimizer"] if optimizer else None, name, step)
+    kept = state["optimizer"] if optimizer else None
+    return Saved(config, corpus, parts, params, kept, weights=name, step=step, data=own_data(config, trust))
 
 
 def spreads(config: ConfigDict) -> bool:
     """Whether `load` shards a run over all devices here, which must divide its batch and width."""
     devices = len(jax.devices())
     return config.train.batch_size % devices == 0 and config.model.width % devices == 0
+
+
+def newest(directory: str, trust: bool = False, log: Callable[[str], None] = print) -> int:
+    """The step of a run's newest sound checkpoint. Raises WorkdirError or Unusable if there is none."""
+    directory = mirror.here(directory, checkpoints=True)
+    return int(find(checkpoints_of(directory, config_of(directory), trust), log).name)
 
 
 def steps(directory: str, trust: bool = False) -> list[int]:

@@ -42,6 +42,8 @@ TITLES = {
     "noise_scale": "noise scale",
 }  # fmt: skip
 
+DIGITS = 6  # of numbers in its file: spectra are long
+
 
 def refused(settings: Settings) -> str:
     """What is wrong with the combination of settings; "" for nothing."""

@@ -5,10 +5,44 @@ Imports no jax, because reports use it on stored measurements.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict
+
+from msgspec import Meta
+
+from steppe.data import stored
 
 SHARE = 0.8  # of the gain that every run reaches; at the full gain the weakest run would only just arrive
 Paths = Sequence[Sequence[tuple[float, float]]]
+
+
+class Tuned(TypedDict, total=False):
+    """A point during fine-tuning, nats a token."""
+
+    step: stored.Count
+    gained: Required[float | None]
+    lost: Required[float | None]
+
+
+class TunedPath(TypedDict, total=False):
+    """Fine-tuning at one peak learning rate."""
+
+    rate: Required[stored.Amount]
+    points: Required[Annotated[list[Tuned], Meta(min_length=1)]]
+    along: dict[str, float | None]
+
+
+class FineTune(TypedDict, total=False):
+    """Gains and losses of fine-tuning on a second text; loss: before it, nats a token; text: its fingerprint."""
+
+    loss: Required[float | None]
+    paths: Required[list[TunedPath]]
+    text: str
+
+
+class Details(TypedDict, total=False):
+    """Further fields of a measurement, as far as they are read."""
+
+    fine_tune: FineTune | None
 
 
 def paths_of(fine_tune: Mapping[str, Any]) -> list[list[tuple[float, float]]]:

@@ -45,7 +45,7 @@ def gram_program(parts: Parts) -> Callable:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int = 0) -> jax.Array:
-    """A matrix [O, I] rounded input by input to the values of retention.quantise_array.
+    """A matrix [O, I] rounded input by input to the values of disturb.quantise_array.
 
     gram: sum of x xᵀ over the calibration text. group > 0: each group of inputs gets its scale when rounding reaches
     it. Computes in float32 with products at full precision.

@@ -1,179 +1,348 @@
-"""What a trained model keeps: its held-out loss under weight noise, rounding of weights, and further training.
+"""What trained models keep under weight noise, quantisation and fine-tuning on another text, side by side.
 
-Functions of parameter trees, and the few compiled programs that measure them; the command is steppe retention.
+steppe retention --workdir=RUN_OR_SWEEP [--workdir=...] [--only=KEY=V,V] [--out=DIR] [--fine_tune=TASK]
+
+Every number is an increase of the loss on the first held-out set, nats a token, over the same tokens for all runs.
+WORKDIR/retention.json takes a run's numbers as soon as it is measured; a run that has them, of the same checkpoint with
+the same settings, is not measured again. `forgetting_at_equal_gain` compares runs, so it is that of the last command.
 """
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, TypedDict
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import Mesh
+from steppe.configs.keys import FLAG, TEXT, count, integer, listed, number
+from steppe.configs.read import UsageError
+from steppe.data import stored
+from steppe.lm.measure import frontier
 
-from steppe.data import loader
-from steppe.lm.measure import gptq
-from steppe.lm.measure.evaluate import make_evaluation_step
-from steppe.lm.measure.in_training import twice_differentiable
-from steppe.lm.model import parameters
-from steppe.lm.model.mesh import local_rows, place_batch
-from steppe.lm.model.ordered import jitted
-from steppe.lm.parts.assembly import Parts
-from steppe.lm.parts.state import Optimizer, State, start
-from steppe.lm.parts.step import make_step
-from steppe.optim.curvature.along import along
-from steppe.optim.masks import path_names
+WIDTHS = listed(integer(2, 8))
+AMOUNTS = listed(number(least=0))
+NO_TEXT = "none"
 
 
-class Programs(NamedTuple):
-    """Compiled once for a shape of model, a mesh and a batch; nothing here depends on a run.
+class Settings(NamedTuple):
+    """How weights are disturbed, and by how much text that is judged."""
 
-    evaluate(params, batch) -> (nats, tokens). noise(params, seed, sigma) -> params.
-    quantise(params, bits, group, tables) -> params. grams: of lm.measure.gptq.gram_program.
-    start(params) -> State with copies of them. step(state, batch, rate) -> (state, metrics), which takes the state's
-    memory. along(params, batch, other): of the way from params to others, see optim.curvature.along.
+    noise: Annotated[tuple[float, ...], "Gaussian noise, in units of the rms of each tensor", AMOUNTS] = (
+        0.02, 0.05, 0.1, 0.2,
+    )  # fmt: skip
+    samples: Annotated[int, "pairs of opposite draws at each scale", count(1)] = 3
+    bits: Annotated[tuple[int, ...], "integer widths", WIDTHS] = (8, 4, 3)
+    group: Annotated[int, "inputs that share a scale", count(1)] = 64
+    gptq: Annotated[int, "batches of the training text, to calibrate rounding by GPTQ; 0: none", count()] = 16
+    embedding: Annotated[bool, "also round embedding, positions and readout with the matrices", FLAG] = False
+    fine_tune: Annotated[str, "the second text, as config.data.task; none: no fine-tuning", TEXT] = "topics"
+    fine_tune_steps: Annotated[int, "steps of fine-tuning", count(1)] = 120
+    fine_tune_rates: Annotated[tuple[float, ...], "peak learning rates of AdamW", AMOUNTS] = (3e-4, 1e-3, 3e-3)
+    batch_size: Annotated[int, "sequences of every batch", count(1)] = 8
+    batches: Annotated[int, "batches of a held-out set; 0: all", count()] = 32
+
+
+POINTS = (0.125, 0.25, 0.5, 1.0)  # shares of the fine-tuning after which both losses are measured
+HELD_OUT = 0.1  # share of the second corpus's documents held out
+
+
+class OfText(TypedDict):
+    """Which text a number is of."""
+
+    corpus: str
+    tokens: stored.Count
+
+
+class Record(TypedDict):
+    """retention.json, as far as a command reads again what one before it wrote."""
+
+    step: stored.Count
+    loss: float
+    held_out: OfText
+    fine_tune: OfText | None
+    settings: dict[str, Any]
+    summary: dict[str, float]
+    details: frontier.Details
+
+
+# -------------------------------------------------------------------------------------------------------- measuring one
+def disturbances(settings: Settings) -> dict[str, dict[str, list[list[tuple]]]]:
+    """{stage: {measure: draws of it}}; a draw: (how, its arguments), over which rises of the loss are averaged.
+
+    Noise is drawn with its opposite: what is of first order in it, much of the spread at small scales, cancels.
     """
-
-    evaluate: Callable
-    noise: Callable
-    quantise: Callable
-    grams: Callable
-    start: Callable
-    step: Callable
-    along: Callable
-
-
-def programs(parts: Parts) -> Programs:
-    """The programs of a run's parts; its learning rate must be a schedule of peak 1, which `rate` multiplies."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
-
-    def start_copy(params) -> State:
-        # Copies: the first step gives its state's memory away, and the parameters are needed again.
-        return start(parts.optimizer, jax.tree.map(jnp.copy, params))
-
-    def step(state, batch, rate):
-        return make_step(parts.objective, at_rate(parts.optimizer, rate))(state, batch)
-
-    def along_way(params, batch, other):
-        return along(twice_differentiable(parts), params, batch, jax.tree.map(jnp.subtract, other, params))
-
-    return Programs(
-        make_evaluation_step(parts),
-        jax.jit(
-            lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma), out_shardings=places.params
-        ),
-        jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
-        gptq.gram_program(parts),
-        jax.jit(start_copy, out_shardings=places),
-        jitted(
-            step, parts.mesh, "fine-tuning", donate_argnums=0, out_shardings=(places, None)
-        ),  # as they came in: else a second compile
-        jitted(along_way, parts.mesh, "curvature along the way"),
-    )
-
-
-def at_rate(optimizer: Optimizer, rate: float | jax.Array) -> Optimizer:
-    """The optimizer with its updates times `rate`, which may be traced: one compile serves every rate."""
-    transform = optimizer.base.transform
-
-    def update(updates, state, params=None):
-        updates, state = transform.update(updates, state, params)
-        return jax.tree.map(lambda u: rate * u, updates), state
-
-    return optimizer._replace(
-        base=optimizer.base._replace(transform=optax.GradientTransformation(transform.init, update)),
-        learning_rate=lambda count: rate * optimizer.learning_rate(count),
-    )
-
-
-# -------------------------------------------------------------------------------------------------------- weight noise
-def add_noise(params: Any, key: jax.Array, sigma: float | jax.Array) -> Any:
-    """params + sigma * rms(w) * z, z standard normal: noise of sigma times each tensor's own root mean square.
-
-    Every parameter takes part, norm scales and tables too; of a stack of layers each is a tensor. z depends on the key
-    and the shapes alone: equal for every sigma, every model of a shape, and every mesh.
-    """
-    names = path_names(params)
-    leaves, structure = jax.tree.flatten(params)
-
-    def noisy(index, name, w):
-        axes = tuple(range(1 if re.search(parameters.STACKED, name) else 0, w.ndim))
-        rms = jnp.sqrt(jnp.mean(w**2, axis=axes, keepdims=True))
-        return w + sigma * rms * jax.random.normal(jax.random.fold_in(key, index), w.shape, w.dtype)
-
-    return structure.unflatten(map(noisy, range(len(leaves)), jax.tree.leaves(names), leaves))
-
-
-# -------------------------------------------------------------------------------------------------------- quantisation
-def quantise(params: Any, bits: int, group: int = 0, tables: bool = False) -> Any:
-    """The parameters with every matrix rounded to `bits`-bit integers times scales, see quantise_array.
-
-    Matrices are those of lm.model.parameters: attention and MLP weights, scaled per output channel. tables: also
-    embedding, positions and readout, scaled per row. Norms stay as they are.
-    """
-
-    kinds = ("matrix", "table") if tables else ("matrix",)
-
-    def one(name, w):
-        line = parameters.of(name)
-        return quantise_array(w, bits, line.reads, group) if line.kind in kinds else w
-
-    return jax.tree.map(one, path_names(params), params)
-
-
-def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int = 0) -> jax.Array:
-    """w rounded to the nearest of the 2^bits - 1 values scale * {-m, ..., m}: m = 2^(bits - 1) - 1, scale = max|w| / m.
-
-    One scale for each output channel (the axes not in `reduced`) and, with group > 0, for every `group` inputs of it in
-    a row (the axes `reduced`, flattened; the last group may be smaller). Ties go to the even integer.
-    """
-    reduced = tuple(reduced)
-    moved = jnp.moveaxis(w, reduced, tuple(range(-len(reduced), 0)))
-    flat = moved.reshape(*moved.shape[: -len(reduced)], -1)
-    inputs = flat.shape[-1]
-    size = min(group, inputs) or inputs
-    padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -inputs % size)])
-    grouped = padded.reshape(*flat.shape[:-1], -1, size)
-    most = 2 ** (bits - 1) - 1
-    scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) * (1 / most)  # what XLA makes of a division by m
-    scale = jnp.where(scale > 0, scale, 1)
-    rounded = (jnp.clip(jnp.round(grouped / scale), -most, most) * scale).reshape(padded.shape)
-    return jnp.moveaxis(rounded[..., :inputs].reshape(moved.shape), tuple(range(-len(reduced), 0)), reduced)
-
-
-# --------------------------------------------------------------------------------------------------------- measurements
-def held_out(corpus: loader.Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0) -> list[dict]:
-    """The first `batches` batches of a held-out set (0: all of it) on the mesh, to be measured on again and again."""
-    total, rows = loader.held_out_steps(corpus, name, batch_size), local_rows(mesh, batch_size)
-    found = []
-    for index in range(min(total, batches) if batches else total):
-        batch = loader.held_out_rows(corpus, name, index, batch_size, rows)
-        found.append(place_batch(mesh, batch_size, rows, batch))
+    found, seeds = {}, range(settings.samples)
+    for sigma in settings.noise:
+        draws = [[("noise", seed, sign * sigma) for sign in (1, -1)] for seed in seeds]
+        found[f"noise {sigma:g}"] = {f"noise_{sigma:g}": draws}
+    groups = ((0, "channel"), (settings.group, f"group{settings.group}"))
+    for bits in settings.bits:
+        found[f"{bits} bits"] = {
+            f"int{bits}_{kind}" + "_embedding" * tables: [[("nearest", bits, group, tables)]]
+            for tables in (False, True)[: 1 + settings.embedding]
+            for group, kind in groups
+        }
+    for bits in settings.bits if settings.gptq else ():
+        found[f"{bits} bits by GPTQ"] = {f"int{bits}_gptq_{kind}": [[("gptq", bits, group)]] for group, kind in groups}
     return found
 
 
-def loss(evaluate: Callable, params: Any, batches: list[dict]) -> tuple[float, int]:
-    """(mean loss in nats per token, tokens) over batches that held_out gave."""
-    results = jax.device_get([evaluate(params, batch) for batch in batches])
-    nats, tokens, _ = (sum(np.float64(x) for x in column) for column in zip(*results, strict=True))
-    return float(nats / tokens), int(tokens)
+def stages(settings: Settings) -> Sequence[str]:
+    """The stages of measure_run, each of which it announces."""
+    tuned = settings.fine_tune_rates if settings.fine_tune != NO_TEXT else ()
+    return ["held-out loss", *disturbances(settings), *(f"fine-tuning at {rate:g}" for rate in tuned)]
 
 
-def fine_tune(
-    run: Programs, params: Any, read: Callable[[int], dict], rate: float, points: Sequence[int],
-    measure: Callable[[Any], dict],
-) -> tuple[list[dict], Any]:  # fmt: skip
-    """Trains on from `params` at peak learning rate `rate`: ({"step", **measure(params)} after each count of `points`,
-    the parameters at the end).
+def texts(
+    config: Any, data: Mapping[str, Any], corpus: Any, settings: Settings, *, devices: int, log: Callable[[str], None]
+) -> tuple:
+    """The fingerprints of a run's text and of the second one, in which all runs must agree. UsageError for a batch that
+    the devices cannot share. config, data, corpus: of a run, as lm.keep.saved.Saved has them."""
+    if settings.batch_size % devices:
+        raise UsageError(f"--batch_size = {settings.batch_size}: must be a multiple of the {devices} devices here")
+    _, second = second_text(config, data, settings, log)
+    return corpus.fingerprint, second and second.fingerprint
 
-    read(step) -> batch on the mesh, read ahead. The parameters given stay as they are.
+
+def texts_of(record: Record) -> tuple:
+    """The same of a run that was measured."""
+    return record["held_out"]["corpus"], record["fine_tune"] and record["fine_tune"]["corpus"]
+
+
+def second_text(
+    config: Any, data: Mapping[str, Any], settings: Settings, log: Callable[[str], None]
+) -> tuple[Any, Any]:
+    """(the run's config for fine-tuning, the second corpus: prepared on first use, None where none is asked for).
+
+    Whatever the run was trained with, the config is the same for all: the same model, plain AdamW of configs/base.py at
+    peak 1, as the learning rate comes with each step, and plain cross-entropy.
     """
-    state, found = run.start(params), []
-    with loader.prefetch(read, 0, max(points)) as batches:
-        for step, batch in batches:
-            state, _ = run.step(state, batch, rate)
-            if step + 1 in points:
-                found.append({"step": step + 1, **measure(state.params)})
-    return found, state.params
+    from ml_collections import ConfigDict
+
+    from steppe.configs import base
+    from steppe.data import cache, loader
+
+    plain, fixed = {**config.to_dict(), "data": dict(data)}, base.get_config().to_dict()
+    plain["seed"], plain["optim"], plain["train"] = 0, fixed["optim"], fixed["train"]
+    plain["optim"] |= {"peak_learning_rate": 1.0, "schedule": "constant", "warmup": "10%"}
+    plain["train"] |= {"duration": f"{settings.fine_tune_steps} steps", "batch_size": settings.batch_size}
+    plain["model"] |= {"z_loss": 0.0, "label_smoothing": 0.0}
+    if settings.fine_tune == NO_TEXT:
+        return ConfigDict(plain), None
+    plain["data"] |= {"task": settings.fine_tune, "held_out": (), "held_out_fraction": HELD_OUT, "directory": ""}
+    made = ConfigDict(plain)
+    own = made.data
+    found = loader.open_corpus(cache.ensure(own, log), own.vocabulary, own.sequence_length, own.packing, own.verify)
+    return made, found
+
+
+class Text(NamedTuple):
+    """A corpus on the mesh: batches of its first held-out set, and read(step) -> batch of it to train on.
+
+    on: which corpus it is. loss(params): of the held-out batches, nats a token; before: that of the run's parameters.
+    """
+
+    on: dict[str, Any]
+    before: float
+    loss: Callable[[Any], float]
+    batches: list[dict]
+    read: Callable[[int], dict]
+
+    def rise(self, params: Any) -> float:
+        return self.loss(params) - self.before
+
+
+def measure_run(
+    run: Any, settings: Settings, programs: dict, other: Callable[[str], Any], tick: Callable[[str], None]
+) -> dict[str, Any]:
+    """Rises of a run's held-out loss, "summary", and how they came about; arguments as of curvature.measure_run."""
+    from steppe.lm.measure import disturb, gptq
+    from steppe.lm.parts.assembly import assemble, batch_reader
+
+    config, second = second_text(run.config, run.data, settings, lambda line: None)
+    size, tokens = run.corpus.tokenizer.vocab_size, (second or run.corpus).epoch_tokens
+    parts = assemble(config, size, tokens, devices=list(run.parts.mesh.devices.flat))
+    key = parts.shape, parts.options
+    tools = programs[key] = programs.get(key) or disturb.programs(parts)
+
+    def text(corpus: Any) -> Text:
+        name = next(iter(corpus.held_out))
+        batches = disturb.held_out(corpus, name, parts.mesh, settings.batch_size, settings.batches)
+        before, tokens = disturb.loss(tools.evaluate, run.params, batches)
+        on = {"name": name, "corpus": corpus.fingerprint, "tokens": tokens}
+        loss = lambda params: disturb.loss(tools.evaluate, params, batches)[0]  # noqa: E731
+        return Text(on, before, loss, batches, batch_reader(config, corpus, parts, lambda step: step))
+
+    tick("held-out loss")
+    own, summary, details = text(run.corpus), {}, {}
+    record = {"loss": own.before, "held_out": own.on, "fine_tune": None}
+    # calibrated on the run's own text: held-out text is what rounding is judged by
+    calibration = [own.read(index) for index in range(settings.gptq)]
+    by_gptq = lambda params, *rest: gptq.quantise(params, tools.grams, calibration, *rest)  # noqa: E731
+    how = {"noise": tools.noise, "nearest": tools.quantise, "gptq": by_gptq}
+    for stage, measures in disturbances(settings).items():
+        tick(stage)
+        for key, draws in measures.items():
+            found = [statistics.fmean(own.rise(how[name](run.params, *rest)) for name, *rest in draw) for draw in draws]
+            summary[key] = statistics.fmean(found)
+            if key.startswith("noise"):
+                error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+                details[key] = {"samples": found, "standard_error": error}
+    if second is not None:
+        there = text(second)
+        record["fine_tune"] = {"task": settings.fine_tune, **there.on}
+        details["fine_tune"] = _fine_tuned(tools, run.params, (own, there), settings, tick)
+        summary |= frontier.at_rates(details["fine_tune"], ("lost", "curvature"))  # a gain is no increase of a loss
+    # the report takes every entry as a number
+    known = {key: value for key, value in summary.items() if math.isfinite(value)}
+    return {"summary": known, **record, "details": details}
+
+
+def _fine_tuned(
+    tools: Any, params: Any, of: tuple[Text, Text], settings: Settings, tick: Callable[[str], None]
+) -> dict[str, Any]:
+    """{"loss" on the second text before, "paths": one for each rate}.
+
+    A path: its points, {step, gained, lost}, and "along": how a batch of the first text bends along the whole of it.
+    """
+    from steppe.lm.measure import disturb
+
+    own, there = of
+    points, paths = sorted({max(1, round(share * settings.fine_tune_steps)) for share in POINTS}), []
+    both = lambda params: {"gained": there.before - there.loss(params), "lost": own.rise(params)}  # noqa: E731
+    for rate in settings.fine_tune_rates:
+        tick(f"fine-tuning at {rate:g}")
+        path, end = disturb.fine_tune(tools, params, there.read, rate, points, both)
+        way = {name: float(value) for name, value in tools.along(params, own.batches[0], end).items()}
+        paths.append({"rate": rate, "points": path, "along": way})
+    return {"loss": there.before, "paths": paths}
+
+
+# ------------------------------------------------------------------------------------------------------- comparing runs
+_EQUAL = {"forgetting_at_equal_gain": "equal gain", "forgetting_at_equal_loss": "equal loss"}
+
+
+def compare(found: Mapping[str, Any]) -> None:
+    """Adds to each summary what is lost at a gain, and at a loss, on the second text that every run reaches.
+
+    These are frontier.SHARE of the smallest best gain, and the loss of frontier.equal_loss. A run that gains nothing,
+    or whose losses are not finite, sets no mark and gets no number.
+    """
+    best = {}
+    for name, record in found.items():
+        for key in _EQUAL:
+            record["summary"].pop(key, None)
+        if record["fine_tune"]:
+            best[name] = frontier.best_gain(frontier.paths_of(record["details"]["fine_tune"]))
+    best = {name: gain for name, gain in best.items() if gain > 0}
+    if not best:
+        return
+    gain = frontier.SHARE * min(best.values())
+    loss = frontier.equal_loss([found[name]["details"]["fine_tune"] for name in best])
+    for name in best:
+        there = found[name]["details"]["fine_tune"]
+        found[name]["details"]["equal"] = {"gain": gain, "loss": loss, "runs": len(best)}
+        marks = dict(zip(_EQUAL, (gain, there["loss"] - loss), strict=True))
+        lost = {key: frontier.lost_at(frontier.paths_of(there), mark) for key, mark in marks.items()}
+        found[name]["summary"] |= {key: value for key, value in lost.items() if math.isfinite(value)}
+
+
+def note_runs(found: Mapping[str, Any]) -> str:
+    """What stands below the table of runs."""
+    tokens = next(iter(found.values()))["held_out"]["tokens"]
+    marks = [record["details"]["equal"] for record in found.values() if "equal" in record["details"]]
+    said = f"increase of held-out loss, nats a token, over {tokens:,} tokens"
+    if not marks:
+        return said
+    return (
+        f"{said}\nequal gain: {marks[0]['gain']:.4f} nats gained on the second text; "
+        f"equal loss: {marks[0]['loss']:.4f} nats reached there; all {marks[0]['runs']} runs reach both"
+    )
+
+
+def title(key: str) -> str:
+    """The column of a measure."""
+    return _EQUAL.get(key, key.replace("fine_tune_", "").replace(": lost", "").replace("embedding", "emb"))
+
+
+def frame(found: Mapping[str, Any]) -> Any:
+    """What was measured of runs, a row each: the loss, and every number of its summary."""
+    import pandas as pd
+
+    rows = [{"loss": each["loss"], **each["summary"]} for each in found.values()]
+    return pd.DataFrame(rows, index=list(found), dtype=float)
+
+
+def draw_runs(found: Mapping[str, Any], labels: Mapping[str, str]) -> Any:
+    """Loss against noise, quantisation as bars, and the forgetting frontier; means and errors over each group of runs.
+
+    labels: {run: its group}.
+    """
+    from steppe.lm import plot
+
+    colours = [*(plot.BLUE, plot.VERMILION, plot.GREEN, plot.PINK), *(plot.ORANGE, plot.SKY, plot.BLACK, plot.PALE)]
+    looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), colours))  # beyond eight groups the dash differs
+    styles = {
+        label: {"linestyle": dash, "color": colour}
+        for label, (dash, colour) in zip(dict.fromkeys(labels.values()), looks, strict=False)
+    }
+    grouped = frame(found).groupby(labels, sort=False)
+    means, errors = grouped.mean(), grouped.sem().fillna(0.0)
+    tuned = any(record["fine_tune"] for record in found.values())
+    figure = plot.figure(5.2 * (2 + tuned), 4.6 + 0.16 * math.ceil(len(styles) / 3))
+    axes = figure.subplots(1, 2 + tuned)
+    lines = _draw_noise(axes[0], means.filter(regex="^noise_"), errors, styles)
+    _draw_bars(axes[1], means.filter(regex="^int"), errors, styles)
+    if tuned:
+        _draw_frontier(axes[2], found, labels, styles)
+    if len(styles) > 1:
+        figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def _draw_noise(axes: Any, means: Any, errors: Any, styles: Mapping[str, dict]) -> list[Any]:
+    scales = [float(key.removeprefix("noise_")) for key in means]
+    kept = {"marker": "o", "markersize": 4}
+    lines = [
+        axes.errorbar(scales, means.loc[label], errors.loc[label, means.columns], label=label, **kept, **style)
+        for label, style in styles.items()
+    ]
+    if min(scales) > 0:
+        axes.set_xscale("log")
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.minorticks_off()
+    if (means > 0).all(axis=None):
+        axes.set_yscale("log")
+    axes.set_xlabel("weight noise, in units of each tensor's rms")
+    axes.set_ylabel("increase of held-out loss, nats a token")
+    return lines
+
+
+def _draw_bars(axes: Any, means: Any, errors: Any, styles: Mapping[str, dict]) -> None:
+    width = 0.8 / len(styles)
+    for index, (label, style) in enumerate(styles.items()):
+        positions = [key + (index - (len(styles) - 1) / 2) * width for key in range(len(means.columns))]
+        kept = {"yerr": errors.loc[label, means.columns], "color": style["color"], "linewidth": 0}
+        axes.bar(positions, means.loc[label], width * 0.92, **kept)
+    axes.set_xticks(range(len(means.columns)), [key.replace("_", "\n") for key in means], fontsize=9)
+    axes.set_xlabel("weights rounded to")
+
+
+def _draw_frontier(axes: Any, found: Mapping[str, Any], labels: Mapping[str, str], styles: Mapping[str, dict]) -> None:
+    """A line for each learning rate, thicker for higher ones: where fine-tuning leads from (0, 0)."""
+    import pandas as pd
+
+    points = pd.DataFrame([
+        {"label": labels[name], "rate": path["rate"], **point}
+        for name, record in found.items() if record["fine_tune"]
+        for path in record["details"]["fine_tune"]["paths"]
+        for point in ({"step": 0, "gained": 0.0, "lost": 0.0}, *path["points"])
+    ])  # fmt: skip
+    lines = points.groupby(["label", "rate", "step"], sort=False)[["gained", "lost"]].mean().dropna()
+    rates = list(dict.fromkeys(points["rate"]))
+    for (label, rate), line in lines.groupby(level=["label", "rate"], sort=False):
+        width = 0.8 + 0.7 * rates.index(rate)
+        axes.plot(line["gained"], line["lost"], marker="o", markersize=3, linewidth=width, **styles[label])
+        if label == next(iter(styles)):
+            axes.annotate(f" {rate:g}", line.iloc[-1], fontsize=8, va="center")
+    axes.set_xlabel("gained on the second text, nats a token")
+    axes.set_ylabel("lost on the first")

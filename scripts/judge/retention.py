@@ -37,7 +37,7 @@ def compared(case: Any, pairs: int, task: str) -> dict[str, Any]:
     if status := measure(["retention", *(f"--workdir={place}" for place in places), f"--fine_tune={task}"]):
         raise Stopped(status)
     mine, theirs = ([run.retention for run in case.runs(each, pairs)] for each in both)
-    equal = results.read_json(places[0] / results.RETENTION, dict[str, Any])["details"].get("equal", {})
+    equal = results.read_json(results.measured(places[0], "retention")[-1], dict[str, Any])["details"].get("equal", {})
     return {"gain": equal.get("gain"), "rows": rows(case.rule, mine, theirs)}
 
 

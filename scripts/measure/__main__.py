@@ -1,126 +1,194 @@
-"""Measures trained models from their checkpoints: `steppe NAME` is the module NAME of lm/measure with a measure_run.
+"""Measures trained models from their checkpoints, or models made of a config: `steppe NAME` is lm/measure/NAME.py.
 
-Such a module declares its `Settings`, which are options of the command, and `TITLES`, the columns of the table. It may
-have `refused`, `stages`, `note`, `draw` and `draw_training`, as lm.measure.curvature has. Its numbers go into
-WORKDIR/NAME/STEP.json, `summary` first, where a report finds them and makes a section of them.
+Such a module declares its `Settings`, which are options of the command, and one of
+
+- `measure_run`, of a checkpoint, and `TITLES`, the columns of the table. It may have `refused`, `stages`, `note`,
+  `draw` and `draw_training`, as lm.measure.curvature has. Its numbers go into WORKDIR/NAME/STEP.json, `summary` first,
+  where a report finds them and makes a section of them. With `compare`, as lm.measure.retention has, it is of finished
+  runs side by side (see scripts.measure.runs), and its file is WORKDIR/NAME.json.
+- `measure_config`, of each of the `configs` that it makes of one, with `draw` and `note` over all.
 """
 
 import contextlib
 import importlib
-import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from steppe.configs.packages import ready
+from steppe.configs.read import UsageError
 from steppe.data import files
 from steppe.scripts import command, process
+from steppe.scripts.measure import runs
+from steppe.scripts.measure.shown import Progress
 
 PACKAGE = "steppe.lm.measure"
-OTHERS = ("retention", "coordinates")  # compare runs: commands of their own
+
+
+class Asked(NamedTuple):
+    """A measurement by name, as it was asked for."""
+
+    name: str
+    measurement: ModuleType
+    options: Any
+    settings: Any
+
+    @property
+    def compares(self) -> bool:
+        return hasattr(self.measurement, "compare")
+
+
+class Target(NamedTuple):
+    """A checkpoint to measure. weights: by name, None for those the run is judged by; path: where its numbers go."""
+
+    name: str
+    directory: str
+    config: dict[str, Any]
+    step: int
+    weights: str | None
+    path: Path
 
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
     """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
     name, *rest = argv or [""]
-    if name not in ready(PACKAGE, "measure_run"):
-        return command.dispatch(argv, "python -m steppe.scripts.measure", "steppe.scripts.measure", OTHERS)
-    measurement = importlib.import_module(f"{PACKAGE}.{name}")
-    parser = command.parser(name, command.headline(measurement.__doc__), config=False)
-    parser.add_argument(
-        "--workdir", required=True, action="append", help="a run, a sweep, or a pattern of them; repeatable"
-    )
-    command.add_only(parser)
-    parser.add_argument("--step", default="last", metavar="K|all", help="checkpoints to measure; default: the newest")
-    command.add_settings(parser, measurement.Settings)
-    parser.add_argument("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
-    command.add_weights(parser)
-    command.add_trust(parser)
-    options = command.options_of(rest, parser)
+    kinds = dict.fromkeys(ready(PACKAGE, "measure_run"), of_checkpoints)
+    kinds |= dict.fromkeys(ready(PACKAGE, "measure_config"), of_configs)
+    if name not in kinds:
+        return process.fail(f"{name or 'nothing'}: must be one of {', '.join(sorted(kinds))}")
+    return kinds[name](name, importlib.import_module(f"{PACKAGE}.{name}"), rest)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+def of_checkpoints(name: str, measurement: ModuleType, argv: Sequence[str]) -> int:
+    """Measures checkpoints of runs."""
+    asked = read(name, measurement, argv)
+    with Progress(f"{name}: looking for checkpoints") as progress:
+        process.ready_to_compute()
+        from steppe.lm.keep import mirror
+
+        targets, found = find(asked, progress), {}
+        if asked.compares:
+            found = {} if asked.options.again else runs.known(asked, targets)
+            runs.check(asked, targets, found, progress.line)
+        elif asked.options.skip_done:
+            targets = [target for target in targets if not target.path.exists()]
+        measure(asked, targets, found, progress)
+    done = [target for target in targets if target.path in found]
+    if done:
+        (runs.conclude if asked.compares else conclude)(asked, done, found)
+    for target in done:
+        mirror.add(target.directory, target.path.relative_to(target.directory).parts[0])
+    return int(len(done) < len(targets))
+
+
+def read(name: str, measurement: ModuleType, argv: Sequence[str]) -> Asked:
+    """What a command line asks for. UsageError."""
+    compares = hasattr(measurement, "compare")
+    options = command.options_of(argv, _parser(name, measurement, compares))
     settings = command.settings_of(options, measurement.Settings)
     if said := getattr(measurement, "refused", lambda settings: "")(settings):
-        return process.fail(said)
-    if options.step not in ("last", "all") and not options.step.isdecimal():
-        return process.fail(f"--step={options.step}: must be a number of steps, or all")
-
-    process.ready_to_compute()
-    from steppe.lm.keep import mirror
-    from steppe.lm.keep.exits import REFUSALS
-    from steppe.lm.track.lines import AVERAGES
-
-    todo, rows, passed_over, programs = checkpoints(name, options), [], 0, {}
-    with Progress(len(todo)) as progress:
-        for directory, step in todo:
-            try:
-                rows.append((directory, step, examine(measurement, directory, step, options, programs, progress)))
-            except REFUSALS as error:
-                if len(todo) == 1:
-                    raise
-                progress.end(f"{directory} step {step} IS PASSED OVER: {error}")
-                passed_over = 1
-    for directory in dict.fromkeys(directory for directory, _, _ in rows):
-        over_training(measurement, directory)
-        mirror.add(directory, name if options.weights is None else AVERAGES)
-    print(table(measurement.TITLES, rows))
-    for directory, step, summary in rows:
-        if said := getattr(measurement, "note", lambda summary: "")(summary):
-            print(f"{Path(directory).resolve().name}:{step}  {said}")
-    return passed_over
+        raise UsageError(said)
+    if not options.step.isdecimal() and options.step not in ("last", "last" if compares else "all"):
+        raise UsageError(f"--step={options.step}: must be a number of steps" + ", or all" * (not compares))
+    return Asked(name, measurement, options, settings)
 
 
-def checkpoints(name: str, options) -> list[tuple[str, int]]:
-    """The (workdir, step) pairs asked for, what has none of them named. WorkdirError where there are none."""
-    from steppe.lm.keep import saved
+def _parser(name: str, measurement: ModuleType, compares: bool) -> command.Parser:
+    parser = command.parser(name, command.headline(measurement.__doc__), config=False)
+    add, which = parser.add_argument, "a sweep, of which all that finished," if compares else "a sweep,"
+    add("--workdir", required=True, action="append", help=f"a run, {which} or a pattern of them; repeatable")
+    command.add_only(parser)
+    step = "K" if compares else "K|all"
+    add("--step", default="last", metavar=step, help="checkpoints to measure; default: the newest")
+    command.add_weights(parser, several=True)
+    command.add_settings(parser, measurement.Settings)
+    command.add_trust(parser)
+    if compares:
+        add("--again", action="store_true", help="measure also what has been measured")
+        add("--out", type=command.writable_directory, metavar="DIR", help="where table and plots of the comparison go")
+    else:
+        add("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
+    return parser
+
+
+def find(asked: Asked, progress: Progress) -> list[Target]:
+    """The checkpoints asked for, what has none of them named. WorkdirError where there are none."""
+    from steppe.lm.keep import mirror, saved
     from steppe.lm.keep.exits import REFUSALS, WorkdirError
     from steppe.scripts import results
-    from steppe.scripts.sweep import spec
 
-    once = {place.resolve(): place for _, place in results.places(options.workdir)}
-    begun = [place for place in once.values() if (place / "config.json").exists()]
-    flats, found, lacking = {}, [], []
-    for place in begun:
-        try:
-            flats[place] = results.config_of(place / "config.json")
-        except results.ResultsError as error:
-            lacking.append(str(error))
-    for place in spec.matching(list(flats), options.only, flats.__getitem__):
-        try:
-            steps = saved.steps(str(place), options.trust)
-        except REFUSALS as error:
-            lacking.append(str(error))
+    options, found, lacking = asked.options, [], []
+    given = [mirror.here(each) if files.is_remote(each) else os.path.expanduser(each) for each in options.workdir]
+    read = results.read(options.workdir, options.only, progress.line)
+    begun = [each for each in read if (each.directory / "config.json").exists()]
+    names, several = [each.directory.resolve().name for each in begun], options.weights or [None]
+    for result, name in zip(begun, names, strict=True):
+        directory, steps = str(result.directory), []
+        if asked.compares and result.status != "finished" and directory not in given:
+            lacking.append(f"{directory}: {result.status} {result.why}".rstrip())
             continue
-        if options.step.isdecimal():
-            wanted = [step for step in steps if step == int(options.step)]
-        else:
-            wanted = steps if options.step == "all" else steps[-1:]
-        found += [(str(place), step) for step in wanted]
-        if not wanted:
-            have = ", ".join(map(str, steps)) or "none"
-            lacking.append(f"{place}: --step={options.step}: must be one of its checkpoints, which are {have}")
+        for weights in several:
+            try:
+                folder = saved.measured_in(directory, weights)
+                steps = steps or _steps(directory, options, progress)
+            except REFUSALS as error:
+                lacking.append(str(error))
+                continue
+            shown = (name if names.count(name) == 1 else directory) + f" {weights}" * (len(several) > 1)
+            for step in steps:
+                path = files.below(folder, f"{asked.name}.json" if asked.compares else f"{asked.name}/{step}.json")
+                found.append(Target(shown, directory, result.config, step, weights, path))
     if not found:
         raise WorkdirError(lacking[0] if lacking else f"--workdir={', '.join(options.workdir)}: must hold a run")
     for line in lacking:
-        print(f"left out  {line}", flush=True)
-    if options.skip_done:
-        found = [each for each in found if not path_of(name, *each, options.weights).exists()]
+        progress.line(f"left out  {line}")
     return found
 
 
-def path_of(name: str, directory: str, step: int, weights: str | None = None) -> Path:
-    """Where what a measurement found of a checkpoint stands, of weights by name."""
+def _steps(directory: str, options: Any, progress: Progress) -> list[int]:
+    """The steps of a run's checkpoints that are asked for. WorkdirError where it has none of them."""
     from steppe.lm.keep import saved
+    from steppe.lm.keep.exits import WorkdirError
 
-    return files.below(saved.measured_in(directory, weights), f"{name}/{step}.json")
+    if options.step == "last":
+        return [saved.newest(directory, options.trust, progress.line)]
+    steps = saved.steps(directory, options.trust)
+    wanted = [step for step in steps if options.step == "all" or step == int(options.step)]
+    if not wanted:
+        have = ", ".join(map(str, steps)) or "none"
+        raise WorkdirError(f"{directory}: --step={options.step}: must be one of its checkpoints, which are {have}")
+    return wanted
 
 
-def examine(
-    measurement: ModuleType, directory: str, step: int, options, programs: dict, progress: "Progress"
-) -> dict[str, float]:
-    """Measures one checkpoint, writes its file and plots, and returns the summary."""
+def measure(asked: Asked, targets: Sequence[Target], found: dict[Path, dict], progress: Progress) -> None:
+    """Measures those that are not found yet, writes their files and adds them; one that cannot be is passed over."""
+    from steppe.lm.keep.exits import REFUSALS
+
+    left, programs = [target for target in targets if target.path not in found], {}
+    progress.expect(len(left))
+    for target in targets:
+        if target not in left:
+            progress.line(f"{target.name}: already measured")
+            continue
+        stages = getattr(asked.measurement, "stages", lambda settings: ())(asked.settings)
+        progress.begin(f"{target.directory} step {target.step}", len(stages))
+        try:
+            found[target.path] = examine(asked, target, programs, progress)
+            progress.end(str(target.path))
+        except REFUSALS as error:
+            if len(left) == 1:
+                raise
+            progress.end(f"{target.directory} step {target.step} IS PASSED OVER: {error}")
+
+
+def examine(asked: Asked, target: Target, programs: dict, progress: Progress) -> dict[str, Any]:
+    """Measures one checkpoint, writes its file and plots, and returns what was found."""
     import jax
     import jax.numpy as jnp
 
@@ -128,31 +196,44 @@ def examine(
     from steppe.lm.keep import saved
     from steppe.lm.keep.exits import Unusable, WorkdirError
 
-    began, quiet = time.perf_counter(), lambda line: None
-    settings = command.settings_of(options, measurement.Settings)
-    progress.begin(f"{directory} step {step}", len(getattr(measurement, "stages", lambda settings: ())(settings)))
-    run = saved.load(directory, step, log=quiet, optimizer=True, weights=options.weights, trust=options.trust)
+    began, quiet, trust = time.perf_counter(), lambda line: None, asked.options.trust
+    directory, step, measurement = target.directory, target.step, asked.measurement
+    run = saved.load(directory, step, log=quiet, optimizer=True, weights=target.weights, trust=trust)
     if jax.tree.reduce(lambda bad, leaf: bad or not bool(jnp.all(jnp.isfinite(leaf))), run.params, False):
         raise Unusable(f"{directory}: the checkpoint of step {step} holds parameters that are not finite")
 
     def other(workdir: str) -> Any:
-        there = saved.load(workdir, log=quiet, trust=options.trust).params
+        there = saved.load(workdir, log=quiet, trust=trust).params
         if jax.tree.map(jnp.shape, there) != jax.tree.map(jnp.shape, run.params):
             raise WorkdirError(f"{workdir}: must be a run of the same model as {directory}")
         return there
 
-    measured = measurement.measure_run(run, settings, programs, other, progress.tick)
-    found = {"summary": measured["summary"], "step": step, "weights": run.weights, "settings": settings._asdict()}
-    found |= {"seconds": time.perf_counter() - began} | measured
+    measured = measurement.measure_run(run, asked.settings, programs, other, progress.tick)
+    found = {"summary": measured["summary"], "step": step, "weights": run.weights}
+    found |= {"settings": asked.settings._asdict(), "seconds": time.perf_counter() - began} | measured
     found["settings"]["devices"] = run.parts.mesh.size
-    path = path_of(measurement.__name__.rpartition(".")[2], directory, step, options.weights)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, found, digits=6)
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(target.path, found, digits=getattr(measurement, "DIGITS", None))
     with plot.styled(font_size=9, lines_linewidth=1.5):
         for name, figure in getattr(measurement, "draw", lambda found: {})(found).items():
-            _save(figure, f"{path.parents[1].resolve().name}, step {step}", path.with_name(f"{name}-{step}.png"))
-    progress.end(f"{path}  {found['seconds']:.1f} s")
-    return found["summary"]
+            title = f"{target.path.parents[1].resolve().name}, step {step}"
+            _save(figure, title, target.path.with_name(f"{name}-{step}.png"))
+    return found
+
+
+def conclude(asked: Asked, targets: Sequence[Target], found: dict[Path, dict]) -> None:
+    """Draws each run over its training, and prints a line a checkpoint."""
+    import pandas as pd
+
+    for directory in dict.fromkeys(target.directory for target in targets):
+        over_training(asked.measurement, directory)
+    rows = {f"{target.name}:{target.step}": found[target.path]["summary"] for target in targets}
+    titles = asked.measurement.TITLES
+    table = pd.DataFrame(rows.values(), index=list(rows), columns=list(titles), dtype=float).rename(columns=titles)
+    print(table.to_string(float_format="{:.4g}".format, na_rep="-"))
+    for name, summary in rows.items():
+        if said := getattr(asked.measurement, "note", lambda summary: "")(summary):
+            print(f"{name}  {said}")
 
 
 def over_training(measurement: ModuleType, workdir: str) -> None:
@@ -175,65 +256,47 @@ def over_training(measurement: ModuleType, workdir: str) -> None:
             _save(measurement.draw_training(found, recorded), Path(workdir).resolve().name, path)
 
 
-def _save(figure, title: str, path: Path) -> None:
+def _save(figure: Any, title: str, path: Path) -> None:
     from steppe.lm import plot
 
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     plot.save(figure, path, dpi=150)
 
 
-def table(titles: dict[str, str], rows: list[tuple[str, int, dict[str, float]]]) -> str:
-    """One line per checkpoint."""
-    names = [f"{Path(directory).resolve().name}:{step}" for directory, step, _ in rows]
-    width = max([10, *map(len, names)])
-    wide = {key: max(8, len(title)) + 2 for key, title in titles.items()}
-    lines = [f"{'run:step':<{width}}" + "".join(f"{title:>{wide[key]}}" for key, title in titles.items())]
-    for name, (_, _, summary) in zip(names, rows, strict=True):
-        lines.append(f"{name:<{width}}" + "".join(f"{summary.get(key, math.nan):>{wide[key]}.4g}" for key in titles))
-    return "\n".join(lines)
+# -------------------------------------------------------------------------------------------------------------- configs
+def of_configs(name: str, measurement: ModuleType, argv: Sequence[str]) -> int:
+    """Measures models of a config; writes NAME.csv and NAME.png, and prints a line a model."""
+    parser = command.parser(name, command.headline(measurement.__doc__))
+    parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where both go")
+    command.add_settings(parser, measurement.Settings)
+    config, options = command.parse(argv, parser)
+    settings = command.settings_of(options, measurement.Settings)
+    with Progress(f"{name}: making the models") as progress:
+        process.ready_to_compute()
+        import jax
+        import pandas as pd
 
+        from steppe.lm import plot
+        from steppe.lm.parts.check import check
 
-class Progress:
-    """Stages on a terminal as a live bar, elsewhere one line per checkpoint, both on standard error."""
-
-    def __init__(self, total: int):
-        self._total, self._done, self._bar, self._task = total, 0, None, None
-
-    def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.BarColumn(bar_width=16), progress.MofNCompleteColumn(), progress.TimeElapsedColumn(),
-                progress.TextColumn("{task.description}"), console=Console(stderr=True),
-            )  # fmt: skip
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def begin(self, name: str, stages: int) -> None:
-        """A checkpoint of so many stages is next."""
-        self._name = f"[{self._done + 1}/{self._total}] {name}"
-        if self._bar is not None:
-            self._task = self._bar.add_task(f"{self._name}  loading", total=stages)
-
-    def tick(self, stage: str) -> None:
-        """A stage begins."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=1, description=f"{self._name}  {stage}")
-
-    def end(self, text: str) -> None:
-        """The checkpoint is done."""
-        self._done += 1
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
-            self._bar.console.print(f"[{self._done}/{self._total}] {text}", markup=False, highlight=False)
-        else:
-            print(f"[{self._done}/{self._total}] {text}", file=sys.stderr, flush=True)
+        made, found = measurement.configs(config, settings), {}
+        for each in made.values():
+            check(each, device_count=len(jax.devices()), backend=jax.default_backend())
+        progress.expect(len(made))
+        for key, each in made.items():
+            progress.begin(" ".join(map(str, key)))
+            found[key] = measurement.measure_config(each, settings)
+            progress.end(" ".join(map(str, key)))
+    frame = pd.DataFrame(found.values(), pd.MultiIndex.from_tuples(found)).rename_axis(columns=measurement.COLUMNS[-2])
+    frame = frame.rename_axis(index=measurement.COLUMNS[:-2])
+    options.out.mkdir(parents=True, exist_ok=True)
+    sheet, picture = (options.out / f"{name}.{kind}" for kind in ("csv", "png"))
+    files.write(sheet, frame.stack().to_csv(header=measurement.COLUMNS[-1:], float_format="%.6g"))
+    with plot.styled():
+        plot.save(measurement.draw(frame), picture, dpi=150)
+    print(frame.to_string(float_format="{:.3g}".format, na_rep="-"))
+    print(f"\n{measurement.note(frame)}\nwrote {sheet} and {picture}")
+    return 0
 
 
 if __name__ == "__main__":

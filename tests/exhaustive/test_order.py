@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from helpers.programs import LENGTH, VOCABULARY, batch_of, curvature_calls, parts_on
-from steppe.lm.measure import in_training, retention
+from steppe.lm.measure import disturb, in_training
 from steppe.lm.measure.evaluate import evaluation_step
 from steppe.lm.model import hlo
 from steppe.lm.model.ordered import jitted
@@ -55,7 +55,7 @@ def test_measurements(microbatches):
 @pytest.mark.exhaustive
 def test_evaluation_and_retention():
     parts = parts_on("cpu", optim__schedule="constant")
-    made, params = retention.programs(parts), parts.abstract.params
+    made, params = disturb.programs(parts), parts.abstract.params
     evaluation = jitted(evaluation_step(parts.objective, parts.shape, parts.options), parts.mesh, "evaluation")
     assert not pairs(evaluation, params, batch_of(parts, bytes=jnp.int32))
     assert not pairs(made.step, parts.abstract, batch_of(parts), 0.1)

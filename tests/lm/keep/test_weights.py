@@ -15,7 +15,7 @@ from steppe.lm.parts.budget import averages_kept
 from steppe.lm.parts.check import check
 from steppe.lm.run import train
 from steppe.scripts import results
-from steppe.scripts.measure import retention
+from steppe.scripts.measure import __main__ as measure
 from steppe.scripts.model import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -103,7 +103,7 @@ def test_every_command_reads_the_weights_that_are_named(whole, capsys):
 
 def test_measurements_of_an_average_stand_by_themselves(whole):
     plain = ["--fine_tune=none", "--noise=0.1", "--samples=1", "--bits=4", "--batches=2", "--gptq=1"]
-    assert retention.main([f"--workdir={whole}", "--weights=last", "--weights=ema", *plain]) == 0
+    assert measure.main(["retention", f"--workdir={whole}", "--weights=last", "--weights=ema", *plain]) == 0
     found = {name: json.loads((place / "retention.json").read_text()) for name, place in
              (("last", whole), ("ema", whole / "averages" / "ema"))}  # fmt: skip
     assert [record["weights"] for record in found.values()] == ["last", "ema"]

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import lm_runs
 from steppe.data import cache, loader
-from steppe.lm.measure import gptq, retention
+from steppe.lm.measure import disturb, gptq
 from steppe.lm.parts.assembly import assemble, batch_reader
 from steppe.lm.parts.state import create
 
@@ -51,7 +51,7 @@ def test_it_is_elimination_input_by_input(bits, group):
 def test_inputs_that_do_not_go_together_are_rounded_to_the_nearest():
     w, gram = problem()
     found = gptq.quantise_rows(w, np.diag(np.diag(gram)), 4)
-    np.testing.assert_allclose(found, retention.quantise_array(jnp.asarray(w), 4, (1,)), rtol=1e-6)
+    np.testing.assert_allclose(found, disturb.quantise_array(jnp.asarray(w), 4, (1,)), rtol=1e-6)
 
 
 def test_what_is_never_read_does_no_harm():
@@ -88,7 +88,7 @@ def test_a_model_keeps_more_of_its_outputs_than_when_rounded_to_the_nearest(mode
     parts, params, batches = model
     trunk = jax.jit(parts.objective.trunk)
     grams = gptq.gram_program(parts)
-    plain = jax.jit(retention.quantise, static_argnums=(1, 2, 3))(params, 3, 0, False)
+    plain = jax.jit(disturb.quantise, static_argnums=(1, 2, 3))(params, 3, 0, False)
     made_up = gptq.quantise(params, grams, batches, 3)
     off = [
         sum(float(jnp.sum((trunk(other, b) - trunk(params, b)) ** 2)) for b in batches) for other in (plain, made_up)

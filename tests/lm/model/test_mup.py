@@ -5,10 +5,10 @@ import pytest
 
 from helpers import lm_runs
 from steppe.configs.keys import ConfigError
+from steppe.lm.measure import coordinates
 from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.check import check
 from steppe.lm.parts.step import lower_step
-from steppe.scripts.measure import coordinates
 
 BATCH = {"inputs": "int32", "targets": "int32", "weights": "float32"}
 METHOD = {"optim__method": "sam", "optim__rho": 0.05, "model__style": "modern"}
@@ -48,14 +48,12 @@ def test_nothing_grows_with_the_width_under_mup(text):
     config = lm_runs.config(*text, **{**METHOD, **short}, optim__peak_learning_rate=0.004).copy_and_resolve_references()
     powers, found = {}, {}  # at the base width, 64, both parametrisations are one, as shown above
     for parametrisation, widths in (("mup", (64, 1024)), ("standard", (64, 256))):
-        rows = []
         for width in widths:
             if width not in found:
                 made = coordinates.at_width(config.unlock(), width, parametrisation, 64)
-                found[width] = coordinates.measured(made, 3)
-            rows += [(parametrisation, width, *each) for each in found[width].items()]
-        for _, _, name, _ in rows:
-            powers[parametrisation, name] = coordinates.slope(rows, name, parametrisation)
+                found[width] = coordinates.measure_config(made, coordinates.Settings(steps=3))
+        for name in found[64]:
+            powers[parametrisation, name] = coordinates.slope({width: found[width][name] for width in widths})
     for name in ("residual", "residual update", "residual perturbation"):
         assert abs(powers["mup", name]) < 0.15, name
     for name in ("logits update", "logits perturbation"):

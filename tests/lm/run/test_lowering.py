@@ -6,7 +6,7 @@ import pytest
 
 from helpers.optim_problems import telling
 from helpers.programs import LENGTH, PLATFORMS, VOCABULARY, batch_of, curvature_calls, parts_on
-from steppe.lm.measure import retention
+from steppe.lm.measure import disturb
 from steppe.lm.measure.evaluate import evaluation_step
 from steppe.lm.parts import state as states
 from steppe.lm.parts.step import lower_step
@@ -93,7 +93,7 @@ def test_curvature(platform):
 @each_platform
 def test_retention(platform):
     parts = parts_on(platform, optim__schedule="constant")
-    made, params = retention.programs(parts), parts.abstract.params
+    made, params = disturb.programs(parts), parts.abstract.params
     lower(platform, made.evaluate, params, batch_of(parts, bytes=jnp.int32))
     lower(platform, made.noise, params, 0, 0.1)
     lower(platform, made.quantise, params, 4, 0, False)

@@ -1,4 +1,4 @@
-"""scripts.retention: what it writes and prints for real checkpoints, and how it compares runs."""
+"""steppe retention: what it writes and prints for real checkpoints, and how it compares runs."""
 
 import csv
 import io
@@ -14,11 +14,13 @@ from helpers import lm_runs
 from steppe.data import cache, loader
 from steppe.lm.keep import saved, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
+from steppe.lm.measure import retention
 from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.state import create
 from steppe.lm.track.tracker import Tracker
-from steppe.scripts.measure import retention, retention_figures
+from steppe.scripts.measure import __main__ as measure
+from steppe.scripts.measure import runs, shown
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -58,8 +60,11 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(place):
     """The exit status of measuring the folder, and the two records."""
-    status = retention.main([f"--workdir={place}/sweep", f"--out={place}/out", second(place), *BRIEF])
+    status = measure.main(["retention", f"--workdir={place}/sweep", f"--out={place}/out", second(place), *BRIEF])
     return status, *(json.loads((place / "sweep" / name / "retention.json").read_text()) for name in "ab")
+
+
+PROGRESS = shown.Progress("")
 
 
 def second(place):
@@ -109,21 +114,30 @@ def test_a_second_time_nothing_is_measured_and_the_table_is_the_same(place, meas
     assert (place / "out" / "retention.png").stat().st_size > 10_000
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(retention, "measure", None)  # must not be called
-        assert retention.main([f"--workdir={place}/sweep", second(place), *BRIEF]) == 0
+        patch.setattr(retention, "measure_run", None)  # must not be called
+        assert measure.main(["retention", f"--workdir={place}/sweep", second(place), *BRIEF]) == 0
     text = capsys.readouterr().out
     assert text.count("already measured") == 2
-    assert "left out  c: unfinished" in text
+    assert f"left out  {place}/sweep/c: unfinished" in text
     assert f"over {3 * 4 * 16} tokens" in text
     assert "all (2)" in text
     assert json.loads((place / "sweep" / "a" / "retention.json").read_text()) == measured[1]
-    settings = {**measured[1]["settings"], "group": 4}
-    spot = retention.find([str(place / "sweep" / "a")], [], None, print)[0]
-    assert retention.stored(spot, measured[1]["settings"]) == measured[1]
-    assert retention.stored(spot, settings) is None
-    assert retention.stored(spot._replace(step=10), measured[1]["settings"]) is None
-    seeds = f"seed={ord('b')},{ord('c')}"
-    assert [target.name for target in retention.find([str(place / "sweep")], [seeds], None, print)] == ["b"]
+    one = f"--workdir={place}/sweep/a"
+    assert known([one, second(place), *BRIEF]) == [measured[1]]
+    assert known([one, second(place), *BRIEF, "--group=4"]) == []
+    (spot,) = measure.find(asked([one]), PROGRESS)
+    assert runs.known(asked([one, second(place), *BRIEF]), [spot._replace(step=10)]) == {}
+    seeds = f"--only=seed={ord('b')},{ord('c')}"
+    assert [target.name for target in measure.find(asked([f"--workdir={place}/sweep", seeds]), PROGRESS)] == ["b"]
+
+
+def asked(argv):
+    return measure.read("retention", retention, argv)
+
+
+def known(argv):
+    """What has been measured already of what a command line asks for."""
+    return list(runs.known(asked(argv), measure.find(asked(argv), PROGRESS)).values())
 
 
 def record(loss, path, **summary):
@@ -142,9 +156,9 @@ def test_all_runs_are_checked_before_one_is_measured(place, measured, capsys, mo
         (place / "more" / name).write_text((place / name).read_text()[::-1])
     config = lm_runs.config(str(place / "more"), str(place / "cache"))
     keep(other, config, loader.open_corpus(cache.ensure(config.data)))
-    monkeypatch.setattr(retention, "measure", lambda *_: pytest.fail("the first run was measured"))
+    monkeypatch.setattr(retention, "measure_run", lambda *_: pytest.fail("the first run was measured"))
     first = next(path.parent for path in sorted(place.rglob("config.json")) if path.parent != other)
-    assert retention.main([f"--workdir={first}", f"--workdir={other}", "--again", "--fine_tune=none"]) == 2
+    assert measure.main(["retention", f"--workdir={first}", f"--workdir={other}", "--again", "--fine_tune=none"]) == 2
     assert "must be of the same text" in capsys.readouterr().err
 
 
@@ -174,11 +188,15 @@ def test_runs_that_differ_in_their_seed_are_one_group_with_a_mean_and_an_error()
         name: {"seed": seed, "optim.method": method, "log.name": name}
         for name, seed, method in (("x", 0, "adamw"), ("y", 1, "adamw"), ("z", 0, "sam"))
     }
-    made = retention_figures.table(found, configs)
-    assert made.groups == {"adamw": ["x", "y"], "sam": ["z"]}
-    assert retention_figures.mean_and_error([1, 3]) == (2, 1)
-    assert "2.00000 ±1.00000" in made.text
-    assert retention_figures.mean_and_error([None, math.nan]) is None
+    labels = runs.labels_of(configs)
+    assert labels == {"x": "adamw", "y": "adamw", "z": "sam"}
+    found["x"]["summary"] |= {"int3_channel": math.nan}
+    _, means = runs.tables(retention.frame(found), list(labels.values())).split("\n\n")
+    title, header, adamw, sam = (line.split() for line in means.splitlines())
+    assert "standard errors" in " ".join(title)
+    assert header == ["loss", "int4_channel", "int3_channel"]
+    assert adamw == ["adamw", "(2)", "2.00000", "±0.00000", "2.00000", "±1.00000", "-"]
+    assert sam == ["sam", "(1)", "2.00000", "7.00000", "-"]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +213,8 @@ def test_runs_that_differ_in_their_seed_are_one_group_with_a_mean_and_an_error()
         (["--workdir=x", "--fine_tune_rates=nan"], "--fine_tune_rates"),
         (["--workdir=x", "--samples=0"], "--samples"),
         (["--workdir={place}/sweep/a", "--fine_tune=web:x"], "config.data.task='web:x'"),
-        (["--workdir={place}/sweep/a", "--step=7"], "/7"),
+        (["--workdir={place}/sweep/a", "--step=7"], "--step=7: must be one of its checkpoints, which are 20"),
+        (["--workdir={place}/sweep/a", "--step=all"], "--step=all: must be a number of steps"),
         (["--workdir={place}/other", "--workdir={place}/sweep/a", "--fine_tune=none", *BRIEF], "sequence length"),
     ],
 )
@@ -208,7 +227,7 @@ def test_bad_input_is_one_line(place, measured, arguments, named, capsys):
         (other / "retention.json").write_text(before)
     capsys.readouterr()
     try:
-        status = retention.main([text.format(place=place) for text in arguments])
+        status = measure.main(["retention", *(text.format(place=place) for text in arguments)])
     except SystemExit as stop:
         status = stop.code
     found = capsys.readouterr().err

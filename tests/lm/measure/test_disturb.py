@@ -12,7 +12,7 @@ import pytest
 
 from helpers import lm_runs
 from steppe.data import cache, loader
-from steppe.lm.measure import frontier, retention
+from steppe.lm.measure import disturb, frontier
 from steppe.lm.parts.assembly import assemble, batch_reader
 from steppe.lm.parts.state import create
 from steppe.lm.parts.step import make_step
@@ -35,8 +35,8 @@ def corpus_and_config(tmp_path_factory):
 def tools(corpus_and_config, devices):
     corpus, config = corpus_and_config
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
-    batches = retention.held_out(corpus, "val", parts.mesh, 8, 4)
-    return parts, retention.programs(parts), create(parts.mesh, parts.initialise).params, batches
+    batches = disturb.held_out(corpus, "val", parts.mesh, 8, 4)
+    return parts, disturb.programs(parts), create(parts.mesh, parts.initialise).params, batches
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_rounding_is_that_of_a_loop_bit_for_bit(bits, group, shape, reduced):
     w = np.random.default_rng(bits).normal(size=shape).astype(np.float32)
     w[0] = 0  # whole channels without a scale
     rounded, scales = by_loop(w, bits, reduced, group)
-    found = jax.jit(retention.quantise_array, static_argnums=(1, 2, 3))(w, bits, reduced, group)
+    found = jax.jit(disturb.quantise_array, static_argnums=(1, 2, 3))(w, bits, reduced, group)
     np.testing.assert_array_equal(found, rounded)
     assert (np.abs(w - rounded) <= scales / 2 * (1 + 1e-6)).all()
     levels = np.unique(np.rint(rounded / scales))
@@ -90,7 +90,7 @@ def test_rounding_is_that_of_a_loop_bit_for_bit(bits, group, shape, reduced):
 
 
 def test_ties_go_to_the_even_integer():
-    found = retention.quantise_array(jnp.array([[1.0, 0.5, -0.5, 0.75]]), 2, (1,))
+    found = disturb.quantise_array(jnp.array([[1.0, 0.5, -0.5, 0.75]]), 2, (1,))
     np.testing.assert_array_equal(found, [[1.0, 0.0, 0.0, 1.0]])
 
 
@@ -139,13 +139,11 @@ def test_noise_has_the_stated_size_in_every_tensor_and_the_same_draw_for_all(one
 
 def test_no_noise_is_no_loss_and_eight_bits_nearly_none(one):
     _, run, params, batches = one
-    base, tokens = retention.loss(run.evaluate, params, batches)
+    base, tokens = disturb.loss(run.evaluate, params, batches)
     assert tokens == 4 * 8 * 16
-    assert retention.loss(run.evaluate, run.noise(params, 3, 0.0), batches)[0] == base
-    assert retention.loss(run.evaluate, run.noise(params, 3, 1.0), batches)[0] != base
-    loss = {
-        bits: retention.loss(run.evaluate, run.quantise(params, bits, 0, True), batches)[0] - base for bits in (2, 8)
-    }
+    assert disturb.loss(run.evaluate, run.noise(params, 3, 0.0), batches)[0] == base
+    assert disturb.loss(run.evaluate, run.noise(params, 3, 1.0), batches)[0] != base
+    loss = {bits: disturb.loss(run.evaluate, run.quantise(params, bits, 0, True), batches)[0] - base for bits in (2, 8)}
     assert 0 < abs(loss[8]) < 1e-3 * base
     assert abs(loss[2]) > 20 * abs(loss[8])
 
@@ -154,9 +152,9 @@ def tuned(corpus_and_config, given, rate, points=(2, 8)):
     corpus, config = corpus_and_config
     parts, run, params, batches = given
     read = batch_reader(config, corpus, parts, lambda step: step)
-    before = retention.loss(run.evaluate, params, batches)[0]
-    measure = lambda p: {"gained": before - retention.loss(run.evaluate, p, batches)[0]}  # noqa: E731
-    return retention.fine_tune(run, params, read, rate, points, measure)[0]
+    before = disturb.loss(run.evaluate, params, batches)[0]
+    measure = lambda p: {"gained": before - disturb.loss(run.evaluate, p, batches)[0]}  # noqa: E731
+    return disturb.fine_tune(run, params, read, rate, points, measure)[0]
 
 
 def test_fine_tuning_at_rate_zero_changes_nothing_and_leaves_what_it_was_given(corpus_and_config, one):
@@ -194,7 +192,7 @@ def test_eight_devices_measure_what_one_does(corpus_and_config, one, eight):
     for parts, run, params, batches in (one, eight):
         assert parts.mesh.size == len(jax.devices()) if run is eight[1] else parts.mesh.size == 1
         variants = [params, run.noise(params, 1, 0.2), run.quantise(params, 4, 4, True)]
-        found.append([retention.loss(run.evaluate, variant, batches)[0] for variant in variants])
+        found.append([disturb.loss(run.evaluate, variant, batches)[0] for variant in variants])
     np.testing.assert_allclose(*found, rtol=2e-6)
     paths = [[p["gained"] for p in tuned(corpus_and_config, given, 0.01)] for given in (one, eight)]
     np.testing.assert_allclose(*paths, atol=2e-5)

@@ -1,0 +1,179 @@
+"""What is done to parameters to see what a model keeps: noise, rounding, training on another text.
+
+Functions of parameter trees, and the few compiled programs that measure them; lm.measure.retention asks for them.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from steppe.data import loader
+from steppe.lm.measure import gptq
+from steppe.lm.measure.evaluate import make_evaluation_step
+from steppe.lm.measure.in_training import twice_differentiable
+from steppe.lm.model import parameters
+from steppe.lm.model.mesh import local_rows, place_batch
+from steppe.lm.model.ordered import jitted
+from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.state import Optimizer, State, start
+from steppe.lm.parts.step import make_step
+from steppe.optim.curvature.along import along
+from steppe.optim.masks import path_names
+
+
+class Programs(NamedTuple):
+    """Compiled once for a shape of model, a mesh and a batch; nothing here depends on a run.
+
+    evaluate(params, batch) -> (nats, tokens). noise(params, seed, sigma) -> params.
+    quantise(params, bits, group, tables) -> params. grams: of lm.measure.gptq.gram_program.
+    start(params) -> State with copies of them. step(state, batch, rate) -> (state, metrics), which takes the state's
+    memory. along(params, batch, other): of the way from params to others, see optim.curvature.along.
+    """
+
+    evaluate: Callable
+    noise: Callable
+    quantise: Callable
+    grams: Callable
+    start: Callable
+    step: Callable
+    along: Callable
+
+
+def programs(parts: Parts) -> Programs:
+    """The programs of a run's parts; its learning rate must be a schedule of peak 1, which `rate` multiplies."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
+
+    def start_copy(params) -> State:
+        # Copies: the first step gives its state's memory away, and the parameters are needed again.
+        return start(parts.optimizer, jax.tree.map(jnp.copy, params))
+
+    def step(state, batch, rate):
+        return make_step(parts.objective, at_rate(parts.optimizer, rate))(state, batch)
+
+    def along_way(params, batch, other):
+        return along(twice_differentiable(parts), params, batch, jax.tree.map(jnp.subtract, other, params))
+
+    return Programs(
+        make_evaluation_step(parts),
+        jax.jit(
+            lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma), out_shardings=places.params
+        ),
+        jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
+        gptq.gram_program(parts),
+        jax.jit(start_copy, out_shardings=places),
+        jitted(
+            step, parts.mesh, "fine-tuning", donate_argnums=0, out_shardings=(places, None)
+        ),  # as they came in: else a second compile
+        jitted(along_way, parts.mesh, "curvature along the way"),
+    )
+
+
+def at_rate(optimizer: Optimizer, rate: float | jax.Array) -> Optimizer:
+    """The optimizer with its updates times `rate`, which may be traced: one compile serves every rate."""
+    transform = optimizer.base.transform
+
+    def update(updates, state, params=None):
+        updates, state = transform.update(updates, state, params)
+        return jax.tree.map(lambda u: rate * u, updates), state
+
+    return optimizer._replace(
+        base=optimizer.base._replace(transform=optax.GradientTransformation(transform.init, update)),
+        learning_rate=lambda count: rate * optimizer.learning_rate(count),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- weight noise
+def add_noise(params: Any, key: jax.Array, sigma: float | jax.Array) -> Any:
+    """params + sigma * rms(w) * z, z standard normal: noise of sigma times each tensor's own root mean square.
+
+    Every parameter takes part, norm scales and tables too; of a stack of layers each is a tensor. z depends on the key
+    and the shapes alone: equal for every sigma, every model of a shape, and every mesh.
+    """
+    names = path_names(params)
+    leaves, structure = jax.tree.flatten(params)
+
+    def noisy(index, name, w):
+        axes = tuple(range(1 if re.search(parameters.STACKED, name) else 0, w.ndim))
+        rms = jnp.sqrt(jnp.mean(w**2, axis=axes, keepdims=True))
+        return w + sigma * rms * jax.random.normal(jax.random.fold_in(key, index), w.shape, w.dtype)
+
+    return structure.unflatten(map(noisy, range(len(leaves)), jax.tree.leaves(names), leaves))
+
+
+# -------------------------------------------------------------------------------------------------------- quantisation
+def quantise(params: Any, bits: int, group: int = 0, tables: bool = False) -> Any:
+    """The parameters with every matrix rounded to `bits`-bit integers times scales, see quantise_array.
+
+    Matrices are those of lm.model.parameters: attention and MLP weights, scaled per output channel. tables: also
+    embedding, positions and readout, scaled per row. Norms stay as they are.
+    """
+
+    kinds = ("matrix", "table") if tables else ("matrix",)
+
+    def one(name, w):
+        line = parameters.of(name)
+        return quantise_array(w, bits, line.reads, group) if line.kind in kinds else w
+
+    return jax.tree.map(one, path_names(params), params)
+
+
+def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int = 0) -> jax.Array:
+    """w rounded to the nearest of the 2^bits - 1 values scale * {-m, ..., m}: m = 2^(bits - 1) - 1, scale = max|w| / m.
+
+    One scale for each output channel (the axes not in `reduced`) and, with group > 0, for every `group` inputs of it in
+    a row (the axes `reduced`, flattened; the last group may be smaller). Ties go to the even integer.
+    """
+    reduced = tuple(reduced)
+    moved = jnp.moveaxis(w, reduced, tuple(range(-len(reduced), 0)))
+    flat = moved.reshape(*moved.shape[: -len(reduced)], -1)
+    inputs = flat.shape[-1]
+    size = min(group, inputs) or inputs
+    padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -inputs % size)])
+    grouped = padded.reshape(*flat.shape[:-1], -1, size)
+    most = 2 ** (bits - 1) - 1
+    scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) * (1 / most)  # what XLA makes of a division by m
+    scale = jnp.where(scale > 0, scale, 1)
+    rounded = (jnp.clip(jnp.round(grouped / scale), -most, most) * scale).reshape(padded.shape)
+    return jnp.moveaxis(rounded[..., :inputs].reshape(moved.shape), tuple(range(-len(reduced), 0)), reduced)
+
+
+# --------------------------------------------------------------------------------------------------------- measurements
+def held_out(corpus: loader.Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0) -> list[dict]:
+    """The first `batches` batches of a held-out set (0: all of it) on the mesh, to be measured on again and again."""
+    total, rows = loader.held_out_steps(corpus, name, batch_size), local_rows(mesh, batch_size)
+    found = []
+    for index in range(min(total, batches) if batches else total):
+        batch = loader.held_out_rows(corpus, name, index, batch_size, rows)
+        found.append(place_batch(mesh, batch_size, rows, batch))
+    return found
+
+
+def loss(evaluate: Callable, params: Any, batches: list[dict]) -> tuple[float, int]:
+    """(mean loss in nats per token, tokens) over batches that held_out gave."""
+    results = jax.device_get([evaluate(params, batch) for batch in batches])
+    nats, tokens, _ = (sum(np.float64(x) for x in column) for column in zip(*results, strict=True))
+    return float(nats / tokens), int(tokens)
+
+
+def fine_tune(
+    run: Programs, params: Any, read: Callable[[int], dict], rate: float, points: Sequence[int],
+    measure: Callable[[Any], dict],
+) -> tuple[list[dict], Any]:  # fmt: skip
+    """Trains on from `params` at peak learning rate `rate`: ({"step", **measure(params)} after each count of `points`,
+    the parameters at the end).
+
+    read(step) -> batch on the mesh, read ahead. The parameters given stay as they are.
+    """
+    state, found = run.start(params), []
+    with loader.prefetch(read, 0, max(points)) as batches:
+        for step, batch in batches:
+            state, _ = run.step(state, batch, rate)
+            if step + 1 in points:
+                found.append({"step": step + 1, **measure(state.params)})
+    return found, state.params
