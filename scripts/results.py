@@ -293,7 +293,7 @@ def read_json(path: Path, kind: Any) -> dict:
 
 
 def measured(directory: Path, name: str) -> list[Path]:
-    """The files of a measurement of a run: one per checkpoint, in order of steps, or one in all."""
+    """The files of a measurement of a run: one per checkpoint, in order of steps, or a single one."""
     steps = [path for path in (directory / name).glob("*.json") if re.fullmatch("[0-9]{1,15}", path.stem)]
     alone = [directory / f"{name}.json"]
     return sorted(steps, key=lambda path: int(path.stem)) + [path for path in alone if os.path.lexists(path)]
