@@ -11,7 +11,6 @@ Such a module declares its `Settings`, which are options of the command, and one
 
 import contextlib
 import importlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -124,13 +123,13 @@ def find(asked: Asked, progress: Progress) -> list[Target]:
     from steppe.scripts import results
 
     options, found, lacking = asked.options, [], []
-    given = [mirror.here(each) if files.is_remote(each) else os.path.expanduser(each) for each in options.workdir]
+    given = [Path(mirror.here(each) if files.is_remote(each) else each).expanduser() for each in options.workdir]
     read = results.read(options.workdir, options.only, progress.line)
     begun = [each for each in read if (each.directory / "config.json").exists()]
     names, several = [each.directory.resolve().name for each in begun], options.weights or [None]
     for result, name in zip(begun, names, strict=True):
         directory, steps = str(result.directory), []
-        if asked.compares and result.status != "finished" and directory not in given:
+        if asked.compares and result.status != "finished" and result.directory not in given:
             lacking.append(f"{directory}: {result.status} {result.why}".rstrip())
             continue
         for weights in several:
