@@ -153,7 +153,7 @@ _KEYS = {
     ),
     "optim.start": Key("0%", "duration before which only the base optimizer runs", DURATION),
     "optim.stop": Key("100%", "duration after which only the base optimizer runs", DURATION),
-    "optim.**": Key(None, "switches of every method, from optim/two_pass.py", TEXT),
+    "optim.**": Key(None, "switches of every method, from optim/passes/two_pass.py", TEXT),
     "optim.clip_order": Key(
         "after", "after: clip the returned gradient; before: also clip the ascent gradient", one_of("after", "before")
     ),
@@ -291,7 +291,7 @@ def keys() -> dict[str, Key]:
             for option, (kind, meaning, accepted) in named("optim.methods:OPTIONS").items():
                 declared[f"optim.{option}"] = Key(None, meaning, Accepted(kind, lambda text=accepted: text))
         elif name == _SWITCHES:
-            for switch, (kind, default, option) in named("optim.two_pass:SWITCHES").items():
+            for switch, (kind, default, option) in named("optim.passes.two_pass:SWITCHES").items():
                 accepted = Accepted(kind, lambda o=option: o.accepted, option.allows, lambda o=option: list(o.names))
                 declared[f"optim.{switch}"] = Key(default, option.meaning, accepted)
         else:

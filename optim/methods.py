@@ -4,15 +4,16 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, NamedTuple
 
-from steppe.optim import ascent, first_pass, references, second_pass
+from steppe.optim import ascent, references
 from steppe.optim.ascent import Ascent
 from steppe.optim.base import BASES, Base, kind_of
 from steppe.optim.base import moments as read_moments
 from steppe.optim.options import AT_LEAST_ONE, NOT_NEGATIVE, Declared, Option, make, nearest, needs, options
+from steppe.optim.passes import first_pass, second_pass
+from steppe.optim.passes.second_pass import SecondPass
+from steppe.optim.passes.two_pass import SWITCHES, Plain, Switches, TwoPass
 from steppe.optim.rule import OptionError, Rule
 from steppe.optim.schedules import is_number
-from steppe.optim.second_pass import SecondPass
-from steppe.optim.two_pass import SWITCHES, Plain, Switches, TwoPass
 
 
 class Method(NamedTuple):

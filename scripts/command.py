@@ -99,7 +99,7 @@ def add_trust(made: argparse.ArgumentParser) -> None:
 
 
 def add_only(made: argparse.ArgumentParser) -> None:
-    """Adds --only, which selects runs by their configs; sweep.spec.matching reads it."""
+    """Adds --only, which selects runs by their configs; configs.only.matching reads it."""
     made.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="only the runs that match")
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Required, TypedDict
 
 from steppe.configs.base import FREE, typed, with_defaults
 from steppe.configs.keys import ConfigError, flatten
+from steppe.configs.only import matching
 from steppe.configs.packages import ready
 from steppe.configs.read import UsageError
 from steppe.data import files, stored
@@ -28,7 +29,6 @@ from steppe.lm.keep import exits
 from steppe.lm.measure.frontier import Details, FineTune
 from steppe.lm.track import goodput as goodputs
 from steppe.lm.track import lines
-from steppe.scripts.sweep import spec
 
 SWEEP, RUNS, OUTCOME = "sweep.json", "runs", "outcome.json"
 MEASURED = tuple(ready("steppe.lm.measure", "measure_run"))  # names of the measurements of checkpoints
@@ -192,7 +192,7 @@ def read(
 ) -> list[Result]:
     """Reads the runs of a sweep's directory, of a workdir, or of several workdirs or patterns, without duplicates.
 
-    only: --only flags, see sweep.spec.matching. left_out: is called with a line for each damaged run or measurement.
+    only: --only flags, see configs.only.matching. left_out: is called with a line for each damaged run or measurement.
     ResultsError if no run remains, or if a directory holds no runs.
     """
     given = [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
@@ -216,7 +216,7 @@ def read(
             leave_out(error)
     if not found:
         raise ResultsError(f"{', '.join(given)}: no run could be read")
-    found = spec.matching(_described(found), only, lambda result: result.config)
+    found = matching(_described(found), only, lambda result: result.config)
     flats = [result.config for result in found]  # other versions may have written other keys
     varying = varying_keys(flats)
 

@@ -70,7 +70,7 @@ def measure_config(config: Any, settings: Settings) -> dict[str, float]:
     from steppe.lm.parts.assembly import batch_reader, open_parts
     from steppe.lm.parts.state import create
     from steppe.lm.parts.step import compile_step
-    from steppe.optim.two_pass import TwoPass
+    from steppe.optim.passes.two_pass import TwoPass
 
     corpus, parts, _ = open_parts(config, lambda line: None)
     read = batch_reader(config, corpus, parts, lambda step: step)
@@ -117,8 +117,8 @@ def _perturbed(parts: Any, state: Any, batch: dict) -> Any:
     import jax.numpy as jnp
 
     from steppe.optim.ascent import AscentInput
+    from steppe.optim.passes.two_pass import perturbation
     from steppe.optim.rule import plain_gradient
-    from steppe.optim.two_pass import perturbation
 
     rule = parts.optimizer.rule
     _, gradient = plain_gradient(parts.objective, state.params, batch)

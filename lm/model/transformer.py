@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 
         mup (Yang et al. 2021, arXiv 2203.03466, table 8): tables, including the readout's, are drawn as at the base
         width, and hidden states are divided by the widening before the readout. Matrices are drawn by fan-in, as in the
-        standard parametrisation. Learning rates are scaled in optim.base, rho in optim.two_pass.
+        standard parametrisation. Learning rates are scaled in optim.base, rho in optim.passes.two_pass.
         """
         return self.width / self.base_width if self.base_width else 1.0
 

@@ -12,10 +12,10 @@ from steppe.lm.model import attention
 from steppe.lm.model.transformer import widening_of
 from steppe.optim import methods
 from steppe.optim.base import base as base_optimizer
+from steppe.optim.passes.two_pass import SWITCHES
 from steppe.optim.references import declared
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import DurationError, duration_steps, in_steps
-from steppe.optim.two_pass import SWITCHES
 
 
 def check(config: ConfigDict, *, device_count: int | None, process_count: int = 1, backend: str | None = None) -> None:

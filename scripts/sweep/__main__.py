@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from steppe.configs import only
 from steppe.configs.packages import ready
 from steppe.configs.read import reader
 from steppe.data import files
@@ -83,7 +84,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     jobs = options.jobs or (max(1, len(usable) // options.cores) if backend != "gpu" else 1)
     slurm = sweep_slurm.parameters_of(options.slurm)
     runs, record = runs_of(path, overrides, assignments, options.out, record, device_count, backend)
-    runs = sweep_plan.with_budgets(sweep_spec.matching(runs, options.only, lambda run: run.flat), log=print)
+    runs = sweep_plan.with_budgets(only.matching(runs, options.only, lambda run: run.flat), log=print)
 
     outcomes = {run.name: sweep_launch.settle(run.directory) for run in runs}
     if options.retry:

@@ -20,16 +20,16 @@ Keys are those of configs/base.py; values are as in a config. None is a key's de
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from steppe.configs.keys import named
-from steppe.configs.read import UsageError, call, plain
+from steppe.configs.only import split, text_of
+from steppe.configs.read import UsageError, call
 
 _PARTS = ("set", "grid", "zip", "list", "where", "only", "exclude")
 PACKAGE = "steppe.configs.sweeps"
 _SAFE = re.compile(r"[^A-Za-z0-9._+=,%-]")
-T = TypeVar("T")
 _LONGEST = 150  # characters of a run's name
 
 
@@ -72,54 +72,6 @@ def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:
     return {"grid": read("--grid", grids), "zip": read("--zip", zips)}
 
 
-def split(text: str) -> list[str]:
-    """Splits a text at commas outside of quotes and brackets."""
-    parts, depth, quote, start = [], 0, "", 0
-    for i, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-        if depth < 0:
-            break
-    if depth or quote:
-        return [part.strip() for part in text.split(",")]
-    return [part.strip() for part in (*parts, text[start:])]
-
-
-def filters(texts: Sequence[str]) -> dict[str, list[str]]:
-    """{key: values} of --only=KEY=VALUE,VALUE,KEY=VALUE flags; a run must match all. Raises UsageError."""
-    found = {}
-    for piece in [piece for text in texts for piece in split(text)]:
-        key, equals, value = piece.partition("=")
-        if equals:
-            key, piece = key.strip().removeprefix("config."), value
-            found.setdefault(key, [])
-        elif not found:
-            raise UsageError(f"--only={piece}: must be KEY=VALUE,..., such as model.size=0.1m,0.4m,seed=0")
-        found[list(found)[-1]].append(piece.strip())
-    return found
-
-
-def matching(runs: Sequence[T], only: Sequence[str], flat: Callable[[T], Mapping[str, Any]]) -> list[T]:
-    """The runs that match --only flags. flat: returns the flat config of a run. Raises UsageError if none does."""
-    chosen = list(runs)
-    for key, texts in filters(only).items():
-        if not any(key in flat(run) for run in chosen):
-            raise UsageError(f"--only={key}: no such key; configs/base.py lists every key")
-        chosen = [run for run in chosen if any(same(flat(run).get(key), text) for text in texts)]
-        if not chosen:
-            raise UsageError(f"--only={key}={','.join(texts)}: no run matches")
-    return chosen
-
-
 def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
     """{key: text as on the command line} of every run of the blocks, in order, without duplicates. UsageError."""
     found = [run for number, block in enumerate(blocks, 1) for run in _expand_block(block, f"block {number}")]
@@ -140,28 +92,6 @@ def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
 def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """Every pair of the two lists, merged; overrides in `others` win."""
     return [{**run, **other} for run in runs for other in others]
-
-
-def text_of(value: Any) -> str:
-    """A config value as text for the command line. Raises UsageError if no key can have that value."""
-    value = plain(value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return value
-    if value is None or isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
-        return repr(tuple(value))
-    raise UsageError(f"{value!r}: must be a number, a text, true or false, None, or a tuple of texts")
-
-
-def same(value: Any, text: str) -> bool:
-    """Whether a config value equals the value that a text denotes."""
-    try:
-        return value == float(text) if isinstance(value, (int, float)) and value is not True else text_of(value) == text
-    except ValueError:
-        return text_of(value) == text
 
 
 def _expand_block(block: Mapping, where: str) -> list[dict[str, str]]:

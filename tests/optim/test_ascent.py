@@ -11,7 +11,7 @@ from steppe.optim import methods
 from steppe.optim.ascent import AscentInput, filled
 from steppe.optim.base import at_step
 from steppe.optim.options import options
-from steppe.optim.two_pass import shares
+from steppe.optim.passes.two_pass import shares
 
 B2 = 0.95
 DIRECTIONS = {row.ascent.__name__: row.ascent for row in methods.METHODS.values() if row}

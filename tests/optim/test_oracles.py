@@ -18,7 +18,7 @@ from helpers.optim_problems import close, unit
 from steppe import optim
 from steppe.optim import methods
 from steppe.optim.base import moments
-from steppe.optim.two_pass import Switches, TwoPass
+from steppe.optim.passes.two_pass import Switches, TwoPass
 
 pytestmark = pytest.mark.usefixtures("float64")
 

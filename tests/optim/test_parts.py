@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from helpers import optim_problems as problems
 from steppe import optim
-from steppe.optim import ascent, first_pass, masks, methods, rule, schedules
+from steppe.optim import ascent, masks, methods, rule, schedules
 from steppe.optim.ascent import AscentInput
 from steppe.optim.base import BASES, Moments
-from steppe.optim.two_pass import Switches, perturbation
+from steppe.optim.passes import first_pass
+from steppe.optim.passes.two_pass import Switches, perturbation
 
 settings.register_profile("quick", max_examples=30, deadline=None)
 settings.load_profile("quick")

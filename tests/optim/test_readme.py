@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from steppe.optim import methods, schedules, two_pass
+from steppe.optim import methods, schedules
+from steppe.optim.passes import two_pass
 
 README = Path(methods.__file__).parent / "README.md"
 
@@ -23,7 +24,7 @@ def test_examples_of_docstrings():
 # the tables of the README: (what begins one, what ends it): its writer
 TABLES = {
     ("<!-- methods: written by optim.methods.table() -->\n", "<!-- end -->"): methods.table,
-    ("<!-- switches: written by optim.two_pass.table() -->\n", "<!-- end of switches -->"): two_pass.table,
+    ("<!-- switches: written by optim.passes.two_pass.table() -->\n", "<!-- end of switches -->"): two_pass.table,
 }
 
 

@@ -16,7 +16,8 @@ from steppe.optim.rule import OptionError
 FILE = """
     from typing import Annotated
     import optax
-    from steppe.optim import ascent, second_pass
+    from steppe.optim import ascent
+    from steppe.optim.passes import second_pass
     from steppe.optim.methods import METHODS, Method
     from steppe.optim.options import POSITIVE, Option
     from steppe.optim.rule import norm, plain_gradient, report

@@ -10,7 +10,7 @@ from steppe import optim
 from steppe.optim import ascent, masks, methods, rule
 from steppe.optim.ascent import AscentInput
 from steppe.optim.base import BASES, Moments
-from steppe.optim.two_pass import Switches, perturbation
+from steppe.optim.passes.two_pass import Switches, perturbation
 
 AXES = masks.matrix_axes((("kernel", (1,), (2,)),))  # of the problems' parameters
 R = 4.0

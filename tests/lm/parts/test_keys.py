@@ -12,7 +12,7 @@ from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.parts.anomaly import Watch
 from steppe.lm.parts.assembly import assemble, program_key
 from steppe.lm.parts.step import trace_step
-from steppe.optim.two_pass import SWITCHES
+from steppe.optim.passes.two_pass import SWITCHES
 
 SAM = {"optim.method": "sam"}
 PRECOND = {"optim.method": "precond_sam"}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import lm_runs, sweep_runs
+from steppe.configs import only
 from steppe.configs.read import UsageError
 from steppe.lm.track.tracker import clock_face
 from steppe.scripts import results, train
@@ -61,8 +62,8 @@ def test_an_option_that_a_method_does_not_take_varies_without_it():
 
 
 def test_values_of_a_flag_are_cut_outside_brackets_and_quotes():
-    assert sweep_spec.split("('a/', 'b,c'), [1,2],x") == ["('a/', 'b,c')", "[1,2]", "x"]
-    assert sweep_spec.split("a(b,c") == ["a(b", "c"]  # brackets that do not close mean nothing
+    assert only.split("('a/', 'b,c'), [1,2],x") == ["('a/', 'b,c')", "[1,2]", "x"]
+    assert only.split("a(b,c") == ["a(b", "c"]  # brackets that do not close mean nothing
     block = sweep_spec.from_flags(["optim.perturb=('layers/',),('embed/','mlp/')"], [])
     assert block["grid"] == {"optim.perturb": ["('layers/',)", "('embed/','mlp/')"]}
 
@@ -79,7 +80,7 @@ def test_flags_are_a_block():
     found = sweep_spec.expand([block])
     assert len(found) == 8
     assert found[1] == {"optim.rho": "0.1", "seed": "0", "model.size": "b", "train.batch_size": "2"}
-    assert sweep_spec.filters(["model.size=a,b,seed=0", "optim.rho=1"]) == {
+    assert only.filters(["model.size=a,b,seed=0", "optim.rho=1"]) == {
         "model.size": ["a", "b"], "seed": ["0"], "optim.rho": ["1"],
     }  # fmt: skip
 

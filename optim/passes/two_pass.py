@@ -14,9 +14,10 @@ from jax.typing import ArrayLike
 
 from steppe.optim.ascent import Ascent, AscentInput
 from steppe.optim.base import Moments
-from steppe.optim.first_pass import FirstPass, Residuals, whole
 from steppe.optim.masks import by_width, dimensions, factors, mask, path_names
 from steppe.optim.options import AT_LEAST_ONE, FACTORS, NOT_NEGATIVE, PART, PATTERNS, Option, one_of, options
+from steppe.optim.passes.first_pass import FirstPass, Residuals, whole
+from steppe.optim.passes.second_pass import PassInput, SecondPass
 from steppe.optim.rule import (
     Anchor,
     Objective,
@@ -31,7 +32,6 @@ from steppe.optim.rule import (
     ratio,
     report,
 )
-from steppe.optim.second_pass import PassInput, SecondPass
 
 
 class Switches(NamedTuple):

@@ -14,8 +14,8 @@ from jax import lax
 from jax.dtypes import float0
 from jax.extend import core
 
-from steppe.optim.first_pass import Gradients
 from steppe.optim.options import FINITE, Option
+from steppe.optim.passes.first_pass import Gradients
 from steppe.optim.rule import Anchor, Objective, Tree, backward, inner, norm, ratio
 
 
