@@ -109,7 +109,7 @@ def test_a_lost_process_ends_the_other_and_the_run_can_go_on(corpus, tmp_path, d
     assert lm_runs.records(tmp_path, "checkpoint")
     again = start(corpus, tmp_path, 100_000, 2 * devices, tensor)  # the checkpoint is sound: one process continues
     for line in again.stdout:
-        if line.startswith("continuing"):
+        if line.startswith("resuming"):
             break
     else:
         pytest.fail("did not continue")

@@ -87,14 +87,14 @@ def test_likelihoods_are_the_sums_and_the_likeliest_is_the_answer(run, capsys):
         ("mine=text:items.jsonl", "", "accepted is like name=jsonl"),
         ("mine=jsonl:absent.jsonl", "", "accepted is a file"),
         ("mine=jsonl:items.jsonl", "", "accepted is a file with items"),
-        ("mine=jsonl:items.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 2}', ":1 is no item"),
-        ("mine=jsonl:items.jsonl", '\n{"query": "a", "choices": ["b"], "gold": 0}', ":2 is no item"),
+        ("mine=jsonl:items.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 2}', ":1 is not an item"),
+        ("mine=jsonl:items.jsonl", '\n{"query": "a", "choices": ["b"], "gold": 0}', ":2 is not an item"),
         ("mine=jsonl:items.jsonl", "[1]", "JSON array"),
         *(
             (
                 "mine=jsonl:items.jsonl",
                 json.dumps({"query": "a", "choices": ["b", "c"], "gold": 0} | change),
-                ":1 is no item",
+                ":1 is not an item",
             )
             for change in (
                 {"choices": "bc"},
@@ -108,8 +108,8 @@ def test_likelihoods_are_the_sums_and_the_likeliest_is_the_answer(run, capsys):
                 {"query": "\ud800"},
             )
         ),
-        ("mine=jsonl:items.jsonl", '{"question": "a"}', ":1 is no item"),
-        ("mine=jsonl:items.jsonl", "3", ":1 is no item"),
+        ("mine=jsonl:items.jsonl", '{"question": "a"}', ":1 is not an item"),
+        ("mine=jsonl:items.jsonl", "3", ":1 is not an item"),
     ],
 )
 def test_what_is_no_question_is_refused_with_its_place(tmp_path, monkeypatch, source, content, said):

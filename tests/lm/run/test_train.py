@@ -165,7 +165,7 @@ def test_a_finished_run_does_nothing_more(corpus, whole):
 
 def test_a_workdir_of_another_config_is_refused_with_the_difference(corpus, whole):
     other = lm_runs.config(*corpus, **{**METHOD, "optim__rho": 0.1, "seed": 3})
-    with pytest.raises(ConfigError, match=r"config.optim.rho = 0.1: must be 0.05 to continue .*also differing: seed"):
+    with pytest.raises(ConfigError, match=r"config.optim.rho = 0.1: must be 0.05 to resume .*also differing: seed"):
         lm_runs.run(other, str(whole))
 
 
