@@ -15,8 +15,8 @@ Differences from NanoDO: a row of 512 tokens predicts 512 tokens, not 511; docum
 token; held-out text is packed into whole rows; the residual stream is bfloat16, not float32.
 
 Needs C4 prepared by tensorflow-datasets and the 32,000-piece C4 vocabulary of the T5 release
-(cc_all.32000.100extra/sentencepiece.model) as `c4.model`. Pass its path with --config.data.vocabulary=FILE, or run
-steppe prepare_data once and pass --config.data.directory=DIR.
+(cc_all.32000.100extra/sentencepiece.model) as `c4.model`. Pass its path with --config.data.vocabulary=FILE, or prepare
+the text once by prepare_data and pass --config.data.directory=DIR.
 """
 
 from ml_collections import ConfigDict

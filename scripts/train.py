@@ -11,10 +11,11 @@ from pathlib import PurePath
 
 from steppe.scripts import command, process
 
-NEXT = """\
-next        steppe generate --workdir={0} --prompt='class '
-            steppe curvature --workdir={0}
-            steppe export --workdir={0} --out=models/{1}"""
+NEXT = (
+    "steppe generate --workdir={0} --prompt='class '",
+    "steppe curvature --workdir={0}",
+    "steppe export --workdir={0} --out=models/{1}",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -100,7 +101,8 @@ def main(argv: Sequence[str]) -> int:
         allowed = [key.removeprefix("config.") for key in options.allow_change.split(",") if key]
         status = train.run(config, options.workdir, allowed, options.until, options.trust)
         if status == exits.FINISHED and options.until is None and jax.process_index() == 0:
-            print(NEXT.format(*map(shlex.quote, (options.workdir, PurePath(options.workdir).name))), flush=True)
+            names = map(shlex.quote, (options.workdir, PurePath(options.workdir).name))
+            print("next        " + "\n            ".join(NEXT).format(*names), flush=True)
         return status
     except exits.REFUSALS as error:
         return process.fail(error) if jax.process_index() == 0 else exits.REFUSED

@@ -3,8 +3,8 @@
     steppe sweep --config=FILE --sweep=SPEC --out=DIR [--config.key=value ...] [--jobs=N] [--plan]
     steppe sweep --config=FILE --grid optim.method=sam,functional_sam --grid optim.rho=0.01,0.03 --out=DIR
 
-SPEC is a named sweep, or a Python file with get_spec() (see steppe.scripts.sweep.spec). Every run is an ordinary run of
-steppe train in DIR/runs/NAME. Run the command again, also with more values, and it runs what is missing. Exit status:
+SPEC is a named sweep, or a Python file with get_spec() (see steppe.scripts.sweep.spec). Every run is an ordinary run in
+DIR/runs/NAME. Run the command again, also with more values, and it runs what is missing. Exit status:
 0; 1 if a run failed; 2 for bad input; 75 if it stopped before the end.
 """
 
