@@ -77,6 +77,7 @@ def test_a_sweep_of_runs_and_a_report_beside_files_of_our_names(built, theirs):
     )
 
 
+@pytest.mark.exhaustive  # the wheel is imported whole above
 def test_the_tests_of_the_source_distribution_run(built, tmp_path):
     _, sdist = built
     shutil.copytree(sdist, tmp_path / "sdist")

@@ -60,7 +60,9 @@ def test_the_squares_are_those_of_two_batch_sizes():
 
 
 @jax.enable_x64(True)
-@pytest.mark.parametrize("made", [problems.language_model, problems.split_language_model])
+@pytest.mark.parametrize(
+    "made", [pytest.param(problems.language_model, marks=pytest.mark.exhaustive), problems.split_language_model]
+)
 def test_parts_of_a_language_model_are_those_of_a_plain_loop(made):
     """Tokens of weight 0 count nowhere: the parts, of other numbers of tokens, are weighed by them."""
     params, batch, parts = problems.parameters(jnp.float64), problems.batch(rows=8), 4

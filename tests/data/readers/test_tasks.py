@@ -136,6 +136,7 @@ print(corpus.tokenizer.decode(training_rows(corpus, 0, 0, 2)["targets"][0]))
 """
 
 
+@pytest.mark.exhaustive  # another builder: the tests above
 def test_tfds_s_own_c4_builder(tmp_path):
     command = [sys.executable, "-c", MOCKED, str(tmp_path / "out"), str(tmp_path / "metadata")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

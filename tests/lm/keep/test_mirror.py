@@ -96,6 +96,7 @@ def test_a_seal_in_the_cache_that_is_no_file_is_none(machine, address, reading, 
     assert seal.read(epath.Path(found) / "checkpoints" / "5")["step"] == 5, "fetched again"
 
 
+@pytest.mark.exhaustive  # three runs; the fetching: the tests around
 def test_a_branch_and_a_start_off_an_address(text, machine, address, tmp_path):
     config = lm_runs.config(*text, **METHOD)
     machine("first")

@@ -127,6 +127,7 @@ def test_schedule_free_is_judged_by_its_average(corpus, tmp_path, capsys):
         assert float(capsys.readouterr().out.splitlines()[-1].split()[1]) == pytest.approx(record["loss"], abs=1e-4)
 
 
+@pytest.mark.exhaustive  # two runs; averages of a branch are also in test_branch.py at night
 def test_a_branch_may_begin_averages(corpus, plain, whole, tmp_path):
     for name, parent in (("new", plain), ("kept", whole)):
         config = lm_runs.config(*corpus, **METHOD, **KEPT, branch_from=f"{parent}@10")

@@ -33,7 +33,7 @@ CASES = {
     "nanodo tied, packed, in parts, 2 x 2 x 2": ("nanodo", True, PLAIN, True, 4, (2, 2, 2)),
 }  # fmt: skip
 
-SOME = ("nanodo untied, packed, kept", "modern tied, extras, in parts", "modern untied, extras, packed, 2 x 2 x 2")
+SOME = ("nanodo untied, packed, kept", "modern untied, extras, packed, 2 x 2 x 2")
 
 
 def shape_of(style, tied, dtype):

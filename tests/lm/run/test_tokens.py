@@ -83,6 +83,7 @@ def test_the_count_is_exact_on_resume_and_on_any_mesh(lines, whole, tmp_path, me
     assert mean == pytest.approx(np.mean(counts), rel=0.1)
 
 
+@pytest.mark.exhaustive  # three runs; other sizes: parts/test_leg.py
 def test_the_count_goes_on_with_other_sizes_and_in_a_branch(lines, whole, tmp_path):
     steps = len(lm_runs.records(whole, "train"))
     first = seen(whole, 6)

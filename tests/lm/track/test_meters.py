@@ -63,6 +63,7 @@ def kill_and_compare(place, kills, seed=0):
     return workdir
 
 
+@pytest.mark.exhaustive  # a run in a process of its own; without one: the tests below
 def test_after_a_kill_the_meters_are_the_record(tmp_path):
     (tmp_path / "0").mkdir()
     meters.train(tmp_path / "0", until=40)

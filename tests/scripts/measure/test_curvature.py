@@ -184,6 +184,7 @@ def test_the_noise_scale_is_that_of_the_run_s_batches(run, found):
     assert ("differ little" in said) == (summary["batch_tokens"] < scale)
 
 
+@pytest.mark.exhaustive  # a measurement of its own
 def test_within_measures_a_group(run, found):
     flags = [f"--workdir={run}", "--step=2", *FLAGS, "--noise_scale=0"]
     assert measure.main(["curvature", *flags, "--within=^layers/mlp", "--within=norm", "--slices=0"]) == 0

@@ -54,6 +54,7 @@ def test_xla_takes_as_many_threads_as_the_mask_has_cores():
 ENV = {**processes.environment(), "JAX_COMPILATION_CACHE_DIR": ""}
 
 
+@pytest.mark.exhaustive  # two processes
 def test_printed_commands_run_by_themselves(config, tmp_path):
     out = tmp_path / "a sweep"  # with a space, which must be quoted
     flags = ("--grid", "seed=0,1", "--config.train.duration=20 steps", "--config.optim.peak_learning_rate=0.1")
