@@ -4,13 +4,15 @@
     steppe judge mine.py:half_sign --config=quickstart --out=judged --plan
     steppe judge --out=judged
 
-CANDIDATE is a method, a base, or FILE.py:NAME. Every contender gets as many trials, on the config's seed, which is not
-used again: peak learning rate, rho where it has one, and its own options. The batch is held against the gradient noise
-scale, and stays. Then seeds are added, look by look, until the difference from every rival is known to be above, below
-or within --effect, or --pairs seeds are there. Rivals are the contenders of --against, AdamW's EMA, AdamW with a short
-decay, and, of a dearer candidate, AdamW with as many FLOPs; the candidate's EMA is held against AdamW's. AdamW at other
-lengths says how many tokens it needs for the same loss. Run the same command to go on; another candidate in the same
-DIR costs its own runs alone. Without a CANDIDATE: all verdicts there.
+CANDIDATE is a method, a base, or FILE.py:NAME. Tuning gives every contender the same number of trials: peak learning
+rate, rho if it has one, and its own options. Trials use the config's seed alone. The command reports whether the batch
+is below the gradient noise scale; it does not change the batch. The comparison then adds fresh seeds, look by look. It
+stops when each difference is known to be above, below or within --effect, or after --pairs seeds.
+
+The rivals are the contenders of --against, AdamW's EMA and AdamW with a short decay. If a step of the candidate costs
+more than AdamW's, AdamW with as many FLOPs is a rival too. The candidate's EMA is compared with AdamW's EMA. Shorter
+and longer AdamW runs tell how many tokens AdamW needs for the candidate's loss. Run the same command again to resume.
+Another candidate in the same DIR costs only its own runs. Without CANDIDATE, the command lists all verdicts of DIR.
 """
 
 import sys
@@ -30,23 +32,27 @@ def main(argv: Sequence[str]) -> int:
     """Plans or runs the stages, then says the verdict; returns the exit status, 75 if stopped before the end."""
     parser = command.parser("judge", __doc__)
     parser.add_argument("candidate", nargs="?", metavar="CANDIDATE", help="a method, a base or FILE.py:NAME")
-    parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where it lives")
-    parser.add_argument("--against", default="adamw", metavar="NAME,NAME", help="rivals, adamw among them (default)")
+    parser.add_argument(
+        "--out", required=True, type=command.writable_directory, metavar="DIR", help="directory of runs and verdicts"
+    )
+    parser.add_argument("--against", default="adamw", metavar="NAME,NAME", help="rivals; adamw is always one (default)")
     parser.add_argument("--effect", type=keys.number(above=0), default=0.005, metavar="NATS",
                         help="nats a byte below which a difference does not matter (default 0.005)")  # fmt: skip
-    parser.add_argument("--trials", type=command.integer(3), default=12, metavar="N", help="of each (default 12)")
+    parser.add_argument(
+        "--trials", type=command.integer(3), default=12, metavar="N", help="trials of each contender (default 12)"
+    )
     parser.add_argument("--pairs", type=command.integer(3), metavar="N",
                         help="fresh seeds at most (default: as many as tell the effect with power 0.8)")  # fmt: skip
     parser.add_argument("--noise", type=keys.number(above=0), default=0.006, metavar="NATS",
                         help="sd of one pair's difference that the looks are planned for (default 0.006)")  # fmt: skip
     parser.add_argument("--budget", type=budget, metavar="TIME|FLOPS",
-                        help="'6 hours' or FLOPs, of all runs of a verdict: no look is begun beyond it")  # fmt: skip
+                        help="'6 hours' or FLOPs for all runs of a verdict; no look starts beyond it")  # fmt: skip
     parser.add_argument("--sizes", type=sizes, default=(), metavar="NAME,NAME",
-                        help="values of config.model.size: the same at each, and the trend over them")  # fmt: skip
+                        help="judge at each of these values of config.model.size, and fit the trend")  # fmt: skip
     parser.add_argument("--retention", nargs="?", const="topics", metavar="TASK",
-                        help="also what fine-tuning on TASK (default topics), rounding and noise leave")  # fmt: skip
+                        help="also compare fine-tuning on TASK (default topics), rounding and noise")  # fmt: skip
     parser.add_argument("--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time")
-    parser.add_argument("--plan", action="store_true", help="show the stages and their cost, no more")
+    parser.add_argument("--plan", action="store_true", help="only show the stages and their cost")
     path, overrides, options = command.parse_unread(argv, parser)
     from steppe.scripts.judge import page
 

@@ -2,9 +2,9 @@
 
 steppe check mine.py:half_sign [--base=muon] [--config=quickstart] [--config.optim.mix=0.3]
 
-The file makes a direction, a rule or a row (optim/README.md), or an optax transformation of a learning rate. The
-checks are those that the methods here pass, on eight simulated devices of this CPU. FLOPs are counted from its
-program, memory is the compiler's, both for the config given (default: quickstart). Returns 1 where a check fails.
+The file makes a direction, a rule or a row (optim/README.md), or an optax transformation of a learning rate. Steppe's
+own methods pass the same checks, on eight simulated devices of this CPU. FLOPs are counted from the program; memory is
+the compiler's figure. Both are for the given config (default: quickstart). The exit status is 1 if a check fails.
 """
 
 import sys
@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints every check, then the cost; returns the exit status: 1 where a check fails, 2 for bad input."""
     parser = command.parser("check", __doc__)
     parser.add_argument("reference", metavar="FILE.py:NAME", help="or a.module:NAME")
-    parser.add_argument("--method", metavar="NAME", help="of a base: the method on it (default adamw, which is none)")
-    parser.add_argument("--base", metavar="NAME", help="of a method: the base under it (default adamw)")
+    parser.add_argument("--method", metavar="NAME", help="method to use with a base (default adamw: none)")
+    parser.add_argument("--base", metavar="NAME", help="base optimizer of a method (default adamw)")
     path, overrides, options = command.parse_unread(argv, parser)
 
     import jax

@@ -1,7 +1,7 @@
 """Who is compared and how each is tuned: by equal trials, on a seed that is not used again.
 
 The search goes from a start to the better neighbour, one axis after the other, and takes finer steps once no neighbour
-is better. It knows nothing but losses, so that it goes on from whatever runs there are. Axes are the peak learning
+is better. It knows nothing but losses, so it continues from any runs. Axes are the peak learning
 rate, rho, and the options of the contender's own, in this order.
 """
 

@@ -12,7 +12,7 @@ from steppe.scripts.results import Result
 
 EMA = {"average.weights": "ema"}
 SHORT = {"optim.schedule": "wsd", "optim.cooldown": "20%"}  # the rival's decay
-DEARER = 1.02  # times AdamW's FLOPs, from which a candidate is also held against AdamW with as many
+DEARER = 1.02  # times AdamW's FLOPs, from which a candidate is also compared with AdamW with as many
 BEYOND = 1000  # the config's own seed, which tuned: the first of those that decide
 BOTH = "adamw, both by ema"
 
@@ -46,7 +46,7 @@ class Tuned(NamedTuple):
 
 
 class Rival(NamedTuple):
-    """Who a candidate is held against. settings: of its runs; price: of one; mine, theirs: averages that are compared,
+    """Who a candidate is compared with. settings: of its runs; price: of one; mine, theirs: averages that are compared,
     "" for the weights themselves."""
 
     settings: dict[str, str]

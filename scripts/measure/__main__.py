@@ -109,10 +109,15 @@ def _parser(name: str, measurement: ModuleType, compares: bool) -> command.Parse
     command.add_settings(parser, measurement.Settings)
     command.add_trust(parser)
     if compares:
-        add("--again", action="store_true", help="measure also what has been measured")
-        add("--out", type=command.writable_directory, metavar="DIR", help="where table and plots of the comparison go")
+        add("--again", action="store_true", help="measure again what has been measured")
+        add(
+            "--out",
+            type=command.writable_directory,
+            metavar="DIR",
+            help="directory for the table and plots of the comparison",
+        )
     else:
-        add("--skip_done", action="store_true", help="leave out checkpoints whose file is there already")
+        add("--skip_done", action="store_true", help="skip checkpoints that have been measured")
     return parser
 
 

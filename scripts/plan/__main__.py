@@ -1,12 +1,12 @@
-"""What a run will cost and whether it fits, from its real step compiled for devices that need not be here.
+"""Print memory and time of a run on hardware you do not have, from its real step compiled for it.
 
     steppe plan --config=FILE --topology=cpu:8|v5e:16x16|v5p:8x8x4|h100:8|a100:4x8|... [--search]
     steppe plan --table [--long] [--sizes 24m 1.2b] [--methods adamw sam]
 
-TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU; GPUs, as hosts x devices, need what GPUs do
-(pip install steppe[gpu]), but none of them. cpu:N simulates N devices. --search tries remat policies and meshes by
-estimate and compiles the cheapest that should fit, until one does. --table plans the sizes of configs/sizes.py, each on
-a machine of its own (scripts/plan/table.py); with --long, 1.2b and 8b with 8,192 tokens a sequence on three TPU slices.
+TPU topologies need the TPU compiler (pip install steppe[plan]), not a TPU. GPU topologies, written as hosts x devices,
+need jax's GPU plugin (pip install steppe[gpu]), not a GPU. cpu:N simulates N devices. --search estimates remat policies
+and meshes and compiles the cheapest until one fits. --table plans each size of configs/sizes.py on the machine that
+scripts/plan/table.py gives it. With --long it plans 1.2b and 8b with 8,192 tokens a sequence on three TPU slices.
 """
 
 import math
@@ -35,13 +35,13 @@ def main(argv: Sequence[str]) -> int:
         type=command.integer(0, 10**18),
         default=0,
         metavar="N",
-        help="of the corpus, for runs in epochs",
+        help="tokens of the corpus, for durations in epochs",
     )
     parser.add_argument("--search", action="store_true", help="also choose config.model.remat and config.mesh")
     parser.add_argument("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
-    parser.add_argument("--long", action="store_true", help="of --table: sequences of 8,192 tokens, every method")
-    parser.add_argument("--sizes", nargs="+", choices=list(TABLE), help="of --table")
-    parser.add_argument("--methods", nargs="+", type=command.of_key("optim.method"), help="of --table")
+    parser.add_argument("--long", action="store_true", help="with --table: every method on sequences of 8,192 tokens")
+    parser.add_argument("--sizes", nargs="+", choices=list(TABLE), help="rows of --table")
+    parser.add_argument("--methods", nargs="+", type=command.of_key("optim.method"), help="methods of --table")
     path, overrides, options = command.parse_unread(argv, parser)
     if options.table:
         slices = (options.topology and [options.topology]) or SLICES

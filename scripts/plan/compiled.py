@@ -1,4 +1,4 @@
-"""A run's real step, compiled for devices that need not be here: its memory, traffic and seconds."""
+"""A run's real step, compiled for hardware that this machine may lack: its memory, traffic and seconds."""
 
 import math
 import os

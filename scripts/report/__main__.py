@@ -1,4 +1,4 @@
-"""A sweep as one page: best rho, loss beside AdamW's, cost, fits, and what else was measured; or two runs compared.
+"""Draw a sweep as one page: best rho, loss against AdamW's, cost, fits and measurements; or compare two runs.
 
     steppe report DIR [RUN ...] [--only=KEY=V,V] [--out=DIR/report]
     steppe report compare RUN_A RUN_B [--out=FILE.html]
@@ -6,9 +6,9 @@
     steppe report transfer DIR [--out=DIR/report]
     steppe report pack DIR [RUN ...] --out=FILE.jsonl
 
-DIR is the directory of a sweep, finished or not, or a file that `pack` made; several of them, and workdirs of runs, may
-stand there together. OUT takes index.html, which needs nothing beside it, and each figure as PNG with the numbers
-behind figures and tables as CSV.
+DIR is the directory of a sweep, finished or not, or a file that `pack` made. Several of them, and workdirs of runs, may
+be given together. The command writes index.html, one file, to OUT. It also writes each figure as PNG and the numbers of
+figures and tables as CSV.
 """
 
 import contextlib

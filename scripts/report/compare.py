@@ -9,7 +9,7 @@ import numpy as np
 from steppe.data import files
 from steppe.scripts import command, process
 
-LONGEST = 48  # characters of a run's name where it stands beside another
+LONGEST = 48  # characters of a run's name next to another
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -17,7 +17,7 @@ def compare(argv: Sequence[str]) -> int:
     parser = command.parser("report compare", __doc__, config=False)
     parser.add_argument("runs", nargs=2, metavar="RUN", help="a workdir")
     parser.add_argument(
-        "--out", type=_page_path, metavar="FILE.html", help="also draw both curves there; a PNG beside it"
+        "--out", type=_page_path, metavar="FILE.html", help="also draw both curves there; and a PNG next to it"
     )
     options = command.options_of(argv, parser)
 
@@ -70,7 +70,7 @@ def apart_by_step(a, b, kind: str) -> list[tuple[int, float]]:
 
 
 def numbers(a, b) -> list[tuple[str, str, str, str]]:
-    """(what, in a, in b, b beside a) for the table."""
+    """(what, in a, in b, b against a) for the table."""
     step, common = first_difference(a, b)
     differ = f"step {step}" if step is not None else f"nowhere in {common} common steps" if common else "no common step"
     rows = [("status", a.status, b.status, ""), ("training losses differ from", "", "", differ)]
@@ -97,7 +97,7 @@ def _signed(value: float) -> str:
 def text(pair, keys, facts) -> str:
     """The comparison as aligned columns."""
     cut = lambda value: value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"  # noqa: E731
-    rows = [("", pair[0].name, pair[1].name, "B beside A"), *facts, ("", "", "", "")]
+    rows = [("", pair[0].name, pair[1].name, "B against A"), *facts, ("", "", "", "")]
     rows += [(key, cut(a), cut(b), "") for key, a, b in keys] or [("configs", "the same", "the same", "")]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -126,7 +126,7 @@ def _page(path: Path, pair, keys, facts) -> Path:
     from steppe.scripts.report.tables import Column, Table
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    heads = [Column(*head) for head in zip("wabd", ("of", "A", "B", "B beside A"), strict=True)]
+    heads = [Column(*head) for head in zip("wabd", ("of", "A", "B", "B against A"), strict=True)]
     tables = [
         Table("numbers", "Numbers", "", heads, pd.DataFrame(facts, columns=[*"wabd"])),
         Table("config", "Config keys that differ", "", heads[:3], pd.DataFrame(keys, columns=[*"wab"])),

@@ -198,7 +198,7 @@ def sharpness(source: str, frame: pd.DataFrame, styles: dict) -> list[dr.Drawing
         shown = own[["cell", "variant", "rho", "seed", "measure", "value", "loss"]]
         found.append(
             _drawing(
-                f"{source}_{number}" if several else source, f"Held-out loss beside {source}{several}",
+                f"{source}_{number}" if several else source, f"Held-out loss against {source}{several}",
                 "One mark a run, of all rho and seeds measured." + f" {style.INCREASES}" * (source == "retention"),
                 shown, styles, x="value", y="loss", panel=["cell", "measure"], joined=lambda name: False,
                 labels=("", _LOSS), named=_measure_named,

@@ -2,9 +2,9 @@
 
     steppe report pack DIR [RUN ...] --out=FILE.jsonl [--call NAME=FOLDER]
 
-Every report takes the file for a directory of the runs: configs, held-out losses on the way and at the end, costs, and
-what curvature and retention measured. Runs that a file has already stay in it, unless they are read anew. Folders of
-this machine may get a name there: runs of the same text from elsewhere then count as the same.
+Every report accepts the file in place of a directory. It holds configs, held-out losses during and after training,
+costs, and the results of curvature and retention. Runs that the file has already stay in it, unless they are read anew.
+--call names a folder of this machine, so that runs of the same text from another machine count as the same.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Methods, bases and averages beside any one of them, each at its best rho and learning rate, by paired seeds.
+"""Compare methods, bases and averages with any one of them, each at its best rho and learning rate, by paired seeds.
 
     steppe report rivals DIR [RUN ...] [--only=KEY=V,V] [--against=NAME] [--out=DIR/report]
 
-An entry is a method on a base, or an average of its weights, with whatever else tells its runs apart but rho, peak
-learning rate and seed: of these two it takes the best, as far as its grid goes. Writes rivals.csv and rivals.png.
+An entry is a method on a base, or an average of its weights, at the best rho and peak learning rate of its grid. Runs
+that differ in other keys than these and the seed are other entries. Writes rivals.csv and rivals.png.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from steppe.scripts import command, process
 
 
 def table(found: Sequence, against):
-    """A frame with a row an entry beside one of them."""
+    """A frame with a row an entry, compared with one of them."""
     import pandas as pd
 
     from steppe.scripts.report.numbers import entries as en

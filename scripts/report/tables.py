@@ -119,7 +119,7 @@ def counts(made: bs.Answer) -> Table:
     return _table(
         "counts", "Better and worse than AdamW",
         "By a 95 % interval without zero, of the methods of which several pairs of seeds are known.",
-        [("aspect", "in"), ("basis", "held against AdamW"), ("known", "methods", ".0f"), ("better", "better", ".0f"),
+        [("aspect", "in"), ("basis", "compared with AdamW"), ("known", "methods", ".0f"), ("better", "better", ".0f"),
          ("worse", "worse", ".0f")],
         frame.replace({"aspect": words, "basis": en.BASES}) if len(frame) else frame, "group",
     )  # fmt: skip
@@ -130,7 +130,7 @@ def power(made: bs.Answer) -> Table:
         "power", "The smallest difference that pairs of seeds could show",
         "Standard deviation of one pair's difference, pooled over entries of two pairs or more, and the true "
         "difference in nats a token whose 95 % interval would exclude zero with probability 0.8.",
-        [("aspect", "in"), ("basis", "held against AdamW"), ("sigma", "sd of a pair", ".4f"),
+        [("aspect", "in"), ("basis", "compared with AdamW"), ("sigma", "sd of a pair", ".4f"),
          ("df", "degrees of freedom", ".0f"), *((f"pairs_{n}", f"{n} pairs", ".4f") for n in bs.PAIRS)],
         bs.power(made), "group",
     )  # fmt: skip
@@ -168,7 +168,7 @@ def _differences(
     ]
     given = [
         ("entry", "entry"),
-        ("basis", "held against AdamW"),
+        ("basis", "compared with AdamW"),
         ("adamw", "which is"),
         ("cost", "FLOPs / AdamW", ".2f"),
     ]
@@ -182,7 +182,7 @@ def comparison(found: pd.DataFrame) -> Table:
         "Loss at the best rho and rate, mean over seeds. Difference to AdamW at equal tokens by fresh seeds, where two "
         "are, else all; pooled: with the noise of all methods. Flattery: at most, by choosing rho.",
         [("variant", "method"), ("rate", "peak rate", ".3g"), ("rho", "best rho", _best_rho), ("seeds", "seeds", ".0f"),
-         ("loss", "loss, nats per token", ".4f"), ("against", "held against"),
+         ("loss", "loss, nats per token", ".4f"), ("against", "compared with"),
          ("difference", "difference (n pairs)", "±4"), ("fresh", "fresh seeds", lambda row: "yes" * row["fresh"]),
          ("difference_pooled", "difference, pooled noise (n pairs)", "±4"),
          ("selection", "flattery, nats", lambda row: number(row["selection"] or math.nan, ".4f")),
@@ -210,7 +210,7 @@ def optima(found: pd.DataFrame, names: Sequence[str]) -> Table:
     return _table(
         "best_rho", "Best rho",
         "Optimum: minimum of a parabola in log rho about the grid's best, with Fieller's 95 % interval from n points; "
-        "else the grid's best. Noise: sd of a loss beside its seed's level.",
+        "else the grid's best. Noise: sd of a loss around its seed's level.",
         [("budget", "budget"), ("scale", "scale"), ("parameters", "parameters", ",.0f"),
          ("grid_best", "best of the grid", lambda row: rho(row["grid_best"])),
          ("optimum", "optimum (n points)", _optimum), ("status", "where"), ("noise", "noise, nats", ".4f"),
@@ -223,7 +223,7 @@ def power_laws(found: pd.DataFrame) -> Table:
     return _table(
         "power_law", "Best rho = a N^b",
         "b over n scales with its 95 % interval, from their scatter about the line; scales without an optimum inside "
-        "the grid are left out. Check: a law without the largest scale, held against its best.",
+        "the grid are left out. Check: a law without the largest scale, compared with its best.",
         [("variant", "method"), ("budget", "budget"), ("factor", "a", ".3g"), ("exponent", "b (n scales)", "±2"),
          ("left_out", "scales left out", ".0f"), ("interval_from", "interval from"),
          ("check", "check at the largest scale")],

@@ -1,4 +1,4 @@
-"""What a sweep of widths says of transfer: the best learning rate and rho at each width, standard beside mup.
+"""Draw the best learning rate and rho at each width of a sweep, for the standard parametrisation and mup.
 
     steppe sweep --config=study --sweep=transfer --out=sweeps/transfer
     steppe report transfer sweeps/transfer [--out=DIR]

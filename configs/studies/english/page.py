@@ -162,7 +162,7 @@ def difference(row: dict[str, str], key: str) -> str:
 
 def power(rows: list[dict[str, str]]) -> str:
     """A Markdown table: the smallest difference that three, five and ten pairs would show."""
-    said = ["| | held against AdamW | sd of a pair | 3 pairs | 5 pairs | 10 pairs |", "|---" * 6 + "|"]
+    said = ["| | compared with AdamW | sd of a pair | 3 pairs | 5 pairs | 10 pairs |", "|---" * 6 + "|"]
     for row in rows:
         numbers = [f"{float(row[key]):.3f}" for key in ("sigma", "pairs_3", "pairs_5", "pairs_10")]
         said.append(f"| {row['group']}: {row['aspect']} | {row['basis']} | {' | '.join(numbers)} |")

@@ -19,8 +19,8 @@ _FIRST = (
 _FOLLOWED = ("delta_func_share", "lambda_max", "nme_lambda_max", "trace", "functional_sharpness")
 _STATUS = {
     "edge": "edge of the grid",
-    "diverged": "beside a diverged rho",
-    "pruned": "beside a pruned rho",
+    "diverged": "next to a diverged rho",
+    "pruned": "next to a pruned rho",
     "flat": "no minimum in rho",
 }
 OF_FIT = ("state", "error", "least", "most", "tried", "step")  # columns of best_rho that only fits and frames need

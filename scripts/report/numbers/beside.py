@@ -52,7 +52,7 @@ def _tuned(entry: en.Entry) -> list[dict]:
 class Answer(NamedTuple):
     """What the entries of a study say.
 
-    rows: group (the scale and budget it is shown under), name, entry, tokens and flops (whom it is held against),
+    rows: group (the scale and budget it is shown under), name, entry, tokens and flops (whom it is compared with),
     rank (0 what perturbs nothing, 1 what does at no further pass, 2 the rest), aside (AdamW on more tokens); in each
     group by rank and loss. ways: the differences of the rows, `row` their place in them; see entries.differences.
     """
@@ -104,7 +104,7 @@ def answer(found: Sequence[en.Entry]) -> Answer:
         if not any(entry.plain for entry in inside) or len(inside) + len(longer) < 2:
             continue
         for entry in (*longer.values(), *inside):
-            aside = entry.cell != cell  # AdamW on more tokens too is held against AdamW of this budget
+            aside = entry.cell != cell  # AdamW on more tokens too is compared with AdamW of this budget
             others = {"tokens": en.at_equal_tokens(inside, entry, cell)} | ({} if aside else {"flops": entry.flops})
             of = measured([entry, *filter(None, others.values())])
             own = en.differences(entry, others, of)

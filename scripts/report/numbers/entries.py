@@ -19,9 +19,9 @@ from steppe.lm.measure import frontier
 from steppe.scripts.report.numbers import statistics as st
 from steppe.scripts.results import OF_SIZE, Point, Result
 
-BASE = "adamw"  # the method that perturbs nothing, and the base that all are held against
+BASE = "adamw"  # the method that perturbs nothing, and the base that all are compared with
 TUNED = {"optim.peak_learning_rate": "rate", "optim.rho": "rho"}
-BASES = {"tokens": "at equal tokens", "flops": "at equal FLOPs"}  # whom an entry is held against
+BASES = {"tokens": "at equal tokens", "flops": "at equal FLOPs"}  # whom an entry is compared with
 EQUAL_FLOPS = 0.1  # runs within this share of each other's FLOPs count as equal compute
 OWN = 2  # fresh seeds that make a setting an entry
 _OF_SECOND_TEXT = ("fine_tune", "forgetting")  # where a measure of retention begins so
@@ -43,7 +43,7 @@ class Entry:
 
     runs: of the frame of the study, whatever their status, a row a run. choice: the best of its settings, by number.
     optimum: where a parabola in log rho at its best rate has its minimum; None where it has no rho. tokens, flops: whom
-    it is held against at equal tokens and at equal compute, as `analyse` finds them.
+    it is compared with at equal tokens and at equal compute, as `analyse` finds them.
     """
 
     name: str
@@ -235,7 +235,7 @@ class Study(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------- grouping
 def analyse(results: Sequence[Result]) -> Study:
-    """Groups results into entries, chooses the best setting of each, and whom each is held against."""
+    """Groups results into entries, chooses the best setting of each, and whom each is compared with."""
     results, aside = _of_one_second_text(results)
     of_model = _usual_of_model(results)
     runs = _families(pd.DataFrame([_row(result, of_model) for result in results]))
@@ -449,7 +449,7 @@ def at_equal_tokens(found: Sequence[Entry], entry: Entry, cell: str = "") -> Ent
     """AdamW at its best in the cell of an entry, or another cell; None where it was not run there.
 
     Of a method's average that is the same average of AdamW's weights, where there is one: else whatever the average
-    gives would be taken for the method's. AdamW's own averages are held against its last weights.
+    gives would be taken for the method's. AdamW's own averages are compared with its last weights.
     """
     return _counterpart([each for each in found if each.cell == (cell or entry.cell)], entry)
 
@@ -506,7 +506,7 @@ def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[st
     """A row a measure and basis where an entry has a difference: basis, against (an Entry), measure, value, low, high,
     n, df, fresh, pairs, sign and p, that of Student's test.
 
-    others: {basis: whom it is held against}; of: {measure: see Entry.value}. A family of them takes statistics.holm.
+    others: {basis: whom it is compared with}; of: {measure: see Entry.value}. A family of them takes statistics.holm.
     """
     columns = ["basis", "against", "measure", *st.Interval._fields, "fresh", "pairs", "sign", "p"]
     return pd.DataFrame(ways(entry, others, of), columns=columns)

@@ -145,7 +145,7 @@ def choose(losses: Mapping[K, Mapping[S, float]]) -> Choice[K] | None:
     """The rho of the lowest mean loss in {rho: {seed: loss}}; a diverged run's loss is infinite, its rho not eligible.
 
     The mean is over the seeds that all rho share: a rho that got more seeds because it looked best would otherwise be
-    held against others judged by one lucky seed. Where there is none, over the seeds each has.
+    compared with others judged by one lucky seed. Where there is none, over the seeds each has.
     """
     if not losses:
         return None

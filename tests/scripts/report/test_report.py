@@ -218,7 +218,7 @@ def test_best_rho_against_size_is_the_power_law_put_in(made):
         assert row["status"] == "inside the grid"
         assert float(row["optimum"]) == pytest.approx(true_rho(size), rel=1e-6)
         assert float(row["optimum_low"]) < true_rho(size) < float(row["optimum_high"])
-    assert only(tables["best_rho_table"], variant="sam", scale="0.1m")["status"] == "beside a diverged rho"
+    assert only(tables["best_rho_table"], variant="sam", scale="0.1m")["status"] == "next to a diverged rho"
     law = only(tables["power_law_table"], variant="functional_sam")
     assert float(law["exponent"]) == pytest.approx(-0.2, rel=1e-6)
     assert float(law["exponent_low"]) < -0.2 < float(law["exponent_high"])
@@ -523,4 +523,4 @@ def test_the_difference_of_two_runs_is_by_step(tmp_path):
 def test_long_names_give_way_to_what_differs(tmp_path, capsys):
     a, b = (path.rename(path.with_name(f"{path.name}-{'x' * 60}")) for path in _pair(tmp_path, {"optim.rho": 0.2}))
     assert report.main(["compare", str(a), str(b)]) == 0
-    assert re.search(r"^ +rho=0.1 +rho=0.2 +B beside A$", capsys.readouterr().out.splitlines()[0])
+    assert re.search(r"^ +rho=0.1 +rho=0.2 +B against A$", capsys.readouterr().out.splitlines()[0])
