@@ -109,7 +109,9 @@ _KEYS = {
         0.02, "fraction of documents held out, for sources without a held-out split", number(above=0, below=1)
     ),
     "data.vocabulary": Key(
-        "bytes", "bytes, or the path of a SentencePiece model, a tokenizer.json or a .tiktoken file", TEXT
+        "bytes",
+        "bytes, hf:OWNER/NAME, or the path of a SentencePiece model, a tokenizer.json or a .tiktoken file",
+        TEXT,
     ),
     "data.sequence_length": Key(256, "T, tokens predicted per sequence", integer(1, 1 << 24)),
     "data.packing": Key(

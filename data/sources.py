@@ -10,9 +10,11 @@ A task is `SOURCE` or `WEIGHT SOURCE + WEIGHT SOURCE ...`. A source is `[NAME=]K
     parquet:GLOB                    every row is a record; the document is its column config.data.text_field
     tfds:NAME[/CONFIG][:VERSION]    a TFDS builder in config.data.tfds_dir
     seqio:NAME                      a seqio task or mixture that config.data.seqio_module registers
+    hf:OWNER/NAME[/CONFIG][:REVISION]    a data set of the Hugging Face hub, or a name of READY
 
-SPLIT is train (default), held_out or all; tfds and seqio have their own splits. A path may contain @ and +, unless a
-split follows the last @, or a source follows " + ".
+SPLIT is train (default), held_out or all; tfds, seqio and hf have their own. hf reads the beginning of a split with
+@SPLIT[:100000] (documents) or @SPLIT[:1GB] (of text; kB to TB), and all of a large one with @SPLIT[:all]. A path may
+contain @ and +, unless a split follows the last @, or a source follows " + ".
 """
 
 import re
@@ -24,7 +26,13 @@ from steppe.data.errors import refused
 
 BUILT_IN = ("embedded", "topics")  # kinds without WHERE
 FILES = ("text", "lines", "jsonl", "parquet")
-PREPARED = ("tfds", "seqio")  # kinds with splits of their own
+PREPARED = ("tfds", "seqio", "hf")  # kinds with splits of their own
+READY = {  # short names of data sets of the hub
+    "fineweb-edu": "HuggingFaceFW/fineweb-edu/sample-10BT",
+    "wikitext-103": "Salesforce/wikitext/wikitext-103-raw-v1",
+    "tinystories": "roneneldan/TinyStories",
+    "c4": "allenai/c4/en",
+}
 KINDS = (*BUILT_IN, *FILES, *PREPARED)
 SPLITS = ("train", "held_out", "all")
 _WEIGHT, _NAME, _KIND = r"[0-9.eE+-]+", r"\w[\w.-]*", "|".join(KINDS)
@@ -42,6 +50,14 @@ class Source(NamedTuple):
     where: str  # glob or name; "" for BUILT_IN
     split: str
     weight: float  # share of rows in a mixture, relative to the others
+
+
+class Limit(NamedTuple):
+    """How much of a split to read: until one of both is reached. given: whether the source says it."""
+
+    documents: float = float("inf")
+    bytes: float = float("inf")
+    given: bool = False
 
 
 class Reading(NamedTuple):
@@ -95,14 +111,38 @@ def _parse_source(part: str, key: str, split: str, weighted: bool) -> Source:
         raise refused(key, part, f"a weight > 0 before every source of a mixture, such as '0.7 {part.split()[-1]}'")
     if kind not in PREPARED and split not in SPLITS:
         raise refused(key, part, f"for {kind} the splits {', '.join(SPLITS)}")
+    if kind == "hf":
+        _check_hub(key, part, where, split)
     name = match["name"] or (re.sub(r"[^\w.-]+", "_", where) if kind in PREPARED else kind)
     return Source(name, kind, where, split, weight)
+
+
+_HUB = re.compile(rf"(?:{'|'.join(map(re.escape, READY))}|[\w.-]+/[\w.-]+(?:/[^:@]+)?)(?::[^:@]+)?")
+_HUB_SPLIT = re.compile(r"([\w.-]+)(\[:(?:all|(\d+)|(\d+(?:\.\d+)?)([kMGT]?)B)\])?")
+
+
+def _check_hub(key: str, part: str, where: str, split: str) -> None:
+    if not _HUB.fullmatch(where):
+        raise refused(key, part, f"hf:OWNER/NAME[/CONFIG][:REVISION], or hf: and one of {', '.join(READY)}")
+    if not _HUB_SPLIT.fullmatch(split):
+        raise refused(
+            key, part, "@SPLIT, @SPLIT[:100000] (documents), @SPLIT[:1GB] (of text; kB to TB) or @SPLIT[:all]"
+        )
+
+
+def hub_split(split: str) -> tuple[str, Limit]:
+    """(name, limit) of the split of an hf source."""
+    match = _HUB_SPLIT.fullmatch(split)
+    assert match
+    name, limit, documents, size, unit = match.groups()
+    scale = 1000.0 ** " kMGT".index(unit or " ")
+    return name, Limit(float(documents or "inf"), float(size or "inf") * scale, bool(limit))
 
 
 def held_out_sources(task: str, held_out: tuple[str, ...]) -> tuple[Source, ...]:
     """The held-out sets of a run: those of config.data.held_out, else the held_out split of every source."""
     if not held_out:
-        return tuple(source._replace(split="held_out", weight=1.0) for source in parse(task))
+        return tuple(source._replace(split=_held_out(source), weight=1.0) for source in parse(task))
     key = "data.held_out"
     parsed = [parse(entry, key, "held_out") for entry in held_out]
     if several := [entry for entry, listed in zip(held_out, parsed, strict=True) if len(listed) > 1]:
@@ -111,6 +151,11 @@ def held_out_sources(task: str, held_out: tuple[str, ...]) -> tuple[Source, ...]
     if len({source.name for source in sources}) < len(sources):
         raise refused(key, held_out, "sets with different names: two are equal; name them, such as a=text:GLOB@all")
     return sources
+
+
+def _held_out(source: Source) -> str:
+    """The held-out split of a source; a limit of the hub's sets holds there too."""
+    return "held_out" + (source.split[source.split.find("[") :] if source.kind == "hf" and "[" in source.split else "")
 
 
 def in_split(source: Source, reading: Reading, identity: bytes) -> bool:

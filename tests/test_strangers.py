@@ -106,6 +106,8 @@ NAMED = {
     "an address of a held-out set": ({"data.held_out": [f"val={TEXT}"]}, "data.held_out"),
     "a module": ({"data.task": "seqio:task", "data.seqio_module": MODULE}, "data.task"),
     "code of a data set": ({"data.task": "tfds:c4/en"}, "data.task"),
+    "a data set of the hub": ({"data.task": "hf:owner/name"}, "data.task"),
+    "a vocabulary of the hub": ({"data.vocabulary": "hf:owner/name"}, "data.vocabulary"),
     "an address of its checkpoints": ({"checkpoint.directory": "elsewhere://x/steps"}, "checkpoint.directory"),
 }
 MODELS = {

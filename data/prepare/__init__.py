@@ -5,6 +5,7 @@ prepared directory.
 """
 
 import contextlib
+import functools
 import glob
 import itertools
 import json
@@ -34,6 +35,7 @@ LOCK = ".lock"
 SAMPLES = "samples"  # key of an identity: hashes of file contents, by source
 BAD = "refused.json"  # the error of one of several processes, for the others
 POLL = 1.0  # seconds between checks for shards that other processes finished
+TOLD = 30.0  # seconds between lines that say how far a preparation is
 REFUSED = 3  # exit status of the preparing process after an error, whose JSON is the last line of stderr
 
 
@@ -112,7 +114,7 @@ def prepare(
         raise DataError(f"--out={out}: exists and is not a preparation; choose an empty or new directory")
     tokenizer = load_tokenizer(recipe.vocabulary)
     for source in {(s.kind, s.where, s.split): s for part in sources_of(recipe).values() for s in part}.values():
-        readers.of(source.kind).check(source, recipe.reading)
+        readers.of(source.kind).check(source, recipe.reading, log)
     if os.path.lexists(out) and not os.path.isdir(out):
         raise DataError(f"--out={out}: exists and is not a directory; choose an empty or new one")
     created = not os.path.exists(out)
@@ -440,10 +442,19 @@ def main(arguments: Iterable[str]) -> int:
     Ends when the process PARENT ends. Users call steppe prepare_data instead.
     """
     recipe, directory, *parent = arguments
+    log = functools.partial(print, flush=True)
     if parent:
         workers_of.follow(int(parent[0]))
+    told = time.monotonic()
+
+    def report(state: dict) -> None:
+        nonlocal told
+        if time.monotonic() - told > TOLD:
+            told = time.monotonic()
+            log(f"{state['documents']:,} documents, {state['tokens']:,} tokens so far")
+
     try:
-        prepare(Recipe(**json.loads(recipe)), directory, log=lambda line: print(line, flush=True), wait=True)
+        prepare(Recipe(**json.loads(recipe)), directory, log=log, report=report, wait=True)
     except (DataError, StorageError) as error:
         print(json.dumps(to_json(error), default=str), file=sys.stderr)
         return REFUSED

@@ -1,18 +1,23 @@
 """Readers of the kinds of sources, and `of`, which selects one.
 
-A reader has check(source, reading), records(source, reading, shard, shards) and fingerprint(source, reading).
+A reader has check(source, reading, log), records(source, reading, shard, shards) and fingerprint(source, reading).
 """
 
 import codecs
 from collections.abc import Iterator
 
-from steppe.data.readers import built_in, plain, tasks
+from steppe.data.readers import built_in, hub, plain, tasks
 from steppe.data.sources import BUILT_IN, FILES, PREPARED, Reading, Source
 
 _BLANK = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # the ASCII characters that str.strip removes
 _PART = 1 << 20  # bytes to decode at a time
 
-READERS = {**dict.fromkeys(BUILT_IN, built_in), **dict.fromkeys(FILES, plain), **dict.fromkeys(PREPARED, tasks)}
+READERS = {
+    **dict.fromkeys(BUILT_IN, built_in),
+    **dict.fromkeys(FILES, plain),
+    **dict.fromkeys(PREPARED, tasks),
+    "hf": hub,
+}
 
 
 def of(kind: str):

@@ -46,7 +46,7 @@ _PARQUET = b"PAR1"
 _SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
 
-def check(source: Source, reading: Reading) -> None:
+def check(source: Source, reading: Reading, log: Callable[[str], None]) -> None:
     """Raises DataError if the source's files or their first records do not have its format."""
     paths = files(source)
     for path in paths if not is_remote(source.where) else paths[:REMOTE_HEADS]:

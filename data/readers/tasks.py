@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def import_tensorflow():
     return tf
 
 
-def check(source: Source, reading: Reading) -> None:
+def check(source: Source, reading: Reading, log: Callable[[str], None]) -> None:
     """Raises DataError if the data set, its split or its text field does not exist."""
     import_tensorflow()
     if source.kind == "tfds":

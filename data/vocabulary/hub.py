@@ -25,6 +25,8 @@ from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
 Id = Annotated[int, Meta(ge=-1, le=1 << 31)]
 _NEAR = 400  # bytes on each side of a cut whose tokens must not depend on the cut
 _BETWEEN = re.compile(rb"[a-z](?= [a-z])")
+# The files next to a tokenizer.json that name its begin and end tokens: the first two as text, the others as ids
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 # If no other file names the end-of-text token: the first of these in the vocabulary
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
@@ -111,11 +113,11 @@ def _ids(found: dict) -> dict[str, int]:
 
 def _named(path: str, name: str, ids: dict[str, int]) -> str:
     """The bos or eos token from the files next to a tokenizer.json, given as text or as an id; "" if absent."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+    for file in COMPANIONS[:2]:
         if token := _text(_companion(path, file).get(f"{name}_token")):
             return token
     tokens: dict[Any, str] = {number: token for token, number in ids.items()}
-    for file in ("generation_config.json", "config.json"):
+    for file in COMPANIONS[2:]:
         number = _companion(path, file).get(f"{name}_token_id")
         if token := tokens.get(number[0] if isinstance(number, list) and number else number):
             return token

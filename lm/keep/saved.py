@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from steppe.data import files, sources
 from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
+from steppe.data.manifest import path_of
 from steppe.lm.keep import code, mirror, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
@@ -65,14 +66,19 @@ class Unread(NamedTuple):
     weights: str = LAST
 
 
-CODE = ("seqio", "tfds")  # kinds of sources that run code which they name
+# Kinds of sources that a stored config may not use
+UNTRUSTED = {"seqio": "which runs its own code", "tfds": "which runs its own code", "hf": "which is downloaded"}
 
 
-def own_data(config: ConfigDict, trust: bool) -> dict[str, Any]:
+def own_data(config: ConfigDict, corpus: Corpus, trust: bool) -> dict[str, Any]:
     """A stored config's config.data, to read other text in the same way. Unless trusted, it names no modules, URLs or
-    directories to write to."""
-    data = config.data.to_dict()
-    return data if trust else {**data, "cache": "", "seqio_module": "", "tfds_dir": "", "directory": ""}
+    directories to write to, and a vocabulary of the hub is the corpus's copy."""
+    data, copied = config.data.to_dict(), corpus.manifest["vocabulary"]["file"]
+    if trust:
+        return data
+    if data["vocabulary"].startswith("hf:") and copied:
+        data["vocabulary"] = path_of(corpus.directory, copied)
+    return {**data, "cache": "", "seqio_module": "", "tfds_dir": "", "directory": ""}
 
 
 def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], trust: bool = False) -> Corpus:
@@ -90,9 +96,10 @@ def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], tr
             ("held_out", sources.held_out_sources("", data.held_out)),
         ):
             for source in () if data.directory else listed:
-                if source.kind in CODE or files.is_remote(source.where):
-                    what = "which runs its own code" if source.kind in CODE else "a URL"
+                if what := UNTRUSTED.get(source.kind, "a URL" if files.is_remote(source.where) else ""):
                     raise _untrusted(directory, f"data.{key}", f"{source.kind}:{source.where}", what)
+        if data.vocabulary.startswith("hf:"):
+            raise _untrusted(directory, "data.vocabulary", data.vocabulary, "which is downloaded")
     return open_of(data.to_dict() if trust else {**data.to_dict(), "cache": "", "seqio_module": ""}, log)
 
 
@@ -203,7 +210,7 @@ def load(
     state = load_parts(found if step is None else f"{found}/{step}", wanted, log)
     params = of_state(chosen, state, parts.abstract.params)
     kept = state["optimizer"] if optimizer else None
-    return Saved(config, corpus, parts, params, kept, weights=name, step=step, data=own_data(config, trust))
+    return Saved(config, corpus, parts, params, kept, weights=name, step=step, data=own_data(config, corpus, trust))
 
 
 def spreads(config: ConfigDict) -> bool:

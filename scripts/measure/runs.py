@@ -43,7 +43,7 @@ def check(asked: Any, targets: Sequence[Any], found: Mapping[Path, dict], log: C
             config = config_of(target.directory)
             corpus = saved.corpus_of(target.directory, config, log, trust)
             devices = len(jax.devices()) if saved.spreads(config) else 1
-            data = saved.own_data(config, trust)
+            data = saved.own_data(config, corpus, trust)
             texts = asked.measurement.texts(config, data, corpus, asked.settings, devices=devices, log=log)
         first = first or texts
         if texts != first:

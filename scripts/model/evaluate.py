@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
     questions = questions or choices.read(stored)
     step = make_evaluation_step(run.parts)
     corpus = (
-        run.corpus if options.task is None else held_out_of(saved.own_data(run.config, options.trust), options.task)
+        run.corpus
+        if options.task is None
+        else held_out_of(saved.own_data(run.config, run.corpus, options.trust), options.task)
     )
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")

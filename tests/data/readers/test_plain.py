@@ -40,7 +40,7 @@ def read(task, **options):
 
 def check(task, **options):
     (source,) = parse(task)
-    readers.of(source.kind).check(source, Reading(**options))
+    readers.of(source.kind).check(source, Reading(**options), print)
 
 
 def texts(task, **options):

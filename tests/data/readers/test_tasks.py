@@ -187,7 +187,7 @@ def registered(tmp_path_factory):
 def test_a_seqio_task_is_read_as_text(registered, name):
     (source,) = sources.parse(f"seqio:{name}")
     reading = Reading(seqio_module="some_tasks")
-    tasks.check(source, reading)
+    tasks.check(source, reading, print)
     found = [record.text.decode() for record in tasks.records(source, reading)]
     assert found == [f"train {i} " + "word " * i for i in range(40)]
     parts = [[record.text.decode() for record in tasks.records(source, reading, shard, 3)] for shard in range(3)]
