@@ -285,7 +285,7 @@ def documented() -> list[tuple[str, str]]:
 
 def commands(line: str) -> list[list[str]]:
     """The words of the commands that a documented line stands for, without "steppe": one for each of its choices."""
-    line = re.sub(r"[][`]", "", line).partition(" > ")[0]
+    line = re.sub(r"('[^']*')|[][`]", r"\1", line).partition(" > ")[0]  # what is quoted stands there
     for name, value in STANDS_FOR.items():
         line = re.sub(rf"\b{name}\b", value, line)
     words = shlex.split(line, comments=True)
