@@ -102,6 +102,7 @@ class Packed(TypedDict, total=False):
     flops: float
     adamw_flops: float
     seconds: stored.Amount
+    took: stored.Amount
     loss: float
     bits_per_byte: float
     curve: list[tuple[stored.Count, stored.Count, float, float, float]]
@@ -172,6 +173,7 @@ class Result(NamedTuple):
     train_curve: lines.Train
     code: str = ""
     branch: str = ""
+    took: float = 0.0
     goodput: float = math.nan
     weights: str = ""
     averages: tuple["Result", ...] = ()
@@ -437,6 +439,7 @@ def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Calla
         curve=[point(record) for record in evaluations],
         train_curve=train,
         code=about.get("versions", {}).get("code", ""),
+        took=float(outcome.get("seconds", 0.0)),
         goodput=_goodput(records),
         **_measured(directory, left_out),
         branch=next((f"{Path(r['parent']).name}@{r['step']}" for r in reversed(records.of("branch"))), ""),

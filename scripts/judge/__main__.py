@@ -5,8 +5,9 @@
     steppe judge --out=judged
 
 CANDIDATE is a method, a base, or FILE.py:NAME. Tuning gives every contender the same number of trials: peak learning
-rate, rho if it has one, and its own options. Trials use the config's seed alone. The command reports whether the batch
-is below the gradient noise scale; it does not change the batch. The comparison then adds fresh seeds, look by look. It
+rate, rho if it has one, and its own options. Trials use the config's seed alone. Where AdamW's trials have the same
+order at half of the run as at its end, losing trials of the others stop there. The command reports whether the batch is
+below the gradient noise scale; it does not change the batch. The comparison then adds fresh seeds, look by look. It
 stops when each difference is known to be above, below or within --effect, or after --pairs seeds.
 
 The rivals are the contenders of --against, AdamW's EMA and AdamW with a short decay. If a step of the candidate costs
@@ -24,7 +25,8 @@ from steppe.configs import keys
 from steppe.configs.read import read_config
 from steppe.configs.sizes import SIZES
 from steppe.scripts import command, process
-from steppe.scripts.judge.stages import budget
+from steppe.scripts.judge.stages import Launch, budget
+from steppe.scripts.sweep.__main__ import add_launch
 
 
 @process.refusing
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
                         help="judge at each of these values of config.model.size, and fit the trend")  # fmt: skip
     parser.add_argument("--retention", nargs="?", const="topics", metavar="TASK",
                         help="also compare fine-tuning on TASK (default topics), rounding and noise")  # fmt: skip
-    parser.add_argument("--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time")
+    add_launch(parser, ("local", "slurm"))
     parser.add_argument("--plan", action="store_true", help="only show the stages and their cost")
     path, overrides, options = command.parse_unread(argv, parser)
     from steppe.scripts.judge import page
@@ -65,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     path, given = command.required(path), [(key, "true" if text is None else text) for key, text in overrides]
     if options.candidate in against(options):
         return process.fail(f"{options.candidate}: must be left out of --against={options.against}")
+    if options.launcher != "local" and not options.jobs:
+        return process.fail(f"--jobs = 0: must be >= 1 with --launcher={options.launcher}: how many runs at a time")
     if options.sizes and "model.size" in dict(given):
         return process.fail(f"config.model.size = {dict(given)['model.size']}: must be left out with --sizes")
     stages.must_be_new_or_same(options.out, path, given)
@@ -92,20 +96,26 @@ def against(options: Any) -> list[str]:
 
 def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> dict[str, Any]:
     """Plans or makes the stages at one size, "" for the config's own, and prints what they say; the verdict."""
-    from steppe.scripts.judge import page, stages, verdict
+    from steppe.scripts.judge import page, stages, tuning, verdict
     from steppe.scripts.judge.contest import contender
     from steppe.scripts.judge.plan import plan
 
     overrides = [*given, ("model.size", size)] if size else given
     config = read_config(path, overrides)
     contenders = [contender(name, config) for name in (options.candidate, *against(options))]
-    arena = stages.Arena(options.out, path, overrides, options.jobs, size and f"@{size}")
+    launch = Launch(options.launcher, options.jobs, options.cores, options.devices, tuple(options.slurm))
+    arena = stages.Arena(options.out, path, overrides, launch, size and f"@{size}")
     if options.plan:
         print(f"{size}\n" * bool(size) + plan(arena, contenders, options))
         return {}
-    tuned = [verdict.tune(arena, each, options.trials) for each in contenders]
-    batch = verdict.regime(arena, verdict.named(tuned, "adamw"))
-    found = verdict.compare(arena, tuned, options) | {"batch": batch, "size": size}
+    first = next(each for each in contenders if each.name == "adamw")
+    adamw = tuning.tune(arena, first, options.trials)
+    rung = tuning.rung(adamw)
+    print(f"halving     {tuning.said(rung)}", flush=True)
+    halve = rung.get("holds", False)
+    tuned = [adamw if each is first else tuning.tune(arena, each, options.trials, halve) for each in contenders]
+    batch = tuning.regime(arena, adamw)
+    found = verdict.compare(arena, tuned, options) | {"batch": batch, "halving": rung, "size": size}
     print(page.keep(options.out, found))
     return found
 

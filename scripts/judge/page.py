@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from steppe.data import files
-from steppe.scripts.judge import looks, retention, tokens
+from steppe.scripts.judge import retention, tuning
+from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.stages import file_name
 
 VERDICTS = "verdicts"
@@ -70,6 +71,7 @@ def table(found: dict[str, Any]) -> str:
     )
     if found["ended"]:
         lines.append(found["ended"])
+    lines.append(tuning.said(found["halving"]))
     if said := note(found["batch"]):
         lines.append(said)
     return "\n".join(lines)

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from steppe.scripts.judge import looks, tokens
 from steppe.scripts.judge.contest import Contender
+from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.page import VERDICTS
 from steppe.scripts.judge.stages import Arena, Cost
-from steppe.scripts.judge.verdict import BEYOND, EMA, Case, rivals_of, tune
+from steppe.scripts.judge.tuning import EMA, tune
+from steppe.scripts.judge.verdict import BEYOND, Case, rivals_of
 from steppe.scripts.report.numbers import statistics as st
 
 
@@ -97,7 +98,7 @@ def _table(rows: list[Stage], arena: Arena) -> str:
         total = total._replace(cost=total.cost.plus(each.cost))
     lines = [["stage", "runs", "there", "FLOPs", "time", "tells"]] + [
         [each.name, str(each.runs), str(each.there), f"{each.cost.flops:.2g}",
-         clock_face(each.cost.seconds / arena.at_a_time), each.tells] for each in [*rows, total]
+         clock_face(each.cost.seconds / arena.launch.at_a_time()), each.tells] for each in [*rows, total]
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[-1] = 0
@@ -115,7 +116,7 @@ def _budget(rows: list[Stage], budget: Any, arena: Arena) -> list[str]:
     spent, last = Cost(), "not the first stage"
     for each in rows:
         spent = spent.plus(each.cost)
-        if not budget.allows(spent, arena.at_a_time):
+        if not budget.allows(spent, arena.launch.at_a_time()):
             break
         last = f"as far as {each.name}"
     return [f"budget      {budget.amount:g} {budget.unit}: {last}; what is decided sooner costs less"]

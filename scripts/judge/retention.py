@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steppe.scripts import results
-from steppe.scripts.judge import looks
+from steppe.scripts.judge.numbers import looks
 from steppe.scripts.judge.stages import Stopped
 from steppe.scripts.judge.trend import ALPHA
 from steppe.scripts.report.numbers import statistics as st

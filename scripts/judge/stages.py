@@ -14,7 +14,10 @@ from steppe.data import files
 from steppe.scripts import results
 from steppe.scripts.results import Result
 
-STAGES = "stages"
+STAGES, PACKED = "stages", "runs.jsonl"
+
+
+Find = Callable[[Mapping[str, str]], Result | None]
 
 
 class Stopped(Exception):
@@ -62,8 +65,40 @@ def budget(text: str) -> Budget:
     return Budget(amount, "FLOPs") if unit == "flop" else Budget(amount * HOURS[unit], "hours")
 
 
+class Launch(NamedTuple):
+    """How runs are executed, by the flags of steppe sweep. jobs: runs at a time, 0: one for so many cores."""
+
+    launcher: str = "local"
+    jobs: int = 0
+    cores: int = 1
+    devices: int = 1
+    slurm: tuple[str, ...] = ()
+
+    def flags(self) -> list[str]:
+        """For the command line of a sweep."""
+        cluster = [f"--devices={self.devices}", "--wait", *(f"--slurm={each}" for each in self.slurm)]
+        return [f"--launcher={self.launcher}", f"--jobs={self.jobs}", f"--cores={self.cores}"] + cluster * self.far
+
+    @property
+    def far(self) -> bool:
+        """Whether runs execute on other machines."""
+        return self.launcher != "local"
+
+    def on(self) -> tuple[int, str | None]:
+        """(devices of a run, their backend, None where it is not known here)."""
+        from steppe.scripts.sweep import plan
+
+        return (self.devices, None) if self.far else plan.devices()
+
+    def at_a_time(self) -> int:
+        """Runs that are made side by side."""
+        from steppe.scripts.sweep import plan
+
+        return self.jobs or (1 if self.on()[1] == "gpu" else max(1, len(plan.usable_cores()) // self.cores))
+
+
 class Arena(NamedTuple):
-    """Where runs are made. directory: a sweep's; path, overrides: of its config; jobs: runs at a time, 0: one a core.
+    """Where runs are made. directory: a sweep's, which may have packed runs too; path, overrides: of its config.
 
     label: of its stages, where there are several arenas in one directory.
     """
@@ -71,43 +106,43 @@ class Arena(NamedTuple):
     directory: Path
     path: str
     overrides: list[tuple[str, str]]
-    jobs: int = 0
+    launch: Launch = Launch()
     label: str = ""
 
-    @property
-    def at_a_time(self) -> int:
-        """Runs that are made side by side."""
-        from steppe.scripts.sweep import plan
+    def make(self, stage: str, runs: Sequence[Mapping[str, str]], halving: Mapping[str, Any] = {}) -> Find:
+        """Makes the runs that are not there yet, by steppe sweep; what `read` gives then. halving: as in its specs.
 
-        return self.jobs or (1 if plan.devices()[1] == "gpu" else len(plan.usable_cores()))
-
-    def make(self, stage: str, runs: Sequence[Mapping[str, str]]) -> None:
-        """Makes the runs that are not there yet, by steppe sweep. Raises Stopped."""
+        Raises Stopped.
+        """
+        find = self.read()
+        if all(find(run) is not None for run in runs):
+            return find
         from steppe.scripts.sweep.__main__ import main as sweep
 
         file = self.directory / STAGES / f"{stage}{self.label}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n        ".join(repr(dict(run)) for run in runs)
-        files.write(file, f"def get_spec():\n    return {{'list': [\n        {lines},\n    ]}}\n")
+        lines = "".join(f"        {dict(run)!r},\n" for run in runs if halving or find(run) is None)
+        block = f"{{'blocks': [{{'list': [\n{lines}    ]}}], 'halving': {dict(halving)!r}}}"
+        files.write(file, f"def get_spec():\n    return {block}\n")
         given = [f"--config.{key}={text}" for key, text in self.overrides]
-        at_a_time = [f"--jobs={self.jobs}"] if self.jobs else []
-        status = sweep([f"--config={self.path}", *given, f"--sweep={file}", f"--out={self.directory}", *at_a_time])
-        if status not in (0, 1):  # 1: a run failed, which is judged as one that diverged
-            raise Stopped(status)
+        where = [f"--sweep={file}", f"--out={self.directory}", *self.launch.flags()]
+        if (status := sweep([f"--config={self.path}", *given, *where])) not in (0, 1):
+            raise Stopped(status)  # 1: a run failed, which is judged as one that diverged
+        return self.read()
 
     def estimate(self, runs: Sequence[Mapping[str, str]]) -> tuple[list[Any], Any]:
         """Some runs with their steps and FLOPs, and the sweep.plan.Speed of these. Raises UsageError, DataError."""
         from steppe.scripts.sweep import launch, plan
         from steppe.scripts.sweep.__main__ import runs_of
 
-        devices, backend = plan.devices()
+        devices, backend = self.launch.on()
         record, made = results.read_sweep(self.directory), []
         for run in runs:
             found, _ = runs_of(self.path, self.overrides, [dict(run)], self.directory, record, devices, backend)
             made += found
         made = plan.with_budgets(made, log=print)
         outcomes = {run.name: launch.settle(run.directory) for run in made}
-        return made, plan.speed(made, outcomes, 1, backend)
+        return made, plan.speed(made, outcomes, self.launch.cores, backend)
 
     def can(self, run: Mapping[str, str]) -> bool:
         """Whether a run's config is one that can run."""
@@ -120,7 +155,7 @@ class Arena(NamedTuple):
             return False
         return True
 
-    def read(self) -> Callable[[Mapping[str, str]], Result | None]:
+    def read(self) -> Find:
         """find(overrides of a run) -> its Result once it has ended; None where it has not."""
         known = {_identity(run.config): run for run in self._results() if run.status != "unfinished"}
         config_of = _reader(self.path)
@@ -132,9 +167,9 @@ class Arena(NamedTuple):
         return find
 
     def _results(self) -> list[Result]:
-        if not (self.directory / results.SWEEP).exists():
-            return []
-        return results.read(self.directory, left_out=lambda line: None)
+        known = [self.directory] * (self.directory / results.SWEEP).exists()
+        known += [self.directory / PACKED] * (self.directory / PACKED).exists()
+        return results.read(known, left_out=lambda line: None) if known else []
 
 
 _reader = functools.cache(reader)  # which says once what gives way
@@ -156,8 +191,7 @@ def loss(result: Result | None) -> float:
 
 def cost(result: Result) -> Cost:
     """What a run took."""
-    outcome = results.read_json(result.directory / results.OUTCOME, results.Outcome)
-    return Cost(result.flops, float(outcome.get("seconds", result.seconds)))
+    return Cost(result.flops, result.took or result.seconds)
 
 
 def average(result: Result, name: str) -> Result | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from steppe.data import files
-from steppe.scripts.judge import looks
+from steppe.scripts.judge.numbers import looks
 from steppe.scripts.judge.stages import file_name
 from steppe.scripts.report.numbers import statistics as st
 

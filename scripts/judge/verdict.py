@@ -5,44 +5,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steppe.scripts.judge import looks, retention, tokens
-from steppe.scripts.judge.contest import Contender, Point, best_of, proposals, unsure
-from steppe.scripts.judge.stages import Arena, Budget, Cost, Stopped, average, cost, duration, file_name, loss
+from steppe.scripts.judge import retention
+from steppe.scripts.judge.contest import unsure
+from steppe.scripts.judge.numbers import looks, tokens
+from steppe.scripts.judge.stages import Arena, Budget, Cost, Find, average, cost, duration, file_name, loss
+from steppe.scripts.judge.tuning import EMA, Tuned, named
 from steppe.scripts.results import Result
 
-EMA = {"average.weights": "ema"}
 SHORT = {"optim.schedule": "wsd", "optim.cooldown": "20%"}  # the rival's decay
 DEARER = 1.02  # times AdamW's FLOPs, from which a candidate is also compared with AdamW with as many
 BEYOND = 1000  # the config's own seed, which tuned: the first of those that decide
 BOTH = "adamw, both by ema"
-
-
-class Tuned(NamedTuple):
-    """A contender at its best. trials: {point: nats a byte}; runs: theirs."""
-
-    contender: Contender
-    trials: dict[Point, float]
-    runs: list[Result]
-
-    @property
-    def name(self) -> str:
-        """The contender's."""
-        return self.contender.name
-
-    @property
-    def best(self) -> Point:
-        """Of its trials; where it starts before there are any."""
-        return best_of(self.trials) if self.trials else (0.0,) * len(self.contender.axes)
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """{key: text} of its best trial."""
-        return self.contender.at(self.best)
-
-    @property
-    def run(self) -> Result:
-        """Its best trial."""
-        return self.runs[list(self.trials).index(self.best)]
 
 
 class Rival(NamedTuple):
@@ -53,51 +26,6 @@ class Rival(NamedTuple):
     price: Cost
     mine: str = ""
     theirs: str = ""
-
-
-def tune(arena: Arena, contender: Contender, trials: int, make: bool = True) -> Tuned:
-    """Tries points of a contender's axes on the config's seed until there were so many trials.
-
-    make: whether trials that are not there are made; else the search ends with them.
-    """
-    known: dict[Point, Result] = {}
-    losses: dict[Point, float] = {}
-    legal = lambda point: arena.can(contender.at(point) | EMA)  # noqa: E731
-    while more := proposals(contender.axes, losses, trials, legal):
-        runs = {point: contender.at(point) | EMA for point in more}
-        find = arena.read()
-        if any(find(run) is None for run in runs.values()):
-            if not make:
-                break
-            said = f"trials {len(known) + 1} to {len(known) + len(more)} of {trials}"
-            print(f"tuning      {contender.name}: {said}", flush=True)
-            arena.make(f"tune_{file_name(contender.name)}_{len(known)}", list(runs.values()))
-            find = arena.read()
-        for point, run in runs.items():
-            found = find(run)
-            assert found is not None
-            known[point], losses[point] = found, loss(found)
-    return Tuned(contender, losses, list(known.values()))
-
-
-# of steppe curvature: the gradient noise scale, and as little else as it allows
-NOISE = ("--probes=1", "--densities=1", "--lanczos=2", "--ascent=0", "--draws=1", "--slices=0")
-
-
-def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
-    """{"batch_tokens", "noise_scale"} at the end of AdamW's best trial, in tokens; {} where the noise hides it."""
-    from steppe.scripts.measure.__main__ import main as measure
-
-    run = adamw.run
-    if not run.curvature:
-        print("batch       measuring the gradient noise scale at the end of AdamW's best trial", flush=True)
-        if status := measure(["curvature", f"--workdir={run.directory}", *NOISE]):
-            raise Stopped(status)
-        again = arena.read()(adamw.settings | EMA)
-        assert again is not None
-        run = again
-    numbers = run.curvature[-1]
-    return {name: numbers[name] for name in ("batch_tokens", "noise_scale") if "noise_scale" in numbers}
 
 
 def rivals_of(tuned: Sequence[Tuned], prices: Mapping[str, Cost], steps: int) -> dict[str, Rival]:
@@ -115,20 +43,19 @@ def rivals_of(tuned: Sequence[Tuned], prices: Mapping[str, Cost], steps: int) ->
     return found
 
 
+def _key(run: Result) -> tuple[str, str]:
+    return str(run.directory), run.name
+
+
 def longer(steps: int, times: float) -> dict[str, str]:
     """{key: text} of a run of another length."""
     return {"train.duration": duration(steps, times)}
 
 
-def named(tuned: Sequence[Tuned], name: str) -> Tuned:
-    """The one of this name."""
-    return next(each for each in tuned if each.name == name)
-
-
 class Case(NamedTuple):
     """What a verdict is sought of. own: price of a candidate's run; first: the first fresh seed.
 
-    used: {directory: cost} of the runs that the verdict rests on, which it fills.
+    used: {key: cost} of the runs that the verdict rests on, which it fills.
     """
 
     arena: Arena
@@ -144,11 +71,10 @@ class Case(NamedTuple):
         """The runs of fresh seeds, beyond the one that was tuned on."""
         return [{**settings, **EMA, "seed": str(self.first + i)} for i in range(pairs)]
 
-    def runs(self, settings: Mapping[str, str], pairs: int) -> list[Result]:
+    def runs(self, find: Find, settings: Mapping[str, str], pairs: int) -> list[Result]:
         """Those of the fresh seeds that have ended, counted as used."""
-        find = self.arena.read()
         found = [run for each in self.seeds(settings, pairs) if (run := find(each))]
-        self.used.update({run.directory: cost(run) for run in found})
+        self.used.update({_key(run): cost(run) for run in found})
         return found
 
     def spent(self) -> Cost:
@@ -157,7 +83,7 @@ class Case(NamedTuple):
 
     def affords(self, more: Cost) -> bool:
         """Whether the budget allows some more."""
-        return self.budget is None or self.budget.allows(self.spent().plus(more), self.arena.at_a_time)
+        return self.budget is None or self.budget.allows(self.spent().plus(more), self.arena.launch.at_a_time())
 
     def price(self, names: Sequence[str]) -> Cost:
         """Of a pair more of these rivals; one run serves as the weights and as their average."""
@@ -182,7 +108,7 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
         own=prices[candidate.name],
         first=int(candidate.run.config["seed"]) + BEYOND,
         budget=options.budget,
-        used={run.directory: cost(run) for each in tuned for run in each.runs},
+        used={_key(run): cost(run) for each in tuned for run in each.runs},
     )
     mine, differences, bad, ended = look(case)
     found = record(case, candidate.run) | {"ended": ended, "pairs": len(mine), "comparisons": {}}
@@ -218,12 +144,12 @@ def look(case: Case) -> tuple[list[Result], dict[str, list[float]], dict[str, li
         print(f"verdict     look at {pairs} pairs of seeds: {', '.join(wanted)}", flush=True)
         settings = [candidate.settings, *(case.rivals[name].settings for name in wanted)]
         stage = f"verdict_{file_name(candidate.name)}_{pairs}"
-        case.arena.make(stage, [run for each in settings for run in case.seeds(each, pairs)])
-        mine = case.runs(candidate.settings, pairs)
+        find = case.arena.make(stage, [run for each in settings for run in case.seeds(each, pairs)])
+        mine = case.runs(find, candidate.settings, pairs)
         if any(not math.isfinite(loss(each)) for each in mine):
             break
         for name in wanted:
-            theirs = case.runs(case.rivals[name].settings, pairs)
+            theirs = case.runs(find, case.rivals[name].settings, pairs)
             if lost := [run.config["seed"] for run in theirs if not math.isfinite(loss(run))]:
                 bad[name] = lost
                 del differences[name]
@@ -261,8 +187,8 @@ def in_tokens(case: Case, found: Mapping[str, looks.Finding], mine: Sequence[Res
         return {}
     settings = [adamw.settings | longer(adamw.run.steps, factor) for factor in factors]
     print(f"tokens      AdamW at {', '.join(f'{each:.3g}' for each in factors)} x the tokens", flush=True)
-    case.arena.make("tokens", [run for each in settings for run in case.seeds(each, pairs)])
-    lengths = [case.runs(each, pairs) for each in (adamw.settings, *settings)]
+    find = case.arena.make("tokens", [run for each in settings for run in case.seeds(each, pairs)])
+    lengths = [case.runs(find, each, pairs) for each in (adamw.settings, *settings)]
     needs = {}
     for name, each in rows.items():
         assert each.interval
@@ -281,7 +207,7 @@ def comparison(case: Case, name: str, finding: looks.Finding, differences: list[
     pairs = finding.needed
     if finding.state == looks.CANNOT and not finding.interval:
         pairs = case.rule.looks[-1]
-    seconds = case.price([name]).seconds / case.arena.at_a_time
+    seconds = case.price([name]).seconds / case.arena.launch.at_a_time()
     return {
         "state": finding.state,
         "pairs": len(differences),

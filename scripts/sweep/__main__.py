@@ -8,6 +8,7 @@ DIR/runs/NAME. Run the command again, also with more values, and it runs what is
 0; 1 if a run failed; 2 for bad input; 75 if it stopped before the end.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -44,7 +45,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs with a bad rho early (2:0.25,0.5)"
     )
-    parser.add_argument("--launcher", default="local", choices=LAUNCHERS)
+    add_launch(parser, LAUNCHERS)
+    parser.add_argument("--wait", action="store_true", help="with --launcher=slurm: until every run has ended")
+    parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="order of the runs")
+    path, overrides, options = command.parse_unread(argv, parser)
+    return _sweep(path, _once(overrides), options)
+
+
+def add_launch(parser: argparse.ArgumentParser, launchers: Sequence[str]) -> None:
+    """Adds the flags that say where runs execute, and how many at a time."""
+    parser.add_argument("--launcher", default="local", choices=launchers, help="where the runs execute")
     parser.add_argument(
         "--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time (default: cores / --cores)"
     )
@@ -59,14 +69,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--devices", type=command.integer(1), default=1, metavar="N", help="devices per run on slurm, print (default 1)"
     )
-    parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="order of the runs")
-    path, overrides, options = command.parse_unread(argv, parser)
-    return _sweep(path, _once(overrides), options)
 
 
 def _sweep(path: str | None, overrides: list, options: Any) -> int:
     path = command.required(path)
     assignments, halving = _assignments(options)
+    if options.wait and options.launcher != "slurm":
+        raise command.UsageError(f"--wait: must be left out with --launcher={options.launcher}")
     if halving is not None and options.launcher != "local":
         raise command.UsageError(f"--launcher={options.launcher}: must be local with --halving, which compares runs")
     record = results.read_sweep(options.out)
@@ -113,7 +122,11 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
         if options.launcher == "slurm":
             for line in sweep_slurm.submit(left, path, options.out, options.jobs, options.cores, slurm):
                 print(line, flush=True)
-            return 0
+            if not options.wait:
+                return 0
+            ended = {run.name: outcome for run in runs if (outcome := _outcome(run))}
+            with View(runs, ended, speed, options.jobs or len(left), {}) as view:
+                return _summary(runs, sweep_slurm.wait(left, view), None)
         slots = sweep_launch.slots_of(jobs, options.cores, usable)
 
         def launch(some: list, until: dict[str, int]) -> bool:
@@ -226,7 +239,7 @@ def _outcome(run: Any) -> dict:
 
 def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Callable[[list, dict], bool]) -> bool:
     """Executes groups up to each rung and ends their worse runs; False if a signal stopped it."""
-    groups, order = sweep_halving.groups(runs), [run.name for run in left]
+    groups, order = sweep_halving.groups(runs, halving.over), [run.name for run in left]
     for number, fraction in enumerate(halving.rungs, 1):
         outcomes = {run.name: _outcome(run) for run in runs}
         steps = {run.name: sweep_halving.rung_step(run, fraction) for group in groups for run in group}

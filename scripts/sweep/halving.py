@@ -1,4 +1,4 @@
-"""Successive halving over rho: runs that differ only in rho are compared at rungs, and the worse ones stop.
+"""Successive halving: runs that differ only in rho, or in given keys, are compared at rungs; the worse ones stop.
 
 A rung is a fraction of the run. At each rung, every run of a group stops with a checkpoint; the best 1/eta of the group
 continue. Runs of a group share seed and data, so the comparison is paired. Their schedules are those of the full
@@ -18,10 +18,11 @@ from steppe.scripts.sweep.plan import Run
 
 
 class Halving(NamedTuple):
-    """The best 1/eta of a group pass each rung; rungs: increasing fractions of the run."""
+    """The best 1/eta of a group pass each rung; rungs: increasing fractions of the run; over: keys that may differ."""
 
     eta: float = 2.0
     rungs: tuple[float, ...] = (0.25, 0.5)
+    over: tuple[str, ...] = ("optim.rho",)
 
 
 def parse(text: str) -> Halving:
@@ -42,8 +43,9 @@ def settings(given: Mapping[str, Any]) -> Halving:
     """A Halving from the `halving` entry of a spec. Raises UsageError."""
     unknown = sorted(set(given) - set(Halving._fields))
     if unknown:
-        raise UsageError(f"halving of the sweep: {unknown[0]}: must be eta or rungs")
-    made = Halving(**{**given, **({"rungs": tuple(given["rungs"])} if "rungs" in given else {})})
+        raise UsageError(f"halving of the sweep: {unknown[0]}: must be eta, rungs or over")
+    typed: dict[str, Any] = {key: value if key == "eta" else tuple(value) for key, value in given.items()}
+    made = Halving(**typed)
     if not made.eta > 1:
         raise UsageError(f"halving of the sweep: eta = {made.eta}: must be > 1")
     if not made.rungs or list(made.rungs) != sorted(set(made.rungs)) or not 0 < made.rungs[0] <= made.rungs[-1] < 1:
@@ -51,11 +53,11 @@ def settings(given: Mapping[str, Any]) -> Halving:
     return made
 
 
-def groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Groups of at least two runs that differ only in optim.rho."""
+def groups(runs: Sequence[Run], over: Sequence[str]) -> list[list[Run]]:
+    """Groups of at least two runs that differ only in these keys."""
     found = {}
     for run in runs:
-        key = tuple((name, str(value)) for name, value in run.flat.items() if name not in ("optim.rho", "log.name"))
+        key = tuple((name, str(value)) for name, value in run.flat.items() if name not in (*over, "log.name"))
         found.setdefault(key, []).append(run)
     return [members for members in found.values() if len(members) > 1]
 

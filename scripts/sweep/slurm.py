@@ -23,6 +23,7 @@ from steppe.scripts.sweep.worker import ended
 
 FOLDER, JOB = ".slurm", "slurm.json"  # logs and pickles of the jobs, in the sweep; the job's id, in a run's workdir
 MOST_TIMEOUTS = 1000  # submitit needs a limit on timeouts; each one is progress, so it is high
+POLL, MISSED = 2.0, 5  # seconds between looks at a queue; looks that may see no job before its outcome is seen
 AFTER_STOP = 300.0  # seconds that a job waits after its run was told to stop, so that SLURM decides what follows
 
 
@@ -120,9 +121,7 @@ def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, p
     parameters: of submitit's SlurmExecutor, time in minutes. Raises UsageError if SLURM or submitit refuse them.
     """
     queued = _queued()
-    left = [
-        run for run in runs if results.read_json(run.directory / JOB, dict[str, str | int]).get("job") not in queued
-    ]
+    left = [run for run in runs if _job(run) not in queued]
     said = [f"{len(runs) - len(left)} runs have a job in the queue"] if len(left) < len(runs) else []
     if not left:
         return said
@@ -134,6 +133,28 @@ def submit(runs: Sequence[Run], config: str, out: Path, jobs: int, cores: int, p
         run.directory.mkdir(parents=True, exist_ok=True)
         files.write_json(run.directory / JOB, {"job": job.job_id})
     return [*said, f"submitted {len(left)} runs as job {submitted[0].job_id.split('_')[0]}; logs in {out / FOLDER}"]
+
+
+def wait(runs: Sequence[Run], view: Any) -> bool:
+    """Waits until every run has ended; False at Ctrl-C, or where none that is left has a job. view: sweep.view.View."""
+    left, missed = list(runs), 0
+    try:
+        while True:
+            for run in list(left):
+                if outcome := sweep_launch.settle(run.directory):
+                    left.remove(run)
+                    view.ended(run, outcome, outcome["exit"])
+            missed = 0 if {_job(run) for run in left} & _queued() else missed + 1
+            if not left or missed > MISSED:
+                return not left
+            view.tick([], left)
+            time.sleep(POLL)
+    except KeyboardInterrupt:  # the jobs go on
+        return False
+
+
+def _job(run: Run) -> str | int | None:
+    return results.read_json(run.directory / JOB, dict[str, str | int]).get("job")
 
 
 def _submitted(tasks: Sequence, folder: Path, parameters: dict[str, Any]) -> list:

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from steppe.scripts.judge import looks, retention
+from steppe.scripts.judge import retention
+from steppe.scripts.judge.numbers import looks
 
 
 def test_all_rows_together_cover_the_truth_as_often_as_declared_where_the_loss_stopped_the_looks():

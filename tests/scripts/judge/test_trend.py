@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from steppe.scripts.judge import looks, trend
+from steppe.scripts.judge import trend
+from steppe.scripts.judge.numbers import looks
 from steppe.scripts.report.numbers import statistics as st
 
 SIZES = (16_000, 40_000, 130_000)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steppe.scripts.judge import looks
+from steppe.scripts.judge.numbers import looks
 from steppe.scripts.report.numbers import statistics as st
 
 EFFECT, SD = 0.005, (0.004, 0.010, 0.017)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from steppe.scripts.judge import looks, tokens
+from steppe.scripts.judge.numbers import looks, tokens
 
 SLACK = 3 * math.sqrt(0.05 * 0.95 / 2000)
 
