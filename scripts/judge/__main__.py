@@ -56,10 +56,10 @@ def main(argv: Sequence[str]) -> int:
     add_launch(parser, ("local", "slurm"))
     parser.add_argument("--plan", action="store_true", help="only show the stages and their cost")
     path, overrides, options = command.parse_unread(argv, parser)
-    from steppe.scripts.judge import page
+    from steppe.scripts.judge import board
 
     if options.candidate is None:
-        print(page.leaderboard(options.out))
+        print(board.write(options.out))
         return 0
 
     from steppe.scripts.judge import stages, trend
@@ -78,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
         return stopped.status
     if len(options.sizes) > 1 and not options.plan:
         print(trend.keep(options.out, found))
+    if not options.plan:
+        print(board.write(options.out))
     return 0
 
 

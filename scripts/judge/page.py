@@ -1,27 +1,31 @@
-"""What a judgement says: its line, its table and figure, and all verdicts of a directory."""
+"""What a verdict says: its sentence, table and figure, and how it was reached."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from steppe.data import files
 from steppe.scripts.judge import retention, tuning
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.stages import file_name
+from steppe.scripts.report import drawing as dr
+from steppe.scripts.report.tables import Column, Table
 
 VERDICTS = "verdicts"
 
 
 def line(found: dict[str, Any]) -> str:
     """The verdict in a sentence or two."""
-    name, size = (
+    candidate, size = (
         found["candidate"],
         f"at {found['parameters']:,} parameters, {found['tokens_a_parameter']:.0f} tokens each",
     )
     if "diverged" in found:
-        return f"{size}: {name} diverged on {len(found['diverged'])} fresh seeds of its best trial's settings: worse."
+        return (
+            f"{size}: {candidate} diverged on {len(found['diverged'])} fresh seeds of its best trial's settings: worse."
+        )
     parts = []
     for state, words in (
         (looks.BETTER, "better than"),
@@ -32,7 +36,7 @@ def line(found: dict[str, Any]) -> str:
         names = [_short(rival, each) for rival, each in found["comparisons"].items() if each["state"] == state]
         parts += [f"{words} {' and '.join(names)}"] if names else []
     level = f" ({found['nats_a_byte']:.4f})" if "nats_a_byte" in found else ""
-    return f"{size}, in nats a byte, {name}{level} is {'; '.join(parts)}." + _adamw(found["comparisons"]["adamw"])
+    return f"{size}, in nats a byte, {candidate}{level} is {'; '.join(parts)}." + _adamw(found["comparisons"]["adamw"])
 
 
 def _short(rival: str, each: dict[str, Any]) -> str:
@@ -50,10 +54,8 @@ def _adamw(each: dict[str, Any]) -> str:
     return f"{said}; {tokens.said(each['tokens'])}." if each["tokens"] else f"{said}."
 
 
-def table(found: dict[str, Any]) -> str:
-    """Every comparison, then how each contender was tuned."""
-    from steppe.lm.measure.curvature import note
-
+def text(found: dict[str, Any]) -> str:
+    """Every comparison, then how each contender was tuned, for a terminal."""
     titles = ("less", "nats a byte", "95% over all looks", "nats a token", "bits a byte", "share", "pairs")
     lines = [_row(titles) + "  verdict"]
     lines += [_compared(rival, each) for rival, each in found["comparisons"].items()]
@@ -63,18 +65,20 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{'':<24} from whole runs at AdamW's tuned rate, between them linear in log tokens")
     if kept := found.get("retention"):
         lines += ["", retention.text(kept)]
-    lines += ["", *(_tuning(name, tuned) for name, tuned in found["tuned"].items())]
-    spent = found["cost"]
-    lines.append(f"cost {found['flops_of_adamw']:.2f} of AdamW's FLOPs")
-    lines.append(
-        f"rests on {spent['runs']} runs: {spent['flops']:.2g} FLOPs, {hours(spent['hours'])} one after another"
-    )
-    if found["ended"]:
-        lines.append(found["ended"])
-    lines.append(tuning.said(found["halving"]))
-    if said := note(found["batch"]):
-        lines.append(said)
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *protocol(found)])
+
+
+def protocol(found: dict[str, Any]) -> list[str]:
+    """How the verdict was reached and what it cost, a line each."""
+    from steppe.lm.measure.curvature import note
+
+    spent, batch = found["cost"], note(found["batch"])
+    return [
+        *(_tuning(name, tuned) for name, tuned in found["tuned"].items()),
+        f"cost {found['flops_of_adamw']:.2f} of AdamW's FLOPs",
+        f"rests on {spent['runs']} runs: {spent['flops']:.2g} FLOPs, {hours(spent['hours'])} one after another",
+        *filter(None, [found["ended"], tuning.said(found["halving"]), batch]),
+    ]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -114,62 +118,69 @@ def keep(directory: Path, found: dict[str, Any]) -> str:
     """Writes a verdict's JSON and figure; returns its text."""
     place = directory / VERDICTS
     place.mkdir(parents=True, exist_ok=True)
-    stem = place / file_name(found["candidate"] + f"@{found['size']}" * bool(found["size"]))
+    stem = place / name(found)
     files.write_json(f"{stem}.json", found)
-    said = [line(found), "", table(found), "", f"wrote {stem}.json"]
-    if any("low" in each for each in found["comparisons"].values()):
-        draw(found, Path(f"{stem}.png"))
-        said[-1] += f" and {stem.name}.png"
-    else:
+    said = [line(found), "", text(found), "", f"wrote {stem}.json"]
+    drawn = drawing(found)
+    if drawn is None:
         Path(f"{stem}.png").unlink(missing_ok=True)  # of a verdict before this one
+    else:
+        dr.save(drawn, place)
+        said[-1] += f" and {stem.name}.png"
     return "\n".join(said)
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """A line a rival: seeds as dots, the interval over all looks, the effect as a band."""
+def name(found: dict[str, Any]) -> str:
+    """Of a verdict's files."""
+    return file_name(found["candidate"] + f"@{found['size']}" * bool(found["size"]))
+
+
+def comparisons(found: dict[str, Any]) -> pd.DataFrame:
+    """A row a rival whose difference has bounds."""
+    rows = [{"rival": rival, **each} for rival, each in found["comparisons"].items() if "low" in each]
+    return pd.DataFrame(rows).assign(share=lambda made: 100 * made["share_of_loss"]) if rows else pd.DataFrame()
+
+
+def drawing(found: dict[str, Any]) -> dr.Drawing | None:
+    """A line a rival: seeds as dots, the interval over all looks, the effect as a band; None without any bounds."""
     from steppe.lm import plot
 
-    rows = [(rival, each) for rival, each in found["comparisons"].items() if "low" in each][::-1]
-    with plot.styled(axes_grid_axis="x"):
-        drawn = plot.figure(7, 1.3 + 0.45 * len(rows))
+    made = comparisons(found)
+    if made.empty:
+        return None
+    with dr.styled():
+        drawn = plot.figure(7, 1.3 + 0.45 * len(made))
         axes = drawn.subplots()
+        axes.grid(visible=False, axis="y")
         effect = found["rule"]["effect"]
         axes.axvspan(-effect, effect, color="0.9", zorder=0)
         axes.axvline(0, color="0.4", linewidth=1)
-        for at, (_, each) in enumerate(rows):
-            axes.plot(each["differences"], [at - 0.2] * len(each["differences"]), ".", color="0.5", markersize=5)
-            colour = {looks.BETTER: "#00695C", looks.WORSE: "#B71C1C"}.get(each["state"], "0.1")
-            axes.plot([each["low"], each["high"]], [at, at], color=colour, linewidth=2)
-            axes.plot(each["difference"], at, "D", color=colour, markersize=6)
-        axes.set_yticks(range(len(rows)), [f"less {rival}: {each['state']}" for rival, each in rows], fontsize=9)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
+        for at, each in enumerate(made[::-1].itertuples()):
+            axes.plot(each.differences, [at - 0.2] * len(each.differences), ".", color="0.5", markersize=5)
+            colour = {looks.BETTER: "#00695C", looks.WORSE: "#B71C1C"}.get(each.state, "0.1")
+            axes.plot([each.low, each.high], [at, at], color=colour, linewidth=2)
+            axes.plot(each.difference, at, "D", color=colour, markersize=6)
+        labels = [f"less {each.rival}:\n{each.state}" for each in made[::-1].itertuples()]
+        axes.set_yticks(range(len(made)), labels, fontsize=9)
+        axes.set_ylim(-0.6, len(made) - 0.4)
         axes.set_xlabel("held-out loss, nats a byte: left is better\n95% over all looks; grey: within the effect")
         title = f"{found['candidate']} at {found['parameters']:,} parameters"
         drawn.suptitle(title, fontsize=10, x=0.01, ha="left")
-        plot.save(drawn, path, dpi=150)
+    caption = "Dots: pairs of seeds. Diamonds: their means, with intervals of 95 % over all looks and rivals."
+    alt = "; ".join(f"less {each.rival} {each.difference:+.4f}: {each.state}" for each in made.itertuples())
+    columns = ["rival", "difference", "low", "high", "pairs", "state"]
+    return dr.Drawing(name(found), f"{found['candidate']} against each rival", caption, alt, drawn, made[columns])
 
 
-def leaderboard(directory: Path) -> str:
-    """All verdicts of a directory, by size, the lowest loss first."""
-    found = [json.loads(path.read_text()) for path in sorted((directory / VERDICTS).glob("*.json"))]
-    if not found:
-        return f"{directory}: no verdict yet; steppe judge CANDIDATE --config=NAME --out={directory} makes one"
-    lines = [
-        f"{'candidate':<32} {'parameters':>11}  {'nats a byte':>11}  {'less adamw':>10}  {'95% over all looks':>20}  "
-        "verdict against adamw"
-    ]
-    found.sort(key=lambda each: (each["parameters"], each.get("nats_a_byte", math.inf)))
-    return "\n".join(lines + [_place(each) for each in found])
-
-
-def _place(found: dict[str, Any]) -> str:
-    head = f"{found['candidate']:<32} {found['parameters']:>11,}"
-    if "diverged" in found:
-        return f"{head}  {'diverged':>11}"
-    equal = found["comparisons"].get("adamw, as many FLOPs")
-    way, at = equal or found["comparisons"]["adamw"], " at equal FLOPs" if equal else ""
-    level = f"{found['nats_a_byte']:.4f}" if "nats_a_byte" in found else "-"
-    numbers = ("-", "-")
-    if "low" in way:
-        numbers = (f"{way['difference']:+.4f}", f"{way['low']:+.4f} to {way['high']:+.4f}")
-    return f"{head}  {level:>11}  {numbers[0]:>10}  {numbers[1]:>20}  {way['state']}{at}"
+def table(found: dict[str, Any]) -> Table:
+    """The comparisons in numbers."""
+    made = comparisons(found)
+    made = made.assign(difference_low=made["low"], difference_high=made["high"], difference_n=made["pairs"])
+    columns = [
+        ("rival", "less"), ("difference", "nats a byte", "±4"), ("nats_a_token", "nats a token", "+.4f"),
+        ("bits_a_byte", "bits a byte", "+.4f"), ("share", "% of its loss", "+.2f"), ("state", "verdict"),
+    ]  # fmt: skip
+    caption = "Mean of n paired seeds, interval of 95 % over all looks and rivals: below zero is better."
+    drop = ["differences", "tokens", "low", "high", "share_of_loss"]
+    made = made.drop(columns=drop, errors="ignore")
+    return Table(f"{name(found)}_table", "In numbers", caption, [Column(*each) for each in columns], made)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from scipy import stats
+import pandas as pd
 
 from steppe.scripts.judge.contest import Contender, Point, best_of, proposals
 from steppe.scripts.judge.stages import Arena, Stopped, file_name, loss
@@ -93,10 +93,11 @@ def rung(adamw: Tuned) -> dict[str, Any]:
         min((p.loss for p in run.curve if p.step == step and p.loss == p.loss), default=math.inf) for run in adamw.runs
     ]
     ends = list(adamw.trials.values())
-    correlation = float(stats.spearmanr(there, ends)[0]) if len(set(there)) > 1 < len(set(ends)) else 0.0
+    several = len(set(there)) > 1 < len(set(ends))
+    correlation = pd.Series(there).corr(pd.Series(ends), method="spearman") if several else 0.0
     first = sorted(there).index(there[ends.index(min(ends))])
     holds = len(ends) >= ENOUGH and correlation >= AGREE and first < len(ends) / 2
-    return {"step": step, "correlation": correlation, "trials": len(ends), "holds": holds}
+    return {"step": step, "correlation": float(correlation), "trials": len(ends), "holds": holds}
 
 
 def said(rung: dict[str, Any]) -> str:

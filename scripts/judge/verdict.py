@@ -15,7 +15,7 @@ from steppe.scripts.results import Result
 SHORT = {"optim.schedule": "wsd", "optim.cooldown": "20%"}  # the rival's decay
 DEARER = 1.02  # times AdamW's FLOPs, from which a candidate is also compared with AdamW with as many
 BEYOND = 1000  # the config's own seed, which tuned: the first of those that decide
-BOTH = "adamw, both by ema"
+EQUAL, BOTH = "adamw, as many FLOPs", "adamw, both by ema"
 
 
 class Rival(NamedTuple):
@@ -36,7 +36,7 @@ def rivals_of(tuned: Sequence[Tuned], prices: Mapping[str, Cost], steps: int) ->
     found["adamw, short decay"] = Rival(settings | SHORT, price)
     times = prices[candidate.name].flops / price.flops
     if times > DEARER:
-        found["adamw, as many FLOPs"] = Rival(settings | longer(steps, times), Cost().plus(price, times))
+        found[EQUAL] = Rival(settings | longer(steps, times), Cost().plus(price, times))
     found["adamw, ema"] = Rival(settings, price, theirs="ema")
     if not candidate.runs or average(candidate.run, "ema"):
         found[BOTH] = Rival(settings, price, mine="ema", theirs="ema")

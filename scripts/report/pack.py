@@ -64,7 +64,11 @@ def pack(argv: Sequence[str]) -> int:
         command.writable_directory(str(out.parent))
     except argparse.ArgumentTypeError as error:
         return process.fail(f"--out={out}: {error}")
-    ended = [run for run in results.read(options.directories, options.only) if run.status in ("finished", "diverged")]
+    ended = [
+        run
+        for run in results.read(options.directories, options.only)
+        if run.status in ("finished", "diverged", "pruned")
+    ]
     ended = [_called(run, options.call) for run in ended]
     before = {_computed(run): run for run in results.read(str(out))} if out.exists() else {}
     now = {_computed(run): run for run in ended}
