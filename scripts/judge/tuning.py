@@ -81,7 +81,6 @@ def tune(arena: Arena, contender: Contender, trials: int, halve: bool = False, m
 def rung(adamw: Tuned) -> dict[str, Any]:
     """Whether AdamW's trials have the same order at RUNG as at their end: {"step", "correlation", "trials", "holds"}.
 
-    correlation: Spearman's, over all trials; it holds if the best trial is also in the better half at the rung.
     {} of a config without an evaluation on the way.
     """
     steps = adamw.run.steps
@@ -89,15 +88,21 @@ def rung(adamw: Tuned) -> dict[str, Any]:
     if not on_the_way:
         return {}
     step = min(on_the_way, key=lambda each: abs(each - RUNG * steps))
-    there = [
-        min((p.loss for p in run.curve if p.step == step and p.loss == p.loss), default=math.inf) for run in adamw.runs
-    ]
-    ends = list(adamw.trials.values())
+    reached = [[point.loss for point in run.curve if point.step == step] for run in adamw.runs]
+    there = [min(filter(math.isfinite, losses), default=math.inf) for losses in reached]
+    correlation, holds = agreement(there, list(adamw.trials.values()))
+    return {"step": step, "correlation": correlation, "trials": len(there), "holds": holds}
+
+
+def agreement(there: Sequence[float], ends: Sequence[float]) -> tuple[float, bool]:
+    """(Spearman's correlation of losses at a rung and at the end, whether a rung may stop trials by it).
+
+    It may if the correlation is at least AGREE over ENOUGH trials, and the best is in the better half at the rung.
+    """
     several = len(set(there)) > 1 < len(set(ends))
-    correlation = pd.Series(there).corr(pd.Series(ends), method="spearman") if several else 0.0
-    first = sorted(there).index(there[ends.index(min(ends))])
-    holds = len(ends) >= ENOUGH and correlation >= AGREE and first < len(ends) / 2
-    return {"step": step, "correlation": float(correlation), "trials": len(ends), "holds": holds}
+    correlation = float(pd.Series(there).corr(pd.Series(ends), method="spearman")) if several else 0.0
+    better = sum(loss < there[ends.index(min(ends))] for loss in there)
+    return correlation, len(ends) >= ENOUGH and correlation >= AGREE and better < len(ends) / 2
 
 
 def said(rung: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
         "data.sequence_length": 32,
         "train.batch_size": 8,
         "train.duration": "120 steps",
-        "evaluate.every": "100%",
+        "evaluate.every": "50%",
         "sample.tokens": 0,
     }
     line = ["--config=quickstart", *(f"--config.{key}={value}" for key, value in keys.items()), "--out=judged"]
@@ -70,6 +70,16 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
     assert cli.main(["judge", "mine.py:slow", *line, *few]) == 0
     assert len(list((tmp_path / "judged" / "runs").iterdir())) == runs["slow"]
     assert (tmp_path / "judged" / "verdicts" / "mine.py_slow.json").read_bytes() == before
+
+    # from its packed runs the verdict and its page are made again, byte for byte, without a run
+    packed = tmp_path / "packed" / "judged"
+    assert cli.main(["report", "pack", "judged", f"--out={packed}/runs.jsonl"]) == 0
+    (packed / "judge.json").write_bytes((tmp_path / "judged" / "judge.json").read_bytes())
+    for name in ("same", "slow"):
+        assert cli.main(["judge", f"mine.py:{name}", *line[:-1], f"--out={packed}", *few]) == 0
+    assert not (packed / "runs").exists()
+    for name in ("index.html", "verdicts/mine.py_same.json", "verdicts/mine.py_slow.json"):
+        assert (packed / name).read_bytes() == (tmp_path / "judged" / name).read_bytes()
 
     # a budget that ends before the first look: nothing is told, and what it would take is
     capsys.readouterr()

@@ -200,6 +200,46 @@ def test_slurm_runs_an_array_and_continues_a_requeued_run(slurm, config, tmp_pat
     assert [record["step"] for record in lm_runs.records(first, "train")] == list(range(1, 2001))
 
 
+def test_a_sweep_waits_for_its_jobs_and_says_when_none_is_left(slurm, config, tmp_path):
+    pytest.importorskip("submitit")
+    flags = ("--launcher=slurm", "--slurm=partition=main,time=20", "--wait", "--jobs=2")
+    status, printed = sweep_runs.run(config, tmp_path / "whole", "--grid", "seed=0,1", *flags)
+    assert status == 0, printed
+    assert "[2/2] finished" in printed
+    assert [result.status for result in results.read(tmp_path / "whole")] == ["finished", "finished"]
+
+    long = ("--config.train.duration=20000 steps", "--grid", "seed=0")
+    waiting = sweep_runs.start(config, tmp_path / "gone", *long, *flags)
+    begun = tmp_path / "gone" / "runs" / "run" / "slurm.json"  # one run needs no name
+    end = time.monotonic() + 120
+    while not begun.exists():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    subprocess.run(["scancel", json.loads(begun.read_text())["job"]], check=True)
+    printed, _ = waiting.communicate(timeout=120)
+    assert waiting.returncode == 75, printed
+    assert "run the same command again to continue" in printed
+    status, printed = sweep_runs.run(config, tmp_path / "local", "--grid", "seed=0", "--wait")
+    assert (status, printed.strip()) == (2, "--wait: must be left out with --launcher=local")
+
+
+@pytest.mark.exhaustive  # two judgements
+def test_a_judgement_by_slurm_is_the_one_made_here(slurm, config, tmp_path):
+    pytest.importorskip("submitit")
+    cluster = ["--launcher=slurm", "--slurm=partition=main,time=20", "--jobs=2"]
+    found = []
+    for name, where in (("slurm", cluster), ("local", ["--jobs=2"])):
+        out = tmp_path / name
+        line = ["judge", "msam", f"--config={config}", f"--out={out}", "--trials=3", "--pairs=3", *where]
+        command = [sys.executable, "-P", "-m", "steppe.scripts.cli", *line]
+        done = subprocess.run(command, capture_output=True, text=True, env=processes.environment(), timeout=1500)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(json.loads((out / "verdicts" / "msam.json").read_text()))
+        for each in (found[-1]["cost"], *found[-1]["comparisons"].values()):
+            each.pop("hours", None), each.pop("hours_needed", None)
+    assert found[0] == found[1]
+
+
 def test_slurm_prepares_a_corpus_on_several_hosts(slurm, tmp_path, capsys):
     pytest.importorskip("submitit")
     arguments = ["--config=base", "--config.data.task=embedded", "--shards=4", "--workers=1"]

@@ -318,6 +318,7 @@ def test_halving_is_read_and_refused():
     assert sweep_halving.parse("3") == sweep_halving.Halving(3.0, (0.25, 0.5))
     assert sweep_halving.parse("4:0.1,0.3") == sweep_halving.Halving(4.0, (0.1, 0.3))
     assert sweep_halving.settings({"rungs": [0.5]}) == sweep_halving.Halving(2.0, (0.5,))
+    assert sweep_halving.settings({"over": ["seed"]}).over == ("seed",)
     for text in ("1", "x", "2:0.5,0.25", "2:0", "2:1", "2:a"):
         with pytest.raises(UsageError, match="halving"):
             sweep_halving.parse(text)
@@ -338,6 +339,17 @@ def test_a_rung_ends_the_runs_of_highest_loss_and_a_second_call_changes_nothing(
     assert json.loads((tmp_path / "b" / "outcome.json").read_text())["status"] == "pruned"
     assert sweep_halving.prune(group, 30, 1 / 2, {**outcomes, "b": {"status": "pruned"}}) == []
     assert [run.name for run in sweep_halving.prune(group, 30, 1 / 3, {**outcomes, "b": {"status": "pruned"}})] == ["a"]
+
+
+def test_groups_differ_in_the_given_keys_alone():
+    flats = [{"optim.rho": rho, "optim.peak_learning_rate": rate, "seed": seed}
+             for rho in (0.1, 0.2) for rate in (1, 2) for seed in (0, 1)]  # fmt: skip
+    runs = [argparse.Namespace(flat=flat) for flat in flats]
+    by_rho = sweep_halving.groups(runs, ("optim.rho",))
+    assert [[run.flat["optim.rho"] for run in group] for group in by_rho] == [[0.1, 0.2]] * 4
+    by_both = sweep_halving.groups(runs, ("optim.rho", "optim.peak_learning_rate"))
+    assert [{run.flat["seed"] for run in group} for group in by_both] == [{0}, {1}]
+    assert sweep_halving.groups(runs[:1], ("seed",)) == []
 
 
 @pytest.mark.exhaustive  # seven runs; the choice at a rung above
