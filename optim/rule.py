@@ -16,8 +16,9 @@ Tree = Any
 # loss: at theta, or at theta + epsilon for methods without a pass at theta. cosine: of clean and returned gradient.
 # survival: how much of epsilon survives the cast to the compute dtype. epsilon_row: share of |epsilon|^2 in its largest
 # row. epsilon_GROUP: the share of a group of parameters. If each microbatch has its own epsilon, these are averages.
+# microbatch_norm: root mean square norm of the gradients of microbatches; see curvature.noise.from_norms.
 REPORT = (
-    *("loss", "perturbed_loss", "gradient_norm", "epsilon_norm", "epsilon_row", "cosine"),
+    *("loss", "perturbed_loss", "gradient_norm", "microbatch_norm", "epsilon_norm", "epsilon_row", "cosine"),
     *("survival_norm", "survival_cosine", "nonfinite"),
 )
 
@@ -289,18 +290,38 @@ def check_floating(params: Tree) -> None:
 
 def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches: int = 1) -> tuple[jax.Array, Tree]:
     """(mean loss, its gradient at theta), computed in `microbatches` parts."""
-    return plain_pass(objective, params, batch, microbatches)[:2]
+    found = plain_pass(objective, params, batch, microbatches)
+    return found.loss, found.gradient
 
 
-def plain_pass(objective: Objective, params: Tree, batch: Tree, microbatches: int) -> tuple[jax.Array, Tree, Tree]:
-    """(mean loss, its gradient at theta, the readout's `returned` of each part or None)."""
+class PlainPass(NamedTuple):
+    """The mean loss, its gradient at theta, the readout's `returned` of each part or None, and microbatch_norm."""
 
-    def one(state, part):
-        clean = clean_pass(objective, params, part)
-        return state, (clean.loss, clean.gradient), clean.aux.get("returned")
+    loss: jax.Array
+    gradient: Tree
+    aux: Tree
+    microbatch_norm: jax.Array | float
 
-    _, (loss, gradient), aux = accumulate(one, (), *microbatched(objective, batch, microbatches))
-    return loss, gradient, aux
+
+def plain_pass(objective: Objective, params: Tree, batch: Tree, microbatches: int) -> PlainPass:
+    """The plain gradient in `microbatches` parts."""
+
+    def one(before, part):
+        clean = clean_pass(objective, objective.after(params, before), part)
+        square = inner(clean.gradient, clean.gradient)
+        return square, (clean.loss, clean.gradient), (clean.aux.get("returned"), square)
+
+    parts, shares = microbatched(objective, batch, microbatches)
+    if shares is None:
+        clean = clean_pass(objective, params, batch)
+        return PlainPass(clean.loss, clean.gradient, clean.aux.get("returned"), jnp.nan)
+    _, (loss, gradient), (aux, squares) = accumulate(one, no_square(params), parts, shares)
+    return PlainPass(loss, gradient, aux, jnp.sqrt(jnp.sum(shares * squares)))
+
+
+def no_square(params: Tree) -> jax.Array:
+    """0 in the dtype of `inner` of trees like the parameters."""
+    return jnp.zeros((), jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32))
 
 
 def inner(a: Tree, b: Tree) -> jax.Array:

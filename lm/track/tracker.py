@@ -25,6 +25,8 @@ from steppe.lm.track.goodput import Goodput, described, earlier
 from steppe.lm.track.lines import METRICS, number, plain, read, restored, rewind
 from steppe.lm.track.sinks import Sinks
 
+NOISE = 100  # steps over which the gradient noise scale is averaged
+
 
 class Tracker:
     """Records one run in `workdir`, continuing after `start_step` updates.
@@ -66,6 +68,7 @@ class Tracker:
         self._first: tuple[float, int] | None = None  # (time, step) of this start's first step, for the ETA
         self._marks = collections.deque(maxlen=32)  # (time, step, tokens) since the last pause, for the rates
         self._rate = self._pace = 0.0  # steps per second, tokens per second
+        self._squares = collections.deque(maxlen=NOISE)  # (|G|^2, noise) of the last steps with microbatches
         self._held_out: tuple[str, float] | None = None  # the first held-out set and its latest loss
         self._bar = self._task = None
 
@@ -107,6 +110,13 @@ class Tracker:
         # NaN in a sound step means that the method does not compute the value
         numbers = {name: number(value) for name, value in metrics.items()}
         known = {name: n for name, n in numbers.items() if not (sound and isinstance(n, float) and math.isnan(n))}
+        if "microbatch_norm" in known and sound:
+            from steppe.optim.curvature.noise import (
+                from_norms,
+            )  # needs jax, which some commands that import this do not
+
+            norms = known["gradient_norm"], known["microbatch_norm"]
+            self._squares.append(from_norms(*norms, self._config.train.microbatches))
         self._write("train", step, {**pace, **known})
         line = self._line(now, step, metrics)
         if self._bar is not None and self._task is not None:
@@ -205,12 +215,21 @@ class Tracker:
         shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
         self.note(f"step {step}  {title} {name}  {shown}")
 
+    def _noise_scale(self) -> float | None:
+        """The gradient noise scale in tokens, by the mean squares of the last steps; None where noise hides it."""
+        if len(self._squares) < NOISE:
+            return None
+        square, noise = map(sum, zip(*self._squares, strict=True))
+        return noise / square * self._tokens_per_step if square > 0 else None
+
     def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
         parts = [f"tokens {_si(self._seen)}"]
         if "loss" in metrics:
             parts.append(f"loss {number(metrics['loss']):.4f}")
         if self._held_out is not None:
             parts.append(f"held-out {self._held_out[1]:.4f}")
+        if (scale := self._noise_scale()) is not None:
+            parts.append(f"noise scale {_si(max(scale, 0.0))} tokens")
         if self._rate:
             parts.append(f"{_si(self._pace)} tokens/s")
             flops = self._rate * self._flops_per_step

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from steppe.optim.curvature.products import ggn_product, nme_product
-from steppe.optim.rule import Objective, Tree, accumulate, inner, norm, plain_gradient, ratio, split
+from steppe.optim.rule import Objective, Tree, accumulate, inner, no_square, norm, plain_gradient, ratio, split
 
 
 def noise_scale(objective: Objective, params: Tree, batch: Tree, parts: int) -> dict[str, jax.Array]:
@@ -32,7 +32,7 @@ def noise_scale(objective: Objective, params: Tree, batch: Tree, parts: int) -> 
         squares = jnp.stack([inner(tree, tree) for tree in trees])
         return jnp.sum(squares), trees, squares
 
-    _, means, squares = accumulate(one, jnp.zeros((), _wide(params)), cut, shares)
+    _, means, squares = accumulate(one, no_square(params), cut, shares)
     square = jnp.stack([inner(mean, mean) for mean in means])
     each = jnp.sum(shares[:, None] * squares, axis=0)
     spread = (each - square) / (parts - 1)
@@ -48,5 +48,7 @@ def noise_scale(objective: Objective, params: Tree, batch: Tree, parts: int) -> 
     }
 
 
-def _wide(params: Tree) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+def from_norms(gradient_norm: float, microbatch_norm: float, parts: int) -> tuple[float, float]:
+    """(gradient_square, noise_square) of `noise_scale` from two norms of a step's report, in units of its batch."""
+    spread = (microbatch_norm**2 - gradient_norm**2) / (parts - 1)
+    return gradient_norm**2 - spread, spread

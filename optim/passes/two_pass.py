@@ -27,6 +27,7 @@ from steppe.optim.rule import (
     cosine,
     inner,
     microbatched,
+    no_square,
     norm,
     plain_pass,
     ratio,
@@ -133,9 +134,13 @@ class Plain(NamedTuple):
 
     def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
         """See Rule.gradient."""
-        loss, clean, aux = plain_pass(objective, params, batch, self.switches.microbatches)
-        facts = report(loss, norm(clean), clean, groups=self.switches.groups, epsilon_norm=0.0, cosine=1.0)
-        return _clip(clean, self.switches.clip_norm), rule_state, _with_aux(facts, aux)
+        found = plain_pass(objective, params, batch, self.switches.microbatches)
+        clean = found.gradient
+        facts = report(
+            found.loss, norm(clean), clean, groups=self.switches.groups, epsilon_norm=0.0, cosine=1.0,
+            microbatch_norm=found.microbatch_norm,
+        )  # fmt: skip
+        return _clip(clean, self.switches.clip_norm), rule_state, _with_aux(facts, found.aux)
 
     def perturbing(self, steps: int) -> float:
         """See Rule.perturbing."""
@@ -224,12 +229,17 @@ class TwoPass(NamedTuple):
         climbed_readout = (self.second.only_climbs and objective.ascent_readout) or objective.readout
         at_theta = objective._replace(readout=climbed_readout)
 
-        def first(_, part):
-            gradients, residuals = self.first(at_theta, params, part)
+        def first(before, part):
+            if weights is None:
+                gradients, residuals = self.first(at_theta, params, part)
+                return before, gradients, (residuals, jnp.nan)
+            gradients, residuals = self.first(at_theta, objective.after(params, before), part)
             # The scan over microbatches stacks residuals: keep hidden states, but neither theta nor activations.
-            return (), gradients, residuals if weights is None else _slim(residuals, self.second.anchored)
+            slim, clean = _slim(residuals, self.second.anchored), gradients.clean
+            square = before if clean is None else inner(clean, clean)
+            return square, gradients, (slim, square)
 
-        _, gradients, residuals = accumulate(first, (), parts, weights)
+        _, gradients, (residuals, squares) = accumulate(first, no_square(params), parts, weights)
         known = AscentInput(
             gradient=_clip(gradients.ascent, self.switches.clip_norm), params=params, moments=given.moments,
             state=state, step=given.step,
@@ -240,6 +250,7 @@ class TwoPass(NamedTuple):
         clean = gradients.clean
         measured = {
             "gradient_norm": None if clean is None else norm(clean), "epsilon_norm": norm(epsilon),
+            "microbatch_norm": jnp.nan if clean is None or weights is None else jnp.sqrt(jnp.sum(weights * squares)),
             **survival(params, perturbed, epsilon, objective.compute_dtype), **shares(epsilon, self.switches.groups),
         }  # fmt: skip
         # The second pass waits for all reductions of the first. isnan, so that a NaN does not spread.

@@ -62,7 +62,7 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
     assert runs["slow"] - runs["same"] <= 3 + 4
     capsys.readouterr()
     assert cli.main(["judge", "--out=judged"]) == 0
-    board = capsys.readouterr().out.splitlines()[1:]
+    board = capsys.readouterr().out.splitlines()[1:-1]
     assert [row.split()[0] for row in board] == ["mine.py:same", "mine.py:slow"]
 
     # the same command again makes no run and says the same

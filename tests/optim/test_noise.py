@@ -7,7 +7,7 @@ import pytest
 
 from helpers import optim_problems as problems
 from steppe import optim
-from steppe.optim.curvature.noise import noise_scale
+from steppe.optim.curvature.noise import from_norms, noise_scale
 
 CURVATURES = np.array([1.0, 4.0, 9.0])
 SPREADS = np.array([2.0, 0.5, 0.3])  # standard deviations of the data
@@ -94,3 +94,17 @@ def test_parts_of_a_language_model_are_those_of_a_plain_loop(made):
         else:
             assert float(found[f"{name}_norm"]) == pytest.approx(each**0.5, rel=1e-9)
             assert float(found[f"expected_{name}_norm"]) == pytest.approx(max(mean - spread, 0) ** 0.5, rel=1e-7)
+
+
+@jax.enable_x64(True)
+@pytest.mark.parametrize("method", ["adamw", "sam", "functional_sam"])
+def test_the_norms_of_a_step_s_report_give_the_same_squares(method):
+    """A step in microbatches measures what noise_scale measures of its batch, at theta."""
+    params, batch, parts = {"w": jnp.array([0.3, -0.2, 0.5])}, {"x": jax.random.normal(jax.random.key(0), (24, 3))}, 6
+    rule = optim.method(method, microbatches=parts, **({} if method == "adamw" else {"rho": 0.05}))
+    _, _, report = rule.gradient(QUADRATIC, params, batch, None, rule.init(params), jnp.int32(0))
+    found = from_norms(float(report["gradient_norm"]), float(report["microbatch_norm"]), parts)
+    exact = noise_scale(QUADRATIC, params, batch, parts)
+    assert found == pytest.approx((float(exact["gradient_square"]), float(exact["noise_square"])), rel=1e-5)
+    alone = optim.method("adamw")
+    assert np.isnan(alone.gradient(QUADRATIC, params, batch, None, (), jnp.int32(0))[2]["microbatch_norm"])
