@@ -173,6 +173,8 @@ def parse_unread(
         if printing:  # no other argument is required
             for each in (*parser._actions, *parser._mutually_exclusive_groups):
                 each.required = False
+        if {"-h", "--help"} & set(plain):
+            parser.epilog = (parser.epilog or "") + _own_options(overrides)
         options, unknown = _parsed(parser, plain)
         if path is not None and getattr(options, "config", None):
             raise UsageError("--config: must be given once")
@@ -191,6 +193,23 @@ def parse_unread(
         return path, overrides, options
     except (UsageError, *REFUSALS) as error:
         sys.exit(fail(error))
+
+
+def _own_options(overrides: Sequence[tuple[str, str | None]]) -> str:
+    """Help on the options that a method and a base from outside declare. Runs their files. Raises UsageError."""
+    texts = {
+        key.removeprefix("optim."): text for key, text in overrides if text and key in ("optim.method", "optim.base")
+    }
+    said = []
+    for kind, text in texts.items():
+        if ":" in text:  # names of Steppe's own have none, and their options are in `steppe config`
+            try:
+                declared = named("optim.references:declared")({kind: text})
+            except named("optim.rule:OptionError") as error:
+                raise UsageError(error) from None
+            for name, (_, default, option) in declared.items():
+                said.append(f"  --config.optim.{name}={default}".ljust(31) + f" {option.meaning}: {option.accepted}")
+    return "\noptions of {}:\n{}\n".format(" and ".join(texts.values()), "\n".join(said)) if said else ""
 
 
 def _parsed(parser: Parser, given: list[str]) -> tuple[argparse.Namespace, list[str]]:

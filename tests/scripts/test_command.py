@@ -371,3 +371,25 @@ def test_a_process_that_computes_keeps_the_memory_of_a_step_for_the_next():
             [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**plain, **environment}
         )
         assert int(done.stdout) < 164 if few else int(done.stdout) >= 16384, done.stdout  # of 16,384 pages: one in 100
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_the_options_of_a_method_and_a_base_from_a_file(flag, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from typing import Annotated\n"
+        "from steppe.optim.options import SHARE, Option\n"
+        "def way(mix: Annotated[float, Option('share of the sign', *SHARE)] = 0.5): ...\n"
+        "def other(learning_rate, slow: Annotated[float, Option('slowness', *SHARE)] = 0.25): ...\n"
+    )
+    line = ["--config=base", f"--config.optim.method={file}:way", f"--config.optim.base={file}:other", flag]
+    with pytest.raises(SystemExit) as done:
+        train.main(line)
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--config.optim.mix=0.5        share of the sign: a number >= 0 and < 1" in printed
+    assert "--config.optim.slow=0.25      slowness" in printed
+    with pytest.raises(SystemExit) as done:
+        train.main([f"--config.optim.method={file}:wya", flag])
+    assert done.value.code == 2
+    assert "way" in capsys.readouterr().err

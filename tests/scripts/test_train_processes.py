@@ -28,7 +28,9 @@ def corpus(tmp_path_factory):
     return place
 
 
-def start(corpus, workdir, steps: int, devices: int, tensor: int, *arguments: str) -> subprocess.Popen:
+def start(
+    corpus, workdir, steps: int, devices: int, tensor: int, *arguments: str, method: str = "precond_functional_sam"
+) -> subprocess.Popen:
     """scripts.train on `devices` simulated devices; each evaluation is of the whole text."""
     command = [
         *(sys.executable, "-P", "-m", "steppe.scripts.train", "--config=base", f"--workdir={workdir}", *arguments),
@@ -40,7 +42,7 @@ def start(corpus, workdir, steps: int, devices: int, tensor: int, *arguments: st
             "--config.model.heads=2",
             "--config.model.mlp_width=32",
         ),
-        *("--config.optim.method=precond_functional_sam", "--config.optim.rho=0.05", "--config.mesh.data=-1"),
+        *(f"--config.optim.method={method}", "--config.optim.rho=0.05", "--config.mesh.data=-1"),
         *("--config.mesh.fsdp=2", f"--config.mesh.tensor={tensor}", "--config.evaluate.batch_size=16"),
         *(f"--config.train.duration={steps} steps", "--config.evaluate.every=100%", "--config.evaluate.batches=0"),
         *("--config.average.weights=('ema', 'lawa')", "--config.average.horizon=4 steps"),
@@ -53,7 +55,7 @@ def start(corpus, workdir, steps: int, devices: int, tensor: int, *arguments: st
     )  # fmt: skip
 
 
-def pair(corpus, workdir, steps: int, devices: int, tensor: int) -> list[subprocess.Popen]:
+def pair(corpus, workdir, steps: int, devices: int, tensor: int, *more: str, **method: str) -> list[subprocess.Popen]:
     """The same run as two processes of so many devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -69,6 +71,8 @@ def pair(corpus, workdir, steps: int, devices: int, tensor: int) -> list[subproc
             "--num_processes=2",
             f"--process_id={index}",
             "--heartbeat=10",
+            *more,
+            **method,
         )
         for index in range(2)
     ]
@@ -92,6 +96,28 @@ def test_two_processes_equal_one_of_as_many_devices(corpus, tmp_path, devices, t
     np.testing.assert_allclose(*ends, rtol=1e-5)
     assert "step 5/5" in said[0]
     assert "step 5/5" not in said[1]
+
+
+@pytest.mark.exhaustive  # three pairs of processes
+def test_a_method_from_a_file_runs_in_two_processes_and_resumes(corpus, tmp_path):
+    """Each process reads the file. The losses are those of one process, also across a resume; changed code is refused."""
+    file = tmp_path / "mine.py"
+    file.write_text((ROOT.parent / "optim/outside/examples/half_sign.py").read_text())
+    method = f"{file}:half_sign"
+    one = start(corpus, tmp_path / "one", 10, 2, 1, method=method)
+    printed = one.communicate(timeout=240)[0]
+    assert one.returncode == 0, printed[-3000:]
+    for until in ("--until=5", "--until=10"):
+        both = pair(corpus, tmp_path / "two", 10, 1, 1, until, method=method)
+        said = [process.communicate(timeout=240)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+    assert "resuming" in said[0]
+    np.testing.assert_allclose(lm_runs.losses(tmp_path / "two"), lm_runs.losses(tmp_path / "one"), atol=1e-5)
+    file.write_text(file.read_text() + "\n# another file\n")
+    both = pair(corpus, tmp_path / "two", 10, 1, 1, method=method)
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    assert "half_sign" in said[0]
 
 
 @pytest.mark.exhaustive  # half a minute of waiting; a peer that hangs: lm/run/test_signals.py
