@@ -4,7 +4,6 @@ Parameters are read from the checkpoint one at a time and written whenever a fil
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,17 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from steppe.configs.base import is_foreign
-from steppe.configs.keys import flatten
 from steppe.data import files
 from steppe.data.vocabulary import load_tokenizer
-from steppe.lm.hub import differences, families, tokenizers
+from steppe.lm.hub import card, differences, families, tokenizers
 from steppe.lm.hub.families import Family
 from steppe.lm.keep.saved import Unread
-from steppe.lm.keep.weights import LAST, weights_of
 from steppe.lm.model.transformer import widening_of
-from steppe.lm.track import lines as lines_of
-from steppe.optim.methods import OPTIONS
 
 MOST = 5 << 30  # bytes per file of weights
 PARTIAL = ".partial"  # suffix of the directory while it is being written
@@ -47,7 +41,7 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
         files.write_json(aside / "generation_config.json", {**ids, "do_sample": True, "temperature": 1.0})
         log(f"tokenizer   {tokenizer.vocab_size:,} tokens; {differences.said(aside, run.corpus)}")
         _write_weights(aside, run, family, log)
-        files.write(aside / "README.md", card(run))
+        files.write(aside / "README.md", card.card(run))
         for path in aside.iterdir():
             files.sync(path)
         if os.path.isdir(out):  # it is empty
@@ -121,39 +115,6 @@ def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
             yield name.format(layer), array
             for bias in biases.get(paths[0], ()):
                 yield bias.format(layer), np.zeros(array.shape[-1], np.float32)
-
-
-def card(run: Unread) -> str:
-    """The text of a model card: what the model is, how it was trained, its held-out losses."""
-    config, step, begin = run.config, run.step, run.corpus.tokenizer.begin_id
-    records = lines_of.read(run.directory)
-    at = records.train.step.searchsorted(step)
-    tokens = int(records.train.tokens[at]) if at < len(records.train.step) else 0
-    flat = flatten(config.to_dict())
-    own = [key for key in config.optim if key in OPTIONS or is_foreign(f"optim.{key}", flat)]
-    options = {key: config.optim[key] for key in own if config.optim[key] is not None}
-    method = ", ".join([config.optim.method, *(f"{key} {value}" for key, value in options.items())])
-    text = config.data.task or f"the corpus {config.data.directory}"
-    lines = ["---", "library_name: transformers", "tags:", "- steppe", f"- {config.optim.method}", "---", ""]
-    lines += [f"# {Path(run.directory).resolve().name}", ""]
-    lines += [f"A decoder-only language model ({architecture(run)}), pretrained by Steppe.", ""]
-    lines += [f"- method: {method}, on {config.optim.base}"]
-    padded = config.data.packing == "bestfit" and config.train.counted == "positions"
-    unit = "positions, padding included," if padded else "tokens"
-    lines += [f"- trained on {tokens:,} {unit} of {text} in {step:,} steps, seed {config.seed}"]
-    lines += [f"- {config.data.sequence_length:,} tokens at a time, id {begin} before the first"]
-    judged = run.weights == next(iter(weights_of(config)))
-    if not judged or run.weights != LAST:
-        lines.append(f"- the weights are {run.weights}: averaged, not those of the last step")
-    for record in records.of("evaluate" if judged else "average"):
-        if record["step"] == step and (judged or record["weights"] == run.weights):
-            losses = f"{record['loss']:.4f} nats a token"
-            if "bits_per_byte" in record:
-                losses += f", {record['bits_per_byte']:.4f} bits a byte"
-            lines.append(f"- held-out {record['name']}: {losses}")
-    lines += ["", "The whole configuration of the run:", "", "```json"]
-    lines += [json.dumps(files.plain(config.to_dict()), indent=1), "```", ""]
-    return "\n".join(lines)
 
 
 def architecture(run: Unread) -> str:

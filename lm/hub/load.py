@@ -121,12 +121,12 @@ def _same_vocabulary(config: ConfigDict, source: str, found: dict[str, Any]) -> 
     without that file, the table's rows limit the vocabulary's size.
     """
     ours, kept = load_tokenizer(config.data.vocabulary), found.get(families.VOCABULARY)
-    beside = Path(source).expanduser() / "tokenizer.json"
+    adjacent = Path(source).expanduser() / "tokenizer.json"
     accepted, rows = f"the vocabulary of {config.init_from}", found.get("vocab_size") or 0
     if kept:
         same = ours.fingerprint in kept
-    elif beside.exists():
-        theirs = load_tokenizer(str(beside))
+    elif adjacent.exists():
+        theirs = load_tokenizer(str(adjacent))
         accepted += f", its tokenizer.json of {theirs.vocab_size:,} tokens"
         same = ours.fingerprint == theirs.fingerprint or (
             ours.vocab_size == theirs.vocab_size and ours.encode(_SAMPLE) == theirs.encode(_SAMPLE)

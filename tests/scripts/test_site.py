@@ -15,6 +15,11 @@ def test_every_link_of_the_site_leads_to_a_file_and_a_heading(tmp_path, capsys):
     pages = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
     readmes = [path for room in ("", *docs.ROOMS) for path in (ROOT / room).glob(docs.README)]
     assert {site / path.relative_to(ROOT).parent / docs.INDEX for path in readmes} <= set(pages)
+    assert all(site / page.replace(".ipynb", ".html").replace(".md", ".html") in pages for page in docs.MORE)
+    notebook = pages[site / "optim" / "first_steps.html"]
+    assert "data:image/png;base64," in notebook
+    assert "all checks hold" in notebook
+    assert "bits a byte" in pages[site / "lm" / "hub" / "CARD.html"]
     assert "def method" in pages[site / docs.API] or "base_optimizer" in pages[site / docs.API]
     followed = 0
     for path, text in pages.items():

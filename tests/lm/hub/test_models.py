@@ -329,6 +329,23 @@ def test_half_precision_and_a_snapshot_of_links_are_read_for_what_they_are(text,
     np.testing.assert_allclose(theirs, ours, atol=1e-5 * np.abs(ours).max())
 
 
+def test_the_card_has_the_numbers_of_the_run_and_its_code_runs(trained, tmp_path, capsys):
+    assert export_script.main([f"--workdir={trained[1]}", f"--out={tmp_path / 'hf'}"]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    lines = [json.loads(line) for line in (Path(trained[1]) / "metrics.jsonl").read_text().splitlines()]
+    of = {kind: [line for line in lines if line["kind"] == kind][-1] for kind in ("run", "train", "evaluate")}
+    about, found = of["run"], of["evaluate"]
+    cells = dict(re.findall(r"^\| ([^|]*?) \| (.*?) \|", card, re.MULTILINE))
+    assert cells["tokens"] == f"{of['train']['tokens']:,}"
+    assert cells["compute"] == f"{about['flops_per_step'] * of['train']['step']:.3g} FLOPs"
+    assert cells[f"held-out {found['name']}"] == f"{found['loss']:.4f} nats a token"
+    assert f"{found['bits_per_byte']:.4f} bits a byte, unigram " in card
+    assert f"language model of {about['parameters']['total']:,} parameters" in card
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("PATH", str(tmp_path / "hf")))
+    assert capsys.readouterr().out.strip()
+
+
 def test_an_interrupted_export_leaves_nothing(text, made, tmp_path):
     _, _, run = made(*MODELS["nanodo"].items())
 
