@@ -18,13 +18,18 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
+def refusal(name: str, value: Any, accepted: str) -> str:
+    """The sentence on a bad value of a config key or an option: NAME = VALUE: must be ACCEPTED."""
+    shown = repr(value)
+    return f"{name} = {shown if len(shown) < 500 else f'{shown[:500]}...'}: must be {accepted}"
+
+
 class ConfigError(ValueError):
     """An invalid config value, in one line. Fields: `key` without "config.", `value`, and the `accepted` values."""
 
     def __init__(self, key: str, value: Any, accepted: str):
         self.key, self.value, self.accepted = key, value, accepted
-        shown = repr(value)
-        super().__init__(f"config.{key} = {shown if len(shown) < 500 else f'{shown[:500]}...'}: must be {accepted}")
+        super().__init__(refusal(f"config.{key}", value, accepted))
 
 
 class Accepted(NamedTuple):
@@ -150,7 +155,7 @@ def number(above: float = -math.inf, least: float = -math.inf, below: float = ma
 
 
 def listed(each: Accepted, least: int = 1) -> Accepted:
-    """At least so many of these numbers, each once, in the order given."""
+    """At least `least` of these numbers, each once, in the order given."""
     text = lambda: f"{least} or more with commas between them, each {each.text()}"  # noqa: E731
     return Accepted(tuple, text, lambda value: len(value) >= least and all(map(each.allows, value)), of=each.kind)
 

@@ -44,7 +44,7 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
                 log(f"preparing {recipe.task or ', '.join(recipe.held_out)} in {directory}, once")
                 _prepare_apart(recipe, directory, log)
     except OSError as error:
-        raise DataError(f"config.data.cache={cache!r}: {error.strerror or error}") from error
+        raise DataError(f"config.data.cache = {cache!r}: {error.strerror or error}") from error
     return directory
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any, Required, TypedDict
 
+from steppe.configs.keys import refusal
+
 
 class DataError(ValueError):
     """Bad input. If a config key is at fault, the fields `key`, `value` and `accepted` are set."""
@@ -16,9 +18,9 @@ class StorageError(OSError):
 
 
 def refused(key: str, value: Any, accepted: str) -> DataError:
-    """The DataError for a bad value of a config key or an --option."""
+    """The DataError for a bad value of a config key or an --option. accepted: completes "must be ..."."""
     name = key if key.startswith("--") else f"config.{key}"
-    return DataError(f"{name}={value!r}: accepted is {accepted}", key=key, value=value, accepted=accepted)
+    return DataError(refusal(name, value, accepted), key=key, value=value, accepted=accepted)
 
 
 class CorpusMismatch(DataError):

@@ -230,10 +230,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def visible(text: str, stream: Any) -> str:
-    """Escapes control characters in a text if the stream is a terminal, which would execute them."""
-    if not (hasattr(stream, "isatty") and stream.isatty()):
-        return text
+def visible(text: str) -> str:
+    """Escapes control characters in a text to be printed: a terminal would execute them."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 

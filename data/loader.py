@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from steppe.data import manifest as manifests
-from steppe.data.errors import CorpusDamaged, CorpusMismatch, DataError
+from steppe.data.errors import CorpusDamaged, CorpusMismatch, DataError, refused
 from steppe.data.packing import to_batch
 from steppe.data.vocabulary import Tokenizer, load_tokenizer
 
@@ -90,7 +90,7 @@ def open_corpus(
     CorpusDamaged for a damaged file.
     """
     if verify not in manifests.VERIFY:
-        raise DataError(f"config.data.verify={verify!r}: accepted are {', '.join(manifests.VERIFY)}")
+        raise refused("data.verify", verify, f"one of {', '.join(manifests.VERIFY)}")
     manifest = manifests.read(directory)
     have = manifest["vocabulary"]
     tokenizer = load_tokenizer(vocabulary) if vocabulary else None
@@ -254,6 +254,14 @@ def _batch(corpus: Corpus, records: Sequence[bytes | None]) -> dict[str, np.ndar
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def beginning(corpus: Corpus, most: int = 24) -> str:
+    """The first words of the first held-out text: at most `most` characters of its first line."""
+    part = next(iter(corpus.held_out.values()))
+    row = _batch(corpus, _read(part, [0]))
+    line = corpus.tokenizer.decode(row["targets"][0].tolist()).lstrip().partition("\n")[0].rstrip()
+    return line if len(line) <= most else line[:most].rpartition(" ")[0] or line[:most]
 
 
 class prefetch:

@@ -102,7 +102,7 @@ def read_json(path: str) -> dict:
 def read(directory: str) -> Manifest:
     """The manifest of a finished directory. Raises CorpusDamaged; all its file names stay below the directory."""
     if os.path.isfile(directory):
-        raise CorpusDamaged(f"config.data.directory={directory!r} is a file")
+        raise CorpusDamaged(f"config.data.directory = {directory!r} is a file")
     try:
         manifest = read_json(os.path.join(directory, NAME))
     except FileNotFoundError as error:
@@ -112,11 +112,11 @@ def read(directory: str) -> Manifest:
             state = f"has no {NAME}; it is not a prepared directory"
         else:
             state = "does not exist"
-        raise CorpusDamaged(f"config.data.directory={directory!r} {state}") from error
+        raise CorpusDamaged(f"config.data.directory = {directory!r} {state}") from error
     if manifest.get("format") != FORMAT:
         have = files.shown(manifest.get("format"))
         raise CorpusDamaged(
-            f"config.data.directory={directory!r} has format {have}; this version reads {FORMAT}: prepare again"
+            f"config.data.directory = {directory!r} has format {have}; this version reads {FORMAT}: prepare again"
         )
     return checked(manifest, directory)
 

@@ -110,7 +110,7 @@ def _parse_source(part: str, key: str, split: str, weighted: bool) -> Source:
     if not 0 < weight < float("inf") or (weighted and not match["weight"]):
         raise refused(key, part, f"a weight > 0 before every source of a mixture, such as '0.7 {part.split()[-1]}'")
     if kind not in PREPARED and split not in SPLITS:
-        raise refused(key, part, f"for {kind} the splits {', '.join(SPLITS)}")
+        raise refused(key, part, f"a source with one of the splits of {kind}: {', '.join(SPLITS)}")
     if kind == "hf":
         _check_hub(key, part, where, split)
     name = match["name"] or (re.sub(r"[^\w.-]+", "_", where) if kind in PREPARED else kind)

@@ -197,9 +197,9 @@ class Settings(NamedTuple):
 
 class Evaluated(NamedTuple):
     """For a base that is evaluated at other parameters than it steps: at(b1, parameter, leaf) returns them. `leaf` is
-    from the tree in its state whose path ends in `beside`."""
+    from the tree in its state whose path ends in `stored_as`."""
 
-    beside: str
+    stored_as: str
     at: Callable[[float, jax.Array, jax.Array], jax.Array]
 
 

@@ -342,8 +342,8 @@ def _refuse_bad(recipe: Recipe, part: str, parts: dict[str, list[dict]]) -> None
         if faults.total() > recipe.bad_records * records:
             places = {fault: where for entry in entries for fault, where in entry["places"].items()}
             raise BadRecords(
-                f"config.data.bad_records={recipe.bad_records:g}: {faults.total():,} of {records:,} records of {where} "
-                f"are bad ({faults.total() / records:.2%}: {shards.listed(faults, places)}); {shards.REMEDY}"
+                f"config.data.bad_records = {recipe.bad_records:g}: {faults.total():,} of {records:,} records of "
+                f"{where} are bad ({faults.total() / records:.2%}: {shards.listed(faults, places)}); {shards.REMEDY}"
             )
 
 

@@ -142,12 +142,12 @@ def _builder(source: Source, reading: Reading) -> tuple[Any, str]:
         builder: Any = tfds.builder(name, data_dir=tfds_dir or None, try_gcs=False)
     except Exception as error:  # a builder's code, or an unknown name, may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"config.data: tfds:{name} in config.data.tfds_dir={tfds_dir!r}: {reason}") from error
+        raise DataError(f"config.data: tfds:{name} in config.data.tfds_dir = {tfds_dir!r}: {reason}") from error
     splits = list(builder.info.splits)
     if not splits:
         parent = os.path.dirname(os.path.dirname(str(builder.data_dir)))
         remedy = f"run `tfds build {name} --data_dir=DIR` and set config.data.tfds_dir=DIR"
-        raise DataError(f"config.data.tfds_dir={tfds_dir!r}: tfds:{name} is not prepared below {parent}; {remedy}")
+        raise DataError(f"config.data.tfds_dir = {tfds_dir!r}: tfds:{name} is not prepared below {parent}; {remedy}")
     split = _split_of(f"tfds:{name}", source.split, splits)
     features = builder.info.features
     if text_field not in features or not isinstance(features[text_field], tfds.features.Text):

@@ -93,7 +93,7 @@ def joined(spec: str, path: str, content: bytes) -> bytes:
         fast = stored.decode(content, Fast, path)
     except stored.Wrong as error:
         raise DataError(
-            f"config.data.vocabulary={spec!r}: not a tokenizer.json of the tokenizers library ({error})"
+            f"config.data.vocabulary = {spec!r}: not a tokenizer.json of the tokenizers library ({error})"
         ) from None
     ids = _ids(fast)
     begin, end = (_named(path, name, ids) for name in ("bos", "eos"))
@@ -145,10 +145,10 @@ def load(spec: str, content: bytes, kept: str = "") -> Tokenizer:
     try:
         made = _ranked(found) if kind == "tiktoken" else _fast(found, textual)
     except ImportError:
-        raise DataError(f"config.data.vocabulary={spec!r}: {packages.lacking(library)}") from None
+        raise DataError(f"config.data.vocabulary = {spec!r}: {packages.lacking(library)}") from None
     except Exception as error:  # the libraries have their own error types
         reason = " ".join(f"{error}".split())[:200]
-        raise DataError(f"config.data.vocabulary={spec!r}: {library} refuses it ({reason})") from None
+        raise DataError(f"config.data.vocabulary = {spec!r}: {library} refuses it ({reason})") from None
     fingerprint += "-text" * textual
     return Tokenizer(spec=spec, fingerprint=fingerprint, begin_id=found["begin"], eos_id=found["end"], **made)
 
@@ -312,7 +312,7 @@ def _join_tiktoken(spec: str, path: str, content: bytes) -> bytes:
         ranks = {token.decode(): int(rank) for token, rank in (line.split() for line in content.splitlines() if line)}
     except ValueError:
         raise DataError(
-            f"config.data.vocabulary={spec!r}: not a tiktoken file, with a base64 token and its rank per line"
+            f"config.data.vocabulary = {spec!r}: not a tiktoken file, with a base64 token and its rank per line"
         ) from None
     name = os.path.basename(path)
     known = _companion(path, f"{name}.json") or _known_encoding(name[: -len(".tiktoken")])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from steppe.data import files
-from steppe.data.errors import DataError
+from steppe.data.errors import DataError, refused
 from steppe.data.vocabulary.tokenizer import PAD_ID, PART, Tokenizer, Tokens
 
 _WHITE = bytes.maketrans(b"\t\n\r", b"   ")  # a normaliser may turn these into blanks
@@ -25,10 +25,10 @@ def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
     try:
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        raise DataError(f"config.data.vocabulary={spec!r}: not a SentencePiece model ({error})") from error
+        raise DataError(f"config.data.vocabulary = {spec!r}: not a SentencePiece model ({error})") from error
     size, eos_id = processor.GetPieceSize(), processor.eos_id()
     if eos_id <= 0:
-        raise DataError(f"config.data.vocabulary={spec!r}: its end-of-sentence id is {eos_id}; it must be > 0")
+        raise DataError(f"config.data.vocabulary = {spec!r}: its end-of-sentence id is {eos_id}; it must be > 0")
 
     digest = hashlib.sha256(model).hexdigest()[:32]
     begin_id = PAD_ID
@@ -164,7 +164,7 @@ def train_sentencepiece(
     if size < 300:
         raise DataError(f"--size={size}: a vocabulary with byte fallback needs at least 300 pieces")
     if model_type not in ("bpe", "unigram"):
-        raise DataError(f"--model_type={model_type!r}: accepted are bpe and unigram")
+        raise refused("--model_type", model_type, "bpe or unigram")
     try:
         with files.replacing(path) as aside, open(aside, "wb") as handle:
             sentencepiece.SentencePieceTrainer.train(

@@ -49,7 +49,7 @@ def weights_of(config) -> dict[str, Weights]:
         found[name] = Weights(tuple(f"averages/{name}/{slot}/{{}}" for slot in range(slots)), _mean)
     own = BASES[optim.base].evaluated if optim.base in BASES else None
     if own:
-        judged = Weights(("params/{}", f"optimizer/*{own.beside}/{{}}"), partial(own.at, optim.b1))
+        judged = Weights(("params/{}", f"optimizer/*{own.stored_as}/{{}}"), partial(own.at, optim.b1))
         found = {optim.base: judged, **found}
     return found
 

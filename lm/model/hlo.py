@@ -175,11 +175,11 @@ def _trips(loop: Instruction, found: dict, around: list[Instruction]) -> int:
         bound = next((constants[name] for name in operands if name in constants), bound)
         if steps := _added(body, _operand(list(body.values())[-1], int(place[1]))):
             step = steps
-        beside = {each.name: each for each in around}
-        begins = _operand(beside.get(_operand(loop, 0)), int(place[1]))
-        while begins in beside and beside[begins].operation in ("copy", "bitcast"):
-            begins = _operand(beside[begins], 0)
-        start = _constant(beside.get(begins)) or 0
+        siblings = {each.name: each for each in around}
+        begins = _operand(siblings.get(_operand(loop, 0)), int(place[1]))
+        while begins in siblings and siblings[begins].operation in ("copy", "bitcast"):
+            begins = _operand(siblings[begins], 0)
+        start = _constant(siblings.get(begins)) or 0
     return max(0, -(-(bound - start) // step))
 
 

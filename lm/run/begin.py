@@ -75,7 +75,7 @@ def prepare(
     stack: ExitStack,
     log: Callable[[str], None],
 ) -> Ground:
-    """Prepares a run of this config; `stack` releases what it locks. See train.open_run."""
+    """Prepares a run of this config; `stack` releases its locks. See train.open_run."""
     primary = jax.process_index() == 0
     directory = stack.enter_context(mirror.kept(directory, primary, log))
     workdir.adopt(directory, config)

@@ -53,14 +53,14 @@ def main(argv: Sequence[str]) -> int:
             "steppe bench gpu: needs a GPU that jax can use (pip install '.[gpu]'); --anywhere runs it here"
         )
     began = time.monotonic()
-    beside = {size: _torch_apart(size, options) for size in options.sizes}
+    by_torch = {size: _torch_apart(size, options) for size in options.sizes}
     import jax
 
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}, bfloat16, remat {options.remat}")
     _print_kernels(options)
     for size in options.sizes:
-        _print_steps(size, beside[size], options)
+        _print_steps(size, by_torch[size], options)
     _print_quickstart()
     print(f"\nthe benchmark took {time.monotonic() - began:.0f} s")
     return 0
@@ -152,7 +152,7 @@ class _Step:
         jax.block_until_ready(self._state)
 
 
-def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
+def _print_steps(size: str, by_torch: dict[str, Any], options: Any) -> None:
     """Prints one table of Steppe's steps and of the PyTorch steps, which were measured before."""
     from steppe.lm.parts.chips import peak_flops
 
@@ -175,10 +175,10 @@ def _print_steps(size: str, beside: dict[str, Any], options: Any) -> None:
         line(method, spent, budget.flops, step.used, f"{step.compiling:.0f}")
         trace = trace or _trace(step.once, step.finish)
         del step
-    for name, (spent, used) in beside.get("steps", {}).items():
+    for name, (spent, used) in by_torch.get("steps", {}).items():
         line(name, spent, first[1] * (2 if "SAM" in name else 1), used)
-    if "error" in beside:
-        print(f"\nno torch step: {beside['error']}")
+    if "error" in by_torch:
+        print(f"\nno torch step: {by_torch['error']}")
     print(f"\nmost expensive operations of {options.methods[0]}, ms of a step:")
     for name, spent in trace:
         print(f"  {spent:8.3f}  {name[:100]}")

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     path = write(
         found, out, ", ".join(map(_called, directories[:3])) + ", …" * (len(directories) > 3), _adding(directories)
     )
-    print(f"wrote {path}")
+    process.say(f"wrote {path}")
     return 0
 
 
@@ -63,10 +63,10 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
     from steppe.scripts import results, style
     from steppe.scripts.report import answer, drawing, figures, page, tables
     from steppe.scripts.report.numbers import analysis as an
-    from steppe.scripts.report.numbers import beside, entries
+    from steppe.scripts.report.numbers import differences, entries
 
     study = entries.analyse(results.with_averages(found))
-    made, compared = beside.answer(study.entries), an.comparison(study)
+    made, compared = differences.answer(study.entries), an.comparison(study)
     optima, (scaled, refused), measures = an.best_rho(study), an.scaling_laws(study), an.measures(study)
     laws, steady = an.power_laws(optima), an.unsteadiness(study) <= an.STEADY
 
@@ -80,7 +80,7 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
     before, written = _before(out), []
 
     def add(section, *parts, folded=True):
-        """Tables and figures of a section, each also written beside the page."""
+        """Tables and figures of a section, each also written to a file next to the page."""
         for part in parts:
             if part is None or not len(part.frame):
                 continue
@@ -113,7 +113,7 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
             add(add(opening, first, tables.answer(made), folded=False), *rest),
             add(page.Section("Basis").points(summary(study, compared)), tables.counts(made), tables.power(made)),
             add(
-                page.Section("Methods"), tables.beside(made), tables.comparison(compared),
+                page.Section("Methods"), tables.against_adamw(made), tables.comparison(compared),
                 tables.costs(compared, study.names),
             ),
             add(
@@ -132,7 +132,7 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
             if source == "curvature":
                 parts = [*parts, figures.curvature_over_training(an.over_training(study), styles)]
             elif source == "retention":
-                kept, costs = beside.kept_against_rho(study.entries), beside.forgetting(made)
+                kept, costs = differences.kept_against_rho(study.entries), differences.forgetting(made)
                 kept, costs = figures.kept_against_rho(kept, styles), figures.forgetting(costs, styles)
                 parts = [kept, costs, *parts, tables.fine_tuning(made)]
             sections.append(add(page.Section(source.capitalize()), tables.sharpness(source, own), *parts))

@@ -13,7 +13,7 @@ import pandas as pd
 
 from steppe.lm import plot
 from steppe.scripts.report import drawing as dr
-from steppe.scripts.report.numbers import beside as bs
+from steppe.scripts.report.numbers import differences as diff
 from steppe.scripts.report.numbers import entries as en
 from steppe.scripts.report.numbers import statistics as st
 
@@ -29,11 +29,11 @@ def signed(way) -> str:
     return f"{way.value:+.4f}{bounds}".replace("-", "−")
 
 
-def sentences(made: bs.Answer) -> list[str]:
+def sentences(made: diff.Answer) -> list[str]:
     """Three: loss, what is kept, how sure. They speak of the scale and budget with most pairs."""
     if made.rows.empty:
         return []
-    counted = bs.counts(made)
+    counted = diff.counts(made)
     counted = counted[counted["group"] == made.first].set_index(["aspect", "basis"])
     return [_of_loss(made, counted), _of_kept(counted), _sureness(made)]
 
@@ -44,7 +44,7 @@ def _of(counted: pd.DataFrame, aspect: str, basis: str) -> str:
     return f"{found['better']} of {found['known']}" if found is not None and found["known"] else ""
 
 
-def _of_loss(made: bs.Answer, counted: pd.DataFrame) -> str:
+def _of_loss(made: diff.Answer, counted: pd.DataFrame) -> str:
     known = made.known("loss", "tokens")
     known = known[(known["group"] == made.first) & ~known["adamw"].astype(bool)]
     if known.empty:
@@ -65,14 +65,14 @@ def _of_loss(made: bs.Answer, counted: pd.DataFrame) -> str:
 
 
 def _of_kept(counted: pd.DataFrame) -> str:
-    measured = [aspect for aspect in bs.ASPECTS if aspect != "loss" and aspect in counted.index.get_level_values(0)]
-    said = [f"{count} {bs.ASPECTS[key].clause}" for key in measured if (count := _of(counted, key, "tokens"))]
+    measured = [aspect for aspect in diff.ASPECTS if aspect != "loss" and aspect in counted.index.get_level_values(0)]
+    said = [f"{count} {diff.ASPECTS[key].clause}" for key in measured if (count := _of(counted, key, "tokens"))]
     if said:
         return f"Kept at equal tokens: {', '.join(said)}."
     return "Kept: one pair of seeds each has no interval." if measured else UNMEASURED
 
 
-def _sureness(made: bs.Answer) -> str:
+def _sureness(made: diff.Answer) -> str:
     ways, known = made.ways, made.known("loss", "tokens")
     halves, sure = ((known["high"] - known["low"]) / 2).dropna(), int(st.finite(ways["high"]).sum())
     pairs = "–".join(f"{count}" for count in dict.fromkeys((ways["n"].min(), ways["n"].max())))
@@ -84,7 +84,7 @@ def _sureness(made: bs.Answer) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
-def figures(made: bs.Answer) -> list[dr.Drawing]:
+def figures(made: diff.Answer) -> list[dr.Drawing]:
     """A row an entry, a panel an aspect: seeds as dots, mean and interval before them, zero as a line.
 
     The first has the best of the scale and budget with most pairs; what is known in fewer aspects comes after them.
@@ -105,7 +105,7 @@ def figures(made: bs.Answer) -> list[dr.Drawing]:
     return [_figure(made, made.only(rows), name) for rows, name in zip(parts, names, strict=False)]
 
 
-def _figure(made: bs.Answer, part: bs.Answer, name: str) -> dr.Drawing:
+def _figure(made: diff.Answer, part: diff.Answer, name: str) -> dr.Drawing:
     several = made.rows["group"].nunique() > 1
     height, labels = {}, []
     for group, own in part.rows.iloc[::-1].groupby("group", sort=False):
@@ -126,7 +126,7 @@ def _figure(made: bs.Answer, part: bs.Answer, name: str) -> dr.Drawing:
         own = own.assign(at=own["row"].map(height) + 0.17 * both * (1 - 2 * (own["basis"] == "flops")))
         own = own[both | ~own.duplicated("row")]  # of one pass a step both are the same
         draw_rows(axes, own, len(labels), {"tokens": "D", "flops": "s"})
-        axes.set_title(textwrap.fill(bs.ASPECTS[aspect].title, 26))
+        axes.set_title(textwrap.fill(diff.ASPECTS[aspect].title, 26))
         axes.set_xlabel("nats a token\n← better      worse →")
         axes.set_xlim(*_frame(own))
     for axes in panels[:, 0]:
@@ -136,13 +136,13 @@ def _figure(made: bs.Answer, part: bs.Answer, name: str) -> dr.Drawing:
         name, "Less AdamW at its best" + ("" if name == "answer" else f": the others {name[12:]}").rstrip(),
         "Mean and 95 % interval over paired seeds (dots). Diamond: at equal tokens; square: at equal FLOPs. Blue: "
         "better, red: worse, hollow: one pair. Behind a name: cost in AdamW's, best ρ, arrow: its grid ends there.",
-        f"Differences to AdamW in {', '.join(bs.ASPECTS[aspect].title for aspect in made.aspects)}, of {shown}.",
-        drawn, bs.shown(part),
+        f"Differences to AdamW in {', '.join(diff.ASPECTS[aspect].title for aspect in made.aspects)}, of {shown}.",
+        drawn, diff.shown(part),
     )  # fmt: skip
 
 
 def _frame(ways: pd.DataFrame) -> tuple[float, float]:
-    """From the lowest to the highest pair and interval; not intervals of two pairs, beside which nothing is seen."""
+    """From the lowest to the highest pair and interval; not intervals of two pairs, which would dwarf the rest."""
     sure = ways[ways["n"] > 2]
     shown = [0.0, *sure["low"], *sure["high"], *(value for pairs in ways["pairs"] for value in pairs.values())]
     low, high = min(shown), max(shown)
@@ -152,7 +152,7 @@ def _frame(ways: pd.DataFrame) -> tuple[float, float]:
 
 def label_of(name: str, entry: en.Entry) -> str:
     """How an entry's row is labelled: name, cost, best rho and which way its grid ends there."""
-    rho, arrow = entry.chosen("rho"), bs.ARROW[entry.edge("rho")]
+    rho, arrow = entry.chosen("rho"), diff.ARROW[entry.edge("rho")]
     named = name if rho is None else name.replace(f", rho {rho:g}", "")  # said once
     return f"{textwrap.fill(named, LABEL)}   {entry.cost:.2f} ×" + ("" if rho is None else f"   ρ {rho:g}{arrow}")
 

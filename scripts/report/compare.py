@@ -28,9 +28,9 @@ def compare(argv: Sequence[str]) -> int:
     except results.ResultsError as error:
         return process.fail(error)
     keys, facts = differing(*pair), numbers(*pair)
-    print(text(pair, keys, facts))
+    process.say(text(pair, keys, facts))
     if options.out is not None:
-        print(f"wrote {_page(options.out, pair, keys, facts)}")
+        process.say(f"wrote {_page(options.out, pair, keys, facts)}")
     return 0
 
 

@@ -27,7 +27,7 @@ AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
 class Drawing(NamedTuple):
-    """name: stem of its files. alt: what it shows, in words. frame: the data, a row a point; figure: None where these
+    """name: stem of its files. alt: its content in words. frame: the data, a row a point; figure: None where these
     are too few to be drawn."""
 
     name: str

@@ -17,7 +17,7 @@ from steppe.scripts import command, process
 
 
 def _computed(run) -> str:
-    """What tells a run from others: every key that changes what it computes."""
+    """The identity of a run: every key that changes its result."""
     from steppe.configs.base import FREE
 
     told = {key: value for key, value in run.config.items() if key not in FREE and not key.startswith("log.")}
@@ -76,5 +76,5 @@ def pack(argv: Sequence[str]) -> int:
         return process.fail(f"{', '.join(options.directories)}: must hold a finished run")
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write(out, results.pack({**before, **now}.values()))
-    print(f"wrote {out}: {len({**before, **now})} runs, {len(now)} of them now")
+    process.say(f"wrote {out}: {len({**before, **now})} runs, {len(now)} of them now")
     return 0

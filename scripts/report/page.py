@@ -33,7 +33,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 tbody th[scope=row] { font-weight: normal; }
 figure { margin: 1rem 0; }
-figure svg { width: 100%; min-width: 27rem; max-width: 46rem; height: auto;
+figure svg { width: 100%; max-width: 46rem; height: auto;
   font-family: "DejaVu Sans", Verdana, sans-serif; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; }

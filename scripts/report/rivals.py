@@ -85,6 +85,6 @@ def rivals(argv: Sequence[str]) -> int:
     files.write(out / "rivals.csv", frame.to_csv(index=False, lineterminator="\n"))
     draw(found, against, out / "rivals.png")
     padded = frame.astype(str).apply(lambda column: column.str.ljust(max(map(len, [column.name, *column]))))
-    print(padded.to_string(index=False, justify="left"))
-    print(f"wrote {out / 'rivals.csv'} and {out / 'rivals.png'}")
+    process.say(padded.to_string(index=False, justify="left"))
+    process.say(f"wrote {out / 'rivals.csv'} and {out / 'rivals.png'}")
     return 0

@@ -8,7 +8,7 @@ import pandas as pd
 
 from steppe.scripts import style
 from steppe.scripts.report.numbers import analysis as an
-from steppe.scripts.report.numbers import beside as bs
+from steppe.scripts.report.numbers import differences as diff
 from steppe.scripts.report.numbers import entries as en
 
 Row = Mapping[str, Any]
@@ -87,19 +87,19 @@ def _optimum(row: Row) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- answer
-def answer(made: bs.Answer) -> Table:
+def answer(made: diff.Answer) -> Table:
     """A row an entry: its best setting, and its differences in every aspect and on both bases."""
-    frame = bs.shown(made)
+    frame = diff.shown(made)
 
     def way(key: str) -> Callable[[Row], str]:
         return lambda row: interval(row, key, f"{key}_pairs")
 
     def setting(axis: str) -> Callable[[Row], str]:
-        return lambda row: "" if pd.isna(row[axis]) else f"{row[axis]:g}{bs.ARROW[row[f'{axis}_edge']]}"
+        return lambda row: "" if pd.isna(row[axis]) else f"{row[axis]:g}{diff.ARROW[row[f'{axis}_edge']]}"
 
     aspects = [
         (key, f"{aspect.title}, {en.BASES[basis]}", way(key))
-        for name, aspect in bs.ASPECTS.items() for basis in en.BASES
+        for name, aspect in diff.ASPECTS.items() for basis in en.BASES
         if (key := name if basis == "tokens" else f"{name}_at_equal_{basis}") in frame
     ]  # fmt: skip
     return _table(
@@ -112,10 +112,10 @@ def answer(made: bs.Answer) -> Table:
     )  # fmt: skip
 
 
-def counts(made: bs.Answer) -> Table:
+def counts(made: diff.Answer) -> Table:
     """How many methods are better than AdamW, by scale and budget."""
-    frame = bs.counts(made) if len(made.rows) else pd.DataFrame()
-    words = {key: aspect.title for key, aspect in bs.ASPECTS.items()}
+    frame = diff.counts(made) if len(made.rows) else pd.DataFrame()
+    words = {key: aspect.title for key, aspect in diff.ASPECTS.items()}
     return _table(
         "counts", "Better and worse than AdamW",
         "By a 95 % interval without zero, of the methods of which several pairs of seeds are known.",
@@ -125,42 +125,42 @@ def counts(made: bs.Answer) -> Table:
     )  # fmt: skip
 
 
-def power(made: bs.Answer) -> Table:
+def power(made: diff.Answer) -> Table:
     return _table(
         "power", "The smallest difference that pairs of seeds could show",
         "Standard deviation of one pair's difference, pooled over entries of two pairs or more, and the true "
         "difference in nats a token whose 95 % interval would exclude zero with probability 0.8.",
         [("aspect", "in"), ("basis", "compared with AdamW"), ("sigma", "sd of a pair", ".4f"),
-         ("df", "degrees of freedom", ".0f"), *((f"pairs_{n}", f"{n} pairs", ".4f") for n in bs.PAIRS)],
-        bs.power(made), "group",
+         ("df", "degrees of freedom", ".0f"), *((f"pairs_{n}", f"{n} pairs", ".4f") for n in diff.PAIRS)],
+        diff.power(made), "group",
     )  # fmt: skip
 
 
-def beside(made: bs.Answer) -> Table:
+def against_adamw(made: diff.Answer) -> Table:
     """A row an entry and basis: its loss, and what was measured of its weights when disturbed, less AdamW's."""
     return _differences(
-        "beside", "Loss, as it is and disturbed, less AdamW's",
+        "against_adamw", "Loss, plain and disturbed, less AdamW's",
         "Nats a token, by seed, with 95 % intervals; an average less AdamW's average: what a user of the rounded model "
         f"gets. Equal FLOPs: AdamW within {en.EQUAL_FLOPS:.0%}, on more tokens. AdamW's own row has values.",
-        made, bs.disturbances(made), ("loss", "forgetting"),
+        made, diff.disturbances(made), ("loss", "forgetting"),
     )  # fmt: skip
 
 
-def fine_tuning(made: bs.Answer) -> Table:
+def fine_tuning(made: diff.Answer) -> Table:
     """A row an entry and basis: gained, lost and bent at each rate of fine-tuning, less AdamW's at that rate."""
     return _differences(
         "fine_tuning", "Fine-tuning at one rate, less AdamW's",
         "What the second text gains, the first loses, and the first's curvature in the direction taken, nats a token. "
         "To lose less at one rate may be to learn less. AdamW's own row has values.",
-        made, bs.fine_tunings(made),
+        made, diff.fine_tunings(made),
     )  # fmt: skip
 
 
 def _differences(
-    name: str, title: str, caption: str, made: bs.Answer, asked: Sequence[str], of_answer: Sequence[str] = ()
+    name: str, title: str, caption: str, made: diff.Answer, asked: Sequence[str], of_answer: Sequence[str] = ()
 ) -> Table:
-    frame = bs.table(made, asked, of_answer)
-    titles = {key: aspect.title for key, aspect in bs.ASPECTS.items()}
+    frame = diff.table(made, asked, of_answer)
+    titles = {key: aspect.title for key, aspect in diff.ASPECTS.items()}
     measures = [
         (key, style.in_words(key) if key in asked else titles[key], "±3")
         for key in (*of_answer, *asked)

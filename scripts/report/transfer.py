@@ -99,9 +99,9 @@ def transfer(argv: Sequence[str]) -> int:
     draw(runs, out / "transfer.png")
     costs, narrowest = regret(runs), runs.groupby("parametrisation")["width"].min()
     for (kind, width), own in best(runs).sort_index(ascending=[False, True]).iterrows():
-        print(
+        process.say(
             f"{kind:<9} width {width:>4}: best rate {own['rate']:g}, rho {own['rho']:g}, loss {own['loss']:.4f}; "
             f"with those of width {narrowest[kind]} {costs[kind, width]:+.4f}"
         )
-    print(f"wrote {out / 'transfer.csv'} and {out / 'transfer.png'}")
+    process.say(f"wrote {out / 'transfer.csv'} and {out / 'transfer.png'}")
     return 0

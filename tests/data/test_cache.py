@@ -92,7 +92,7 @@ def test_errors_of_the_preparing_process_arrive_as_they_are(tmp_path):
     config = get_config().data
     config.cache, config.task = str(tmp_path / "cache"), f"jsonl:{tmp_path}/a.jsonl@all"
     config.held_out = ("embedded",)
-    with pytest.raises(DataError, match=r"config.data.text_field='text': [^\n]* the fields seen are body$") as error:
+    with pytest.raises(DataError, match=r"config.data.text_field = 'text': [^\n]* the fields seen are body$") as error:
         ensure(config, log=lambda line: None)
     assert (error.value.key, error.value.value) == ("data.text_field", "text")
     assert not list((tmp_path / "cache").glob("*/"))

@@ -80,7 +80,7 @@ def test_files_of_a_memory_address_are_found_and_read_through_fsspec():
 
 
 def test_an_error_keeps_its_kind_and_fields_from_one_process_to_another():
-    error = errors.BadRecords("config.data.shards=0: accepted is 1", key="data.shards", value=0, accepted="1")
+    error = errors.BadRecords("config.data.shards = 0: must be 1", key="data.shards", value=0, accepted="1")
     again = errors.from_json(json.loads(json.dumps(errors.to_json(error))))
     assert type(again) is errors.BadRecords
     assert (str(again), vars(again)) == (str(error), vars(error))

@@ -48,6 +48,15 @@ def digest(batch):
     return hashed.hexdigest()
 
 
+def test_a_corpus_begins_with_the_first_words_of_its_held_out_text(directory, corpus):
+    begin = loader.beginning(corpus)
+    assert 0 < len(begin) <= 24
+    assert "\n" not in begin
+    files = (Path(directory).parent / "a").iterdir()
+    assert any(path.read_text().lstrip().startswith(begin) for path in files)
+    assert begin.startswith(loader.beginning(corpus, 8))
+
+
 def test_a_batch_is_the_union_of_its_rows(corpus):
     whole = training_rows(corpus, 7, 5, 12)
     for rows in (range(12), range(4, 8), [11, 0, 3], np.arange(6), []):
@@ -302,7 +311,7 @@ def test_sizes_alone_find_a_truncated_or_missing_shard(copy):
 
 
 def test_a_foreign_or_unfinished_directory_is_refused(copy, tmp_path):
-    with pytest.raises(CorpusDamaged, match=r"^config\.data\.directory='[^']*absent' does not exist$"):
+    with pytest.raises(CorpusDamaged, match=r"^config\.data\.directory = '[^']*absent' does not exist$"):
         open_corpus(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusDamaged, match=r"empty' has no manifest.json; it is not a prepared directory$"):
@@ -316,5 +325,5 @@ def test_a_foreign_or_unfinished_directory_is_refused(copy, tmp_path):
     manifests.write_json(str(copy / manifests.NAME), {**manifest, "train": train})
     with pytest.raises(CorpusDamaged, match=r"a has \d+ rows, the manifest says"):
         open_corpus(str(copy))
-    with pytest.raises(DataError, match=r"^config\.data\.verify='maybe': accepted are auto, full, sizes$"):
+    with pytest.raises(DataError, match=r"^config\.data\.verify = 'maybe': must be one of auto, full, sizes$"):
         open_corpus(str(copy), verify="maybe")

@@ -51,11 +51,11 @@ def test_grammar_of_the_hub():
     ],
 )
 def test_bad_tasks_name_the_key(task):
-    with pytest.raises(DataError, match=r"^config\.data\.task=[^\n]*$"):
+    with pytest.raises(DataError, match=r"^config\.data\.task = [^\n]*$"):
         parse(task)
 
 
 def test_bad_held_out_sets_name_the_key():
     for held_out in (("nothing",), ("text:a", "text:b")):
-        with pytest.raises(DataError, match=r"^config\.data\.held_out=[^\n]*$"):
+        with pytest.raises(DataError, match=r"^config\.data\.held_out = [^\n]*$"):
             held_out_sources("embedded", held_out)

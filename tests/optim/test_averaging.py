@@ -101,7 +101,7 @@ def test_schedule_free_is_evaluated_at_the_weighted_mean_of_its_steps():
         updates, state = base.transform.update({"w": jnp.asarray(g)}, state, y)
         y = optax.apply_updates(y, updates)
     evaluated = BASES["schedule_free"].evaluated
-    assert evaluated.beside == "/z"
+    assert evaluated.stored_as == "/z"
     np.testing.assert_allclose(evaluated.at(b1, y["w"], state[0].z["w"]), x, rtol=1e-8)
 
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 # what of the report's files is kept here
 FILES = (
     *("answer*.png", "answer*.csv", "kept_against_rho.*", "best_rho.*", "forgetting.png"),
-    *("beside_table.csv", "fine_tuning_table.csv", "power_table.csv", "curvature_table.csv"),
+    *("against_adamw_table.csv", "fine_tuning_table.csv", "power_table.csv", "curvature_table.csv"),
 )
 COLUMNS = {
     "loss": "held-out loss",
@@ -114,11 +114,11 @@ def summary() -> None:
 
 
 def tables() -> dict[str, str]:
-    """{name of its marker: Markdown} of the tables of README.md, from the CSV files beside it."""
+    """{name of its marker: Markdown} of the tables of README.md, from the CSV files next to it."""
     return {
-        "beside": beside(read("beside"), COLUMNS),
-        "grouped": beside(read("beside"), GROUPED),
-        "fine_tuning": beside(read("fine_tuning"), AT_ONE_RATE),
+        "against_adamw": against(read("against_adamw"), COLUMNS),
+        "grouped": against(read("against_adamw"), GROUPED),
+        "fine_tuning": against(read("fine_tuning"), AT_ONE_RATE),
         "power": power(read("power")),
         "curvature": curvature(read("curvature")),
     }
@@ -130,7 +130,7 @@ def read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-def beside(rows: list[dict[str, str]], columns: dict[str, str]) -> str:
+def against(rows: list[dict[str, str]], columns: dict[str, str]) -> str:
     """A Markdown table a scale and budget: entries of two pairs or more, at equal tokens, then at equal FLOPs."""
     key = next(iter(columns))
     rows = [row for row in rows if int(row[f"{key}_n"] or 0) >= PAIRS]

@@ -69,7 +69,7 @@ def paired(one: dict, other: dict) -> tuple[int, float, float, float]:
 def printed() -> dict[tuple[str, str], list[str]]:
     """{(basis, name): cells} of the page's first table."""
     found, basis = {}, ""
-    text = (HERE / "README.md").read_text().split("<!-- beside -->")[1].split("\n\n**0.01m")[0]
+    text = (HERE / "README.md").read_text().split("<!-- against_adamw -->")[1].split("\n\n**0.01m")[0]
     for line in text.splitlines():
         cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
         if line.startswith("| *"):

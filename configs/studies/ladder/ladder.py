@@ -4,7 +4,7 @@
 
 Stages 1 to 5, in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two
 rungs that decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose.
-3: the other rows at both rungs. 4: the rung of 4k. 5: that of 32k. README.md beside this has the prediction.
+3: the other rows at both rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has the prediction.
 """
 
 LENGTH, EPSILON = 128, 1_024  # tokens of a sequence; tokens that one epsilon sees where microbatches have their own

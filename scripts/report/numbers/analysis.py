@@ -34,7 +34,7 @@ def spread(key: str, found: Interval) -> dict[str, float]:
 
 
 def of_entries(study: Study) -> list[tuple[Cell, Entry]]:
-    """(cell, entry), cells by size, entries by name, AdamW's first, settings beside the best after it."""
+    """(cell, entry), cells by size, entries by name, AdamW's first, other settings than the best after it."""
     place = {name: number for number, name in enumerate(study.names)}
     return [
         (cell, entry)
@@ -48,7 +48,7 @@ def of_entries(study: Study) -> list[tuple[Cell, Entry]]:
 
 # ------------------------------------------------------------------------------------------------------------- entries
 def comparison(study: Study) -> pd.DataFrame:
-    """A row an entry: what it reaches at its best, its difference to AdamW at equal tokens, and what it costs.
+    """A row an entry: its loss at its best, its difference to AdamW at equal tokens, and what it costs.
 
     difference: that of entries.difference; difference_pooled: the same with the noise of all entries of the cell.
     """
@@ -258,7 +258,7 @@ def laws_table(optima: pd.DataFrame, laws: Mapping[tuple[str, str], st.PowerLaw]
 
 # ------------------------------------------------------------------------------------------------ tokens, compute, time
 def frontier(study: Study) -> pd.DataFrame:
-    """A row an entry at its best: mean over seeds of what it spends and of its loss, freed of the seeds' levels."""
+    """A row an entry at its best: mean over seeds of its cost and its loss, freed of the seeds' levels."""
     rows = []
     for cell, entry in [(each, entry) for each in study.cells for entry in each.entries.values()]:
         runs = entry.best[st.finite(entry.best["loss"])]
@@ -365,7 +365,7 @@ def scaling(study: Study, laws: Mapping[str, st.ScalingLaw]) -> pd.DataFrame:
 def measures(study: Study) -> pd.DataFrame:
     """A row a run and measure of a measurement at its newest checkpoint, or of retention: source, measure, value.
 
-    The loss they measure beside it, standard errors and residuals are left out: they measure nothing of a minimum.
+    The loss that they measure too, standard errors and residuals are left out: they measure nothing of a minimum.
     """
     rows = [
         (source, run.Index, run.cell, run.variant, run.rho, run.seed, run.loss, measure, float(value))

@@ -1,8 +1,8 @@
-"""The one grouping of runs: entries, each at its best radius and learning rate, beside AdamW by paired seeds.
+"""The one grouping of runs: entries, each at its best radius and learning rate, compared with AdamW by paired seeds.
 
 An entry is a method on a base, or an average of its weights, at one scale and budget, with whatever else tells its runs
 apart but rho, peak learning rate and seed: of these two it takes the best, as far as its grid goes. A setting that got
-seeds of its own without being the best is an entry beside it. Everything that a report says of runs is of entries.
+seeds of its own without being the best is an entry of its own. Everything that a report says of runs is of entries.
 """
 
 import collections
@@ -193,7 +193,7 @@ class Difference(NamedTuple):
 
 class Cell(NamedTuple):
     """One scale and budget. entries: {name: entry} at its best, in the order of runs; sigma, df: noise of one loss
-    beside its seed's level, in this cell or (pooled) over all of them."""
+    around its seed's level, in this cell or (pooled) over all of them."""
 
     scale: str
     kind: str
@@ -303,7 +303,7 @@ def _row(result: Result, of_model: Mapping[str, str]) -> dict:
 
 
 def _usual_of_model(results: Sequence[Result]) -> dict[str, str]:
-    """{key of the model, beside its size, in which runs differ: the value, as JSON, that most have}."""
+    """{key of the model, except its size, in which runs differ: the value, as JSON, that most have}."""
     varied = results[0].varied if results else {}
     keys = [key for key in varied if key.startswith(_SCALE) and key != "model.size" and key not in OF_SIZE]
     return {key: _usual(json.dumps(result.varied[key]) for result in results) for key in keys}
@@ -321,7 +321,7 @@ def _size(result: Result) -> str:
 
 
 def _kind(result: Result, of_model: Mapping[str, str]) -> str:
-    """What a model has beside its size that most runs have not; "" for none."""
+    """What a model has, except its size, that most runs have not; "" for none."""
     shown = {key: result.varied[key] for key, value in of_model.items() if json.dumps(result.varied[key]) != value}
     return ", ".join(f"{key.split('.')[1]} {value}" for key, value in shown.items())
 
@@ -444,7 +444,7 @@ def _optimum(entry: Entry, cell: Cell) -> st.Optimum | None:
     return st.optimum(means, cell.sigma, cell.df, max(1, len(entry.choice.seeds)))
 
 
-# ------------------------------------------------------------------------------------------------ one beside another
+# ------------------------------------------------------------------------------------------------ comparing two
 def at_equal_tokens(found: Sequence[Entry], entry: Entry, cell: str = "") -> Entry | None:
     """AdamW at its best in the cell of an entry, or another cell; None where it was not run there.
 
@@ -463,7 +463,7 @@ def at_equal_compute(found: Sequence[Entry], entry: Entry) -> Entry | None:
 def _counterpart(found: Sequence[Entry], entry: Entry) -> Entry | None:
     own = [each for each in found if each.adamw and each.weights == entry.weights and not entry.adamw]
     shared = [each for each in own if set(each.best.index) & set(entry.best.index)]
-    alike = [each for each in shared if each.of_choice] or shared  # another rate, where the best was not run beside it
+    alike = [each for each in shared if each.of_choice] or shared  # another rate, where the best was not run with it
     alike = alike if own else [each for each in found if each.plain]
     chosen = st.choose(
         {i: each.best["loss"].to_dict() for i, each in enumerate(alike)}
@@ -513,7 +513,7 @@ def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[st
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
-DISTURBED = ("int", "noise_")  # where a measure of retention begins so: what it adds to the loss
+DISTURBED = ("int", "noise_")  # prefixes of measures of retention that are rises of the loss
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

@@ -21,7 +21,7 @@ _HUBER = 1e-3  # in log loss, as Hoffmann et al. (arXiv 2203.15556) take it; wid
 
 
 class Interval(NamedTuple):
-    """An estimate and its bounds; n: what it rests on (pairs, points), df: degrees of freedom of its noise."""
+    """An estimate and its bounds; n: the pairs or points behind it, df: degrees of freedom of its noise."""
 
     value: float
     low: float
@@ -88,7 +88,7 @@ def pooled(intervals: Sequence[Interval], level: float = LEVEL) -> Noise:
 
 
 def power_of(difference: float, sigma: float, pairs: int, level: float = LEVEL) -> float:
-    """How often the Student interval of so many pairs lies on the side of zero on which the true difference lies.
+    """How often the Student interval of this many pairs lies on the side of zero on which the true difference lies.
 
     sigma: standard deviation of one pair's difference. By the noncentral t distribution, exact for normal differences.
     """
@@ -162,7 +162,7 @@ def choose(losses: Mapping[K, Mapping[S, float]]) -> Choice[K] | None:
 
 
 def selection_gain(candidates: int, sigma: float, seeds: int = 1) -> float:
-    """How far below its true value the best of so many equally good candidates is expected to look, in sigma's unit.
+    """How far below its true value the best of this many equally good candidates is expected to look, in sigma's unit.
 
     sigma: sd of one measurement; seeds: measurements averaged per candidate. An upper bound when they are not equal.
     """
@@ -176,7 +176,7 @@ def selection_gain(candidates: int, sigma: float, seeds: int = 1) -> float:
 class Optimum(NamedTuple):
     """Where a parabola in log rho has its minimum.
 
-    status: inside; edge (best at an end of the grid); diverged, pruned (the rho beside it did, so its loss is not
+    status: inside; edge (best at an end of the grid); diverged, pruned (the next rho did, so its loss is not
     known); flat (no parabola with a minimum there).
     rho: the vertex where inside, else the best of the grid. low, high: NaN where unknown; 0 and infinity where they lie
     outside the grid, of which the data say nothing. error: standard error of log rho. points: (rho, loss) fitted.
@@ -195,7 +195,7 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
     """The minimum of {rho: mean loss} by a parabola in log rho through the best value and its surroundings.
 
     The surroundings are both neighbours and whatever lies within a factor of 4, no further, since losses are no
-    parabola over the whole grid (they meet AdamW's at rho 0). sigma, df: sd of one loss beside its seed's own level,
+    parabola over the whole grid (they meet AdamW's at rho 0). sigma, df: sd of one loss around its seed's own level,
     and its degrees of freedom (inf: known). The interval is Fieller's.
     A loss is infinite where the run diverged, NaN where it was pruned.
     """
@@ -365,7 +365,7 @@ def scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses: Se
 
 
 def predict(law: ScalingLaw, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The fitted loss at so many parameters and tokens, nats per token."""
+    """The fitted loss at numbers of parameters and tokens, nats per token."""
     E, A, B, a, b = (law.intervals[name].value for name in ("E", "A", "B", "a", "b"))
     return E + A * np.asarray(parameters, float) ** -a + B * np.asarray(tokens, float) ** -b
 

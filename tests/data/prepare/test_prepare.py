@@ -200,7 +200,7 @@ def test_bad_records_are_counted_and_refused_over_the_fraction(tmp_path, documen
     found = sum((Counter(manifest[part][0]["faults"]) for part in ("train", "held_out")), Counter())
     assert found == {"empty": 1, "encoding": 1, "field": 1, "json": 2}
     assert any(f"1 field (first: {tmp_path}/a.jsonl:{len(documents) + 2})" in line for line in lines)
-    with pytest.raises(BadRecords, match=r"^config\.data\.bad_records=0\.01: 5 of \d+ records .*\(4\.\d+%[^\n]*$"):
+    with pytest.raises(BadRecords, match=r"^config\.data\.bad_records = 0\.01: 5 of \d+ records .*\(4\.\d+%[^\n]*$"):
         prepare(recipe(task, bad_records=0.01), str(tmp_path / "refused"), log=quiet)
     assert not (tmp_path / "refused").exists()
 
@@ -208,7 +208,7 @@ def test_bad_records_are_counted_and_refused_over_the_fraction(tmp_path, documen
 def test_a_wrong_field_is_refused_early(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "x"}\n' * 3000)
-    with pytest.raises(DataError, match=r"^config\.data\.text_field='text': .*the fields seen are body$"):
+    with pytest.raises(DataError, match=r"^config\.data\.text_field = 'text': .*the fields seen are body$"):
         prepare(recipe(f"jsonl:{path}@all", held_out=("embedded",)), str(tmp_path / "out"), log=quiet)
     assert not (tmp_path / "out").exists()
 

@@ -216,10 +216,10 @@ BAD = {
     "hf:o/none": r"hf:o/none: http://\S+/datasets/o/none does not exist, or is private; .* set HF_TOKEN",
     "hf:o/gated": r"hf:o/gated: is gated; accept its terms at http://\S+/datasets/o/gated and set HF_TOKEN",
     "hf:o/set:v9": "hf:o/set:v9: the hub has no such revision",
-    "hf:o/set/fr": "config.data.task='hf:o/set/fr': accepted is .* one of its configurations: o/set/en, o/set/de",
-    "hf:o/set@test": "config.data.task='hf:o/set@test': accepted is one of its splits: train, validation",
+    "hf:o/set/fr": "config.data.task = 'hf:o/set/fr': must be .* one of its configurations: o/set/en, o/set/de",
+    "hf:o/set@test": "config.data.task = 'hf:o/set@test': must be one of its splits: train, validation",
     "hf:o/csv": r"hf:o/csv has no parquet, jsonl or txt files, only \.csv",
-    "hf:o/set/de": r"config.data.task='hf:o/set/de@train': accepted is a limit, because it is 6 TB in 1 file: ",
+    "hf:o/set/de": r"config.data.task = 'hf:o/set/de@train': must be a limit, because it is 6 TB in 1 file: ",
     "hf:o/card": r"README.md of hf:o/card: configs = 7: must be a list",
     "hf:o/yaml": r"README.md of hf:o/yaml: its YAML is damaged",
 }

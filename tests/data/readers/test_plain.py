@@ -164,7 +164,7 @@ def test_a_null_in_parquet_is_a_bad_record_and_a_missing_column_an_error(tmp_pat
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), path)
     assert [record.fault for record in read(f"parquet:{path}@all")] == ["", "field", ""]
-    with pytest.raises(DataError, match=r"config.data.text_field='body'.*which has text$"):
+    with pytest.raises(DataError, match=r"config.data.text_field = 'body'.*which has text$"):
         read(f"parquet:{path}@all", text_field="body")
 
 

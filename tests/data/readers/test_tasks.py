@@ -78,12 +78,12 @@ def test_a_builder_on_disk_becomes_a_corpus(tfds_dir, tmp_path):
 
 def test_what_tfds_cannot_give_is_one_line(tfds_dir, tmp_path):
     for task, options, message in (
-        ("tfds:no_such_set", {}, r"tfds:no_such_set in config\.data\.tfds_dir=.*not found"),
-        ("tfds:c4/en", {}, r"config\.data\.tfds_dir=.*tfds:c4/en is not prepared below .*tfds build c4/en"),
+        ("tfds:no_such_set", {}, r"tfds:no_such_set in config\.data\.tfds_dir = .*not found"),
+        ("tfds:c4/en", {}, r"config\.data\.tfds_dir = .*tfds:c4/en is not prepared below .*tfds build c4/en"),
         ("tfds:c4/en:0.0.1", {}, r"tfds:c4/en:0\.0\.1 in .*cannot be loaded at version 0\.0\.1"),
         ("tfds:stories/long@test", {}, r"has no split 'test', only train, validation"),
-        ("tfds:stories/long", {"text_field": "body"}, r"config\.data\.text_field='body'.*which has .*text"),
-        ("tfds:stories/long", {"text_field": "number"}, r"config\.data\.text_field='number'"),
+        ("tfds:stories/long", {"text_field": "body"}, r"config\.data\.text_field = 'body'.*which has .*text"),
+        ("tfds:stories/long", {"text_field": "number"}, r"config\.data\.text_field = 'number'"),
     ):
         with pytest.raises(DataError, match=message) as error:
             prepare(recipe(task, tfds_dir=tfds_dir, **options), str(tmp_path / "out"), log=lambda line: None)
@@ -205,12 +205,12 @@ def test_a_seqio_task_becomes_a_corpus(registered, tmp_path):
 @pytest.mark.parametrize(
     ("task", "module", "said"),
     [
-        ("seqio:absent", "some_tasks", r"config\.data\.task='seqio:absent': accepted is the name of a registered task"),
-        ("seqio:tokenised", "no_such_module", r"config\.data\.seqio_module='no_such_module': .*ModuleNotFoundError"),
+        ("seqio:absent", "some_tasks", r"config\.data\.task = 'seqio:absent': must be the name of a registered task"),
+        ("seqio:tokenised", "no_such_module", r"config\.data\.seqio_module = 'no_such_module': .*ModuleNotFoundError"),
         (
             "seqio:numbers",
             "some_tasks",
-            r"config\.data\.text_field='text': .*a text field of seqio:[^ ]*: none \(its fields are targets\)",
+            r"config\.data\.text_field = 'text': .*a text field of seqio:[^ ]*: none \(its fields are targets\)",
         ),
         ("seqio:tokenised@test", "some_tasks", r"seqio:tokenised has no split 'test', only train, validation"),
     ],

@@ -188,13 +188,13 @@ def test_a_corpus_keeps_the_whole_vocabulary_in_one_file(folder, tmp_path, name,
 )
 def test_what_is_no_vocabulary_is_refused_in_a_line(tmp_path, content, said):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match=rf"^config\.data\.vocabulary=[^\n]*{said}[^\n]*$"):
+    with pytest.raises(DataError, match=rf"^config\.data\.vocabulary = [^\n]*{said}[^\n]*$"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_a_tiktoken_file_says_its_pattern_or_is_named_for_an_encoding(folder, tmp_path):
     (tmp_path / "mine.tiktoken").write_text((folder / "ranks.tiktoken").read_text())
-    with pytest.raises(DataError, match=r"accepted is a file of one of tiktoken's own encodings, or with a"):
+    with pytest.raises(DataError, match=r"must be a file of one of tiktoken's own encodings, or with a"):
         load_tokenizer(str(tmp_path / "mine.tiktoken"))
     (tmp_path / "cl100k_base.tiktoken").write_text((folder / "ranks.tiktoken").read_text())
     assert load_tokenizer(str(tmp_path / "cl100k_base.tiktoken")).eos_id == 100257

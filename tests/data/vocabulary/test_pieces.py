@@ -133,7 +133,7 @@ def test_bad_vocabularies_are_one_line(tmp_path):
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"not a model")
     for spec in (str(tmp_path / "absent.model"), str(broken), str(tmp_path)):
-        with pytest.raises(DataError, match=r"^config\.data\.vocabulary=[^\n]*$"):
+        with pytest.raises(DataError, match=r"^config\.data\.vocabulary = [^\n]*$"):
             load_tokenizer(spec)
     with pytest.raises(DataError, match=r"--size=100: [^\n]*$"):
         train_sentencepiece(["text"], str(tmp_path / "x.model"), 100)

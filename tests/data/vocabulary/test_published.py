@@ -80,7 +80,7 @@ def test_bad_names_of_a_vocabulary_are_one_line(hub, tmp_path, model):
     hub.put("models/owner/pieces", model[1])
     hub.put("models/owner/none", {"model.safetensors": b"weights"})
     for spec, message in {
-        "hf:gpt2": "config.data.vocabulary='hf:gpt2': accepted is hf:OWNER/NAME[/FILE][:REVISION]",
+        "hf:gpt2": "config.data.vocabulary = 'hf:gpt2': must be hf:OWNER/NAME[/FILE][:REVISION]",
         "hf:owner/pieces/x.model": "hf:owner/pieces/FILE with FILE one of config.json, spiece.model",
         "hf:owner/none": "a repository with tokenizer.json",
         "hf:owner/other": "/owner/other does not exist, or is private",

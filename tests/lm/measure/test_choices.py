@@ -83,10 +83,10 @@ def test_likelihoods_are_the_sums_and_the_likeliest_is_the_answer(run, capsys):
 @pytest.mark.parametrize(
     ("source", "content", "said"),
     [
-        ("items.jsonl", "", "accepted is like name=jsonl"),
-        ("mine=text:items.jsonl", "", "accepted is like name=jsonl"),
-        ("mine=jsonl:absent.jsonl", "", "accepted is a file"),
-        ("mine=jsonl:items.jsonl", "", "accepted is a file with items"),
+        ("items.jsonl", "", "must be like name=jsonl"),
+        ("mine=text:items.jsonl", "", "must be like name=jsonl"),
+        ("mine=jsonl:absent.jsonl", "", "must be a file"),
+        ("mine=jsonl:items.jsonl", "", "must be a file with items"),
         ("mine=jsonl:items.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 2}', ":1 is not an item"),
         ("mine=jsonl:items.jsonl", '\n{"query": "a", "choices": ["b"], "gold": 0}', ":2 is not an item"),
         ("mine=jsonl:items.jsonl", "[1]", "JSON array"),

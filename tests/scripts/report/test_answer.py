@@ -18,7 +18,7 @@ from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results, style
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, figures, tables
-from steppe.scripts.report.numbers import analysis, beside, entries
+from steppe.scripts.report.numbers import analysis, differences, entries
 
 STUDY = pathlib.Path(__file__).parents[3] / "configs" / "studies" / "english"
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
@@ -77,7 +77,7 @@ def ways_of(made, name):
 
 
 def test_the_answer_is_what_was_put_in(sweep):
-    found = beside.answer(entries_of(sweep))
+    found = differences.answer(entries_of(sweep))
     assert list(found.rows["name"]) == ["adamw, 2000 steps", "sam"]
     assert found.aspects == ["loss", "forgetting", "int4"]
     ways = ways_of(found, "sam")
@@ -100,14 +100,14 @@ def test_what_is_forgotten_depends_on_no_third_entry(sweep):
         result._replace(fine_tune=weak, config=result.config | {"optim.method": "msam"})
         for result in found if result.config["optim.method"] == "sam"
     ]  # fmt: skip
-    made = [beside.answer(entries.analyse(given).entries) for given in (found, [*found, *others])]
+    made = [differences.answer(entries.analyse(given).entries) for given in (found, [*found, *others])]
     assert [len(each.rows) for each in made] == [2, 3]
     values = [ways_of(each, "sam")["forgetting", "tokens"].value for each in made]
     assert values[0] == values[1]
 
 
 def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
-    found = beside.power(beside.answer(entries_of(sweep))).set_index(["aspect", "basis"])
+    found = differences.power(differences.answer(entries_of(sweep))).set_index(["aspect", "basis"])
     loss = found.loc["held-out loss", "at equal FLOPs"]  # of sam alone: its pairs differ by the wobble of their seeds
     assert loss["sigma"] == pytest.approx(statistics.stdev(WOBBLE[seed] for seed in (1, 2, 3)))
     assert loss["df"] == 2
@@ -115,10 +115,10 @@ def test_the_power_of_pairs_comes_from_their_own_noise(sweep):
 
 
 def test_what_is_kept_is_a_table_of_every_measure(sweep):
-    made = beside.answer(entries_of(sweep))
-    rows = tables.beside(made).frame.set_index(["entry", "basis"])
+    made = differences.answer(entries_of(sweep))
+    rows = tables.against_adamw(made).frame.set_index(["entry", "basis"])
     assert set(rows.index) == {
-        ("adamw", beside.ITSELF),
+        ("adamw", differences.ITSELF),
         ("adamw, 2000 steps", "at equal tokens"),
         *(("sam", words) for words in entries.BASES.values()),
     }
@@ -132,13 +132,13 @@ def test_what_is_kept_is_a_table_of_every_measure(sweep):
 
 
 def test_fine_tuning_is_compared_at_each_rate_too(sweep):
-    table = tables.fine_tuning(beside.answer(entries_of(sweep)))
+    table = tables.fine_tuning(differences.answer(entries_of(sweep)))
     rows = table.frame.set_index(["entry", "basis"])
     kept = 0.04 + sum(WOBBLE[seed] for seed in (1, 2, 3)) / 3
     for what, value, own in (("gained", 0.0, 0.3), ("lost", -kept, 0.1), ("curvature", -kept, 0.2)):
         key = f"fine_tune_lr=0.001: {what}"
         assert [rows.loc[("sam", words), key] for words in entries.BASES.values()] == pytest.approx([value] * 2)
-        assert rows.loc[("adamw", beside.ITSELF), key] == pytest.approx(own)
+        assert rows.loc[("adamw", differences.ITSELF), key] == pytest.approx(own)
     assert "loss" not in rows
     assert table.columns[4].header == "gained on the second text, fine-tuned at 0.001"
 
@@ -147,15 +147,15 @@ def test_a_figure_parts_what_perturbs_nothing_from_the_rest_and_leaves_out_avera
     def averaged(result, kept=lambda result: True):
         return result._replace(weights="ema", name=f"{result.name} ema") if kept(result) else None
 
-    made = beside.answer(entries_of(sweep))
+    made = differences.answer(entries_of(sweep))
     assert list(made.rows["rank"]) == [0, 2]
     found = results.read(sweep)
     alone = [result for result in found if of_seed_0(result)]
     of_sam = [averaged(result) for result in alone if result.config["optim.method"] == "sam"]
-    made = beside.answer(entries.analyse([*found, *of_sam]).entries)
+    made = differences.answer(entries.analyse([*found, *of_sam]).entries)
     assert "sam ema" in set(made.rows["name"])
     assert [list(made.rows.loc[part, "name"]) for part in made.parted[0]] == [["adamw, 2000 steps", "sam"], []]
-    made = beside.answer(entries.analyse([*alone, *of_sam]).entries)  # nothing has more than one pair
+    made = differences.answer(entries.analyse([*alone, *of_sam]).entries)  # nothing has more than one pair
     assert "sam ema" in set(made.rows.loc[made.parted[0][0], "name"])
 
 
@@ -166,12 +166,12 @@ def test_of_a_long_group_what_is_known_in_less_is_drawn_by_itself(sweep, monkeyp
 
     found = results.read(sweep)
     others = [less(result) for result in found if result.config["optim.method"] == "sam"]
-    many = beside.answer(entries.analyse([*found, *others]).entries)
+    many = differences.answer(entries.analyse([*found, *others]).entries)
     assert [drawing.name for drawing in answer.figures(many)] == ["answer"]
-    monkeypatch.setattr(beside, "LONG", 2)
+    monkeypatch.setattr(differences, "LONG", 2)
     shown = {drawing.name: list(drawing.frame["entry"]) for drawing in answer.figures(many)}
     assert shown == {"answer": ["adamw, 2000 steps", "sam"], "answer_rest": ["msam"]}
-    assert set(beside.forgetting(many)["entry"]) == {"adamw", "adamw, 2000 steps", "sam"}
+    assert set(differences.forgetting(many)["entry"]) == {"adamw", "adamw, 2000 steps", "sam"}
 
 
 def test_a_row_says_its_rho_once_and_an_end_of_the_grid_only_of_the_best(sweep):
@@ -195,7 +195,7 @@ def test_scales_that_are_too_many_for_one_figure_are_in_several_the_surest_first
     small = [
         result._replace(config=result.config | {"model.size": "small"}) for result in found if of_seed_0(result)
     ]  # fmt: skip
-    made = beside.answer(entries.analyse([*small, *found]).entries)
+    made = differences.answer(entries.analyse([*small, *found]).entries)
     assert [drawing.name for drawing in answer.figures(made)] == ["answer"]
     monkeypatch.setattr(answer, "ROWS", 3)
     first, second = answer.figures(made)
@@ -220,11 +220,11 @@ def test_runs_of_one_name_keep_their_own_measures(sweep):
 
 
 def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
-    made = beside.answer(entries_of(sweep))
+    made = differences.answer(entries_of(sweep))
     loss, kept, sure = answer.sentences(made)
     assert loss.startswith("Loss: 1 of 1 beat AdamW at equal tokens, 0 of 1 at equal FLOPs; best is sam, −0.0497 [")
     assert kept == "Kept at equal tokens: 1 of 1 forget less, 1 of 1 are better in 4 bits."
-    counted = beside.counts(made).set_index(["aspect", "basis"])[["known", "better", "worse"]]
+    counted = differences.counts(made).set_index(["aspect", "basis"])[["known", "better", "worse"]]
     assert counted.loc["loss", "flops"].to_list() == counted.loc["int4", "flops"].to_list() == [1, 0, 1]
     assert "3–4 pairs of seeds; 9 of 9 by fresh seeds" in sure
     assert "0.5 of 9 intervals exclude zero by chance" in sure
@@ -233,29 +233,29 @@ def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
 def test_a_sentence_has_25_words_at_most_and_a_caption_two_lines(sweep):
     """In the study of most entries and aspects, in one of few, and where a name is long."""
     found = results.with_averages(results.read(STUDY / "runs.jsonl"))
-    made = beside.answer(entries.analyse(found).entries)
+    made = differences.answer(entries.analyse(found).entries)
     long = made._replace(rows=made.rows.assign(name=made.rows["name"] + " with a name of many words"))
-    for each in (made, long, beside.answer(entries_of(sweep)), beside.answer(entries_of(sweep, of_seed_0))):
+    for each in (made, long, differences.answer(entries_of(sweep)), differences.answer(entries_of(sweep, of_seed_0))):
         said = answer.sentences(each)
         assert len(said) == 3
         assert max(len(sentence.split()) for sentence in said) <= 25
         drawn = answer.figures(each)
         assert len(drawn[0].frame) <= 12
-        assert all(len(part.caption) <= 270 for part in (*drawn, tables.answer(each), tables.beside(each)))
+        assert all(len(part.caption) <= 270 for part in (*drawn, tables.answer(each), tables.against_adamw(each)))
 
 
 def test_a_panel_of_what_no_entry_of_its_drawing_has_is_empty(sweep):
-    made = beside.answer(entries_of(sweep))
+    made = differences.answer(entries_of(sweep))
     (sam,) = made.rows.index[made.rows["name"] == "sam"]
     less = made.ways[(made.ways["measure"] == "loss") | (made.ways["row"] != sam)]
     rows = made.rows.assign(group=["a", "b"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        answer.figures(beside.Answer(rows, less))
+        answer.figures(differences.Answer(rows, less))
 
 
 def test_a_row_says_where_to_look_next(sweep):
-    table = tables.answer(beside.answer(entries_of(sweep)))
+    table = tables.answer(differences.answer(entries_of(sweep)))
     (row,) = (row for row in table.frame.to_dict("records") if row["entry"] == "sam")
     shown = {column.header: column.of(row) for column in table.columns}
     assert (shown["FLOPs / AdamW"], shown["best rho"], shown["peak rate"]) == ("2.00", "0.1 ↑", f"{row['rate']:g}")
@@ -263,7 +263,7 @@ def test_a_row_says_where_to_look_next(sweep):
 
 
 def test_one_pair_has_no_interval_and_nothing_is_claimed_of_it(sweep, tmp_path):
-    loss, _, sure = answer.sentences(beside.answer(entries_of(sweep, of_seed_0)))
+    loss, _, sure = answer.sentences(differences.answer(entries_of(sweep, of_seed_0)))
     assert loss == "Loss: one pair of seeds each has no interval; the lowest at equal tokens is sam, −0.0500 nats."
     assert sure == "Differences are of one pair of seeds; 0 of 9 by fresh seeds."
 
@@ -293,7 +293,7 @@ def test_what_is_kept_is_drawn_where_it_was_measured(tmp_path):
         if "500 steps" in overrides.values():
             record = {"step": 500, "summary": {"int4_channel": 0.1}}
             (tmp_path / "sweep" / "runs" / name / "retention.json").write_text(json.dumps(record))
-    drawing = figures.kept_against_rho(beside.kept_against_rho(entries_of(tmp_path / "sweep")), {})
+    drawing = figures.kept_against_rho(differences.kept_against_rho(entries_of(tmp_path / "sweep")), {})
     assert {cell.split(", ")[1] for cell in drawing.frame["cell"]} == {"500 steps"}
 
 
@@ -305,10 +305,10 @@ def test_what_is_kept_at_one_rho_alone_is_not_drawn_over_rho(sweep):
         return result._replace(retention={}, fine_tune={})
 
     aspects, left = (
-        set(beside.kept_against_rho(entries_of(sweep, *changed))["aspect"]) for changed in ((), (at_the_best,))
+        set(differences.kept_against_rho(entries_of(sweep, *changed))["aspect"]) for changed in ((), (at_the_best,))
     )
     assert aspects - left == {"held-out loss in 4 bits"}
-    nothing = beside.kept_against_rho(entries_of(sweep, bare))
+    nothing = differences.kept_against_rho(entries_of(sweep, bare))
     assert figures.kept_against_rho(nothing, {}) is None  # the loss alone is drawn elsewhere
 
 
@@ -343,7 +343,7 @@ def test_another_rate_of_adamw_with_seeds_of_its_own_is_no_method_and_no_referen
     }  # fmt: skip
     for entry in (found["sam"], found["adamw, rate 0.02"]):
         assert entries.at_equal_tokens([*found.values()], entry).name == "adamw"
-    loss = answer.sentences(beside.answer([*found.values()]))[0]
+    loss = answer.sentences(differences.answer([*found.values()]))[0]
     assert loss.startswith("Loss: 0 of 1 beat AdamW at equal tokens; best is sam")
 
 
@@ -372,11 +372,11 @@ def test_of_several_budgets_the_sentences_name_what_has_most_pairs_and_count_the
                 name, overrides = plan(method, rho, seed=seed, duration=f"{steps} steps")
                 runs[name] = overrides, 2.0 + LEVELS[seed] + (gain + WOBBLE[seed]) * (method == "msam")
     write_sweep(tmp_path, runs)
-    made = beside.answer(entries_of(tmp_path))
+    made = differences.answer(entries_of(tmp_path))
     group = next(entry for entry in entries_of(tmp_path) if entry.budget == "1000 steps").scale + ", 1000 steps"
     assert made.first == group
     assert answer.sentences(made)[0].startswith("Loss: 0 of 1 beat AdamW at equal tokens, 0 of 1 at equal FLOPs")
-    elsewhere = beside.counts(made).loc[lambda counted: counted["group"] != group].groupby("basis")
+    elsewhere = differences.counts(made).loc[lambda counted: counted["group"] != group].groupby("basis")
     assert elsewhere[["known", "better", "worse"]].sum().to_numpy().tolist() == [[2, 1, 1], [2, 1, 1]]
 
 
@@ -390,7 +390,7 @@ def test_what_was_fine_tuned_on_another_text_is_not_compared(sweep):
         given.append(result._replace(fine_tune=tuned, retention={**result.retention, "forgetting_at_equal_loss": 9.0}))
     study = entries.analyse(given)
     assert study.notes[-1] == "3 models were fine-tuned on another text than most: what they forget is left out."
-    way = ways_of(beside.answer(study.entries), "sam")["forgetting", "tokens"]
+    way = ways_of(differences.answer(study.entries), "sam")["forgetting", "tokens"]
     wobble = (WOBBLE[1] + WOBBLE[3]) / 2
     assert way.n == 2
     assert way.value == pytest.approx((-0.04 - wobble) * 0.8)
@@ -525,9 +525,13 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     runs = results.read(str(STUDY / "runs.jsonl"))
     study = entries.analyse(results.with_averages(runs))
     assert len(study.runs) > len(study.trained) == len(runs)
-    made, measures = beside.answer(study.entries), analysis.measures(study)
+    made, measures = differences.answer(study.entries), analysis.measures(study)
     bends = tables.sharpness("curvature", measures[measures["source"] == "curvature"])
-    ways = {"beside": tables.beside(made), "fine_tuning": tables.fine_tuning(made), "power": tables.power(made)}
+    ways = {
+        "against_adamw": tables.against_adamw(made),
+        "fine_tuning": tables.fine_tuning(made),
+        "power": tables.power(made),
+    }
     for name, table in {**ways, "curvature": bends}.items():
         rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.frame))))
         assert [list(map(near, row.items())) for row in page.read(name)] == [

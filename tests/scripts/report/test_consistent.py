@@ -9,7 +9,7 @@ import pytest
 from helpers.report_runs import plan, write_sweep
 from steppe.scripts import results
 from steppe.scripts.report import rivals, tables
-from steppe.scripts.report.numbers import analysis, beside, entries
+from steppe.scripts.report.numbers import analysis, differences, entries
 
 RATES, RHOS, SEEDS = (0.01, 0.02), (0.03, 0.1), (0, 1, 2, 3)
 KINDS = [("adamw", "adamw"), ("adamw", "nadamw"), ("sam", "adamw"), ("msam", "nadamw"), ("msam", "adamw")]
@@ -66,7 +66,7 @@ def made(template, given):
 @pytest.mark.parametrize("number", range(12))
 def test_an_entry_and_its_reference_have_one_difference(template, number):
     study = entries.analyse(made(template, runs(number)))
-    answered = beside.answer(study.entries)
+    answered = differences.answer(study.entries)
     expected = {
         (entry.cell, entry.name): (way.interval.value, way.interval.low, way.interval.high, way.interval.n)
         for entry in study.entries if (way := entries.difference(entry, entry.tokens))
@@ -96,16 +96,16 @@ def test_an_entry_and_its_reference_have_one_difference(template, number):
     for _, row in on_the_way[on_the_way["share"] == 1].iterrows() if len(on_the_way) else ():
         label = (row["cell"], row["variant"])
         same("on the way", label, row, ("difference", "difference_low", "difference_high", "difference_n"))
-    table, shown = tables.beside(answered).frame, beside.shown(answered)
+    table, shown = tables.against_adamw(answered).frame, differences.shown(answered)
     for _, row in table[table["basis"] == entries.BASES["tokens"]].iterrows() if len(table) else ():
         if (row["group"], row["entry"]) in expected:  # not AdamW on more tokens
-            same("beside", (row["group"], row["entry"]), row, ("loss", "loss_low", "loss_high", "loss_n"))
+            same("against_adamw", (row["group"], row["entry"]), row, ("loss", "loss_low", "loss_high", "loss_n"))
     columns = tables.answer(answered).columns if len(answered.rows) else ()
     for row in shown.to_dict("records"):
         if label := expected.get((row["group"], row["entry"])):
             assert columns[1].header == "held-out loss, at equal tokens"
             assert columns[1].of(row).startswith(f"{label[0]:.4f} (n ".replace("-", "−"))
-    kept = beside.kept_against_rho(study.entries)
+    kept = differences.kept_against_rho(study.entries)
     best = {(entry.cell, entry.name): entry.chosen("rho") for entry in study.entries}
     for _, row in kept[kept["aspect"] == "held-out loss"].iterrows() if len(kept) else ():
         label = (row["cell"], row["entry"])
@@ -135,6 +135,6 @@ def test_losses_of_one_entry_are_one_number(template):
     assert list(last["loss"]) == pytest.approx([2.4])
     over_rho = analysis.loss_against_rho(study)
     assert over_rho.loc[over_rho["variant"] == "adamw", "loss"].mean() == pytest.approx(2.4)
-    table = tables.beside(beside.answer(study.entries)).frame.set_index("basis")
-    assert table["loss"][beside.ITSELF] == pytest.approx(2.4)
+    table = tables.against_adamw(differences.answer(study.entries)).frame.set_index("basis")
+    assert table["loss"][differences.ITSELF] == pytest.approx(2.4)
     assert math.isclose(compared["difference"]["sam"], -0.1)

@@ -229,7 +229,7 @@ def test_best_rho_against_size_is_the_power_law_put_in(made):
 
 def test_equal_compute_sets_two_passes_beside_twice_the_steps(made):
     _, _, tables = made
-    row = only(tables["beside_table"], group="1.8m, 1000 steps", entry="functional_sam", basis="at equal FLOPs")
+    row = only(tables["against_adamw_table"], group="1.8m, 1000 steps", entry="functional_sam", basis="at equal FLOPs")
     assert row["adamw"] == "adamw, 2000 steps"
     rho = float(row["rho"])
     expected = method_loss("functional_sam", "1.8m", rho, 0) - adamw_loss("1.8m", 2000, 0)

@@ -11,7 +11,7 @@ from helpers import report_runs
 from steppe.scripts import results
 from steppe.scripts.report import __main__ as command
 from steppe.scripts.report import answer, tables, transfer
-from steppe.scripts.report.numbers import beside, entries, statistics
+from steppe.scripts.report.numbers import differences, entries, statistics
 
 
 def runs():
@@ -60,13 +60,13 @@ def test_each_entry_takes_its_best_setting_and_is_compared_on_seeds_that_did_not
     assert way.interval.value == pytest.approx(-0.1 + 0.001 / 3)
     assert way.interval.low < way.interval.value < way.interval.high < 0
     assert entries.difference(found["adamw ema"], found["adamw"]).interval.value == pytest.approx(-0.05)
-    beside = entries.difference(found["nadamw"], found["adamw"])
-    assert beside.interval.high > 0 > beside.interval.value
-    assert beside.sign == 0
+    held = entries.difference(found["nadamw"], found["adamw"])
+    assert held.interval.high > 0 > held.interval.value
+    assert held.sign == 0
 
 
 def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
-    made = beside.answer([*entries_of(sweep).values()])
+    made = differences.answer([*entries_of(sweep).values()])
     rows = made.known("loss", "tokens").set_index("name")["value"]
     assert rows["nadamw ema"] == pytest.approx(rows["nadamw"])
     assert rows["adamw ema"] == pytest.approx(-0.05)  # against its last weights

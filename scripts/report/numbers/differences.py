@@ -1,4 +1,4 @@
-"""Entries beside AdamW in all that was measured of them, as frames: at equal tokens and at equal compute, by seed."""
+"""Differences of entries from AdamW in all that was measured, as frames: at equal tokens and equal compute, by seed."""
 
 import collections
 import itertools
@@ -94,10 +94,10 @@ class Answer(NamedTuple):
 
 
 def answer(found: Sequence[en.Entry]) -> Answer:
-    """What the entries of a study say; without AdamW beside anything, no rows."""
+    """What the entries of a study say; without AdamW to compare with, no rows."""
     rows, ways = [], []
     cells = dict.fromkeys((entry.cell for entry in found), False) | {e.cell: True for e in found if not e.adamw}
-    # where AdamW is alone it is only what stands beside methods elsewhere, if there are any
+    # where AdamW is alone it only serves other cells, if these have methods
     for cell in [cell for cell, methods in cells.items() if methods] or cells:
         inside = [entry for entry in found if entry.cell == cell]
         longer = {e.flops.label: e.flops for e in inside if e.flops is not None and e.flops.cell != cell}
@@ -132,7 +132,7 @@ def counts(made: Answer) -> pd.DataFrame:
 
 
 def power(made: Answer) -> pd.DataFrame:
-    """A row a group, aspect and basis: the noise of a pair, and the smallest difference that so many pairs show."""
+    """A row a group, aspect and basis: the noise of a pair, and the smallest difference that these pairs show."""
     rows = []
     groups = made.rows["group"].unique() if len(made.rows) else ()
     for group, aspect, basis in itertools.product(groups, ASPECTS, en.BASES):
