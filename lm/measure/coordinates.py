@@ -57,11 +57,18 @@ def at_width(config: Any, width: int, parametrisation: str, base: int) -> Any:
     return made
 
 
-def measure_config(config: Any, settings: Settings) -> dict[str, float]:
+def cost(config: Any) -> float:
+    """What measuring costs, in a unit that is the same for all widths: compiling, and parameters to be moved."""
+    return 1e6 + config.model.width**2
+
+
+def measure_config(
+    config: Any, settings: Settings, tick: Callable[[str], None] = lambda stage: None
+) -> dict[str, float]:
     """{"KIND", "KIND update", "KIND perturbation": root mean square} on the first batch of the config's own text.
 
     KIND: at the start. KIND update: what the steps, each on a batch of its own, have changed of it. KIND perturbation:
-    what the method's epsilon after them changes; absent where it has none.
+    what the method's epsilon after them changes; absent where it has none. tick(stage): called when a stage begins.
     """
     import jax
     import jax.numpy as jnp
@@ -72,14 +79,18 @@ def measure_config(config: Any, settings: Settings) -> dict[str, float]:
     from steppe.lm.parts.step import compile_step
     from steppe.optim.passes.two_pass import TwoPass
 
+    tick("preparing")
     corpus, parts, _ = open_parts(config, lambda line: None)
     read = batch_reader(config, corpus, parts, lambda step: step)
     batches = [read(step) for step in range(settings.steps)]
     outputs = jitted(lambda params: _outputs(parts, params, batches[0]), parts.mesh, "outputs")
     state = create(parts.mesh, parts.initialise)
+    tick("activations")
     first = outputs(state.params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batches[0])
+    tick("compiling the training step")
     step = compile_step(parts, shapes)
+    tick("training")
     for each in batches:
         state, _ = step(state, each, jnp.float32(jnp.inf))
     last = outputs(state.params)
@@ -153,6 +164,8 @@ def note(frame: Any) -> str:
 
 def draw(frame: Any) -> Any:
     """A panel a quantity: its size over the width, both parametrisations."""
+    from matplotlib.ticker import LogLocator
+
     from steppe.lm import plot
 
     columns, rows = 2, math.ceil(len(frame.columns) / 2)
@@ -170,7 +183,11 @@ def draw(frame: Any) -> Any:
         low, high = axes.get_ylim()
         if high < 10 * low:  # a flat line is to look flat
             middle = math.sqrt(low * high)
-            axes.set_ylim(middle / 10**0.5, middle * 10**0.5)
+            low, high = middle / 10**0.5, middle * 10**0.5
+            axes.set_ylim(low, high)
+        # a tick at every decade alone would leave a panel of one decade with one or none
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(quantity, fontsize=10, loc="left")
         axes.legend(fontsize=8)
     for axes in panels[-1]:

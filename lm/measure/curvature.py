@@ -51,11 +51,14 @@ def refused(settings: Settings) -> str:
     return f"--densities={settings.densities}: must be at most --probes={settings.probes}" if wrong else ""
 
 
-def stages(settings: Settings) -> Sequence[str]:
-    """The stages that measure_run announces, in order."""
+COMPILING = 60.0  # seconds on two cores, whatever the size of the model
+
+
+def costs(config: Mapping[str, Any], settings: Settings) -> dict[str, float]:
+    """{stage that measure_run announces: its cost, in gradients of one sequence} of a run with this flat config."""
     from steppe.lm.measure import sharpness
 
-    return sharpness.stages(settings)
+    return {stage: cost * config["train.batch_size"] for stage, cost in sharpness.costs(settings).items()}
 
 
 def measure_run(

@@ -10,7 +10,7 @@ the same settings, is not measured again. `forgetting_at_equal_gain` compares ru
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from steppe.configs.keys import FLAG, TEXT, count, integer, listed, number
@@ -86,10 +86,19 @@ def disturbances(settings: Settings) -> dict[str, dict[str, list[list[tuple]]]]:
     return found
 
 
-def stages(settings: Settings) -> Sequence[str]:
-    """The stages of measure_run, each of which it announces."""
+COMPILING = 30.0  # seconds on two cores, whatever the size of the model
+
+
+def costs(config: Mapping[str, Any], settings: Settings) -> dict[str, float]:
+    """{stage that measure_run announces: its cost, in gradients of one sequence}; a held-out loss costs a third."""
+    loss = settings.batch_size * (settings.batches or 100) / 3
     tuned = settings.fine_tune_rates if settings.fine_tune != NO_TEXT else ()
-    return ["held-out loss", *disturbances(settings), *(f"fine-tuning at {rate:g}" for rate in tuned)]
+    path = settings.batch_size * settings.fine_tune_steps + 2 * len(POINTS) * loss
+    drawn = {
+        stage: loss * sum(len(draw) for draws in measures.values() for draw in draws)
+        for stage, measures in disturbances(settings).items()
+    }
+    return {"held-out loss": loss, **drawn, **{f"fine-tuning at {rate:g}": path for rate in tuned}}
 
 
 def texts(

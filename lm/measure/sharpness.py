@@ -113,7 +113,7 @@ def measure(
     scale: the preconditioner D from the base's second moment; None omits preconditioned measures. next_step: gradient
     -> (update, learning rate) of the run's base, for its critical sharpness. towards: other parameters, for the
     curvature along the displacement to them. noisy: settings.noise_scale batches of the run, joined, in random order.
-    tick(stage): called before each stage, len(stages(settings)) times if there is a scale.
+    tick(stage): called before each stage, in the order of costs(settings).
     """
     key = jax.random.key(settings.seed)
     summary, details = {}, {}
@@ -196,11 +196,24 @@ def _of_noise(found: dict[str, float], tokens: int, batches: int) -> dict[str, f
     return expected | ({"noise_scale": found["scale"] * tokens} if np.isfinite(found["scale"]) else {})
 
 
-def stages(settings: Any) -> list[str]:
-    """The stages of `measure`, in order."""
-    runs = [f"{name} {i + 1}" for name in (*OPERATORS, "preconditioned") for i in range(_runs(name, settings))]
-    return ["gradient", *runs, "traces", "delta split", "sharpness", *(["noise scale"] if settings.noise_scale else []),
-            *(["slices"] if settings.slices else [])]  # fmt: skip
+PRODUCTS = {"hessian": 2.5, "ggn": 2.0, "nme": 3.0, "preconditioned": 3.5}  # cost of a product, in gradients
+
+
+def costs(settings: Any) -> dict[str, float]:
+    """{stage of `measure`: its cost in gradients of a batch of the run}, in order."""
+    size, split = settings.batches, PRODUCTS["ggn"] + PRODUCTS["nme"]
+    runs = {f"{name} {i + 1}": size * settings.lanczos * cost for name, cost in PRODUCTS.items()
+            for i in range(_runs(name, settings))}  # fmt: skip
+    noise, points = settings.noise_scale, 3 * settings.slices + settings.slices**2
+    return {
+        "gradient": 2.0 * size,
+        **runs,
+        "traces": size * 2 * split * (settings.probes - settings.densities),
+        "delta split": size * 2 * split,
+        "sharpness": size * (settings.ascent + 3 + settings.draws * 2 / 3),
+        **({"noise scale": noise * (1 + split)} if noise else {}),
+        **({"slices": size * points / 3} if settings.slices else {}),
+    }
 
 
 def _runs(name: str, settings: Any) -> int:

@@ -24,6 +24,7 @@ from steppe.lm.parts.state import State
 from steppe.lm.parts.step import compile_step
 from steppe.lm.run import begin
 from steppe.lm.track import lines
+from steppe.lm.track.waiting import compiling
 
 _HOUSE = str(Path(anomaly.__file__).parents[2])
 
@@ -59,7 +60,8 @@ def replay(config: ConfigDict, directory: str, number: int, log: Callable[[str],
 
     watch.windows = watch.windows if windows is None else windows
     read = batch_reader(config, corpus, parts, watch.batch_index)
-    step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
+    with compiling("the training step", log):
+        step = compile_step(parts, abstract_batch(parts, corpus, config.train.batch_size))
     while int(state.step) < number - 1:
         done = int(state.step)
         state, metrics = step(state, read(done), watch.limit(done + 1))

@@ -24,6 +24,7 @@ from steppe.data import files
 from steppe.lm.track.goodput import Goodput, described, earlier
 from steppe.lm.track.lines import METRICS, number, plain, read, restored, rewind
 from steppe.lm.track.sinks import Sinks
+from steppe.lm.track.waiting import clock_face
 
 NOISE = 100  # steps over which the gradient noise scale is averaged
 
@@ -261,7 +262,7 @@ class Tracker:
         self._sinks.record(restored(record))
 
     def _print(self, text: str) -> None:
-        text = files.visible(text, self._stream)
+        text = files.visible(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -298,12 +299,3 @@ def _si(number: float, gap: str = "") -> str:
         number /= 1000
     digits = 0 if letter == "" and number == int(number) else max(0, 2 - len(str(int(number))) + 1)
     return f"{number:.{digits}f}{gap}{letter}"
-
-
-def clock_face(seconds: float) -> str:
-    """1:02:03 or 2:03; ? if unknown."""
-    if math.isnan(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from steppe.lm.track.waiting import compiling
 from steppe.scripts import command, process
 from steppe.scripts.bench import turns
 
@@ -94,10 +95,10 @@ def reference(size: str, sam: bool, options) -> Variant:
     )
     initialise, step = make(shape, sam)
     state, batch = jax.jit(initialise)(jax.random.key(0)), turns.batch_of(options)
-    began = time.process_time()
-    program = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    began, name = time.process_time(), "optax.contrib.sam" if sam else "plain adamw"
+    with compiling(f"{size} {name}", process.warn):
+        program = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     spent = time.process_time() - began
-    name = "optax.contrib.sam" if sam else "plain adamw"
     return variant(name, program, repeated(name, program, state, batch), spent)
 
 

@@ -2,15 +2,17 @@
 
 Such a module declares its `Settings`, which are options of the command, and one of
 
-- `measure_run`, of a checkpoint, and `TITLES`, the columns of the table. It may have `refused`, `stages`, `note`,
-  `draw` and `draw_training`, as lm.measure.curvature has. Its numbers go into WORKDIR/NAME/STEP.json, `summary` first,
-  where a report finds them and makes a section of them. With `compare`, as lm.measure.retention has, it is of finished
-  runs side by side (see scripts.measure.runs), and its file is WORKDIR/NAME.json.
-- `measure_config`, of each of the `configs` that it makes of one, with `draw` and `note` over all.
+- `measure_run`, of a checkpoint, `TITLES`, the columns of the table, and `costs` and `COMPILING`, from which the time
+  left follows. It may have `refused`, `note`, `draw` and `draw_training`, as lm.measure.curvature has. Its numbers go
+  into WORKDIR/NAME/STEP.json, `summary` first, where a report finds them and makes a section of them. With `compare`,
+  as lm.measure.retention has, it is of finished runs side by side (see scripts.measure.runs), and its file is
+  WORKDIR/NAME.json.
+- `measure_config`, of each of the `configs` that it makes of one, with the `cost` of each, `draw` and `note` over all.
 """
 
 import contextlib
 import importlib
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -18,14 +20,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from steppe.configs import keys
 from steppe.configs.packages import ready
 from steppe.configs.read import UsageError
 from steppe.data import files
+from steppe.lm.track.waiting import Progress, clock_face
 from steppe.scripts import command, process
 from steppe.scripts.measure import runs
-from steppe.scripts.measure.shown import Progress
 
 PACKAGE = "steppe.lm.measure"
+MINUTES = 5  # of --step=all, unless more are asked for
 
 
 class Asked(NamedTuple):
@@ -42,7 +46,8 @@ class Asked(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A checkpoint to measure. weights: by name, None for those the run is judged by; path: where its numbers go."""
+    """A checkpoint to measure. weights: by name, None for those the run is judged by; path: where its numbers go; pace:
+    seconds that the gradient of one sequence took while the run trained, NaN if unknown."""
 
     name: str
     directory: str
@@ -50,6 +55,7 @@ class Target(NamedTuple):
     step: int
     weights: str | None
     path: Path
+    pace: float
 
 
 @process.refusing
@@ -77,13 +83,13 @@ def of_checkpoints(name: str, measurement: ModuleType, argv: Sequence[str]) -> i
             runs.check(asked, targets, found, progress.line)
         elif asked.options.skip_done:
             targets = [target for target in targets if not target.path.exists()]
-        measure(asked, targets, found, progress)
+        late = measure(asked, targets, found, progress)
     done = [target for target in targets if target.path in found]
     if done:
         (runs.conclude if asked.compares else conclude)(asked, done, found)
     for target in done:
         mirror.add(target.directory, target.path.relative_to(target.directory).parts[0])
-    return int(len(done) < len(targets))
+    return int(len(done) + late < len(targets))
 
 
 def read(name: str, measurement: ModuleType, argv: Sequence[str]) -> Asked:
@@ -118,6 +124,8 @@ def _parser(name: str, measurement: ModuleType, compares: bool) -> command.Parse
         )
     else:
         add("--skip_done", action="store_true", help="skip checkpoints that have been measured")
+        said = f"with --step=all, begin no checkpoint that would end later (default {MINUTES}); 0: no limit"
+        add("--minutes", type=keys.number(least=0), default=MINUTES, metavar="N", help=said)
     return parser
 
 
@@ -147,12 +155,18 @@ def find(asked: Asked, progress: Progress) -> list[Target]:
             shown = (name if names.count(name) == 1 else directory) + f" {weights}" * (len(several) > 1)
             for step in steps:
                 path = files.below(folder, f"{asked.name}.json" if asked.compares else f"{asked.name}/{step}.json")
-                found.append(Target(shown, directory, result.config, step, weights, path))
+                found.append(Target(shown, directory, result.config, step, weights, path, _pace(result)))
     if not found:
         raise WorkdirError(lacking[0] if lacking else f"--workdir={', '.join(options.workdir)}: must hold a run")
     for line in lacking:
         progress.line(f"left out  {line}")
     return found
+
+
+def _pace(result: Any) -> float:
+    """Seconds that the gradient of one sequence took while a run trained."""
+    steps, plain = len(result.train_curve.step), result.adamw_flops / (result.flops or math.nan)
+    return result.seconds / steps * plain / result.config["train.batch_size"] if steps else math.nan
 
 
 def _steps(directory: str, options: Any, progress: Progress) -> list[int]:
@@ -170,18 +184,27 @@ def _steps(directory: str, options: Any, progress: Progress) -> list[int]:
     return wanted
 
 
-def measure(asked: Asked, targets: Sequence[Target], found: dict[Path, dict], progress: Progress) -> None:
-    """Measures those that are not found yet, writes their files and adds them; one that cannot be is passed over."""
+def measure(asked: Asked, targets: Sequence[Target], found: dict[Path, dict], progress: Progress) -> int:
+    """Measures those that are not found yet, writes their files and adds them; one that cannot be is passed over.
+
+    Says first what it will cost. Returns the number of those for which --minutes has no time.
+    """
     from steppe.lm.keep.exits import REFUSALS
 
-    left, programs = [target for target in targets if target.path not in found], {}
-    progress.expect(len(left))
     for target in targets:
-        if target not in left:
+        if target.path in found:
             progress.line(f"{target.name}: already measured")
+    left, programs, late = spread([target for target in targets if target.path not in found]), {}, []
+    limit = 60 * asked.options.minutes if asked.options.step == "all" else 0
+    costs = [asked.measurement.costs(target.config, asked.settings) for target in left]
+    seconds = [sum(cost.values()) * target.pace for cost, target in zip(costs, left, strict=True)]
+    progress.expect([asked.measurement.COMPILING * (number == 0) + each for number, each in enumerate(seconds)], 1.0)
+    progress.line(expected(asked, left, seconds, limit))
+    for target, cost in zip(left, costs, strict=True):
+        if limit and target != left[0] and progress.spent + progress.next > limit:
+            late.append(target)
             continue
-        stages = getattr(asked.measurement, "stages", lambda settings: ())(asked.settings)
-        progress.begin(f"{target.directory} step {target.step}", len(stages))
+        progress.begin(f"{target.directory} step {target.step}", cost)
         try:
             found[target.path] = examine(asked, target, programs, progress)
             progress.end(str(target.path))
@@ -189,6 +212,35 @@ def measure(asked: Asked, targets: Sequence[Target], found: dict[Path, dict], pr
             if len(left) == 1:
                 raise
             progress.end(f"{target.directory} step {target.step} IS PASSED OVER: {error}")
+    if late:
+        steps = ", ".join(f"{target.name} step {target.step}" for target in late)
+        progress.line(f"left out  {steps}: no time within --minutes={asked.options.minutes:g}; 0 sets no limit, and "
+                      "--skip_done measures only these")  # fmt: skip
+    return len(late)
+
+
+def expected(asked: Asked, left: Sequence[Target], seconds: Sequence[float], limit: float) -> str:
+    """A line on what measuring will cost."""
+    checkpoints = f"{len(left)} checkpoint{'s' * (len(left) != 1)}"
+    known = [each for each in seconds if each == each]
+    told = f"about {clock_face(sum(known))} at the speed of training" if known else "of a time that no record tells"
+    compiling = f"and about {clock_face(asked.measurement.COMPILING)} of compiling"
+    at_most = f"; at most {clock_face(limit)}, spread over the run" if limit and len(left) > 1 else ""
+    return f"expected  {checkpoints}, {told} {compiling}{at_most}"
+
+
+def spread(targets: Sequence[Target]) -> list[Target]:
+    """Targets in an order of which every beginning covers the training: the newest of each run, then the one that is
+    farthest from those before it."""
+    ranked = []
+    for weights, directory in dict.fromkeys((target.weights, target.directory) for target in targets):
+        own = [target for target in targets if (target.weights, target.directory) == (weights, directory)]
+        chosen = [own.pop(max(range(len(own)), key=lambda index: own[index].step))]
+        while own:
+            gaps = [min(abs(target.step - other.step) for other in chosen) for target in own]
+            chosen.append(own.pop(gaps.index(max(gaps))))
+        ranked += enumerate(chosen)
+    return [target for _, target in sorted(ranked, key=lambda each: each[0])]
 
 
 def examine(asked: Asked, target: Target, programs: dict, progress: Progress) -> dict[str, Any]:
@@ -234,10 +286,10 @@ def conclude(asked: Asked, targets: Sequence[Target], found: dict[Path, dict]) -
     rows = {f"{target.name}:{target.step}": found[target.path]["summary"] for target in targets}
     titles = asked.measurement.TITLES
     table = pd.DataFrame(rows.values(), index=list(rows), columns=list(titles), dtype=float).rename(columns=titles)
-    print(table.to_string(float_format="{:.4g}".format, na_rep="-"))
+    process.say(table.to_string(float_format="{:.4g}".format, na_rep="-"))
     for name, summary in rows.items():
         if said := getattr(asked.measurement, "note", lambda summary: "")(summary):
-            print(f"{name}  {said}")
+            process.say(f"{name}  {said}")
 
 
 def over_training(measurement: ModuleType, workdir: str) -> None:
@@ -286,10 +338,10 @@ def of_configs(name: str, measurement: ModuleType, argv: Sequence[str]) -> int:
         made, found = measurement.configs(config, settings), {}
         for each in made.values():
             check(each, device_count=len(jax.devices()), backend=jax.default_backend())
-        progress.expect(len(made))
+        progress.expect([measurement.cost(each) for each in made.values()])
         for key, each in made.items():
             progress.begin(" ".join(map(str, key)))
-            found[key] = measurement.measure_config(each, settings)
+            found[key] = measurement.measure_config(each, settings, progress.tick)
             progress.end(" ".join(map(str, key)))
     frame = pd.DataFrame(found.values(), pd.MultiIndex.from_tuples(found)).rename_axis(columns=measurement.COLUMNS[-2])
     frame = frame.rename_axis(index=measurement.COLUMNS[:-2])
@@ -298,8 +350,8 @@ def of_configs(name: str, measurement: ModuleType, argv: Sequence[str]) -> int:
     files.write(sheet, frame.stack().to_csv(header=measurement.COLUMNS[-1:], float_format="%.6g"))
     with plot.styled():
         plot.save(measurement.draw(frame), picture, dpi=150)
-    print(frame.to_string(float_format="{:.3g}".format, na_rep="-"))
-    print(f"\n{measurement.note(frame)}\nwrote {sheet} and {picture}")
+    process.say(frame.to_string(float_format="{:.3g}".format, na_rep="-"))
+    process.say(f"\n{measurement.note(frame)}\nwrote {sheet} and {picture}")
     return 0
 
 

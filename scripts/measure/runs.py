@@ -11,7 +11,7 @@ from typing import Any
 from steppe.configs.read import UsageError
 from steppe.data import files, stored
 from steppe.data.errors import DataError
-from steppe.scripts import results
+from steppe.scripts import process, results
 
 
 def known(asked: Any, targets: Sequence[Any]) -> dict[Path, dict]:
@@ -65,11 +65,11 @@ def conclude(asked: Any, targets: Sequence[Any], measured: Mapping[Path, dict]) 
     labels = labels_of({target.name: {**target.config, "weights": target.weights} for target in targets})
     frame = measurement.frame(found)
     named = frame.set_axis([f"{target.name}:{target.step}" for target in targets])
-    print(tables(named.rename(columns=measurement.title), list(labels.values())))
-    print(measurement.note_runs(found))
+    process.say(tables(named.rename(columns=measurement.title), list(labels.values())))
+    process.say(measurement.note_runs(found))
     out = asked.options.out or (targets[0].path.parent if len(targets) == 1 else None)
     if out is None:
-        print("--out=DIR writes this table and its plots")
+        process.say("--out=DIR writes this table and its plots")
         return
     out.mkdir(parents=True, exist_ok=True)
     sheet, picture = (out / f"{asked.name}.{kind}" for kind in ("csv", "png"))
@@ -77,7 +77,7 @@ def conclude(asked: Any, targets: Sequence[Any], measured: Mapping[Path, dict]) 
     files.write(sheet, frame.to_csv(index_label="run"))
     with plot.styled():
         plot.save(measurement.draw_runs(found, labels), picture, dpi=160)
-    print(f"wrote {sheet} and {picture}")
+    process.say(f"wrote {sheet} and {picture}")
     mirror.add(out, sheet.name, picture.name)
 
 

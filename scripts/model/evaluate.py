@@ -5,7 +5,9 @@ steppe evaluate --workdir=DIR [--step=K] [--batches=N] [--task=SOURCE] [--choice
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from steppe.lm.track.waiting import Progress
 from steppe.scripts import command, process
 
 
@@ -24,10 +26,15 @@ def main(argv: Sequence[str]) -> int:
     )
     options = command.options_of(argv, parser)
 
-    process.ready_to_compute()
+    with Progress("evaluate: loading the model", sys.stderr) as progress:
+        return _evaluate(options, progress)
 
+
+def _evaluate(options: Any, progress: Progress) -> int:
+    process.ready_to_compute()
     from steppe.data import baselines
     from steppe.data.cache import held_out_of
+    from steppe.data.loader import held_out_steps
     from steppe.lm.keep import saved
     from steppe.lm.measure import choices
     from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
@@ -49,28 +56,37 @@ def main(argv: Sequence[str]) -> int:
     )
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
-    for name in corpus.held_out:
+    size = run.config.train.batch_size
+    steps = {name: held_out_steps(corpus, name, size) for name in corpus.held_out}
+    steps = {name: min(options.batches or most, most) for name, most in steps.items()}
+    progress.expect([*steps.values(), *(len(items) for items in questions.values())])
+    for name, batches in steps.items():
+        progress.begin(f"{name}: compiling, then {batches:,} batches", dict.fromkeys(map(str, range(batches)), 1.0))
+        ticks = map(str, range(batches))
         found = evaluate(
             step,
             run.params,
             corpus,
             name,
             mesh=run.parts.mesh,
-            batch_size=run.config.train.batch_size,
+            batch_size=size,
             batches=options.batches,
+            stop=lambda ticks=ticks: progress.tick(next(ticks)) is not None,
         )
+        progress.end(name)
         assert found is not None  # evaluate returns None only when stopped
         reference = baselines.baselines(corpus, name, counts)
-        print(
+        process.say(
             f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "
             f"{reference['gzip']:>8.4f} {found['tokens']:>12,}"
         )
     scores, length = choices.make_scores(run.parts), run.config.data.sequence_length
     for name, items in questions.items():
         rows = choices.rows(items, run.corpus.tokenizer, length)
-        batch_size = run.config.train.batch_size
-        found = choices.measure(scores, run.params, items, rows, run.parts.mesh, batch_size)
-        print(
+        progress.begin(f"{name}: compiling, then {len(items):,} items")
+        found = choices.measure(scores, run.params, items, rows, run.parts.mesh, size)
+        progress.end(name)
+        process.say(
             f"choices {name}: accuracy {found['accuracy']:.4f}, per byte {found['accuracy_per_byte']:.4f}, "
             f"of {len(items):,} items"
         )

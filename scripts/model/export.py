@@ -27,17 +27,11 @@ def main(argv: Sequence[str]) -> int:
     from steppe.lm.hub import export
     from steppe.lm.keep import saved
 
-    run = saved.unread(
-        options.workdir,
-        options.step,
-        log=lambda line: print(line, flush=True),
-        weights=options.weights,
-        trust=options.trust,
-    )
-    export.export(run, str(options.out), log=lambda line: print(line, flush=True))
+    run = saved.unread(options.workdir, options.step, log=process.say, weights=options.weights, trust=options.trust)
+    export.export(run, str(options.out), log=process.say)
     shown = Path(options.out)
-    print(f"{shown} holds {run.config.model.style} as {export.architecture(run)}; load it with")
-    print(f"  transformers.AutoModelForCausalLM.from_pretrained({str(shown)!r})")
+    process.say(f"{shown} holds {run.config.model.style} as {export.architecture(run)}; load it with")
+    process.say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(shown)!r})")
     return 0
 
 

@@ -10,9 +10,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from steppe.configs import keys
 from steppe.configs.keys import TEXT
+from steppe.lm.track.waiting import Progress
 from steppe.scripts import command, process
 
 
@@ -36,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
 
     prompts = [options.prompt] if options.prompts is None else _prompts(options.prompts)
 
+    with Progress("generate: loading the model", sys.stderr) as progress:
+        return _generate(options, prompts, progress)
+
+
+def _generate(options: Any, prompts: list, progress: Progress) -> int:
     process.ready_to_compute()
     from steppe.data import files
     from steppe.lm.keep import saved
@@ -44,9 +51,11 @@ def main(argv: Sequence[str]) -> int:
     run = saved.load(options.workdir, options.step, log=lambda line: None, weights=options.weights, trust=options.trust)
     tokenizer, cap = run.corpus.tokenizer, run.config.model.logit_soft_cap
     decoder = generate.make_decoder(run.parts.shape, tokenizer.vocab_size, run.parts.mesh, cap)
-    prompts = [run.config.sample.prompt if prompt is None else prompt for prompt in prompts]
-    texts = []
-    for start in range(0, len(prompts), options.batch_size):
+    prompts = [generate.prompt_of(run.config, run.corpus) if prompt is None else prompt for prompt in prompts]
+    texts, parts = [], range(0, len(prompts), options.batch_size)
+    progress.expect([1.0] * len(parts))
+    for start in parts:
+        progress.begin("more prompts" if start else f"compiling, then up to {options.tokens} tokens a prompt")
         texts += generate.generate(
             decoder,
             run.params,
@@ -56,14 +65,15 @@ def main(argv: Sequence[str]) -> int:
             temperature=options.temperature,
             seed=options.seed + start,
         )
+        progress.end(f"{len(texts)} of {len(prompts)} prompts")
         if options.out is None:
             for prompt, text in zip(prompts[start:], texts[start:], strict=False):
-                text = files.visible(text, sys.stdout)
-                print(f"=== {prompt!r}\n{text}" if options.prompts else text, flush=True)
+                shown = files.visible(text) if sys.stdout.isatty() else text  # a pipe gets what the model said
+                print(f"=== {prompt!r}\n{shown}" if options.prompts else shown, flush=True)
     if options.out is not None:
         rows = ({"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True))
         files.write(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"wrote {len(texts)} texts to {options.out}")
+        process.say(f"wrote {len(texts)} texts to {options.out}")
     return 0
 
 

@@ -5,7 +5,8 @@ import os
 from functools import partial
 from typing import NamedTuple
 
-from steppe.scripts import command
+from steppe.lm.track.waiting import compiling
+from steppe.scripts import command, process
 
 # What XLA's compiler asks about a GPU, from its maker's data sheets: the text of a GpuTargetConfigProto.
 _GPU = (
@@ -113,7 +114,8 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
     batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding) for name, dtype in names.items()}
     lowered = lower_step(parts, batch)
     try:
-        return parts, lowered.compile()
+        with compiling(f"the training step of {config.optim.method}", process.warn):
+            return parts, lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         status, _, why = str(error).splitlines()[0].partition(": ")
         if status != "RESOURCE_EXHAUSTED":

@@ -101,7 +101,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     statuses = {name: outcome.get("status", "unfinished") for name, outcome in outcomes.items()}
     speed = sweep_plan.speed(runs, outcomes, options.cores, backend)
     quiet = options.launcher == "print"
-    print(sweep_plan.table(runs, statuses, speed, jobs), file=sys.stderr if quiet else sys.stdout, flush=True)
+    process.say(sweep_plan.table(runs, statuses, speed, jobs), sys.stderr if quiet else None)
     _warn_of_other_code(outcomes)
     left = [run for run in runs if statuses[run.name] == "unfinished"]
     if options.order == "cheapest":
@@ -121,7 +121,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
         _prepare(left)
         if options.launcher == "slurm":
             for line in sweep_slurm.submit(left, path, options.out, options.jobs, options.cores, slurm):
-                print(line, flush=True)
+                process.say(line)
             if not options.wait:
                 return 0
             ended = {run.name: outcome for run in runs if (outcome := _outcome(run))}
@@ -230,7 +230,7 @@ def _prepare(runs: list) -> None:
     from steppe.data import cache
 
     for data in {json.dumps(run.config.data.to_dict()): run.config.data for run in runs}.values():
-        cache.ensure(data, lambda text: print(text, flush=True))
+        cache.ensure(data, process.say)
 
 
 def _outcome(run: Any) -> dict:
@@ -251,7 +251,7 @@ def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Calla
         for group in groups:
             if steps[group[0].name]:
                 for run in sweep_halving.prune(group, steps[group[0].name], halving.eta**-number, outcomes):
-                    print(f"pruned    {run.name}  {_outcome(run)['why']}", flush=True)
+                    process.say(f"pruned    {run.name}  {_outcome(run)['why']}")
     return True
 
 
@@ -270,15 +270,15 @@ def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
 def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) -> int:
     outcomes = {run.name: _outcome(run) for run in runs}
     if halving is not None:
-        print(sweep_halving.saved(runs), flush=True)
+        process.say(sweep_halving.saved(runs))
     named = [outcome.get("status", "unfinished") for outcome in outcomes.values()]
     counts = {status: named.count(status) for status in STATUSES if status in named}
-    print(", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)
+    process.say(", ".join(f"{count} {status}" for status, count in counts.items()))
     for name, outcome in outcomes.items():
         if outcome.get("status") in ("failed", "diverged"):
-            print(f"{outcome['status']:<10}{name}: {outcome.get('why', '')}", flush=True)
+            process.say(f"{outcome['status']:<10}{name}: {outcome.get('why', '')}")
     if not complete or "unfinished" in named:
-        print("run the same command again to continue", flush=True)
+        process.say("run the same command again to continue")
         return STOPPED
     return 1 if "failed" in named else 0
 

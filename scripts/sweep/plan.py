@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from steppe.lm.keep.exits import STATUSES
-from steppe.lm.track.tracker import clock_face
+from steppe.lm.track.waiting import clock_face
 from steppe.scripts import results
 
 ASSUMED_STARTUP = 12.0  # seconds of imports and compiling, unless measured

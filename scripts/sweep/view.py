@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from steppe.data import files
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import STOPPED
 from steppe.lm.track import lines
-from steppe.lm.track.tracker import clock_face
+from steppe.lm.track.waiting import clock_face
 from steppe.scripts.sweep.launch import Job
 from steppe.scripts.sweep.plan import Run, Speed, makespan
+
+EVERY = 30.0  # seconds between lines, where there is no terminal
 
 
 class View:
@@ -82,10 +85,14 @@ class View:
         )
 
     def tick(self, running: Sequence[Job], waiting: Sequence[Run]) -> None:
-        """Call often: redraws the table at most once a second."""
+        """Call often: redraws the table at most once a second, or says where it stands once in a while."""
         self._running, self._waiting = list(running), list(waiting)
-        if self._live is not None and self._now() - self._shown >= 1.0:
-            self._shown = self._now()
+        if self._now() - self._shown < (EVERY if self._live is None else 1.0):
+            return
+        self._shown = self._now()
+        if self._live is None:
+            self._print(self._stand())
+        else:
             self._live.update(self._table(), refresh=True)
 
     def _seconds(self, run: Run) -> float:
@@ -109,16 +116,19 @@ class View:
             step, loss = progress(job.run.directory)
             elapsed = self._now() - job.began
             left = max(0.0, self._seconds(job.run) - elapsed)
-            table.add_row(job.run.name, f"{step}/{job.run.steps}", f"{loss:.4f}" if step else "", clock_face(left))
-        counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(self._statuses.values()).items()))
-        table.caption = (
-            f"{len(self._running)} running, {len(self._waiting)} waiting{', ' + counts if counts else ''} "
-            f"of {self._total}; left {clock_face(self._left())}"
-        )
-        table.caption_justify = "left"
+            name, shown = files.visible(job.run.name), f"{loss:.4f}" if step else ""
+            table.add_row(name, f"{step}/{job.run.steps}", shown, clock_face(left))
+        table.caption, table.caption_justify = self._stand(), "left"
         return table
 
+    def _stand(self) -> str:
+        """How many runs there are of each kind, and the time left."""
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(self._statuses.values()).items()))
+        running = f"{len(self._running)} running, {len(self._waiting)} waiting{', ' + counts if counts else ''}"
+        return f"{running} of {self._total}; left {clock_face(self._left())}"
+
     def _print(self, text: str) -> None:
+        text = files.visible(text)
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -1,6 +1,6 @@
 """A process that executes runs of a sweep one after another, so that they share imports, programs and token counts.
 
-Each run is `steppe train` with its own arguments, log and signals. It computes bit for bit what it computes in a
+Each run is `steppe train` with its own arguments, log and signals. Its result is bit for bit that of a
 process of its own. The sweep starts one worker per slot of cores and replaces a worker that died.
 """
 

@@ -29,6 +29,10 @@ def test_powers_are_those_of_power_laws():
     drawn = coordinates.draw(frame)
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["residual", "logits"]
     assert [line.get_label() for line in drawn.axes[1].lines] == ["standard: width^-0.50", "mup: width^+1.00"]
+    for axes in drawn.axes:  # ticks within the limits, for one decade or for many
+        low, high = axes.get_ylim()
+        shown = [float(each.get_text()) for each in axes.get_yticklabels() if low <= each.get_position()[1] <= high]
+        assert len(shown) >= 2
     assert math.isnan(coordinates.slope({64: 1.0, 128: 0.0}))  # one that is not 0
 
 

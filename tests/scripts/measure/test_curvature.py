@@ -259,3 +259,23 @@ def test_curvature_on_the_way_to_another_run(run, measured):
     ends = [saved.load(str(run), step, log=lambda line: None).params for step in (2, 4)]
     assert first["towards_norm"] == pytest.approx(float(norm(jax.tree.map(jnp.subtract, *ends))), rel=1e-5)
     assert last["towards_norm"] == last["towards_rise"] == 0
+
+
+def test_a_limit_in_minutes_measures_the_newest_and_names_the_rest(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "curvature")
+    flags = ["curvature", f"--workdir={tmp_path}/run", "--step=all", *FLAGS, "--noise_scale=0"]
+    assert measure.main([*flags, "--minutes=0.001"]) == 0
+    said = capsys.readouterr().out
+    assert "expected  2 checkpoints, about 0:" in said
+    assert "left out  run step 2: no time within --minutes=0.001" in said
+    assert [path.name for path in (tmp_path / "run" / "curvature").glob("?.json")] == ["4.json"]
+
+
+def test_every_beginning_of_the_order_covers_the_training():
+    targets = [
+        measure.Target("", name, {}, step, None, pathlib.Path(), 1.0) for name in "ab" for step in range(0, 90, 10)
+    ]
+    order = [(target.directory, target.step) for target in measure.spread(targets)]
+    assert order[:6] == [("a", 80), ("b", 80), ("a", 0), ("b", 0), ("a", 40), ("b", 40)]
+    assert sorted(order) == sorted((target.directory, target.step) for target in targets)

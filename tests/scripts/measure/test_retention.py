@@ -19,8 +19,9 @@ from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
 from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.state import create
 from steppe.lm.track.tracker import Tracker
+from steppe.lm.track.waiting import Progress
 from steppe.scripts.measure import __main__ as measure
-from steppe.scripts.measure import runs, shown
+from steppe.scripts.measure import runs
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -64,7 +65,7 @@ def measured(place):
     return status, *(json.loads((place / "sweep" / name / "retention.json").read_text()) for name in "ab")
 
 
-PROGRESS = shown.Progress("")
+PROGRESS = Progress("")
 
 
 def second(place):
@@ -212,7 +213,7 @@ def test_runs_that_differ_in_their_seed_are_one_group_with_a_mean_and_an_error()
         (["--workdir=x", "--group=0"], "--group"),
         (["--workdir=x", "--fine_tune_rates=nan"], "--fine_tune_rates"),
         (["--workdir=x", "--samples=0"], "--samples"),
-        (["--workdir={place}/sweep/a", "--fine_tune=web:x"], "config.data.task='web:x'"),
+        (["--workdir={place}/sweep/a", "--fine_tune=web:x"], "config.data.task = 'web:x'"),
         (["--workdir={place}/sweep/a", "--step=7"], "--step=7: must be one of its checkpoints, which are 20"),
         (["--workdir={place}/sweep/a", "--step=all"], "--step=all: must be a number of steps"),
         (["--workdir={place}/other", "--workdir={place}/sweep/a", "--fine_tune=none", *BRIEF], "sequence length"),
