@@ -65,7 +65,7 @@ _KEYS = {
     ),
     "model.parametrisation": Key(
         "standard",
-        "mup: scales initialisation, learning rates and rho so that the best values of one width suit every width",
+        "mup: initialisation, rates and rho follow the width: one learning rate suits all widths; rho is hardly tested",
         one_of("lm.model.transformer:PARAMETRISATIONS"),
     ),
     "model.base_width": Key(128, "mup: the width at which mup equals the standard parametrisation", integer(1)),
@@ -278,7 +278,9 @@ _KEYS = {
         "dtype that sums the readout's ascent gradient over devices; bfloat16: only if the method just climbs it",
         one_of("float32", "bfloat16"),
     ),
-    "sample.prompt": Key("def ", "prompt of the sample that is generated at the end of the run", TEXT, free=True),
+    "sample.prompt": Key(
+        None, "prompt of the sample at the end of the run; None: the first words of the held-out text", TEXT, free=True
+    ),
     "sample.tokens": Key(200, "tokens to generate; 0: none", integer(0), free=True),
     "sample.temperature": Key(0.8, "sampling temperature; 0: greedy", number(least=0), free=True),
 }

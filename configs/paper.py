@@ -64,5 +64,4 @@ def get_config(argument: str) -> ConfigDict:
 
     config.evaluate.batches = 100
     config.mesh.data, config.mesh.fsdp = 1, -1
-    config.sample.prompt = "The "
     return sizes.resolve(config)

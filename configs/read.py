@@ -3,7 +3,6 @@
 Bad input raises a UsageError of one line that names the key or the file, the value and what is accepted.
 """
 
-import difflib
 import functools
 import importlib.machinery
 import importlib.util
@@ -140,8 +139,7 @@ def _module(flag: str, name: str, function: str, package: str) -> importlib.mach
             spec = importlib.util.find_spec(name if "." in name else f"{package}.{name}")
     if spec is None or spec.origin is None:
         stem = Path(name).stem
-        close = [stem] if stem in names else difflib.get_close_matches(stem, names, n=1)
-        hint = f"; did you mean {flag}={close[0]}?" if close else ""
+        hint = named("optim.options:nearest")(stem, {name: f"{flag}={name}" for name in names})
         raise UsageError(f"{flag} = {name or 'nothing'}: must be one of {', '.join(names)}, a module or a file{hint}")
     return spec
 
@@ -204,12 +202,8 @@ def _accepted(key: Key) -> str:
 
 def closest(word: str, among: list[str]) -> str:
     """The end of an error line for an unknown key or option: the closest name, else how to list all names."""
-    word = word.split("=")[0]
-    match = difflib.get_close_matches(word, among, n=1, cutoff=0.6)
-    if not match:  # a key under the wrong section, or without one
-        last = {name.rsplit(".", 1)[-1]: name for name in among}
-        match = [last[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
-    if match:
-        prefix = "" if match[0].startswith("-") else "config."
-        return f"; did you mean {prefix}{match[0]}?"
-    return "; --help lists the options" if word.startswith("-") else "; `steppe config` lists every key"
+    word, shown = word.split("=")[0], {name: name if name.startswith("-") else f"config.{name}" for name in among}
+    last = {name.rpartition(".")[2]: full for name, full in shown.items()}  # a key under the wrong section, or none
+    nearest = named("optim.options:nearest")
+    said = nearest(word, shown) or nearest(word.rpartition(".")[2], last)
+    return said or ("; --help lists the options" if word.startswith("-") else "; `steppe config` lists every key")

@@ -8,6 +8,8 @@ counts. They give 23.89M, 42.47M, 117.96M and 1.208B.
 
 from ml_collections import ConfigDict
 
+from steppe.configs.keys import named
+
 SIZES = {
     # for studies of minutes on a CPU: four blocks, head width 8
     "0.003m": dict(layers=4, width=8, heads=1, mlp_width=32),  # 3,072
@@ -41,6 +43,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     size = config.model.size
     if size:
         if size not in SIZES:
-            raise ValueError(f"config.model.size = {size!r}: must be one of {', '.join(SIZES)}, or empty")
+            hint = named("optim.options:nearest")(size, list(SIZES))
+            raise ValueError(f"config.model.size = {size!r}: must be one of {', '.join(SIZES)}, or empty{hint}")
         config.model.update(SIZES[size])
     return config

@@ -58,7 +58,6 @@ def get_config(argument: str) -> ConfigDict:
         data.task, data.vocabulary = "tfds:c4/en", "c4.model"
         data.sequence_length, train.batch_size = (2048, 1024) if size == "1b" else (1024, 256)
         config.mesh.data, config.mesh.fsdp = 1, -1
-        config.sample.prompt = "The "
 
     optim.method = method
     if method == "sam":

@@ -64,36 +64,46 @@ def save(drawn, path, **options) -> None:
 
 
 def loss_curve(workdir: str | os.PathLike) -> Path | None:
-    """Draws loss.png in the workdir and returns its path; None if no step has been recorded.
+    """Draws loss.png in the workdir and returns its path; None if no step has been recorded."""
+    records = lines.read(workdir)
+    if not len(records.train.step):
+        return None
+    path = Path(workdir) / "loss.png"
+    with styled():
+        save(losses_of(records, Path(workdir).resolve().name), path, dpi=160)
+    return path
 
+
+def losses_of(records: lines.Records, name: str):
+    """The figure of a run's losses. name: its title, if the run recorded none.
+
+    Left the whole run, right the part after the first quarter, whose losses near log(vocabulary) flatten the rest.
     Above: training loss (faint) and its running mean, held-out losses (also of averaged weights), and each baseline of
     the run's record (`baselines`: {name: nats per token}) as a line. Below, if the method perturbs: perturbed minus
     clean loss, which is the sharpness that the method sees. Losses are nats per token.
     """
-    records = lines.read(workdir)
     train, runs = records.train, records.of("run")
-    if not len(train.step):
-        return None
     known = runs[-1].get("baselines", {}) if runs else {}
     baselines = {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
-    title = runs[-1]["title"] if runs and "title" in runs[-1] else Path(workdir).resolve().name
+    title = runs[-1]["title"] if runs and "title" in runs[-1] else name
 
     gap = train.perturbed_loss - train.loss
-    with styled():
-        perturbed = bool(np.any(gap != 0, where=~np.isnan(gap)))
-        drawn = figure(7, 5.2 if perturbed else 4)
-        ratios = [3, 1] if perturbed else [1]
-        axes = drawn.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
-        averages = [{**r, "name": f"{r['name']} {r['weights']}"} for r in records.of("average")]
-        _losses(axes[0, 0], train, [*records.of("evaluate"), *averages], baselines)
-        axes[0, 0].set_title(title, fontsize=10, loc="left")
+    perturbed = bool(np.any(gap != 0, where=~np.isnan(gap)))
+    drawn = figure(9, 5.2 if perturbed else 4)
+    ratios = [3, 1] if perturbed else [1]
+    axes = drawn.subplots(len(ratios), 2, sharex="col", squeeze=False, height_ratios=ratios, width_ratios=[2, 3])
+    averages = [{**r, "name": f"{r['name']} {r['weights']}"} for r in records.of("average")]
+    for column, begin in enumerate((0, train.step[len(train.step) // 4])):
+        _losses(axes[0, column], train, [*records.of("evaluate"), *averages], baselines, begin)
         if perturbed:
-            _sharpness(axes[1, 0], train.step[~np.isnan(gap)], gap[~np.isnan(gap)])
-        axes[-1, 0].set_xlabel("step")
-        axes[-1, 0].set_xlim(0, train.step[-1] * 1.01)
-        path = Path(workdir) / "loss.png"
-        save(drawn, path, dpi=160)
-    return path
+            _sharpness(axes[1, column], train.step[~np.isnan(gap)], gap[~np.isnan(gap)], begin)
+        axes[-1, column].set_xlabel("step")
+        axes[-1, column].set_xlim(begin, train.step[-1] + max(1, 0.01 * (train.step[-1] - begin)))
+    axes[0, 0].set_ylabel("loss, nats per token")
+    axes[-1, 0].set_ylabel("perturbed\n− clean" if perturbed else "loss, nats per token")
+    axes[0, 1].legend(fontsize=9)
+    drawn.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return drawn
 
 
 def running_mean(values: list[float], decay: float) -> list[float]:
@@ -111,7 +121,8 @@ def _smoothing(count: int) -> float:
     return 1 - 1 / max(1.0, count / 50)
 
 
-def _losses(axes, train, evaluations, baselines):
+def _losses(axes, train, evaluations, baselines, begin):
+    """Draws the losses; the limits of the axis are those of the losses from step `begin` on, of 0 with baselines."""
     steps, losses = train.step, train.loss
     smooth = running_mean(losses.tolist(), _smoothing(len(losses)))
     thin = slice(None, None, -(-len(steps) // DRAWN))
@@ -134,24 +145,21 @@ def _losses(axes, train, evaluations, baselines):
     ):
         axes.axhline(value, color=GREY, linewidth=1.1, linestyle=dash, label=f"{name} {value:.3f}")
 
-    # exclude the first steps, whose loss near log(vocabulary) would flatten the rest
-    settled = [value for value in smooth[len(smooth) // 20 :] if math.isfinite(value)]
-    late = [record for record in evaluations if record["step"] > steps[len(steps) // 20]]
-    held_out = [record["loss"] for record in late if math.isfinite(record["loss"])]
-    shown = [*settled, *held_out, *baselines.values()]
+    trained = np.asarray(smooth)[steps >= begin] if begin else losses
+    held_out = [record["loss"] for record in evaluations if record["step"] >= begin]
+    _limit(axes, [*trained, *held_out, *(() if begin else baselines.values())], 0.08)
+
+
+def _limit(axes, values, margin):
+    """Sets the limits of the vertical axis to the finite values with a margin, a share of their range."""
+    shown = [value for value in values if math.isfinite(value)]
     if shown:
         low, high = min(shown), max(shown)
-        axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.08 * (high - low) + 1e-3)
-    axes.set_ylabel("loss, nats per token")
-    axes.legend(fontsize=9)
+        axes.set_ylim(low - margin * (high - low) - 1e-9, high + margin * (high - low) + 1e-9)
 
 
-def _sharpness(axes, steps, values):
+def _sharpness(axes, steps, values, begin):
     smooth, thin = running_mean(values.tolist(), _smoothing(len(values))), slice(None, None, -(-len(steps) // DRAWN))
     axes.plot(steps[thin], values[thin], color=GREEN, alpha=0.25, linewidth=0.7)
     axes.plot(steps[thin], smooth[thin], color=GREEN)
-    settled = sorted(value for value in smooth[len(smooth) // 20 :] if math.isfinite(value))
-    if settled:
-        low, high = min(0.0, settled[0]), max(0.0, settled[-1])
-        axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
-    axes.set_ylabel("perturbed\n− clean")
+    _limit(axes, [0.0, *(np.asarray(smooth)[steps >= begin] if begin else values)], 0.1)

@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 
@@ -45,8 +45,11 @@ NATURAL = ("an integer >= 0", lambda value: value >= 0)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """ "; did you mean NAME?" for the closest name, or "" if none is close. Ignores case and takes - for _."""
-    plain = {_plain(name): name for name in names}
+    """ "; did you mean NAME?" for the closest name, or "" if none is close. Ignores case and takes - for _.
+
+    names: a mapping says by its values how a name is shown. All suggestions of the program come from here.
+    """
+    plain = {_plain(name): names[name] if isinstance(names, Mapping) else name for name in names}
     close = difflib.get_close_matches(_plain(word), plain, n=1)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 

@@ -1,6 +1,5 @@
 """The console entry: `steppe COMMAND ...` is `python -m steppe.scripts.COMMAND ...`. PYTHON_ARGCOMPLETE_OK"""
 
-import difflib
 import importlib
 import importlib.metadata
 import os
@@ -40,6 +39,8 @@ COMMANDS = {
     "bench": ("steppe.scripts.bench.__main__", "step --against"),
 }
 
+QUICK = ("docs", "config", "doctor", "watch")
+LOGGING = ("train", "report", "judge", "check", "bench")  # their standard output is for readers alone
 # subcommands
 KINDS = {
     "config": ("diff", "from-hf"),
@@ -82,15 +83,25 @@ def dispatch(argv: Sequence[str] | None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
+        from steppe.configs import keys
         from steppe.scripts import process
 
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = keys.named("optim.options:nearest")(name, list(COMMANDS))
         return process.fail(f"steppe {name}: no such command, must be one of {', '.join(COMMANDS)}{hint}")
     module = COMMANDS[name][0]
     if module.startswith("steppe.lm.measure."):
         module, rest = "steppe.scripts.measure.__main__", [name, *rest]
-    return importlib.import_module(module).main(rest)
+    if name in QUICK:  # doctor must run where packages are missing
+        return importlib.import_module(module).main(rest)
+    from steppe.lm.track import waiting
+
+    # bad input is one line on standard error, and standard output is some commands' result
+    if name in LOGGING or sys.stderr.isatty():
+        waiting.soon(f"{name}: starting", None if name in LOGGING else sys.stderr)
+    try:
+        return importlib.import_module(module).main(rest)
+    finally:
+        waiting.heard()
 
 
 def completed_command() -> list[str]:

@@ -302,7 +302,8 @@ def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str])
             print(f"  {each:<13} {summary(f'{package}.{each}')}")
         return 0
     if kind not in kinds:
-        return fail(f"{name} {kind or 'nothing'}: must be one of {', '.join(kinds)}")
+        hint = named("optim.options:nearest")(kind, kinds)
+        return fail(f"{name} {kind or 'nothing'}: must be one of {', '.join(kinds)}{hint}")
     return importlib.import_module(f"{package}.{kind}").main(rest)
 
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     if len(named) > 1:
         return process.fail(f"{named[1]}: must be a section or a key; {named[0]} is the config")
     values = flatten(read_config(named[0], overrides))
-    print(table(values, shutil.get_terminal_size().columns, wanted))
+    process.say(table(values, shutil.get_terminal_size().columns, wanted))
     return 0
 
 
@@ -78,9 +78,9 @@ def diff(argv: Sequence[str]) -> int:
     one, other = (flatten(read(text)) for text in command.options_of(argv, parser).both)
     differing = [name for name in one if one[name] != other[name]]
     for name in differing:
-        print(f"{name}: {one[name]!r} -> {other[name]!r}")
+        process.say(f"{name}: {one[name]!r} -> {other[name]!r}")
     if not differing:
-        print("no key differs")
+        process.say("no key differs")
     return 1 if differing else 0
 
 
@@ -118,7 +118,7 @@ def from_hf(argv: Sequence[str]) -> int:
     text = shown(base.completed(nested)) + "\n"
     if options.out:
         files.write(options.out, text)
-        print(f"wrote {options.out}; use it with --config={options.out}")
+        process.say(f"wrote {options.out}; use it with --config={options.out}")
     else:
         print(text, end="")
     if not tokenizer:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     for run in results.read(options.directories):
         picture = plot.loss_curve(run.directory)
         mirror.add(run.directory, "loss.png")
-        print(picture or f"{run.directory}: no step has been recorded ({run.why or run.status})")
+        process.say(picture or f"{run.directory}: no step has been recorded ({run.why or run.status})")
     return 0
 
 

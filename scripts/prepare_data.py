@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from steppe.configs import keys
+from steppe.data import files
 from steppe.scripts import command, process
 from steppe.scripts.sweep.__main__ import LAUNCHERS
 
@@ -64,7 +65,7 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.launcher == "local" and (options.hosts > 1 or options.slurm):
         given = f"--hosts={options.hosts}" if options.hosts > 1 else f"--slurm={','.join(options.slurm)}"
         return process.fail(f"{given}: needs --launcher=slurm or print")
-    from steppe.data import cache, files, remote
+    from steppe.data import cache, remote
     from steppe.data.prepare import identity, prepare, recipe_of, same
 
     shards = config.data.shards if options.shards is None else options.shards
@@ -77,7 +78,7 @@ def _prepare(argv: Sequence[str]) -> int:
     manifest = remote.published(address) if address else None
     if manifest:
         same(address, manifest, identity(recipe))
-        print(f"{address} is already prepared")
+        process.say(f"{address} is already prepared")
         _summary(manifest, address)
         return 0
     with _progress() as (log, report):
@@ -106,7 +107,7 @@ def _launch(argv: Sequence[str], options) -> int:
     if options.launcher == "print":
         print("\n".join([shlex.join(line)] * options.hosts))
         return 0
-    print(
+    process.say(
         slurm.submit_preparation(line, options.out, options.hosts, options.workers, slurm.parameters_of(options.slurm))
     )
     return 0
@@ -116,10 +117,10 @@ def _summary(manifest: Mapping[str, Any], directory: str) -> None:
     for part in ("train", "held_out"):
         for entry in manifest[part]:
             share = f", weight {entry['weight']:g}" if len(manifest[part]) > 1 and part == "train" else ""
-            print(f"{part:8} {entry['name']}: {entry['tokens']:,} tokens in {entry['rows']:,} rows{share}")
+            process.say(f"{part:8} {entry['name']}: {entry['tokens']:,} tokens in {entry['rows']:,} rows{share}")
     flags = {"directory": directory, "vocabulary": manifest["vocabulary"]["spec"]}
     flags |= {key: manifest[key] for key in ("sequence_length", "packing")}
-    print("use it with " + " ".join(f"--config.data.{key}={shlex.quote(str(v))}" for key, v in flags.items()))
+    process.say("use it with " + " ".join(f"--config.data.{key}={shlex.quote(str(v))}" for key, v in flags.items()))
 
 
 @contextmanager
@@ -141,7 +142,8 @@ def _progress():
             def report(state: dict) -> None:
                 bar.update(task, total=state["of"], completed=state["shards"], description=line(state))
 
-            yield functools.partial(bar.console.print, highlight=False, markup=False, soft_wrap=True), report
+            write = functools.partial(bar.console.print, highlight=False, markup=False, soft_wrap=True)
+            yield lambda text: write(files.visible(text)), report
         return
 
     told = began
@@ -150,9 +152,9 @@ def _progress():
         nonlocal told
         if time.monotonic() - told >= 10:
             told = time.monotonic()
-            print(f"{state['shards']}/{state['of']} shards, {line(state)}", flush=True)
+            process.say(f"{state['shards']}/{state['of']} shards, {line(state)}")
 
-    yield print, report_line
+    yield process.say, report_line
 
 
 def _vocabulary(argv: Sequence[str]) -> int:
@@ -176,8 +178,8 @@ def _vocabulary(argv: Sequence[str]) -> int:
     documents = readers.texts(sources.parse(recipe.task), recipe.reading)
     began = time.monotonic()
     tokenizer = train_sentencepiece(documents, options.out, options.size, options.model_type, int(options.characters))
-    print(f"{options.out}: {tokenizer.vocab_size:,} pieces of {recipe.task} in {time.monotonic() - began:.1f} s")
-    print(f"use it with --config.data.vocabulary={options.out}")
+    process.say(f"{options.out}: {tokenizer.vocab_size:,} pieces of {recipe.task} in {time.monotonic() - began:.1f} s")
+    process.say(f"use it with --config.data.vocabulary={options.out}")
     return 0
 
 
@@ -199,7 +201,7 @@ def _show(argv: Sequence[str]) -> int:
     else:
         batch = training_rows(corpus, options.seed, options.step, options.batch_size)
     used, task = batch["weights"].mean(), corpus.manifest["identity"]["task"]
-    print(
+    process.say(
         f"{options.directory}: {task}, {corpus.packing}, {corpus.sequence_length} tokens a row, "
         f"vocabulary {corpus.manifest['vocabulary']['spec']}\n"
         f"batch {options.step} of {options.held_out or f'training, seed {options.seed}'}: "
@@ -214,7 +216,7 @@ def _print_row(number: int, row: dict, tokenizer) -> None:
     eos_id = tokenizer.eos_id
     used = int(row["weights"].sum())
     targets, inputs = row["targets"][:used], row["inputs"][:used]
-    print(f"\n=== row {number}: {used} of {len(row['targets'])} positions used, {row['bytes']} bytes")
+    process.say(f"\n=== row {number}: {used} of {len(row['targets'])} positions used, {row['bytes']} bytes")
     begin = 0
     while begin < used:
         # Packed rows mark documents by segment; otherwise a document ends at its end-of-document token.
@@ -225,8 +227,8 @@ def _print_row(number: int, row: dict, tokenizer) -> None:
             end = begin + int(ends[0]) + 1 if len(ends) else used
         starts = "document" if inputs[begin] in (tokenizer.begin_id, eos_id) else "rest of a document"
         stops = "ends" if targets[end - 1] == eos_id else "continues elsewhere"
-        print(f"--- positions {begin} to {end - 1}: {starts}, {stops}")
-        print(tokenizer.decode(targets[begin:end].tolist()))
+        process.say(f"--- positions {begin} to {end - 1}: {starts}, {stops}")
+        process.say(tokenizer.decode(targets[begin:end].tolist()))
         begin = end
 
 

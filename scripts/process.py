@@ -10,16 +10,29 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from steppe.configs import packages
 from steppe.configs.read import UsageError
 from steppe.data import files
 from steppe.lm.keep.exits import REFUSALS, REFUSED, STORAGE
+from steppe.lm.track import waiting
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """Prints a text that may hold names of files, runs and metrics, or sampled text: control characters are escaped."""
+    waiting.heard()
+    print(files.visible(str(text)), file=stream, flush=True)
+
+
+def warn(text: object) -> None:
+    """As say, on standard error, for who waits: standard output is a command's result."""
+    say(text, sys.stderr)
 
 
 def fail(message: object) -> int:
     """Prints one line on standard error and returns the exit status for bad input, 2."""
-    print(files.visible(" ".join(str(message).split()), sys.stderr), file=sys.stderr, flush=True)
+    warn(" ".join(str(message).split()))
     return 2
 
 

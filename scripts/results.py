@@ -184,7 +184,7 @@ class Result(NamedTuple):
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(files.visible(line), file=sys.stderr, flush=True)
 
 
 def read(

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from steppe.scripts import command, process
 
 NEXT = (
-    "steppe generate --workdir={0} --prompt='class '",
+    "steppe generate --workdir={0}",
     "steppe curvature --workdir={0}",
     "steppe export --workdir={0} --out=models/{1}",
 )
@@ -78,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
         )
     if options.coordinator and (problem := _unreachable(options.coordinator)):
         return process.fail(f"--coordinator={options.coordinator}: must be HOST:PORT of process 0; {problem}")
+    if not (options.coordinator or options.distributed):  # the first of several processes is not known yet
+        process.say(f"starting    {options.workdir}")
     process.ready_to_compute()
     import jax
 
@@ -102,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         status = train.run(config, options.workdir, allowed, options.until, options.trust)
         if status == exits.FINISHED and options.until is None and jax.process_index() == 0:
             names = map(shlex.quote, (options.workdir, PurePath(options.workdir).name))
-            print("next        " + "\n            ".join(NEXT).format(*names), flush=True)
+            process.say("next        " + "\n            ".join(NEXT).format(*names))
         return status
     except exits.REFUSALS as error:
         return process.fail(error) if jax.process_index() == 0 else exits.REFUSED

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from steppe.configs import keys
+from steppe.data import files
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import STATUSES
 from steppe.lm.track import lines
-from steppe.lm.track.tracker import clock_face
+from steppe.lm.track.waiting import clock_face
 from steppe.scripts import command, process, results
 
 SILENT = 120  # seconds without a new line after which a run is shown as silent
@@ -106,7 +107,7 @@ def table(found: list[Row]):
     for column in ("run", "state", "step", "loss", "held-out", "tokens/s", "left"):
         shown.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=column == "step")
     for row in found[:MOST]:
-        shown.add_row(*row[:-1])
+        shown.add_row(*map(files.visible, row[:-1]))
     if len(found) > MOST:
         shown.add_row(f"and {len(found) - MOST} more")
     return shown

@@ -148,7 +148,7 @@ def test_with_trust_a_module_is_imported(downloaded, capsys, monkeypatch):
     run = downloaded({"data.task": "seqio:task", "data.seqio_module": "strangers_own"})
     status, said = said_by([*MODELS["evaluate"], f"--workdir={run}", "--trust"], capsys)
     assert status == 2
-    assert "config.data.seqio_module='strangers_own': " in said, said
+    assert "config.data.seqio_module = 'strangers_own': " in said, said
 
 
 def test_the_run_that_curvature_goes_towards_is_not_followed_either(trained, downloaded, capsys):
@@ -174,6 +174,18 @@ def test_control_characters_of_a_model_are_escaped_on_a_terminal(trained, monkey
         assert ("\\x1b[2J" in stream.getvalue()) == (not raw)
 
 
+def test_control_characters_of_a_name_are_escaped_wherever_it_is_printed(trained, tmp_path, capsys):
+    run = tmp_path / "a\x1b[2Jb"
+    shutil.copytree(trained[1], run)
+    (tmp_path / "c\x1b[2Jd").mkdir()
+    for argv in (["watch", f"{tmp_path}", "--once"], ["plot", f"{run}"], ["evaluate", f"--workdir={run}", "--step=7"],
+                 ["tra\x1b[2Jin"]):  # fmt: skip
+        cli.main(argv)
+        said = "".join(capsys.readouterr())
+        assert "\x1b" not in said
+        assert "\\x1b[2J" in said, argv
+
+
 def test_a_record_without_bits_per_byte_leaves_them_out_of_the_card(trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained[1], run)
@@ -184,7 +196,7 @@ def test_a_record_without_bits_per_byte_leaves_them_out_of_the_card(trained, tmp
     status, said = said_by(["export", f"--workdir={run}", f"--out={tmp_path / 'out'}"], capsys)
     assert status == 0, said
     card = (tmp_path / "out" / "README.md").read_text()
-    assert " nats a token\n" in card
+    assert " nats a token |" in card
     assert "bits a byte" not in card
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from steppe.data.loader import Corpus, beginning
 from steppe.data.vocabulary import Tokenizer
 from steppe.lm.model.attention import CACHED
 from steppe.lm.model.objective import readout_kernel
@@ -115,11 +116,17 @@ def generate(
     return [prompt + _continuation(tokenizer, ids, start) for prompt, ids, start in said]
 
 
-def sample(config: ConfigDict, parts: Parts, tokenizer: Tokenizer, params) -> str:
-    """A text sampled from a run's model after config.sample.prompt."""
+def prompt_of(config: ConfigDict, corpus: Corpus) -> str:
+    """config.sample.prompt, or else the first words of the corpus's held-out text."""
+    return beginning(corpus) if config.sample.prompt is None else config.sample.prompt
+
+
+def sample(config: ConfigDict, parts: Parts, corpus: Corpus, params) -> str:
+    """A text sampled from a run's model after its prompt."""
+    tokenizer = corpus.tokenizer
     decoder = make_decoder(parts.shape, tokenizer.vocab_size, parts.mesh, config.model.logit_soft_cap)
     wanted = {"tokens": config.sample.tokens, "temperature": config.sample.temperature, "seed": config.seed}
-    (text,) = generate(decoder, params, tokenizer, [config.sample.prompt], **wanted)
+    (text,) = generate(decoder, params, tokenizer, [prompt_of(config, corpus)], **wanted)
     return text
 
 

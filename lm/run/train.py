@@ -1,7 +1,6 @@
 """A training run: `open_run` builds it from a config, `run` trains it to its end."""
 
 import math
-import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
@@ -34,6 +33,7 @@ from steppe.lm.run.generate import sample
 from steppe.lm.run.profile import Profile
 from steppe.lm.track.goodput import Goodput
 from steppe.lm.track.tracker import Tracker
+from steppe.lm.track.waiting import compiling
 
 
 def run(
@@ -65,7 +65,8 @@ def open_run(
     schedules remain those of the whole run. trust: whether to use URLs and code in the stored config of the run that
     config.branch_from names. Raises one of exits.REFUSALS before compiling if the run is not possible.
     """
-    log, goodput = (lambda text: print(text, flush=True) if jax.process_index() == 0 else None), Goodput()
+    goodput = Goodput()
+    log = lambda text: print(files.visible(text), flush=True) if jax.process_index() == 0 else None  # noqa: E731
     config.data.update(described(config))
     questions = choices.read(config.evaluate.choices)
     if files.is_remote(directory) and jax.process_count() > 1 and not config.checkpoint.directory:
@@ -86,10 +87,11 @@ def open_run(
         stack.callback(saves.checkpoints.close)
         if ground.start.parent:
             saves.save(at)  # after this save it no longer needs its parent
-        began, first = time.monotonic(), partial(begin.begin, config, parts, log, trust)
+        first = partial(begin.begin, config, parts, log, trust)
+        before = goodput.seconds()["compile"] if at.done else 0.0
         given = {"questions": questions, "references": references, "until": until, "first": first}
-        made = Run(config, ground, at, tracker, saves, **given, closing=(closing := ExitStack()))
-        log(f"compiled    in {time.monotonic() - began:.1f} s")
+        with compiling("the training step", tracker.note, before):
+            made = Run(config, ground, at, tracker, saves, **given, closing=(closing := ExitStack()))
         closing.enter_context(stack.pop_all())
         closing.callback(lambda: made.profile.end(at))
         return made
@@ -146,7 +148,7 @@ class Run:
         closing: ExitStack,
     ):
         parts, corpus = ground.parts, ground.corpus
-        self.config, self.directory, self.parts, self.tokenizer = config, ground.directory, parts, corpus.tokenizer
+        self.config, self.directory, self.parts, self.corpus = config, ground.directory, parts, corpus
         self.at, self.tracker, self.saves, self.stopping = at, tracker, saves, ground.stopping
         self.until, self.first, self.closing, self.total = until, first, closing, parts.budget.steps
         batch_index = lambda step: at.watch.batch_index(step)  # noqa: E731 - a rollback changes the watch
@@ -281,7 +283,8 @@ class Run:
             if owner:
                 owner.conclude()
         if self.config.sample.tokens:
-            text = sample(self.config, self.parts, self.tokenizer, self.judged(self.at.state))
+            self.tracker.note(f"sampling    {self.config.sample.tokens} tokens")
+            text = sample(self.config, self.parts, self.corpus, self.judged(self.at.state))
             self.tracker.note(f"\nsample\n------\n{text}\n------")
         return self.end("finished", FINISHED)
 

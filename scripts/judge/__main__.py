@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     from steppe.scripts.judge import board
 
     if options.candidate is None:
-        print(board.write(options.out))
+        process.say(board.write(options.out))
         return 0
 
     from steppe.scripts.judge import stages, trend
@@ -71,15 +71,14 @@ def main(argv: Sequence[str]) -> int:
         return process.fail(f"--jobs = 0: must be >= 1 with --launcher={options.launcher}: how many runs at a time")
     if options.sizes and "model.size" in dict(given):
         return process.fail(f"config.model.size = {dict(given)['model.size']}: must be left out with --sizes")
-    stages.must_be_new_or_same(options.out, path, given)
     try:
         found = [judged(options, path, given, size) for size in options.sizes or ("",)]
     except stages.Stopped as stopped:
         return stopped.status
     if len(options.sizes) > 1 and not options.plan:
-        print(trend.keep(options.out, found))
+        process.say(trend.keep(options.out, found))
     if not options.plan:
-        print(board.write(options.out))
+        process.say(board.write(options.out))
     return 0
 
 
@@ -87,7 +86,9 @@ def sizes(text: str) -> tuple[str, ...]:
     """Names of sizes; ArgumentTypeError."""
     known = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in known if name not in SIZES]:
-        raise ArgumentTypeError(f"{unknown[0] or 'nothing'}: must be of {', '.join(SIZES)}, with commas between them")
+        hint = keys.named("optim.options:nearest")(unknown[0], list(SIZES))
+        known = f"one or more of {', '.join(SIZES)}, with commas between them"
+        raise ArgumentTypeError(f"{unknown[0] or 'nothing'}: must be {known}{hint}")
     return known
 
 
@@ -105,20 +106,21 @@ def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> 
     overrides = [*given, ("model.size", size)] if size else given
     config = read_config(path, overrides)
     contenders = [contender(name, config) for name in (options.candidate, *against(options))]
+    stages.must_be_new_or_same(options.out, path, given, keep=not options.plan)
     launch = Launch(options.launcher, options.jobs, options.cores, options.devices, tuple(options.slurm))
     arena = stages.Arena(options.out, path, overrides, launch, size and f"@{size}")
     if options.plan:
-        print(f"{size}\n" * bool(size) + plan(arena, contenders, options))
+        process.say(f"{size}\n" * bool(size) + plan(arena, contenders, options))
         return {}
     first = next(each for each in contenders if each.name == "adamw")
     adamw = tuning.tune(arena, first, options.trials)
     rung = tuning.rung(adamw)
-    print(f"halving     {tuning.said(rung)}", flush=True)
+    process.say(f"halving     {tuning.said(rung)}")
     halve = rung.get("holds", False)
     tuned = [adamw if each is first else tuning.tune(arena, each, options.trials, halve) for each in contenders]
     batch = tuning.regime(arena, adamw)
     found = verdict.compare(arena, tuned, options) | {"batch": batch, "halving": rung, "size": size}
-    print(page.keep(options.out, found))
+    process.say(page.keep(options.out, found))
     return found
 
 

@@ -53,16 +53,13 @@ def main(argv: Sequence[str]) -> int:
     }
     rho = given.pop("rho", None) or 0.1
 
-    print(
-        f"{options.reference} as a {part}, {names['base' if part == 'method' else 'method']} as the other part",
-        flush=True,
-    )
+    process.say(f"{options.reference} as a {part}, {names['base' if part == 'method' else 'method']} as the other part")
     broken = 0
     for name, meaning, said in contract.outcomes(contract.Subject(**names, options=tuple(given.items()), rho=rho)):
-        print(f"{'FAILS' if said else 'holds':<6} {name:<13} {said or meaning}", flush=True)
+        process.say(f"{'FAILS' if said else 'holds':<6} {name:<13} {said or meaning}")
         broken += bool(said)
-    print(f"\n{cost(config)}")
-    print(f"\n{broken} of {len(contract.CHECKS)} checks fail" if broken else "\nall checks hold")
+    process.say(f"\n{cost(config)}")
+    process.say(f"\n{broken} of {len(contract.CHECKS)} checks fail" if broken else "\nall checks hold")
     return 1 if broken else 0
 
 

@@ -65,7 +65,7 @@ def contender(name: str, config: ConfigDict) -> Contender:
     """The contender of a method's or a base's name, or of a reference, whose file is run. Raises UsageError."""
     from steppe.optim import methods, references
     from steppe.optim.base import BASES
-    from steppe.optim.options import needs
+    from steppe.optim.options import nearest, needs
     from steppe.optim.rule import OptionError
 
     method = base = "adamw"
@@ -80,7 +80,9 @@ def contender(name: str, config: ConfigDict) -> Contender:
         row = methods.row_of(method)
         declared = (row.declared() if row else {}) | references.declared({"base": base})
     except OptionError as error:
-        raise UsageError(f"{name}: must be {error.accepted}, or a base: {', '.join(BASES)}") from None
+        names = [*dict.fromkeys([*methods.METHODS, *methods.ALIASES, *BASES])]
+        known = f"one of {', '.join(names)}, or {references.ACCEPTED}{nearest(name, names)}"
+        raise UsageError(f"{name}: must be {error.accepted if references.is_reference(name) else known}") from None
     axes = [_times(RATE, float(config.optim.peak_learning_rate), 2.0)]
     if row and "rho" in declared:
         axes.append(_times(RHO, SHARE_OF_DEFAULT * row.rho, math.sqrt(10)))

@@ -91,7 +91,7 @@ def _tokens(case: Case) -> Stage:
 
 
 def _table(rows: list[Stage], arena: Arena) -> str:
-    from steppe.lm.track.tracker import clock_face
+    from steppe.lm.track.waiting import clock_face
 
     total = Stage("at most", sum(each.runs for each in rows), sum(each.there for each in rows), Cost(), "")
     for each in rows:

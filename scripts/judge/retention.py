@@ -7,7 +7,7 @@ rows together miss a true difference at most as often as declared, at whatever l
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steppe.scripts import results
+from steppe.scripts import process, results
 from steppe.scripts.judge.numbers import looks
 from steppe.scripts.judge.stages import Stopped
 from steppe.scripts.judge.trend import ALPHA
@@ -32,7 +32,7 @@ def compared(case: Any, pairs: int, task: str) -> dict[str, Any]:
     if pairs not in case.rule.looks:
         return {}
     both = [case.tuned[0].settings, case.rivals["adamw"].settings]
-    print(f"retention   {pairs} pairs of the candidate and AdamW", flush=True)
+    process.say(f"retention   {pairs} pairs of the candidate and AdamW")
     places = [run.directory for each in both for run in case.runs(each, pairs)]
     if status := measure(["retention", *(f"--workdir={place}" for place in places), f"--fine_tune={task}"]):
         raise Stopped(status)

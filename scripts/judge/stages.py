@@ -34,7 +34,7 @@ class Cost(NamedTuple):
     seconds: float = 0.0
 
     def plus(self, other: "Cost", times: float = 1.0) -> "Cost":
-        """This, and another so many times."""
+        """This, and another times a number."""
         return Cost(self.flops + times * other.flops, self.seconds + times * other.seconds)
 
 
@@ -45,7 +45,7 @@ class Budget(NamedTuple):
     unit: str
 
     def allows(self, cost: Cost, jobs: int) -> bool:
-        """Whether runs of this cost, so many at a time, are within it."""
+        """Whether runs of this cost, `jobs` at a time, are within it."""
         return (cost.flops if self.unit == "FLOPs" else cost.seconds / jobs / 3600) <= self.amount
 
 
@@ -200,20 +200,21 @@ def average(result: Result, name: str) -> Result | None:
 
 
 def duration(steps: int, times: float) -> str:
-    """A run that is so many times as long."""
+    """A run that is this many times as long."""
     return f"{math.ceil(steps * times)} steps"
 
 
-def must_be_new_or_same(directory: Path, path: str, overrides: Sequence[tuple[str, str]]) -> None:
-    """Keeps what a judgement began with. Raises UsageError where a directory began with something else."""
+def must_be_new_or_same(directory: Path, path: str, overrides: Sequence[tuple[str, str]], keep: bool = True) -> None:
+    """Raises UsageError if the judgement in a directory began with another config. keep: whether to store this one."""
     said, file = {"config": path, "overrides": [list(each) for each in overrides]}, directory / "judge.json"
     if file.exists() and (known := json.loads(file.read_text())) != said:
         shown = " ".join(f"--config.{key}={text}" for key, text in known["overrides"])
         raise UsageError(
             f"--out = {directory}: began with --config={known['config']} {shown}: give the same, or another"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    files.write_json(file, said)
+    if keep:
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_json(file, said)
 
 
 def file_name(name: str) -> str:

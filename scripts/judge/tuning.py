@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from steppe.scripts import process
 from steppe.scripts.judge.contest import Contender, Point, best_of, proposals
 from steppe.scripts.judge.stages import Arena, Stopped, file_name, loss
 from steppe.scripts.results import Result
@@ -68,7 +69,7 @@ def tune(arena: Arena, contender: Contender, trials: int, halve: bool = False, m
             if not make:
                 break
             said = f"trials {len(known) + 1} to {len(known) + len(more)} of {trials}"
-            print(f"tuning      {contender.name}: {said}", flush=True)
+            process.say(f"tuning      {contender.name}: {said}")
             best = [contender.at(best_of(losses)) | EMA] if losses else []
             find = arena.make(f"tune_{file_name(contender.name)}_{len(known)}", [*best, *runs.values()], halving)
         for point, run in runs.items():
@@ -126,7 +127,7 @@ def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
 
     run = adamw.run
     if not run.curvature:
-        print("batch       measuring the gradient noise scale at the end of AdamW's best trial", flush=True)
+        process.say("batch       measuring the gradient noise scale at the end of AdamW's best trial")
         if status := measure(["curvature", f"--workdir={run.directory}", *NOISE]):
             raise Stopped(status)
         again = arena.read()(adamw.settings | EMA)

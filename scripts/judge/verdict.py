@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from steppe.scripts import process
 from steppe.scripts.judge import retention
 from steppe.scripts.judge.contest import unsure
 from steppe.scripts.judge.numbers import looks, tokens
@@ -141,7 +142,7 @@ def look(case: Case) -> tuple[list[Result], dict[str, list[float]], dict[str, li
             break
         if not case.affords(Cost().plus(case.price(wanted), pairs - len(mine))):
             return mine, differences, bad, f"the budget ended before the look at {pairs} pairs"
-        print(f"verdict     look at {pairs} pairs of seeds: {', '.join(wanted)}", flush=True)
+        process.say(f"verdict     look at {pairs} pairs of seeds: {', '.join(wanted)}")
         settings = [candidate.settings, *(case.rivals[name].settings for name in wanted)]
         stage = f"verdict_{file_name(candidate.name)}_{pairs}"
         find = case.arena.make(stage, [run for each in settings for run in case.seeds(each, pairs)])
@@ -186,7 +187,7 @@ def in_tokens(case: Case, found: Mapping[str, looks.Finding], mine: Sequence[Res
     if not pairs or not case.affords(Cost().plus(case.rivals["adamw"].price, pairs * sum(factors))):
         return {}
     settings = [adamw.settings | longer(adamw.run.steps, factor) for factor in factors]
-    print(f"tokens      AdamW at {', '.join(f'{each:.3g}' for each in factors)} x the tokens", flush=True)
+    process.say(f"tokens      AdamW at {', '.join(f'{each:.3g}' for each in factors)} x the tokens")
     find = case.arena.make("tokens", [run for each in settings for run in case.seeds(each, pairs)])
     lengths = [case.runs(find, each, pairs) for each in (adamw.settings, *settings)]
     needs = {}

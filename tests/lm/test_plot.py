@@ -8,6 +8,7 @@ import pytest
 
 from steppe.configs import base
 from steppe.lm import plot
+from steppe.lm.track import lines
 from steppe.lm.track.tracker import Tracker
 
 BLUE, VERMILION, GREEN = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)
@@ -40,6 +41,16 @@ def test_every_recorded_thing_is_drawn(tmp_path):
     for colour in (BLUE, VERMILION, GREEN, (0x55, 0x55, 0x55)):
         assert _pixels(path, colour)[0] > 200, colour
     assert _pixels(path, VERMILION)[1] < _pixels(path, BLUE)[1] < _pixels(path, GREEN)[1]  # higher loss is drawn higher
+
+
+def test_the_whole_run_is_on_the_left_and_its_later_part_fills_the_right(tmp_path):
+    losses = [9.0, 6.0, *(2.0 - 0.001 * step for step in range(98))]
+    _record(tmp_path, losses, 0.01, [(0, 9.2), (100, 1.95)], {"baselines": {"unigram": 4.0}})
+    whole, later = plot.losses_of(lines.read(tmp_path), "a run").axes[:2]
+    assert whole.get_xlim()[0] == 0
+    assert whole.get_ylim()[0] < 1.9 < 9.2 < whole.get_ylim()[1]
+    assert later.get_xlim()[0] > 20
+    assert later.get_ylim()[1] < 2.1, "detail is not flattened by the beginning or a baseline"
 
 
 def test_without_perturbation_there_is_no_lower_panel(tmp_path):

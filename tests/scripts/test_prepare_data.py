@@ -88,8 +88,8 @@ def test_vocabulary_then_prepare_then_show(texts, tmp_path, capsys, monkeypatch)
         (["--config=base"], "--out is missing"),
         (["--config=base", "--out=x", "--workers=0"], "--workers: 0: must be an integer >= 1"),
         (["--config=base", "--out=x", "--shards=0"], "--shards: 0: must be an integer from 1 to 99999"),
-        (["--config=base", "--out=x", "--config.data.task=web"], "config.data.task='web': accepted is "),
-        (["show", "absent"], "config.data.directory='absent' does not exist"),
+        (["--config=base", "--out=x", "--config.data.task=web"], "config.data.task = 'web': must be "),
+        (["show", "absent"], "config.data.directory = 'absent' does not exist"),
         (["show", "absent", "--step=-1"], "--step: -1: must be an integer >= 0"),
     ],
 )

@@ -100,7 +100,7 @@ def test_two_processes_equal_one_of_as_many_devices(corpus, tmp_path, devices, t
 
 @pytest.mark.exhaustive  # three pairs of processes
 def test_a_method_from_a_file_runs_in_two_processes_and_resumes(corpus, tmp_path):
-    """Each process reads the file. The losses are those of one process, also across a resume; changed code is refused."""
+    """Each process reads the file. Losses are those of one process, also across a resume; changed code is refused."""
     file = tmp_path / "mine.py"
     file.write_text((ROOT.parent / "optim/outside/examples/half_sign.py").read_text())
     method = f"{file}:half_sign"

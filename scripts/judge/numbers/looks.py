@@ -178,7 +178,7 @@ def verdict(
     """What the pairs so far tell of each comparison; the same pairs tell the same however often they are asked.
 
     differences: {rival: candidate minus rival, a number a pair, in the order of the seeds}, nats a byte, finite; one
-    that is decided needs no more pairs, and what it has is not used. A look is taken once all that are undecided have
+    that is decided needs no more pairs, and its pairs are not used. A look is taken once all that are undecided have
     its pairs. ended: there will be no more pairs; seconds: a pair takes. ValueError of a number that is not finite.
     """
     if len(differences) > rule.comparisons:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +121,10 @@ def test_a_finished_run_shows_a_sample_of_its_model_on_any_mesh(corpus, whole, t
     config = lm_runs.config(*corpus, **METHOD, sample__tokens=6, sample__temperature=0.0, **mesh)
     assert lm_runs.run(config, str(tmp_path / "run")) == train.FINISHED
     text = capsys.readouterr().out.split("sample\n------\n")[1].split("\n------\n")[0]
-    generate.main([f"--workdir={whole}", "--prompt=def ", "--tokens=6", "--temperature=0"])
-    assert f"{text}\n" == capsys.readouterr().out != "def \n"
+    own = (Path(corpus[0]) / "val.txt").read_text().lstrip().splitlines()[0]
+    assert text.startswith(own[:8]), "it continues the beginning of the run's own text"
+    generate.main([f"--workdir={whole}", "--tokens=6", "--temperature=0"])
+    assert f"{text}\n" == capsys.readouterr().out != f"{own}\n"
 
 
 def test_what_was_trained_can_be_evaluated_and_sampled(whole, capsys):

@@ -13,7 +13,7 @@ import pytest
 from helpers import lm_runs, sweep_runs
 from steppe.configs import only
 from steppe.configs.read import UsageError
-from steppe.lm.track.tracker import clock_face
+from steppe.lm.track.waiting import clock_face
 from steppe.scripts import results, train
 from steppe.scripts.sweep import __main__ as sweep
 from steppe.scripts.sweep import halving as sweep_halving
