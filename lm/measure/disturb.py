@@ -124,7 +124,7 @@ def quantise(params: Any, bits: int, group: int = 0, tables: bool = False) -> An
 
 
 def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int = 0) -> jax.Array:
-    """w rounded to the nearest of the 2^bits - 1 values scale * {-m, ..., m}: m = 2^(bits - 1) - 1, scale = max|w| / m.
+    """w rounded to the nearest of torchao's default values (IntxWeightOnlyConfig), see gptq.scale_of.
 
     One scale for each output channel (the axes not in `reduced`) and, with group > 0, for every `group` inputs of it in
     a row (the axes `reduced`, flattened; the last group may be smaller). Ties go to the even integer.
@@ -136,10 +136,8 @@ def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int =
     size = min(group, inputs) or inputs
     padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -inputs % size)])
     grouped = padded.reshape(*flat.shape[:-1], -1, size)
-    most = 2 ** (bits - 1) - 1
-    scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) * (1 / most)  # what XLA makes of a division by m
-    scale = jnp.where(scale > 0, scale, 1)
-    rounded = (jnp.clip(jnp.round(grouped / scale), -most, most) * scale).reshape(padded.shape)
+    scale = gptq.scale_of(grouped, bits, -1)
+    rounded = gptq.nearest(grouped, scale, bits).reshape(padded.shape)
     return jnp.moveaxis(rounded[..., :inputs].reshape(moved.shape), tuple(range(-len(reduced), 0)), reduced)
 
 

@@ -43,6 +43,24 @@ def gram_program(parts: Parts) -> Callable:
     return jitted(grams, parts.mesh, "inputs of products")
 
 
+def scale_of(w: jax.Array, bits: int, axis: int) -> jax.Array:
+    """The scale s of entries along an axis, which stays with length 1; 1 where all are 0.
+
+    The values are s * {-m, ..., m - 1} with m = 2^(bits - 1), and s = max|w| / (m - 1/2).
+    """
+    scale = jnp.max(jnp.abs(w), axis=axis, keepdims=True) * (2 / (2**bits - 1))  # what XLA makes of a division
+    return jnp.where(scale > 0, scale, 1)
+
+
+def nearest(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+    """The nearest values of the grid of a scale; halves go away from 0.
+
+    The largest entry always lies on a half. Without the factor, rounding errors of a mesh would decide its value.
+    """
+    m = 2 ** (bits - 1)
+    return jnp.clip(jnp.round(w / scale * (1 + 1e-6)), -m, m - 1) * scale
+
+
 @partial(jax.jit, static_argnums=(2, 3))
 def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int = 0) -> jax.Array:
     """A matrix [O, I] rounded input by input to the values of disturb.quantise_array.
@@ -51,7 +69,7 @@ def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int =
     it. Computes in float32 with products at full precision.
     """
     O, I = w_OxI.shape
-    most, size = 2 ** (bits - 1) - 1, min(group, I) or I
+    size = min(group, I) or I
     diagonal = jnp.diagonal(gram_IxI)
     damped = gram_IxI + jnp.diag(jnp.where(diagonal > 0, DAMPING * jnp.mean(diagonal), 1.0))
     lower = jnp.linalg.cholesky(damped)
@@ -64,12 +82,11 @@ def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int =
 
         def fresh(_):
             columns = jnp.take(w, i + ahead, axis=1, mode="fill", fill_value=0)
-            found = jnp.max(jnp.abs(columns), axis=1) * (1 / most)
-            return jnp.where(found > 0, found, 1)
+            return scale_of(columns, bits, 1)[:, 0]
 
         scale = jax.lax.cond(i % size == 0, fresh, lambda _: scale, None)
         column = w[:, i]
-        rounded = jnp.clip(jnp.round(column / scale), -most, most) * scale
+        rounded = nearest(column, scale, bits)
         error = (column - rounded) / upper[i, i]
         w = w - error[:, None] * upper[i][None]  # upper[i, :i] is zero, so rounded columns do not change
         return w.at[:, i].set(rounded), scale

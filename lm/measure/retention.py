@@ -77,12 +77,12 @@ def disturbances(settings: Settings) -> dict[str, dict[str, list[list[tuple]]]]:
     groups = ((0, "channel"), (settings.group, f"group{settings.group}"))
     for bits in settings.bits:
         found[f"{bits} bits"] = {
-            f"int{bits}_{kind}" + "_embedding" * tables: [[("nearest", bits, group, tables)]]
+            f"q{bits}_{kind}" + "_embedding" * tables: [[("nearest", bits, group, tables)]]
             for tables in (False, True)[: 1 + settings.embedding]
             for group, kind in groups
         }
     for bits in settings.bits if settings.gptq else ():
-        found[f"{bits} bits by GPTQ"] = {f"int{bits}_gptq_{kind}": [[("gptq", bits, group)]] for group, kind in groups}
+        found[f"{bits} bits by GPTQ"] = {f"q{bits}_gptq_{kind}": [[("gptq", bits, group)]] for group, kind in groups}
     return found
 
 

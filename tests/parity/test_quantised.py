@@ -1,10 +1,13 @@
 """A trained model in the hands of its users: transformers finds its held-out loss, torchao rounds it to four bits."""
 
+import jax
+import numpy as np
 import pytest
 
 from helpers import lm_runs
 from steppe.data import cache
 from steppe.data.loader import held_out_rows, held_out_steps, open_corpus
+from steppe.lm.measure import disturb
 from steppe.scripts.model import export
 
 torch = pytest.importorskip("torch", reason="steppe[hub] is not installed")
@@ -36,3 +39,21 @@ def test_a_trained_model_has_its_held_out_loss_there_and_loads_in_four_bits(tmp_
     axis = quantization.granularity.PerAxis(0)
     quantization.quantize_(model, quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=axis))
     assert recorded != loss() < 1.1 * recorded
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("group", [0, 32])
+def test_a_matrix_is_rounded_as_by_torchao(bits, group):
+    """The values of IntxWeightOnlyConfig by default. The largest of a group is halfway between two: either will do."""
+    w = np.random.default_rng(bits).normal(size=(24, 96)).astype(np.float32)
+    linear = torch.nn.Linear(96, 24, bias=False)
+    linear.weight = torch.nn.Parameter(torch.tensor(w))
+    granularity = quantization.granularity.PerGroup(group) if group else quantization.granularity.PerAxis(0)
+    kind = getattr(torch, f"int{bits}")
+    quantization.quantize_(linear, quantization.IntxWeightOnlyConfig(weight_dtype=kind, granularity=granularity))
+    found = jax.jit(disturb.quantise_array, static_argnums=(1, 2, 3))(w, bits, (1,), group)
+    theirs = linear.weight.dequantize().detach().numpy()
+    grouped = np.abs(w).reshape(24, -1, group or 96)
+    largest = (grouped == grouped.max(-1, keepdims=True)).reshape(w.shape)
+    np.testing.assert_allclose(found[~largest], theirs[~largest], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(found - w)[largest], np.abs(theirs - w)[largest], rtol=1e-4)

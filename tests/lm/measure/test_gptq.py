@@ -17,17 +17,17 @@ from steppe.lm.parts.state import create
 
 def by_elimination(w, gram, bits, group):
     """Optimal Brain Quantisation in a fixed order: round an input, let those left make up for it, forget it."""
-    w, most = np.array(w, np.float64), 2 ** (bits - 1) - 1
+    w, half = np.array(w, np.float64), 2 ** (bits - 1)
     gram = np.array(gram, np.float64)
     gram = gram + np.diag(np.where(np.diag(gram) > 0, gptq.DAMPING * np.mean(np.diag(gram)), 1.0))
     inputs = w.shape[1]
     size = min(group, inputs) or inputs
     for i in range(inputs):
         if i % size == 0:
-            scale = np.abs(w[:, i : i + size]).max(1) / most
+            scale = np.abs(w[:, i : i + size]).max(1) / (half - 0.5)
             scale = np.where(scale > 0, scale, 1)
         inverse = np.linalg.inv(gram[i:, i:])
-        rounded = np.clip(np.rint(w[:, i] / scale), -most, most) * scale
+        rounded = np.clip(np.rint(w[:, i] / scale * (1 + 1e-6)), -half, half - 1) * scale
         w[:, i + 1 :] -= np.outer((w[:, i] - rounded) / inverse[0, 0], inverse[0, 1:])
         w[:, i] = rounded
     return w
