@@ -76,6 +76,9 @@ _IN_WORDS = {
 }
 _PATTERNS = (
     (r"noise_(\d[\d.]*(?:e[+-]?\d+)?)", lambda found: f"weight noise of {float(found[1]):.3g} rms"),
+    (r"q(\d+)_(gptq_)?(channel|group(\d+))(_embedding)?",  # int: before 0.3, values symmetric around 0
+     lambda found: f"{found[1]} bits{' by GPTQ' * bool(found[2])}, a scale per "
+                   f"{f'{found[4]} inputs' if found[4] else 'channel'}{', all tables too' * bool(found[5])}"),
     (r"(int\d+)_channel(_embedding)?",
      lambda found: f"{found[1]}, a scale per channel{', all tables too' * bool(found[2])}"),
     (r"(int\d+)_group(\d+)(_embedding)?",

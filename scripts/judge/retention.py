@@ -15,9 +15,9 @@ from steppe.scripts.report.numbers import statistics as st
 
 MEASURES = {
     "forgetting_at_equal_gain": "forgetting at one gain",
-    "int8_channel": "8 bits a channel",
-    "int4_group64": "4 bits by 64",
-    "int3_group64": "3 bits by 64",
+    "q8_channel": "8 bits a channel",
+    "q4_group64": "4 bits by 64",
+    "q3_group64": "3 bits by 64",
     "noise_0.1": "noise of 0.1 rms",
 }
 

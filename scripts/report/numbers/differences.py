@@ -39,9 +39,10 @@ ASPECTS = {
 def measured(shown: Sequence[en.Entry]) -> dict[str, str | Callable]:
     """{aspect: see Entry.value} for entries that are compared: forgetting depends on the loss they all reach."""
     tuned = [fine_tune for entry in shown for fine_tune in _tuned(entry)]
+    known = {name for entry in shown for result in entry.best["result"] for name in result.retention}
     return {
         "loss": "loss", "forgetting": en.forgotten(frontier.equal_loss(tuned)),
-        **{f"int{bits}": f"int{bits}_channel" for bits in BITS},
+        **{f"int{bits}": f"{'q' if f'q{bits}_channel' in known else 'int'}{bits}_channel" for bits in BITS},
     }  # fmt: skip
 
 

@@ -513,7 +513,7 @@ def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[st
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
-DISTURBED = ("int", "noise_")  # prefixes of measures of retention that are rises of the loss
+DISTURBED = ("q", "int", "noise_")  # prefixes of measures of retention that are rises of the loss
 
 
 def forgotten(loss: float) -> Callable[[Result], float]:

@@ -24,8 +24,8 @@ def test_all_rows_together_cover_the_truth_as_often_as_declared_where_the_loss_s
 
 def test_a_measure_that_a_run_lacks_has_no_row():
     rule = looks.Rule(0.005, 0.05, 0.8, (3, 5), 1)
-    mine = [{"int8_channel": 0.1, "noise_0.1": each} for each in (0.30, 0.31, 0.32)]
-    found = retention.rows(rule, mine, [{"int8_channel": 0.1, "noise_0.1": 0.2}, *[{"noise_0.1": 0.2}] * 2])
+    mine = [{"q8_channel": 0.1, "noise_0.1": each} for each in (0.30, 0.31, 0.32)]
+    found = retention.rows(rule, mine, [{"q8_channel": 0.1, "noise_0.1": 0.2}, *[{"noise_0.1": 0.2}] * 2])
     assert list(found) == ["noise_0.1"]
     said = retention.text({"rows": found, "gain": 0.5})
     assert "noise of 0.1 rms" in said

@@ -75,8 +75,8 @@ def second(place):
 def test_every_measure_is_a_number_in_the_file(measured):
     status, a, b = measured
     assert status == 0
-    names = ["noise_0", "noise_0.5", "int8_channel", "int8_group8", "int4_channel", "int4_group8"]
-    names += [name.replace("_", "_gptq_", 1) for name in names if name.startswith("int")]
+    names = ["noise_0", "noise_0.5", "q8_channel", "q8_group8", "q4_channel", "q4_group8"]
+    names += [name.replace("_", "_gptq_", 1) for name in names if name.startswith("q")]
     names += [f"fine_tune_lr={rate}: {kind}" for rate in ("0", "0.01") for kind in ("lost", "curvature")]
     names += ["forgetting_at_equal_gain", "forgetting_at_equal_loss"]
     for record in (a, b):
@@ -84,7 +84,7 @@ def test_every_measure_is_a_number_in_the_file(measured):
         assert all(math.isfinite(value) for value in record["summary"].values())
         assert record["summary"]["noise_0"] == record["summary"]["fine_tune_lr=0: lost"] == 0.0
         assert record["summary"]["noise_0.5"] > 0
-        assert 0 < abs(record["summary"]["int8_channel"]) < 1e-3 * record["loss"]
+        assert 0 < abs(record["summary"]["q8_channel"]) < 1e-3 * record["loss"]
         assert len(record["details"]["noise_0.5"]["samples"]) == 2
         still, moving = record["details"]["fine_tune"]["paths"]
         assert [point["step"] for point in still["points"]] == [1, 2, 4, 8]

@@ -490,6 +490,8 @@ def test_bad_packs_are_one_line(sweep, tmp_path, capsys):
     [
         ("nme_lambda_max", "largest eigenvalue of the functional part"),
         ("int3_group64_embedding", "int3, a scale per 64 inputs, all tables too"),
+        ("q3_group64_embedding", "3 bits, a scale per 64 inputs, all tables too"),
+        ("q4_gptq_channel", "4 bits by GPTQ, a scale per channel"),
         ("fine_tune_lr=0.001: lost", "forgotten, fine-tuned at 0.001"),
         ("something_new", "something new"),
     ],
@@ -498,7 +500,7 @@ def test_measures_have_words(measure, words):
     assert style.in_words(measure) == words
 
 
-PREFIXES = ["", "noise_", "int8_", "int4_group", "fine_tune_lr="]
+PREFIXES = ["", "noise_", "q8_", "int8_", "q4_group", "int4_group", "fine_tune_lr="]
 
 
 @given(st.sampled_from(PREFIXES), st.sampled_from(["scale", "square", "1e-3", "0.01", "", "x", "-", "1e", "channel"]))
