@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from steppe.data import files
-from steppe.scripts.judge import page
+from steppe.scripts.judge import page, retention
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.verdict import EQUAL
 from steppe.scripts.report import drawing as dr
@@ -156,4 +156,6 @@ def _section(found: dict[str, Any], directory: Path, whole: Any) -> Any:
     if drawing is not None:
         section.figure(drawing, dr.save(drawing, directory / page.VERDICTS), folded=True)
         section.table(page.table(found), folded=True)
+    if kept := found.get("retention"):
+        section.code(retention.text(kept))
     return section.points(page.protocol(found))

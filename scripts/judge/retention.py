@@ -7,6 +7,7 @@ rows together miss a true difference at most as often as declared, at whatever l
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from steppe.configs.read import UsageError
 from steppe.scripts import process, results
 from steppe.scripts.judge.numbers import looks
 from steppe.scripts.judge.stages import Stopped
@@ -25,7 +26,7 @@ MEASURES = {
 def compared(case: Any, pairs: int, task: str) -> dict[str, Any]:
     """Measures the pairs of the candidate and AdamW; {"gain": of the fine-tuning, nats a token, "rows": each measure}.
 
-    case: verdict.Case; task: the second text. Raises Stopped.
+    case: verdict.Case; task: the second text. Raises Stopped, UsageError.
     """
     from steppe.scripts.measure.__main__ import main as measure
 
@@ -33,10 +34,14 @@ def compared(case: Any, pairs: int, task: str) -> dict[str, Any]:
         return {}
     both = [case.tuned[0].settings, case.rivals["adamw"].settings]
     process.say(f"retention   {pairs} pairs of the candidate and AdamW")
-    places = [run.directory for each in both for run in case.runs(each, pairs)]
+    find = case.arena.read()
+    places = [run.directory for each in both for run in case.runs(find, each, pairs)]
+    if packed := [place for place in places if place.is_file()]:
+        raise UsageError(f"--retention: must be left out, the runs in {packed[0]} have no checkpoints")
     if status := measure(["retention", *(f"--workdir={place}" for place in places), f"--fine_tune={task}"]):
         raise Stopped(status)
-    mine, theirs = ([run.retention for run in case.runs(each, pairs)] for each in both)
+    find = case.arena.read()
+    mine, theirs = ([run.retention for run in case.runs(find, each, pairs)] for each in both)
     equal = results.read_json(results.measured(places[0], "retention")[-1], dict[str, Any])["details"].get("equal", {})
     return {"gain": equal.get("gain"), "rows": rows(case.rule, mine, theirs)}
 

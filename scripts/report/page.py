@@ -36,6 +36,7 @@ figure { margin: 1rem 0; }
 figure svg { width: 100%; max-width: 46rem; height: auto;
   font-family: "DejaVu Sans", Verdana, sans-serif; }
 details { margin: 0.5rem 0; }
+pre { overflow-x: auto; font-size: 0.8rem; }
 summary { cursor: pointer; }
 details.part > summary { font-weight: bold; }
 a { color: #0050a0; }
