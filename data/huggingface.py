@@ -92,7 +92,7 @@ def _card(repository: Repository, path: str) -> dict[str, Any]:
 def fetched(
     repository: Repository, commit: str, file: File, log: Callable[[str], None] | None = None, *, check: bool = True
 ) -> str:
-    """The local path of a file, downloaded unless the hub's cache has it. Says through `log` what it downloads.
+    """The local path of a file, downloaded unless the hub's cache has it. Names a download through `log`.
 
     check: compares the contents with the hash. Raises DataError.
     """

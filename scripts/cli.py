@@ -40,7 +40,7 @@ COMMANDS = {
 }
 
 QUICK = ("docs", "config", "doctor", "watch")
-LOGGING = ("train", "report", "judge", "check", "bench")  # their standard output is for readers alone
+LOGGING = ("train", "report", "coordinates", "judge", "check", "bench")  # their standard output is for readers alone
 # subcommands
 KINDS = {
     "config": ("diff", "from-hf"),

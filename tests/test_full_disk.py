@@ -1,6 +1,6 @@
 """A disk that is full: every command that writes says so in one line, leaves no part of a file and no old one changed.
 
-The system itself refuses to write more than so many bytes into a file (RLIMIT_FSIZE), wherever the writer is.
+The system itself refuses to write more than a number of bytes into a file (RLIMIT_FSIZE), wherever the writer is.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def cache(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def full_at(limit):
-    """Within it no file grows beyond so many bytes."""
+    """Within it no file grows beyond this number of bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""The preconditioned cells of the study again, this gradient in D (`precond_moment=fresh`), and AdamW beside them.
+"""The preconditioned cells of the study again, this gradient in D (`precond_moment=fresh`), and AdamW with them.
 
     steppe sweep --config=study --sweep=configs/studies/preconditioned.py --out=runs/preconditioned --order=listed
 

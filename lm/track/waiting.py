@@ -66,7 +66,8 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if not sys.stderr.isatty():
-            self.line(self._doing)
+            if self._stream is None:  # on standard error, bad input is the only line
+                self.line(self._doing)
             return self
         from rich import progress
         from rich.console import Console

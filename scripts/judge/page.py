@@ -69,7 +69,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def protocol(found: dict[str, Any]) -> list[str]:
-    """How the verdict was reached and what it cost, a line each."""
+    """How the verdict was reached, and its cost, a line each."""
     from steppe.lm.measure.curvature import note
 
     spent, batch = found["cost"], note(found["batch"])

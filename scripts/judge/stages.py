@@ -66,7 +66,7 @@ def budget(text: str) -> Budget:
 
 
 class Launch(NamedTuple):
-    """How runs are executed, by the flags of steppe sweep. jobs: runs at a time, 0: one for so many cores."""
+    """How runs are executed, by the flags of steppe sweep. jobs: runs at a time, 0: one for each `cores` cores."""
 
     launcher: str = "local"
     jobs: int = 0

@@ -53,7 +53,7 @@ def named(tuned: Sequence[Tuned], name: str) -> Tuned:
 
 
 def tune(arena: Arena, contender: Contender, trials: int, halve: bool = False, make: bool = True) -> Tuned:
-    """Tries points of a contender's axes on the config's seed until there were so many trials.
+    """Tries points of a contender's axes on the config's seed until there were that many trials.
 
     halve: whether a trial may stop at RUNG; its loss is then inf. make: whether trials that are not there are made;
     else the search ends with them.

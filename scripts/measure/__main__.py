@@ -187,7 +187,7 @@ def _steps(directory: str, options: Any, progress: Progress) -> list[int]:
 def measure(asked: Asked, targets: Sequence[Target], found: dict[Path, dict], progress: Progress) -> int:
     """Measures those that are not found yet, writes their files and adds them; one that cannot be is passed over.
 
-    Says first what it will cost. Returns the number of those for which --minutes has no time.
+    Says the expected cost first. Returns the number of those for which --minutes has no time.
     """
     from steppe.lm.keep.exits import REFUSALS
 

@@ -131,7 +131,7 @@ def best_rho(frame: pd.DataFrame, laws: Mapping, names: Sequence[str]) -> dr.Dra
 def frontier(frame: pd.DataFrame, styles: dict, steady: bool) -> dr.Drawing | None:
     """Final loss against tokens, FLOPs and seconds, a row of panels a scale: AdamW's budgets joined by a line."""
     return None if frame.empty else _drawing(
-        "frontier", "Final loss against what it takes",
+        "frontier", "Final loss against its cost",
         "A mark a method and budget, at its best rho: mean and range of seeds, freed of their levels. AdamW's budgets "
         "are joined: a method below that line at the same FLOPs is worth its cost.",
         frame, styles, _over(frame, "scale", steady), x="at", y="loss", panel=["scale", "axis"], log="x",

@@ -27,7 +27,7 @@ LAYOUTS = [
 
 
 def run(folder, processes_count: int, devices: int, mesh: tuple[int, int, int], runs: int) -> list[int]:
-    """The exit statuses of the processes of so many runs."""
+    """The exit statuses of the processes of several runs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meet = f"localhost:{free.getsockname()[1]}"

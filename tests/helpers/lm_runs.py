@@ -59,7 +59,7 @@ def run(config, workdir, *arguments, **options) -> int:
 
 @contextlib.contextmanager
 def devices(count: int):
-    """A block in which this machine has so many devices."""
+    """A block in which this machine has `count` devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: EVERY[:count])
         yield

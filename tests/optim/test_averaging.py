@@ -12,7 +12,7 @@ from steppe.optim.base import BASES, OptionError
 
 
 def walk(steps, seed=0):
-    """Parameters after each of so many updates, float64 in NumPy."""
+    """Parameters after each of `steps` updates, float64 in NumPy."""
     return np.cumsum(np.random.default_rng(seed).normal(size=(steps + 1, 3)), axis=0)
 
 

@@ -56,7 +56,7 @@ def start(
 
 
 def pair(corpus, workdir, steps: int, devices: int, tensor: int, *more: str, **method: str) -> list[subprocess.Popen]:
-    """The same run as two processes of so many devices each."""
+    """The same run as two processes of equally many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meet = f"--coordinator=localhost:{free.getsockname()[1]}"

@@ -48,7 +48,7 @@ def of_entries(study: Study) -> list[tuple[Cell, Entry]]:
 
 # ------------------------------------------------------------------------------------------------------------- entries
 def comparison(study: Study) -> pd.DataFrame:
-    """A row an entry: its loss at its best, its difference to AdamW at equal tokens, and what it costs.
+    """A row an entry: its loss at its best, its difference to AdamW at equal tokens, and its cost.
 
     difference: that of entries.difference; difference_pooled: the same with the noise of all entries of the cell.
     """
