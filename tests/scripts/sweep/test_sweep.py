@@ -322,7 +322,7 @@ def test_halving_is_read_and_refused():
     for text in ("1", "x", "2:0.5,0.25", "2:0", "2:1", "2:a"):
         with pytest.raises(UsageError, match="halving"):
             sweep_halving.parse(text)
-    with pytest.raises(UsageError, match="rung: must be eta or rungs"):
+    with pytest.raises(UsageError, match="rung: must be eta, rungs or over"):
         sweep_halving.settings({"rung": 3})
 
 
