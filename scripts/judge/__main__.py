@@ -2,7 +2,7 @@
 
     steppe judge msam --config=quickstart --out=judged [--against=adamw,nadamw] [--trials=12] [--budget='6 hours']
     steppe judge mine.py:half_sign --config=quickstart --out=judged --plan
-    steppe judge --out=judged
+    steppe judge --out=judged [--again]
 
 CANDIDATE is a method, a base, or FILE.py:NAME. Tuning gives every contender the same number of trials: peak learning
 rate, rho if it has one, and its own options. Trials use the config's seed alone. Where AdamW's trials have the same
@@ -13,19 +13,20 @@ stops when each difference is known to be above, below or within --effect, or af
 The rivals are the contenders of --against, AdamW's EMA and AdamW with a short decay. If a step of the candidate costs
 more than AdamW's, AdamW with as many FLOPs is a rival too. The candidate's EMA is compared with AdamW's EMA. Shorter
 and longer AdamW runs tell how many tokens AdamW needs for the candidate's loss. Run the same command again to resume.
-Another candidate in the same DIR costs only its own runs. Without CANDIDATE, the command lists all verdicts of DIR.
+Another candidate in the same DIR costs only its own runs. Without CANDIDATE, the command lists all verdicts of DIR and
+writes their page; --again makes each verdict anew from the runs that DIR has.
 """
 
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from steppe.configs import keys
-from steppe.configs.read import read_config
+from steppe.configs.read import UsageError, read_config
 from steppe.configs.sizes import SIZES
 from steppe.scripts import command, process
-from steppe.scripts.judge.stages import Launch, budget
+from steppe.scripts.judge.stages import Budget, Launch, budget
 from steppe.scripts.sweep.__main__ import add_launch
 
 
@@ -54,15 +55,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--retention", nargs="?", const="topics", metavar="TASK",
                         help="also compare fine-tuning on TASK (default topics), rounding and noise")  # fmt: skip
     add_launch(parser, ("local", "slurm"))
+    command.add_trust(parser)
     parser.add_argument("--plan", action="store_true", help="only show the stages and their cost")
+    parser.add_argument(
+        "--again", action="store_true", help="without CANDIDATE: make all verdicts of DIR from its runs"
+    )
     path, overrides, options = command.parse_unread(argv, parser)
-    from steppe.scripts.judge import board
+    from steppe.scripts.judge import board, stages, trend
 
     if options.candidate is None:
+        if options.again:
+            path, given = stages.began_with(options.out)
+            for each in board.read(options.out):
+                judged(asked(options, each), path, given, each["size"])
         process.say(board.write(options.out))
         return 0
-
-    from steppe.scripts.judge import stages, trend
 
     path, given = command.required(path), [(key, "true" if text is None else text) for key, text in overrides]
     if options.candidate in against(options):
@@ -92,6 +99,21 @@ def sizes(text: str) -> tuple[str, ...]:
     return known
 
 
+ASKED = ("candidate", "against", "effect", "trials", "pairs", "noise", "retention")
+
+
+def asked(options: Namespace, found: dict[str, Any]) -> Namespace:
+    """The options that a verdict was asked for with. Raises UsageError of a verdict that does not say."""
+    if "asked" not in found:
+        raise UsageError(f"{found['candidate']}: must be judged again by its own command, its verdict has no options")
+    given = found["asked"]
+    outside = [name for name in [given["candidate"], *against(Namespace(**given))] if ".py:" in name]
+    if outside and not options.trust:
+        raise UsageError(f"{outside[0]}: is code that a stored verdict names; --trust runs it")
+    spent = given["budget"] and Budget(*given["budget"])
+    return Namespace(**{**vars(options), **given, "budget": spent, "launcher": "local"})
+
+
 def against(options: Any) -> list[str]:
     """The names of contenders besides the candidate, AdamW's first."""
     return list(dict.fromkeys(["adamw", *options.against.split(",")]))
@@ -108,7 +130,7 @@ def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> 
     contenders = [contender(name, config) for name in (options.candidate, *against(options))]
     stages.must_be_new_or_same(options.out, path, given, keep=not options.plan)
     launch = Launch(options.launcher, options.jobs, options.cores, options.devices, tuple(options.slurm))
-    arena = stages.Arena(options.out, path, overrides, launch, size and f"@{size}")
+    arena = stages.Arena(options.out, path, overrides, launch, size and f"@{size}", options.again)
     if options.plan:
         process.say(f"{size}\n" * bool(size) + plan(arena, contenders, options))
         return {}
@@ -120,6 +142,8 @@ def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> 
     tuned = [adamw if each is first else tuning.tune(arena, each, options.trials, halve) for each in contenders]
     batch = tuning.regime(arena, adamw)
     found = verdict.compare(arena, tuned, options) | {"batch": batch, "halving": rung, "size": size}
+    jobs = {"jobs": launch.at_a_time(), "budget": options.budget}
+    found["asked"] = {name: getattr(options, name) for name in ASKED} | jobs
     process.say(page.keep(options.out, found))
     return found
 

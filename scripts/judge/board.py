@@ -1,6 +1,5 @@
 """All verdicts of a directory as one page: a leaderboard against AdamW at equal compute, then each verdict."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from steppe.data import files
+from steppe.data import files, stored
 from steppe.scripts.judge import page, retention
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.verdict import EQUAL
@@ -22,7 +21,7 @@ LESS = {"flops": "AdamW at equal FLOPs", "ema": "AdamW's EMA"}
 
 def read(directory: Path) -> list[dict[str, Any]]:
     """The verdicts of a directory, by size, the lowest loss first; those without a loss last."""
-    found = [json.loads(path.read_text()) for path in sorted((directory / page.VERDICTS).glob("*.json"))]
+    found = [stored.read(path, dict[str, Any]) for path in sorted((directory / page.VERDICTS).glob("*.json"))]
     return sorted(found, key=lambda each: (each["parameters"], each.get("nats_a_byte", math.inf), each["candidate"]))
 
 

@@ -1,15 +1,14 @@
 """What a judgement will cost and be able to tell, stage by stage, before its first run."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy import stats
 
+from steppe.scripts.judge import board
 from steppe.scripts.judge.contest import Contender
 from steppe.scripts.judge.numbers import looks, tokens
-from steppe.scripts.judge.page import VERDICTS
 from steppe.scripts.judge.stages import Arena, Cost
 from steppe.scripts.judge.tuning import EMA, tune
 from steppe.scripts.judge.verdict import BEYOND, Case, rivals_of
@@ -53,7 +52,7 @@ def plan(arena: Arena, contenders: list[Contender], options: Any) -> str:
 
 def noise(directory: Path, assumed: float) -> tuple[float, str]:
     """The sd of a pair, nats a byte, and where it comes from: verdicts of the directory, of these the largest."""
-    verdicts = [json.loads(path.read_text()) for path in sorted((directory / VERDICTS).glob("*.json"))]
+    verdicts = board.read(directory)
     known = [each["sd"] for one in verdicts for each in one["comparisons"].values() if each.get("sd")]
     if known:
         return max(known), f"the largest of {len(known)} comparisons here"

@@ -7,14 +7,21 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from steppe.configs.read import UsageError, reader
 from steppe.data import files
 from steppe.scripts import results
 from steppe.scripts.results import Result
 
-STAGES, PACKED = "stages", "runs.jsonl"
+STAGES, PACKED, BEGAN = "stages", "runs.jsonl", "judge.json"
+
+
+class Began(TypedDict):
+    """judge.json."""
+
+    config: str
+    overrides: list[tuple[str, str]]
 
 
 Find = Callable[[Mapping[str, str]], Result | None]
@@ -100,7 +107,7 @@ class Launch(NamedTuple):
 class Arena(NamedTuple):
     """Where runs are made. directory: a sweep's, which may have packed runs too; path, overrides: of its config.
 
-    label: of its stages, where there are several arenas in one directory.
+    label: of its stages, where there are several arenas in one directory. complete: whether all runs have to be there.
     """
 
     directory: Path
@@ -108,6 +115,7 @@ class Arena(NamedTuple):
     overrides: list[tuple[str, str]]
     launch: Launch = Launch()
     label: str = ""
+    complete: bool = False
 
     def make(self, stage: str, runs: Sequence[Mapping[str, str]], halving: Mapping[str, Any] = {}) -> Find:
         """Makes the runs that are not there yet, by steppe sweep; what `read` gives then. halving: as in its specs.
@@ -117,6 +125,8 @@ class Arena(NamedTuple):
         find = self.read()
         if all(find(run) is not None for run in runs):
             return find
+        if self.complete:
+            raise UsageError(f"--again: must be left out, {self.directory} lacks runs of its stage {stage}")
         from steppe.scripts.sweep.__main__ import main as sweep
 
         file = self.directory / STAGES / f"{stage}{self.label}.py"
@@ -206,15 +216,21 @@ def duration(steps: int, times: float) -> str:
 
 def must_be_new_or_same(directory: Path, path: str, overrides: Sequence[tuple[str, str]], keep: bool = True) -> None:
     """Raises UsageError if the judgement in a directory began with another config. keep: whether to store this one."""
-    said, file = {"config": path, "overrides": [list(each) for each in overrides]}, directory / "judge.json"
-    if file.exists() and (known := json.loads(file.read_text())) != said:
-        shown = " ".join(f"--config.{key}={text}" for key, text in known["overrides"])
-        raise UsageError(
-            f"--out = {directory}: began with --config={known['config']} {shown}: give the same, or another"
-        )
+    file = directory / BEGAN
+    if file.exists() and (known := began_with(directory)) != (path, [*overrides]):
+        shown = " ".join(f"--config.{key}={text}" for key, text in known[1])
+        raise UsageError(f"--out = {directory}: began with --config={known[0]} {shown}: give the same, or another")
     if keep:
         directory.mkdir(parents=True, exist_ok=True)
-        files.write_json(file, said)
+        files.write_json(file, {"config": path, "overrides": [list(each) for each in overrides]})
+
+
+def began_with(directory: Path) -> tuple[str, list[tuple[str, str]]]:
+    """(config, overrides) that a judgement in a directory began with. Raises UsageError where there is none."""
+    found = results.read_json(directory / BEGAN, Began)
+    if not found:
+        raise UsageError(f"{directory}: must be a directory of steppe judge, with a {BEGAN}")
+    return found["config"], [(key, text) for key, text in found["overrides"]]
 
 
 def file_name(name: str) -> str:

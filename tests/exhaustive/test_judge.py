@@ -1,6 +1,7 @@
 """Planted candidates are judged right on real runs: AdamW by another name, and one whose steps are a hundredth."""
 
 import json
+import shutil
 import textwrap
 
 import pytest
@@ -75,8 +76,11 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
     packed = tmp_path / "packed" / "judged"
     assert cli.main(["report", "pack", "judged", f"--out={packed}/runs.jsonl"]) == 0
     (packed / "judge.json").write_bytes((tmp_path / "judged" / "judge.json").read_bytes())
+    (packed / "verdicts").mkdir()
     for name in ("same", "slow"):
-        assert cli.main(["judge", f"mine.py:{name}", *line[:-1], f"--out={packed}", *few]) == 0
+        shutil.copy(tmp_path / "judged" / "verdicts" / f"mine.py_{name}.json", packed / "verdicts")
+    assert cli.main(["judge", f"--out={packed}", "--again"]) == 2  # it would run mine.py, which a stored verdict names
+    assert cli.main(["judge", f"--out={packed}", "--again", "--trust"]) == 0
     assert not (packed / "runs").exists()
     for name in ("index.html", "verdicts/mine.py_same.json", "verdicts/mine.py_slow.json"):
         assert (packed / name).read_bytes() == (tmp_path / "judged" / name).read_bytes()
