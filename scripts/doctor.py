@@ -27,6 +27,7 @@ PURPOSES = {
     "tensorboard": "TensorBoard",
     "site": "the documentation as a site",
     "slurm": "sweeps on SLURM",
+    "corpus": "data sets and vocabularies of the Hugging Face hub, Parquet",
     "hub": "export, import, lm-eval, quantisation",
 }
 _SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from steppe.configs import packages
 from steppe.data.errors import BadRecords, DataError, refused
 from steppe.data.files import is_remote, matching, opened
 from steppe.data.sources import Reading, Record, Source, in_split
@@ -346,6 +347,8 @@ def _fields(value, prefix: str = "") -> Iterator[str]:
 
 
 def _rows(handle, path, field, mine, seen) -> Iterator[Record]:
+    if lacking := packages.lacking("pyarrow"):
+        raise DataError(f"{path}: a Parquet file {lacking}")
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(handle) as table:

@@ -251,6 +251,23 @@ def test_without_a_network_it_is_one_line(hub, tmp_path):
             prepared(hub, tmp_path, task="hf:o/s", environment=environment)
 
 
+@pytest.mark.parametrize("package", ["huggingface_hub", "pyarrow"])
+def test_an_absent_package_is_one_line_with_its_extra(hub, tmp_path, package):
+    hub.put("datasets/o/s", shards(TEXTS))
+    code = """import sys
+sys.modules[sys.argv[1]] = None
+from steppe.data.prepare import main
+sys.exit(main(sys.argv[2:]))"""
+    recipe = json.dumps(recipe_of(get_config().data, **OPTIONS, task="hf:o/s")._asdict())
+    command = [sys.executable, "-P", "-c", code, package, recipe, str(tmp_path / "out")]
+    variables = {**os.environ, **hub_server.environment(hub, str(tmp_path))}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == REFUSED
+    said = str(from_json(json.loads(done.stderr.strip().splitlines()[-1])))
+    assert said.endswith(f"needs {package}: pip install 'steppe[corpus]'")
+    assert not (tmp_path / "out").exists()
+
+
 def test_mixtures_and_held_out_sets_name_sets_of_the_hub(hub, tmp_path):
     hub.put("datasets/owner/set", LAID_OUT)
     held_out = ("v=hf:owner/set@validation[:5]", "t=topics@held_out")
