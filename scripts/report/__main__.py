@@ -221,7 +221,23 @@ def summary(study, compared) -> list[str]:
         f"{len(branches)} runs are branches of others ({', '.join(sorted(set(branches)))}): tokens, FLOPs and curves "
         "begin with those of the trunk, which they share.": branches,
     }  # fmt: skip
-    return [text for text, holds in said.items() if holds] + study.notes
+    return [text for text, holds in said.items() if holds] + regimes(study.trained["result"]) + study.notes
+
+
+def regimes(found) -> list[str]:
+    """How each batch compares with the gradient noise scale, by the median of the runs in which both were measured."""
+    from statistics import median
+
+    from steppe.lm.measure.curvature import note
+
+    scales = {}
+    for newest in (run.curvature[-1] for run in found if run.curvature and "noise_scale" in run.curvature[-1]):
+        scales.setdefault(newest["batch_tokens"], []).append(newest["noise_scale"])
+    return [
+        f"Noise of the gradient: {note({'batch_tokens': tokens, 'noise_scale': median(own)})} (newest checkpoints of "
+        f"{len(own)} runs)."
+        for tokens, own in scales.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The report of a sweep: what was put into the runs comes out of the page, which needs nothing but itself."""
 
+import argparse
 import base64
 import csv
 import gzip
@@ -524,3 +525,18 @@ def test_long_names_give_way_to_what_differs(tmp_path, capsys):
     a, b = (path.rename(path.with_name(f"{path.name}-{'x' * 60}")) for path in _pair(tmp_path, {"optim.rho": 0.2}))
     assert report.main(["compare", str(a), str(b)]) == 0
     assert re.search(r"^ +rho=0.1 +rho=0.2 +B against A$", capsys.readouterr().out.splitlines()[0])
+
+
+def test_each_batch_is_compared_with_the_noise_scale_where_that_was_measured():
+    def run(tokens, *scales):
+        return argparse.Namespace(
+            curvature=[{"batch_tokens": tokens, **({"noise_scale": x} if x else {})} for x in scales]
+        )
+
+    found = [run(1024, 90.0, 4096.0), run(1024, 2048.0), run(1024, 1e5), run(1024, 1e5, None), run(8192, 4096.0)]
+    few, many = report.regimes([*found, argparse.Namespace(curvature=())])
+    assert few == (
+        "Noise of the gradient: a batch of 1,024 tokens is 0.25 of the gradient noise scale, 4,096 tokens: SAM and a "
+        "functional method differ little here (newest checkpoints of 3 runs)."
+    )
+    assert "8,192 tokens is 2 of the gradient noise scale, 4,096 tokens: SAM and a functional method may differ" in many
