@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
-from steppe.configs.keys import PATTERN, TEXT, Accepted, count, number
+from steppe.configs.keys import FLAG, PATTERN, TEXT, Accepted, count, number
 from steppe.configs.read import UsageError
 
 NOISE_BATCHES = Accepted(int, lambda: "0, or an integer >= 2", lambda value: value == 0 or 2 <= value < 2**31)
@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     slices: Annotated[int, "points along each axis of the slices; 0: none", count()] = 7
     within: Annotated[tuple[str, ...], "spectra only of parameters that match this regular expression", PATTERN] = ()
     noise_scale: Annotated[int, "held-out batches for the gradient noise scale; 0: none", NOISE_BATCHES] = 16
+    noise_alone: Annotated[bool, "measure nothing but the gradient noise scale", FLAG] = False
     seed: Annotated[int, "seed of all random vectors", count()] = 0
     towards: Annotated[str, "also the curvature along the displacement to this run's model", TEXT] = ""
 
@@ -47,6 +48,8 @@ DIGITS = 6  # of numbers in its file: spectra are long
 
 def refused(settings: Settings) -> str:
     """What is wrong with the combination of settings; "" for nothing."""
+    if settings.noise_alone and not settings.noise_scale:
+        return "--noise_scale=0: must be >= 2 with --noise_alone"
     wrong = settings.densities > settings.probes
     return f"--densities={settings.densities}: must be at most --probes={settings.probes}" if wrong else ""
 
@@ -139,7 +142,8 @@ def note(summary: dict[str, float]) -> str:
 
 def draw(found: Mapping[str, Any]) -> dict[str, Any]:
     """{name: figure} of a result of measure_run."""
-    return {"spectra": _spectra(found)} | ({"slices": _slices(found)} if "slices" in found else {})
+    drawn = {"spectra": _spectra, "slices": _slices}
+    return {name: draw(found) for name, draw in drawn.items() if name in found}
 
 
 def draw_training(found: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> Any:

@@ -118,6 +118,15 @@ def measure(
     key = jax.random.key(settings.seed)
     summary, details = {}, {}
 
+    def of_noise() -> None:
+        assert noisy is not None
+        tick("noise scale")
+        details["noise"] = {name: float(value) for name, value in made.noise(params, noisy).items()}
+        summary.update(_of_noise(details["noise"], int(jnp.sum(noisy["weights"] > 0)), settings.noise_scale))
+
+    if settings.noise_alone:
+        of_noise()
+        return summary, details
     tick("gradient")
     zero = jax.tree.map(jnp.zeros_like, params)
     loss, gradient, step = made.ascend(params, batch, zero, settings.rho)
@@ -169,9 +178,7 @@ def measure(
     details["ascent_losses"] = losses
 
     if noisy is not None:
-        tick("noise scale")
-        details["noise"] = {name: float(value) for name, value in made.noise(params, noisy).items()}
-        summary |= _of_noise(details["noise"], int(jnp.sum(noisy["weights"] > 0)), settings.noise_scale)
+        of_noise()
 
     if settings.slices:
         tick("slices")
@@ -205,6 +212,8 @@ def costs(settings: Any) -> dict[str, float]:
     runs = {f"{name} {i + 1}": size * settings.lanczos * cost for name, cost in PRODUCTS.items()
             for i in range(_runs(name, settings))}  # fmt: skip
     noise, points = settings.noise_scale, 3 * settings.slices + settings.slices**2
+    if settings.noise_alone:
+        return {"noise scale": noise * (1 + split)}
     return {
         "gradient": 2.0 * size,
         **runs,

@@ -117,10 +117,6 @@ def said(rung: dict[str, Any]) -> str:
     )
 
 
-# of steppe curvature: the gradient noise scale, and as little else as it allows
-NOISE = ("--probes=1", "--densities=1", "--lanczos=2", "--ascent=0", "--draws=1", "--slices=0")
-
-
 def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
     """{"batch_tokens", "noise_scale"} at the end of AdamW's best trial, in tokens; {} where the noise hides it."""
     from steppe.scripts.measure.__main__ import main as measure
@@ -128,7 +124,7 @@ def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
     run = adamw.run
     if not run.curvature:
         process.say("batch       measuring the gradient noise scale at the end of AdamW's best trial")
-        if status := measure(["curvature", f"--workdir={run.directory}", *NOISE]):
+        if status := measure(["curvature", f"--workdir={run.directory}", "--noise_alone"]):
             raise Stopped(status)
         again = arena.read()(adamw.settings | EMA)
         assert again is not None

@@ -184,6 +184,15 @@ def test_the_noise_scale_is_that_of_the_run_s_batches(run, found):
     assert ("differ little" in said) == (summary["batch_tokens"] < scale)
 
 
+def test_the_noise_scale_alone_is_that_of_the_whole_measurement(run, found, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    assert measure.main(["curvature", f"--workdir={tmp_path}/run", "--step=4", NOISE, "--noise_alone"]) == 0
+    alone = json.loads((tmp_path / "run" / "curvature" / "4.json").read_text())
+    assert set(alone["summary"]) < set(found["summary"])
+    assert alone["noise"] == pytest.approx(found["noise"], rel=1e-5)
+    assert alone["summary"]["noise_scale"] == pytest.approx(found["summary"]["noise_scale"], rel=1e-5)
+
+
 @pytest.mark.exhaustive  # a measurement of its own
 def test_within_measures_a_group(run, found):
     flags = [f"--workdir={run}", "--step=2", *FLAGS, "--noise_scale=0"]
