@@ -94,7 +94,7 @@ def figure(made: pd.DataFrame, name: str) -> dr.Drawing:
         at = [len(made) - 1 - number + shift for number in range(len(made))]
         widths = [made[key] - made[f"{key}_low"], made[f"{key}_high"] - made[key]]
         axes.errorbar(made[key], at, xerr=widths, fmt="o", color=colour, markersize=5, label=f"less {words}")
-    axes.set_yticks(range(len(made)), made["candidate"][::-1])
+    axes.set_yticks(range(len(made)), [name.rpartition(":")[2] for name in made["candidate"][::-1]])
     axes.set_ylim(-0.6, len(made) - 0.4)
     axes.set_xscale("symlog", linthresh=10 * effect)
     low, high = axes.get_xlim()
