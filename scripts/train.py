@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from steppe.configs import base
+from steppe.configs.keys import ConfigError, flatten
 from steppe.scripts import command, process
 
 NEXT = (
@@ -78,6 +80,12 @@ def main(argv: Sequence[str]) -> int:
         )
     if options.coordinator and (problem := _unreachable(options.coordinator)):
         return process.fail(f"--coordinator={options.coordinator}: must be HOST:PORT of process 0; {problem}")
+    flat = flatten(config)
+    try:  # what can be refused before jax starts, before anything is said
+        for name, key in base.keys_of(flat).items():
+            key.check(name, flat[name])
+    except ConfigError as error:
+        return process.fail(error)
     if not (options.coordinator or options.distributed):  # the first of several processes is not known yet
         process.say(f"starting    {options.workdir}")
     process.ready_to_compute()

@@ -6,7 +6,6 @@ Each extra is installed into an environment of its own, with the core. `library`
 without the rest of the core. A download is the sum of the sizes of the wheels that `pip install --report` names.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,16 +15,18 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from steppe.scripts import command
+
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("library", "core", "corpus", "seqio", "wandb", "hub", "all")
 LIBRARY = ("jax", "optax")  # checked below by importing it
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command.parser("tests/bench/install.py", __doc__, config=False)
     parser.add_argument("--pins", default=ROOT / ".ci" / "pins.txt", help="pip constraints")
     parser.add_argument("extras", nargs="*", default=EXTRAS, metavar="EXTRA", help="by default those of README")
-    options = parser.parse_args()
+    options = command.options_of(sys.argv[1:], parser)
     print("| packages | download, MB | installed, MB | packages |\n|---|---|---|---|")
     for extra in options.extras:
         with tempfile.TemporaryDirectory() as folder:

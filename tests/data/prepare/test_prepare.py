@@ -349,5 +349,5 @@ def test_a_full_disk_is_an_error_and_the_preparation_continues_after_room_is_mad
     ],
 )
 def test_impossible_values_name_the_key(key, value):
-    with pytest.raises(DataError, match=rf"^config\.data\.{key}=[^\n]*$"):
+    with pytest.raises(DataError, match=rf"^config\.data\.{key} = [^\n]*$"):
         recipe_of(get_config().data, **{key: value})

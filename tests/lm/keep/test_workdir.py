@@ -85,7 +85,12 @@ def test_two_processes_cannot_hold_one_workdir(tmp_path, config):
 
 def test_every_free_key_may_change_when_a_run_continues(tmp_path, config):
     before = config.to_dict()
-    other = {bool: lambda old: not old, str: lambda old: f"{old}x", tuple: lambda old: (*old, "more=x")}
+    other = {
+        bool: lambda old: not old,
+        str: lambda old: f"{old}x",
+        tuple: lambda old: (*old, "more=x"),
+        type(None): lambda _: "x",
+    }
     for name, key in base.keys().items():
         section, _, last = name.rpartition(".")
         place = config[section] if section else config
