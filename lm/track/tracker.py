@@ -112,9 +112,8 @@ class Tracker:
         numbers = {name: number(value) for name, value in metrics.items()}
         known = {name: n for name, n in numbers.items() if not (sound and isinstance(n, float) and math.isnan(n))}
         if "microbatch_norm" in known and sound:
-            from steppe.optim.curvature.noise import (
-                from_norms,
-            )  # needs jax, which some commands that import this do not
+            # here, because it needs jax, which some commands that import this module do without
+            from steppe.optim.curvature.noise import from_norms
 
             norms = known["gradient_norm"], known["microbatch_norm"]
             self._squares.append(from_norms(*norms, self._config.train.microbatches))

@@ -1,7 +1,6 @@
 """Planted candidates are judged right on real runs: AdamW by another name, and one whose steps are a hundredth."""
 
 import json
-import shutil
 import textwrap
 
 import pytest
@@ -78,7 +77,8 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
     (packed / "judge.json").write_bytes((tmp_path / "judged" / "judge.json").read_bytes())
     (packed / "verdicts").mkdir()
     for name in ("same", "slow"):
-        shutil.copy(tmp_path / "judged" / "verdicts" / f"mine.py_{name}.json", packed / "verdicts")
+        verdict = json.loads((tmp_path / "judged" / "verdicts" / f"mine.py_{name}.json").read_text())
+        (packed / "verdicts" / f"mine.py_{name}.json").write_text(json.dumps(verdict | {"comparisons": {}}))
     assert cli.main(["judge", f"--out={packed}", "--again"]) == 2  # it would run mine.py, which a stored verdict names
     assert cli.main(["judge", f"--out={packed}", "--again", "--trust"]) == 0
     assert not (packed / "runs").exists()

@@ -160,8 +160,9 @@ PRICES = {
         },
         f"""
         python -c "open('book.txt', 'w').write(chr(12).join(f'chapter {{i}} ' * 300 for i in range(9)))"
-        steppe train {TINY} --config.data.task=chapters:book.txt --config.data.held_out_fraction=0.3 --workdir=run
-        grep -q '"documents": 9' run/corpus.json || grep -q chapters run/config.json
+        steppe train {TINY} --config.data.task=chapters:book.txt --config.data.held_out_fraction=0.3 \\
+            --config.data.cache=made --workdir=run
+        test "$(grep -h '"documents":' made/*/manifest.json | tr -dc '0-9\\n' | awk '{{n += $1}} END {{print n}}')" = 9
     """,
     ),
     "base optimizer": Price(
