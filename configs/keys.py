@@ -186,6 +186,7 @@ def several_of(*names: str) -> Accepted:
     return Accepted(tuple, lambda: f"some of {', '.join(single.names())}, each at most once", allows, single.names)
 
 
+@functools.cache
 def named(reference: str) -> Any:
     """Imports "module:NAME" from steppe; the module's name leaves out "steppe."."""
     module, _, name = reference.partition(":")

@@ -12,6 +12,7 @@ figures and tables as CSV.
 """
 
 import contextlib
+import gc
 import importlib
 import shlex
 import sys
@@ -26,6 +27,7 @@ from steppe.scripts.cli import KINDS
 
 PAGE = "index.html"
 WRITTEN = "files.json"
+MANY = 50  # runs of which a report draws long enough for a second process
 SHARED = ("optim.peak_learning_rate", "optim.schedule", "optim.weight_decay")  # keys of AdamW too
 
 
@@ -46,8 +48,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=command.writable_directory, metavar="OUT", help="default: DIR/report")
     options = command.options_of(argv, parser)
 
+    import pandas as pd
+
     from steppe.scripts import results
 
+    gc.set_threshold(50_000)  # the many small objects of figures and frames live until the end
+    pd.set_option("mode.string_storage", "python")  # Arrow's are slow in frames of a few hundred rows
     directories = options.directories
     out = results.report_place(directories, options.out)
     found = results.read(directories, options.only)
@@ -91,11 +97,11 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
             if is_table:
                 section.table(part, folded)
             elif part.figure is not None:
-                section.figure(part, drawing.save(part, out), folded)
+                section.figure(part, save(part, out), folded)
                 written.append(f"{stem}.png")
         return section
 
-    with drawing.styled():
+    with drawing.styled(), drawing.saving(len(found) >= MANY) as save:
         first, *rest = answer.figures(made) or [None]
         shown = first.frame["entry"] if first else []
         styles = style.of_variants(dict.fromkeys(["adamw", *shown, *an.variants(study), *made.rows.get("name", ())]))
@@ -137,7 +143,8 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
                 parts = [kept, costs, *parts, tables.fine_tuning(made)]
             sections.append(add(page.Section(source.capitalize()), tables.sharpness(source, own), *parts))
         sections.append(add(page.Section("Runs"), tables.correlations(measures), tables.runs(study)))
-    files.write(out / PAGE, page.page(f"{name}: report", introduction, sections))
+        shown = page.page(f"{name}: report", introduction, sections)
+    files.write(out / PAGE, shown)
     for each in set(before) - set(written):
         _remove(out, each, before[each])
     files.write_json(out / WRITTEN, {"hashes": {each: files.content_hash(out / each) for each in written}})

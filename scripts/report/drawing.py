@@ -1,8 +1,11 @@
 """How a report draws: panels of a frame, two side by side, their one legend, and saving as SVG and PNG."""
 
+import contextlib
+import multiprocessing
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,9 +45,22 @@ def styled(**changes):
     """The context in which the figures of a report are made and saved."""
     return plot.styled(
         font_size=9.5, axes_titlesize=9.5, axes_titlelocation="left", axes_grid_axis="both", grid_color="#e4e4e4",
+        axes_titley=1.0,  # else each draw seeks it anew
         lines_linewidth=1.4, lines_markersize=5, legend_fontsize=9, svg_fonttype="none",
         **{"text.parse_math": False}, **changes,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def saving(aside: bool) -> Iterator[Callable[[Drawing, Path], "str | Callable[[], str]"]]:
+    """Yields `save`. aside: one that draws in a second process while this one goes on; starting it takes a second. It
+    returns a function that waits for the element."""
+    if not aside:
+        yield save
+        return
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), plot.figure, (1, 1)) as pool:
+        pool.submit(around, [0.0], 0.0)  # starts the process: its imports take as long as the first numbers
+        yield lambda drawing, directory: pool.submit(save, drawing, directory).result
 
 
 def save(drawing: Drawing, directory: Path) -> str:
@@ -163,7 +179,7 @@ def si_ticks(axis) -> None:
     """Numbers as 442k; on a logarithmic axis at 1, 2 and 5, closer where it is short, at 1 and 3 where it is long."""
     from matplotlib import ticker
 
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: style.si(value)))
+    axis.set_major_formatter(ticker.FuncFormatter(_si))
     axis.set_major_locator(ticker.MaxNLocator(5))
     if axis.get_scale() == "log":
         low, high = sorted(axis.get_view_interval())
@@ -172,3 +188,7 @@ def si_ticks(axis) -> None:
         axis.set_major_locator(ticker.LogLocator(10, subs=[1, 3] if wide > 30 else steps))
         axis.set_minor_formatter(ticker.NullFormatter())
         axis.set_minor_locator(ticker.NullLocator())
+
+
+def _si(value: float, _) -> str:
+    return style.si(value)

@@ -3,7 +3,7 @@
 import base64
 import gzip
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 import pandas as pd
@@ -94,7 +94,10 @@ class Section:
 
     def __init__(self, title: str):
         self.title, self.name = title, "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
-        self.parts: list[str] = []
+        self.parts: list[str | Callable[[], str]] = []  # functions are called when the page is made
+
+    def body(self) -> str:
+        return "\n".join(part if isinstance(part, str) else part() for part in self.parts)
 
     def text(self, *paragraphs: str, kind: str = "") -> "Section":
         self.parts += [f"<p{f' class={kind}' * bool(kind)}>{escape(paragraph)}</p>" for paragraph in paragraphs]
@@ -117,25 +120,28 @@ class Section:
             about = f'<p class="caption" id="about-{table.name}">{escape(table.caption)}</p>\n'
             wide = search * (len(table.frame) >= _LONG) + f'<div class="wide">{_table(table)}</div>'
             data = f'<p class="data">{_download(table.name, table.frame)}</p>'
-            self._add(table.title, f"title-{table.name}", f"{about}<div>{wide}</div>\n{data}", folded)
+            body = f"{about}<div>{wide}</div>\n{data}"
+            self.parts.append(_part(table.title, f"title-{table.name}", body, folded))
         return self
 
-    def figure(self, drawing: Drawing, svg: str, folded: bool = False) -> "Section":
-        body = (
-            f'<figure id="figure-{drawing.name}">\n<div class="wide">{_described(svg, drawing.alt)}</div>\n'
-            f"<figcaption>{escape(drawing.caption)}</figcaption>\n"
-            f'<p class="data">{_download(drawing.name, drawing.frame)}</p>\n</figure>'
-        )
-        self._add(drawing.title, f"of-{drawing.name}", body, folded)
-        return self
-
-    def _add(self, title: str, name: str, body: str, folded: bool) -> None:
-        if folded:
-            self.parts.append(
-                f'<details class="part"><summary id="{name}">{escape(title)}</summary>\n{body}\n</details>'
+    def figure(self, drawing: Drawing, svg: str | Callable[[], str], folded: bool = False) -> "Section":
+        def part() -> str:
+            image = _described(svg if isinstance(svg, str) else svg(), drawing.alt)
+            body = (
+                f'<figure id="figure-{drawing.name}">\n<div class="wide">{image}</div>\n'
+                f"<figcaption>{escape(drawing.caption)}</figcaption>\n"
+                f'<p class="data">{_download(drawing.name, drawing.frame)}</p>\n</figure>'
             )
-        else:
-            self.parts.append(f'<h3 id="{name}">{escape(title)}</h3>\n{body}')
+            return _part(drawing.title, f"of-{drawing.name}", body, folded)
+
+        self.parts.append(part)
+        return self
+
+
+def _part(title: str, name: str, body: str, folded: bool) -> str:
+    if folded:
+        return f'<details class="part"><summary id="{name}">{escape(title)}</summary>\n{body}\n</details>'
+    return f'<h3 id="{name}">{escape(title)}</h3>\n{body}'
 
 
 def page(title: str, introduction: str, sections: Sequence[Section]) -> str:
@@ -143,7 +149,7 @@ def page(title: str, introduction: str, sections: Sequence[Section]) -> str:
     sections = [section for section in sections if section.parts]
     links = "\n".join(f'<a href="#{section.name}">{escape(section.title)}</a>' for section in sections)
     body = "\n".join(
-        f'<section id="{section.name}">\n<h2>{escape(section.title)}</h2>\n' + "\n".join(section.parts) + "\n</section>"
+        f'<section id="{section.name}">\n<h2>{escape(section.title)}</h2>\n' + section.body() + "\n</section>"
         for section in sections
     )
     return (

@@ -308,6 +308,15 @@ def test_a_report_in_the_place_of_another_leaves_none_of_its_files(tmp_path):
     assert report.main([str(tmp_path), "--only=seed=77", f"--out={out}"]) == 2
 
 
+def test_a_second_process_draws_the_same(made, tmp_path, monkeypatch):
+    directory = made[0]
+    monkeypatch.setattr(report, "MANY", 10**9)
+    assert len(study()) >= 50
+    assert report.main([str(directory), f"--out={tmp_path / 'report'}"]) == 0
+    for path in (directory / "report").iterdir():
+        assert (tmp_path / "report" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_of_many_measures_the_best_known_are_drawn():
     many = [f"m{i}" for i in range(20)]
     assert report_analysis.shown(many) == many[:8]
