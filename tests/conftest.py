@@ -32,7 +32,7 @@ gc.set_threshold(50_000, 20, 20)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """All tests of a file go to one worker: what its fixtures train and measure is made once, not once a worker."""
+    """All tests of a file go to one worker: its fixtures train and measure once, not once a worker."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False

@@ -62,7 +62,7 @@ def test_every_module_of_the_tree_imports_from_the_wheel(built, theirs):
 
 
 @pytest.mark.exhaustive  # a sweep of runs; imports and help from the wheel below
-def test_a_sweep_of_runs_and_a_report_beside_files_of_our_names(built, theirs):
+def test_a_sweep_of_runs_and_a_report_next_to_files_of_our_names(built, theirs):
     wheel, _ = built
     tiny = [f"--config.{key}={value.strip(chr(39))}" for key, value in TINY.items()]
     grid = ["--grid", "seed=0,1"]

@@ -80,7 +80,7 @@ def _open(argv: list[str]) -> int:
 
 
 def _continue(argv: list[str]) -> int:
-    """What a run that goes on from a checkpoint, or branches off it, takes from beside its arrays."""
+    """What a run that goes on from a checkpoint, or branches off it, reads apart from its arrays."""
     place = checkpoint.find(argv[0], lambda line: None)
     with checkpoint.Checkpoints(str(place.parent), read_only=True, log=lambda line: None) as checkpoints:
         meta = record.meta_of(checkpoints.meta(int(place.name)), place)
@@ -111,7 +111,7 @@ TOKENIZER = {
 
 
 class House:
-    """A sweep of three runs, a corpus, a pack and a Hugging Face directory; beside them the canary.
+    """A sweep of three runs, a corpus, a pack and a Hugging Face directory; next to them the canary.
 
     targets: {file: the commands that read it}. trained: with a run that was trained, and the commands that need one.
     """
@@ -196,7 +196,7 @@ class House:
             self.targets[folder / "checkpoints" / "4" / seal.NAME] = reading
 
     def seen(self) -> dict:
-        """Every file of the canary, and every name beside it."""
+        """Every file of the canary, and every name next to it."""
         inside = {str(path): path.read_bytes() for path in self.canary.rglob("*") if path.is_file()}
         passing = {"again.jsonl", "new", "kept", *(path.name for path in self.targets if path.parent == self.place)}
         return inside | {path.name: b"" for path in self.place.iterdir() if path.name not in passing}

@@ -90,7 +90,7 @@ def downloaded(trained, tmp_path):
 
 
 def said_by(line, capsys):
-    """(status, what it said)."""
+    """(status, its output)."""
     try:
         status = cli.main([str(word) for word in line])
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""The runs of a judgement: a sweep that grows stage by stage, and what its runs say."""
+"""The runs of a judgement: a sweep that grows stage by stage, and its results."""
 
 import functools
 import json

@@ -3,7 +3,7 @@
     python tests/bench/curvature.py [--sizes 24m ...] [--batch_size=4] [--sequence_length=512] [--runs=5]
 
 Programs take turns, and ratios are medians over the turns: by the clock, and in CPU seconds of this process, which
-other load on the machine disturbs less. Memory is XLA's own count of what the program needs beside its arguments.
+other load on the machine disturbs less. Memory is XLA's own count of what the program needs apart from its arguments.
 """
 
 import statistics

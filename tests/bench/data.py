@@ -1,4 +1,4 @@
-"""Throughput of preparing and loading data, beside what training steps consume on this machine.
+"""Throughput of preparing and loading data, against what training steps consume on this machine.
 
     python tests/bench/data.py [--vocabulary=FILE ...] [--size=24m] [--steps=N]
 
@@ -30,9 +30,11 @@ C4 = 750e9  # bytes of text of C4's English part
 def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns the exit status."""
     parser = command.parser("tests/bench/data.py", __doc__, config=False)
-    help_of = "a SentencePiece model, tokenizer.json or tiktoken file to prepare with, beside bytes; repeatable"
+    help_of = "a SentencePiece model, tokenizer.json or tiktoken file to prepare with, apart from bytes; repeatable"
     parser.add_argument("--vocabulary", action="append", default=[], metavar="FILE", help=help_of)
-    parser.add_argument("--size", default="24m", choices=list(SIZES), help="of the model beside the quickstart's")
+    parser.add_argument(
+        "--size", default="24m", choices=list(SIZES), help="of the model compared with the quickstart's"
+    )
     parser.add_argument("--steps", type=command.integer(1), default=20, metavar="N", help="training steps measured")
     parser.add_argument(
         "--seconds", type=keys.number(above=0), default=3.0, metavar="S", help="seconds per measurement of loading"
@@ -60,7 +62,7 @@ def _recipe(**options):
 
 
 def _bench_preparation(folder: str, vocabularies: list[str]) -> None:
-    """Rates in CPU seconds, beside those of the tokenizer alone; and what one large document adds to the memory."""
+    """Rates in CPU seconds, against those of the tokenizer alone; and what one large document adds to the memory."""
     words = ["amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty"]
     pick = random.Random(0)
 

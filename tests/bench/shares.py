@@ -33,7 +33,7 @@ DIRECTIONS = {
 
 @process.refusing
 def main(argv: Sequence[str]) -> int:
-    """Prints the table, a row as soon as it is known; returns the exit status."""
+    """Prints the table, each row once it is known; returns the exit status."""
     parser = command.parser("tests/bench/shares.py", __doc__, config=False)
     parser.add_argument("--size", default="0.4m", choices=list(SIZES), help="a name of configs/sizes.py")
     parser.add_argument(

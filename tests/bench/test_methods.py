@@ -34,7 +34,7 @@ def check(name, switches, optimize):
 
 @pytest.mark.parametrize(("name", "switches"), SOME, ids=str)
 def test_flops(name, switches):
-    """Of the program as it is lowered."""
+    """Of the lowered program."""
     check(name, switches, optimize=False)
 
 

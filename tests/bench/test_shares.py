@@ -12,9 +12,9 @@ KINDS = {"plain": "sam", **{kind: f"precond_functional_sam, {kind}" for kind in 
 
 
 @pytest.mark.exhaustive  # eight runs of twenty seconds
-@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
+@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not next to the repository")
 def test_preconditioning_leaves_the_layers_at_least_a_tenth_of_their_share():
-    """Of |epsilon|^2 at step 5, beside plain g; without this gradient in the moment and without a floor they do not."""
+    """Of |epsilon|^2 at step 5, against plain g; without the gradient in its moment and a floor they do not."""
     command = [sys.executable, str(Path(__file__).with_name("shares.py")), str(C4_MODEL), "--steps", "5"]
     one_device = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run([*command, "--directions", *KINDS.values()], env=one_device, capture_output=True, text=True)

@@ -14,7 +14,7 @@ EOS = 1
 
 
 def documents_of(lengths, seed=0):
-    """Documents of so many tokens before the end-of-document id; every id occurs once, each stands for id % 4 bytes."""
+    """Documents of these lengths before the end-of-document id; every id occurs once, each stands for id % 4 bytes."""
     made, next_id = [], 10
     for length in lengths:
         ids = np.arange(next_id, next_id + length)

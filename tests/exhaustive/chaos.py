@@ -202,7 +202,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("exhaustive/chaos.py", __doc__, config=False)
     parser.add_argument("--runs", type=command.integer(1), default=60, metavar="N", help="disturbed runs")
     parser.add_argument(
-        "--minutes", type=keys.number(least=0), default=40.0, metavar="M", help="begin no run after so many minutes"
+        "--minutes", type=keys.number(least=0), default=40.0, metavar="M", help="begin no run after this many minutes"
     )
     parser.add_argument(
         "--seed", type=command.integer(), default=0, metavar="N", help="of the moments and files that are hit"

@@ -96,7 +96,7 @@ def scenario_folder(made: Bench, name: str, workdir: Path) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------- runs and waiting
 def start(made: Bench, workdir: Path, *more: str, devices: int = 1) -> subprocess.Popen:
-    """Starts, or continues, a run; what it says goes to a file beside the workdir."""
+    """Starts, or continues, a run; its output goes to a file next to the workdir."""
     environment = {**made.environment}
     if devices > 1:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
@@ -121,7 +121,7 @@ def wait_until(run: subprocess.Popen, true: Callable[[], bool], seconds: float =
 
 
 def records(workdir: Path) -> list[dict]:
-    """The whole records in a run's metrics.jsonl as it is now."""
+    """The whole records in a run's metrics.jsonl now."""
     path, found = workdir / "metrics.jsonl", []
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -171,7 +171,7 @@ def evaluating(workdir: Path) -> bool:
 
 
 def finish(made: Bench, workdir: Path, statuses: list) -> list:
-    """Continues until the run is finished, at most 4 times; what it ended with each time."""
+    """Continues until the run is finished, at most 4 times; returns how it ended each time."""
     for _ in range(4):
         statuses.append(start(made, workdir).wait(timeout=300))
         if statuses[-1] == FINISHED:

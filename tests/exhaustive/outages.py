@@ -237,7 +237,7 @@ def _until(scene: Scene, run: Started, step: int, machine: int = 0) -> None:
 
 
 def _said(scene: Scene, machine: int = 0) -> int:
-    """The lines that spoke of an outage, each of which must tell what it means."""
+    """The lines that spoke of an outage, each of which must tell its meaning."""
     lines = [line for line in scene.log(machine).splitlines() if "NOT COPIED" in line or "stopped:" in line]
     told = re.compile(
         r"anything newer than (step \d+|no checkpoint) is only in /|no answer for \d+ s; the stored files are"

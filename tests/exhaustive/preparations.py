@@ -1,4 +1,4 @@
-"""Disturbances of preparations: killed, starved of disk, and run again, beside one that was left alone."""
+"""Disturbances of preparations: killed, starved of disk, and run again, against one that was left alone."""
 
 import contextlib
 import os

@@ -85,7 +85,7 @@ def test_planted_candidates_are_judged_right_and_share_their_rivals_runs(tmp_pat
     for name in ("index.html", "verdicts/mine.py_same.json", "verdicts/mine.py_slow.json"):
         assert (packed / name).read_bytes() == (tmp_path / "judged" / name).read_bytes()
 
-    # a budget that ends before the first look: nothing is told, and what it would take is
+    # a budget that ends before the first look: nothing is told, and the needed cost is
     capsys.readouterr()
     assert cli.main(["judge", "mine.py:slow", *line, *few, "--budget=1e6"]) == 0
     assert "cannot be told: would take 4 pairs" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Every layout of processes and CPU devices gives one device's steps and evaluations, over every axis, every time.
 
-Runs beside whatever else the machine does; the more, the harder it tries.
+Other work on the machine makes it harder.
 """
 
 import os

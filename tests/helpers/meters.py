@@ -1,4 +1,4 @@
-"""A run's record without the run: a process that is killed and started again, and what its meters then hold."""
+"""A run's record without the run: a process that is killed and started again, and the content of its meters then."""
 
 import collections
 import json

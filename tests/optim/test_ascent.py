@@ -172,7 +172,7 @@ def test_the_way_the_base_is_going_against_its_formula(name):
     vector, length, _ = made.direction(given)
     assert length is None
     for leaf in params:
-        # decay that is added to the gradient is in the moments of adam and sgd, as it is in theirs
+        # decay that is added to the gradient is in the moments of adam and sgd, like in theirs
         seen = [
             np.asarray(g[leaf]) + (0.3 * np.asarray(params[leaf]) if name in ("adam", "sgd") else 0) for g in gradients
         ]
@@ -186,7 +186,7 @@ def test_the_way_the_base_is_going_against_its_formula(name):
         if name == "muon" and leaf == "matrix":
             expected = _orthogonal(first)
         cosine = np.sum(found * expected) / np.linalg.norm(found) / np.linalg.norm(expected)
-        # eps beside moments a step older: 1e-8 of them; five Newton-Schulz steps leave singular values in 0.7 to 1.2
+        # eps added to moments a step older: 1e-8 of them; five Newton-Schulz steps leave singular values in 0.7 to 1.2
         assert cosine > (0.97 if name == "muon" and leaf == "matrix" else 1 - 1e-12)
 
 

@@ -304,7 +304,7 @@ def test_ascent_along_the_update_of_the_base(problem, floor):
         first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
         theta = theta - rate * ((first / (1 - b1**step)) / (np.sqrt(second / (1 - b2**step)) + eps) + decay * theta)
     _, got = problem.run("precond_msam", steps=3, transform=made.transform, base=made, rho=rho, update_floor=floor)
-    close(got, theta, 1e-7)  # eps stands beside moments that are a step older
+    close(got, theta, 1e-7)  # eps is added to moments that are a step older
 
 
 def test_adafactor_second_moment_is_the_one_adafactor_divides_by():

@@ -1,4 +1,4 @@
-"""SOAP against NumPy, and what its eigenbases are for."""
+"""SOAP against NumPy, and the purpose of its eigenbases."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def oracle(gradients):
 
 @jax.enable_x64(True)
 def test_soap_is_the_paper_s_algorithm_on_each_of_stacked_matrices():
-    """25 steps with two refreshes; [stack, in, head, width] as an attention kernel has them, and a vector beside."""
+    """25 steps with two refreshes; [stack, in, head, width] as an attention kernel has them, and a vector."""
     drawn = np.random.default_rng(0).normal(size=(25, 2, 4, 2, 2))
     gradients = [{"kernel": jnp.asarray(g), "scale": jnp.asarray(g[0, :, 0, 0])} for g in drawn]
     axes = masks.matrix_axes((("kernel", (1,), (2, 3)),))
@@ -51,13 +51,13 @@ def test_soap_is_the_paper_s_algorithm_on_each_of_stacked_matrices():
     for step, gradient in enumerate(gradients):
         found, state = update(gradient, state)
         if step:  # of the first gradient nothing enters the moments
-            beside, plain = adam.update(gradient, plain)
+            second, plain = adam.update(gradient, plain)
         for layer in range(2):
             # bias corrections are in float32, as optax has them
             np.testing.assert_allclose(
                 found["kernel"][layer].reshape(4, 4), expected[layer][step], rtol=2e-5, atol=1e-6
             )
-        np.testing.assert_allclose(found["scale"], beside["scale"] if step else 0.0, rtol=1e-6)
+        np.testing.assert_allclose(found["scale"], second["scale"] if step else 0.0, rtol=1e-6)
 
 
 @jax.enable_x64(True)

@@ -108,13 +108,13 @@ def measure(family: str, base, text: Corpus, place: Path) -> Figures:
         hidden = parts.objective.trunk(params, {"inputs": ids})
         return (hidden @ readout_kernel(params, parts.shape).T)[..., : tokenizer.vocab_size]
 
-    def beside(ids):
+    def their_logits(ids):
         with torch.no_grad():
             return model(torch.tensor(ids)).logits.numpy()
 
     ids = np.random.default_rng(1).integers(0, tokenizer.vocab_size, (4, T))
     ours = np.asarray(logits(params, ids))
-    error = np.abs(beside(ids) - ours).max() / np.abs(ours).max()
+    error = np.abs(their_logits(ids) - ours).max() / np.abs(ours).max()
 
     # alone and without a mask; then together, padded, through a pipeline; then by our own sampling
     said, differing = {}, 0
@@ -150,7 +150,7 @@ def measure(family: str, base, text: Corpus, place: Path) -> Figures:
         encoded = theirs.backend_tokenizer.encode(query + choice, add_special_tokens=False)
         ends = [end for _, end in encoded.offsets]
         first = sum(end <= len(query.rstrip()) for end in ends)
-        wanted = float(_log_p(beside, [tokenizer.begin_id, *encoded.ids])[first:].sum())
+        wanted = float(_log_p(their_logits, [tokenizer.begin_id, *encoded.ids])[first:].sum())
         worst = max(worst, abs(scores[number] / wanted - 1))
         if first and encoded.offsets[first][0] < len(query.rstrip()):
             merged += 1  # lm-eval leaves that token out

@@ -1,4 +1,4 @@
-"""Base optimizers beside those of other packages, step by step over one sequence of gradients."""
+"""Base optimizers against those of other packages, step by step over one sequence of gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Exported models beside their runs, over families and vocabularies, called as users call them."""
+"""Exported models against their runs, over families and vocabularies, called as users call them."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""A transformer's widths beside those of the package `mup`, by the authors of the parametrisation.
+"""A transformer's widths against those of the package `mup`, by the authors of the parametrisation.
 
 `pip install --no-deps mup==1.0.0`: it asks for torchvision and seaborn, and imports neither.
 """

@@ -1,4 +1,4 @@
-"""Ids of a run beside those of its exported tokenizer, loaded as users load it, on text that aims at differences."""
+"""Ids of a run against those of its exported tokenizer, loaded as users load it, on text that aims at differences."""
 
 import base64
 import itertools
@@ -126,7 +126,7 @@ def compared(folder, corpus, theirs):
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_are_the_runs_on_hostile_text(tmp_path, name):
     if name == "c4" and not (SHARED / "t5_cc_all_32000_100extra.model").exists():
-        pytest.skip("the C4 vocabulary is not beside the repository")
+        pytest.skip("the C4 vocabulary is not next to the repository")
     corpus, theirs = export(tmp_path, VOCABULARIES[name](tmp_path))
     ours = corpus.tokenizer
     found, control = compared(tmp_path, corpus, theirs)

@@ -1,4 +1,4 @@
-"""The command line: what it accepts, and one line with status 2 for everything else."""
+"""The command line: accepted input, and one line with status 2 for everything else."""
 
 import json
 import os

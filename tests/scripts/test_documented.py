@@ -152,7 +152,7 @@ def test_plan_says_whether_it_fits(steppe):
     assert [line.split("|")[2].strip() for line in said.splitlines()[2:]] == ["adamw"]
 
 
-def test_report_of_a_run_and_of_two_beside_each_other(steppe, run, tmp_path):
+def test_report_of_a_run_and_of_two_next_to_each_other(steppe, run, tmp_path):
     steppe("report", run, f"--out={tmp_path}/report")
     assert "All runs" in (tmp_path / "report" / "index.html").read_text()
     said, _ = steppe("report", "compare", run, run, f"--out={tmp_path}/two.html")

@@ -172,7 +172,7 @@ def test_no_array_of_all_logits(wide):
     parts, text = wide
     V, T, rows = parts.shape.vocabulary, 96, 2
     logits = [s for s in hlo.array_shapes(text) if len(s) > 2 and s[-1] in (V, V // 2)]
-    assert logits  # those of a chunk are there, so the test sees what it looks for
+    assert logits  # those of a chunk are there, so the test can fail
     for shape in logits:
         tokens = 1
         for size in shape[:-1]:

@@ -3,7 +3,7 @@
     steppe sweep --config=english:TEXT --sweep=configs/studies/english/overtrained.py --out=runs/over --order=listed
 
 AdamW's rates on seed 0 first, and each method at its best rho under few bits of the larger size, on three seeds that
-chose nothing, with AdamW on twice the tokens beside what costs two passes. The same entries at 200 tokens a parameter
+chose nothing, with AdamW on twice the tokens for the methods of two passes. The same entries at 200 tokens a parameter
 last: what both say together is how an effect grows with tokens.
 """
 

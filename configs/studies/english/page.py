@@ -65,7 +65,7 @@ PAIRS = 2  # fewer have no interval
 
 
 def main() -> int:
-    """Runs the report, and puts what it wrote into this folder; returns the exit status."""
+    """Runs the report, and puts its files into this folder; returns the exit status."""
     with tempfile.TemporaryDirectory() as place:
         steppe = [sys.executable, "-P", "-m", "steppe.scripts.cli"]
         subprocess.run([*steppe, "report", str(HERE / "runs.jsonl"), f"--out={place}"], check=True)

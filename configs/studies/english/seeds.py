@@ -4,7 +4,7 @@
 
 On seed 0 the loss of the two-pass methods is flat in rho or lowest at the smallest, and what they lose in 4 bits falls
 up to the largest, 0.1: there they are tried, and functional_sam also at its lowest loss, 0.03. AdamW on twice the
-tokens stands beside what costs two passes. Listed so that a study that is cut short has whole pairs of what comes
+tokens stands next to the methods of two passes. Listed so that a study that is cut short has whole pairs of what comes
 first.
 """
 

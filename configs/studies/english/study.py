@@ -1,4 +1,4 @@
-"""The whole study as one sweep: what the files beside this one list, in the order in which it was run.
+"""The whole study as one sweep: the runs of this folder's other files, in the order in which they were made.
 
     steppe sweep --config=english:TEXT --sweep=configs/studies/english/study.py --out=runs/english --order=listed \
       --config.average.weights=ema

@@ -33,9 +33,9 @@ WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 BLOCKS = frozenset(("p", "li", "dd", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "td", "th", "blockquote", "caption"))
 BREAKS = BLOCKS | {"div", "br", "hr", "table", "tr", "ul", "ol", "dl", "section", "article", "pre", "body"}
 SKIPPED = frozenset(("script", "style", "head", "nav"))
-# sources: of the HTML beside them
+# sources: of the HTML next to them
 LEFT_OUT = re.compile(r"/translations/|/_sources/|changelog|\.(de|es|fr|ja|ko|tr|zh-cn)\.", re.IGNORECASE)
-HELD_OUT = 50  # one document in so many
+HELD_OUT = 50  # one document in this number
 
 
 class Paragraphs(html.parser.HTMLParser):

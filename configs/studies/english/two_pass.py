@@ -1,10 +1,10 @@
-"""What costs two passes a step, at size 0.03m on seed 0: four rho each, and AdamW on twice the tokens beside them.
+"""What costs two passes a step, at size 0.03m on seed 0: four rho each, and AdamW on twice the tokens.
 
     steppe sweep --config=english:TEXT --sweep=configs/studies/english/two_pass.py --out=runs/two_pass
 
 Rates are AdamW's best of one_pass.py; AdamW on twice the tokens has its own grid. sam is there with one epsilon for the
 batch, and with one for each quarter of it, as Watts et al. have one a device. Late functional_sam perturbs while the
-rate of a wsd schedule falls, beside AdamW with that schedule.
+rate of a wsd schedule falls, and AdamW with that schedule.
 """
 
 RATE, RHO = 0.008, [0.01, 0.03, 0.003, 0.1]

@@ -123,7 +123,7 @@ def test_bestfit_keeps_whole_documents(tmp_path, documents):
     assert rests == -(-(len((documents[0] * 3).encode()) + 1) // 128) - 1
 
 
-@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
+@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not next to the repository")
 def test_sentencepiece_corpus_is_the_library_s_own_encoding_of_1000_documents(tmp_path):
     import sentencepiece
 
@@ -142,7 +142,7 @@ def test_sentencepiece_corpus_is_the_library_s_own_encoding_of_1000_documents(tm
     assert open_corpus(str(tmp_path / "out")).tokenizer.fingerprint == corpus.tokenizer.fingerprint
 
 
-@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
+@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not next to the repository")
 def test_what_a_lossy_vocabulary_drops_is_counted(tmp_path):
     """A document of which no token is left is a bad record; gzip is per byte of the source, not of what is decoded."""
     task = write_jsonl(tmp_path / "a.jsonl", [f"{i} {WORDS[i]}" for i in range(40)] + ["\u200b\ufeff"])

@@ -1,4 +1,4 @@
-"""The text that Python carries along: what it is, and that its splits are complementary."""
+"""The text that Python carries along: its content, and that its splits are complementary."""
 
 from steppe.data.readers import built_in
 from steppe.data.sources import Reading, parse

@@ -63,8 +63,8 @@ def folder(tmp_path_factory):
         f"{base64.b64encode(token).decode()} {rank}" for token, rank in sorted(ranks.items(), key=lambda kv: kv[1])
     ]
     (folder / "ranks.tiktoken").write_text("\n".join(lines))
-    beside = {"pat_str": PATTERN, "special_tokens": {"<|endoftext|>": len(ranks)}}
-    (folder / "ranks.tiktoken.json").write_text(json.dumps(beside))
+    around = {"pat_str": PATTERN, "special_tokens": {"<|endoftext|>": len(ranks)}}
+    (folder / "ranks.tiktoken.json").write_text(json.dumps(around))
     return folder
 
 
@@ -152,7 +152,7 @@ def test_control_strings_in_text_are_text(folder, tmp_path, name):
         ({}, 2, 2),
     ],
 )
-def test_begin_and_end_stand_in_any_of_the_files_beside(folder, tmp_path, files, begin, end):
+def test_begin_and_end_stand_in_any_of_the_other_files(folder, tmp_path, files, begin, end):
     (tmp_path / "tokenizer.json").write_bytes((folder / "words" / "tokenizer.json").read_bytes())
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))

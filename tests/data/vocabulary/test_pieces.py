@@ -34,7 +34,7 @@ def test_bytes_agree_with_seqio():
         assert ours.decode([*ids, 1, 0, 0]) == text
 
 
-@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not beside the repository")
+@pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not next to the repository")
 def test_sentencepiece_agrees_with_the_library_and_seqio_on_1000_documents():
     import sentencepiece
     import seqio
@@ -60,7 +60,7 @@ def test_sentencepiece_agrees_with_the_library_and_seqio_on_1000_documents():
 
 
 def aligned(tokenizer, processor, text):
-    """(ids, bytes behind each) by the library's own alignment; what it drops at the end belongs to the last token."""
+    """(ids, bytes behind each) by the library's own alignment; bytes dropped at the end belong to the last token."""
     from sentencepiece import sentencepiece_pb2
 
     found = sentencepiece_pb2.SentencePieceText.FromString(processor.encode(text, return_type="serialized_proto"))
@@ -77,7 +77,7 @@ def test_bytes_behind_tokens_are_the_library_s_own_alignment(tmp_path, model):
         path = tmp_path / "small.model"
         train_sentencepiece([text[:3000] for text in documents(150)], str(path), 600, model, characters=200_000)
     elif not path.exists():
-        pytest.skip("the C4 vocabulary is not beside the repository")
+        pytest.skip("the C4 vocabulary is not next to the repository")
     tokenizer, processor = load_tokenizer(str(path)), sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = [text.encode() for text in [*TEXTS, *(text[:4000] for text in documents(60)), "ﬁ  e\u0301 ℌ 한 𝒳"]]
     ids, lengths, counts = tokenizer.measure(texts)
@@ -95,7 +95,7 @@ def test_parts_of_a_long_text_are_encoded_as_the_whole(tmp_path, monkeypatch, mo
 
     path = {"bytes": "bytes", "c4": str(C4_MODEL)}.get(model, str(tmp_path / "small.model"))
     if model == "c4" and not C4_MODEL.exists():
-        pytest.skip("the C4 vocabulary is not beside the repository")
+        pytest.skip("the C4 vocabulary is not next to the repository")
     if model in ("bpe", "unigram"):
         train_sentencepiece([text[:3000] for text in documents(150)], path, 600, model, characters=200_000)
     tokenizer = load_tokenizer(path)

@@ -26,7 +26,7 @@ def vocabulary(kind, folder):
         return str(folder / "v.model")
     if kind == "c4":
         if not C4_MODEL.exists():
-            pytest.skip("the C4 vocabulary is not beside the repository")
+            pytest.skip("the C4 vocabulary is not next to the repository")
         return str(C4_MODEL)
     if kind == "tiktoken":
         pytest.importorskip("tiktoken", reason="steppe[hub] is not installed")

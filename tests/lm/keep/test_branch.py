@@ -71,7 +71,7 @@ def test_two_cooldowns_share_a_trunk(text, trunk, tmp_path):
     assert ends[12][:10] == ends[20][:10] == lm_runs.losses(trunk)[:10]
 
 
-def test_another_method_begins_anew_beside_the_same_optimizer(text, trunk, tmp_path):
+def test_another_method_begins_anew_with_the_same_optimizer(text, trunk, tmp_path):
     late = {**METHOD, "optim__method": "functional_sam"}
     assert lm_runs.run(lm_runs.config(*text, **late, branch_from=f"{trunk}@10"), str(tmp_path)) == train.FINISHED
     record = lm_runs.records(tmp_path, "train")[10]

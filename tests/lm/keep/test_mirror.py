@@ -134,7 +134,7 @@ def test_the_last_to_begin_has_the_run(machine, address, tmp_path):
     with mirror.kept(address, True, lines.append):
         pass
     assert "another did not end cleanly; this process takes over" in " ".join(lines)
-    assert names(address) == {"late.txt"}, "what it had not sent is sent once it has the run again"
+    assert names(address) == {"late.txt"}, "the files not yet sent are sent once it has the run again"
 
 
 def test_what_cannot_be_copied_is_said_once_kept_and_sent_by_the_next_start(machine, address, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_bucket_that_goes_is_said_and_a_file_that_goes_is_not(machine, address
         run.close()
 
 
-def test_a_folder_beside_a_file_called_address_is_its_own(machine, tmp_path):
+def test_a_folder_next_to_a_file_called_address_is_its_own(machine, tmp_path):
     machine("first")
     (tmp_path / "address").write_text("memory://bucket/elsewhere")
     (tmp_path / "run").mkdir()

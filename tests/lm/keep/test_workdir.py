@@ -76,7 +76,7 @@ def test_two_processes_cannot_hold_one_workdir(tmp_path, config):
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(WorkdirError, match=rf"is in use by process {holder.pid} on "):
             take(tmp_path, config)
-        take(tmp_path / "beside", config)
+        take(tmp_path / "other", config)
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

@@ -1,4 +1,4 @@
-"""What the devices of a mesh send in a training step, beside the least that sharded parameters allow."""
+"""What the devices of a mesh send in a training step, against the least that sharded parameters allow."""
 
 import re
 import subprocess

@@ -35,7 +35,7 @@ def test_at_its_base_width_mup_is_the_standard_parametrisation(text):
         assert one != other
 
 
-@pytest.mark.exhaustive  # a minute and a half; beside the package mup: parity/test_mup.py
+@pytest.mark.exhaustive  # a minute and a half; against the package mup: parity/test_mup.py
 def test_nothing_grows_with_the_width_under_mup(text):
     """From 64 to 1,024. Random logits fall as the root of the width, which their first updates feel as well."""
     short = {

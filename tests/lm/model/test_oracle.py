@@ -59,7 +59,7 @@ def batch_of(packed):
 
 
 def whole_loss(logits, batch, z_loss=0.0, soft_cap=0.0, smoothing=0.0, **_):
-    """The loss of all logits [B, T, V], as it is defined."""
+    """The loss of all logits [B, T, V] by its definition."""
     logits = logits[..., :REAL]
     logits = soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
     log_z = jax.nn.logsumexp(logits, axis=-1)

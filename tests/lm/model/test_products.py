@@ -1,4 +1,4 @@
-"""Products on a mesh beside the same einsum on one device, whatever the rings of the network are."""
+"""Products on a mesh against the same einsum on one device, whatever the rings of the network are."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The trunk: what it may see, its two styles, its kernels, its parameter paths."""
+"""The trunk: its attention mask, its two styles, its kernels, its parameter paths."""
 
 import math
 
@@ -146,7 +146,7 @@ def test_blockwise_attention_at_8k_tokens_never_holds_a_square_of_them():
         both = jax.grad(lambda *qkv: jnp.sum(attention.attention(*qkv, None, kernel) ** 2), argnums=(0, 1, 2))
         return max(map(math.prod, hlo.array_shapes(jax.jit(both).lower(shape, shape, shape).compile().as_text())))
 
-    assert most("einsum") >= T * T  # so the test sees what it looks for
+    assert most("einsum") >= T * T  # so the test can fail
     assert most("blockwise") <= attention.query_block(T) * T
 
 

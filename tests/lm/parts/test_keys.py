@@ -102,7 +102,7 @@ def config_of(changes: dict):
 
 @functools.cache
 def traced(changes: tuple) -> tuple[str, dict]:
-    """(the step as it is traced, with its constants, its operands) of a small config with these changes."""
+    """(the traced step, with its constants, its operands) of a small config with these changes."""
     config = config_of(dict(changes))
     frequency = jnp.full(288, 1 / 288)
     parts = assemble(config, 259, 10**6, frequency, jax.devices()[:1], tokens_per_row=4.5)

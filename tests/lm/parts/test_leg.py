@@ -57,7 +57,7 @@ def test_a_larger_batch_reads_on_where_the_smaller_one_ended(corpus, tmp_path, r
     assert "changed     learning_rate" not in said
     last = lm_runs.records(place, "evaluate")[-1]
     assert (last["step"], last["bytes"]) == (14, 5_000)
-    # the rate falls with the tokens: what it is after 1,152 of them does not depend on how they came
+    # the rate falls with the tokens: its value after 1,152 of them does not depend on how they came
     assert go(corpus, tmp_path / "whole", **TOKENS) == train.FINISHED
     assert rates(place)[8:] == pytest.approx(rates(tmp_path / "whole")[9::2], rel=1e-5)
     (result,) = results.read(str(place))

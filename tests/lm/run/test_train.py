@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def stop_at(step):
-    """A StopSignals.requested that asks to stop after so many steps of this start."""
+    """A StopSignals.requested that asks to stop after a number of steps of this start."""
     count = iter(range(1, 10**6))
     return lambda self: next(count) == step
 

@@ -1,4 +1,4 @@
-"""The committed verdicts and their page follow from the packed runs beside them, byte for byte."""
+"""The committed verdicts and their page follow from the packed runs next to them, byte for byte."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What a judgement may cost, and what its runs took."""
+"""A judgement's budget, and the cost of its runs."""
 
 from argparse import ArgumentTypeError
 

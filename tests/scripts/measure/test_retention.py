@@ -1,4 +1,4 @@
-"""steppe retention: what it writes and prints for real checkpoints, and how it compares runs."""
+"""steppe retention: its files and output for real checkpoints, and its comparison of runs."""
 
 import csv
 import io

@@ -22,7 +22,7 @@ from steppe.scripts.report.numbers import analysis, differences, entries
 
 STUDY = pathlib.Path(__file__).parents[3] / "configs" / "studies" / "english"
 LEVELS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}  # what a seed adds to every loss
-WOBBLE = {0: 0.0, 1: 0.002, 2: -0.002, 3: 0.001}  # what it adds to a method's
+WOBBLE = {0: 0.0, 1: 0.002, 2: -0.002, 3: 0.001}  # the seed's addition to a method's
 TWO_PASS, LONGER = -0.05, -0.2  # sam at its best, and AdamW on twice the steps, less AdamW
 
 
@@ -347,7 +347,7 @@ def test_another_rate_of_adamw_with_seeds_of_its_own_is_no_method_and_no_referen
     assert loss.startswith("Loss: 0 of 1 beat AdamW at equal tokens; best is sam")
 
 
-def test_where_the_best_rate_has_no_seed_of_a_method_it_stands_beside_another_rate(tmp_path):
+def test_where_the_best_rate_has_no_seed_of_a_method_it_is_compared_at_another_rate(tmp_path):
     runs = {}
     for rate, seeds, worse in ((0.01, LEVELS, 0.01), (0.02, (0,), 0.0)):
         for seed in seeds:
@@ -399,7 +399,7 @@ def test_what_was_fine_tuned_on_another_text_is_not_compared(sweep):
     assert not any("forgetting_at_equal_loss" in result.retention for result in aside)
 
 
-def test_what_is_forgotten_on_the_way_is_drawn_beside_adamw(sweep, tmp_path):
+def test_what_is_forgotten_on_the_way_is_drawn_with_adamw(sweep, tmp_path):
     assert command.main([str(sweep), f"--out={tmp_path}"]) == 0
     rows = list(csv.DictReader((tmp_path / "forgetting.csv").open()))
     assert {(row["group"].split(", ")[1], row["entry"]) for row in rows} == {
@@ -542,7 +542,7 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
 
 
 def near(item):
-    """A number to seven digits, as other libraries' sums agree to; any other text as it is."""
+    """A number to seven digits, as other libraries' sums agree to; any other text unchanged."""
     try:
         return item[0], f"{float(item[1]):.7g}"
     except ValueError:

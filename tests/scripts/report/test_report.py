@@ -27,9 +27,9 @@ from steppe.scripts.report.numbers import entries as report_entries
 from steppe.scripts.results import flatten
 
 GRID = (0.003, 0.01, 0.03, 0.1)
-METHODS = {"functional_sam": -0.01, "sam": 0.02}  # what each adds to AdamW's loss at its best rho
-SEEDS = {0: 0.0, 1: 0.03, 2: -0.02}  # what each seed adds to every loss
-WOBBLE = {0: 0.0, 1: 0.001, 2: -0.001}  # what it adds to those of the methods alone
+METHODS = {"functional_sam": -0.01, "sam": 0.02}  # each one's addition to AdamW's loss at its best rho
+SEEDS = {0: 0.0, 1: 0.03, 2: -0.02}  # each seed's addition to every loss
+WOBBLE = {0: 0.0, 1: 0.001, 2: -0.001}  # its addition to those of the methods alone
 
 
 def true_rho(size):
@@ -71,7 +71,7 @@ MISSING = name_of("functional_sam", 0.1, size="1.8m")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(directory of a sweep, its page, {name: rows of a CSV beside it})."""
+    """(directory of a sweep, its page, {name: rows of a CSV next to it})."""
     directory = tmp_path_factory.mktemp("report") / "sweep"
     runs = study()
     for name, loss in ((DIVERGED, "diverged"), (FAILED, "failed"), (MISSING, None)):
@@ -188,7 +188,7 @@ def test_without_adamw_the_page_has_the_command_that_adds_it(tmp_path, capsys):
     assert re.search(r"runs +4 \(4 unfinished\)", capsys.readouterr().out)  # two seeds of each size and its length
 
 
-def test_the_data_in_the_page_are_those_beside_it(made):
+def test_the_data_in_the_page_are_those_of_its_files(made):
     _, page, tables = made
     links = {a["download"]: a["href"] for a in Page(page).having("a") if "download" in a}
     for figure in ("loss_against_rho", "frontier", "curves"):
@@ -228,7 +228,7 @@ def test_best_rho_against_size_is_the_power_law_put_in(made):
     assert law["check"].endswith("within a step of the grid")
 
 
-def test_equal_compute_sets_two_passes_beside_twice_the_steps(made):
+def test_equal_compute_sets_two_passes_against_twice_the_steps(made):
     _, _, tables = made
     row = only(tables["against_adamw_table"], group="1.8m, 1000 steps", entry="functional_sam", basis="at equal FLOPs")
     assert row["adamw"] == "adamw, 2000 steps"

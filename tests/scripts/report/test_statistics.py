@@ -161,7 +161,7 @@ def test_bounds_are_where_the_slope_leaves_its_noise():
 
 
 def test_bounds_outside_the_grid_are_open():
-    found = st.optimum({0.01: 2.0005, 0.03: 2.0, 0.1: 2.0004}, 0.01, 4)  # no curvature beside this noise
+    found = st.optimum({0.01: 2.0005, 0.03: 2.0, 0.1: 2.0004}, 0.01, 4)  # no curvature above this noise
     assert (found.status, found.low, found.high) == ("inside", 0.0, math.inf)
     assert math.isnan(st.optimum({0.01: 2.1, 0.03: 2.0, 0.1: 2.1}, math.nan, 0).low)
 
@@ -208,7 +208,7 @@ def test_a_power_law_without_known_noise_rests_on_its_scatter():
 @pytest.mark.parametrize("between", [0.0, 0.3, 2.0])
 @pytest.mark.parametrize(("sizes", "df"), [(3, 12), (4, 4), (6, 4)])
 def test_a_power_law_covers_the_truth_however_sizes_scatter(sizes, df, between, unlike):
-    """Points of known errors 0.1, or 0.1 and 0.3 in turn, each estimated with df; beside that they scatter themselves.
+    """Points of known errors 0.1, or 0.1 and 0.3 in turn, each estimated with df; they scatter as well.
 
     Errors of the share of 400: 0.011. Measured of 1,000: 0.93 to 1.00, the least with unlike errors of few df.
     """

@@ -355,7 +355,7 @@ def test_groups_differ_in_the_given_keys_alone():
 @pytest.mark.exhaustive  # seven runs; the choice at a rung above
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_halving_stops_losing_rho_and_leaves_the_winner_as_it_would_have_been(config, whole, tmp_path, jobs):
-    """Of three rho, two too large, one ends at each rung; the best is unharmed, and adamw beside it untouched."""
+    """Of three rho, two too large, one ends at each rung; the best is unharmed, and adamw untouched."""
     out = tmp_path / "out"
     spec = tmp_path / "spec.py"
     spec.write_text(

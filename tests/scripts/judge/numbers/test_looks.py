@@ -136,7 +136,7 @@ def test_any_false_claim_of_many_families_is_as_rare_as_declared(sd, means, tail
     assert false_families(sd, means, tails, 6000) <= 0.05 + slack(0.05, 6000)
 
 
-def test_each_difference_of_the_effect_is_told_with_the_power_also_beside_others():
+def test_each_difference_of_the_effect_is_told_with_the_power_also_among_others():
     means = [-EFFECT, EFFECT, 0.0]
     found = list(simulated(plan(0.004, 3), means, 0.004))
     assert np.mean([row[0].state == looks.BETTER for row in found]) >= 0.8 - slack(0.8, 500)
