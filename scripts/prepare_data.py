@@ -22,6 +22,7 @@ from typing import Any
 
 from steppe.configs import keys
 from steppe.data import files
+from steppe.lm.track import waiting
 from steppe.scripts import command, process
 from steppe.scripts.sweep.__main__ import LAUNCHERS
 
@@ -126,11 +127,16 @@ def _summary(manifest: Mapping[str, Any], directory: str) -> None:
 @contextmanager
 def _progress():
     """(log, report): a live bar on a terminal, otherwise a line every ten seconds."""
-    began = time.monotonic()
+    began, earlier = time.monotonic(), None
 
     def line(state: dict) -> str:
-        rate = state["tokens"] / max(time.monotonic() - began, 1e-9)
-        return f"{state['documents']:,} documents, {state['tokens'] / 1e6:,.1f}M tokens, {rate / 1e6:.2f}M tokens/s"
+        nonlocal earlier
+        earlier = state["shards"] if earlier is None else earlier  # of an interrupted start
+        seconds, done = time.monotonic() - began, state["shards"] - earlier
+        rate = state["tokens"] / 1e6 / max(seconds, 1e-9)
+        left = waiting.clock_face(seconds / done * (state["of"] - state["shards"])) if done else ""
+        counts = f"{state['documents']:,} documents, {state['tokens'] / 1e6:,.1f}M tokens, {rate:.2f}M tokens/s"
+        return counts + f", left {left}" * bool(left)
 
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -54,6 +54,17 @@ def test_help_answers_within_3_seconds():
     assert "show DIR" in output
 
 
+def test_time_left_is_that_of_the_shards_since_the_start(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: now)
+    with prepare_data._progress() as (_, report):
+        for now, shards in ((100.0, 3), (115.0, 3), (140.0, 5)):  # three of an interrupted start; then two in 40 s
+            report({"shards": shards, "of": 10, "documents": 7, "tokens": 2_000_000, "bytes": 0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "3/10 shards, 7 documents, 2.0M tokens, 0.13M tokens/s"
+    assert second == "5/10 shards, 7 documents, 2.0M tokens, 0.05M tokens/s, left 1:40"
+
+
 def test_vocabulary_then_prepare_then_show(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     model, out = tmp_path / "v.model", tmp_path / "out"
