@@ -55,10 +55,10 @@ def test_help_answers_within_3_seconds():
 
 
 def test_time_left_is_that_of_the_shards_since_the_start(monkeypatch, capsys):
-    now = 100.0
-    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: now)
+    clock = [100.0]
+    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: clock[0])
     with prepare_data._progress() as (_, report):
-        for now, shards in ((100.0, 3), (115.0, 3), (140.0, 5)):  # three of an interrupted start; then two in 40 s
+        for clock[0], shards in ((100.0, 3), (115.0, 3), (140.0, 5)):  # three of an interrupted start; then two in 40 s
             report({"shards": shards, "of": 10, "documents": 7, "tokens": 2_000_000, "bytes": 0})
     first, second = capsys.readouterr().out.splitlines()
     assert first == "3/10 shards, 7 documents, 2.0M tokens, 0.13M tokens/s"
