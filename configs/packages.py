@@ -7,6 +7,7 @@ Imports only the standard library, so that it can report missing packages when n
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +20,13 @@ DEVELOPERS = ("test", "parity", "all")  # extras that messages to users do not n
 
 
 class Requirement(NamedTuple):
-    """A distribution that Steppe can use. extra: the extra that installs it, "" if every run needs it."""
+    """A distribution that Steppe can use. extra: the extra that installs it, "" if every run needs it. below: the first
+    version of Python, such as 3.14, for which it has no release, "" for none."""
 
     distribution: str
     wanted: str
     extra: str
+    below: str = ""
 
     @property
     def module(self) -> str:
@@ -55,7 +58,9 @@ def requirements() -> list[Requirement]:
         if name != OWN:
             brought = _BROUGHT.get(f"{name}{of}")
             name = re.sub(r"[-_.]+", "-", name)
-            parsed.append(Requirement(brought or name, "" if brought else wanted.strip(), extra[1] if extra else ""))
+            below = re.search(r"python_version < ['\"](.+?)['\"]", condition)
+            least = "" if brought else wanted.strip()
+            parsed.append(Requirement(brought or name, least, extra[1] if extra else "", below[1] if below else ""))
     return parsed
 
 
@@ -80,7 +85,13 @@ def remedy(*modules: str) -> str:
     """The pip command that installs these modules."""
     wanted = [of_module(module) for module in modules]
     names = dict.fromkeys(f"'{OWN}[{each.extra}]'" if each.extra else each.distribution for each in wanted)
-    return f"pip install {' '.join(names)}"
+    return f"{max(map(python_for, wanted), default='')}pip install {' '.join(names)}"
+
+
+def python_for(wanted: Requirement) -> str:
+    """Words that ask for an older Python where this one is too new for a distribution, else ""."""
+    new = wanted.below and sys.version_info >= tuple(map(int, wanted.below.split(".")))
+    return f"with Python below {wanted.below}, " if new else ""
 
 
 def lacking(*modules: str) -> str:

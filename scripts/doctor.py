@@ -57,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if each.extra in extras:
             extras[each.extra].append(each)
     for extra, parts in extras.items():
-        lacking = [each.distribution for each in parts if not each.present]
-        needed = f"pip install 'steppe[{extra}]' brings {', '.join(lacking)}" if lacking else "installed"
+        lacking = [each for each in parts if not each.present]
+        brought = ", ".join(each.distribution for each in lacking)
+        python = max(map(packages.python_for, lacking), default="")
+        needed = f"{python}pip install 'steppe[{extra}]' brings {brought}" if lacking else "installed"
         _say(extra, f"{PURPOSES.get(extra, extra)}: {needed}")
     _say("storage", f"{_free(Path.home() / '.cache')} free for caches in ~/.cache, {_free(Path.cwd())} here")
     _say("verdict", "steppe train runs here" if ready else "steppe train cannot run here; see missing and devices")

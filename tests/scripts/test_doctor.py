@@ -94,3 +94,11 @@ def test_every_extra_is_known_by_its_module():
         assert packages.of_module(each.module).distribution == each.distribution
         if each.extra and each.extra not in packages.DEVELOPERS:
             assert "steppe[" in packages.remedy(each.module) or not packages.of_module(each.module).extra
+
+
+def test_the_remedy_names_the_python_that_a_package_has_a_release_for(monkeypatch):
+    monkeypatch.setattr(packages.sys, "version_info", (3, 14, 2))
+    assert packages.remedy("seqio") == "with Python below 3.14, pip install 'steppe[seqio]'"
+    assert packages.remedy("wandb") == "pip install 'steppe[wandb]'"
+    monkeypatch.setattr(packages.sys, "version_info", (3, 13, 9))
+    assert packages.remedy("seqio") == "pip install 'steppe[seqio]'"

@@ -8,12 +8,16 @@ rungs that decide, 16k and 1k tokens, of the four rows that the prediction names
 """
 
 LENGTH, EPSILON = 128, 1_024  # tokens of a sequence; tokens that one epsilon sees where microbatches have their own
-RUNGS = {  # tokens of a batch: AdamW's four peak rates; the two in the middle are every other row's
-    1_024: [0.004, 0.008, 0.016, 0.032],
+RUNGS = {  # tokens of a batch: AdamW's peak rates. At 1k and 16k one more at the end where some row's best lay
+    1_024: [0.001, 0.002, 0.004, 0.008, 0.016, 0.032],
     4_096: [0.008, 0.016, 0.032, 0.064],
-    16_384: [0.016, 0.032, 0.064, 0.128],  # one further than planned: AdamW's best of 0.008 to 0.064 was 0.064
+    16_384: [0.008, 0.016, 0.032, 0.064, 0.128, 0.256],
     32_768: [0.016, 0.032, 0.064, 0.128],
 }
+OTHERS = {
+    1_024: [0.002, 0.004, 0.008, 0.016],
+    16_384: [0.032, 0.064, 0.128],
+}  # every other row's; else AdamW's middle two
 SHARED = {
     "model.size": "0.01m",
     "data.sequence_length": LENGTH,
@@ -24,7 +28,14 @@ SHARED = {
 SMALL, LARGE = [0.03, 0.1], [0.3, 1.0]  # rho of two passes, and along the momentum
 FIRST = {"sam": SMALL, "functional_sam": SMALL, "sam per microbatch": SMALL}
 THEN = {"precond_functional_sam": SMALL, "msam": LARGE}
-CHOSEN: dict[int, dict[str, dict]] = {}  # rung: row: what stage 1 chose, written here once it has been run
+CHOSEN: dict[int, dict[str, dict]] = {  # rung: row: the setting of lowest final loss in stage 1
+    16_384: {
+        "adamw": {"optim.peak_learning_rate": 0.064},
+        "sam": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.03},
+        "functional_sam": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.1},
+        "sam per microbatch": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.03},
+    }
+}
 SEEDS = (1, 2, 3, 4, 5)
 
 
@@ -54,8 +65,8 @@ def adamw(rung: int) -> dict:
 
 
 def grids(rung: int, rows: dict[str, list]) -> list[dict]:
-    """Four trials a row, as many as AdamW has; a microbatch that is the batch is sam itself."""
-    rates = RUNGS[rung][1:3]
+    """As many trials a row as AdamW has, or one more; a microbatch that is the batch is sam itself."""
+    rates = OTHERS.get(rung, RUNGS[rung][1:3])
     return [
         {
             "set": {**at(rung), **row(name, rung), "seed": 0},

@@ -350,7 +350,8 @@ def scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses: Se
         for share in (0.3, 0.7, 0.95) for a in (0.2, 0.6) for b in (0.2, 0.6)
     ]  # fmt: skip
     free = len(y) - 5
-    best = min((_fit_law(u, v, y, start, _HUBER) for start in starts), key=lambda found: found.cost)
+    begun = sorted((_fit_law(u, v, y, start, _HUBER, most=20) for start in starts), key=lambda found: found.cost)
+    best = min((_fit_law(u, v, y, found.x, _HUBER) for found in begun[:3]), key=lambda found: found.cost)
     noise = 1.4826 * float(np.median(np.abs(y - _law(best.x, u, v)[0]))) * math.sqrt(len(y) / free)
     delta = max(_HUBER, 1.345 * noise)  # much narrower than the noise it would be the median's poor efficiency
     best = _fit_law(u, v, y, best.x, delta)
@@ -413,9 +414,10 @@ _LEAST, _MOST = np.array([-12.0, -12, -12, 0, 0]), np.array([12.0, 12, 12, 3, 3]
 
 
 def _fit_law(
-    u: np.ndarray, v: np.ndarray, y: np.ndarray, start, delta: float, row: np.ndarray | None = None, value: float = 0.0
-) -> optimize.OptimizeResult:
-    """The best p, or the best of those with row @ p = value; x: all five of it."""
+    u: np.ndarray, v: np.ndarray, y: np.ndarray, start, delta: float, row: np.ndarray | None = None,
+    value: float = 0.0, most: int = 200,
+) -> optimize.OptimizeResult:  # fmt: skip
+    """The best p, or the best of those with row @ p = value, after at most `most` evaluations; x: all five of it."""
     keep, into, fixed = list(range(5)), np.eye(5), np.zeros(5)
     if row is not None:
         first = int(np.flatnonzero(row)[0])  # row is 1 there
@@ -426,7 +428,7 @@ def _fit_law(
         lambda q: _law(fixed + into @ q, u, v)[0] - y, np.clip(start, _LEAST + 1e-9, _MOST - 1e-9)[keep],
         jac=lambda q: _law(fixed + into @ q, u, v)[1] @ into,  # pyright: ignore[reportArgumentType]  a text by default
         loss="huber", f_scale=delta,
-        bounds=(_LEAST[keep], _MOST[keep]), x_scale=np.array([1, 1, 1, 0.3, 0.3])[keep], max_nfev=200,
+        bounds=(_LEAST[keep], _MOST[keep]), x_scale=np.array([1, 1, 1, 0.3, 0.3])[keep], max_nfev=most,
     )  # fmt: skip
     found.x = fixed + into @ found.x
     return found

@@ -131,8 +131,9 @@ def test_a_card_names_the_files_of_a_configuration_and_its_splits(hub, tmp_path,
 @pytest.mark.parametrize("name", ["hf:owner/set/de", "hf:owner/set/all"])
 def test_a_configuration_without_a_split_of_its_own_is_divided_by_the_hash(hub, tmp_path, name):
     hub.put("datasets/owner/set", LAID_OUT)
-    manifest, _ = prepared(hub, tmp_path, task=f"name={name}")
-    assert manifest["fingerprint"] == on_disk(tmp_path, DE)["fingerprint"]
+    divided = {"held_out_fraction": 0.3}  # of 30 texts, which differ between versions of Python
+    manifest, _ = prepared(hub, tmp_path, task=f"name={name}", **divided)
+    assert manifest["fingerprint"] == on_disk(tmp_path, DE, **divided)["fingerprint"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from steppe.data.readers import tasks
 from steppe.data.readers.built_in import embedded_documents
 from steppe.data.sources import Reading
 
+pytest.importorskip("seqio", reason="steppe[seqio] is not installed")
 ROOT = Path(__file__).parents[3]
 TEXTS = [f"train {i}: " + text.decode()[:400] for i, (_, text) in enumerate(embedded_documents()[:90])]
 

@@ -21,8 +21,7 @@ def documents(count: int) -> list[str]:
 
 
 def test_bytes_agree_with_seqio():
-    import seqio
-
+    seqio = pytest.importorskip("seqio", reason="steppe[seqio] is not installed")
     ours, theirs = load_tokenizer("bytes"), seqio.ByteVocabulary()
     assert (ours.vocab_size, ours.begin_id, ours.eos_id) == (theirs.vocab_size, theirs.pad_id, theirs.eos_id)
     for text in [*TEXTS, *documents(50)]:
@@ -37,8 +36,8 @@ def test_bytes_agree_with_seqio():
 @pytest.mark.skipif(not C4_MODEL.exists(), reason="the C4 vocabulary is not next to the repository")
 def test_sentencepiece_agrees_with_the_library_and_seqio_on_1000_documents():
     import sentencepiece
-    import seqio
 
+    seqio = pytest.importorskip("seqio", reason="steppe[seqio] is not installed")
     library = sentencepiece.SentencePieceProcessor(model_file=str(C4_MODEL))
     ours, theirs = load_tokenizer(str(C4_MODEL)), seqio.SentencePieceVocabulary(str(C4_MODEL), extra_ids=0)
     assert ours.vocab_size == theirs.vocab_size == library.get_piece_size()
@@ -123,10 +122,9 @@ def test_a_trained_vocabulary_is_lossless(tmp_path, model_type):
     assert tokenizer.fingerprint == load_tokenizer(path).fingerprint != load_tokenizer("bytes").fingerprint
     for text in [*TEXTS[:5], *(text[:5000] for text in documents(60))]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    import seqio
-
-    assert tokenizer.encode("x") == seqio.SentencePieceVocabulary(path, extra_ids=0).encode("x")
     assert [entry.name for entry in tmp_path.iterdir()] == ["small.model"]
+    seqio = pytest.importorskip("seqio", reason="steppe[seqio] is not installed")
+    assert tokenizer.encode("x") == seqio.SentencePieceVocabulary(path, extra_ids=0).encode("x")
 
 
 def test_bad_vocabularies_are_one_line(tmp_path):
