@@ -16,7 +16,7 @@ import gc
 import importlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -66,6 +66,13 @@ def main(argv: Sequence[str]) -> int:
 
 def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
     """Writes the report of results.read(...) into a directory; returns the path of its page."""
+    from steppe.scripts.report import drawing
+
+    with drawing.saving(len(found) >= MANY) as save:
+        return _write(found, out, name, add_adamw, save)
+
+
+def _write(found: list, out: Path, name: str, add_adamw: str, save: Callable) -> Path:
     from steppe.scripts import results, style
     from steppe.scripts.report import answer, drawing, figures, page, tables
     from steppe.scripts.report.numbers import analysis as an
@@ -101,7 +108,7 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
                 written.append(f"{stem}.png")
         return section
 
-    with drawing.styled(), drawing.saving(len(found) >= MANY) as save:
+    with drawing.styled():
         first, *rest = answer.figures(made) or [None]
         shown = first.frame["entry"] if first else []
         styles = style.of_variants(dict.fromkeys(["adamw", *shown, *an.variants(study), *made.rows.get("name", ())]))
@@ -143,8 +150,7 @@ def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
                 parts = [kept, costs, *parts, tables.fine_tuning(made)]
             sections.append(add(page.Section(source.capitalize()), tables.sharpness(source, own), *parts))
         sections.append(add(page.Section("Runs"), tables.correlations(measures), tables.runs(study)))
-        shown = page.page(f"{name}: report", introduction, sections)
-    files.write(out / PAGE, shown)
+    files.write(out / PAGE, page.page(f"{name}: report", introduction, sections))
     for each in set(before) - set(written):
         _remove(out, each, before[each])
     files.write_json(out / WRITTEN, {"hashes": {each: files.content_hash(out / each) for each in written}})
