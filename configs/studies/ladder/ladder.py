@@ -2,9 +2,10 @@
 
     steppe sweep --config=study --sweep=configs/studies/ladder/ladder.py:STAGE --out=OUT --order=listed --jobs=1
 
-Stages 1 to 5, in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two
-rungs that decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose.
-3: the other rows at both rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has the prediction.
+Stages in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two rungs that
+decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose. meters: AdamW's
+choice once more, with the noise scale of each step and the shares of delta along the run. 3: the other rows at both
+rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has the prediction.
 """
 
 LENGTH, EPSILON = 128, 1_024  # tokens of a sequence; tokens that one epsilon sees where microbatches have their own
@@ -43,6 +44,7 @@ def get_spec(stage: str) -> list[dict]:
     stages = {
         "1": lambda: [block for rung in (16_384, 1_024) for block in [adamw(rung), *grids(rung, FIRST)]],
         "2": fresh,
+        "meters": meters,
         "3": lambda: [block for rung in (16_384, 1_024) for block in grids(rung, THEN)],
         "4": lambda: [adamw(4_096), *grids(4_096, FIRST | THEN)],
         "5": lambda: [adamw(32_768), *grids(32_768, FIRST | THEN)],
@@ -85,3 +87,17 @@ def fresh() -> list[dict]:
         for rung, rows in CHOSEN.items()
         for name, chosen in rows.items()
     ]
+
+
+def meters() -> list[dict]:
+    """AdamW at its best on seed 0. Microbatches give the noise scale; delta is of a held-out batch."""
+    parts = {1_024: 2, 4_096: 4, 16_384: 16, 32_768: 32}
+    return [
+        {
+            "set": {
+                **at(rung), **row("adamw", rung), **rows["adamw"], "seed": 0, "train.microbatches": parts[rung],
+                "curvature.every": "4%",
+            }
+        }
+        for rung, rows in CHOSEN.items()
+    ]  # fmt: skip
