@@ -506,7 +506,7 @@ def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[st
     """A row a measure and basis where an entry has a difference: basis, against (an Entry), measure, value, low, high,
     n, df, fresh, pairs, sign and p, that of Student's test.
 
-    others: {basis: whom it is compared with}; of: {measure: see Entry.value}. A family of them takes statistics.holm.
+    others: {basis: whom it is compared with}; of: {measure: see Entry.value}.
     """
     columns = ["basis", "against", "measure", *st.Interval._fields, "fresh", "pairs", "sign", "p"]
     return pd.DataFrame(ways(entry, others, of), columns=columns)

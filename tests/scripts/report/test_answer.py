@@ -226,6 +226,9 @@ def test_its_sentences_say_what_helps_and_what_does_not_and_how_sure(sweep):
     assert kept == "Kept at equal tokens: 1 of 1 forget less, 1 of 1 are better in 4 bits."
     counted = differences.counts(made).set_index(["aspect", "basis"])[["known", "better", "worse"]]
     assert counted.loc["loss", "flops"].to_list() == counted.loc["int4", "flops"].to_list() == [1, 0, 1]
+    tests = sorted(p for p, row in zip(made.ways["p"], made.ways["row"], strict=True) if not made.rows["adamw"][row])
+    kept = next(i for i, p in enumerate([*tests, 1.0]) if not p <= 0.05 / max(1, len(tests) - i))
+    assert 0 < kept == differences.counts(made)["survives"].sum() < 9
     assert "3–4 pairs of seeds; 9 of 9 by fresh seeds" in sure
     assert "0.5 of 9 intervals exclude zero by chance" in sure
 
