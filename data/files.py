@@ -1,11 +1,9 @@
 """Writes, locks and hashes files. Writes are atomic: a kill leaves the old file or the new one, never a part."""
 
 import contextlib
-import csv
 import errno
 import fcntl
 import glob
-import io
 import json
 import math
 import os
@@ -13,7 +11,7 @@ import re
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,13 +58,6 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     with replacing(path) as aside, open(aside, "wb") as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
-
-
-def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows as CSV."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write(path, text.getvalue())
 
 
 def write_json(path: str | os.PathLike, value: Any, *, digits: int | None = None) -> None:
@@ -233,8 +224,3 @@ def shown(value: Any) -> str:
 def visible(text: str) -> str:
     """Escapes control characters in a text to be printed: a terminal would execute them."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
-
-
-def leftovers(directory: str | os.PathLike) -> list[Path]:
-    """Unfinished files under a directory, left by processes that died."""
-    return sorted(Path(directory).rglob(f"*{ASIDE}"))

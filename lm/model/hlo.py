@@ -66,16 +66,6 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return found, entry
 
 
-def array_shapes(text: str) -> set[tuple[int, ...]]:
-    """The shapes of all arrays that the program's instructions produce on a device."""
-    shapes = set()
-    for instructions in computations(text)[0].values():
-        for instruction in instructions:
-            for _, dims in _ARRAY.findall(instruction.type):
-                shapes.add(tuple(int(d) for d in dims.split(",") if d))
-    return shapes
-
-
 def collectives(text: str) -> list[Collective]:
     """All collectives of one execution, with loops multiplied by trip counts; of branches the most expensive.
 

@@ -13,6 +13,11 @@ from hypothesis import strategies as st
 from steppe.data import errors, files
 
 
+def leftovers(directory):
+    """Unfinished files, left by processes that died."""
+    return sorted(directory.rglob(f"*{files.ASIDE}"))
+
+
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 @pytest.mark.parametrize("before", [None, "old"])
 def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, broken, before):
@@ -28,7 +33,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, broke
         with pytest.raises(OSError, match="No space"):
             files.write(path, "new")
     assert (path.read_text() if path.exists() else None) == before
-    assert files.leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == []
     files.write(path, b"new")
     assert path.read_text() == "new"
 
@@ -40,7 +45,7 @@ def test_a_block_that_fails_replaces_nothing(tmp_path):
         with files.replacing(path) as aside:
             with open(aside, "w") as handle:
                 handle.write("half")
-            assert [str(found) for found in files.leftovers(tmp_path)] == [aside]
+            assert [str(found) for found in leftovers(tmp_path)] == [aside]
             raise KeyError
 
     with pytest.raises(KeyError):

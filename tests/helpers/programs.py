@@ -1,12 +1,14 @@
 """A run's parts on eight simulated devices, and calls of its programs on abstract arguments."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 
 from helpers import lm_runs
 from steppe.lm.measure import curvature, in_training, sharpness
+from steppe.lm.model import hlo
 from steppe.lm.model.attention import differentiable
 from steppe.lm.model.mesh import batch_sharding
 from steppe.lm.model.objective import objective
@@ -64,3 +66,10 @@ def curvature_calls(parts: Parts) -> list[tuple]:
         (made.noise, params, batch),
         (in_training.make_measurement(parts, ("norms=norm",)), params, parts.abstract, params, batch, parts.scalars),
     ]
+
+
+def array_shapes(text):
+    """The shapes of all arrays that a compiled program's instructions produce on a device."""
+    types = [each.type for instructions in hlo.computations(text)[0].values() for each in instructions]
+    found = re.findall(r"\b(?:[a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]", " ".join(types))
+    return {tuple(int(d) for d in dims.split(",") if d) for dims in found}

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from bench import methods as bench_methods
+from helpers import programs
 from steppe.configs import base, sizes
 from steppe.lm.model import hlo
 from steppe.lm.model.mesh import make_mesh
@@ -171,7 +172,7 @@ def numbers(collective: hlo.Collective) -> int:
 def test_no_array_of_all_logits(wide):
     parts, text = wide
     V, T, rows = parts.shape.vocabulary, 96, 2
-    logits = [s for s in hlo.array_shapes(text) if len(s) > 2 and s[-1] in (V, V // 2)]
+    logits = [s for s in programs.array_shapes(text) if len(s) > 2 and s[-1] in (V, V // 2)]
     assert logits  # those of a chunk are there, so the test can fail
     for shape in logits:
         tokens = 1

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steppe.lm.model import attention, hlo
+from helpers import programs
+from steppe.lm.model import attention
 from steppe.lm.model.mesh import Placement, make_mesh
 from steppe.lm.model.transformer import INITS, Shape, Trunk, lookup
 from steppe.optim.masks import path_names
@@ -144,7 +145,7 @@ def test_blockwise_attention_at_8k_tokens_never_holds_a_square_of_them():
     def most(kernel):
         """Elements of the largest array of the forward and backward pass."""
         both = jax.grad(lambda *qkv: jnp.sum(attention.attention(*qkv, None, kernel) ** 2), argnums=(0, 1, 2))
-        return max(map(math.prod, hlo.array_shapes(jax.jit(both).lower(shape, shape, shape).compile().as_text())))
+        return max(map(math.prod, programs.array_shapes(jax.jit(both).lower(shape, shape, shape).compile().as_text())))
 
     assert most("einsum") >= T * T  # so the test can fail
     assert most("blockwise") <= attention.query_block(T) * T
