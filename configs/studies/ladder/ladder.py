@@ -3,9 +3,10 @@
     steppe sweep --config=study --sweep=configs/studies/ladder/ladder.py:STAGE --out=OUT --order=listed --jobs=1
 
 Stages in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two rungs that
-decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose. meters: AdamW's
-choice once more, with the noise scale of each step and the shares of delta along the run. 3: the other rows at both
-rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has the prediction.
+decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose. equal: sam at
+functional_sam's rate and rho. meters: AdamW's choice once more, with the noise scale of each step and the shares of
+delta along the run. 3: the other rows at both rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has
+the prediction.
 """
 
 LENGTH, EPSILON = 128, 1_024  # tokens of a sequence; tokens that one epsilon sees where microbatches have their own
@@ -44,6 +45,12 @@ def get_spec(stage: str) -> list[dict]:
     stages = {
         "1": lambda: [block for rung in (16_384, 1_024) for block in [adamw(rung), *grids(rung, FIRST)]],
         "2": fresh,
+        "equal": lambda: [
+            {"set": {**at(rung), **row("sam", rung), **rows["functional_sam"], "seed": seed}}
+            for seed in SEEDS
+            for rung, rows in CHOSEN.items()
+            if "functional_sam" in rows
+        ],
         "meters": meters,
         "3": lambda: [block for rung in (16_384, 1_024) for block in grids(rung, THEN)],
         "4": lambda: [adamw(4_096), *grids(4_096, FIRST | THEN)],
