@@ -103,7 +103,7 @@ def meters() -> list[dict]:
         {
             "set": {
                 **at(rung), **row("adamw", rung), **rows["adamw"], "seed": 0, "train.microbatches": parts[rung],
-                "curvature.every": "4%",
+                "curvature.every": 2**24 // rung // 25,
             }
         }
         for rung, rows in CHOSEN.items()
