@@ -32,7 +32,7 @@ def executed(folder: Path) -> nbformat.NotebookNode:
 def said(notebook: nbformat.NotebookNode) -> list[list[str]]:
     """What each cell of code said, without numbers; a figure by its kind."""
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
-    texts = [[each.get("text", " ".join(each.get("data", {}))) for each in of] for of in outputs]
+    texts = [[each.get("text", " ".join(sorted(each.get("data", {})))) for each in of] for of in outputs]
     return [[" ".join(re.sub(NUMBER, "N", text).split()) for text in of] for of in texts]
 
 
