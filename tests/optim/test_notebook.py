@@ -30,10 +30,16 @@ def executed(folder: Path) -> nbformat.NotebookNode:
 
 
 def said(notebook: nbformat.NotebookNode) -> list[list[str]]:
-    """What each cell of code said, without numbers; a figure by its kind."""
+    """The output of each cell of code, without numbers and "starting", which only slow starts say; a figure's kind."""
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     texts = [[each.get("text", " ".join(sorted(each.get("data", {})))) for each in of] for of in outputs]
-    return [[" ".join(re.sub(NUMBER, "N", text).split()) for text in of] for of in texts]
+    return [
+        [
+            " ".join(re.sub(NUMBER, "N", re.sub(r"^\w+: starting\n", "", text, flags=re.MULTILINE)).split())
+            for text in of
+        ]
+        for of in texts
+    ]
 
 
 def test_every_cell_was_executed_in_order_and_none_failed():
