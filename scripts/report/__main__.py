@@ -53,13 +53,13 @@ def main(argv: Sequence[str]) -> int:
     from steppe.scripts import results
 
     gc.set_threshold(50_000)  # the many small objects of figures and frames live until the end
-    pd.set_option("mode.string_storage", "python")  # Arrow's are slow in frames of a few hundred rows
     directories = options.directories
     out = results.report_place(directories, options.out)
-    found = results.read(directories, options.only)
-    path = write(
-        found, out, ", ".join(map(_called, directories[:3])) + ", …" * (len(directories) > 3), _adding(directories)
-    )
+    with pd.option_context("mode.string_storage", "python"):  # Arrow's are slow in frames of a few hundred rows
+        found = results.read(directories, options.only)
+        path = write(
+            found, out, ", ".join(map(_called, directories[:3])) + ", …" * (len(directories) > 3), _adding(directories)
+        )
     process.say(f"wrote {path}")
     return 0
 

@@ -36,7 +36,8 @@ CHOSEN: dict[int, dict[str, dict]] = {  # rung: row: the setting of lowest final
         "sam": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.03},
         "functional_sam": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.1},
         "sam per microbatch": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.03},
-    }
+    },
+    1_024: {"adamw": {"optim.peak_learning_rate": 0.008}},  # the others: once their rate 0.002 has been tried
 }
 SEEDS = (1, 2, 3, 4, 5)
 
