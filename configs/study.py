@@ -1,6 +1,6 @@
 """Base config of configs/studies: byte-level models of Python's sources, small enough for hundreds of runs.
 
-    steppe sweep --config=study --sweep=configs/studies/spec.py --out=runs/study
+    steppe sweep --config=study --sweep=configs/studies/first/spec.py --out=runs/study
 
 A step has 512 tokens. The peak learning rate is close to the best of 4e-3, 8e-3 and 1.6e-2 for AdamW at size 0.03m:
 style nanodo reached 2.235, 2.125 and 2.106 nats per byte with them, style modern 1.878 with 8e-3.

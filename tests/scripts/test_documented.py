@@ -209,7 +209,11 @@ def test_a_named_sweep_is_planned(steppe, tmp_path):
     said, _ = steppe("sweep", f"--config={CONFIG}", "--sweep=rho_by_scale:0.1m", f"--out={tmp_path}/rho", "--plan")
     assert "runs    31 (31 unfinished)" in said
     said, _ = steppe(
-        "sweep", "--config=configs/study.py", "--sweep=configs/studies/spec.py", f"--out={tmp_path}/study", "--plan"
+        "sweep",
+        "--config=configs/study.py",
+        "--sweep=configs/studies/first/spec.py",
+        f"--out={tmp_path}/study",
+        "--plan",
     )
     assert "runs    " in said
 

@@ -2,8 +2,7 @@
 
     python configs/studies/english/page.py
 
-Writes the report's figures and CSV files that README.md shows here, the tables between its markers, and the figure of
-README.md at the top, summary.png.
+Writes the report's figures and CSV files that README.md shows here, and the tables between its markers.
 """
 
 import csv
@@ -48,18 +47,6 @@ BENDS = {
     "sam_sharpness": "worst case",
     "average_sharpness": "average case",
 }
-# Rows of summary.png, and its panels.
-SUMMARY = {
-    "adamw ema": "AdamW's EMA",
-    "msam": "msam",
-    "precond_msam": "precond_msam",
-    "functional_sam": "functional_sam",
-    "precond_functional_sam, rho 0.1": "precond_functional_sam",
-    "sam, rho 0.1": "sam",
-}
-MAIN = "0.03m, 200 tokens a parameter"
-PANELS = {"loss": "held-out loss", "int4": "held-out loss in 4 bits"}
-BLUE, RED = "#0072b2", "#d55e00"
 ITSELF = "AdamW itself"  # of rows that are values, not differences
 PAIRS = 2  # fewer have no interval
 
@@ -74,7 +61,6 @@ def main() -> int:
                 before.unlink()
             for made in Path(place).glob(pattern):
                 shutil.copy(made, HERE)
-    summary()
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
     for name, made in tables().items():
@@ -87,30 +73,6 @@ def main() -> int:
         text = f"{before}{begin}{made}{end}{after}"
     page.write_text(text, encoding="utf-8")
     return 0
-
-
-def summary() -> None:
-    """Draws summary.png: the main methods less AdamW at equal FLOPs."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    rows = {row["entry"]: row for row in read("answer") if row["group"] == MAIN}
-    names = list(SUMMARY)[::-1]
-    with mpl.rc_context({"font.size": 11}):
-        drawn = Figure(figsize=(5.8, 3.0), layout="constrained")
-        for axes, (measure, title) in zip(drawn.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
-            for at, name in enumerate(names):
-                mean, low, high = (float(rows[name][f"{measure}_at_equal_flops{end}"]) for end in ("", "_low", "_high"))
-                colour = RED if low > 0 else BLUE if high < 0 else "black"
-                axes.errorbar(mean, at, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
-            axes.axvline(0, color="grey", linewidth=1)
-            axes.set_title(title)
-            axes.locator_params(axis="x", nbins=3)
-            axes.set_xlabel("← better     worse →")
-            axes.set_yticks(range(len(names)), [SUMMARY[name] for name in names])
-            axes.spines[["top", "right"]].set_visible(False)
-        drawn.supxlabel("nats a byte, less AdamW at equal FLOPs", fontsize=11)
-        drawn.savefig(HERE / "summary.png", dpi=155)
 
 
 def tables() -> dict[str, str]:

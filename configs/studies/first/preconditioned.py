@@ -1,6 +1,6 @@
 """The preconditioned cells of the study again, this gradient in D (`precond_moment=fresh`), and AdamW with them.
 
-    steppe sweep --config=study --sweep=configs/studies/preconditioned.py --out=runs/preconditioned --order=listed
+    steppe sweep --config=study --sweep=configs/studies/first/preconditioned.py --out=runs/preconditioned --order=listed
 
 The best rho of seed 0 is the same in every cell that has further seeds, so BEST of spec.py serves for these runs too.
 """
