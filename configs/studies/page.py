@@ -25,9 +25,9 @@ ROWS = {  # of the figure: names of entries, and how they are shown
     "sam": "sam",
 }
 BATCHES = {  # name: title of its panel and column
-    "english": "1k tokens, English,\n0.1 of the noise scale",
-    "4k": "4k tokens, Python,\n1.1 of it",
-    "16k": "16k tokens, Python,\n2 to 40 of it",
+    "english": "0.1 noise scales,\n1k tokens,\nEnglish",
+    "4k": "1.1 noise scales,\n4k tokens,\nPython",
+    "16k": "2 to 40 of them,\n16k tokens,\nPython",
 }
 
 
@@ -153,7 +153,7 @@ def draw(entries: dict[str, dict[str, en.Entry]]) -> None:
 
     names = list(ROWS)[::-1]
     with mpl.rc_context({"font.size": 11}):
-        drawn = Figure(figsize=(8.4, 3.6), layout="constrained")
+        drawn = Figure(figsize=(6.2, 3.9), layout="constrained")
         panels = drawn.subplots(1, len(BATCHES), sharex=True, sharey=True)
         for axes, (batch, title) in zip(panels, BATCHES.items(), strict=True):
             own = entries[batch]
@@ -169,11 +169,11 @@ def draw(entries: dict[str, dict[str, en.Entry]]) -> None:
                     style = {"fmt": marker, "color": COLOURS[found.sign], "capsize": 3, "markersize": 5}
                     axes.errorbar(mean, at + shift, xerr=bars, **style)
             axes.axvline(0, color="grey", linewidth=1)
-            axes.set_title(title, fontsize=11)
+            axes.set_title(title, fontsize=10)
             axes.set_yticks(range(len(names)), [ROWS[name] for name in names])
             axes.spines[["top", "right"]].set_visible(False)
-        drawn.supxlabel("← better     nats a byte less AdamW     worse →", fontsize=11)
-        drawn.savefig(HERE / "answer.png", dpi=130)
+        drawn.supxlabel("← better    nats a byte less AdamW    worse →", fontsize=11)
+        drawn.savefig(HERE / "answer.png", dpi=150)
 
 
 if __name__ == "__main__":
