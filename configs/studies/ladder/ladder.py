@@ -37,7 +37,11 @@ CHOSEN: dict[int, dict[str, dict]] = {  # rung: row: the setting of lowest final
         "functional_sam": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.1},
         "sam per microbatch": {"optim.peak_learning_rate": 0.064, "optim.rho": 0.03},
     },
-    1_024: {"adamw": {"optim.peak_learning_rate": 0.008}},  # the others: once their rate 0.002 has been tried
+    1_024: {
+        "adamw": {"optim.peak_learning_rate": 0.008},
+        "sam": {"optim.peak_learning_rate": 0.004, "optim.rho": 0.03},
+        "functional_sam": {"optim.peak_learning_rate": 0.004, "optim.rho": 0.03},
+    },
 }
 SEEDS = (1, 2, 3, 4, 5)
 
