@@ -165,13 +165,17 @@ def opened_text(path: str, kind: str) -> Iterator[Stream]:
 
 
 def _recognised(path: str, kind: str, raw: BinaryIO) -> Stream:
-    head = _head(raw)
+    head = raw.read(512)
+    raw.seek(0)
     if kind == "parquet":
         if not head.startswith(_PARQUET):
             raise DataError(f"cannot read {path}: it is not a Parquet file; text:, lines: and jsonl: read other files")
         return raw
-    made = _decompressed(path, raw, head)
-    head = head if made is raw else _head(made)
+    made, packed = _decompressed(path, raw, head), head
+    if made is not raw:
+        head = made.read(512)
+        raw.seek(0)
+        made = _decompressed(path, raw, packed)
     if head.startswith(_PARQUET):
         raise DataError(f"cannot read {path}: it is a Parquet file; name it parquet:{path}")
     what = next((name for magic, name in _REFUSED.items() if head.startswith(magic)), "")
@@ -184,12 +188,6 @@ def _recognised(path: str, kind: str, raw: BinaryIO) -> Stream:
     if head.startswith(codecs.BOM_UTF8):
         made.read(len(codecs.BOM_UTF8))
     return made
-
-
-def _head(handle: Stream) -> bytes:
-    head = handle.read(512)
-    handle.seek(0)
-    return head
 
 
 def _decompressed(path: str, raw: BinaryIO, head: bytes) -> Stream:
@@ -210,48 +208,31 @@ class _Zstandard(io.RawIOBase):
     """Reads all frames of a .zst file. Unlike the library's reader, it raises EOFError for a truncated frame."""
 
     def __init__(self, raw: BinaryIO):
-        import zstandard
-
-        self._raw = raw
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # for zstd --long=31
-        self._restart()
-
-    def _restart(self) -> None:
-        self._frame, self._pending, self._started = self._new(), b"", False
+        self._parts, self._pending = _frames(raw), b""
 
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        if offset or whence:
-            raise io.UnsupportedOperation("only back to the beginning")
-        self._raw.seek(0)
-        self._restart()
-        return 0
-
     def readinto(self, buffer) -> int:
-        while not self._pending:
-            chunk = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._started = self._new(), False
-            chunk = chunk or self._raw.read(1 << 14)  # small, because it may expand 32,768 times
-            if not chunk:
-                if self._started:
-                    raise EOFError
-                return 0
-            self._started = True
-            self._pending = self._frame.decompress(chunk)
+        self._pending = self._pending or next(self._parts, b"")
         taken = min(len(buffer), len(self._pending))
         buffer[:taken] = self._pending[:taken]
         self._pending = self._pending[taken:]
         return taken
 
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+
+def _frames(raw: BinaryIO) -> Iterator[bytes]:
+    import zstandard
+
+    new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # for zstd --long=31
+    frame = new()
+    # small chunks, because each may expand 32,768 times
+    while chunk := (frame.eof and frame.unused_data) or raw.read(1 << 14):
+        frame = new() if frame.eof else frame
+        if part := frame.decompress(chunk):
+            yield part
+    if not frame.eof:
+        raise EOFError
 
 
 # One reader of an open file per kind. None keeps a record's text, because documents can be large.
