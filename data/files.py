@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,12 +99,12 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in str(path)
 
 
-def ordinary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
+def ordinary(path: str | os.PathLike) -> BufferedReader:
     """Opens a regular file for reading. Raises DataError for a pipe, device or socket, whose read could block."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = os.fstat(number).st_mode
     if stat.S_ISREG(kind):
-        return open(number, "rb", buffering=buffering)
+        return open(number, "rb")
     os.close(number)
     raise DataError(
         f"{os.fspath(path)}: must be an ordinary file, not a {'directory' if stat.S_ISDIR(kind) else 'pipe or device'}"
@@ -113,10 +115,24 @@ def opened(path: str) -> BinaryIO:
     """Opens a file, or a URL with fsspec, for reading."""
     if not is_remote(path):
         return open(path, "rb", buffering=1 << 20)
-    from steppe.data import addresses
-
-    system, inside = addresses.reached(path)
+    system, inside = reached(path)
     return system.open(inside, "rb")
+
+
+def reached(address: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URL. Raises DataError if the driver is missing or fails."""
+    import fsspec  # slow to import, and local files need none of it
+
+    try:
+        return fsspec.core.url_to_fs(address)
+    except Exception as error:  # a missing package, an unknown scheme, no credentials: every store has its own
+        raise unreachable(address, error) from error
+
+
+def unreachable(address: str, error: Exception) -> DataError:
+    """The DataError for a URL that a driver could not access."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return DataError(f"{address}: cannot be reached ({reason[:200]})")
 
 
 def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list[str]:
@@ -131,22 +147,17 @@ def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list
         literal = next(start for start in reversed(starts) if not start or os.path.lexists(start))
         paths = glob.glob(glob.escape(literal) + pattern[len(literal) :], recursive=True)
         return sorted(filter(kind, paths))
-    from steppe.data import addresses
-
-    system, inside = addresses.reached(pattern)
+    system, inside = reached(pattern)
     try:
         return sorted(system.unstrip_protocol(path) for path in system.glob(inside) if system.isfile(path))
     except Exception as error:
-        raise addresses.unreachable(pattern, error) from error
+        raise unreachable(pattern, error) from error
 
 
 def content_hash(path: str | os.PathLike) -> str:
     """xxh3_128 of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with ordinary(path, buffering=0) as handle:
-        while chunk := handle.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with ordinary(path) as handle:
+        return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()
 
 
 @contextlib.contextmanager

@@ -123,9 +123,7 @@ def _hash(path: str, file: File) -> str:
     by_git = len(file["hash"]) == 40
     digest = hashlib.sha1(f"blob {file['size']}\0".encode()) if by_git else hashlib.sha256()
     with files.ordinary(path) as handle:
-        while chunk := handle.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, lambda: digest).hexdigest()
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from steppe.data import files
 from steppe.data import manifest as manifests
-from steppe.data.addresses import reached, unreachable
 from steppe.data.errors import CorpusDamaged, DataError
+from steppe.data.files import reached, unreachable
 
 
 def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:

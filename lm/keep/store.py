@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import xxhash
 from fsspec.callbacks import Callback
 
-from steppe.data import addresses, files
+from steppe.data import files
 from steppe.data.errors import DataError, StorageError
 
 PATIENCE = 60.0  # seconds without any progress after which a request fails for now
@@ -33,7 +33,7 @@ class Store:
 
     def __init__(self, address: str, place: Path):
         self.address, self._place = address.rstrip("/"), place
-        self._system, root = addresses.reached(self.address)
+        self._system, root = files.reached(self.address)
         self._root = root.rstrip("/")
         self._pending: _Request | None = None
 
