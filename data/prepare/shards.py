@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -83,25 +85,21 @@ def is_taken(directory: str, job: Job) -> bool:
 def take(
     directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable[[int, int, int], None] = lambda *_: None
 ) -> dict | None:
-    """Writes a shard if it is missing and returns its entry; None if another process is writing it."""
+    """Writes a shard if it is missing and returns its entry of counts and hashes; None if another process writes it.
+
+    Calls count(documents, tokens, bytes) during the work. A shard gets its name once it is complete and verified.
+    """
     path = os.path.join(directory, job.file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with files.lock(path + LOCK):
-            return written(directory, job) or write(directory, recipe, job, dtype, count)
+            return written(directory, job) or _write(directory, recipe, job, dtype, count)
     except files.Held:
         return None
 
 
-def write(
-    directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable[[int, int, int], None] = lambda *_: None
-) -> dict:
-    """Writes one shard and its entry of counts and hashes. Calls count(documents, tokens, bytes) during the work.
-
-    A shard gets its name only after it is complete and verified.
-    """
+def _write(directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable[[int, int, int], None]) -> dict:
     path = os.path.join(directory, job.file)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     tally = _Tally(job, _held_out_digests(directory) if job.part == "train" else frozenset())
     tokenizer = load_tokenizer(recipe.vocabulary)
     records = readers.of(job.source.kind).records(job.source, recipe.reading, job.shard, job.shards)
@@ -238,61 +236,49 @@ def _write_rows(path: str, rows: Iterator[list[packing.Segment]], dtype: str) ->
     try:
         for row in rows:
             record = packing.to_record(row, dtype)
-            try:
+            with _storing(path):
                 writer.write(record)
-            except Exception as error:
-                raise _cannot_write(path, error) from error
             content.update(record)
             written += 1
     except BaseException:
-        _close(writer)
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            writer.close()
         raise
-    try:
+    with _storing(path):
         writer.close()
-    except Exception as error:
-        raise _cannot_write(path, error) from error
     return written, content.hexdigest()
-
-
-def _close(writer) -> None:
-    with contextlib.suppress(Exception):  # the first error is the one to report
-        writer.close()
 
 
 def _read_back(path: str, rows: int, content: str) -> None:
     from array_record.python.array_record_module import ArrayRecordReader
 
     digest = xxhash.xxh3_128()
-    try:
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
+    with _storing(path):
+        files.sync(path)
         reader = ArrayRecordReader(path)
         count = reader.num_records()
         for start in range(0, count, 1024):  # a whole shard may not fit in memory
             for record in reader.read(list(range(start, min(start + 1024, count)))):
                 digest.update(record)
         reader.close()
+        if count != rows or digest.hexdigest() != content:
+            raise OSError("the written file reads back differently")
+
+
+@contextlib.contextmanager
+def _storing(path: str) -> Iterator[None]:
+    """Turns every error into a StorageError: array_record raises bare RuntimeError."""
+    try:
+        yield
     except Exception as error:
-        raise _cannot_write(path, error) from error
-    if count != rows or digest.hexdigest() != content:
-        raise _cannot_write(path, "the written file reads back differently")
-
-
-def _cannot_write(path: str, error: Exception | str) -> StorageError:
-    reason = " ".join(str(error).split())[:200]
-    status = os.statvfs(os.path.dirname(path))
-    free = status.f_bavail * status.f_frsize
-    remedy = "finished shards remain; free space and run again"
-    return StorageError(f"cannot write {path}: {reason} ({free / 1e6:.1f} MB free there); {remedy}")
+        reason, free = " ".join(str(error).split())[:200], shutil.disk_usage(os.path.dirname(path)).free
+        remedy = "finished shards remain; free space and run again"
+        raise StorageError(f"cannot write {path}: {reason} ({free / 1e6:.1f} MB free there); {remedy}") from error
 
 
 def _held_out_digests(directory: str) -> frozenset[bytes]:
     digests = set()
-    root = os.path.join(directory, "held_out")
-    for folder, _, names in os.walk(root):
-        for name in names:
-            if name.endswith(".digests"):
-                with open(os.path.join(folder, name), "rb") as handle:
-                    data = handle.read()
-                digests.update(data[i : i + 16] for i in range(0, len(data), 16))
+    for path in Path(directory, "held_out").glob("*/*.digests"):
+        data = path.read_bytes()
+        digests.update(data[i : i + 16] for i in range(0, len(data), 16))
     return frozenset(digests)

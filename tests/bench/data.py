@@ -141,7 +141,7 @@ def _preparation(folder: str, task: str, vocabulary: str, packing: str) -> tuple
     tokenizer = load_tokenizer(vocabulary)
     job = shards.Job("train", source, 0, 1)
     began = time.process_time()
-    entry = shards.write(tempfile.mkdtemp(dir=folder), recipe, job, token_dtype(tokenizer.vocab_size))
+    entry = shards.take(tempfile.mkdtemp(dir=folder), recipe, job, token_dtype(tokenizer.vocab_size))
     spent = time.process_time() - began
     texts = [record.text.decode() for record in readers.of(source.kind).records(source, recipe.reading)]
     began = time.process_time()

@@ -274,7 +274,7 @@ def test_a_damaged_finished_shard_is_written_again_on_resume(tmp_path, documents
     os.makedirs(out)
     manifests.write_json(os.path.join(out, preparing.PLAN), preparing.identity(chosen))
     job = shards.Job("held_out", sources.held_out_sources(chosen.task, ())[0], 0, 1)
-    shards.write(out, chosen, job, "uint16")
+    shards.take(out, chosen, job, "uint16")
     assert shards.finished(out, job)
     with open(os.path.join(out, job.file), "r+b") as handle:
         handle.truncate(100)
