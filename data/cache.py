@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
+import tempfile
 from collections.abc import Callable, Mapping
 
 from steppe.data import errors, files, remote, sources
@@ -80,23 +80,21 @@ def _prepare_apart(recipe: Recipe, directory: str, log: Callable[[str], None]) -
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", "-m", "steppe.data.prepare", json.dumps(recipe._asdict()), directory]
     command.append(str(os.getpid()))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        output, errors_of = process.stdout, process.stderr
-        assert output is not None
-        assert errors_of is not None
-        complaints: list[str] = []
-        reader = threading.Thread(target=lambda: complaints.extend(errors_of), daemon=True)
-        reader.start()
-        try:
-            for line in output:
-                log(line.rstrip())
-        except BaseException:
-            process.kill()
-            raise
-        reader.join()
+    with tempfile.TemporaryFile("w+") as complaints:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    log(line.rstrip())
+            except BaseException:
+                process.kill()
+                raise
+        complaints.seek(0)
+        said = complaints.read().strip().splitlines()
     if process.returncode:
-        last = ([line.strip() for line in complaints if line.strip()] or [f"status {process.returncode}"])[-1]
+        last = said[-1] if said else f"status {process.returncode}"
         if process.returncode == REFUSED:
             raise errors.from_json(json.loads(last))
         raise DataError(f"preparing {directory} failed: {last}")

@@ -8,7 +8,7 @@ workers or restarts.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, cast
 
@@ -117,9 +117,6 @@ def open_corpus(
     )
 
 
-OWN = ("name", "weight", "rows", "tokens", "bytes", "documents")  # fields of Rows in a manifest's component
-
-
 def _open_rows(directory: str, entry: manifests.Component) -> Rows:
     paths = [manifests.path_of(directory, shard) for shard in entry["shards"] if shard["rows"]]
     try:
@@ -128,7 +125,7 @@ def _open_rows(directory: str, entry: manifests.Component) -> Rows:
         raise CorpusDamaged(f"{directory}: {entry['name']} cannot be read: {_line(error)}") from error
     if len(records) != entry["rows"]:
         raise CorpusDamaged(f"{directory}: {entry['name']} has {len(records)} rows, the manifest says {entry['rows']}")
-    own: dict[str, Any] = {key: value for key, value in entry.items() if key in OWN}
+    own: dict[str, Any] = {field.name: entry[field.name] for field in fields(Rows) if field.name != "records"}
     return Rows(**own, records=records)
 
 
