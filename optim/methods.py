@@ -23,16 +23,17 @@ class Method(NamedTuple):
     parameters, h the hidden states. ascent, second, first, period: functions that make the parts, see optim.options;
     with a period of n, every n-th step perturbs. rule: makes the whole rule instead of these parts; its parameters may
     name rho, microbatches, base and the switches. passes: (forwards, backwards) of a step that perturbs, over the
-    sequences that `first` selects. products: products with the readout's weights; default: one per forward and two per
-    backward. share(sequences, shards, ...options): the fraction of the sequences that `first` selects. rho: default
-    radius. second_derivatives: whether the method differentiates the model twice.
+    sequences that `first` selects; default: two of each if the direction needs a gradient, else one, and one more
+    forward if the second pass is anchored. products: products with the readout's weights; default: one per forward and
+    two per backward. share(sequences, shards, ...options): the fraction of the sequences that `first` selects. rho:
+    default radius. second_derivatives: whether the method differentiates the model twice.
     """
 
     equation: str
     source: str
     ascent: Callable[..., Ascent] | None = None
     second: Callable[..., SecondPass] | None = None
-    passes: tuple[float, float] = (1, 1)
+    passes: tuple[float, float] | None = None
     memory: str = ""
     rho: float = 0.05
     products: float | None = None
@@ -52,6 +53,14 @@ class Method(NamedTuple):
         shared = {"rho": rho} if self.rule is None or "rho" in needs(self.rule) else {}
         return functools.reduce(lambda known, part: known | options(part), self.makers(), shared)
 
+    def counted(self) -> tuple[float, float]:
+        """`passes`, or their default."""
+        if self.passes or not (self.ascent and self.second):
+            return self.passes or (1, 1)
+        if "gradient" in _defaults(self.ascent).needs:
+            return 2, 2
+        return 1 + _defaults(self.second).anchored, 1
+
     def needs(self) -> dict[str, bool]:
         """{need: whether it is required}. Today only "frequency": the frequencies of tokens [V]."""
         all_needs = functools.reduce(lambda known, part: known | needs(part), self.makers(), {})
@@ -66,140 +75,100 @@ def _every(k: Annotated[int, Option("perturb every k-th step", *AT_LEAST_ONE)] =
 METHODS: dict[str, Method | None] = {
     "adamw": None,
     "sam": Method(
-        equation="J(θ+ε)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖",
-        source="Foret et al. 2021",
-        ascent=ascent.gradient,
-        second=second_pass.full,
-        passes=(2, 2),
-        memory="1 θ",
+        "J(θ+ε)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖", "Foret et al. 2021", ascent.gradient, second_pass.full, memory="1 θ"
     ),
     "functional_sam": Method(
-        equation="J(θ+ε)ᵀ∇ℓ(F(θ)), ε = ρ g/‖g‖",
-        source="Singh et al. 2025",
-        ascent=ascent.gradient,
-        second=second_pass.functional,
-        passes=(2, 2),
-        memory="1 θ + h",
+        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = ρ g/‖g‖", "Singh et al. 2025", ascent.gradient, second_pass.functional, memory="1 θ + h"
     ),
     "logit_sam": Method(
-        equation="J(θ)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖",
-        source="Baek, Kolter, Raghunathan 2024",
-        ascent=ascent.gradient,
-        second=second_pass.logit,
-        passes=(2, 2),
+        "J(θ)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖",
+        "Baek, Kolter, Raghunathan 2024",
+        ascent.gradient,
+        second_pass.logit,
         memory="1 θ + activations",
     ),
     "precond_sam": Method(
-        equation="sam with ε = ρ D⁻¹g/‖D⁻¹g‖",
-        source="Singh et al. 2025",
-        ascent=ascent.preconditioned,
-        second=second_pass.full,
-        passes=(2, 2),
-        memory="1 θ",
+        "sam with ε = ρ D⁻¹g/‖D⁻¹g‖", "Singh et al. 2025", ascent.preconditioned, second_pass.full, memory="1 θ"
     ),
     "precond_functional_sam": Method(
-        equation="functional_sam with ε = ρ D⁻¹g/‖D⁻¹g‖",
-        source="Singh et al. 2025",
-        ascent=ascent.preconditioned,
-        second=second_pass.functional,
-        passes=(2, 2),
+        "functional_sam with ε = ρ D⁻¹g/‖D⁻¹g‖",
+        "Singh et al. 2025",
+        ascent.preconditioned,
+        second_pass.functional,
         memory="1 θ + h",
     ),
     "mixture_sam": Method(
-        equation="α functional_sam + (1-α) logit_sam",
-        source="ours",
-        ascent=ascent.gradient,
-        second=second_pass.mixture,
+        "α functional_sam + (1-α) logit_sam",
+        "ours",
+        ascent.gradient,
+        second_pass.mixture,
         passes=(2, 3),
         products=9,
         memory="2 θ + activations",
     ),
-    "random_sam": Method(
-        equation="sam with ε = ρ z/‖z‖, z Gaussian",
-        source="control",
-        ascent=ascent.random,
-        second=second_pass.full,
-        passes=(1, 1),
-        memory="1 θ",
-    ),
+    "random_sam": Method("sam with ε = ρ z/‖z‖, z Gaussian", "control", ascent.random, second_pass.full, memory="1 θ"),
     "penalty_sam": Method(
-        equation="g + H ε, ε = ρ g/‖g‖",
-        source="exact first-order form of sam",
-        ascent=ascent.gradient,
-        second=second_pass.penalty,
+        "g + H ε, ε = ρ g/‖g‖",
+        "exact first-order form of sam",
+        ascent.gradient,
+        second_pass.penalty,
         passes=(4, 3.5),
         memory="2 θ + activations",
         second_derivatives=True,
     ),
     "asam": Method(
-        equation="sam with ε = ρ T²g/‖T g‖, T = |θ| + 0.01",
-        source="Kwon et al. 2021",
-        ascent=ascent.adaptive,
-        second=second_pass.full,
-        passes=(2, 2),
+        "sam with ε = ρ T²g/‖T g‖, T = |θ| + 0.01",
+        "Kwon et al. 2021",
+        ascent.adaptive,
+        second_pass.full,
         memory="1 θ",
         rho=0.2,
     ),
     "msam": Method(
-        equation="∇L(θ - ρ m/‖m‖)",
-        source="Becker, Altrock, Risse 2024",
-        ascent=ascent.momentum,
-        second=second_pass.full,
-        passes=(1, 1),
-        memory="1 θ",
-        rho=1.0,
+        "∇L(θ - ρ m/‖m‖)", "Becker, Altrock, Risse 2024", ascent.momentum, second_pass.full, memory="1 θ", rho=1.0
     ),
     "functional_msam": Method(
-        equation="J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ m/‖m‖",
-        source="ours",
-        ascent=ascent.momentum,
-        second=second_pass.functional,
-        passes=(2, 1),
-        memory="1 θ + h",
-        rho=1.0,
+        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ m/‖m‖", "ours", ascent.momentum, second_pass.functional, memory="1 θ + h", rho=1.0
     ),
     "precond_msam": Method(
-        equation="∇L(θ - ρ u/‖u‖), -u the base's update for a zero gradient (Adam: u = D⁻¹m)",
-        source="ours",
-        ascent=ascent.update,
-        second=second_pass.full,
-        passes=(1, 1),
+        "∇L(θ - ρ u/‖u‖), -u the base's update for a zero gradient (Adam: u = D⁻¹m)",
+        "ours",
+        ascent.update,
+        second_pass.full,
         memory="1 θ",
         rho=1.0,
     ),
     "precond_functional_msam": Method(
-        equation="J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ u/‖u‖ as in precond_msam",
-        source="ours",
-        ascent=ascent.update,
-        second=second_pass.functional,
-        passes=(2, 1),
+        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ u/‖u‖ as in precond_msam",
+        "ours",
+        ascent.update,
+        second_pass.functional,
         memory="1 θ + h",
         rho=1.0,
     ),
     "k_sam": Method(
-        equation="sam on the k sequences of highest loss in each data shard",
-        source="Ni et al. 2022",
-        ascent=ascent.gradient,
-        second=second_pass.full,
-        passes=(2, 2),
+        "sam on the k sequences of highest loss in each data shard",
+        "Ni et al. 2022",
+        ascent.gradient,
+        second_pass.full,
         share=lambda k, shards, sequences: k * shards / sequences,
         memory="1 θ",
         first=first_pass.hardest,
     ),
     "cr_sam": Method(
-        equation="g₊ + γ(g₊+g₋-2g) + β(g₊-g₋), g± = ∇L(θ ± ρ g/‖g‖)",
-        source="Wu, Luo, Wunsch 2024",
-        ascent=ascent.gradient,
-        second=second_pass.curvature_regularized,
+        "g₊ + γ(g₊+g₋-2g) + β(g₊-g₋), g± = ∇L(θ ± ρ g/‖g‖)",
+        "Wu, Luo, Wunsch 2024",
+        ascent.gradient,
+        second_pass.curvature_regularized,
         passes=(3, 3),
         memory="3 θ",
         rho=0.1,
     ),
     "focal_sam": Method(
-        equation="∇Σ(1-c)ℓ(θ) + ∇Σcℓ(θ+ε), ε along ∇Σcℓ(θ), c_y = λ(1-π_y)^γ",
-        source="Li et al. 2025",
-        ascent=ascent.gradient,
-        second=second_pass.focused,
+        "∇Σ(1-c)ℓ(θ) + ∇Σcℓ(θ+ε), ε along ∇Σcℓ(θ), c_y = λ(1-π_y)^γ",
+        "Li et al. 2025",
+        ascent.gradient,
+        second_pass.focused,
         passes=(2, 3),
         products=9,
         memory="2 θ",
@@ -207,28 +176,21 @@ METHODS: dict[str, Method | None] = {
         first=first_pass.focal,
     ),
     "look_sam": Method(
-        equation="sam on every k-th step; else g + α ‖g‖/‖v‖ v, v the part of the last sam gradient orthogonal to g",
-        source="Liu et al. 2022",
-        ascent=ascent.gradient,
-        second=second_pass.reused,
-        passes=(2, 2),
+        "sam on every k-th step; else g + α ‖g‖/‖v‖ v, v the part of the last sam gradient orthogonal to g",
+        "Liu et al. 2022",
+        ascent.gradient,
+        second_pass.reused,
         period=_every,
         memory="2 θ",
     ),
     "friendly_sam": Method(
-        equation="sam with ε along g - σ EMA(g)",
-        source="Li et al. 2024",
-        ascent=ascent.friendly,
-        second=second_pass.full,
-        passes=(2, 2),
-        memory="2 θ",
+        "sam with ε along g - σ EMA(g)", "Li et al. 2024", ascent.friendly, second_pass.full, memory="2 θ"
     ),
     "gsam": Method(
-        equation="g_p - α (part of g orthogonal to g_p), g_p the sam gradient",
-        source="Zhuang et al. 2022",
-        ascent=ascent.gradient,
-        second=second_pass.surrogate_gap,
-        passes=(2, 2),
+        "g_p - α (part of g orthogonal to g_p), g_p the sam gradient",
+        "Zhuang et al. 2022",
+        ascent.gradient,
+        second_pass.surrogate_gap,
         memory="2 θ",
     ),
 }
@@ -266,8 +228,7 @@ def _row_from_outside(reference: str) -> Method:
         accepted = f"a function that returns a direction from its defaults: {type(error).__name__}: {error}"
         raise OptionError("method", reference, accepted) from None
     if isinstance(part, Ascent):
-        passes = (2, 2) if "gradient" in part.needs else (1, 1)
-        return Method(says, reference, made, second_pass.full, passes, memory="1 θ")
+        return Method(says, reference, made, second_pass.full, memory="1 θ")
     if not (hasattr(part, "init") and hasattr(part, "gradient")):
         accepted = f"a function that returns an Ascent or a Rule, or a Method; it returns a {type(part).__name__}"
         raise OptionError("method", reference, accepted)
@@ -517,7 +478,7 @@ def cost(name: str, *, sequences: int = 1, shards: int = 1, keep: bool = False, 
     switches, own = _switches(given)
     over, fraction, microbatches = switches.ascent_over, switches.ascent_fraction, switches.microbatches
     values, each = options_of(name, own), sequences // microbatches
-    forwards, backwards = row.passes
+    forwards, backwards = row.counted()
     products, second = row.products or forwards + 2 * backwards, make(row.second, values)
     if row.share:
         # One forward over all sequences selects the share that the two passes process.
@@ -539,7 +500,8 @@ def table() -> str:
     def cells(name: str, row: Method | None) -> str:
         if row is None:
             return f"`{name}`, or any base | ∇L(θ) | | 1, 1 | 1.00 | |"
-        (forwards, backwards), units = row.passes, (row.passes[0] + 2 * row.passes[1]) / 3
+        forwards, backwards = row.counted()
+        units = (forwards + 2 * backwards) / 3
         passes, times = f"{forwards}, {backwards}", f"{units:.2f}"
         if row.share:
             passes, times = f"1 + {forwards}s, {backwards}s", f"(1 + {3 * units:g}s)/3, s = k/B"
