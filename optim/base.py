@@ -190,6 +190,10 @@ class Settings(NamedTuple):
         scaled = lambda updates, _: jax.tree.map(jnp.multiply, updates, factors(updates, self.rate_factors)[1])  # noqa: E731
         return [optax.stateless(scaled)]
 
+    def decoupled(self, *direction: optax.GradientTransformation) -> list[optax.GradientTransformation]:
+        """A direction with entries of the scale of Adam's, then mup's rates, decoupled decay and the learning rate."""
+        return [*direction, *self.widths(0, -1), self.decay(), self.rate()]
+
     def adam(self, nesterov: bool = False) -> optax.GradientTransformation:
         """Adam's direction, or NAdam's (Dozat 2016)."""
         return optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=nesterov)
@@ -233,17 +237,9 @@ def _muon(s: Settings) -> list[optax.GradientTransformation]:
     ]
 
 
-def _adafactor(s: Settings) -> list[optax.GradientTransformation]:
-    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *s.widths(0, -1), s.decay(), s.rate()]
-
-
-def _soap(s: Settings) -> list[optax.GradientTransformation]:
-    return [scale_by_soap(s.b1, s.b2, s.eps, s.matrix_axes), *s.widths(0, -1), s.decay(), s.rate()]
-
-
 def _schedule_free(s: Settings) -> list[optax.GradientTransformation]:
     second = optax.scale_by_rms(s.b2, s.eps, eps_in_sqrt=False, bias_correction=True)
-    steps = optax.chain(second, *s.widths(0, -1), s.decay(), s.rate())
+    steps = optax.chain(*s.decoupled(second))
     # optax weighs steps with counts from 1 but takes them with counts from 0: align the weight with the rate
     rate = s.learning_rate
     return [optax.contrib.schedule_free(steps, (lambda count: rate(count - 1)) if callable(rate) else rate, s.b1)]
@@ -257,14 +253,14 @@ def _averaged(b1: float, y: jax.Array, z: jax.Array) -> jax.Array:
 # adafactor's second moment is its factored estimate, row x column. muon has a second moment only where it falls back to
 # Adam, and soap's is in eigenbases, so neither counts.
 BASES = {
-    "adamw": Kind(("first", "second"), lambda s: [s.adam(), *s.widths(0, -1), s.decay(), s.rate()]),
-    "nadamw": Kind(("first", "second"), lambda s: [s.adam(nesterov=True), *s.widths(0, -1), s.decay(), s.rate()]),
+    "adamw": Kind(("first", "second"), lambda s: s.decoupled(s.adam())),
+    "nadamw": Kind(("first", "second"), lambda s: s.decoupled(s.adam(nesterov=True))),
     "adam": Kind(("first", "second"), lambda s: [s.decay(), s.adam(), *s.widths(0, -1), s.rate()]),
     "sgd": Kind(("first",), lambda s: [s.decay(), optax.trace(s.b1), *s.widths(1, 0), s.rate()]),
-    "lion": Kind(("first",), lambda s: [optax.scale_by_lion(s.b1, s.b2), *s.widths(0, -1), s.decay(), s.rate()]),
-    "adafactor": Kind(("second",), _adafactor),
+    "lion": Kind(("first",), lambda s: s.decoupled(optax.scale_by_lion(s.b1, s.b2))),
+    "adafactor": Kind(("second",), lambda s: s.decoupled(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))),
     "muon": Kind(("first",), _muon),
-    "soap": Kind(("first",), _soap),
+    "soap": Kind(("first",), lambda s: s.decoupled(scale_by_soap(s.b1, s.b2, s.eps, s.matrix_axes))),
     "schedule_free": Kind(("second",), _schedule_free, Evaluated("/z", _averaged)),
 }
 

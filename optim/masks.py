@@ -9,6 +9,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from steppe.optim.rule import Tree
 
+Axes = tuple[tuple[int, ...], tuple[int, ...]]  # (reduced, output) axes of a matrix; others stack matrices
+
 
 def path_names(tree: Tree) -> Tree:
     """The tree with each leaf replaced by its path, such as "layers/attention/query/kernel"."""
@@ -42,25 +44,25 @@ def factors(tree: Tree, rules: tuple[str, ...]) -> tuple[Tree, Tree]:
     return groups, jax.tree.map(lambda number: values[number], groups)
 
 
-def default_axes(tree: Tree) -> Tree:
-    """Default optax.contrib.MuonDimensionNumbers of a tree: reduces all axes but the last; None for vectors."""
+def dimensions(tree: Tree, axes: Callable[[Tree], Tree] | None) -> list[Axes | None]:
+    """The axes of every leaf, in order; None for leaves that are not matrices.
 
-    def axes(leaf):
-        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1) if leaf.ndim > 1 else None
+    axes: makes optax.contrib.MuonDimensionNumbers; default: all axes but the last of a matrix are reduced.
+    """
+    if not axes:
+        return [(tuple(range(x.ndim - 1)), (x.ndim - 1,)) if x.ndim > 1 else None for x in jax.tree.leaves(tree)]
 
-    return jax.tree.map(axes, tree)
+    def both(dims: MuonDimensionNumbers) -> Axes:
+        reads, writes = ((axis,) if isinstance(axis, int) else tuple(axis) for axis in dims)
+        return reads, writes
+
+    numbers = jax.tree.leaves(axes(tree), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    return [None if dims is None else both(dims) for dims in numbers]
 
 
-def dimensions(tree: Tree, axes: Callable[[Tree], Tree] | None) -> list[MuonDimensionNumbers | None]:
-    """The MuonDimensionNumbers of every leaf, in order; None for leaves that are not matrices."""
-    numbers = axes(tree) if axes else default_axes(tree)
-    return jax.tree.leaves(numbers, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
-
-
-def matrix_norm(matrix: jax.Array, dims: MuonDimensionNumbers) -> jax.Array:
+def matrix_norm(matrix: jax.Array, dims: Axes) -> jax.Array:
     """The Frobenius norm of each matrix in a stack; the axes of a matrix have length 1 in the result."""
-    axes = [(axis,) if isinstance(axis, int) else tuple(axis) for axis in (dims.reduction_axis, dims.output_axis)]
-    return jnp.sqrt(jnp.sum(matrix * matrix, axis=axes[0] + axes[1], keepdims=True))
+    return jnp.sqrt(jnp.sum(matrix * matrix, axis=dims[0] + dims[1], keepdims=True))
 
 
 def by_width(tree: Tree, axes: Callable | None, widening: float, vectors: float, matrices: float) -> Tree:

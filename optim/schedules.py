@@ -109,11 +109,8 @@ def learning_rate(
         raise OptionError("schedule", name, f"one of {', '.join(SCHEDULES)}")
     if not warmup_steps:
         return after
-    if end or from_zero:
-        rise = optax.linear_schedule(floor, peak, warmup_steps)
-    else:
-        rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
-    return optax.join_schedules([rise, after], [warmup_steps])
+    low = floor if end or from_zero else peak / (warmup_steps + 1)
+    return optax.join_schedules([optax.linear_schedule(low, peak, warmup_steps), after], [warmup_steps])
 
 
 def rho(

@@ -62,9 +62,7 @@ def scale_by_soap(
             if dims is None:
                 views.append(None)
                 continue
-            reads, writes = (
-                (axis,) if isinstance(axis, int) else tuple(axis) for axis in (dims.reduction_axis, dims.output_axis)
-            )
+            reads, writes = dims
             stack = tuple(axis for axis in range(leaf.ndim) if axis not in (*reads, *writes))
             sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (reads, writes)]
             views.append(_Matrix((*stack, *reads, *writes), leaf.shape, *sizes))

@@ -346,16 +346,13 @@ def layer_scale(kind: str, vector: Tree, params: Tree, matrix_axes: Callable | N
     """
 
     def by_norm(v, p, dims):
-        over = None if dims is None else dims_of(dims.reduction_axis) + dims_of(dims.output_axis)
+        over = None if dims is None else dims[0] + dims[1]
         length = lambda x: jnp.sqrt(jnp.sum(x**2, axis=over, keepdims=True))  # noqa: E731
         return v * ratio(length(p), length(v), 0.0)
 
     def by_width(v, p, dims):
-        fan_in = 1 if dims is None else math.prod(p.shape[axis] for axis in dims_of(dims.reduction_axis))
+        fan_in = 1 if dims is None else math.prod(p.shape[axis] for axis in dims[0])
         return v / fan_in**0.5
-
-    def dims_of(axis):
-        return (axis,) if isinstance(axis, int) else tuple(axis)
 
     leaves, structure = jax.tree.flatten(params)
     dims = dimensions(params, matrix_axes)
