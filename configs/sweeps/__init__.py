@@ -1,5 +1,7 @@
 """Methods, sizes, radii and seeds that the ready sweeps share. Each sweep is a file in this folder."""
 
+from typing import Any
+
 METHODS = ["sam", "logit_sam", "functional_sam", "precond_sam", "precond_functional_sam", "msam"]
 SIZES = "0.1m,0.4m,1.8m"
 SEEDS = [0, 1, 2]
@@ -7,6 +9,12 @@ RHO = [0.001, 0.003, 0.01, 0.03, 0.1]  # half decades; small models far from con
 ALONE = [
     {"if": {"optim.method": "adamw"}, "set": {"optim.rho": None}}
 ]  # adamw has no rho: one run instead of one per rho
+
+
+def every_method(sizes: str, rho: list[float], seeds: list[int]) -> dict[str, Any]:
+    """A sweep of AdamW and every method at these sizes."""
+    grid = {"model.size": sizes_of(sizes), "optim.method": ["adamw", *METHODS], "optim.rho": rho, "seed": seeds}
+    return {"grid": grid, "where": ALONE}
 
 
 def scales(argument: str) -> dict[str, list[str]]:

@@ -12,11 +12,5 @@ from steppe.configs import sweeps
 def get_spec(sizes: str = sweeps.SIZES) -> dict:
     return {
         "set": {"train.duration": "chinchilla"},
-        "grid": {
-            "model.size": sweeps.sizes_of(sizes),
-            "optim.method": ["adamw", *sweeps.METHODS],
-            "optim.rho": [0.003, 0.01, 0.03],
-            "seed": sweeps.SEEDS,
-        },
-        "where": sweeps.ALONE,
+        **sweeps.every_method(sizes, rho=[0.003, 0.01, 0.03], seeds=sweeps.SEEDS),
     }

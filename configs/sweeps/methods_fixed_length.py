@@ -11,12 +11,4 @@ from steppe.configs import sweeps
 
 
 def get_spec(sizes: str = sweeps.SIZES) -> dict:
-    return {
-        "grid": {
-            "model.size": sweeps.sizes_of(sizes),
-            "optim.method": ["adamw", *sweeps.METHODS],
-            "optim.rho": [0.003, 0.01, 0.03],
-            "seed": sweeps.SEEDS,
-        },
-        "where": sweeps.ALONE,
-    }
+    return sweeps.every_method(sizes, rho=[0.003, 0.01, 0.03], seeds=sweeps.SEEDS)

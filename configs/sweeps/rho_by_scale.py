@@ -11,12 +11,4 @@ from steppe.configs import sweeps
 
 
 def get_spec(sizes: str = sweeps.SIZES) -> dict:
-    return {
-        "grid": {
-            "model.size": sweeps.sizes_of(sizes),
-            "optim.method": ["adamw", *sweeps.METHODS],
-            "optim.rho": sweeps.RHO,
-            "seed": [0],
-        },
-        "where": sweeps.ALONE,
-    }
+    return sweeps.every_method(sizes, rho=sweeps.RHO, seeds=[0])
