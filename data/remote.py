@@ -1,7 +1,6 @@
 """Fetches and publishes prepared corpora at URLs (s3://, gs://, hf://, memory://) with fsspec."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -84,11 +83,6 @@ def publish(directory: str, address: str, log: Callable[[str], None] = print) ->
 def staged(address: str, cache: str) -> str:
     """The local directory in which a corpus for this URL is prepared. It is fixed, so that a preparation can resume."""
     return os.path.join(cache, f"staged-{manifests.checksum({'address': address})[:16]}")
-
-
-def discard(directory: str) -> None:
-    """Removes a staged directory after it was published."""
-    shutil.rmtree(directory)
 
 
 def _whole(directory: str, entry: manifests.File) -> bool:

@@ -14,6 +14,7 @@ model sees it.
 import functools
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ def _prepare(argv: Sequence[str]) -> int:
         manifest = prepare(recipe, options.out, options.workers, log, report, together=options.together)
         if address:
             remote.publish(options.out, address, log)
-            remote.discard(options.out)
+            shutil.rmtree(options.out)
             options.out = address
     _summary(manifest, options.out)
     return 0

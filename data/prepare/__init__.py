@@ -15,10 +15,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 
 import xxhash
 
+from steppe.configs import packages
 from steppe.data import files, readers, sources, stored
 from steppe.data import manifest as manifests
 from steppe.data.errors import BadRecords, CorpusMismatch, DataError, Refusal, StorageError, from_json, refused, to_json
@@ -277,7 +277,7 @@ def _run(recipe: Recipe, out: str, tokenizer, expected: dict, workers: int, log,
         _refuse_bad(recipe, part, parts)
     manifest = {
         "format": manifests.FORMAT,
-        "code_version": code_version(),
+        "code_version": packages.Requirement(packages.OWN, "", "").version or "unknown",
         "python": sys.version.split()[0],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": recipe.task,
@@ -389,14 +389,6 @@ def _tidy(out: str, manifest: Manifest) -> None:
             os.chmod(path, 0o444)
         else:
             os.unlink(path)
-
-
-def code_version() -> str:
-    """The installed version of Steppe, or "unknown"."""
-    try:
-        return metadata.version("steppe")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _run_jobs(

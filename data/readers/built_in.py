@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import xxhash
 
@@ -45,24 +47,18 @@ def embedded_documents() -> list[tuple[str, bytes]]:
     Each topic of pydoc_data is a document. Texts differ between Python versions; the manifest records their hash.
     """
     root = os.path.dirname(os.__file__)
-    listed = []
+    documents = []
     for folder, folders, names in os.walk(root):
         skipped = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3")
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("config-"))
         for name in names:
-            relative = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
             # The installation on this machine writes these; they are not part of the library.
             local = name.startswith(("_sysconfigdata", "sitecustomize"))
             if name.endswith(".py") and not local and relative != "pydoc_data/topics.py":
-                listed.append((relative, os.path.join(root, relative)))
-    documents = []
-    for relative, path in listed:
-        with open(path, "rb") as handle:
-            text = handle.read()
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            documents.append((relative, text))
+                text = path.read_bytes()
+                with suppress(UnicodeDecodeError):
+                    if text.decode("utf-8").strip():
+                        documents.append((relative, text))
     return sorted([*documents, *topic_documents()])

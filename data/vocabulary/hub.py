@@ -230,7 +230,7 @@ def _fast(found: dict, textual: bool) -> dict:
         "encode": encode,
         "decode": decode,
         "measure": measure,
-        "cuts": _cuts(encode) if _by_words(made) else _whole,
+        "cuts": _cuts(encode) if _by_words(made) else lambda text: iter([text]),
     }
 
 
@@ -354,7 +354,3 @@ def _text(token) -> str:
 
 def _packed(value: dict) -> bytes:
     return json.dumps({key: value[key] for key in sorted(value)}, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _whole(text: bytes) -> Iterator[bytes]:
-    yield text

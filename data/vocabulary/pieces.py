@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +37,8 @@ def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
     # Old versions began texts with 0 for every model, so the fingerprint records another begin id.
     policy = "" if begin_id == PAD_ID else f"-begin{begin_id}"
 
+    measure, cuts = _measuring(processor)
+
     def decode(ids: Iterable[int]) -> str:
         return processor.DecodeIds([int(i) for i in ids if i not in (begin_id, eos_id)])
 
@@ -48,13 +50,9 @@ def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
         eos_id=eos_id,
         encode=processor.EncodeAsIds,
         decode=decode,
-        **_measuring(processor)._asdict(),
+        measure=measure,
+        cuts=cuts,
     )
-
-
-class _Measuring(NamedTuple):
-    measure: Callable[[list[bytes]], Tokens]
-    cuts: Callable[[bytes], Iterator[bytes]]
 
 
 def model_of(content: bytes) -> Any:
@@ -65,8 +63,8 @@ def model_of(content: bytes) -> Any:
     return messages.ModelProto.FromString(content)
 
 
-def _measuring(processor) -> _Measuring:
-    """Aligns the tokens of a SentencePiece model with their source bytes.
+def _measuring(processor) -> tuple[Callable[[list[bytes]], Tokens], Callable[[bytes], Iterator[bytes]]]:
+    """Tokenizer.measure, which aligns the tokens of a SentencePiece model with their source bytes, and Tokenizer.cuts.
 
     The library's alignment costs several times the encoding. If normalisation only marks blanks, the lengths of pieces
     give the alignment. This holds for all texts with a vocabulary of Steppe, and for most plain prose with others.
@@ -148,7 +146,7 @@ def _measuring(processor) -> _Measuring:
             start = place.start() + 1
         yield text[start:]
 
-    return _Measuring(measure, cuts)
+    return measure, cuts
 
 
 def train_sentencepiece(
