@@ -1,10 +1,10 @@
 """The byte vocabulary, equal to seqio's ByteVocabulary and that of ByT5."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
-from steppe.data.vocabulary.tokenizer import PAD_ID, PART, Tokenizer, Tokens
+from steppe.data.vocabulary.tokenizer import PAD_ID, Tokenizer, Tokens
 
 BYTE_OFFSET = 3  # 0 padding, 1 end of document, 2 unknown, then the 256 bytes
 
@@ -20,7 +20,7 @@ def load() -> Tokenizer:
         encode=_encode_bytes,
         decode=_decode_bytes,
         measure=_measure_bytes,
-        cuts=_cut_bytes,
+        cut=lambda text, start, end: end,
     )
 
 
@@ -37,8 +37,3 @@ def _measure_bytes(texts: list[bytes]) -> Tokens:
     ids = np.frombuffer(texts[0] if len(texts) == 1 else b"".join(texts), np.uint8).astype(np.uint16)
     ids += BYTE_OFFSET
     return Tokens(ids, np.ones(len(ids), np.uint8), np.array([len(text) for text in texts]))
-
-
-def _cut_bytes(text: bytes) -> Iterator[bytes]:
-    for start in range(0, len(text), PART):
-        yield text[start : start + PART]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Required, TypedDict
 from unittest import mock
 
@@ -20,7 +20,7 @@ from msgspec import Meta
 from steppe.configs import packages
 from steppe.data import stored
 from steppe.data.errors import DataError, refused
-from steppe.data.vocabulary.tokenizer import PART, Tokenizer, Tokens
+from steppe.data.vocabulary.tokenizer import Tokenizer, Tokens
 
 Id = Annotated[int, Meta(ge=-1, le=1 << 31)]
 _NEAR = 400  # bytes on each side of a cut whose tokens must not depend on the cut
@@ -230,7 +230,7 @@ def _fast(found: dict, textual: bool) -> dict:
         "encode": encode,
         "decode": decode,
         "measure": measure,
-        "cuts": _cuts(encode) if _by_words(made) else lambda text: iter([text]),
+        **({"cut": _cut(encode)} if _by_words(made) else {}),
     }
 
 
@@ -243,25 +243,18 @@ def _by_words(found: dict) -> bool:
     return cut and kinds <= {"ByteLevel", "Split", "Digits", "Punctuation"} and not found.get("normalizer")
 
 
-def _cuts(encode: Callable[[str], list[int]]) -> Callable[[bytes], Iterator[bytes]]:
-    """Makes cuts(text), which splits between a word and a blank if the text near the split gives the same tokens."""
+def _cut(encode: Callable[[str], list[int]]) -> Callable[[bytes, int, int], int | None]:
+    """Tokenizer.cut, between a word and a blank where the text near the cut gives the same tokens."""
 
     def alike(left: bytes, right: bytes) -> bool:
         texts = left.decode(errors="ignore"), right.decode(errors="ignore")
         return encode("".join(texts)) == [*encode(texts[0]), *encode(texts[1])]
 
-    def cuts(text: bytes) -> Iterator[bytes]:
-        start = 0
-        while len(text) - start > PART:
-            places = (found.start() + 1 for found in _BETWEEN.finditer(text, start + PART))
-            place = next((at for at in places if alike(text[at - _NEAR : at], text[at : at + _NEAR])), None)
-            if place is None:
-                break
-            yield text[start:place]
-            start = place
-        yield text[start:]
+    def cut(text: bytes, start: int, end: int) -> int | None:
+        places = (found.start() + 1 for found in _BETWEEN.finditer(text, end))
+        return next((at for at in places if alike(text[at - _NEAR : at], text[at : at + _NEAR])), None)
 
-    return cuts
+    return cut
 
 
 def _lengths(text: bytes, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -302,7 +295,7 @@ def _ranked(found: dict) -> dict:
         "encode": encoding.encode_ordinary,
         "decode": lambda ids: encoding.decode([int(i) for i in ids if i in shown]),
         "measure": measure,
-        "cuts": _cuts(encoding.encode_ordinary),
+        "cut": _cut(encoding.encode_ordinary),
     }
 
 

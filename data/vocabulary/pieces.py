@@ -9,7 +9,7 @@ import numpy as np
 
 from steppe.data import files
 from steppe.data.errors import DataError, refused
-from steppe.data.vocabulary.tokenizer import PAD_ID, PART, Tokenizer, Tokens
+from steppe.data.vocabulary.tokenizer import PAD_ID, Tokenizer, Tokens
 
 _WHITE = bytes.maketrans(b"\t\n\r", b"   ")  # a normaliser may turn these into blanks
 _NEAR = 1 << 10  # search the last _NEAR bytes of a part first for a blank
@@ -37,7 +37,7 @@ def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
     # Old versions began texts with 0 for every model, so the fingerprint records another begin id.
     policy = "" if begin_id == PAD_ID else f"-begin{begin_id}"
 
-    measure, cuts = _measuring(processor)
+    measure, cut = _measuring(processor)
 
     def decode(ids: Iterable[int]) -> str:
         return processor.DecodeIds([int(i) for i in ids if i not in (begin_id, eos_id)])
@@ -51,7 +51,7 @@ def load(spec: str, model: bytes, kept: str = "") -> Tokenizer:
         encode=processor.EncodeAsIds,
         decode=decode,
         measure=measure,
-        cuts=cuts,
+        cut=cut,
     )
 
 
@@ -63,8 +63,8 @@ def model_of(content: bytes) -> Any:
     return messages.ModelProto.FromString(content)
 
 
-def _measuring(processor) -> tuple[Callable[[list[bytes]], Tokens], Callable[[bytes], Iterator[bytes]]]:
-    """Tokenizer.measure, which aligns the tokens of a SentencePiece model with their source bytes, and Tokenizer.cuts.
+def _measuring(processor) -> tuple[Callable[[list[bytes]], Tokens], Callable[[bytes, int, int], int | None]]:
+    """Tokenizer.measure, which aligns the tokens of a SentencePiece model with their source bytes, and Tokenizer.cut.
 
     The library's alignment costs several times the encoding. If normalisation only marks blanks, the lengths of pieces
     give the alignment. This holds for all texts with a vocabulary of Steppe, and for most plain prose with others.
@@ -135,18 +135,14 @@ def _measuring(processor) -> tuple[Callable[[list[bytes]], Tokens], Callable[[by
     apart = identity or (spec.add_dummy_prefix and spec.remove_extra_whitespaces)
     apart = apart and not any(_SPACE in piece.piece.lstrip(_SPACE) for piece in model.pieces)
 
-    def cuts(text: bytes) -> Iterator[bytes]:
-        start = 0
-        while apart and len(text) - start > PART:
-            last = [*_BLANK.finditer(text, max(start, start + PART - _NEAR), start + PART)][-1:]
-            place = last[0] if last else _BLANK.search(text, start + PART)
-            if not place:
-                break
-            yield text[start : place.start() + 1]
-            start = place.start() + 1
-        yield text[start:]
+    def cut(text: bytes, start: int, end: int) -> int | None:
+        if not apart:
+            return None
+        last = [*_BLANK.finditer(text, max(start, end - _NEAR), end)][-1:]
+        place = last[0] if last else _BLANK.search(text, end)
+        return place and place.start() + 1
 
-    return measure, cuts
+    return measure, cut
 
 
 def train_sentencepiece(

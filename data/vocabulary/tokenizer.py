@@ -20,8 +20,9 @@ class Tokens(NamedTuple):
 class Tokenizer(NamedTuple):
     """Converts between text and ids. `decode` drops padding and end-of-document ids.
 
-    measure(texts): the Tokens of UTF-8 texts. cuts(text): parts of the text whose concatenated tokens are those of the
-    whole text. begin_id begins every stream, eos_id ends every document.
+    measure(texts): the Tokens of UTF-8 texts. cut(text, start, end): a place near or after `end` at which the rest of
+    the text from `start` may be cut without a change of its tokens, None if there is none. begin_id begins every
+    stream, eos_id ends every document.
     """
 
     spec: str
@@ -32,4 +33,12 @@ class Tokenizer(NamedTuple):
     encode: Callable[[str], list[int]]
     decode: Callable[[Iterable[int]], str]
     measure: Callable[[list[bytes]], Tokens]
-    cuts: Callable[[bytes], Iterator[bytes]]
+    cut: Callable[[bytes, int, int], int | None] = lambda text, start, end: None
+
+    def cuts(self, text: bytes) -> Iterator[bytes]:
+        """Parts of the text whose concatenated tokens are those of the whole text."""
+        start = 0
+        while len(text) - start > PART and (place := self.cut(text, start, start + PART)):
+            yield text[start:place]
+            start = place
+        yield text[start:]

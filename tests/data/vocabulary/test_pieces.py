@@ -8,7 +8,7 @@ import pytest
 
 from steppe.data.errors import DataError
 from steppe.data.readers.built_in import embedded_documents
-from steppe.data.vocabulary import byte, load_tokenizer, pieces, train_sentencepiece
+from steppe.data.vocabulary import load_tokenizer, train_sentencepiece
 from steppe.lm.run.generate import _continuation
 
 C4_MODEL = Path(__file__).parents[4] / "shared" / "t5_cc_all_32000_100extra.model"
@@ -98,8 +98,7 @@ def test_parts_of_a_long_text_are_encoded_as_the_whole(tmp_path, monkeypatch, mo
     if model in ("bpe", "unigram"):
         train_sentencepiece([text[:3000] for text in documents(150)], path, 600, model, characters=200_000)
     tokenizer = load_tokenizer(path)
-    for module in (byte, pieces):
-        monkeypatch.setattr(module, "PART", 100)
+    monkeypatch.setattr("steppe.data.vocabulary.tokenizer.PART", 100)
     for text in [*TEXTS, *documents(20), "x" * 500, " " * 500, "é漢 " * 99]:
         parts = list(tokenizer.cuts(text.encode()))
         assert b"".join(parts) == text.encode()
