@@ -89,12 +89,10 @@ def _card(repository: Repository, path: str) -> dict[str, Any]:
         raise DataError(f"README.md of {repository}: its YAML is damaged ({reason})") from None
 
 
-def fetched(
-    repository: Repository, commit: str, file: File, log: Callable[[str], None] | None = None, *, check: bool = True
-) -> str:
+def fetched(repository: Repository, commit: str, file: File, log: Callable[[str], None] | None = None) -> str:
     """The local path of a file, downloaded unless the hub's cache has it. Names a download through `log`.
 
-    check: compares the contents with the hash. Raises DataError.
+    Raises DataError, also if the contents do not have the file's hash.
     """
     where = {"repo_id": repository.name, "repo_type": repository.kind, "revision": commit, "filename": file["path"]}
     with _asking(repository) as client:
@@ -103,7 +101,7 @@ def fetched(
             if log:
                 log(f"downloading {file['path']} of {repository}, {sized(file['size'])}")
             path = client.hf_hub_download(**where)
-    if check and (os.path.getsize(path) != file["size"] or _hash(path, file) != file["hash"]):
+    if os.path.getsize(path) != file["size"] or _hash(path, file) != file["hash"]:
         blob = os.path.realpath(path)  # without its blob, the client downloads a file again
         raise DataError(
             f"{file['path']} of {repository} does not have its hash on the hub; remove {blob} and run again"
