@@ -203,13 +203,13 @@ def _compiles(pattern: str) -> bool:
 PATTERN = Accepted(str, lambda: "a regular expression", _compiles)
 
 
-def patterns(of: str = r".+", what: str = "regular expressions over parameter paths", least: int = 0) -> Accepted:
-    """A tuple of at least `least` regular expressions that each match the regex `of`. `what` names them in errors."""
+def patterns(of: str = r".+", what: str = "regular expressions over parameter paths") -> Accepted:
+    """A tuple of regular expressions that each match the regex `of`. `what` names them in errors."""
 
     def allows(value: tuple) -> bool:
-        return len(value) >= least and all(_compiles(each) and re.fullmatch(of, each) for each in value)
+        return all(_compiles(each) and re.fullmatch(of, each) for each in value)
 
-    return Accepted(tuple, lambda: f"at least {least} of {what}" if least else what, allows)
+    return Accepted(tuple, lambda: what, allows)
 
 
 # read by optim.masks.factors

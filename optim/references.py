@@ -7,6 +7,7 @@ A method is a function that returns a direction (optim.ascent.Ascent) or a rule 
 annotated with an Option become options of the run (optim.options).
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -74,23 +75,18 @@ def load(key: str, reference: str) -> Source:
 @functools.cache
 def _module(path: str) -> tuple[Any, str]:
     """Runs the module at a path or dotted name: (module, text of its file). Raises FileNotFoundError."""
-    if os.path.isfile(path):
-        text = Path(path).read_text(encoding="utf-8")
-        name = f"steppe_outside_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        spec = importlib.util.spec_from_file_location(name, path)
-    elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path):
-        try:
-            spec = importlib.util.find_spec(path)
-        except ModuleNotFoundError:
-            spec = None
+    spec = None
+    if not os.path.isfile(path):
+        if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path):
+            with contextlib.suppress(ModuleNotFoundError):
+                spec = importlib.util.find_spec(path)
         if spec is None or not spec.origin or not os.path.isfile(spec.origin):
             raise FileNotFoundError(path)
-        name, text = path, Path(spec.origin).read_text(encoding="utf-8")
-    else:
-        raise FileNotFoundError(path)
-    if name == path:
-        return importlib.import_module(name), text
+        return importlib.import_module(path), Path(spec.origin).read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8")
+    name = f"steppe_outside_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)  # annotations are looked up there

@@ -132,9 +132,7 @@ def rho(
         return value
     if name == "warmup":
         unit = optax.linear_schedule(0.0, 1.0, max(1, warmup_steps))
-    elif name == "cosine":
-        unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, total_steps)
-    elif name in ("linear", "rsqrt", "wsd"):
+    elif name in ("cosine", "linear", "rsqrt", "wsd"):
         unit = learning_rate(
             name, 1.0, total_steps, warmup_steps=warmup_steps, end=0.0, cooldown_steps=cooldown_steps, from_zero=True
         )
