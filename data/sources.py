@@ -1,20 +1,7 @@
 """The grammar of text sources, and the records that readers return.
 
-A task is `SOURCE` or `WEIGHT SOURCE + WEIGHT SOURCE ...`. A source is `[NAME=]KIND[:WHERE][@SPLIT]`:
-
-    embedded                        the standard library of this Python, always available
-    topics                          its help topics, English prose; embedded contains them too
-    text:GLOB                       every file is a document
-    lines:GLOB                      every line that is not blank is a document
-    jsonl:GLOB                      every line is a JSON object; the document is its field config.data.text_field
-    parquet:GLOB                    every row is a record; the document is its column config.data.text_field
-    tfds:NAME[/CONFIG][:VERSION]    a TFDS builder in config.data.tfds_dir
-    seqio:NAME                      a seqio task or mixture that config.data.seqio_module registers
-    hf:OWNER/NAME[/CONFIG][:REVISION]    a data set of the Hugging Face hub, or a name of READY
-
-SPLIT is train (default), held_out or all; tfds, seqio and hf have their own. hf reads the beginning of a split with
-@SPLIT[:100000] (documents) or @SPLIT[:1GB] (of text; kB to TB), and all of a large one with @SPLIT[:all]. A path may
-contain @ and +, unless a split follows the last @, or a source follows " + ".
+A task is `SOURCE` or `WEIGHT SOURCE + WEIGHT SOURCE ...`. A source is `[NAME=]KIND[:WHERE][@SPLIT]`; data/README.md
+lists the kinds. A path may contain @ and +, unless a split follows the last @, or a source follows " + ".
 """
 
 import re
@@ -111,23 +98,17 @@ def _parse_source(part: str, key: str, split: str, weighted: bool) -> Source:
         raise refused(key, part, f"a weight > 0 before every source of a mixture, such as '0.7 {part.split()[-1]}'")
     if kind not in PREPARED and split not in SPLITS:
         raise refused(key, part, f"a source with one of the splits of {kind}: {', '.join(SPLITS)}")
-    if kind == "hf":
-        _check_hub(key, part, where, split)
+    if kind == "hf" and not _HUB.fullmatch(where):
+        raise refused(key, part, f"hf:OWNER/NAME[/CONFIG][:REVISION], or hf: and one of {', '.join(READY)}")
+    if kind == "hf" and not _HUB_SPLIT.fullmatch(split):
+        accepted = "@SPLIT, @SPLIT[:100000] (documents), @SPLIT[:1GB] (of text; kB to TB) or @SPLIT[:all]"
+        raise refused(key, part, accepted)
     name = match["name"] or (re.sub(r"[^\w.-]+", "_", where) if kind in PREPARED else kind)
     return Source(name, kind, where, split, weight)
 
 
 _HUB = re.compile(rf"(?:{'|'.join(map(re.escape, READY))}|[\w.-]+/[\w.-]+(?:/[^:@]+)?)(?::[^:@]+)?")
 _HUB_SPLIT = re.compile(r"([\w.-]+)(\[:(?:all|(\d+)|(\d+(?:\.\d+)?)([kMGT]?)B)\])?")
-
-
-def _check_hub(key: str, part: str, where: str, split: str) -> None:
-    if not _HUB.fullmatch(where):
-        raise refused(key, part, f"hf:OWNER/NAME[/CONFIG][:REVISION], or hf: and one of {', '.join(READY)}")
-    if not _HUB_SPLIT.fullmatch(split):
-        raise refused(
-            key, part, "@SPLIT, @SPLIT[:100000] (documents), @SPLIT[:1GB] (of text; kB to TB) or @SPLIT[:all]"
-        )
 
 
 def hub_split(split: str) -> tuple[str, Limit]:

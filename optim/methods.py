@@ -34,7 +34,7 @@ class Method(NamedTuple):
     ascent: Callable[..., Ascent] | None = None
     second: Callable[..., SecondPass] | None = None
     passes: tuple[float, float] | None = None
-    memory: str = ""
+    memory: str = "1 θ"
     rho: float = 0.05
     products: float | None = None
     first: Callable[..., first_pass.FirstPass] | None = None
@@ -74,9 +74,7 @@ def _every(k: Annotated[int, Option("perturb every k-th step", *AT_LEAST_ONE)] =
 
 METHODS: dict[str, Method | None] = {
     "adamw": None,
-    "sam": Method(
-        "J(θ+ε)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖", "Foret et al. 2021", ascent.gradient, second_pass.full, memory="1 θ"
-    ),
+    "sam": Method("J(θ+ε)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖", "Foret et al. 2021", ascent.gradient, second_pass.full),
     "functional_sam": Method(
         "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = ρ g/‖g‖", "Singh et al. 2025", ascent.gradient, second_pass.functional, memory="1 θ + h"
     ),
@@ -87,9 +85,7 @@ METHODS: dict[str, Method | None] = {
         second_pass.logit,
         memory="1 θ + activations",
     ),
-    "precond_sam": Method(
-        "sam with ε = ρ D⁻¹g/‖D⁻¹g‖", "Singh et al. 2025", ascent.preconditioned, second_pass.full, memory="1 θ"
-    ),
+    "precond_sam": Method("sam with ε = ρ D⁻¹g/‖D⁻¹g‖", "Singh et al. 2025", ascent.preconditioned, second_pass.full),
     "precond_functional_sam": Method(
         "functional_sam with ε = ρ D⁻¹g/‖D⁻¹g‖",
         "Singh et al. 2025",
@@ -106,7 +102,7 @@ METHODS: dict[str, Method | None] = {
         products=9,
         memory="2 θ + activations",
     ),
-    "random_sam": Method("sam with ε = ρ z/‖z‖, z Gaussian", "control", ascent.random, second_pass.full, memory="1 θ"),
+    "random_sam": Method("sam with ε = ρ z/‖z‖, z Gaussian", "control", ascent.random, second_pass.full),
     "penalty_sam": Method(
         "g + H ε, ε = ρ g/‖g‖",
         "exact first-order form of sam",
@@ -117,16 +113,9 @@ METHODS: dict[str, Method | None] = {
         second_derivatives=True,
     ),
     "asam": Method(
-        "sam with ε = ρ T²g/‖T g‖, T = |θ| + 0.01",
-        "Kwon et al. 2021",
-        ascent.adaptive,
-        second_pass.full,
-        memory="1 θ",
-        rho=0.2,
+        "sam with ε = ρ T²g/‖T g‖, T = |θ| + 0.01", "Kwon et al. 2021", ascent.adaptive, second_pass.full, rho=0.2
     ),
-    "msam": Method(
-        "∇L(θ - ρ m/‖m‖)", "Becker, Altrock, Risse 2024", ascent.momentum, second_pass.full, memory="1 θ", rho=1.0
-    ),
+    "msam": Method("∇L(θ - ρ m/‖m‖)", "Becker, Altrock, Risse 2024", ascent.momentum, second_pass.full, rho=1.0),
     "functional_msam": Method(
         "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ m/‖m‖", "ours", ascent.momentum, second_pass.functional, memory="1 θ + h", rho=1.0
     ),
@@ -135,7 +124,6 @@ METHODS: dict[str, Method | None] = {
         "ours",
         ascent.update,
         second_pass.full,
-        memory="1 θ",
         rho=1.0,
     ),
     "precond_functional_msam": Method(
@@ -152,7 +140,6 @@ METHODS: dict[str, Method | None] = {
         ascent.gradient,
         second_pass.full,
         share=lambda k, shards, sequences: k * shards / sequences,
-        memory="1 θ",
         first=first_pass.hardest,
     ),
     "cr_sam": Method(
@@ -228,7 +215,7 @@ def _row_from_outside(reference: str) -> Method:
         accepted = f"a function that returns a direction from its defaults: {type(error).__name__}: {error}"
         raise OptionError("method", reference, accepted) from None
     if isinstance(part, Ascent):
-        return Method(says, reference, made, second_pass.full, memory="1 θ")
+        return Method(says, reference, made, second_pass.full)
     if not (hasattr(part, "init") and hasattr(part, "gradient")):
         accepted = f"a function that returns an Ascent or a Rule, or a Method; it returns a {type(part).__name__}"
         raise OptionError("method", reference, accepted)

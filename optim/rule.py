@@ -290,8 +290,7 @@ def check_floating(params: Tree) -> None:
 
 def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches: int = 1) -> tuple[jax.Array, Tree]:
     """(mean loss, its gradient at theta), computed in `microbatches` parts."""
-    found = plain_pass(objective, params, batch, microbatches)
-    return found.loss, found.gradient
+    return plain_pass(objective, params, batch, microbatches)[:2]
 
 
 class PlainPass(NamedTuple):

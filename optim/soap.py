@@ -122,17 +122,15 @@ def scale_by_soap(
             bases = [begun(whole, sides) for whole, sides in zip(wholes, pairs, strict=True)]
             return [list(zip(*each, strict=True)) for each in zip(bases, same, strict=True)], 0.0
 
+        def later(turn, number):
+            both = [zip(*each, strict=True) for each in zip(pairs, same, strict=True)]
+            return [[turn(side, one) if side else ((), one) for side, one in each] for each in both], number
+
         def then():
-            return [
-                [turned(side) if side else ((), one) for side, one in zip(*each, strict=True)]
-                for each in zip(pairs, same, strict=True)
-            ], 1.0
+            return later(lambda side, _: turned(side), 1.0)
 
         def between():
-            return [
-                [(side["basis"] if side else (), one) for side, one in zip(*each, strict=True)]
-                for each in zip(pairs, same, strict=True)
-            ], 2.0
+            return later(lambda side, one: (side["basis"], one), 2.0)
 
         phase = jnp.where(count == 0, 0, jnp.where(count % EVERY == 0, 1, 2))
         return lax.switch(phase, [first, then, between])

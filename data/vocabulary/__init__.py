@@ -23,7 +23,7 @@ def load_tokenizer(spec: str, kept: str = "") -> Tokenizer:
     kept: the fingerprint of a prepared corpus; that of an older version of Steppe selects its behaviour.
     """
     if spec == "bytes":
-        return byte.load()
+        return byte.BYTES
     model = read_model(spec)
     return (hub if hub.is_joined(model) else pieces).load(spec, model, kept)
 

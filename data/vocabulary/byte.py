@@ -9,21 +9,6 @@ from steppe.data.vocabulary.tokenizer import PAD_ID, Tokenizer, Tokens
 BYTE_OFFSET = 3  # 0 padding, 1 end of document, 2 unknown, then the 256 bytes
 
 
-def load() -> Tokenizer:
-    """Makes the byte vocabulary."""
-    return Tokenizer(
-        spec="bytes",
-        fingerprint="bytes",
-        vocab_size=256 + BYTE_OFFSET,
-        begin_id=PAD_ID,
-        eos_id=1,
-        encode=_encode_bytes,
-        decode=_decode_bytes,
-        measure=_measure_bytes,
-        cut=lambda text, start, end: end,
-    )
-
-
 def _encode_bytes(text: str) -> list[int]:
     return [byte + BYTE_OFFSET for byte in text.encode("utf-8")]
 
@@ -37,3 +22,16 @@ def _measure_bytes(texts: list[bytes]) -> Tokens:
     ids = np.frombuffer(texts[0] if len(texts) == 1 else b"".join(texts), np.uint8).astype(np.uint16)
     ids += BYTE_OFFSET
     return Tokens(ids, np.ones(len(ids), np.uint8), np.array([len(text) for text in texts]))
+
+
+BYTES = Tokenizer(
+    spec="bytes",
+    fingerprint="bytes",
+    vocab_size=256 + BYTE_OFFSET,
+    begin_id=PAD_ID,
+    eos_id=1,
+    encode=_encode_bytes,
+    decode=_decode_bytes,
+    measure=_measure_bytes,
+    cut=lambda text, start, end: end,
+)

@@ -114,8 +114,9 @@ def _ids(found: dict) -> dict[str, int]:
 def _named(path: str, name: str, ids: dict[str, int]) -> str:
     """The bos or eos token from the files next to a tokenizer.json, given as text or as an id; "" if absent."""
     for file in COMPANIONS[:2]:
-        if token := _text(_companion(path, file).get(f"{name}_token")):
-            return token
+        token = _companion(path, file).get(f"{name}_token")
+        if text := token["content"] if isinstance(token, dict) else token:
+            return text
     tokens: dict[Any, str] = {number: token for token, number in ids.items()}
     for file in COMPANIONS[2:]:
         number = _companion(path, file).get(f"{name}_token_id")
@@ -182,12 +183,6 @@ def shun(scores: list[list], control: Iterable[int]) -> None:
             scores[number][1] = min(scores[number][1], sum(single[c] for c in scores[number][0]) - 1.0)
 
 
-def _unknown(model: dict) -> int | None:
-    """The unknown id of a tokenizer.json's model."""
-    ids: dict[Any, int] = _ids({"model": model})
-    return model["unk_id"] if "unk_id" in model else ids.get(model.get("unk_token"))
-
-
 def _fast(found: dict, textual: bool) -> dict:
     import tokenizers
 
@@ -198,7 +193,9 @@ def _fast(found: dict, textual: bool) -> dict:
     library.no_padding()
     library.encode_special_tokens = textual
     added = {token["id"] for token in made.get("added_tokens", []) if token.get("special")}
-    never = {number for token, number in control.items() if len(token) > 1} - {_unknown(made["model"])}
+    model = made["model"]
+    unknown = model["unk_id"] if "unk_id" in model else _ids({"model": model}).get(model.get("unk_token"))
+    never = {number for token, number in control.items() if len(token) > 1} - {unknown}
     inside = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in control if len(token) > 1]
     within = re.compile("|".join(inside) or "$^")
 
@@ -339,10 +336,6 @@ def _companion(path: str, name: str) -> dict:
         return stored.read(os.path.join(os.path.dirname(path), name), Companion)
     except FileNotFoundError:
         return {}
-
-
-def _text(token) -> str:
-    return (token.get("content") if isinstance(token, dict) else token) or ""
 
 
 def _packed(value: dict) -> bytes:
