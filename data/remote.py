@@ -40,9 +40,9 @@ def fetch(address: str, cache: str, log: Callable[[str], None] = print) -> str:
                 if not _whole(local, entry):
                     raise CorpusDamaged(f"{address}/{entry['file']} does not match its manifest; publish it again")
             os.replace(aside, here)
-    except (DataError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except OSError as error:
         raise DataError(f"{local}: {error.strerror or error}") from error
     except Exception as error:
         raise unreachable(address, error) from error

@@ -479,26 +479,3 @@ def cost(name: str, *, sequences: int = 1, shards: int = 1, keep: bool = False, 
     if second.pulls and (over == "subset" or (over == "global" and microbatches > 1)):
         forwards += 1  # the pass at theta is not stored, so its forward runs again
     return Cost(forwards, backwards, products - (1 if keep and second.frozen else 0))
-
-
-def table() -> str:
-    """METHODS as a Markdown table."""
-
-    def cells(name: str, row: Method | None) -> str:
-        if row is None:
-            return f"`{name}`, or any base | ∇L(θ) | | 1, 1 | 1.00 | |"
-        forwards, backwards = row.counted()
-        units = (forwards + 2 * backwards) / 3
-        passes, times = f"{forwards}, {backwards}", f"{units:.2f}"
-        if row.share:
-            passes, times = f"1 + {forwards}s, {backwards}s", f"(1 + {3 * units:g}s)/3, s = k/B"
-        elif row.period:
-            passes = times = "1 + 1/k"
-        defaults = ", ".join(f"{option} {each.default}" for option, each in row.declared().items())
-        equation = row.equation.replace("|", "\\|")
-        return f"`{name}` | {equation} | {row.source} | {passes} | {times} | {row.memory} | {defaults}"
-
-    head = "name | gradient handed to the base | source | F, B | cost | memory | defaults"
-    lines = [head, "|".join(["---"] * 7), *(cells(name, row) for name, row in METHODS.items())]
-    aliases = ", ".join(f"`{alias}` for `{name}`" for alias, name in ALIASES.items())
-    return "\n".join(f"| {line} |" for line in lines) + f"\n\nAliases: {aliases}.\n"

@@ -7,6 +7,7 @@ written. Damage further on raises an error when it is read.
 import bz2
 import codecs
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -118,18 +119,14 @@ def sample(source: Source) -> str:
 
 
 def _sample(path: str, size: int, blocks: int | None) -> bytes:
-    digest = xxhash.xxh3_128()
     try:
         with open(path, "rb", buffering=0) as handle:
             if blocks is None or size <= blocks * BLOCK:
-                while chunk := handle.read(1 << 20):
-                    digest.update(chunk)
-            else:
-                for number in range(blocks):
-                    digest.update(os.pread(handle.fileno(), BLOCK, number * (size - BLOCK) // (blocks - 1)))
+                return hashlib.file_digest(handle, xxhash.xxh3_128).digest()
+            starts = (number * (size - BLOCK) // (blocks - 1) for number in range(blocks))
+            return xxhash.xxh3_128_digest(b"".join(os.pread(handle.fileno(), BLOCK, start) for start in starts))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; repair or remove the file") from error
-    return digest.digest()
 
 
 def _every_record(

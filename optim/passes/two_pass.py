@@ -113,15 +113,6 @@ class Switches(NamedTuple):
 SWITCHES = options(Switches)
 
 
-def table() -> str:
-    """SWITCHES as a Markdown table."""
-    lines = ["switch | default | accepted | meaning", "|".join(["---"] * 4)]
-    for name, (_, default, option) in SWITCHES.items():
-        meaning = option.meaning.replace("|", "\\|")
-        lines.append(f"`{name}` | `{default}` | {option.accepted} | {meaning}")
-    return "".join(f"| {line} |\n" for line in lines)
-
-
 class Plain(NamedTuple):
     """The plain gradient as a Rule. Uses only microbatches, clip_norm and groups of the switches."""
 
