@@ -1,5 +1,6 @@
 """Values as text on a command line, and the configs that --only flags choose by them."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -34,26 +35,21 @@ def filters(texts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+_TOKEN = re.compile(r"""'[^']*'|"[^"]*"|.""", re.DOTALL)
+
+
 def split(text: str) -> list[str]:
-    """Splits a text at commas outside of quotes and brackets."""
-    parts, depth, quote, start = [], 0, "", 0
-    for i, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-        if depth < 0:
-            break
-    if depth or quote:
-        return [part.strip() for part in text.split(",")]
-    return [part.strip() for part in (*parts, text[start:])]
+    """Splits a text at commas outside of quotes and brackets; at every comma if these are not closed."""
+    parts, depth = [""], 0
+    for token in _TOKEN.findall(text):
+        depth += (token in "([{") - (token in ")]}")
+        if token in ("'", '"') or depth < 0:
+            return [part.strip() for part in text.split(",")]
+        if token == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part.strip() for part in (text.split(",") if depth else parts)]
 
 
 def text_of(value: Any) -> str:

@@ -175,16 +175,17 @@ def verify(directory: str, manifest: Manifest, how: str = "auto") -> None:
             )
     if how == "sizes" or (how == "auto" and sum(entry["size"] for entry in listed) > FULL_UP_TO):
         return
+
+    def check(entry: File) -> None:
+        path = path_of(directory, entry)
+        try:
+            digest = files.content_hash(path)
+        except OSError as error:
+            digest = f"unreadable: {error.strerror}"
+        except DataError:
+            digest = "not a regular file"
+        if digest != entry["hash"]:
+            raise CorpusDamaged(f"{path} was altered ({digest}); prepare again")
+
     with ThreadPoolExecutor(4) as pool:
-        for entry, digest in zip(listed, pool.map(lambda e: _hash_or_error(directory, e), listed), strict=True):
-            if digest != entry["hash"]:
-                raise CorpusDamaged(f"{path_of(directory, entry)} was altered ({digest}); prepare again")
-
-
-def _hash_or_error(directory: str, entry: File) -> str:
-    try:
-        return files.content_hash(path_of(directory, entry))
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
-    except DataError:
-        return "not a regular file"
+        list(pool.map(check, listed))

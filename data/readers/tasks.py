@@ -38,7 +38,6 @@ def import_tensorflow():
 
 def check(source: Source, reading: Reading, log: Callable[[str], None]) -> None:
     """Raises DataError if the data set, its split or its text field does not exist."""
-    import_tensorflow()
     if source.kind == "tfds":
         _builder(source, reading)
     else:
