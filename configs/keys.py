@@ -193,27 +193,25 @@ def named(reference: str) -> Any:
     return getattr(importlib.import_module(f"steppe.{module}"), name)
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        return re.compile(pattern) is not None
-    except (re.error, OverflowError, RecursionError):
-        return False
+def _as_option(kind: type, name: str) -> Accepted:
+    """What NAME of optim/options.py accepts."""
+    accepted = functools.partial(named, f"optim.options:{name}")
+    return Accepted(kind, lambda: accepted()[0], lambda value: accepted()[1](value))
 
 
-PATTERN = Accepted(str, lambda: "a regular expression", _compiles)
+PATTERN = _as_option(str, "PATTERN")
+FACTORS = _as_option(tuple, "FACTORS")
 
 
 def patterns(of: str = r".+", what: str = "regular expressions over parameter paths") -> Accepted:
     """A tuple of regular expressions that each match the regex `of`. `what` names them in errors."""
 
     def allows(value: tuple) -> bool:
-        return all(_compiles(each) and re.fullmatch(of, each) for each in value)
+        return all(PATTERN.allows(each) and re.fullmatch(of, each) for each in value)
 
     return Accepted(tuple, lambda: what, allows)
 
 
-# read by optim.masks.factors
-FACTORS = patterns(r".+=\d+(\.\d+)?(e[+-]?\d+)?", "rules REGEX=FACTOR over parameter paths, FACTOR >= 0")
 FLAG = Accepted(bool, lambda: "true or false", names=lambda: ["true", "false"])
 
 
