@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Required, TypedDict
+from typing import Any, Literal, NamedTuple, Required, TypedDict, get_type_hints
 
 from steppe.configs.base import FREE, typed, with_defaults
 from steppe.configs.keys import ConfigError, flatten
@@ -88,35 +88,6 @@ class Measurement(TypedDict, total=False):
     settings: dict[str, Any]
 
 
-class Packed(TypedDict, total=False):
-    """A run in a file of packed runs: a Result without its empty fields."""
-
-    name: Required[str]
-    config: stored.Flat
-    status: Required[Literal["finished", "diverged", "failed", "pruned", "unfinished"]]
-    why: str
-    parameters: stored.Count
-    total_parameters: stored.Count
-    steps: stored.Count
-    tokens: stored.Count
-    flops: float
-    adamw_flops: float
-    seconds: stored.Amount
-    took: stored.Amount
-    loss: float
-    bits_per_byte: float
-    curve: list[tuple[stored.Count, stored.Count, float, float, float]]
-    code: str
-    branch: str
-    goodput: float
-    weights: str
-    averages: list[dict[str, Any]]
-    curvature: list[dict[str, float | None]]
-    measured: dict[str, dict[str, float | None]]
-    retention: dict[str, float | None]
-    fine_tune: FineTune
-
-
 class Alike(TypedDict):
     """The first line of a file of packed runs: the keys that are equal in all of them."""
 
@@ -126,8 +97,8 @@ class Alike(TypedDict):
 class Point(NamedTuple):
     """A loss after `step` updates, nats a token; seconds: training time until then; flops: of the method."""
 
-    step: int
-    tokens: int
+    step: stored.Count
+    tokens: stored.Count
     flops: float
     seconds: float
     loss: float
@@ -159,21 +130,21 @@ class Result(NamedTuple):
     config: dict[str, Any]
     varied: dict[str, Any]
     status: str
-    why: str
-    parameters: int
-    total_parameters: int
-    steps: int
-    tokens: int
-    flops: float
-    adamw_flops: float
-    seconds: float
-    loss: float
-    bits_per_byte: float
-    curve: list[Point]
     train_curve: lines.Train
+    why: str = ""
+    parameters: stored.Count = 0
+    total_parameters: stored.Count = 0
+    steps: stored.Count = 0
+    tokens: stored.Count = 0
+    flops: float = math.nan
+    adamw_flops: float = math.nan
+    seconds: stored.Amount = 0.0
+    loss: float = math.nan
+    bits_per_byte: float = math.nan
+    curve: Sequence[Point] = ()
     code: str = ""
     branch: str = ""
-    took: float = 0.0
+    took: stored.Amount = 0.0
     goodput: float = math.nan
     weights: str = ""
     averages: tuple["Result", ...] = ()
@@ -181,6 +152,22 @@ class Result(NamedTuple):
     measured: Mapping[str, Any] = MappingProxyType({})
     retention: Mapping[str, Any] = MappingProxyType({})
     fine_tune: Mapping[str, Any] = MappingProxyType({})
+
+
+_NUMBERS = dict[str, float | None]
+_TYPES = get_type_hints(Result, include_extras=True)
+_MADE: Any = TypedDict  # type checkers accept only literal fields
+# A run in a file of packed runs: a Result without its empty fields.
+_PACKED = _MADE(
+    "Packed",
+    {
+        **{key: kind for key, kind in _TYPES.items() if key in Result._field_defaults},
+        "name": Required[str], "status": Required[Literal[exits.STATUSES]], "config": stored.Flat,
+        "averages": list[dict[str, Any]], "curvature": list[_NUMBERS], "measured": dict[str, _NUMBERS],
+        "retention": _NUMBERS, "fine_tune": FineTune,
+    },
+    total=False,
+)  # fmt: skip
 
 
 def _say(line: str) -> None:
@@ -197,7 +184,7 @@ def read(
     only: --only flags, see configs.only.matching. left_out: is called with a line for each damaged run or measurement.
     ResultsError if no run remains, or if a directory holds no runs.
     """
-    given = [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
+    given = _listed(runs)
     problems: list[ResultsError] = []
 
     def leave_out(error: ResultsError) -> None:
@@ -205,9 +192,8 @@ def read(
         left_out(f"{error}; the run is left out")
 
     found = [result for each in given if is_pack(each) for result in unpack(Path(each), leave_out)]
-    _, places = _found([each for each in given if not is_pack(each)])
     once: dict[str, tuple] = {}
-    for place in [place for _, listed in places for place in listed]:
+    for place in places([each for each in given if not is_pack(each)]):
         once.setdefault(os.path.realpath(place[1]), place)
     for name, directory, planned in once.values():
         try:
@@ -261,27 +247,29 @@ def with_averages(found: Iterable[Result]) -> list[Result]:
     return [each for result in found for each in (result, *result.averages)]
 
 
-def places(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[tuple[str, Path]]:
-    """(name, workdir) of the runs that `read` reads, including those that have not begun. ResultsError as there."""
-    return [(name, directory) for _, listed in _found(runs)[1] for name, directory, _ in listed]
-
-
-def _found(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[str], list[tuple]]:
-    """(the directories given, (directory, its runs) for each)."""
+def places(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[tuple[str, Path, dict[str, Any]]]:
+    """(name, workdir, planned flat config) of the runs that `read` reads, including those that have not begun.
+    ResultsError as there."""
     directories: list[str] = []
-    for given in [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]:
+    for given in _listed(runs):
         if files.is_remote(given):
             from steppe.lm.keep import mirror  # imported here because it needs jax, which reading local files does not
 
             directories.append(mirror.here(given))
         else:
             directories += files.matching(given, os.path.isdir) or [os.path.expanduser(given)]
-    listed = [(each, _places(Path(each), alone=len(directories) == 1)) for each in directories]
-    for each, inside in listed:
+    found = []
+    for each in directories:
+        inside = _places(Path(each), alone=len(directories) == 1)
         if not inside:
             remedy = "must be the directory of a sweep, or the workdir of a run, with a config.json"
             raise ResultsError(f"{each}: {remedy}; there is no run in it")
-    return directories, listed
+        found += inside
+    return found
+
+
+def _listed(runs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
+    return [os.fspath(each) for each in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
 
 
 def read_json(path: Path, kind: Any) -> dict:
@@ -372,11 +360,6 @@ def _places(directory: Path, alone: bool) -> list[tuple[str, Path, dict[str, Any
     return [(path.parent.name, path.parent, {}) for path in sorted(directory.glob("*/config.json"))]
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """The flat config of a config.json of any version; {} if absent. Raises ResultsError."""
-    return _whole(flatten(read_json(path, dict[str, Any])), path)
-
-
 def _whole(flat: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """A flat config with checked types and with defaults for keys its version lacked; {} if empty. ResultsError."""
     try:
@@ -396,7 +379,8 @@ def _of_workdir(name: str, directory: Path, planned: dict[str, Any], left_out: C
 
 
 def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Callable[[str], None]) -> Result:
-    config = config_of(directory / "config.json") or _whole(planned, directory)
+    path = directory / "config.json"
+    config = _whole(flatten(read_json(path, dict[str, Any])), path) or _whole(planned, directory)
     if not config:
         raise ResultsError(f"{directory}: must be the workdir of a run, with a config.json")
     outcome = read_json(directory / OUTCOME, Outcome)
@@ -416,17 +400,25 @@ def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Calla
     evaluations = records.of("evaluate")
     first = evaluations[0]["name"] if evaluations else ""
     evaluations = [record for record in evaluations if record["name"] == first]
-    last = exits.last_of(evaluations, steps)
-    ended = outcome.get("status", ""), outcome.get("why", "")
-    status, why = exits.status(records, evaluations, steps, _unigram(about, first), ended)
-    parameters = about.get("parameters", {})
+    unigrams = about.get("baselines", {})
+    unigram = float(unigrams.get(f"unigram {first}", unigrams.get("unigram", math.inf)))
+
+    def reached(evaluations: list[dict], directory: Path, unigram: float, ended: tuple[str, str]) -> dict[str, Any]:
+        """What tells the run from an average of its weights, as fields of a Result."""
+        last = exits.last_of(evaluations, steps)
+        status, why = exits.status(records, evaluations, steps, unigram, ended)
+        return {
+            "directory": directory, "status": status, "why": why, "loss": float(last.get("loss", math.nan)),
+            "bits_per_byte": float(last.get("bits_per_byte", math.nan)),
+            "curve": [point(record) for record in evaluations], **_measured(directory, left_out),
+        }  # fmt: skip
+
+    parameters, goodput = about.get("parameters", {}), records.of("goodput")
     whole = Result(
         name=name,
-        directory=directory,
         config=config,
         varied={},
-        status=status,
-        why=why,
+        **reached(evaluations, directory, unigram, (outcome.get("status", ""), outcome.get("why", ""))),
         parameters=parameters.get("non_embedding", 0),
         total_parameters=parameters.get("total", 0),
         steps=steps,
@@ -434,48 +426,25 @@ def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Calla
         flops=about.get("flops", about.get("flops_per_step", 0.0) * steps),
         adamw_flops=about.get("adamw_flops", about.get("adamw_flops_per_step", 0.0) * steps),
         seconds=float(max(train.seconds, default=0.0)),
-        loss=float(last.get("loss", math.nan)),
-        bits_per_byte=float(last.get("bits_per_byte", math.nan)),
-        curve=[point(record) for record in evaluations],
         train_curve=train,
         code=about.get("versions", {}).get("code", ""),
         took=float(outcome.get("seconds", 0.0)),
-        goodput=_goodput(records),
-        **_measured(directory, left_out),
+        goodput=goodputs.share(goodput[-1]["goodput"]) if goodput else math.nan,
         branch=next((f"{Path(r['parent']).name}@{r['step']}" for r in reversed(records.of("branch"))), ""),
     )
     averages: dict[str, list[dict]] = {}
     for record in records.of("average"):
         if record["name"] == first:
             averages.setdefault(record["weights"], []).append(record)
-    kept = [_average(whole, *each, point, records, left_out) for each in averages.items()]
+    kept = [
+        whole._replace(
+            name=f"{name} {weights}",
+            weights=weights,
+            **reached(own, directory / lines.AVERAGES / weights, math.inf, (whole.status, whole.why)),
+        )
+        for weights, own in averages.items()
+    ]
     return whole._replace(averages=tuple(kept))
-
-
-def _average(
-    whole: Result, weights: str, evaluations: list[dict], point: Callable, records: lines.Records, left_out: Callable
-) -> Result:
-    """The Result of an average of a run's weights."""
-    last = exits.last_of(evaluations, whole.steps)
-    status, why = exits.status(records, evaluations, whole.steps, math.inf, (whole.status, whole.why))
-    directory = whole.directory / lines.AVERAGES / weights
-    return whole._replace(
-        name=f"{whole.name} {weights}",
-        directory=directory,
-        **_measured(directory, left_out),
-        status=status,
-        why=why,
-        loss=float(last.get("loss", math.nan)),
-        bits_per_byte=float(last.get("bits_per_byte", math.nan)),
-        curve=[point(record) for record in evaluations],
-        weights=weights,
-    )
-
-
-def _goodput(records: lines.Records) -> float:
-    """The share of wall-clock time spent in steps, as last recorded; NaN if never recorded."""
-    found = [record["goodput"] for record in records.of("goodput")]
-    return goodputs.share({kind: float(seconds) for kind, seconds in found[-1].items()}) if found else math.nan
 
 
 def _flops(runs: list[dict], step: int) -> float:
@@ -485,12 +454,6 @@ def _flops(runs: list[dict], step: int) -> float:
         began = min(run["step"], until)
         total, until = total + run.get("flops_per_step", 0.0) * (until - began), began
     return total
-
-
-def _unigram(about: dict, name: str) -> float:
-    """Loss of a unigram model on a held-out set, nats a token; infinite if unknown."""
-    known = about.get("baselines", {})
-    return float(known.get(f"unigram {name}", known.get("unigram", math.inf)))
 
 
 def _seconds(train: lines.Train) -> Any:
@@ -540,17 +503,13 @@ def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]
     Raises ResultsError for any other file."""
     import numpy as np
 
-    unknown = {
-        "why": "", "parameters": 0, "total_parameters": 0, "steps": 0, "tokens": 0, "seconds": 0.0,
-        **dict.fromkeys(("loss", "bits_per_byte", "goodput", "flops", "adamw_flops"), math.nan),
-    }  # fmt: skip
     nothing = lines.Train(*[np.zeros(0)] * len(lines.Train._fields))
 
     def made(fields: dict, alike: dict, place: str) -> Result:
-        stored.typed(fields, Packed, place)
-        known = {**unknown, **{key: value for key, value in fields.items() if key in Result._fields}}
+        stored.typed(fields, _PACKED, place)
+        known = {key: value for key, value in fields.items() if key in Result._fields}
         for key in ("steps", "tokens"):
-            if known["status"] == "finished" and not known[key]:
+            if known["status"] == "finished" and not known.get(key):
                 raise stored.Wrong(f"{place}: {key} = 0: must be an integer >= 1 of a run that finished")
         averages = tuple(made(each, alike, place) for each in fields.get("averages", ()))
         curve = [Point(*point) for point in fields.get("curve", ())]

@@ -67,9 +67,9 @@ def rows(directory: str) -> list[Row]:
     """A Row per run, the most recently changed first; for a damaged run, why it is left out. Reads only the ends of
     the files."""
     places, found = results.places(directory), []
-    for name, place in places:
+    for name, place, _ in places:
         try:
-            found.append(_row(name, Path(place)))
+            found.append(_row(name, place))
         except (DataError, results.ResultsError) as error:
             if len(places) == 1:
                 raise
