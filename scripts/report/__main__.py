@@ -18,23 +18,17 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from steppe.data import files, stored
 from steppe.data.errors import DataError
+from steppe.lm.keep.exits import STATUSES
 from steppe.scripts import command, process
 from steppe.scripts.cli import KINDS
 
 PAGE = "index.html"
-WRITTEN = "files.json"
+WRITTEN = "files.json"  # {name: hash} of a report's files, so that the next one in its place leaves none behind
 MANY = 50  # runs of which a report draws long enough for a second process
 SHARED = ("optim.peak_learning_rate", "optim.schedule", "optim.weight_decay")  # keys of AdamW too
-
-
-class Written(TypedDict, total=False):
-    """files.json: {name: hash} of a report's files, so that the next one in its place leaves none of them behind."""
-
-    hashes: dict[str, str]
 
 
 @process.refusing
@@ -51,28 +45,22 @@ def main(argv: Sequence[str]) -> int:
     import pandas as pd
 
     from steppe.scripts import results
+    from steppe.scripts.report import drawing
 
     gc.set_threshold(50_000)  # the many small objects of figures and frames live until the end
     directories = options.directories
     out = results.report_place(directories, options.out)
     with pd.option_context("mode.string_storage", "python"):  # Arrow's are slow in frames of a few hundred rows
         found = results.read(directories, options.only)
-        path = write(
-            found, out, ", ".join(map(_called, directories[:3])) + ", …" * (len(directories) > 3), _adding(directories)
-        )
+        name = ", ".join(map(_called, directories[:3])) + ", …" * (len(directories) > 3)
+        with drawing.saving(len(found) >= MANY) as save:
+            path = write(found, out, name, _adding(directories), save)
     process.say(f"wrote {path}")
     return 0
 
 
-def write(found: list, out: Path, name: str, add_adamw: str = "") -> Path:
+def write(found: list, out: Path, name: str, add_adamw: str, save: Callable) -> Path:
     """Writes the report of results.read(...) into a directory; returns the path of its page."""
-    from steppe.scripts.report import drawing
-
-    with drawing.saving(len(found) >= MANY) as save:
-        return _write(found, out, name, add_adamw, save)
-
-
-def _write(found: list, out: Path, name: str, add_adamw: str, save: Callable) -> Path:
     from steppe.scripts import results, style
     from steppe.scripts.report import answer, drawing, figures, page, tables
     from steppe.scripts.report.numbers import analysis as an
@@ -123,21 +111,25 @@ def _write(found: list, out: Path, name: str, add_adamw: str, save: Callable) ->
                 add_adamw
             )
         sections = [
-            add(add(opening, first, tables.answer(made), folded=False), *rest),
-            add(page.Section("Basis").points(summary(study, compared)), tables.counts(made), tables.power(made)),
+            add(add(opening, first, tables.of("answer", differences.shown(made)), folded=False), *rest),
             add(
-                page.Section("Methods"), tables.against_adamw(made), tables.comparison(compared),
-                tables.costs(compared, study.names),
+                page.Section("Basis").points(summary(study, compared)),
+                tables.of("counts", differences.in_words(differences.counts(made))),
+                tables.of("power", differences.power(made)),
+            ),
+            add(
+                page.Section("Methods"), tables.against_adamw(made), tables.of("comparison", compared),
+                tables.of("cost", an.costs(compared, study.names)),
             ),
             add(
                 page.Section("Radius"), figures.loss_against_rho(an.loss_against_rho(study), styles),
-                figures.best_rho(optima, laws, study.names), tables.power_laws(an.laws_table(optima, laws)),
-                tables.optima(optima, study.names),
+                figures.best_rho(optima, laws, study.names), tables.of("power_law", an.laws_table(optima, laws)),
+                tables.of("best_rho", an.optima_table(optima, study.names)),
             ),
             add(
                 page.Section("Tokens, compute, time"), figures.differences(an.on_the_way(study), styles),
                 figures.frontier(an.frontier(study), styles, steady), figures.curves(an.curves(study), styles, steady),
-                figures.scaling(an.scaling(study, scaled)), tables.scaling_laws(an.scaling_table(scaled)),
+                figures.scaling(an.scaling(study, scaled)), tables.of("scaling_law", an.scaling_table(scaled)),
             ).points([f"{name}: no scaling law; {reason}." for name, reason in refused.items()]),
         ]  # fmt: skip
         for source, own in measures.groupby("source", observed=True):
@@ -149,7 +141,8 @@ def _write(found: list, out: Path, name: str, add_adamw: str, save: Callable) ->
                 kept, costs = figures.kept_against_rho(kept, styles), figures.forgetting(costs, styles)
                 parts = [kept, costs, *parts, tables.fine_tuning(made)]
             sections.append(add(page.Section(source.capitalize()), tables.sharpness(source, own), *parts))
-        sections.append(add(page.Section("Runs"), tables.correlations(measures), tables.runs(study)))
+        correlated = tables.of("rank_correlation", an.correlations(measures))
+        sections.append(add(page.Section("Runs"), correlated, tables.of("runs", an.runs(study))))
     files.write(out / PAGE, page.page(f"{name}: report", introduction, sections))
     for each in set(before) - set(written):
         _remove(out, each, before[each])
@@ -160,7 +153,7 @@ def _write(found: list, out: Path, name: str, add_adamw: str, save: Callable) ->
 def _before(out: Path) -> dict[str, str]:
     """{name: hash} of the files of the report that stands there. Only what is still so was written by a report."""
     try:
-        return stored.read(out / WRITTEN, Written).get("hashes", {})
+        return stored.read(out / WRITTEN, dict[str, dict[str, str]]).get("hashes", {})
     except (FileNotFoundError, DataError):
         return {}
 
@@ -203,9 +196,8 @@ def summary(study, compared) -> list[str]:
     from steppe.scripts.report.numbers import analysis as an
 
     counts = study.trained["status"].value_counts()
-    statuses = {"finished": "finished", "diverged": "diverged", "failed": "failed", "pruned": "pruned",
-                "unfinished": "missing or unfinished"}  # fmt: skip
-    listed = ", ".join(f"{counts[status]} {word}" for status, word in statuses.items() if counts.get(status))
+    words = {status: status for status in STATUSES} | {"unfinished": "missing or unfinished"}
+    listed = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts.get(status))
     pairs = compared["difference_n"].max() if len(compared) else 0
     several = compared[(compared["tried"] > 1) & compared["variant"].isin(study.names)] if len(compared) else compared
     tried = several.groupby("variant", sort=False)["tried"].last() if len(several) else {}

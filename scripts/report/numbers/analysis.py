@@ -23,7 +23,6 @@ _STATUS = {
     "pruned": "next to a pruned rho",
     "flat": "no minimum in rho",
 }
-OF_FIT = ("state", "error", "least", "most", "tried", "step")  # columns of best_rho that only fits and frames need
 Interval = st.Interval
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -193,6 +192,15 @@ def best_rho(study: Study) -> pd.DataFrame:
     )
 
 
+def optima_table(optima: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Each optimum once, without what only fits and figures need."""
+    if optima.empty:
+        return optima
+    found = optima.assign(variant=in_order(optima["variant"], names)).drop_duplicates(["variant", "scale", "budget"])
+    found = found.sort_values(["variant", "parameters", "scale", "budget"])
+    return found.drop(columns=["family", "state", "error", "least", "most", "tried", "step"])
+
+
 def _optimum(cell: Cell, entry: Entry) -> list[dict]:
     """The optimum in rho of an entry as a row; none where there is none."""
     found, grid = entry.optimum, sorted(rho for rho in entry.means if rho > 0)
@@ -283,9 +291,7 @@ def curves(study: Study) -> pd.DataFrame:
     cells = [cell for cell in study.cells if any(entry.perturbs for entry in cell.entries.values())]
     for cell in cells or study.cells:
         longer = [entry.flops for entry in cell.entries.values() if entry.flops and entry.flops.cell != cell.label]
-        shared = (
-            set.intersection(*(set(entry.best.index) for entry in cell.entries.values())) if cell.entries else set()
-        )
+        shared = set.intersection(*([set(entry.best.index) for entry in cell.entries.values()] or [set()]))
         for entry in [*cell.entries.values(), *{each.label: each for each in longer}.values()]:
             runs = entry.best[st.finite(entry.best["loss"])]
             runs = runs if not shared & set(runs.index) else runs[runs.index.isin(shared)]
@@ -312,9 +318,9 @@ def on_the_way(study: Study) -> pd.DataFrame:
         both = own.merge(base[["seed", "step", "loss"]], on=["seed", "step"], suffixes=("", "_base"))
         both["difference"] = both["loss"] - both["loss_base"]
         table = both[st.finite(both["difference"])].pivot_table("difference", "step", "seed", "last").dropna()
-        if table.shape[1] == len(seeds):
+        if len(table) and table.shape[1] == len(seeds):
             first = both.drop_duplicates("step").set_index("step").loc[table.index, ["share", "tokens"]].reset_index()
-            bounds = spread("difference", st.t_intervals(table.to_numpy()))
+            bounds = spread("difference", Interval(*zip(*map(st.t_interval, table.to_numpy()), strict=True)))
             rows.append(first.assign(cell=cell.label, variant=entry.name, **bounds))
     keys = ["cell", "variant", "step", "share", "tokens", *spread("difference", NOTHING)]
     return pd.concat(rows, ignore_index=True)[keys] if rows else pd.DataFrame()
@@ -424,6 +430,14 @@ def shown(names: Sequence[str]) -> list[str]:
     if len(names) <= len(_FIRST):
         return list(names)
     return [name for name in _FIRST if name in names] or list(names)[: len(_FIRST)]
+
+
+def runs(study: Study) -> pd.DataFrame:
+    """All runs, as a table shows them."""
+    keys = (
+        "run status why scale budget variant rate rho seed parameters tokens flops seconds goodput loss bits_per_byte"
+    )
+    return study.runs[keys.split()].replace({"loss": {math.inf: math.nan}})
 
 
 def correlations(measured: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """Differences of entries from AdamW in all that was measured, as frames: at equal tokens and equal compute, by seed."""
 
-import collections
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -55,7 +54,7 @@ class Answer(NamedTuple):
 
     rows: group (the scale and budget it is shown under), name, entry, tokens and flops (whom it is compared with),
     rank (0 what perturbs nothing, 1 what does at no further pass, 2 the rest), aside (AdamW on more tokens); in each
-    group by rank and loss. ways: the differences of the rows, `row` their place in them; see entries.differences.
+    group by rank and loss. ways: the differences of the rows, `row` their place in them; see entries.ways.
     """
 
     rows: pd.DataFrame
@@ -108,11 +107,11 @@ def answer(found: Sequence[en.Entry]) -> Answer:
             aside = entry.cell != cell  # AdamW on more tokens too is compared with AdamW of this budget
             others = {"tokens": en.at_equal_tokens(inside, entry, cell)} | ({} if aside else {"flops": entry.flops})
             of = measured([entry, *filter(None, others.values())])
-            own = en.differences(entry, others, of)
-            if len(own):
+            own = en.ways(entry, others, of)
+            if own:
                 name = f"{entry.name}, {entry.budget}" if aside else entry.name
                 rank = entry.perturbs + (entry.perturbs and entry.cost > FREE)
-                ways.append(own.assign(row=len(rows)))
+                ways += [{**way, "row": len(rows)} for way in own]
                 rows.append({"group": cell, "name": name, "entry": entry, "tokens": None, "flops": None, **others,
                              "rank": rank, "aside": aside, "adamw": entry.adamw})  # fmt: skip
     if not rows:
@@ -120,12 +119,14 @@ def answer(found: Sequence[en.Entry]) -> Answer:
     frame = pd.DataFrame(rows)
     order = frame["group"].map({group: place for place, group in enumerate(frame["group"].unique())})
     frame = frame.assign(_=order).sort_values(["_", "rank"], kind="stable").drop(columns="_")
-    return Answer(frame, pd.concat(ways, ignore_index=True))
+    return Answer(frame, pd.DataFrame(ways))
 
 
 def counts(made: Answer) -> pd.DataFrame:
     """A row a group, aspect and basis: how many methods are known by an interval, and how many of these are better than
     AdamW, how many worse, and of how many Holm's correction over all the groups, aspects and bases leaves p < 0.05."""
+    if made.rows.empty:
+        return pd.DataFrame()
     ways = made.ways.join(made.rows[["group", "adamw"]], on="row")
     ways = ways[~ways["adamw"].astype(bool)].rename(columns={"measure": "aspect"})
     survives = st.holm(ways["p"]) < 1 - st.LEVEL
@@ -134,6 +135,12 @@ def counts(made: Answer) -> pd.DataFrame:
     )
     shown = ["known", "better", "worse", "survives"]
     return found.groupby(["group", "aspect", "basis"], sort=False)[shown].sum().reset_index()
+
+
+def in_words(found: pd.DataFrame) -> pd.DataFrame:
+    """Counts with the titles of aspects and bases."""
+    titles = {key: aspect.title for key, aspect in ASPECTS.items()}
+    return found.replace({"aspect": titles, "basis": en.BASES})
 
 
 def power(made: Answer) -> pd.DataFrame:
@@ -158,9 +165,6 @@ def table(made: Answer, asked: Sequence[str], of_answer: Sequence[str] = ()) -> 
     """
     rows, itself = [], {}  # itself: a row a group
     of = {key: key for key in asked}
-    answered = collections.defaultdict(list)
-    for way in made.ways[made.ways["measure"].isin(of_answer)].to_dict("records") if len(made.ways) else ():
-        answered[way["row"]].append(way)
 
     def given(group: str, name: str, entry: en.Entry, basis: str, against: str, fresh: bool) -> dict:
         return {"adamw": against, "group": group, "entry": name, "basis": basis, "cost": entry.cost,
@@ -174,7 +178,8 @@ def table(made: Answer, asked: Sequence[str], of_answer: Sequence[str] = ()) -> 
                 itself[row.group] |= spread(key, st.t_interval(known))
         # of one pass a step both are the same AdamW
         others = {"tokens": row.tokens} | ({"flops": row.flops} if row.flops is not row.tokens else {})
-        ways = answered.get(row.Index, []) + en.ways(row.entry, others, of)
+        answered = made.ways[(made.ways["row"] == row.Index) & made.ways["measure"].isin(of_answer)]
+        ways = answered.to_dict("records") + en.ways(row.entry, others, of)
         for basis, other in others.items():
             if other and (known := [way for way in ways if way["basis"] == basis]):
                 against = other.name if other.budget == row.entry.budget else f"{other.name}, {other.budget}"
@@ -204,6 +209,11 @@ def fine_tunings(made: Answer) -> list[str]:
     return list(dict.fromkeys(key for own in paths for key in frontier.at_rates({"paths": own})))
 
 
+def column(aspect: str, basis: str) -> str:
+    """Of `shown`."""
+    return aspect if basis == "tokens" else f"{aspect}_at_equal_{basis}"
+
+
 def shown(made: Answer) -> pd.DataFrame:
     """A row a row: its setting, and its differences as columns."""
     rows = []
@@ -213,7 +223,7 @@ def shown(made: Answer) -> pd.DataFrame:
                  "rate": entry.chosen("rate"), "rho_edge": entry.edge("rho"), "rate_edge": entry.edge("rate"),
                  "loss": entry.loss, "seeds": len(entry.best)}  # fmt: skip
         for way in made.ways[made.ways["row"] == row.Index].itertuples():
-            key = way.measure if way.basis == "tokens" else f"{way.measure}_at_equal_{way.basis}"
+            key = column(way.measure, way.basis)
             found |= {key: way.value, f"{key}_low": way.low, f"{key}_high": way.high, f"{key}_pairs": way.n,
                       f"{key}_fresh": way.fresh}  # fmt: skip
         rows.append(found)
@@ -235,11 +245,11 @@ def kept_against_rho(found: Sequence[en.Entry]) -> pd.DataFrame:
         known = {row.rho: entry.at(row.setting) for row in settings.itertuples()}
         of = measured([*known.values(), entry.tokens])
         for rho, alone in known.items():
-            ways = en.differences(alone, {"tokens": entry.tokens}, of)
-            rows.append(ways.assign(cell=entry.cell, entry=entry.name, rho=rho))
+            given = {"cell": entry.cell, "entry": entry.name, "rho": rho}
+            rows += [way | given for way in en.ways(alone, {"tokens": entry.tokens}, of)]
     if not rows:
         return pd.DataFrame()
-    frame = pd.concat(rows, ignore_index=True)
+    frame = pd.DataFrame(rows)
     frame["aspect"] = frame["measure"].map({key: aspect.title for key, aspect in ASPECTS.items()})
     frame = frame[frame.groupby(["cell", "entry", "aspect"])["rho"].transform("size") > 1]
     frame = frame[frame.groupby(["cell", "entry"])["aspect"].transform("nunique") > 1]

@@ -44,6 +44,13 @@ class Entry:
     runs: of the frame of the study, whatever their status, a row a run. choice: the best of its settings, by number.
     optimum: where a parabola in log rho at its best rate has its minimum; None where it has no rho. tokens, flops: whom
     it is compared with at equal tokens and at equal compute, as `analyse` finds them.
+
+    cell: scale and budget; label: what tells it from every other entry. best: the runs at the best setting that have
+    ended, by seed; fresh: their seeds that took no part in choosing it; loss: their mean; flop: FLOPs of such a run;
+    cost: FLOPs of a token, in those of AdamW. of_choice: whether the setting is the best of all that were tried, not
+    one of several with seeds of their own. weights: the average that it is, "" for the last weights. perturbs: whether
+    its method perturbs the weights, whatever its base: nadamw by itself does not. adamw: whether it is AdamW by itself,
+    or an average of its weights; plain: whether it is the last weights of AdamW at its best.
     """
 
     name: str
@@ -55,10 +62,19 @@ class Entry:
     tokens: "Entry | None" = None
     flops: "Entry | None" = None
 
-    @functools.cached_property
-    def best(self) -> pd.DataFrame:
-        """The runs at the best setting that have ended, by seed."""
-        return _by_seed(self.runs[(self.runs["setting"] == self.choice.rho) & self.runs["loss"].notna()])
+    def __post_init__(self) -> None:
+        some, means = self.runs.iloc[0], self.choice.means
+        self.cell = f"{self.scale}, {self.budget}"
+        self.label = f"{self.cell}: {self.name}"
+        ended = self.runs[(self.runs["setting"] == self.choice.rho) & self.runs["loss"].notna()]
+        self.best = ended.drop_duplicates("seed", keep="last").set_index("seed", drop=False)
+        self.fresh = set(self.best.index) - (self.choice.seeds if len(means) > 1 else set())
+        self.loss, self.flop = self.best["loss"].mean(), self.best["flops"].median()
+        self.cost = float((self.best["flops"] / self.best["adamw_flops"].replace(0, math.nan)).iloc[0])
+        self.of_choice = self.choice.rho == min(means, key=means.__getitem__)
+        self.weights, self.perturbs = some["weights"], not some["alone"]
+        self.adamw = not self.perturbs and some["base"] == BASE
+        self.plain = self.adamw and self.of_choice and not self.weights
 
     @functools.cached_property
     def grid(self) -> pd.DataFrame:
@@ -100,64 +116,9 @@ class Entry:
         rho = dict(zip(self.grid["setting"], self.grid["rho"], strict=True))
         return {rho[setting]: mean for setting, mean in self.choice.means.items() if setting in rho}
 
-    @functools.cached_property
-    def weights(self) -> str:
-        """The average that it is, "" for the last weights."""
-        return self.runs["weights"].iloc[0]
-
-    @functools.cached_property
-    def adamw(self) -> bool:
-        """Whether it is AdamW by itself, or an average of its weights."""
-        return bool(self.runs["alone"].iloc[0] and self.runs["base"].iloc[0] == BASE)
-
-    @functools.cached_property
-    def plain(self) -> bool:
-        """Whether it is the last weights of AdamW at its best."""
-        return self.adamw and self.of_choice and not self.weights
-
-    @functools.cached_property
-    def perturbs(self) -> bool:
-        """Whether its method perturbs the weights, whatever its base: nadamw by itself does not."""
-        return not self.runs["alone"].iloc[0]
-
-    @functools.cached_property
-    def of_choice(self) -> bool:
-        """Whether its setting is the best of all that were tried, not one of several with seeds of their own."""
-        return self.choice.rho == min(self.choice.means, key=self.choice.means.__getitem__)
-
     def at(self, setting: int) -> "Entry":
         """The entry at another of its settings: seeds that every setting has were there to choose it too."""
         return dataclasses.replace(self, choice=self.choice._replace(rho=setting))
-
-    @functools.cached_property
-    def loss(self) -> float:
-        """Mean loss over seeds at the best setting."""
-        return self.best["loss"].mean()
-
-    @functools.cached_property
-    def fresh(self) -> set[int]:
-        """Seeds of the best setting that took no part in choosing it."""
-        return set(self.best.index) - (self.choice.seeds if len(self.choice.means) > 1 else set())
-
-    @functools.cached_property
-    def flop(self) -> float:
-        """FLOPs of a run at the best setting."""
-        return self.best["flops"].median()
-
-    @functools.cached_property
-    def cost(self) -> float:
-        """FLOPs of a token, in those of AdamW."""
-        return float((self.best["flops"] / self.best["adamw_flops"].replace(0, math.nan)).iloc[0])
-
-    @functools.cached_property
-    def cell(self) -> str:
-        """Scale and budget."""
-        return f"{self.scale}, {self.budget}"
-
-    @functools.cached_property
-    def label(self) -> str:
-        """Scale, budget and name: what tells it from every other entry."""
-        return f"{self.cell}: {self.name}"
 
     def tried(self, axis: str) -> list[float]:
         """The values of "rate" or "rho" that were tried, in order."""
@@ -289,10 +250,12 @@ def _row(result: Result, of_model: Mapping[str, str]) -> dict:
     duration = str(config["train.duration"])
     if duration == "chinchilla":
         duration = f"{config['train.tokens_per_parameter']:g} tokens a parameter"
-    kind = _kind(result, of_model)
+    size = config["model.size"] or ("x".join(str(config[key]) for key in OF_SIZE[:2]) + " (layers x width)")
+    apart = {key: result.varied[key] for key, value in of_model.items() if json.dumps(result.varied[key]) != value}
+    kind = ", ".join(f"{key.split('.')[1]} {value}" for key, value in apart.items())  # what most runs have not
     fields = ("status", "why", "weights", "parameters", "steps", "tokens", "flops", "adamw_flops", "seconds")
     return {
-        "result": result, "run": result.name, "scale": ", ".join(filter(None, [_size(result), kind])), "kind": kind,
+        "result": result, "run": result.name, "scale": ", ".join(filter(None, [size, kind])), "kind": kind,
         "budget": duration, "alone": alone, "base": base, "method": f"{method} {result.weights}".rstrip(),
         "rate": float(config["optim.peak_learning_rate"]),
         "rho": 0.0 if alone else math.nan if config["optim.rho"] is None else float(config["optim.rho"]),
@@ -312,18 +275,6 @@ def _usual_of_model(results: Sequence[Result]) -> dict[str, str]:
 def _usual(values: Iterable[str]) -> str:
     """The value that most runs have; of several the first."""
     return collections.Counter(values).most_common(1)[0][0]
-
-
-def _size(result: Result) -> str:
-    """The name of a model's size."""
-    config = result.config
-    return config["model.size"] or ("x".join(str(config[key]) for key in OF_SIZE[:2]) + " (layers x width)")
-
-
-def _kind(result: Result, of_model: Mapping[str, str]) -> str:
-    """What a model has, except its size, that most runs have not; "" for none."""
-    shown = {key: result.varied[key] for key, value in of_model.items() if json.dumps(result.varied[key]) != value}
-    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in shown.items())
 
 
 def _families(runs: pd.DataFrame) -> pd.DataFrame:
@@ -380,10 +331,6 @@ def _losses(runs: pd.DataFrame) -> dict[int, dict[int, float]]:
     """{setting: {seed: loss}} of the runs that have ended, settings in the order of rate and rho."""
     ended = runs[runs["loss"].notna()]
     return {setting: dict(zip(own["seed"], own["loss"], strict=True)) for setting, own in ended.groupby("setting")}
-
-
-def _by_seed(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs.drop_duplicates("seed", keep="last").set_index("seed", drop=False)
 
 
 def _of_cell(cell: Cell) -> list[Entry]:
@@ -494,22 +441,16 @@ def paired(entry: Entry, other: Entry, known: Iterable[int]) -> tuple[list[int],
 
 
 def ways(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[str, str | Callable]) -> list[dict]:
-    """The rows of `differences`."""
-    return [
-        {"basis": basis, "against": other, "measure": measure, **way.interval._asdict(), "fresh": way.fresh,
-         "pairs": way.pairs, "sign": way.sign, "p": st.p_value(way.interval)}
-        for measure, what in of.items() for basis, other in others.items() if (way := difference(entry, other, what))
-    ]  # fmt: skip
-
-
-def differences(entry: Entry, others: Mapping[str, Entry | None], of: Mapping[str, str | Callable]) -> pd.DataFrame:
     """A row a measure and basis where an entry has a difference: basis, against (an Entry), measure, value, low, high,
     n, df, fresh, pairs, sign and p, that of Student's test.
 
     others: {basis: whom it is compared with}; of: {measure: see Entry.value}.
     """
-    columns = ["basis", "against", "measure", *st.Interval._fields, "fresh", "pairs", "sign", "p"]
-    return pd.DataFrame(ways(entry, others, of), columns=columns)
+    return [
+        {"basis": basis, "against": other, "measure": measure, **way.interval._asdict(), "fresh": way.fresh,
+         "pairs": way.pairs, "sign": way.sign, "p": st.p_value(way.interval)}
+        for measure, what in of.items() for basis, other in others.items() if (way := difference(entry, other, what))
+    ]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured

@@ -6,8 +6,8 @@ they cover the truth that often, if the stated assumptions hold. A bound that th
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,6 @@ from scipy import optimize, special, stats
 
 LEVEL = 0.95
 K = TypeVar("K", bound=float)
-S = TypeVar("S", bound=Hashable)
-T = TypeVar("T", bound=Hashable)
 _HUBER = 1e-3  # in log loss, as Hoffmann et al. (arXiv 2203.15556) take it; wider where the noise is
 
 
@@ -42,14 +40,6 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
         return Interval(float(found.mean()) if n else math.nan, math.nan, math.nan, n)
     half = _t(level, n - 1) * found.std(ddof=1) / math.sqrt(n)
     return Interval(float(found.mean()), float(found.mean() - half), float(found.mean() + half), n, n - 1)
-
-
-def t_intervals(values_RxN: np.ndarray) -> Interval:
-    """t_interval of each row, its parts as arrays."""
-    n, values_RxN = values_RxN.shape[1], np.ascontiguousarray(values_RxN, float)
-    half = _t(LEVEL, n - 1) * values_RxN.std(axis=1, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    middle = values_RxN.mean(axis=1)
-    return Interval(middle, middle - half, middle + half, n)  # pyright: ignore[reportArgumentType]
 
 
 def p_value(found: Interval) -> float:
@@ -112,7 +102,7 @@ def detectable(sigma: float, pairs: int, power: float = 0.8, level: float = LEVE
     return optimize.root_scalar(missing, bracket=(0.0, highest)).root * sigma
 
 
-def additive(losses: Mapping[tuple[T, S], float]) -> Noise:
+def additive(losses: Mapping[tuple[Any, Any], float]) -> Noise:
     """The noise in {(treatment, seed): loss}, loss = treatment + seed + noise, by least squares.
 
     Losses need not be complete; treatments that share no seed with the others are fitted all the same.
@@ -141,7 +131,7 @@ class Choice(NamedTuple, Generic[K]):
     means: dict[K, float]
 
 
-def choose(losses: Mapping[K, Mapping[S, float]]) -> Choice[K] | None:
+def choose(losses: Mapping[K, Mapping[Any, float]]) -> Choice[K] | None:
     """The rho of the lowest mean loss in {rho: {seed: loss}}; a diverged run's loss is infinite, its rho not eligible.
 
     The mean is over the seeds that all rho share: a rho that got more seeds because it looked best would otherwise be
@@ -211,11 +201,8 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
         return Optimum(status, best, math.nan, math.nan, math.nan, ((best, means[best]),))
     finite = [rho for rho in finite if rho > 0]
     middle = finite.index(best)
-    near = [
-        rho
-        for i, rho in enumerate(finite)
-        if abs(i - middle) <= 1 or abs(math.log(rho / best)) <= math.log(4) * (1 + 1e-6)
-    ]
+    close = math.log(4) * (1 + 1e-6)
+    near = [rho for i, rho in enumerate(finite) if abs(i - middle) <= 1 or abs(math.log(rho / best)) <= close]
     u, y = np.log(np.array(near) / best), np.array([means[rho] for rho in near])
     design = np.stack([np.ones_like(u), u, u * u], 1)
     inverse = np.linalg.inv(design.T @ design)
@@ -356,11 +343,13 @@ def scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses: Se
     delta = max(_HUBER, 1.345 * noise)  # much narrower than the noise it would be the median's poor efficiency
     best = _fit_law(u, v, y, best.x, delta)
     allowed = _t(LEVEL, free) ** 2 / free * best.cost
-    found, point = {}, _natural(best.x, centre)
-    for i, (name, row) in enumerate(_directions(centre).items()):
+    rows, found = np.eye(5), {}  # row @ p being log E, log A, log B, a or b
+    rows[1, 3], rows[2, 4] = centre
+    for name, row in zip("EABab", rows, strict=True):
         low, high = (_bound(u, v, y, best, delta, row, side, _ENDS[name][side > 0], allowed) for side in (-1, 1))
-        low, high = (math.exp(low), math.exp(high)) if name in "EAB" else (max(0.0, low), high)
-        found[name] = Interval(point[i], low, high, len(y), free)
+        bounds = (float(row @ best.x), low, high)
+        value, low, high = map(math.exp, bounds) if name in "EAB" else (bounds[0], max(0.0, low), high)
+        found[name] = Interval(value, low, high, len(y), free)
     rest = runs[2] - _law(best.x, runs[0] - centre[0], runs[1] - centre[1])[0]
     return ScalingLaw(found, float(np.sqrt(np.mean(rest**2))))
 
@@ -434,13 +423,6 @@ def _fit_law(
     return found
 
 
-def _directions(centre: tuple[float, float]) -> dict[str, np.ndarray]:
-    """{constant: row}, row @ p being log E, log A, log B, a or b."""
-    rows = np.eye(5)
-    rows[1, 3], rows[2, 4] = centre
-    return dict(zip(("E", "A", "B", "a", "b"), rows, strict=True))
-
-
 _ENDS = {"E": (-12.0, 12.0), "A": (-60.0, 60.0), "B": (-60.0, 60.0), "a": (0.0, 3.0), "b": (0.0, 3.0)}
 
 
@@ -466,9 +448,3 @@ def _bound(
             return float(optimize.root_scalar(excess, bracket=(inside, outside), xtol=3e-3 * step).root)
         inside, step = outside, 1.5 * step
     return side * math.inf
-
-
-def _natural(p: np.ndarray, centre: tuple[float, float]) -> tuple[float, ...]:
-    return (
-        math.exp(p[0]), math.exp(p[1] + p[3] * centre[0]), math.exp(p[2] + p[4] * centre[1]), float(p[3]), float(p[4]),
-    )  # fmt: skip

@@ -244,7 +244,8 @@ def test_a_sentence_has_25_words_at_most_and_a_caption_two_lines(sweep):
         assert max(len(sentence.split()) for sentence in said) <= 25
         drawn = answer.figures(each)
         assert len(drawn[0].frame) <= 12
-        assert all(len(part.caption) <= 270 for part in (*drawn, tables.answer(each), tables.against_adamw(each)))
+        shown = tables.of("answer", differences.shown(each))
+        assert all(len(part.caption) <= 270 for part in (*drawn, shown, tables.against_adamw(each)))
 
 
 def test_a_panel_of_what_no_entry_of_its_drawing_has_is_empty(sweep):
@@ -258,7 +259,7 @@ def test_a_panel_of_what_no_entry_of_its_drawing_has_is_empty(sweep):
 
 
 def test_a_row_says_where_to_look_next(sweep):
-    table = tables.answer(differences.answer(entries_of(sweep)))
+    table = tables.of("answer", differences.shown(differences.answer(entries_of(sweep))))
     (row,) = (row for row in table.frame.to_dict("records") if row["entry"] == "sam")
     shown = {column.header: column.of(row) for column in table.columns}
     assert (shown["FLOPs / AdamW"], shown["best rho"], shown["peak rate"]) == ("2.00", "0.1 ↑", f"{row['rate']:g}")
@@ -535,7 +536,7 @@ def test_the_tables_of_the_study_are_of_its_numbers_and_these_of_its_runs():
     ways = {
         "against_adamw": tables.against_adamw(made),
         "fine_tuning": tables.fine_tuning(made),
-        "power": tables.power(made),
+        "power": tables.of("power", differences.power(made)),
     }
     for name, table in {**ways, "curvature": bends}.items():
         rows = list(csv.DictReader(io.StringIO(tables.to_csv(table.frame))))

@@ -100,7 +100,7 @@ def test_an_entry_and_its_reference_have_one_difference(template, number):
     for _, row in table[table["basis"] == entries.BASES["tokens"]].iterrows() if len(table) else ():
         if (row["group"], row["entry"]) in expected:  # not AdamW on more tokens
             same("against_adamw", (row["group"], row["entry"]), row, ("loss", "loss_low", "loss_high", "loss_n"))
-    columns = tables.answer(answered).columns if len(answered.rows) else ()
+    columns = tables.of("answer", shown).columns if len(answered.rows) else ()
     for row in shown.to_dict("records"):
         if label := expected.get((row["group"], row["entry"])):
             assert columns[1].header == "held-out loss, at equal tokens"

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -70,7 +71,7 @@ def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
     rows = made.known("loss", "tokens").set_index("name")["value"]
     assert rows["nadamw ema"] == pytest.approx(rows["nadamw"])
     assert rows["adamw ema"] == pytest.approx(-0.05)  # against its last weights
-    table = tables.answer(made)
+    table = tables.of("answer", differences.shown(made))
     (row,) = (row for row in table.frame.to_dict("records") if row["entry"] == "adamw ema")
     assert table.columns[1].of(row).startswith("−0.0500 (n ")
     assert "adamw" not in answer.sentences(made)[0]  # counts are of methods
@@ -79,7 +80,8 @@ def test_an_average_is_held_against_the_same_average_of_adamw(sweep):
 def test_a_candidate_has_its_differences_on_both_bases_with_p_values(sweep):
     found = entries_of(sweep)
     candidate, plain = found["msam"], found["adamw"]
-    ways = entries.differences(candidate, {"tokens": candidate.tokens, "flops": candidate.flops}, {"loss": "loss"})
+    others = {"tokens": candidate.tokens, "flops": candidate.flops}
+    ways = pd.DataFrame(entries.ways(candidate, others, {"loss": "loss"}))
     assert list(ways["basis"]) == ["tokens", "flops"]  # one pass a step: the same AdamW
     assert all(other is plain for other in ways["against"])
     losses = [
