@@ -88,12 +88,6 @@ class Measurement(TypedDict, total=False):
     settings: dict[str, Any]
 
 
-class Alike(TypedDict):
-    """The first line of a file of packed runs: the keys that are equal in all of them."""
-
-    config: stored.Flat
-
-
 class Point(NamedTuple):
     """A loss after `step` updates, nats a token; seconds: training time until then; flops: of the method."""
 
@@ -157,6 +151,8 @@ class Result(NamedTuple):
 _NUMBERS = dict[str, float | None]
 _TYPES = get_type_hints(Result, include_extras=True)
 _MADE: Any = TypedDict  # type checkers accept only literal fields
+# The first line of a file of packed runs: the keys that are equal in all of them.
+_ALIKE = _MADE("Alike", {"config": stored.Flat})
 # A run in a file of packed runs: a Result without its empty fields.
 _PACKED = _MADE(
     "Packed",
@@ -226,11 +222,11 @@ def _described(found: list[Result]) -> list[Result]:
         for result in found
         if result.steps
     }
-    return [
-        result if result.steps else result._replace(config={**result.config, **known.get(place, {})})
-        for result in found
-        for place in [result.config.get("data.directory")]
-    ]
+
+    def described(config: dict[str, Any]) -> dict[str, Any]:
+        return config | known.get(config.get("data.directory"), {})
+
+    return [result if result.steps else result._replace(config=described(result.config)) for result in found]
 
 
 def report_place(given: list[str], out: Path | None) -> Path:
@@ -334,18 +330,14 @@ def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
     Omits log.*, shapes that model.size names, and keys that do not change the computation unless only they distinguish
     some runs.
     """
-    keys = list(dict.fromkeys(key for config in configs for key in config if not key.startswith("log.")))
-    named = all(flat.get("model.size") for flat in configs)
-    found = [
-        key
-        for key in keys
-        if not (named and key in OF_SIZE) and len({json.dumps(flat.get(key)) for flat in configs}) > 1
-    ]
-    telling = [key for key in found if key not in FREE]
 
     def different(keys: list[str]) -> int:
         return len({json.dumps([flat.get(key) for key in keys]) for flat in configs})
 
+    keys = dict.fromkeys(key for config in configs for key in config if not key.startswith("log."))
+    named = all(flat.get("model.size") for flat in configs)
+    found = [key for key in keys if not (named and key in OF_SIZE) and different([key]) > 1]
+    telling = [key for key in found if key not in FREE]
     return telling if different(telling) == different(found) else found
 
 
@@ -490,7 +482,6 @@ def pack(found: Iterable[Result]) -> str:
 
     def plain(result: Result) -> dict:
         fields = {**result._asdict(), "directory": "", "varied": {}, "train_curve": None}
-        fields["curve"] = [list(point) for point in result.curve]
         fields["averages"] = [plain(each) for each in result.averages]
         fields["config"] = {key: value for key, value in result.config.items() if key not in alike}
         return {key: value for key, value in fields.items() if value not in (None, "", {}, [], ()) and value == value}
@@ -511,23 +502,20 @@ def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]
         for key in ("steps", "tokens"):
             if known["status"] == "finished" and not known.get(key):
                 raise stored.Wrong(f"{place}: {key} = 0: must be an integer >= 1 of a run that finished")
-        averages = tuple(made(each, alike, place) for each in fields.get("averages", ()))
-        curve = [Point(*point) for point in fields.get("curve", ())]
-        config = _whole({**alike, **fields.get("config", {})}, place)
-        measurements = {
+        parts = {
+            "config": _whole({**alike, **fields.get("config", {})}, place),
+            "curve": [Point(*point) for point in fields.get("curve", ())],
+            "averages": tuple(made(each, alike, place) for each in fields.get("averages", ())),
             "curvature": tuple(map(_known, fields.get("curvature", ()))),
             "measured": {name: _known(each) for name, each in fields.get("measured", {}).items()},
             "retention": _known(fields.get("retention", {})),
         }
-        return Result(
-            **{**known, **measurements, "config": config, "directory": path, "varied": {}, "train_curve": nothing,
-               "curve": curve, "averages": averages}
-        )  # fmt: skip
+        return Result(**{**known, **parts, "directory": path, "varied": {}, "train_curve": nothing})
 
     found = []
     try:
         first, *rest = stored.content_of(path, 4 * stored.MOST).splitlines() or [b""]
-        alike = stored.decode(first, Alike, f"{path}: line 1")["config"]
+        alike = stored.decode(first, _ALIKE, f"{path}: line 1")["config"]
     except FileNotFoundError:
         raise ResultsError(f"{path}: the file no longer exists") from None
     except DataError as error:

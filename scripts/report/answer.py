@@ -7,7 +7,7 @@ its own, by paired seeds.
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -102,10 +102,11 @@ def figures(made: diff.Answer) -> list[dr.Drawing]:
     rest = [row for group in order for part in groups[group] for row in part if row not in best]
     parts += [rest[begin : begin + TALL] for begin in range(0, len(rest), TALL)]
     names = ["answer", "answer_rest", *(f"answer_rest_{number}" for number in range(2, len(parts)))]
-    return [_figure(made, made.only(rows), name) for rows, name in zip(parts, names, strict=False)]
+    return [_figure(made, rows, name) for rows, name in zip(parts, names, strict=False)]
 
 
-def _figure(made: diff.Answer, part: diff.Answer, name: str) -> dr.Drawing:
+def _figure(made: diff.Answer, rows: Sequence[int], name: str) -> dr.Drawing:
+    part = diff.Answer(made.rows.loc[rows], made.ways[made.ways["row"].isin(rows)])
     several = made.rows["group"].nunique() > 1
     height, labels = {}, []
     for group, own in part.rows.iloc[::-1].groupby("group", sort=False):

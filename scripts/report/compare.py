@@ -142,9 +142,12 @@ def _page(path: Path, pair, keys, facts) -> Path:
     return path
 
 
-def curves(pair):
-    """A frame with a row a point: run (A, B, or B - A), kind (training or held-out), step, loss."""
+def _drawing(name: str, pair):
+    """Of a frame with a row a point: run (A, B, or B - A), kind (training or held-out), step, loss."""
     import pandas as pd
+
+    from steppe.scripts import style
+    from steppe.scripts.report import drawing as dr
 
     found = []
     for letter, run in zip("AB", pair, strict=True):
@@ -154,14 +157,8 @@ def curves(pair):
     found += [
         ("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(pair[0], pair[1], kind)
     ]
-    return pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
-
-
-def _drawing(name: str, pair):
-    from steppe.scripts import style
-    from steppe.scripts.report import drawing as dr
-
-    frame, titles = curves(pair), {"A": f"A: {pair[0].name}", "B": f"B: {pair[1].name}", "B - A": "B − A"}
+    frame = pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
+    titles = {"A": f"A: {pair[0].name}", "B": f"B: {pair[1].name}", "B - A": "B − A"}
     looks = zip(titles.values(), (*style.series(2), ("#000000", "o", "-")), strict=True)
     styles = {
         f"{title}, {kind}": (colour + faint, marker, dash)

@@ -64,17 +64,13 @@ def pack(argv: Sequence[str]) -> int:
         command.writable_directory(str(out.parent))
     except argparse.ArgumentTypeError as error:
         return process.fail(f"--out={out}: {error}")
-    ended = [
-        run
-        for run in results.read(options.directories, options.only)
-        if run.status in ("finished", "diverged", "pruned")
-    ]
-    ended = [_called(run, options.call) for run in ended]
+    found = results.read(options.directories, options.only)
+    ended = [_called(run, options.call) for run in found if run.status in ("finished", "diverged", "pruned")]
     before = {_computed(run): run for run in results.read(str(out))} if out.exists() else {}
     now = {_computed(run): run for run in ended}
     if not now:
         return process.fail(f"{', '.join(options.directories)}: must hold a finished run")
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write(out, results.pack({**before, **now}.values()))
-    process.say(f"wrote {out}: {len({**before, **now})} runs, {len(now)} of them now")
+    files.write(out, results.pack((before | now).values()))
+    process.say(f"wrote {out}: {len(before | now)} runs, {len(now)} of them now")
     return 0

@@ -114,9 +114,7 @@ class Section:
 
     def table(self, table: Table, folded: bool = False) -> "Section":
         if len(table.frame):
-            search = (
-                f'<input type="search" placeholder="filter" aria-label="filter: {escape(table.title, quote=True)}">'
-            )
+            search = f'<input type="search" placeholder="filter" aria-label="filter: {escape(table.title)}">'
             about = f'<p class="caption" id="about-{table.name}">{escape(table.caption)}</p>\n'
             wide = search * (len(table.frame) >= _LONG) + f'<div class="wide">{_table(table)}</div>'
             data = f'<p class="data">{_download(table.name, table.frame)}</p>'
@@ -126,7 +124,9 @@ class Section:
 
     def figure(self, drawing: Drawing, svg: str | Callable[[], str], folded: bool = False) -> "Section":
         def part() -> str:
-            image = _described(svg if isinstance(svg, str) else svg(), drawing.alt)
+            head, rest = (svg if isinstance(svg, str) else svg()).split(">", 1)
+            alt = escape(drawing.alt)
+            image = f'{head} role="img" aria-label="{alt}">\n<title>{alt}</title>{rest}'
             body = (
                 f'<figure id="figure-{drawing.name}">\n<div class="wide">{image}</div>\n'
                 f"<figcaption>{escape(drawing.caption)}</figcaption>\n"
@@ -182,12 +182,6 @@ def _table(table: Table) -> str:
         f'<table aria-labelledby="title-{table.name}" aria-describedby="about-{table.name}">\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
     )
-
-
-def _described(svg: str, alt: str) -> str:
-    """The <svg> as one image with a text for those who do not see it."""
-    head, rest = svg.split(">", 1)
-    return f'{head} role="img" aria-label="{escape(alt, quote=True)}">\n<title>{escape(alt)}</title>{rest}'
 
 
 def _download(name: str, frame: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from steppe.scripts import style
 from steppe.scripts.report.numbers import statistics as st
-from steppe.scripts.report.numbers.entries import Cell, Entry, Study, difference, paired
+from steppe.scripts.report.numbers.entries import Cell, Difference, Entry, Study, difference, paired
 
 # measures that are drawn and shown at once where there are many; tables of data and correlations have all
 _FIRST = (
@@ -64,7 +64,7 @@ def comparison(study: Study) -> pd.DataFrame:
              "bits_per_byte": entry.best["bits_per_byte"].mean(),
              "against": entry.tokens.name if way and entry.tokens else "",
              **spread("difference", way.interval if way else NOTHING), "fresh": bool(way and way.fresh),
-             **spread("difference_pooled", _with_noise_of_all(study, entry)),
+             **spread("difference_pooled", _with_noise_of_all(study, entry, way)),
              "selection": gain_of_selection(cell, entry), "flops_ratio": entry.cost, "seconds_ratio": pace(cell, entry)}
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -76,9 +76,8 @@ def _where(entry: Entry) -> str:
     return "one rho tried" if len(entry.means) == 1 else _STATUS.get(entry.optimum.status, "") if entry.optimum else ""
 
 
-def _with_noise_of_all(study: Study, entry: Entry) -> Interval:
+def _with_noise_of_all(study: Study, entry: Entry, way: Difference | None) -> Interval:
     """The difference of an entry to AdamW with bounds from the noise of all entries of its cell on the same seeds."""
-    way = difference(entry, entry.tokens)
     if way is None or entry.tokens is None or way.interval.n < 2:
         return NOTHING
     seeds, _ = paired(entry, entry.tokens, way.pairs)

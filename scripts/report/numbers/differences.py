@@ -74,10 +74,6 @@ class Answer(NamedTuple):
         """The differences in an aspect on a basis, with their rows."""
         return self.ways[(self.ways["measure"] == aspect) & (self.ways["basis"] == basis)].join(self.rows, on="row")
 
-    def only(self, rows: Sequence[int]) -> "Answer":
-        """Some of the rows."""
-        return Answer(self.rows.loc[list(rows)], self.ways[self.ways["row"].isin(rows)])
-
     @property
     def parted(self) -> list[tuple[list[int], list[int]]]:
         """Group by group, the rows that are drawn first, and the rest: averages of one pair only where nothing has

@@ -51,6 +51,8 @@ class Entry:
     one of several with seeds of their own. weights: the average that it is, "" for the last weights. perturbs: whether
     its method perturbs the weights, whatever its base: nadamw by itself does not. adamw: whether it is AdamW by itself,
     or an average of its weights; plain: whether it is the last weights of AdamW at its best.
+    grid: the runs at the best rate, those over rho; means: {rho: mean loss} there, over the seeds that chose it,
+    infinite where a run diverged.
     """
 
     name: str
@@ -75,11 +77,9 @@ class Entry:
         self.weights, self.perturbs = some["weights"], not some["alone"]
         self.adamw = not self.perturbs and some["base"] == BASE
         self.plain = self.adamw and self.of_choice and not self.weights
-
-    @functools.cached_property
-    def grid(self) -> pd.DataFrame:
-        """The runs at the best rate: those over rho."""
-        return self.runs[self.runs["rate"] == self.chosen("rate")]
+        self.grid = self.runs[self.runs["rate"] == self.chosen("rate")]
+        rho = dict(zip(self.grid["setting"], self.grid["rho"], strict=True))
+        self.means = {rho[setting]: mean for setting, mean in means.items() if setting in rho}
 
     @functools.cached_property
     def values(self) -> dict[str, dict[int, float]]:
@@ -110,20 +110,9 @@ class Entry:
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=["seed", "share", *Point._fields])
 
-    @functools.cached_property
-    def means(self) -> dict[float, float]:
-        """{rho: mean loss} at the best rate, over the seeds that chose it; infinite where a run diverged."""
-        rho = dict(zip(self.grid["setting"], self.grid["rho"], strict=True))
-        return {rho[setting]: mean for setting, mean in self.choice.means.items() if setting in rho}
-
     def at(self, setting: int) -> "Entry":
         """The entry at another of its settings: seeds that every setting has were there to choose it too."""
         return dataclasses.replace(self, choice=self.choice._replace(rho=setting))
-
-    def tried(self, axis: str) -> list[float]:
-        """The values of "rate" or "rho" that were tried, in order."""
-        ended = self.runs[self.runs["loss"].notna() & ~(self.runs["alone"] & (axis == "rho"))]
-        return sorted(ended[axis].dropna().unique())
 
     def chosen(self, axis: str) -> float | None:
         """The best value of "rate" or "rho"; None where the method has none, or its default was taken."""
@@ -133,7 +122,8 @@ class Entry:
     def edge(self, axis: str) -> str:
         """Where the best value lies at an end of its grid: lower | upper | "" (inside, nothing was tried, or it is not
         the best)."""
-        tried, best = self.tried(axis), self.chosen(axis)
+        ended = self.runs[self.runs["loss"].notna() & ~(self.runs["alone"] & (axis == "rho"))]
+        tried, best = sorted(ended[axis].dropna().unique()), self.chosen(axis)
         if best is None or len(tried) < 2 or not self.of_choice:
             return ""
         return {tried[0]: "lower", tried[-1]: "upper"}.get(best, "")
