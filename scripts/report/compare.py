@@ -127,14 +127,10 @@ def _page(path: Path, pair, keys, facts) -> Path:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     heads = [Column(*head) for head in zip("wabd", ("of", "A", "B", "B against A"), strict=True)]
-    tables = [
-        Table("numbers", "Numbers", "", heads, pd.DataFrame(facts, columns=[*"wabd"])),
-        Table("config", "Config keys that differ", "", heads[:3], pd.DataFrame(keys, columns=[*"wab"])),
-    ]
+    facts = Table("numbers", "Numbers", "", heads, pd.DataFrame(facts, columns=[*"wabd"]))
+    config = Table("config", "Config keys that differ", "", heads[:3], pd.DataFrame(keys, columns=[*"wab"]))
+    section = page.Section("Two runs").table(facts).table(config)
     with dr.styled():
-        section = page.Section("Two runs")
-        for table in tables:
-            section.table(table)
         drawing = _drawing(path.stem, pair)
         if drawing.figure is not None:
             section.figure(drawing, dr.save(drawing, path.parent))
@@ -154,9 +150,8 @@ def _drawing(name: str, pair):
         train, thin = run.train_curve, slice(None, None, max(1, len(run.train_curve.step) // 400))
         found += [(letter, "training", *each) for each in zip(train.step[thin], train.loss[thin], strict=True)]
         found += [(letter, "held-out", point.step, point.loss) for point in run.curve]
-    found += [
-        ("B - A", kind, *each) for kind in ("training", "held-out") for each in apart_by_step(pair[0], pair[1], kind)
-    ]
+    for kind in ("training", "held-out"):
+        found += [("B - A", kind, *each) for each in apart_by_step(*pair, kind)]
     frame = pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
     titles = {"A": f"A: {pair[0].name}", "B": f"B: {pair[1].name}", "B - A": "B − A"}
     looks = zip(titles.values(), (*style.series(2), ("#000000", "o", "-")), strict=True)

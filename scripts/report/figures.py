@@ -101,11 +101,9 @@ def best_rho(frame: pd.DataFrame, laws: Mapping, names: Sequence[str]) -> dr.Dra
         for family, rows in own.groupby("family"):
             colour, marker, dash = look(family)
             bounded, open_ = rows[st.finite(rows["optimum_low"])], rows[rows["state"] != "inside"]
-            ends = (
-                bounded["optimum_low"].clip(bounded["least"] / 2),
-                bounded["optimum_high"].clip(None, bounded["most"] * 2),
-            )
-            axes.vlines(bounded["parameters"], *ends, color=colour, linewidth=1)
+            low = bounded["optimum_low"].clip(bounded["least"] / 2)
+            high = bounded["optimum_high"].clip(None, bounded["most"] * 2)
+            axes.vlines(bounded["parameters"], low, high, color=colour, linewidth=1)
             axes.plot(open_["parameters"], open_["optimum"], marker, color=colour, markerfacecolor="white", ms=4)
             if law := laws.get((family, own["variant"].iloc[0])):
                 fitted = rows.loc[rows["state"] == "inside", "parameters"]

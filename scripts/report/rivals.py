@@ -74,9 +74,8 @@ def rivals(argv: Sequence[str]) -> int:
     if len({entry.cell for entry in found}) > 1:
         found = [dataclasses.replace(entry, name=entry.label) for entry in found]
     names = {entry.name: entry for entry in found}
-    against = (
-        next((each for each in found if each.plain), None) if options.against is None else names.get(options.against)
-    )
+    plain = next((each for each in found if each.plain), None)
+    against = plain if options.against is None else names.get(options.against)
     if against is None:
         given = options.against or "adamw"
         return process.fail(f"--against={given}: must be one of {', '.join(names) or 'no finished run'}")

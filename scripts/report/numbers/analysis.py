@@ -23,11 +23,10 @@ _STATUS = {
     "pruned": "next to a pruned rho",
     "flat": "no minimum in rho",
 }
-Interval = st.Interval
-NOTHING = Interval(math.nan, math.nan, math.nan, 0)
+NOTHING = st.Interval(math.nan, math.nan, math.nan, 0)
 
 
-def spread(key: str, found: Interval) -> dict[str, float]:
+def spread(key: str, found: st.Interval) -> dict[str, float]:
     """An interval as columns of a frame: KEY, KEY_low, KEY_high, KEY_n."""
     return dict(zip((key, f"{key}_low", f"{key}_high", f"{key}_n"), found, strict=False))
 
@@ -54,12 +53,11 @@ def comparison(study: Study) -> pd.DataFrame:
     rows = []
     for cell, entry in of_entries(study):
         way, ended = difference(entry, entry.tokens), st.finite(entry.runs["loss"])
-        means = entry.means
         rows.append(
             {"cell": f"{cell.label}: {cell.parameters:,} parameters, {style.si(cell.tokens)} tokens",
              "scale": cell.scale, "budget": cell.budget, "parameters": cell.parameters, "tokens": cell.tokens,
              "variant": entry.name, "rate": entry.chosen("rate"), "rho": entry.best["rho"].iloc[0],
-             "where": _where(entry), "tried": len(means) if entry.perturbs else 0, "finished": int(ended.sum()),
+             "where": _where(entry), "tried": len(entry.means) if entry.perturbs else 0, "finished": int(ended.sum()),
              "runs": len(entry.runs), "seeds": len(entry.best), "loss": entry.loss,
              "bits_per_byte": entry.best["bits_per_byte"].mean(),
              "against": entry.tokens.name if way and entry.tokens else "",
@@ -76,7 +74,7 @@ def _where(entry: Entry) -> str:
     return "one rho tried" if len(entry.means) == 1 else _STATUS.get(entry.optimum.status, "") if entry.optimum else ""
 
 
-def _with_noise_of_all(study: Study, entry: Entry, way: Difference | None) -> Interval:
+def _with_noise_of_all(study: Study, entry: Entry, way: Difference | None) -> st.Interval:
     """The difference of an entry to AdamW with bounds from the noise of all entries of its cell on the same seeds."""
     if way is None or entry.tokens is None or way.interval.n < 2:
         return NOTHING
@@ -209,7 +207,7 @@ def _optimum(cell: Cell, entry: Entry) -> list[dict]:
     return [
         {"variant": entry.name, "budget": cell.budget, "scale": cell.scale, "parameters": cell.parameters,
          "grid_best": entry.best["rho"].iloc[0],
-         **spread("optimum", Interval(found.rho, found.low, found.high, len(found.points))),
+         **spread("optimum", st.Interval(found.rho, found.low, found.high, len(found.points))),
          "status": _STATUS.get(found.status, "inside the grid"), "state": found.status,
          "noise": cell.sigma, "noise_df": cell.df, "noise_of": "all cells" if cell.pooled else "this cell",
          "error": found.error, "least": min(grid), "most": max(grid), "tried": len(grid),
@@ -319,8 +317,8 @@ def on_the_way(study: Study) -> pd.DataFrame:
         table = both[st.finite(both["difference"])].pivot_table("difference", "step", "seed", "last").dropna()
         if len(table) and table.shape[1] == len(seeds):
             first = both.drop_duplicates("step").set_index("step").loc[table.index, ["share", "tokens"]].reset_index()
-            bounds = spread("difference", Interval(*zip(*map(st.t_interval, table.to_numpy()), strict=True)))
-            rows.append(first.assign(cell=cell.label, variant=entry.name, **bounds))
+            bounds = [spread("difference", st.t_interval(values)) for values in table.to_numpy()]
+            rows.append(first.assign(cell=cell.label, variant=entry.name).join(pd.DataFrame(bounds)))
     keys = ["cell", "variant", "step", "share", "tokens", *spread("difference", NOTHING)]
     return pd.concat(rows, ignore_index=True)[keys] if rows else pd.DataFrame()
 

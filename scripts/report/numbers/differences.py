@@ -125,12 +125,9 @@ def counts(made: Answer) -> pd.DataFrame:
         return pd.DataFrame()
     ways = made.ways.join(made.rows[["group", "adamw"]], on="row")
     ways = ways[~ways["adamw"].astype(bool)].rename(columns={"measure": "aspect"})
-    survives = st.holm(ways["p"]) < 1 - st.LEVEL
-    found = ways.assign(
-        known=st.finite(ways["high"]), better=ways["sign"] < 0, worse=ways["sign"] > 0, survives=survives
-    )
-    shown = ["known", "better", "worse", "survives"]
-    return found.groupby(["group", "aspect", "basis"], sort=False)[shown].sum().reset_index()
+    shown = {"known": st.finite(ways["high"]), "better": ways["sign"] < 0, "worse": ways["sign"] > 0}
+    shown["survives"] = st.holm(ways["p"]) < 1 - st.LEVEL
+    return ways.assign(**shown).groupby(["group", "aspect", "basis"], sort=False)[[*shown]].sum().reset_index()
 
 
 def in_words(found: pd.DataFrame) -> pd.DataFrame:

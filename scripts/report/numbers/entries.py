@@ -402,9 +402,8 @@ def _counterpart(found: Sequence[Entry], entry: Entry) -> Entry | None:
     shared = [each for each in own if set(each.best.index) & set(entry.best.index)]
     alike = [each for each in shared if each.of_choice] or shared  # another rate, where the best was not run with it
     alike = alike if own else [each for each in found if each.plain]
-    chosen = st.choose(
-        {i: each.best["loss"].to_dict() for i, each in enumerate(alike)}
-    )  # on the seeds all of them have
+    # on the seeds all of them have
+    chosen = st.choose({i: each.best["loss"].to_dict() for i, each in enumerate(alike)})
     return alike[chosen.rho] if chosen else None
 
 

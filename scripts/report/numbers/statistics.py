@@ -178,7 +178,6 @@ class Optimum(NamedTuple):
     high: float
     error: float
     points: tuple[tuple[float, float], ...]
-    coefficients: tuple[float, float, float] = (math.nan, math.nan, math.nan)  # of log(rho / best of the grid)
 
 
 def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 1) -> Optimum:
@@ -206,10 +205,10 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
     u, y = np.log(np.array(near) / best), np.array([means[rho] for rho in near])
     design = np.stack([np.ones_like(u), u, u * u], 1)
     inverse = np.linalg.inv(design.T @ design)
-    c0, c1, c2 = (float(c) for c in inverse @ design.T @ y)
+    _, c1, c2 = (float(c) for c in inverse @ design.T @ y)
     points = tuple((rho, means[rho]) for rho in near)
     if not (c2 > 0 and u[0] <= -c1 / (2 * c2) <= u[-1]):
-        return Optimum("flat", best, math.nan, math.nan, math.nan, points, (c0, c1, c2))
+        return Optimum("flat", best, math.nan, math.nan, math.nan, points)
     vertex, v = -c1 / (2 * c2), inverse * sigma**2 / seeds
     error = math.sqrt(v[1, 1] + 4 * vertex * v[1, 2] + 4 * vertex**2 * v[2, 2]) / (2 * c2)
     low = high = math.nan
@@ -219,7 +218,7 @@ def optimum(means: Mapping[float, float], sigma: float, df: float, seeds: int = 
         root = math.sqrt(max(0.0, b * b - 4 * a * c)) if a > 0 else math.inf
         low, high = (best * math.exp(min(500.0, (-b + sign * root) / (2 * abs(a) or 1))) for sign in (-1, 1))
         low, high = low if low >= finite[0] else 0.0, high if high <= finite[-1] else math.inf
-    return Optimum("inside", best * math.exp(vertex), low, high, error, points, (c0, c1, c2))
+    return Optimum("inside", best * math.exp(vertex), low, high, error, points)
 
 
 class PowerLaw(NamedTuple):
