@@ -151,7 +151,7 @@ def _drawing(name: str, pair):
         found += [(letter, "training", *each) for each in zip(train.step[thin], train.loss[thin], strict=True)]
         found += [(letter, "held-out", point.step, point.loss) for point in run.curve]
     for kind in ("training", "held-out"):
-        found += [("B - A", kind, *each) for each in apart_by_step(*pair, kind)]
+        found += [("B - A", kind, *each) for each in apart_by_step(pair[0], pair[1], kind)]
     frame = pd.DataFrame(found, columns=["run", "kind", "step", "loss"])
     titles = {"A": f"A: {pair[0].name}", "B": f"B: {pair[1].name}", "B - A": "B − A"}
     looks = zip(titles.values(), (*style.series(2), ("#000000", "o", "-")), strict=True)
