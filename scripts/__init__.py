@@ -2,13 +2,12 @@
 
 import sys
 
-if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m steppe.scripts.NAME`
-    from pathlib import Path
+PROCESSES = ("cli", "train", "prepare_data")  # modules of processes that other commands start and schedulers repeat
 
+if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m steppe.scripts.NAME`
     _position = next((n for n, word in enumerate(sys.orig_argv) if "steppe.scripts." in word), 0)
     _name = sys.orig_argv[_position].partition("steppe.scripts.")[2]
-    _file = Path(__file__).parent / _name.split(".")[0]
-    if _name and not (_file.is_dir() or _file.with_suffix(".py").exists()):
+    if _name and "." not in _name and _name not in PROCESSES:
         from steppe.scripts import cli
 
         sys.exit(cli.main([_name, *sys.orig_argv[_position + 1 :]]))

@@ -46,6 +46,22 @@ def of_key(key: str) -> Callable[[str], Any]:
     return lambda text: base.keys()[key].accepted(text)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help in which the type of an option names its value, and numbers have their default behind them."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if not isinstance(accepted := action.type, keys.Accepted):
+            return "DIR" if accepted is writable_directory else super()._get_default_metavar_for_optional(action)
+        value = {int: "N", float: "X"}.get(accepted.of or accepted.kind, "TEXT")
+        return f"{value},{value},..." if accepted.of else value
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if not isinstance(action.type, keys.Accepted) or default in (None, (), [], "") or "default" in said:
+            return said
+        return f"{said} (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError. takes_config: whether the command accepts --config."""
 
@@ -67,7 +83,7 @@ def parser(name: str, summary: str | None, *, config: bool = True) -> Parser:
         prog=name if name.endswith(".py") else f"steppe {name}",
         description=summary,
         epilog=_HELP.format(ready=", ".join(ready(PACKAGE, "get_config"))) if config else "",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     made.takes_config = config
@@ -98,9 +114,14 @@ def add_trust(made: argparse.ArgumentParser) -> None:
     made.add_argument("--trust", action="store_true", help=help)
 
 
+def add_texts(made: argparse.ArgumentParser, name: str, metavar: str, help: str) -> None:
+    """Adds an option that may be repeated; the list of its texts, [] without any."""
+    made.add_argument(name, action="append", default=[], metavar=metavar, help=help)
+
+
 def add_only(made: argparse.ArgumentParser) -> None:
     """Adds --only, which selects runs by their configs; configs.only.matching reads it."""
-    made.add_argument("--only", action="append", default=[], metavar="KEY=V,V", help="only the runs that match")
+    add_texts(made, "--only", "KEY=V,V", "only the runs that match")
 
 
 Settings = TypeVar("Settings", bound=tuple)
@@ -115,14 +136,9 @@ def add_settings(made: argparse.ArgumentParser, settings: type[tuple]) -> None:
     defaults: dict[str, Any] = settings._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
     for name, hint in typing.get_type_hints(settings, include_extras=True).items():
         kind, meaning, accepted = typing.get_args(hint)
-        default, several = defaults[name], typing.get_origin(kind) is tuple
-        texts, value = several and accepted.kind is str, {int: "N", float: "X"}.get(accepted.of or kind, "TEXT")
-        taken: dict[str, Any] = {"type": accepted, "metavar": f"{value},{value},..." if accepted.of else value}
-        if kind is bool:
-            taken = {"action": "store_true"}
-        elif default not in ((), ""):
-            meaning += f" (default {','.join(map(str, default)) if several else default})"
-        if texts:
+        taken: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": accepted}
+        default = defaults[name]
+        if typing.get_origin(kind) is tuple and accepted.kind is str:
             taken["action"], default = "append", list(default)
         made.add_argument(f"--{name}", default=default, help=meaning.replace("%", "%%"), **taken)
 

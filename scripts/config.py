@@ -143,7 +143,3 @@ def read(text: str):
 
     here = mirror.here(text)
     return workdir.config_of(here) if os.path.isdir(here) else read_config(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ import os
 import pydoc
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -152,7 +151,3 @@ def _write(out: Path, page: Path, body: str, pages: Sequence[Path]) -> None:
     )
     title = re.sub(r"<.*?>", "", body.partition("<h1")[2].partition(">")[2].partition("</h1>")[0]).strip()
     place.write_text(PAGE.format(title=title, links=links, body=body), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

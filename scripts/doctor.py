@@ -128,7 +128,3 @@ def _free(folder: Path) -> str:
 
 def _say(what: str, said: str) -> None:
     print(f"{what:<12}{said}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 steppe plot DIR [DIR ...]
 """
 
-import sys
 from collections.abc import Sequence
 
 from steppe.scripts import command, process
@@ -25,7 +24,3 @@ def main(argv: Sequence[str]) -> int:
         mirror.add(run.directory, "loss.png")
         process.say(picture or f"{run.directory}: no step has been recorded ({run.why or run.status})")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

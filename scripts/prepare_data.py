@@ -42,27 +42,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _prepare(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data", __doc__)
-    parser.add_argument(
-        "--out", required=True, type=command.workdir, metavar="DIR", help="a new directory, or an interrupted one"
-    )
-    parser.add_argument(
-        "--shards", type=command.integer(1, 99_999), metavar="N", help="files per training source (config.data.shards)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", required=True, type=command.workdir, metavar="DIR", help="a new directory, or an interrupted one")
+    add("--shards", type=command.integer(1, 99_999), help="files per training source (config.data.shards)")
+    add(
         "--workers",
         type=command.integer(1),
         default=os.cpu_count() or 1,
-        metavar="N",
         help="processes, one shard each at a time (default: the number of cores)",
     )
-    parser.add_argument("--together", action="store_true", help="share the work with this command on other hosts")
-    parser.add_argument("--launcher", default="local", choices=LAUNCHERS, help="how the hosts' processes are started")
-    parser.add_argument(
-        "--hosts", type=command.integer(1), default=1, metavar="N", help="with slurm and print (default 1)"
-    )
-    parser.add_argument(
-        "--slurm", action="append", default=[], metavar="NAME=VALUE,...", help="submitit parameters: partition, time..."
-    )
+    add("--together", action="store_true", help="share the work with this command on other hosts")
+    add("--launcher", default="local", choices=LAUNCHERS, help="how the hosts' processes are started")
+    add("--hosts", type=command.integer(1), default=1, help="with slurm and print")
+    command.add_texts(parser, "--slurm", "NAME=VALUE,...", "submitit parameters: partition, time...")
     config, options = command.parse(argv, parser)
     if options.launcher == "local" and (options.hosts > 1 or options.slurm):
         given = f"--hosts={options.hosts}" if options.hosts > 1 else f"--slurm={','.join(options.slurm)}"
@@ -166,14 +158,11 @@ def _progress():
 
 def _vocabulary(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data vocabulary", "Train a SentencePiece model on the task of config.data.")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the model to write")
-    parser.add_argument(
-        "--size", type=command.integer(1), required=True, metavar="N", help="pieces, including the 256 bytes"
-    )
-    parser.add_argument("--model_type", default="bpe", help="bpe or unigram")
-    parser.add_argument(
-        "--characters", type=keys.number(least=1), default=1e8, metavar="N", help="characters of text to learn from"
-    )
+    add = parser.add_argument
+    add("--out", required=True, metavar="FILE", help="the model to write")
+    add("--size", type=command.integer(1), required=True, help="pieces, including the 256 bytes")
+    add("--model_type", default="bpe", help="bpe or unigram")
+    add("--characters", type=keys.number(least=1), default=1e8, metavar="N", help="characters of text to learn from")
     config, options = command.parse(argv, parser)
     if os.path.exists(options.out):
         return process.fail(f"--out={options.out}: exists; choose a new file")
@@ -193,11 +182,9 @@ def _vocabulary(argv: Sequence[str]) -> int:
 def _show(argv: Sequence[str]) -> int:
     parser = command.parser("prepare_data show", "Print a batch of a prepared directory, decoded.", config=False)
     parser.add_argument("directory", metavar="DIR", help="a prepared directory")
-    parser.add_argument("--step", type=command.integer(), default=0, metavar="K", help="index of the batch (default 0)")
-    parser.add_argument(
-        "--batch_size", type=command.integer(1), default=4, metavar="N", help="rows per batch, as in the run"
-    )
-    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="the run's config.seed")
+    parser.add_argument("--step", type=command.integer(), default=0, metavar="K", help="index of the batch")
+    parser.add_argument("--batch_size", type=command.integer(1), default=4, help="rows per batch, as in the run")
+    parser.add_argument("--seed", type=command.integer(), default=0, help="the run's config.seed")
     parser.add_argument("--held_out", metavar="NAME", help="print this held-out set instead of training text")
     options = command.options_of(argv, parser)
     from steppe.data.loader import held_out_rows, open_corpus, training_rows

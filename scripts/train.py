@@ -23,25 +23,24 @@ NEXT = (
 def main(argv: Sequence[str]) -> int:
     """Starts or resumes a training run; returns the exit status, 2 for bad input."""
     parser = command.parser("train", command.headline(__doc__))
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--workdir",
         required=True,
         type=command.workdir,
         help="directory or URL (s3://bucket/run) for metrics and checkpoints",
     )
-    parser.add_argument(
-        "--branch_from", metavar="RUN[@STEP]", help="start a new run from another run's state: config.branch_from"
-    )
-    parser.add_argument(
+    add("--branch_from", metavar="RUN[@STEP]", help="start a new run from another run's state: config.branch_from")
+    add(
         "--allow_change", default="", metavar="KEY,KEY", help="config keys that may differ from those of the stored run"
     )
-    parser.add_argument(
+    add(
         "--replay_step",
         type=command.integer(1),
         metavar="K",
         help="repeat step K of the run in --workdir and print its details; writes nothing",
     )
-    parser.add_argument(
+    add(
         "--until",
         type=command.integer(1),
         metavar="K",
@@ -53,9 +52,7 @@ def main(argv: Sequence[str]) -> int:
         "--distributed", action="store_true", help="join the processes that SLURM or the TPU pod started"
     )
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="join the processes at this address of process 0")
-    hosts.add_argument(
-        "--num_processes", type=command.integer(1), metavar="N", help="with --coordinator: the number of processes"
-    )
+    hosts.add_argument("--num_processes", type=command.integer(1), help="with --coordinator: the number of processes")
     hosts.add_argument(
         "--process_id", type=command.integer(), metavar="I", help="with --coordinator: index of this process, from 0"
     )
@@ -64,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         type=command.integer(1),
         default=60,
         metavar="S",
-        help="seconds without an answer after which a process counts as lost (default 60)",
+        help="seconds without an answer after which a process counts as lost",
     )
     config, options = command.parse(argv, parser)
     if options.branch_from is not None:

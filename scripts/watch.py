@@ -4,7 +4,6 @@ steppe watch DIR [--every=SECONDS] [--once]
 """
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +120,3 @@ def _console():
 
 def _shown(loss: float | None) -> str:
     return "" if loss is None else f"{loss:.4f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 steppe bench step|collectives|gpu [--help] ...
 """
 
-import sys
 from collections.abc import Sequence
 
 from steppe.scripts import command, process
@@ -14,7 +13,3 @@ def main(argv: Sequence[str]) -> int:
     """Runs steppe.scripts.bench.KIND with the remaining arguments; returns its exit status."""
     process.keep_memory()
     return command.dispatch(argv, "steppe bench", "steppe.scripts.bench", KINDS["bench"])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,6 @@ that send most.
 """
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,19 +32,18 @@ class Least(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Prints a table for each topology; returns the exit status."""
     parser = command.parser("bench collectives", __doc__, config=False)
-    parser.add_argument(
-        "--topology", nargs="+", default=["v5e:8x8", "h100:8x8"], metavar="KIND:SIZE", help="as for steppe plan"
-    )
-    parser.add_argument("--size", default="118m", type=command.of_key("model.size"), help="model size")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--topology", nargs="+", default=["v5e:8x8", "h100:8x8"], metavar="KIND:SIZE", help="as for steppe plan")
+    add("--size", default="118m", type=command.of_key("model.size"), help="model size")
+    add(
         "--methods",
         nargs="+",
         default=list(METHODS),
         type=command.of_key("optim.method"),
         help="default: one of each kind",
     )
-    parser.add_argument("--batch_size", type=command.integer(1), default=512, metavar="N", help="sequences, 512 tokens")
-    parser.add_argument("--sources", action="store_true", help="list the operations that send most bytes")
+    add("--batch_size", type=command.integer(1), default=512, help="sequences, 512 tokens")
+    add("--sources", action="store_true", help="list the operations that send most bytes")
     options = command.options_of(argv, parser)
     for topology in options.topology:
         devices = plan.described(topology)
@@ -105,7 +103,3 @@ def _print_sources(found: list[hlo.Collective], most: int = 12) -> None:
     for each in sorted(found, key=lambda one: -one.bytes)[:most]:
         shape = each.shape[:60]
         print(f"    {each.bytes / GIB:8.4f} GiB  {each.kind:<16} x{each.times:<4} {shape:<60} {each.source[-70:]}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

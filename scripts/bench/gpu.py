@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
     add("--sizes", nargs="+", default=["118m", "1.2b"], choices=list(sizes.SIZES), help="sizes of configs/sizes.py")
     add("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
     add("--seconds", type=keys.number(above=0), default=6.0, metavar="S", help="seconds per measurement (default 6)")
-    add("--batch_size", type=command.integer(1), metavar="N", help="sequences a step; default: by size")
-    add("--sequence_length", type=command.integer(1), default=1024, metavar="N", help="tokens of a sequence")
+    add("--batch_size", type=command.integer(1), help="sequences a step; default: by size")
+    add("--sequence_length", type=command.integer(1), default=1024, help="tokens of a sequence")
     add("--remat", default="dots", type=command.of_key("model.remat"), help="config.model.remat")
     add("--anywhere", action="store_true", help="also run without a GPU")
     add("--torch_only", help=argparse.SUPPRESS)
@@ -205,8 +205,9 @@ def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, Any]
 
 def _torch_apart(size: str, options: Any) -> dict[str, Any]:
     """The result of `_torch` from another process, which frees the memory when it ends."""
-    line = [sys.executable, "-P", "-m", __spec__.name, f"--torch_only={size}", f"--seconds={options.seconds}"]
-    line += [f"--batch_size={_batch_size(size, options)}", f"--sequence_length={options.sequence_length}"]
+    line = [sys.executable, "-P", "-m", "steppe.scripts.cli", "bench", "gpu", f"--torch_only={size}"]
+    line += [f"--seconds={options.seconds}", f"--batch_size={_batch_size(size, options)}"]
+    line += [f"--sequence_length={options.sequence_length}"]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
@@ -241,7 +242,3 @@ def _print_quickstart() -> None:
         said = [text for text in done.stdout.splitlines() if text.startswith(("goodput", "result"))]
         print(f"\nquickstart, 300 steps: {time.monotonic() - began:.1f} s, exit status {done.returncode}")
         print("\n".join(said or done.stderr.splitlines()[-1:]))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,6 @@ plain flax and optax step of the same shapes, with AdamW and with optax.contrib.
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -143,7 +142,3 @@ def print_table(size: str, variants: list[Variant], options) -> None:
             ]
         memory = f"{variant.temporary / 2**20:.0f}"
         print(f"| {variant.name} | {' | '.join(cells)} | {memory} | {variant.compile:.1f} |", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ def parser(name: str, summary: str | None, turns: int) -> command.Parser:
     """A parser with the options that config_of and batch_of read."""
     made = command.parser(name, summary, config=False)
     made.add_argument("--sizes", nargs="+", default=["24m"], choices=list(sizes.SIZES), help="see configs/sizes.py")
-    made.add_argument("--batch_size", type=command.integer(1), default=4, help="sequences (default 4)")
+    made.add_argument("--batch_size", type=command.integer(1), default=4, help="sequences")
     made.add_argument("--sequence_length", type=command.integer(1), default=512, help="tokens of a sequence")
     made.add_argument("--vocabulary_size", type=command.integer(1), default=32100, help="tokens in the vocabulary")
     made.add_argument("--remat", default="dots", type=command.of_key("model.remat"), help="config.model.remat")

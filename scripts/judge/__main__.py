@@ -17,7 +17,6 @@ Another candidate in the same DIR costs only its own runs. Without CANDIDATE, th
 writes their page; --again makes each verdict anew from the runs that DIR has.
 """
 
-import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -34,32 +33,27 @@ from steppe.scripts.sweep.__main__ import add_launch
 def main(argv: Sequence[str]) -> int:
     """Plans or runs the stages, then says the verdict; returns the exit status, 75 if stopped before the end."""
     parser = command.parser("judge", __doc__)
-    parser.add_argument("candidate", nargs="?", metavar="CANDIDATE", help="a method, a base or FILE.py:NAME")
-    parser.add_argument(
-        "--out", required=True, type=command.writable_directory, metavar="DIR", help="directory of runs and verdicts"
-    )
-    parser.add_argument("--against", default="adamw", metavar="NAME,NAME", help="rivals; adamw is always one (default)")
-    parser.add_argument("--effect", type=keys.number(above=0), default=0.005, metavar="NATS",
-                        help="nats a byte below which a difference does not matter (default 0.005)")  # fmt: skip
-    parser.add_argument(
-        "--trials", type=command.integer(3), default=12, metavar="N", help="trials of each contender (default 12)"
-    )
-    parser.add_argument("--pairs", type=command.integer(3), metavar="N",
+    add = parser.add_argument
+    add("candidate", nargs="?", metavar="CANDIDATE", help="a method, a base or FILE.py:NAME")
+    add("--out", required=True, type=command.writable_directory, help="directory of runs and verdicts")
+    add("--against", default="adamw", metavar="NAME,NAME", help="rivals; adamw is always one (default)")
+    add("--effect", type=keys.number(above=0), default=0.005, metavar="NATS",
+                        help="nats a byte below which a difference does not matter")  # fmt: skip
+    add("--trials", type=command.integer(3), default=12, help="trials of each contender")
+    add("--pairs", type=command.integer(3),
                         help="fresh seeds at most (default: as many as tell the effect with power 0.8)")  # fmt: skip
-    parser.add_argument("--noise", type=keys.number(above=0), default=0.006, metavar="NATS",
-                        help="sd of one pair's difference that the looks are planned for (default 0.006)")  # fmt: skip
-    parser.add_argument("--budget", type=budget, metavar="TIME|FLOPS",
+    add("--noise", type=keys.number(above=0), default=0.006, metavar="NATS",
+                        help="sd of one pair's difference that the looks are planned for")  # fmt: skip
+    add("--budget", type=budget, metavar="TIME|FLOPS",
                         help="'6 hours' or FLOPs for all runs of a verdict; no look starts beyond it")  # fmt: skip
-    parser.add_argument("--sizes", type=sizes, default=(), metavar="NAME,NAME",
+    add("--sizes", type=sizes, default=(), metavar="NAME,NAME",
                         help="judge at each of these values of config.model.size, and fit the trend")  # fmt: skip
-    parser.add_argument("--retention", nargs="?", const="topics", metavar="TASK",
+    add("--retention", nargs="?", const="topics", metavar="TASK",
                         help="also compare fine-tuning on TASK (default topics), rounding and noise")  # fmt: skip
     add_launch(parser, ("local", "slurm"))
     command.add_trust(parser)
-    parser.add_argument("--plan", action="store_true", help="only show the stages and their cost")
-    parser.add_argument(
-        "--again", action="store_true", help="without CANDIDATE: make all verdicts of DIR from its runs"
-    )
+    add("--plan", action="store_true", help="only show the stages and their cost")
+    add("--again", action="store_true", help="without CANDIDATE: make all verdicts of DIR from its runs")
     path, overrides, options = command.parse_unread(argv, parser)
     from steppe.scripts.judge import board, stages, trend
 
@@ -146,7 +140,3 @@ def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> 
     found["asked"] = {name: getattr(options, name) for name in ASKED} | jobs
     process.say(page.keep(options.out, found))
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

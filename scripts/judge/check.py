@@ -7,7 +7,6 @@ own methods pass the same checks, on eight simulated devices of this CPU. FLOPs 
 the compiler's figure. Both are for the given config (default: quickstart). The exit status is 1 if a check fails.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +91,3 @@ def cost(config) -> str:
         own, plain = found[0][index] / unit, found[1][index] / unit
         lines.append(f"{name:<17} {own:>12,.3f} {plain:>12,.3f} {own / plain:>7.2f}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ Such a module declares its `Settings`, which are options of the command, and one
 import contextlib
 import importlib
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,12 +115,7 @@ def _parser(name: str, measurement: ModuleType, compares: bool) -> command.Parse
     command.add_trust(parser)
     if compares:
         add("--again", action="store_true", help="measure again what has been measured")
-        add(
-            "--out",
-            type=command.writable_directory,
-            metavar="DIR",
-            help="directory for the table and plots of the comparison",
-        )
+        add("--out", type=command.writable_directory, help="directory for the table and plots of the comparison")
     else:
         add("--skip_done", action="store_true", help="skip checkpoints that have been measured")
         said = f"with --step=all, begin no checkpoint that would end later (default {MINUTES}); 0: no limit"
@@ -323,7 +317,7 @@ def _save(figure: Any, title: str, path: Path) -> None:
 def of_configs(name: str, measurement: ModuleType, argv: Sequence[str]) -> int:
     """Measures models of a config; writes NAME.csv and NAME.png, and prints a line a model."""
     parser = command.parser(name, command.headline(measurement.__doc__))
-    parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="where both go")
+    parser.add_argument("--out", required=True, type=command.writable_directory, help="where both go")
     command.add_settings(parser, measurement.Settings)
     config, options = command.parse(argv, parser)
     settings = command.settings_of(options, measurement.Settings)
@@ -353,7 +347,3 @@ def of_configs(name: str, measurement: ModuleType, argv: Sequence[str]) -> int:
     process.say(frame.to_string(float_format="{:.3g}".format, na_rep="-"))
     process.say(f"\n{measurement.note(frame)}\nwrote {sheet} and {picture}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -15,15 +15,12 @@ from steppe.scripts import command, process
 def main(argv: Sequence[str]) -> int:
     """Prints one line per held-out set; returns the exit status, 2 for bad input."""
     parser = command.run_parser("evaluate", command.headline(__doc__))
-    parser.add_argument(
-        "--batches", type=command.integer(), default=0, metavar="N", help="batches of each set; 0 (default): all"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--batches", type=command.integer(), default=0, help="batches of each set; 0 (default): all")
+    add(
         "--task", metavar="SOURCE", help="other text, in the form of config.data.task; default: the run's held-out sets"
     )
-    parser.add_argument(
-        "--choices", action="append", metavar="NAME=jsonl:FILE", help="multiple-choice items; default: the run's own"
-    )
+    add("--choices", action="append", metavar="NAME=jsonl:FILE", help="multiple-choice items; default: the run's own")
     options = command.options_of(argv, parser)
 
     with Progress("evaluate: loading the model", sys.stderr) as progress:
@@ -91,7 +88,3 @@ def _evaluate(options: Any, progress: Progress) -> int:
             f"of {len(items):,} items"
         )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 steppe export --workdir=DIR --out=HF_DIR [--step=K]
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +32,3 @@ def main(argv: Sequence[str]) -> int:
     process.say(f"{shown} holds {run.config.model.style} as {export.architecture(run)}; load it with")
     process.say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(shown)!r})")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

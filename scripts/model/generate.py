@@ -26,12 +26,10 @@ def main(argv: Sequence[str]) -> int:
     prompts.add_argument("--prompt", help="default: config.sample.prompt of the run")
     prompts.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl objects with prompt")
     parser.add_argument("--out", metavar="FILE", help="write objects with prompt and text instead of printing")
-    parser.add_argument("--batch_size", type=command.integer(1), default=32, metavar="N", help="prompts at a time")
-    parser.add_argument("--tokens", type=command.integer(1), default=200, metavar="N", help="at most (default 200)")
-    parser.add_argument(
-        "--temperature", type=keys.number(least=0), default=0.8, metavar="X", help="0: greedy (default 0.8)"
-    )
-    parser.add_argument("--seed", type=command.integer(), default=0, metavar="N", help="random seed (default 0)")
+    parser.add_argument("--batch_size", type=command.integer(1), default=32, help="prompts at a time")
+    parser.add_argument("--tokens", type=command.integer(1), default=200, help="at most")
+    parser.add_argument("--temperature", type=keys.number(least=0), default=0.8, help="0: greedy")
+    parser.add_argument("--seed", type=command.integer(), default=0, help="random seed")
     options = command.options_of(argv, parser)
     if options.prompt is not None and not TEXT.allows(options.prompt):
         return process.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
@@ -101,7 +99,3 @@ def _prompts(path: str) -> list[str]:
     if not found:
         raise command.UsageError(f"--prompts={path}: must hold a prompt")
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,6 @@ scripts/plan/table.py gives it. With --long it plans 1.2b and 8b with 8,192 toke
 
 import math
 import re
-import sys
 from collections.abc import Sequence
 
 from steppe.configs.read import read_config
@@ -24,24 +23,20 @@ from steppe.scripts.plan.table import SLICES, TABLE, table
 def main(argv: Sequence[str]) -> int:
     """Prints the plan; returns 0 if it fits, 1 if not, 2 for bad input."""
     parser = command.parser("plan", __doc__)
-    parser.add_argument(
-        "--topology", metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4, h100:8, a100:4x8"
-    )
-    parser.add_argument(
-        "--vocabulary_size", type=command.integer(1), metavar="N", help="instead of reading config.data.vocabulary"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--topology", metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4, h100:8, a100:4x8")
+    add("--vocabulary_size", type=command.integer(1), help="instead of reading config.data.vocabulary")
+    add(
         "--epoch_tokens",
         type=command.integer(0, 10**18),
         default=0,
-        metavar="N",
         help="tokens of the corpus, for durations in epochs",
     )
-    parser.add_argument("--search", action="store_true", help="also choose config.model.remat and config.mesh")
-    parser.add_argument("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
-    parser.add_argument("--long", action="store_true", help="with --table: every method on sequences of 8,192 tokens")
-    parser.add_argument("--sizes", nargs="+", choices=list(TABLE), help="rows of --table")
-    parser.add_argument("--methods", nargs="+", type=command.of_key("optim.method"), help="methods of --table")
+    add("--search", action="store_true", help="also choose config.model.remat and config.mesh")
+    add("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
+    add("--long", action="store_true", help="with --table: every method on sequences of 8,192 tokens")
+    add("--sizes", nargs="+", choices=list(TABLE), help="rows of --table")
+    add("--methods", nargs="+", type=command.of_key("optim.method"), help="methods of --table")
     path, overrides, options = command.parse_unread(argv, parser)
     if options.table:
         slices = (options.topology and [options.topology]) or SLICES
@@ -127,7 +122,3 @@ def span(low: float, high: float) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:8.2f} GiB"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -34,20 +34,19 @@ _SWEEP_HELP = "a module or file with get_spec(), or one of " + ", ".join(ready(s
 def main(argv: Sequence[str]) -> int:
     """Plans and runs a sweep; returns the exit status."""
     parser = command.parser("sweep", __doc__)
-    parser.add_argument("--out", required=True, type=command.writable_directory, metavar="DIR", help="the directory")
-    spec = parser.add_argument("--sweep", metavar="SPEC", help=_SWEEP_HELP)
+    add = parser.add_argument
+    add("--out", required=True, type=command.writable_directory, help="the directory")
+    spec = add("--sweep", metavar="SPEC", help=_SWEEP_HELP)
     command.complete_by(spec, command.names(sweep_spec.PACKAGE, "get_spec"))
-    parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="all combinations (repeatable)")
-    parser.add_argument("--zip", action="append", default=[], metavar="KEY=V,V", help="values in step (repeatable)")
+    command.add_texts(parser, "--grid", "KEY=V,V", "all combinations (repeatable)")
+    command.add_texts(parser, "--zip", "KEY=V,V", "values in step (repeatable)")
     command.add_only(parser)
-    parser.add_argument("--plan", action="store_true", help="print the runs and their cost, then stop")
-    parser.add_argument("--retry", action="store_true", help="also repeat runs that failed")
-    parser.add_argument(
-        "--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs with a bad rho early (2:0.25,0.5)"
-    )
+    add("--plan", action="store_true", help="print the runs and their cost, then stop")
+    add("--retry", action="store_true", help="also repeat runs that failed")
+    add("--halving", nargs="?", const="", metavar="ETA:RUNG,RUNG", help="stop runs with a bad rho early (2:0.25,0.5)")
     add_launch(parser, LAUNCHERS)
-    parser.add_argument("--wait", action="store_true", help="with --launcher=slurm: until every run has ended")
-    parser.add_argument("--order", default="cheapest", choices=("cheapest", "listed"), help="order of the runs")
+    add("--wait", action="store_true", help="with --launcher=slurm: until every run has ended")
+    add("--order", default="cheapest", choices=("cheapest", "listed"), help="order of the runs")
     path, overrides, options = command.parse_unread(argv, parser)
     return _sweep(path, _once(overrides), options)
 
@@ -55,20 +54,10 @@ def main(argv: Sequence[str]) -> int:
 def add_launch(parser: argparse.ArgumentParser, launchers: Sequence[str]) -> None:
     """Adds the flags that say where runs execute, and how many at a time."""
     parser.add_argument("--launcher", default="local", choices=launchers, help="where the runs execute")
-    parser.add_argument(
-        "--jobs", type=command.integer(), default=0, metavar="N", help="runs at a time (default: cores / --cores)"
-    )
-    parser.add_argument("--cores", type=command.integer(1), default=1, metavar="N", help="cores per run (default 1)")
-    parser.add_argument(
-        "--slurm",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE,...",
-        help="submitit parameters: partition, time (minutes)...",
-    )
-    parser.add_argument(
-        "--devices", type=command.integer(1), default=1, metavar="N", help="devices per run on slurm, print (default 1)"
-    )
+    parser.add_argument("--jobs", type=command.integer(), default=0, help="runs at a time (default: cores / --cores)")
+    parser.add_argument("--cores", type=command.integer(1), default=1, help="cores per run")
+    command.add_texts(parser, "--slurm", "NAME=VALUE,...", "submitit parameters: partition, time (minutes)...")
+    parser.add_argument("--devices", type=command.integer(1), default=1, help="devices per run on slurm, print")
 
 
 def _sweep(path: str | None, overrides: list, options: Any) -> int:
@@ -281,7 +270,3 @@ def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) 
         process.say("run the same command again to continue")
         return STOPPED
     return 1 if "failed" in named else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
