@@ -11,9 +11,8 @@ that send most.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from steppe.configs import base
 from steppe.lm.model import hlo
 from steppe.scripts import command
 from steppe.scripts.plan import compiled as plan
@@ -22,26 +21,14 @@ METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam", "msam", "
 GIB = 2**30
 
 
-class Least(NamedTuple):
-    """Bytes that one device must send: gathered parameters, and gradients scattered to their shards."""
-
-    gather: float
-    scatter: float
-
-
 def main(argv: Sequence[str]) -> int:
     """Prints a table for each topology; returns the exit status."""
     parser = command.parser("bench collectives", __doc__, config=False)
     add = parser.add_argument
     add("--topology", nargs="+", default=["v5e:8x8", "h100:8x8"], metavar="KIND:SIZE", help="as for steppe plan")
     add("--size", default="118m", type=command.of_key("model.size"), help="model size")
-    add(
-        "--methods",
-        nargs="+",
-        default=list(METHODS),
-        type=command.of_key("optim.method"),
-        help="default: one of each kind",
-    )
+    method = command.of_key("optim.method")
+    add("--methods", nargs="+", default=list(METHODS), type=method, help="default: one of each kind")
     add("--batch_size", type=command.integer(1), default=512, help="sequences, 512 tokens")
     add("--sources", action="store_true", help="list the operations that send most bytes")
     options = command.options_of(argv, parser)
@@ -61,18 +48,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compiled(method: str, options: Any, devices: list) -> tuple[Any, Any]:
-    from steppe.configs.sizes import resolve
-
-    config = base.get_config()
-    config.model.size, config.model.compute_dtype, config.optim.method = options.size, "bfloat16", method
-    resolve(config)
-    config.data.sequence_length, config.train.batch_size = 512, options.batch_size
-    config.train.duration, config.mesh.data, config.mesh.fsdp = "1000 steps", 1, len(devices)
-    return plan.compiled_step(config, 32100, 10**9, devices)
+    values = {"model.size": options.size, "model.compute_dtype": "bfloat16", "optim.method": method, "mesh.data": 1}
+    values |= {"data.sequence_length": 512, "train.batch_size": options.batch_size, "train.duration": "1000 steps"}
+    return plan.compiled_step(plan.setting(values | {"mesh.fsdp": len(devices)}), 32100, 10**9, devices)
 
 
-def least(method: str, parts: Any) -> Least:
-    """The Least of a step of these parts on their mesh."""
+def least(method: str, parts: Any) -> tuple[float, float]:
+    """Bytes that one device must send in a step: (gathered parameters, gradients scattered to their shards)."""
     import jax
 
     from steppe.optim.methods import cost
@@ -84,16 +66,16 @@ def least(method: str, parts: Any) -> Least:
     numbers = sum(math.prod(leaf.shape) for leaf in sharded)
     passes = cost(method)
     sent = numbers * width * share
-    return Least((passes.forwards + passes.backwards) * sent, passes.backwards * sent)
+    return (passes.forwards + passes.backwards) * sent, passes.backwards * sent
 
 
-def _row(method: str, found: list[hlo.Collective], needed: Least) -> str:
+def _row(method: str, found: list[hlo.Collective], needed: tuple[float, float]) -> str:
     sent: dict[str, float] = defaultdict(float)
     for each in found:
         sent[each.kind] += each.bytes
     gathered, scattered, reduced = (sent.pop(kind, 0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
     other = sum(sent.values())
-    numbers = gathered, needed.gather, scattered, needed.scatter, reduced, other
+    numbers = gathered, needed[0], scattered, needed[1], reduced, other
     ratio = (gathered + scattered + reduced + other) / sum(needed)
     return f"| {method} | {' | '.join(f'{number / GIB:.3f}' for number in numbers)} | {ratio:.2f} |"
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from steppe.configs import base, keys, sizes
+from steppe.configs import keys, sizes
 from steppe.scripts import command, process
 from steppe.scripts.bench import turns
 
@@ -29,7 +29,6 @@ METHODS = (
     "functional_msam",
 )
 SEQUENCES = {"118m": 32, "1.2b": 16}  # of 1,024 tokens, a step; other sizes: 64
-VOCABULARY = 32_128
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     add("--remat", default="dots", type=command.of_key("model.remat"), help="config.model.remat")
     add("--anywhere", action="store_true", help="also run without a GPU")
     add("--torch_only", help=argparse.SUPPRESS)
+    parser.set_defaults(vocabulary_size=32_128)
     options = command.options_of(argv, parser)
     if options.torch_only:
         print(json.dumps(_torch(options.torch_only, options)))
@@ -53,14 +53,16 @@ def main(argv: Sequence[str]) -> int:
             "steppe bench gpu: needs a GPU that jax can use (pip install '.[gpu]'); --anywhere runs it here"
         )
     began = time.monotonic()
-    by_torch = {size: _torch_apart(size, options) for size in options.sizes}
+    sequences = {size: options.batch_size or SEQUENCES.get(size, 64) for size in options.sizes}
+    own = {size: argparse.Namespace(**{**vars(options), "batch_size": n}) for size, n in sequences.items()}
+    by_torch = {size: _torch_apart(size, own[size]) for size in options.sizes}
     import jax
 
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}, bfloat16, remat {options.remat}")
     _print_kernels(options)
     for size in options.sizes:
-        _print_steps(size, by_torch[size], options)
+        _print_steps(size, by_torch[size], own[size])
     _print_quickstart()
     print(f"\nthe benchmark took {time.monotonic() - began:.0f} s")
     return 0
@@ -104,42 +106,24 @@ def _print_kernels(options: Any) -> None:
             print(f"| {label} | {dtype} | {' | '.join(f'{one:.1e}' for one in apart)} |", flush=True)
 
 
-def _batch_size(size: str, options: Any) -> int:
-    return options.batch_size or SEQUENCES.get(size, 64)
-
-
-def _config(size: str, method: str, options: Any):
-
-    config = base.get_config()
-    config.model.size = size
-    config.optim.method, _, readout = method.partition(":")
-    sizes.resolve(config)
-    config.model.update(compute_dtype="bfloat16", functional_readout=readout or "auto", remat=options.remat)
-    config.train.batch_size, config.data.sequence_length = _batch_size(size, options), options.sequence_length
-    config.mesh.update(data=1, fsdp=1, tensor=1)
-    return config
-
-
 class _Step:
     """A compiled step with its state and a batch. compiling: seconds; used: bytes of arguments and temporaries."""
 
     def __init__(self, size: str, method: str, options: Any):
         import jax
-        import jax.numpy as jnp
 
         from steppe.lm.parts.state import create
         from steppe.lm.parts.step import with_scalars
         from steppe.scripts.plan.compiled import compiled_step
 
-        config, since = _config(size, method, options), time.monotonic()
-        self.parts, program = compiled_step(config, VOCABULARY, 10**9, jax.devices()[:1])
+        config, since = turns.config_of(size, options, method), time.monotonic()
+        config.model.compute_dtype = "bfloat16"
+        self.parts, program = compiled_step(config, options.vocabulary_size, 10**9, jax.devices()[:1])
         self.compiling = time.monotonic() - since
         memory: Any = program.memory_analysis()
         self.used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         self._step, self._state = with_scalars(program, self.parts), create(self.parts.mesh, self.parts.initialise)
-        shape = (config.train.batch_size, options.sequence_length)
-        numbers = jax.random.randint(jax.random.key(1), (shape[0], shape[1] + 1), 0, VOCABULARY)
-        self._batch = {"inputs": numbers[:, :-1], "targets": numbers[:, 1:], "weights": jnp.ones(shape, jnp.float32)}
+        self._batch = turns.batch_of(options)
 
     def once(self) -> None:
         """Dispatches one step."""
@@ -156,7 +140,7 @@ def _print_steps(size: str, by_torch: dict[str, Any], options: Any) -> None:
     """Prints one table of Steppe's steps and of the PyTorch steps, which were measured before."""
     from steppe.lm.parts.chips import peak_flops
 
-    sequences, length = _batch_size(size, options), options.sequence_length
+    sequences, length = options.batch_size, options.sequence_length
     print(f"\n{size}: {sequences} x {length} tokens a step, {options.seconds:g} s each\n")
     print("| step | tokens/s | time / adamw | FLOPs / adamw | MFU | GiB | compile s |\n|---|---|---|---|---|---|---|")
     first, trace = (math.nan, math.nan, None), []
@@ -206,7 +190,7 @@ def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, Any]
 def _torch_apart(size: str, options: Any) -> dict[str, Any]:
     """The result of `_torch` from another process, which frees the memory when it ends."""
     line = [sys.executable, "-P", "-m", "steppe.scripts.cli", "bench", "gpu", f"--torch_only={size}"]
-    line += [f"--seconds={options.seconds}", f"--batch_size={_batch_size(size, options)}"]
+    line += [f"--seconds={options.seconds}", f"--batch_size={options.batch_size}"]
     line += [f"--sequence_length={options.sequence_length}"]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
@@ -215,20 +199,11 @@ def _torch_apart(size: str, options: Any) -> dict[str, Any]:
 
 
 def _torch(size: str, options: Any) -> dict[str, Any]:
-    from steppe.lm.model.transformer import Shape
     from steppe.scripts.bench.against import torch_step
 
-    dimensions: dict[str, Any] = sizes.SIZES[size]
-    shape = Shape(
-        **dimensions,
-        style="nanodo",
-        kv_heads=sizes.SIZES[size]["heads"],
-        vocabulary=VOCABULARY,
-        sequence_length=options.sequence_length,
-    )
-    found = {}
+    found, shape = {}, turns.shape_of(size, options)
     for name, sam in (("torch.compile adamw", False), ("torch.compile SAM", True)):
-        found[name] = torch_step.measure(shape, _batch_size(size, options), sam, options.seconds, bfloat16=True)
+        found[name] = torch_step.measure(shape, options.batch_size, sam, options.seconds)
     return {"steps": found}
 
 

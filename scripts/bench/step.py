@@ -60,9 +60,7 @@ def ours(size: str, method: str, options) -> Variant:
     from steppe.lm.parts.state import create
     from steppe.scripts.plan.compiled import compiled_step
 
-    config = turns.config_of(size, options)
-    config.optim.method, _, readout = method.partition(":")
-    config.model.functional_readout = readout or "auto"
+    config = turns.config_of(size, options, method)
     config.model.update(compute_dtype=options.dtype, readout_chunk=options.chunk)
     config.model.layers = options.layers or config.model.layers
     config.optim.clip_norm = 0.0  # the reference does not clip either
@@ -74,41 +72,26 @@ def ours(size: str, method: str, options) -> Variant:
     def step(state, batch):
         return program(state, batch, math.inf, parts.scalars)
 
-    return variant(method, program, repeated(method, step, state, turns.batch_of(options)), spent)
+    return variant(method, program, step, state, turns.batch_of(options), spent)
 
 
 def reference(size: str, sam: bool, options) -> Variant:
     """The plain flax and optax step."""
     import jax
 
-    from steppe.configs.sizes import SIZES
-    from steppe.lm.model.transformer import Shape, padded_vocabulary
     from steppe.scripts.bench.against.flax_step import make
 
-    shape = Shape(
-        **{**SIZES[size], "layers": options.layers or SIZES[size]["layers"]},
-        style="nanodo",
-        kv_heads=SIZES[size]["heads"],
-        vocabulary=padded_vocabulary(options.vocabulary_size, 32),
-        sequence_length=options.sequence_length,
-    )
-    initialise, step = make(shape, sam)
+    initialise, step = make(turns.shape_of(size, options, options.layers), sam)
     state, batch = jax.jit(initialise)(jax.random.key(0)), turns.batch_of(options)
     began, name = time.process_time(), "optax.contrib.sam" if sam else "plain adamw"
     with compiling(f"{size} {name}", process.warn):
         program = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     spent = time.process_time() - began
-    return variant(name, program, repeated(name, program, state, batch), spent)
+    return variant(name, program, program, state, batch, spent)
 
 
-def variant(name: str, program, run: Callable, spent: float) -> Variant:
-    """The Variant of a compiled program."""
-    temporary = program.memory_analysis().temp_size_in_bytes
-    return Variant(name=name, run=run, temporary=temporary, compile=spent)
-
-
-def repeated(name: str, step: Callable, state: Any, batch: dict) -> Callable[[], Any]:
-    """run() executes step(state, batch) -> (state, metrics), each time on the state that the last call returned."""
+def variant(name: str, program: Any, step: Callable, state: Any, batch: dict, spent: float) -> Variant:
+    """The Variant of step(state, batch) -> (state, metrics), each time on the state that the last call returned."""
 
     def run():
         nonlocal state
@@ -117,7 +100,7 @@ def repeated(name: str, step: Callable, state: Any, batch: dict) -> Callable[[],
             raise FloatingPointError(f"{name}: the loss is not a number")
         return state
 
-    return run
+    return Variant(name=name, run=run, temporary=program.memory_analysis().temp_size_in_bytes, compile=spent)
 
 
 def print_table(size: str, variants: list[Variant], options) -> None:

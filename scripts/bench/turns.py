@@ -4,10 +4,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from steppe.configs import base, sizes
+from ml_collections import ConfigDict
+
+from steppe.configs import sizes
 from steppe.scripts import command
+from steppe.scripts.plan.compiled import setting
+
+if TYPE_CHECKING:
+    from steppe.lm.model.transformer import Shape
 
 
 class Times(NamedTuple):
@@ -31,15 +37,21 @@ def parser(name: str, summary: str | None, turns: int) -> command.Parser:
     return made
 
 
-def config_of(size: str, options: argparse.Namespace):
-    """The base config with a named size and the options' shapes."""
-    config = base.get_config()
-    config.model.size = size
-    sizes.resolve(config)
-    config.model.remat = options.remat
-    config.train.batch_size, config.data.sequence_length = options.batch_size, options.sequence_length
-    config.mesh.update(data=1, fsdp=1, tensor=1)
-    return config
+def config_of(size: str, options: argparse.Namespace, method: str = "adamw") -> ConfigDict:
+    """The base config with a named size and the options' shapes, for METHOD or METHOD:keep|rebuild."""
+    name, _, readout = method.partition(":")
+    values = {"model.size": size, "model.remat": options.remat, "model.functional_readout": readout or "auto"}
+    values |= {"optim.method": name, "train.batch_size": options.batch_size, "mesh.data": 1, "mesh.fsdp": 1}
+    return setting(values | {"data.sequence_length": options.sequence_length, "mesh.tensor": 1})
+
+
+def shape_of(size: str, options: argparse.Namespace, layers: int | None = None) -> "Shape":
+    """The shape of a baseline's model."""
+    from steppe.lm.model.transformer import shape
+
+    config = config_of(size, options)
+    config.model.layers = layers or config.model.layers
+    return shape(config.model, options.vocabulary_size, options.sequence_length, "")
 
 
 def batch_of(options: argparse.Namespace) -> dict:

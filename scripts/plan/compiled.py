@@ -2,9 +2,14 @@
 
 import math
 import os
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
+from steppe.configs import base, sizes
+from steppe.configs.keys import config_of
 from steppe.lm.track.waiting import compiling
 from steppe.scripts import command, process
 
@@ -89,6 +94,11 @@ def described(topology: str) -> list:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         needs = "GPU topologies need steppe[gpu]" if kind in GPUS else "TPU topologies need steppe[plan]"
         raise command.UsageError(f"--topology={topology}: {reason} ({needs}: pip install it)") from None
+
+
+def setting(values: Mapping[str, Any]) -> ConfigDict:
+    """The base config with these values of keys, "model.size" among them."""
+    return sizes.resolve(config_of(base.keys(), values))
 
 
 class DoesNotFit(command.UsageError):

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from steppe.configs import base
-from steppe.scripts.plan.compiled import DoesNotFit, compiled_step, described, plan
+from steppe.scripts.plan.compiled import DoesNotFit, compiled_step, described, plan, setting
 
 # size -> (topology, batch size, sequence length, vocabulary size, fsdp, compute dtype) of the table
 _BYTES, _C4 = (8, 128, 256, 1, "float32"), (512, 32100)
@@ -103,11 +102,6 @@ def _long_cell(size: str, method: str, devices: list) -> str:
 
 def _setting(size: str, method: str, batch: int, length: int, fsdp: int, dtype: str):
     """The config of a cell."""
-    from steppe.configs.sizes import resolve
-
-    config = base.get_config()
-    config.model.size, config.model.compute_dtype, config.optim.method = size, dtype, method
-    resolve(config)
-    config.data.sequence_length, config.train.batch_size = length, batch
-    config.train.duration, config.mesh.data, config.mesh.fsdp = "chinchilla", 1, fsdp
-    return config
+    values = {"model.size": size, "model.compute_dtype": dtype, "optim.method": method, "train.batch_size": batch}
+    values |= {"data.sequence_length": length, "train.duration": "chinchilla", "mesh.data": 1, "mesh.fsdp": fsdp}
+    return setting(values)

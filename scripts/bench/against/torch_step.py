@@ -54,12 +54,7 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits_BxTxV.flatten(0, 1).float(), targets_BxT.flatten())
 
 
-def parameters(shape: Shape) -> int:
-    """The number of parameters."""
-    return sum(parameter.numel() for parameter in Transformer(shape).parameters())
-
-
-def measure(shape: Shape, batch_size: int, sam: bool, seconds: float, bfloat16: bool) -> tuple[float, float]:
+def measure(shape: Shape, batch_size: int, sam: bool, seconds: float) -> tuple[float, float]:
     """(seconds of a step, peak memory in bytes) of AdamW, or of SAM around it; 0 bytes on a CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -70,7 +65,7 @@ def measure(shape: Shape, batch_size: int, sam: bool, seconds: float, bfloat16: 
     tokens = torch.randint(shape.vocabulary, (batch_size, shape.sequence_length + 1), device=device)
 
     def backward():
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
 
