@@ -11,8 +11,7 @@ from steppe.scripts.judge.contest import Contender
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.stages import Arena, Cost
 from steppe.scripts.judge.tuning import EMA, tune
-from steppe.scripts.judge.verdict import BEYOND, Case, rivals_of
-from steppe.scripts.report.numbers import statistics as st
+from steppe.scripts.judge.verdict import Case, case_of
 
 
 class Stage(NamedTuple):
@@ -32,10 +31,7 @@ def plan(arena: Arena, contenders: list[Contender], options: Any) -> str:
     prices = {each.name: Cost(run.flops, speed.seconds(run)) for each, run in zip(contenders, made, strict=True)}
     tuned = [tune(arena, each, options.trials, make=False) for each in contenders]
     steps = next(run.steps for each, run in zip(contenders, made, strict=True) if each.name == "adamw")
-    rivals = rivals_of(tuned, prices, steps)
-    rule = looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs)
-    first = made[0].flat["seed"] + BEYOND
-    case = Case(arena, tuned, rivals, rule, prices[contenders[0].name], first, options.budget, {})
+    case = case_of(arena, tuned, prices, steps=steps, seed=made[0].flat["seed"], options=options)
     sd, source = noise(arena.directory, options.noise)
     rows = [
         Stage(f"tuning {each.name}", options.trials, len(done.trials), Cost().plus(prices[each.name], options.trials),
@@ -45,7 +41,7 @@ def plan(arena: Arena, contenders: list[Contender], options: Any) -> str:
     rows += [*_looks(case, sd, options), _tokens(case)]
     if options.retention:
         said = "forgetting, rounding, noise, of as many models; its time is not foretold"
-        rows.append(Stage("retention", 2 * rule.looks[-1], 0, Cost(), said))
+        rows.append(Stage("retention", 2 * case.rule.looks[-1], 0, Cost(), said))
     return "\n".join([_table(rows, arena), "", f"noise       {sd:.2g} nats a byte, sd of a pair: {source}",
                       f"speed       {speed.source}", *_budget(rows, options.budget, arena)])  # fmt: skip
 
@@ -76,7 +72,7 @@ def _looks(case: Case, sd: float, options: Any) -> Iterator[Stage]:
 def able(rule: looks.Rule, number: int, sd: float) -> str:
     """What a look by itself tells with the rule's power, of the comparison that is told first."""
     pairs, error = rule.looks[number], looks.errors(rule.looks, rule.alpha / rule.comparisons)[number]
-    found = st.detectable(sd, pairs, rule.power, 1 - error)
+    found = looks.detectable(rule, sd, number)
     half = float(stats.t.isf(error / 2, pairs - 1)) * sd / pairs**0.5
     said = f"a difference of {found:.2g} nats a byte with probability {rule.power:g}"
     return said + (f", or that it is within {rule.effect:g}" if half < rule.effect else "")

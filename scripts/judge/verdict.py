@@ -92,6 +92,16 @@ class Case(NamedTuple):
         return functools.reduce(Cost.plus, different.values(), self.own)
 
 
+def case_of(
+    arena: Arena, tuned: list[Tuned], prices: Mapping[str, Cost], *, steps: int, seed: int, options: Any
+) -> Case:
+    """The Case of the first of the tuned. prices, steps: as of rivals_of; seed: that tuned."""
+    rivals = rivals_of(tuned, prices, steps)
+    rule = looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs)
+    used = {_key(run): cost(run) for each in tuned for run in each.runs}
+    return Case(arena, tuned, rivals, rule, prices[tuned[0].name], seed + BEYOND, options.budget, used)
+
+
 def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
     """Adds fresh seeds, look by look, until every comparison is decided or no pairs are left; the whole verdict."""
     candidate, adamw = tuned[0], named(tuned, "adamw")
@@ -100,17 +110,8 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
             f"{arena.directory}: AdamW's best trial diverged: give a lower config.optim.peak_learning_rate"
         )
     prices = {each.name: cost(each.run) for each in tuned}
-    rivals = rivals_of(tuned, prices, adamw.run.steps)
-    case = Case(
-        arena,
-        tuned,
-        rivals,
-        rule=looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs),
-        own=prices[candidate.name],
-        first=int(candidate.run.config["seed"]) + BEYOND,
-        budget=options.budget,
-        used={_key(run): cost(run) for each in tuned for run in each.runs},
-    )
+    seed = int(candidate.run.config["seed"])
+    case = case_of(arena, tuned, prices, steps=adamw.run.steps, seed=seed, options=options)
     mine, differences, bad, ended = look(case)
     found = record(case, candidate.run) | {"ended": ended, "pairs": len(mine), "comparisons": {}}
     own = [each.config["seed"] for each in mine if not math.isfinite(loss(each))]
@@ -118,7 +119,7 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
         return found | {"diverged": own, "cost": spending(case)}
     last = looks.verdict(case.rule, differences, ended=True)
     needs = in_tokens(case, last, mine)
-    for name, rival in rivals.items():
+    for name, rival in case.rivals.items():
         lost = {"state": looks.BETTER, "pairs": len(mine), "diverged": bad[name]} if name in bad else None
         found["comparisons"][name] = lost or comparison(case, name, last[name], differences.get(name, []))
         if not lost and last[name].interval:

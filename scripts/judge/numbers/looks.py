@@ -53,33 +53,16 @@ class Finding(NamedTuple):
 
     state: BETTER (interval below zero), WORSE, WITHIN (inside -effect to effect), UNDECIDED (more pairs) or CANNOT.
     interval: the repeated one at its last look, error: its two-sided error over all looks; look: its number, from 1.
-    small: whether the interval lies inside -effect to effect, whatever the state. sd: of one pair.
-    needed: pairs that a fresh plan of one look takes with the rule's power if mean and sd are those seen; hours: they
-    take. None where there is no such number.
+    sd: of one pair. needed: pairs that a fresh plan of one look takes with the rule's power if mean and sd are those
+    seen. None where there is no such number.
     """
 
     state: str
     interval: st.Interval | None = None
     look: int = 0
     error: float | None = None
-    small: bool = False
     sd: float | None = None
     needed: int | None = None
-    hours: float | None = None
-
-
-class Ability(NamedTuple):
-    """What a plan can tell at its last look. pairs: there; detectable: smallest true difference told with the power.
-
-    power: probability that a true difference of the effect is told from zero; equal: that a true difference of zero is
-    told within the effect; half: expected half-width of the interval. Of the comparison that is told first, by Holm.
-    """
-
-    pairs: int
-    detectable: float
-    power: float
-    equal: float
-    half: float
 
 
 def sizes(most: int) -> tuple[int, ...]:
@@ -153,33 +136,23 @@ def plan(
     pairs = max(FIRST, pairs_needed(sd, effect, alpha / comparisons, power))
     while True:
         rule = Rule(effect, alpha, power, sizes(min(pairs, most or pairs)), comparisons)
-        if rule.looks[-1] == most or (short := able(rule, sd).detectable / effect) <= 1:
+        if rule.looks[-1] == most or (short := detectable(rule, sd) / effect) <= 1:
             return rule
         pairs = max(pairs + 1, math.ceil(pairs * short))
 
 
-def able(rule: Rule, sd: float) -> Ability:
-    """What a rule can tell by its last look of differences of this sd; see Ability."""
-    n, error = rule.looks[-1], errors(rule.looks, rule.alpha / rule.comparisons)[-1]
-    bound = float(stats.t.isf(error / 2, n - 1))
-    # halves of the interval that are equally probable, in sd
-    half = bound * np.sqrt(stats.chi2.ppf((np.arange(1000) + 0.5) / 1000, n - 1) / (n - 1) / n)
-    shift = rule.effect * math.sqrt(n) / sd if sd else math.inf
-    equal = np.maximum(0, 1 - 2 * stats.norm.sf(shift - half * math.sqrt(n))).mean()
-    return Ability(
-        n, st.detectable(sd, n, rule.power, 1 - error), st.power_of(rule.effect, sd, n, 1 - error), float(equal),
-        float(half.mean()) * sd,
-    )  # fmt: skip
+def detectable(rule: Rule, sd: float, number: int = -1) -> float:
+    """Smallest true difference that a look, by itself, tells with the rule's power, of the comparison told first."""
+    error = errors(rule.looks, rule.alpha / rule.comparisons)[number]
+    return st.detectable(sd, rule.looks[number], rule.power, 1 - error)
 
 
-def verdict(
-    rule: Rule, differences: Mapping[str, Sequence[float]], ended: bool = False, seconds: float | None = None
-) -> dict[str, Finding]:
+def verdict(rule: Rule, differences: Mapping[str, Sequence[float]], ended: bool = False) -> dict[str, Finding]:
     """What the pairs so far tell of each comparison; the same pairs tell the same however often they are asked.
 
     differences: {rival: candidate minus rival, a number a pair, in the order of the seeds}, nats a byte, finite; one
     that is decided needs no more pairs, and its pairs are not used. A look is taken once all that are undecided have
-    its pairs. ended: there will be no more pairs; seconds: a pair takes. ValueError of a number that is not finite.
+    its pairs. ended: there will be no more pairs. ValueError of a number that is not finite.
     """
     if len(differences) > rule.comparisons:
         raise ValueError(f"{len(differences)} comparisons, the rule was declared for {rule.comparisons}")
@@ -201,9 +174,7 @@ def verdict(
             if not now:
                 break
     ended = ended or max((each.look for each in found.values()), default=0) == len(rule.looks)
-    return {
-        name: _needed(rule, each, ended, seconds) if each.state == UNDECIDED else each for name, each in found.items()
-    }
+    return {name: _needed(rule, each, ended) if each.state == UNDECIDED else each for name, each in found.items()}
 
 
 def _look(rule: Rule, values: Sequence[float], number: int, error: float) -> Finding:
@@ -213,10 +184,10 @@ def _look(rule: Rule, values: Sequence[float], number: int, error: float) -> Fin
     interval = st.t_interval(used, level)
     small = -rule.effect < interval.low and interval.high < rule.effect
     state = BETTER if interval.high < 0 else WORSE if interval.low > 0 else WITHIN if small else UNDECIDED
-    return Finding(state, interval, number + 1, error, small, st.pooled([interval], level).sigma)
+    return Finding(state, interval, number + 1, error, st.pooled([interval], level).sigma)
 
 
-def _needed(rule: Rule, found: Finding, ended: bool, seconds: float | None) -> Finding:
+def _needed(rule: Rule, found: Finding, ended: bool) -> Finding:
     """An undecided finding with the pairs that would decide it."""
     found = found._replace(state=CANNOT if ended else UNDECIDED)
     if found.interval is None or found.sd is None or found.error is None:
@@ -229,8 +200,7 @@ def _needed(rule: Rule, found: Finding, ended: bool, seconds: float | None) -> F
         bounds = (st.power_of(rule.effect + side * mean, sd, pairs, level) for side in (-1, 1))
         return sum(bounds) - 1 >= rule.power
 
-    needed = _fewest(enough, sd / max(mean, rule.effect - mean), found.error, rule.power)
-    return found._replace(needed=needed, hours=None if seconds is None else needed * seconds / 3600)
+    return found._replace(needed=_fewest(enough, sd / max(mean, rule.effect - mean), found.error, rule.power))
 
 
 def _fewest(enough: Callable[[int], bool], ratio: float, error: float, power: float) -> int:
