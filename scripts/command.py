@@ -309,20 +309,6 @@ def headline(docstring: str | None) -> str:
     return (docstring or "").partition("\n")[0]
 
 
-def dispatch(argv: Sequence[str], name: str, package: str, kinds: Sequence[str]) -> int:
-    """Runs main of the module KIND of a package, for `NAME KIND ...`; returns its exit status."""
-    kind, *rest = argv or [""]
-    if kind in ("-h", "--help"):
-        print(f"usage: {name} {{{','.join(kinds)}}} [--help] ...\n\n{summary(f'{package}.__main__')}\n")
-        for each in kinds:
-            print(f"  {each:<13} {summary(f'{package}.{each}')}")
-        return 0
-    if kind not in kinds:
-        hint = named("optim.options:nearest")(kind, kinds)
-        return fail(f"{name} {kind or 'nothing'}: must be one of {', '.join(kinds)}{hint}")
-    return importlib.import_module(f"{package}.{kind}").main(rest)
-
-
 def _split(argv: Sequence[str]):
     """(arguments for argparse, --config, [(key, text)] in the given order, whether to print the config)."""
     plain, path, overrides, printing = [], None, [], False

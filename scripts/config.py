@@ -111,11 +111,7 @@ def from_hf(argv: Sequence[str]) -> int:
     named = {"init_from": directory}
     if tokenizer:
         named["data.vocabulary"] = os.path.join(directory, tokenizer)
-    nested: dict[str, Any] = {}
-    for key, value in {**families.ours(family, found, directory), **named}.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    text = shown(base.completed(nested)) + "\n"
+    text = shown(base.completed({**families.ours(family, found, directory), **named})) + "\n"
     if options.out:
         files.write(options.out, text)
         process.say(f"wrote {options.out}; use it with --config={options.out}")

@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     declared = packages.requirements()
     core = [each for each in declared if not each.extra]
     absent = [each for each in core if not each.present]
+    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
     versions = {name: packages.Requirement(name, "", "").version for name in _SHOWN}
     _say("steppe", f"{packages.Requirement(packages.OWN, '', '').version}, Python {platform.python_version()}, "
-         f"{platform.platform(terse=True)} {platform.machine()}, {os.cpu_count()} cores, {_memory()}")  # fmt: skip
+         f"{platform.platform(terse=True)} {platform.machine()}, {os.cpu_count()} cores, {memory}")  # fmt: skip
     _say("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
     if absent:
         names = ", ".join(f"{each.distribution}{each.wanted}" for each in absent)
@@ -114,10 +115,6 @@ def _trains() -> bool:
         _say("train", packages.explain(error) or f"{type(error).__name__}: {error}")
         return False
     return True
-
-
-def _memory() -> str:
-    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
 
 
 def _free(folder: Path) -> str:

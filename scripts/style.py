@@ -76,15 +76,9 @@ _IN_WORDS = {
 }
 _PATTERNS = (
     (r"noise_(\d[\d.]*(?:e[+-]?\d+)?)", lambda found: f"weight noise of {float(found[1]):.3g} rms"),
-    (r"q(\d+)_(gptq_)?(channel|group(\d+))(_embedding)?",  # int: before 0.3, values symmetric around 0
-     lambda found: f"{found[1]} bits{' by GPTQ' * bool(found[2])}, a scale per "
-                   f"{f'{found[4]} inputs' if found[4] else 'channel'}{', all tables too' * bool(found[5])}"),
-    (r"(int\d+)_channel(_embedding)?",
-     lambda found: f"{found[1]}, a scale per channel{', all tables too' * bool(found[2])}"),
-    (r"(int\d+)_group(\d+)(_embedding)?",
-     lambda found: f"{found[1]}, a scale per {found[2]} inputs{', all tables too' * bool(found[3])}"),
-    (r"(int\d+)_gptq_channel", lambda found: f"{found[1]} by GPTQ, a scale per channel"),
-    (r"(int\d+)_gptq_group(\d+)", lambda found: f"{found[1]} by GPTQ, a scale per {found[2]} inputs"),
+    (r"(q|int)(\d+)_(gptq_)?(channel|group(\d+))(_embedding)?",  # int: before 0.3, values symmetric around 0
+     lambda found: f"{f'{found[2]} bits' if found[1] == 'q' else f'int{found[2]}'}{' by GPTQ' * bool(found[3])}, a "
+                   f"scale per {f'{found[5]} inputs' if found[5] else 'channel'}{', all tables too' * bool(found[6])}"),
     (r"fine_tune_lr=(.+): gained", lambda found: f"gained on the second text, fine-tuned at {found[1]}"),
     (r"fine_tune_lr=(.+): lost", lambda found: f"forgotten, fine-tuned at {found[1]}"),
     (r"fine_tune_lr=(.+): curvature", lambda found: f"curvature along fine-tuning at {found[1]}"),

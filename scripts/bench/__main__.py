@@ -3,8 +3,10 @@
 steppe bench step|collectives|gpu [--help] ...
 """
 
+import importlib
 from collections.abc import Sequence
 
+from steppe.configs import keys
 from steppe.scripts import command, process
 from steppe.scripts.cli import KINDS
 
@@ -12,4 +14,13 @@ from steppe.scripts.cli import KINDS
 def main(argv: Sequence[str]) -> int:
     """Runs steppe.scripts.bench.KIND with the remaining arguments; returns its exit status."""
     process.keep_memory()
-    return command.dispatch(argv, "steppe bench", "steppe.scripts.bench", KINDS["bench"])
+    kinds, (kind, *rest) = KINDS["bench"], argv or [""]
+    if kind in ("-h", "--help"):
+        print(f"usage: steppe bench {{{','.join(kinds)}}} [--help] ...\n\n{command.headline(__doc__)}\n")
+        for each in kinds:
+            print(f"  {each:<13} {command.summary(f'{__package__}.{each}')}")
+        return 0
+    if kind not in kinds:
+        hint = keys.named("optim.options:nearest")(kind, kinds)
+        return process.fail(f"steppe bench {kind or 'nothing'}: must be one of {', '.join(kinds)}{hint}")
+    return importlib.import_module(f"{__package__}.{kind}").main(rest)

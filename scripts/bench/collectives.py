@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
             found = hlo.collectives(program.as_text())
             print(_row(method, found, least(method, parts)), flush=True)
             if options.sources:
-                _print_sources(found)
+                for each in sorted(found, key=lambda one: -one.bytes)[:12]:
+                    sent, shape = f"{each.bytes / GIB:8.4f} GiB  {each.kind:<16} x{each.times:<4}", each.shape[:60]
+                    print(f"    {sent} {shape:<60} {each.source[-70:]}")
     return 0
 
 
@@ -78,10 +80,3 @@ def _row(method: str, found: list[hlo.Collective], needed: tuple[float, float]) 
     numbers = gathered, needed[0], scattered, needed[1], reduced, other
     ratio = (gathered + scattered + reduced + other) / sum(needed)
     return f"| {method} | {' | '.join(f'{number / GIB:.3f}' for number in numbers)} | {ratio:.2f} |"
-
-
-def _print_sources(found: list[hlo.Collective], most: int = 12) -> None:
-    """Prints the instructions that send most, each with its source operation."""
-    for each in sorted(found, key=lambda one: -one.bytes)[:most]:
-        shape = each.shape[:60]
-        print(f"    {each.bytes / GIB:8.4f} GiB  {each.kind:<16} x{each.times:<4} {shape:<60} {each.source[-70:]}")

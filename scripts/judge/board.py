@@ -12,6 +12,7 @@ from steppe.scripts.judge import page, retention
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.verdict import EQUAL
 from steppe.scripts.report import drawing as dr
+from steppe.scripts.report import page as whole
 from steppe.scripts.report.tables import Column, Table, number
 
 PAGE = "index.html"
@@ -125,8 +126,6 @@ def table(made: pd.DataFrame, name: str) -> Table:
 
 def write(directory: Path) -> str:
     """Writes the page and its figures; returns the leaderboard for a terminal."""
-    from steppe.scripts.report import page as whole
-
     verdicts = read(directory)
     if not verdicts:
         return f"{directory}: no verdict yet; steppe judge CANDIDATE --config=NAME --out={directory} makes one"
@@ -137,7 +136,7 @@ def write(directory: Path) -> str:
             drawing = figure(rows, name)
             opening = whole.Section(f"At {size:,} parameters").text(*sentences(rows), kind="answer")
             sections.append(opening.figure(drawing, dr.save(drawing, directory)).table(table(rows, name)))
-        sections += [_section(each, directory, whole) for each in verdicts]
+        sections += [_section(each, directory) for each in verdicts]
     introduction = (
         "Every candidate and AdamW were tuned by equal trials on one seed, then compared on fresh paired seeds by a "
         "group-sequential rule. Losses are held-out, after the last step."
@@ -146,7 +145,7 @@ def write(directory: Path) -> str:
     return f"{text(made)}\nwrote {directory / PAGE}"
 
 
-def _section(found: dict[str, Any], directory: Path, whole: Any) -> Any:
+def _section(found: dict[str, Any], directory: Path) -> whole.Section:
     """A verdict: its sentence, figure, table, and how it was reached."""
     section = whole.Section(found["candidate"] + f" at {found['size']}" * bool(found["size"])).text(
         *page.line(found).splitlines()

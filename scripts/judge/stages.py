@@ -61,11 +61,9 @@ HOURS = {"second": 1 / 3600, "minute": 1 / 60, "hour": 1.0, "day": 24.0}
 
 def budget(text: str) -> Budget:
     """A budget from a command line; ArgumentTypeError."""
-    match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?) ?(second|minute|hour|day|FLOP)?s?", text.strip(), re.IGNORECASE)
-    try:
-        amount = float(match[1]) if match else math.nan
-    except ValueError:
-        amount = math.nan
+    number = r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e\+?[0-9]+)?)"
+    match = re.fullmatch(number + r" ?(second|minute|hour|day|FLOP)?s?", text.strip(), re.IGNORECASE)
+    amount = float(match[1]) if match else math.nan
     if match is None or not 0 < amount < math.inf:
         raise ArgumentTypeError(f"{text}: must be a time above zero like '6 hours', or FLOPs like 1e15")
     unit = (match[2] or "flop").lower()
@@ -167,7 +165,10 @@ class Arena(NamedTuple):
 
     def read(self) -> Find:
         """find(overrides of a run) -> its Result once it has ended; None where it has not."""
-        known = {_identity(run.config): run for run in self._results() if run.status != "unfinished"}
+        places = [self.directory] * (self.directory / results.SWEEP).exists()
+        places += [self.directory / PACKED] * (self.directory / PACKED).exists()
+        there = results.read(places, left_out=lambda line: None) if places else []
+        known = {_identity(run.config): run for run in there if run.status != "unfinished"}
         config_of = _reader(self.path)
 
         def find(run: Mapping[str, str]) -> Result | None:
@@ -175,11 +176,6 @@ class Arena(NamedTuple):
             return known.get(_identity(results.flatten(config_of(list(texts.items())).to_dict())))
 
         return find
-
-    def _results(self) -> list[Result]:
-        known = [self.directory] * (self.directory / results.SWEEP).exists()
-        known += [self.directory / PACKED] * (self.directory / PACKED).exists()
-        return results.read(known, left_out=lambda line: None) if known else []
 
 
 _reader = functools.cache(reader)  # which says once what gives way
@@ -207,11 +203,6 @@ def cost(result: Result) -> Cost:
 def average(result: Result, name: str) -> Result | None:
     """The same run by an average of its weights; "": by these themselves."""
     return next((each for each in (result._replace(weights=""), *result.averages) if each.weights == name), None)
-
-
-def duration(steps: int, times: float) -> str:
-    """A run that is this many times as long."""
-    return f"{math.ceil(steps * times)} steps"
 
 
 def must_be_new_or_same(directory: Path, path: str, overrides: Sequence[tuple[str, str]], keep: bool = True) -> None:

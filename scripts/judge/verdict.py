@@ -9,7 +9,7 @@ from steppe.scripts import process
 from steppe.scripts.judge import retention
 from steppe.scripts.judge.contest import unsure
 from steppe.scripts.judge.numbers import looks, tokens
-from steppe.scripts.judge.stages import Arena, Budget, Cost, Find, average, cost, duration, file_name, loss
+from steppe.scripts.judge.stages import Arena, Budget, Cost, Find, average, cost, file_name, loss
 from steppe.scripts.judge.tuning import EMA, Tuned, named
 from steppe.scripts.results import Result
 
@@ -50,7 +50,7 @@ def _key(run: Result) -> tuple[str, str]:
 
 def longer(steps: int, times: float) -> dict[str, str]:
     """{key: text} of a run of another length."""
-    return {"train.duration": duration(steps, times)}
+    return {"train.duration": f"{math.ceil(steps * times)} steps"}
 
 
 class Case(NamedTuple):
@@ -156,13 +156,9 @@ def look(case: Case) -> tuple[list[Result], dict[str, list[float]], dict[str, li
                 bad[name] = lost
                 del differences[name]
             else:
-                differences[name] = values(case.rivals[name], mine, theirs)
+                levels = losses(mine, case.rivals[name].mine), losses(theirs, case.rivals[name].theirs)
+                differences[name] = [a - b for a, b in zip(*levels, strict=True)]
     return mine, differences, bad, ""
-
-
-def values(rival: Rival, mine: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
-    """The difference of each pair, nats a byte."""
-    return [a - b for a, b in zip(losses(mine, rival.mine), losses(theirs, rival.theirs), strict=True)]
 
 
 def losses(runs: Sequence[Result], weights: str) -> list[float]:

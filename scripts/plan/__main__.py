@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from steppe.configs.read import read_config
 from steppe.scripts import command, process
+from steppe.scripts.plan import table
 from steppe.scripts.plan.compiled import GPUS, DoesNotFit, compiled_step, described, plan
-from steppe.scripts.plan.table import SLICES, TABLE, table
 
 
 @process.refusing
@@ -35,12 +35,15 @@ def main(argv: Sequence[str]) -> int:
     add("--search", action="store_true", help="also choose config.model.remat and config.mesh")
     add("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
     add("--long", action="store_true", help="with --table: every method on sequences of 8,192 tokens")
-    add("--sizes", nargs="+", choices=list(TABLE), help="rows of --table")
+    add("--sizes", nargs="+", choices=list(table.TABLE), help="rows of --table")
     add("--methods", nargs="+", type=command.of_key("optim.method"), help="methods of --table")
     path, overrides, options = command.parse_unread(argv, parser)
     if options.table:
-        slices = (options.topology and [options.topology]) or SLICES
-        return table(options.sizes, options.methods, slices if options.long else ())
+        if options.long:
+            table.long(options.sizes, options.methods, options.topology)
+        else:
+            table.budgets(options.sizes, options.methods)
+        return 0
     config = read_config(command.required(path), overrides)
     if not options.topology:
         return process.fail("--topology is missing: cpu:8, v5e:16x16, v5p:8x8x4, ...")

@@ -41,8 +41,9 @@ def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, show:
     """
     from steppe.lm.model.mesh import AXES
 
-    begun = config.train.microbatches
-    for microbatches in _more(config):
+    begun, batch = config.train.microbatches, config.train.batch_size
+    doubles = itertools.takewhile(lambda n: batch % n == 0, (begun * 2**power for power in itertools.count(1)))
+    for microbatches in (begun, *doubles):
         config.train.microbatches = microbatches
         found = candidates(config, vocabulary_size, devices)
         said = f" with {microbatches} microbatches" if microbatches > begun else ""
@@ -59,21 +60,13 @@ def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, show:
     return 1
 
 
-def _more(config) -> list[int]:
-    """Numbers of microbatches to try: the present one, and its doubles that divide the batch."""
-    numbers, batch = [config.train.microbatches], config.train.batch_size
-    while batch % (2 * numbers[-1]) == 0:
-        numbers.append(2 * numbers[-1])
-    return numbers
-
-
 def _missing(config, vocabulary_size: int, devices: list) -> str:
     """By estimate, how many of these devices hold what no batch size changes."""
     from steppe.lm.parts.budget import fixed_memory
     from steppe.lm.parts.chips import chip_of
 
-    needed, each = fixed_memory(config, vocabulary_size), chip_of(devices[0], len(devices)).memory
-    count = len(devices)
+    needed, count = fixed_memory(config, vocabulary_size), len(devices)
+    each = chip_of(devices[0], count).memory
     while count * each < needed:
         count *= 2
     sizes = f"{needed / 2**30:,.3g} GiB, a device has {each / 2**30:,.3g}"

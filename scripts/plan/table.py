@@ -19,31 +19,17 @@ TABLE_METHODS = ("adamw", "sam", "functional_sam", "precond_functional_sam")
 LONG, LONG_SIZES, SLICES, REMATS = 8192, ("1.2b", "8b"), ("v5e:16x16", "v6e:16x16", "v5p:4x4x4"), ("dots", "full")
 
 
-def table(sizes: Sequence[str] | None, methods: Sequence[str] | None, slices: Sequence[str]) -> int:
-    """Prints the table of long text on these slices, or without any the other; returns the exit status.
-
-    sizes, methods: None for the table's own.
-    """
-    from steppe.optim.methods import METHODS
-
-    if slices:
-        _long(sizes or LONG_SIZES, methods or list(METHODS), slices)
-    else:
-        _budgets(sizes or list(TABLE), methods or TABLE_METHODS)
-    return 0
-
-
-def _budgets(sizes: Sequence[str], methods: Sequence[str]) -> None:
-    """One line per size and method, Chinchilla budgets."""
+def budgets(sizes: Sequence[str] | None, methods: Sequence[str] | None) -> None:
+    """Prints one line per size and method, Chinchilla budgets. None: the table's own."""
     from steppe.lm.parts.chips import chip_of
 
     print("| size | method | machine | tokens a step | GiB a device | parameters + optimizer | anchor | temporary "
           "| FLOPs / adamw | sent, GiB | step s | MFU | days |")  # fmt: skip
     print("|" + "---|" * 13)
-    for size in sizes:
+    for size in sizes or TABLE:
         topology, batch, length, vocabulary, fsdp, dtype = TABLE[size]
         devices = described(topology)
-        for method in methods:
+        for method in methods or TABLE_METHODS:
             config = _setting(size, method, batch, length, fsdp, dtype)
             try:
                 parts, program = compiled_step(config, vocabulary, 10**9, devices)
@@ -63,12 +49,18 @@ def _budgets(sizes: Sequence[str], methods: Sequence[str]) -> None:
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _long(sizes: Sequence[str], methods: Sequence[str], slices: Sequence[str]) -> None:
-    """One line per method: remat policy, GiB a device and seconds of a step on every slice."""
-    machines = {topology: described(topology) for topology in slices}
+def long(sizes: Sequence[str] | None, methods: Sequence[str] | None, topology: str | None) -> None:
+    """Prints one line per method: remat policy, GiB a device and seconds of a step on every slice.
+
+    None: the table's own.
+    """
+    from steppe.optim.methods import METHODS
+
+    machines = {each: described(each) for each in ([topology] if topology else SLICES)}
+    sizes = sizes or LONG_SIZES
     print(f"| method | {' | '.join(f'{size} {topology}' for size in sizes for topology in machines)} |")
     print("|" + "---|" * (1 + len(sizes) * len(machines)), flush=True)
-    for method in methods:
+    for method in methods or METHODS:
         cells = [_long_cell(size, method, devices) for size in sizes for devices in machines.values()]
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
 

@@ -10,6 +10,7 @@ DIR/runs/NAME. Run the command again, also with more values, and it runs what is
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     if record and record["config"] != path:
         raise command.UsageError(f"--config = {path}: must be {record['config']}, the config of {options.out}")
 
+    from steppe.data import cache
     from steppe.scripts.sweep import launch as sweep_launch
     from steppe.scripts.sweep import plan as sweep_plan
     from steppe.scripts.sweep import slurm as sweep_slurm
@@ -105,22 +107,21 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
             (run.directory / results.OUTCOME).unlink(missing_ok=True)
         if quiet:
             for run in left:
-                print(sweep_launch.shell_line(run, path))
+                print(shlex.join(sweep_launch.command_line(run, path)))
             return 0
-        _prepare(left)
+        for data in {json.dumps(run.config.data.to_dict()): run.config.data for run in left}.values():
+            cache.ensure(data, process.say)  # before they start, so that concurrent runs do not wait for it
         if options.launcher == "slurm":
             for line in sweep_slurm.submit(left, path, options.out, options.jobs, options.cores, slurm):
                 process.say(line)
             if not options.wait:
                 return 0
-            ended = {run.name: outcome for run in runs if (outcome := _outcome(run))}
-            with View(runs, ended, speed, options.jobs or len(left), {}) as view:
+            with View(runs, speed, options.jobs or len(left)) as view:
                 return _summary(runs, sweep_slurm.wait(left, view), None)
         slots = sweep_launch.slots_of(jobs, options.cores, usable)
 
         def launch(some: list, until: dict[str, int]) -> bool:
-            ended = {run.name: outcome for run in runs if (outcome := _outcome(run))}
-            with View(runs, ended, speed, jobs, until) as view:
+            with View(runs, speed, jobs, until) as view:
                 return sweep_launch.run_local(some, path, slots, view, until=until)
 
         complete = halving is None or _halve(runs, left, halving, launch)
@@ -142,9 +143,9 @@ def _assignments(options: Any) -> tuple[list[dict[str, str]], sweep_halving.Halv
     found = sweep_spec.expand([sweep_spec.from_flags(options.grid, options.zip)])
     halving = None if options.halving is None else sweep_halving.parse(options.halving)
     if options.sweep:
-        spec = sweep_spec.load(options.sweep)
-        found = sweep_spec.combine(sweep_spec.expand(spec.blocks), found)
-        halving = halving or (sweep_halving.settings(spec.halving) if spec.halving else None)
+        blocks, given = sweep_spec.load(options.sweep)
+        found = [run | other for run in sweep_spec.expand(blocks) for other in found]
+        halving = halving or (sweep_halving.settings(given) if given else None)
     if not found:
         raise command.UsageError(f"--sweep = {options.sweep}: no run is left after its filters")
     return found, halving
@@ -212,14 +213,6 @@ def _grown(out: Path, record: dict, runs: list) -> dict:
             run.name, {key: value for key, value in run.flat.items() if value != base.get(key, "absent")}
         )
     return record
-
-
-def _prepare(runs: list) -> None:
-    """Prepares the text of all runs before they start, so that concurrent runs do not wait for it."""
-    from steppe.data import cache
-
-    for data in {json.dumps(run.config.data.to_dict()): run.config.data for run in runs}.values():
-        cache.ensure(data, process.say)
 
 
 def _outcome(run: Any) -> dict:

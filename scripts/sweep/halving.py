@@ -29,12 +29,8 @@ def parse(text: str) -> Halving:
     """ "2:0.25,0.5", "3" or "" as a Halving; omitted parts have their defaults. Raises UsageError."""
     eta, _, rungs = text.partition(":")
     try:
-        return settings(
-            {
-                **({"eta": float(eta)} if eta else {}),
-                **({"rungs": [float(rung) for rung in rungs.split(",")]} if rungs else {}),
-            }
-        )
+        given = {"rungs": [float(rung) for rung in rungs.split(",")]} if rungs else {}
+        return settings(given | ({"eta": float(eta)} if eta else {}))
     except ValueError:
         raise UsageError(f"--halving={text}: must be ETA:RUNG,RUNG, such as 2:0.25,0.5") from None
 

@@ -44,11 +44,6 @@ def arguments(run: Run, config: str) -> list[str]:
     return [f"--config={config}", *overrides, f"--workdir={run.directory}"]
 
 
-def shell_line(run: Run, config: str) -> str:
-    """command_line quoted for a shell in the current directory."""
-    return shlex.join(command_line(run, config))
-
-
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Locks a sweep's directory against other sweep commands. Raises UsageError if one holds it."""
@@ -57,11 +52,6 @@ def locked(directory: Path) -> Iterator[None]:
             yield
     except files.Held as held:
         raise UsageError(f"--out = {directory}: is in use by {held.holder}; wait, or stop it") from None
-
-
-def held(directory: Path) -> bool:
-    """Whether a process is using this workdir: a run left over from a killed sweep, or one started by hand."""
-    return files.is_held(directory / LOCK)
 
 
 # ----------------------------------------------------------------------------------------------------- what is recorded
@@ -80,7 +70,7 @@ def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[
     if attempts:
         attempts[-1].update(ended=time.time(), cpu=cpu_seconds)
         files.write_json(directory / ATTEMPTS, {"attempts": attempts})
-    said = " ".join(_last_lines(directory / LOG)[-1:])
+    said = _last_line(directory / LOG)
     return {} if exits.goes_on(status, said) else _record(directory, status, said)
 
 
@@ -90,7 +80,7 @@ def settle(directory: Path) -> dict[str, Any]:
     That happens after a sweep was killed, and with runs that another scheduler started.
     """
     outcome = results.read_json(directory / results.OUTCOME, results.Outcome)
-    if outcome or not (directory / "metrics.jsonl").exists() or held(directory):
+    if outcome or not (directory / "metrics.jsonl").exists() or files.is_held(directory / LOCK):
         return outcome
     (result,) = results.read([directory])
     last = directory / "checkpoints" / str(result.steps)
@@ -137,12 +127,12 @@ def _attempts(directory: Path) -> list[dict]:
     return found
 
 
-def _last_lines(path: Path, size: int = 4000) -> list[str]:
+def _last_line(path: Path) -> str:
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        lines = file.read().decode(errors="replace").splitlines()
-        return [line.strip() for line in lines if line.strip()]
-    return []
+        file.seek(max(0, path.stat().st_size - 4000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------------- the launcher
@@ -167,7 +157,7 @@ def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view
     try:
         while jobs or (waiting and not signals):
             while waiting and free and not signals:
-                ready = next((run for run in waiting if not held(run.directory)), None)
+                ready = next((run for run in waiting if not files.is_held(run.directory / LOCK)), None)
                 if ready is None:
                     break
                 waiting.remove(ready)

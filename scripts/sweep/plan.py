@@ -1,6 +1,5 @@
 """The cost of a sweep before it starts: budgets of its runs, their estimated time on this machine, a table of both."""
 
-import functools
 import importlib.util
 import json
 import math
@@ -78,37 +77,25 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     from steppe.lm.parts.assembly import planned
     from steppe.lm.parts.state import parameter_shapes
 
-    @functools.cache
-    def vocabulary_size(vocabulary: str) -> int:
-        return load_tokenizer(vocabulary).vocab_size
-
-    corpora = {}
+    tokenizers = {name: load_tokenizer(name) for name in {run.config.data.vocabulary for run in runs}}
+    corpora, found = {}, []
 
     def corpus_of(data: Any) -> loader.Corpus:
-        key = json.dumps(data.to_dict())
-        if key not in corpora:
-            directory = cache.ensure(data, log)
-            corpora[key] = loader.open_corpus(
-                directory, data.vocabulary, data.sequence_length, data.packing, data.verify
-            )
+        if (key := json.dumps(data.to_dict())) not in corpora:
+            given = (data.vocabulary, data.sequence_length, data.packing, data.verify)
+            corpora[key] = loader.open_corpus(cache.ensure(data, log), *given)
         return corpora[key]
 
-    found = []
     for run in runs:
         config = run.config
-        shape_ = shape(config.model, vocabulary_size(config.data.vocabulary), config.data.sequence_length, "")
+        size = tokenizers[config.data.vocabulary].vocab_size
+        shape_ = shape(config.model, size, config.data.sequence_length, "")
         padded = config.data.packing == "bestfit"  # only the corpus tells how many tokens a row has
         known = corpus_of(config.data) if padded or "epoch" in config.train.duration else None
         epoch, per_row = (known.epoch_tokens, known.tokens_per_row) if known else (0, None)
         made = planned(config, shape_, parameter_shapes(shape_), epoch, per_row)
-        found.append(
-            run._replace(
-                parameters=made.parameters.non_embedding,
-                steps=made.steps,
-                tokens=made.tokens,
-                flops=made.flops * made.steps,
-            )
-        )
+        counts = {"steps": made.steps, "tokens": made.tokens, "flops": made.flops * made.steps}
+        found.append(run._replace(parameters=made.parameters.non_embedding, **counts))
     return found
 
 
@@ -173,10 +160,6 @@ def usable_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int) -> str:
     """The plan as text: groups of runs that differ only in rho and seed, how many are done, and the remaining cost."""
     varying = [
@@ -184,7 +167,9 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
     ]  # fmt: skip
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(_shown(run.flat[key]) for key in varying), []).append(run)
+        values = [run.flat[key] for key in varying]
+        shown = (", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
+        groups.setdefault(tuple(shown), []).append(run)
     lines = [[*(key.removeprefix("model.").removeprefix("optim.") for key in varying), "rho", "seeds"]]
     lines[0] += ["runs", "done", "parameters", "steps", "tokens", "FLOPs", "time"]
     for key, members in groups.items():

@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from steppe.configs.keys import named
 from steppe.configs.only import split, text_of
@@ -33,15 +33,9 @@ _SAFE = re.compile(r"[^A-Za-z0-9._+=,%-]")
 _LONGEST = 150  # characters of a run's name
 
 
-class Spec(NamedTuple):
-    """Blocks as in a spec file, and settings of successive halving ({}: none)."""
-
-    blocks: list[dict]
-    halving: dict
-
-
-def load(text: str) -> Spec:
-    """The Spec of a named sweep, a dotted module or a file, each optionally with :ARGUMENT. Raises UsageError."""
+def load(text: str) -> tuple[list[dict], dict]:
+    """(blocks, settings of successive halving or {}) of a named sweep, a dotted module or a file, each optionally with
+    :ARGUMENT. Raises UsageError."""
     found = call("--sweep", text, "get_spec", PACKAGE)
     halving = {}
     if isinstance(found, Mapping) and "blocks" in found:
@@ -52,7 +46,7 @@ def load(text: str) -> Spec:
     blocks = [found] if isinstance(found, Mapping) else found
     if not isinstance(blocks, Sequence) or not blocks or not all(isinstance(block, Mapping) for block in blocks):
         raise UsageError(f"--sweep = {text}: get_spec must return a block or a list of blocks; see configs/sweeps")
-    return Spec([dict(block) for block in blocks], halving)
+    return [dict(block) for block in blocks], halving
 
 
 def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:
@@ -87,11 +81,6 @@ def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
     options = {name: run.get(f"optim.{name}") for name in named("optim.methods:OPTIONS") if f"optim.{name}" in ranged}
     foreign = named("optim.methods:foreign")(run.get("optim.method", ""), options)
     return run | {f"optim.{name}": "None" for name in foreign}
-
-
-def combine(runs: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Every pair of the two lists, merged; overrides in `others` win."""
-    return [{**run, **other} for run in runs for other in others]
 
 
 def _expand_block(block: Mapping, where: str) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from steppe.data.errors import DataError
 from steppe.lm.keep.exits import STOPPED
 from steppe.lm.track import lines
 from steppe.lm.track.waiting import clock_face
+from steppe.scripts import results
 from steppe.scripts.sweep.launch import Job
 from steppe.scripts.sweep.plan import Run, Speed, makespan
 
@@ -21,14 +22,12 @@ EVERY = 30.0  # seconds between lines, where there is no terminal
 class View:
     """Shows the runs of a sweep.
 
-    outcomes: {name: outcome.json} of runs that had ended before. jobs: runs at a time. until: {name: step} at which a
-    run stops for now.
+    jobs: runs at a time. until: {name: step} at which a run stops for now.
     """
 
     def __init__(
         self,
         runs: Sequence[Run],
-        outcomes: dict[str, dict],
         speed: Speed,
         jobs: int,
         until: Mapping[str, int] | None = None,
@@ -39,7 +38,8 @@ class View:
         self._total, self._speed, self._slots, self._now = len(runs), speed, jobs, now
         self._stream = stream or sys.stderr
         self._until = until or {}
-        self._statuses = {name: outcome["status"] for name, outcome in outcomes.items()}
+        outcomes = {run.name: results.read_json(run.directory / results.OUTCOME, results.Outcome) for run in runs}
+        self._statuses = {name: outcome["status"] for name, outcome in outcomes.items() if outcome}
         self._began: dict[str, float] = {}
         self._spent = self._expected = 0.0  # seconds of the runs that ended here, measured and estimated
         self._running: list[Job] = []

@@ -206,7 +206,7 @@ def test_watts_rates_fall_with_the_budget():
     ],
 )
 def test_ready_sweeps_hold_as_many_runs_as_they_say_all_of_which_can_run(sweep, runs):
-    found = spec.expand(spec.load(sweep).blocks)
+    found = spec.expand(spec.load(sweep)[0])
     assert len(found) == runs
     assert re.search(rf"^{runs} runs", importlib.import_module(f"steppe.configs.sweeps.{sweep}").__doc__, re.MULTILINE)
     read = reader("quickstart")
@@ -220,7 +220,7 @@ SPECS = [path for path in sorted(STUDY.glob("*.py")) if "def get_spec(" in path.
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_run_of_the_study_can_run_and_is_listed_once(path):
-    found = spec.expand(spec.load(str(path)).blocks)
+    found = spec.expand(spec.load(str(path))[0])
     read = reader("english:TEXT")
     for run in found:
         check(read(list(run.items())), device_count=1)
