@@ -53,12 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ", ".join(f"{each.distribution}{each.wanted}" for each in absent)
         _say("missing", f"{names}: {packages.remedy(*(each.module for each in absent))}")
     ready = _devices() and _trains()
-    extras = {each.extra: [] for each in declared if each.extra and each.extra not in packages.DEVELOPERS}
-    for each in declared:
-        if each.extra in extras:
-            extras[each.extra].append(each)
-    for extra, parts in extras.items():
-        lacking = [each for each in parts if not each.present]
+    for extra in dict.fromkeys(each.extra for each in declared):
+        if not extra or extra in packages.DEVELOPERS:
+            continue
+        lacking = [each for each in declared if each.extra == extra and not each.present]
         brought = ", ".join(each.distribution for each in lacking)
         python = max(map(packages.python_for, lacking), default="")
         needed = f"{python}pip install 'steppe[{extra}]' brings {brought}" if lacking else "installed"

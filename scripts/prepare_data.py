@@ -101,9 +101,8 @@ def _launch(argv: Sequence[str], options) -> int:
     if options.launcher == "print":
         print("\n".join([shlex.join(line)] * options.hosts))
         return 0
-    process.say(
-        slurm.submit_preparation(line, options.out, options.hosts, options.workers, slurm.parameters_of(options.slurm))
-    )
+    parameters = slurm.parameters_of(options.slurm)
+    process.say(slurm.submit_preparation(line, options.out, options.hosts, options.workers, parameters))
     return 0
 
 

@@ -46,11 +46,9 @@ def _evaluate(options: Any, progress: Progress) -> int:
         )
     questions = questions or choices.read(stored)
     step = make_evaluation_step(run.parts)
-    corpus = (
-        run.corpus
-        if options.task is None
-        else held_out_of(saved.own_data(run.config, run.corpus, options.trust), options.task)
-    )
+    corpus = run.corpus
+    if options.task is not None:
+        corpus = held_out_of(saved.own_data(run.config, run.corpus, options.trust), options.task)
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
     size = run.config.train.batch_size
@@ -60,16 +58,9 @@ def _evaluate(options: Any, progress: Progress) -> int:
     for name, batches in steps.items():
         progress.begin(f"{name}: compiling, then {batches:,} batches", dict.fromkeys(map(str, range(batches)), 1.0))
         ticks = map(str, range(batches))
-        found = evaluate(
-            step,
-            run.params,
-            corpus,
-            name,
-            mesh=run.parts.mesh,
-            batch_size=size,
-            batches=options.batches,
-            stop=lambda ticks=ticks: progress.tick(next(ticks)) is not None,
-        )
+        given = {"mesh": run.parts.mesh, "batch_size": size, "batches": options.batches}
+        stop = lambda ticks=ticks: progress.tick(next(ticks)) is not None  # noqa: E731
+        found = evaluate(step, run.params, corpus, name, **given, stop=stop)
         progress.end(name)
         assert found is not None  # evaluate returns None only when stopped
         reference = baselines.baselines(corpus, name, counts)

@@ -122,7 +122,7 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
 
         def launch(some: list, until: dict[str, int]) -> bool:
             with View(runs, speed, jobs, until) as view:
-                return sweep_launch.run_local(some, path, slots, view, until=until)
+                return sweep_launch.run_local(some, path, slots, view, until)
 
         complete = halving is None or _halve(runs, left, halving, launch)
         complete = complete and launch([run for run in left if not _outcome(run)], {})

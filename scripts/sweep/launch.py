@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ def _last_line(path: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- the launcher
-def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view, *, until=None) -> bool:
+def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view, until: Mapping[str, int]) -> bool:
     """Executes the runs in order, one at a time on each slot of cores; False if a signal stopped it, else True.
 
     Each slot has a worker that executes one run after another; a worker that died is replaced. A signal (SIGINT,
@@ -161,23 +161,20 @@ def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view
                 if ready is None:
                     break
                 waiting.remove(ready)
-                outcome = settle(ready.directory)
-                if outcome:
+                if outcome := settle(ready.directory):
                     view.ended(ready, outcome, outcome["exit"])
                     continue
-                worker = free.pop(0)
-                if not isinstance(worker, Worker):
-                    worker = Worker(worker)
-                job = _start(ready, config, worker, (until or {}).get(ready.name))
+                idle = free.pop(0)
+                worker = idle if isinstance(idle, Worker) else Worker(idle)
+                job = _start(ready, config, worker, until.get(ready.name))
                 jobs.append(job)
                 view.started(job)
                 if signals:  # a signal that arrived while the worker was starting
                     job.worker.signal(signal.SIGTERM)
             for job in list(jobs):
-                found = job.worker.poll()
-                if found is not None:
+                if found := job.worker.poll():
                     status, cpu_seconds = found
-                    if status == FINISHED and (until or {}).get(job.run.name, job.run.steps) < job.run.steps:
+                    if status == FINISHED and until.get(job.run.name, job.run.steps) < job.run.steps:
                         status = STOPPED  # at its `until`, not at its end
                     jobs.remove(job)
                     free.append(_next(job.worker, bool(waiting)))
