@@ -15,7 +15,6 @@ import contextlib
 import gc
 import importlib
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -243,7 +242,3 @@ def regimes(found) -> list[str]:
         f"{len(own)} runs)."
         for tokens, own in scales.items()
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
