@@ -19,7 +19,7 @@ from steppe.data.vocabulary import Tokenizer
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.objective import readout_kernel
 from steppe.lm.model.ordered import jitted
-from steppe.lm.model.readout import cross_entropy
+from steppe.lm.model.readout import Options, cross_entropy
 from steppe.lm.parts.assembly import Parts
 
 KEY = "evaluate.choices"
@@ -130,9 +130,14 @@ def _before(reached: np.ndarray, query: int) -> int:
     return at + int(at < len(reached) and reached[at] == query)
 
 
+def plain_options(parts: Parts) -> Options:
+    """The readout options of a run with plain cross-entropy as its loss."""
+    return parts.options._replace(smoothing=0.0, z_loss=0.0, keep=False)
+
+
 def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:
     """scores(params, batch of Rows) -> log-likelihood in nats of each row's choice [B], on every process."""
-    plain = parts.options._replace(smoothing=0.0, z_loss=0.0, keep=False)
+    plain = plain_options(parts)
 
     def scores(params, batch):
         hidden = parts.objective.trunk(params, {"inputs": batch["inputs"]})

@@ -76,8 +76,8 @@ def measure_run(
 
     from steppe.data import loader
     from steppe.lm.measure import sharpness
+    from steppe.lm.measure.evaluate import held_out
     from steppe.lm.measure.in_training import named_groups
-    from steppe.lm.model.mesh import local_rows, place_batch
     from steppe.optim.ascent import preconditioner
     from steppe.optim.base import kind_of
 
@@ -87,9 +87,9 @@ def measure_run(
     settings = settings._replace(batches=min(settings.batches, most), noise_scale=parts if parts > 1 else 0)
 
     def placed(count: int) -> dict:
-        rows = loader.held_out_rows(run.corpus, name, 0, count * size)
-        rows.pop("bytes")
-        return place_batch(run.parts.mesh, count * size, local_rows(run.parts.mesh, count * size), rows)
+        batch = next(held_out(run.corpus, name, run.parts.mesh, count * size))
+        batch.pop("bytes")
+        return batch
 
     batch, scale = placed(settings.batches), None
     if "second" in kind_of(run.parts.optimizer.base.name).moments:

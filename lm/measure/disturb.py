@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from steppe.data import loader
 from steppe.lm.measure import gptq
 from steppe.lm.measure.evaluate import make_evaluation_step
 from steppe.lm.measure.in_training import twice_differentiable
 from steppe.lm.model import parameters
-from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.ordered import jitted
 from steppe.lm.parts.assembly import Parts
 from steppe.lm.parts.state import Optimizer, State, start
@@ -141,24 +138,7 @@ def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int =
     return jnp.moveaxis(rounded[..., :inputs].reshape(moved.shape), tuple(range(-len(reduced), 0)), reduced)
 
 
-# --------------------------------------------------------------------------------------------------------- measurements
-def held_out(corpus: loader.Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0) -> list[dict]:
-    """The first `batches` batches of a held-out set (0: all of it) on the mesh, to be measured on again and again."""
-    total, rows = loader.held_out_steps(corpus, name, batch_size), local_rows(mesh, batch_size)
-    found = []
-    for index in range(min(total, batches) if batches else total):
-        batch = loader.held_out_rows(corpus, name, index, batch_size, rows)
-        found.append(place_batch(mesh, batch_size, rows, batch))
-    return found
-
-
-def loss(evaluate: Callable, params: Any, batches: list[dict]) -> tuple[float, int]:
-    """(mean loss in nats per token, tokens) over batches that held_out gave."""
-    results = jax.device_get([evaluate(params, batch) for batch in batches])
-    nats, tokens, _ = (sum(np.float64(x) for x in column) for column in zip(*results, strict=True))
-    return float(nats / tokens), int(tokens)
-
-
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
 def fine_tune(
     run: Programs, params: Any, read: Callable[[int], dict], rate: float, points: Sequence[int],
     measure: Callable[[Any], dict],

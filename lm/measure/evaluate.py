@@ -1,7 +1,7 @@
 """Held-out loss in nats per token and bits per byte, at theta or at an average, never at perturbed weights."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,51 +16,50 @@ from steppe.lm.measure import choices
 from steppe.lm.model.mesh import local_rows, place_batch
 from steppe.lm.model.objective import readout_kernel
 from steppe.lm.model.ordered import jitted
-from steppe.lm.model.readout import Options, cross_entropy
-from steppe.lm.model.transformer import Shape
+from steppe.lm.model.readout import cross_entropy
 from steppe.lm.parts.assembly import Parts
 from steppe.lm.parts.memo import once
 from steppe.lm.parts.progress import Event, Progress, each
 from steppe.lm.parts.state import State
 from steppe.lm.track.tracker import Tracker
-from steppe.optim import Objective
 
 
 def make_evaluation_step(parts: Parts) -> Callable:
     """The compiled evaluation_step of a run's Parts."""
-    return jitted(evaluation_step(parts.objective, parts.shape, parts.options), parts.mesh, "evaluation")
+    return jitted(evaluation_step(parts), parts.mesh, "evaluation")
 
 
-def evaluation_step(objective: Objective, shape: Shape, options: Options) -> Callable:
+def evaluation_step(parts: Parts) -> Callable:
     """step(params, batch) -> (nats, tokens, bytes) of a batch, with plain cross-entropy for any training loss."""
-    plain = Options(options.vocabulary, options.chunk, soft_cap=options.soft_cap, place=options.place)
+    plain = choices.plain_options(parts)
 
     def step(params, batch):
-        hidden = objective.trunk(params, batch)
-        loss, _, _ = cross_entropy(plain, readout_kernel(params, shape), hidden, batch["targets"], batch["weights"])
+        hidden, kernel = parts.objective.trunk(params, batch), readout_kernel(params, parts.shape)
+        loss, _, _ = cross_entropy(plain, kernel, hidden, batch["targets"], batch["weights"])
         tokens = jnp.sum(batch["weights"] > 0)
         return loss * tokens, tokens, jnp.sum(batch["bytes"])
 
     return step
 
 
-def evaluate(
-    step: Callable, params, corpus: Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict | None:  # fmt: skip
-    """Loss on held-out set `name`: {loss (nats per token), bits_per_byte, tokens, bytes}; batches = 0 uses all of it.
-
-    step: from make_evaluation_step. Rows have a fixed order, so a limit always selects the same ones. stop() is asked
-    before every batch; if it returns True, the result is None.
-    """
-    total = held_out_steps(corpus, name, batch_size)
-    rows = local_rows(mesh, batch_size)
-    results = []
+def held_out(corpus: Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0) -> Iterator[dict]:
+    """The batches of a held-out set on the mesh, in a fixed order: the first `batches`, 0 for all of it."""
+    total, rows = held_out_steps(corpus, name, batch_size), local_rows(mesh, batch_size)
     for index in range(min(total, batches) if batches else total):
+        yield place_batch(mesh, batch_size, rows, held_out_rows(corpus, name, index, batch_size, rows))
+
+
+def evaluate(step: Callable, params, batches: Iterable[dict], stop: Callable[[], bool] = lambda: False) -> dict:
+    """Loss on the batches of a held-out set: {loss (nats per token), bits_per_byte, tokens, bytes}.
+
+    step: from make_evaluation_step. batches: from held_out. stop() is asked before every batch is evaluated; if it
+    returns True, the result is {}.
+    """
+    results = []
+    for batch in batches:
         if stop():
-            return None
-        batch = held_out_rows(corpus, name, index, batch_size, rows)
-        results.append(step(params, place_batch(mesh, batch_size, rows, batch)))
+            return {}
+        results.append(step(params, batch))
         jax.block_until_ready(results[-2:][0])  # stay at most one batch ahead, so that stop() is asked in time
     nats, tokens, size = (sum(np.float64(x) for x in column) for column in zip(*jax.device_get(results), strict=True))
     return {
@@ -114,17 +113,17 @@ class Evaluations:
             self._latest, params = found, self._weights[self._judged](at.state)
             for name, (items, rows) in self._questions.items():
                 values = choices.measure(self._scores, params, items, rows, self._mesh, self._rows)
-                self._tracker.choices(at.done, name, values)
+                self._tracker.evaluation(at.done, name, values, kind="choices")
 
     def _held_out(self, at: Progress) -> dict[tuple[str, str], dict] | None:
         """{(weights, set): values}; None if a signal came first."""
         found, batches = {}, 0 if at.done == self._total else self._batches
-        given = {"mesh": self._mesh, "batch_size": self._rows, "batches": batches, "stop": self._asked}
         for kind, of_state in self._weights.items():
             params = of_state(at.state)
             for name in self._corpus.held_out:
-                values = found[kind, name] = evaluate(self._step, params, self._corpus, name, **given)
-                if values is None:
+                text = held_out(self._corpus, name, self._mesh, self._rows, batches)
+                values = found[kind, name] = evaluate(self._step, params, text, self._asked)
+                if not values:
                     return None
         return found
 

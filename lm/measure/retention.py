@@ -165,6 +165,7 @@ def measure_run(
 ) -> dict[str, Any]:
     """Rises of a run's held-out loss, "summary", and how they came about; arguments as of curvature.measure_run."""
     from steppe.lm.measure import disturb, gptq
+    from steppe.lm.measure.evaluate import evaluate, held_out
     from steppe.lm.parts.assembly import assemble, batch_reader
 
     config, second = second_text(run.config, run.data, settings, lambda line: None)
@@ -175,11 +176,11 @@ def measure_run(
 
     def text(corpus: Any) -> Text:
         name = next(iter(corpus.held_out))
-        batches = disturb.held_out(corpus, name, parts.mesh, settings.batch_size, settings.batches)
-        before, tokens = disturb.loss(tools.evaluate, run.params, batches)
-        on = {"name": name, "corpus": corpus.fingerprint, "tokens": tokens}
-        loss = lambda params: disturb.loss(tools.evaluate, params, batches)[0]  # noqa: E731
-        return Text(on, before, loss, batches, batch_reader(config, corpus, parts, lambda step: step))
+        batches = list(held_out(corpus, name, parts.mesh, settings.batch_size, settings.batches))
+        before = evaluate(tools.evaluate, run.params, batches)
+        on = {"name": name, "corpus": corpus.fingerprint, "tokens": before["tokens"]}
+        loss = lambda params: evaluate(tools.evaluate, params, batches)["loss"]  # noqa: E731
+        return Text(on, before["loss"], loss, batches, batch_reader(config, corpus, parts, lambda step: step))
 
     tick("held-out loss")
     own, summary, details = text(run.corpus), {}, {}

@@ -207,7 +207,8 @@ def rewind(path: Path, step: int) -> list[str]:
             with open(aside, "ab") as handle:
                 handle.write(kept)
     if step > 0:
-        missing = step - _count(path, b'{"kind": "train"')
+        with open(path, "rb") as handle:
+            missing = step - sum(line.startswith(b'{"kind": "train"') for line in handle)
         if missing > 0:
             problems.append(f"{path.name}: {missing} of the {step} steps before this start are missing")
     return problems
@@ -226,12 +227,6 @@ def _tail(path: Path, step: int) -> int:
             if first is not None and first["step"] < step:
                 break
     return position if step > 0 else 0
-
-
-def _count(path: Path, start: bytes) -> int:
-    """The number of lines that begin with `start`."""
-    with open(path, "rb") as handle:
-        return sum(line.startswith(start) for line in handle)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

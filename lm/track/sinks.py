@@ -1,7 +1,11 @@
 """Followers of metrics.jsonl: wandb and TensorBoard. Their content is a function of that file.
 
 Every start and rollback rebuilds them from it, so a kill leaves no gaps and no steps that are not the run's. If one
-fails, a note says so once and the run continues without it.
+fails, a note says so once and the run continues without it. Each has
+
+- row(row): adds a row; rows come in the order of metrics.jsonl, again from the first after again()
+- facts(values): sets the run's facts
+- close(good): ends it
 """
 
 import json
@@ -10,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -59,24 +63,6 @@ class Rows:
         else:
             return None
         return Row(step, values, self._axes, False, self._before + self._axes["seconds"])
-
-
-class Sink(Protocol):
-    """row: adds a row; rows come in the order of metrics.jsonl, again from the first after `again`. facts: sets the
-    run's facts. close(good): ends it."""
-
-    name: str
-
-    def row(self, row: Row) -> None: ...
-
-    def again(self) -> None: ...
-
-    def facts(self, values: dict[str, Any]) -> None: ...
-
-    def close(self, good: bool) -> None: ...
-
-
-S = TypeVar("S", bound=Sink)
 
 
 class Wandb:
@@ -195,13 +181,14 @@ class Sinks:
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, *, wandb_id: str, note: Callable[[str], None]):
-        self._workdir, self._note, self._sinks, self._facts = workdir, note, [], None
-        self._given, self._wandb = wandb_id, None
+        self._workdir, self._note, self._given, self._facts = workdir, note, wandb_id, None
+        self._sinks: list[Wandb | TensorBoard] = []
         if config.log.wandb != "disabled":
             self._given = _id(workdir, wandb_id)
-            self._wandb = self._start(lambda: Wandb(workdir, config, self._given), "wandb")
+            self._start(Wandb, workdir, config, self._given)
         if config.log.tensorboard:
-            self._start(lambda: TensorBoard(workdir), "tensorboard")
+            self._start(TensorBoard, workdir)
+        self._wandb = next((sink for sink in self._sinks if isinstance(sink, Wandb)), None)
         self._replay()
         if self._wandb and self._wandb.is_ahead:
             self.again()
@@ -241,16 +228,13 @@ class Sinks:
         for record in records(self._workdir / METRICS) if self._sinks else ():
             self.record(record)
 
-    def _start(self, make: Callable[[], S], name: str) -> S | None:
+    def _start(self, kind: Any, *given: Any) -> None:
         try:
-            made = make()
+            self._sinks.append(kind(*given))
         except Exception as error:
-            self._drop(name, error)
-            return None
-        self._sinks.append(made)
-        return made
+            self._drop(kind.name, error)
 
-    def _each(self, call: Callable[[Sink], None]) -> None:
+    def _each(self, call: Callable[[Wandb | TensorBoard], None]) -> None:
         for sink in list(self._sinks):
             try:
                 call(sink)

@@ -124,33 +124,27 @@ class Tracker:
         elif step % self._config.log.every == 0 or step == self._total:
             self._print(f"step {step}/{self._total}  {line}")
 
-    def evaluation(self, step: int, name: str, metrics: dict[str, Any], weights: str = "") -> None:
-        """Records an evaluation of the parameters after `step` updates on held-out set `name`.
+    def evaluation(
+        self, step: int, name: str, metrics: dict[str, Any], weights: str = "", kind: str = "evaluate"
+    ) -> None:
+        """Records an evaluation of the parameters after `step` updates on held-out set `name`; of kind "choices", their
+        accuracy on the items `name`.
 
         weights: their name, if not those that the run is judged by.
         """
         if not self._primary:
             return
-        self._pause(step)
-        if weights:
-            self._found("average", "held-out", step, name, metrics, weights)
-            return
-        if "loss" in metrics and (self._held_out is None or self._held_out[0] == name):
+        kind = "average" if weights else kind
+        if kind == "evaluate" and (self._held_out is None or self._held_out[0] == name):
             self._held_out = name, number(metrics["loss"])
-        self._found("evaluate", "held-out", step, name, metrics)
-
-    def choices(self, step: int, name: str, metrics: dict[str, Any]) -> None:
-        """Records the multiple-choice accuracy on items `name` of the parameters after `step` updates."""
-        if not self._primary:
-            return
-        self._pause(step)
-        self._found("choices", "choices", step, name, metrics)
+        self.measurement(kind, step, {"name": name, **({"weights": weights} if weights else {}), **metrics})
+        where = f"{'choices' if kind == 'choices' else 'held-out'} {name}" + f"/{weights}" * bool(weights)
+        shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
+        self.note(f"step {step}  {where}  {shown}")
 
     def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
         """Records the start of a checkpoint of `step`."""
-        if self._primary:
-            self._pause(step)
-            self._write("checkpoint", step, {**(facts or {}), "goodput": self.goodput.seconds()})
+        self.measurement("checkpoint", step, {**(facts or {}), "goodput": self.goodput.seconds()})
 
     def event(self, kind: str, step: int, facts: dict[str, Any]) -> None:
         """Records a rare event: `anomaly`, `rollback`, `change`."""
@@ -208,12 +202,6 @@ class Tracker:
             status = f"{status} ({error})"
         self._sinks.close(status.startswith(("finished", "stopped")))
         self._print(status)
-
-    def _found(self, kind: str, title: str, step: int, name: str, metrics: dict[str, Any], weights: str = "") -> None:
-        self._write(kind, step, {"name": name, **({"weights": weights} if weights else {}), **metrics})
-        name = f"{name}/{weights}" if weights else name
-        shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
-        self.note(f"step {step}  {title} {name}  {shown}")
 
     def _noise_scale(self) -> float | None:
         """The gradient noise scale in tokens, by the mean squares of the last steps; None where noise hides it."""

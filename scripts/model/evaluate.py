@@ -34,7 +34,7 @@ def _evaluate(options: Any, progress: Progress) -> int:
     from steppe.data.loader import held_out_steps
     from steppe.lm.keep import saved
     from steppe.lm.measure import choices
-    from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
+    from steppe.lm.measure.evaluate import evaluate, held_out, make_evaluation_step
 
     questions = choices.read(options.choices or ())
     run = saved.load(options.workdir, options.step, weights=options.weights, trust=options.trust)
@@ -58,11 +58,9 @@ def _evaluate(options: Any, progress: Progress) -> int:
     for name, batches in steps.items():
         progress.begin(f"{name}: compiling, then {batches:,} batches", dict.fromkeys(map(str, range(batches)), 1.0))
         ticks = map(str, range(batches))
-        given = {"mesh": run.parts.mesh, "batch_size": size, "batches": options.batches}
-        stop = lambda ticks=ticks: progress.tick(next(ticks)) is not None  # noqa: E731
-        found = evaluate(step, run.params, corpus, name, **given, stop=stop)
+        text = held_out(corpus, name, run.parts.mesh, size, options.batches)
+        found = evaluate(step, run.params, text, lambda ticks=ticks: progress.tick(next(ticks)) is not None)
         progress.end(name)
-        assert found is not None  # evaluate returns None only when stopped
         reference = baselines.baselines(corpus, name, counts)
         process.say(
             f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "

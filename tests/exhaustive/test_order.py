@@ -56,7 +56,7 @@ def test_measurements(microbatches):
 def test_evaluation_and_retention():
     parts = parts_on("cpu", optim__schedule="constant")
     made, params = disturb.programs(parts), parts.abstract.params
-    evaluation = jitted(evaluation_step(parts.objective, parts.shape, parts.options), parts.mesh, "evaluation")
+    evaluation = jitted(evaluation_step(parts), parts.mesh, "evaluation")
     assert not pairs(evaluation, params, batch_of(parts, bytes=jnp.int32))
     assert not pairs(made.step, parts.abstract, batch_of(parts), 0.1)
     assert not pairs(made.along, params, batch_of(parts), params)

@@ -13,6 +13,7 @@ import pytest
 from helpers import lm_runs
 from steppe.data import cache, loader
 from steppe.lm.measure import disturb, frontier
+from steppe.lm.measure.evaluate import evaluate, held_out
 from steppe.lm.parts.assembly import assemble, batch_reader
 from steppe.lm.parts.state import create
 from steppe.lm.parts.step import make_step
@@ -35,7 +36,7 @@ def corpus_and_config(tmp_path_factory):
 def tools(corpus_and_config, devices):
     corpus, config = corpus_and_config
     parts = assemble(config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices)
-    batches = disturb.held_out(corpus, "val", parts.mesh, 8, 4)
+    batches = list(held_out(corpus, "val", parts.mesh, 8, 4))
     return parts, disturb.programs(parts), create(parts.mesh, parts.initialise).params, batches
 
 
@@ -144,11 +145,13 @@ def test_noise_has_the_stated_size_in_every_tensor_and_the_same_draw_for_all(one
 
 def test_no_noise_is_no_loss_and_eight_bits_nearly_none(one):
     _, run, params, batches = one
-    base, tokens = disturb.loss(run.evaluate, params, batches)
-    assert tokens == 4 * 8 * 16
-    assert disturb.loss(run.evaluate, run.noise(params, 3, 0.0), batches)[0] == base
-    assert disturb.loss(run.evaluate, run.noise(params, 3, 1.0), batches)[0] != base
-    loss = {bits: disturb.loss(run.evaluate, run.quantise(params, bits, 0, True), batches)[0] - base for bits in (2, 8)}
+    found = evaluate(run.evaluate, params, batches)
+    base = found["loss"]
+    assert found["tokens"] == 4 * 8 * 16
+    assert evaluate(run.evaluate, run.noise(params, 3, 0.0), batches)["loss"] == base
+    assert evaluate(run.evaluate, run.noise(params, 3, 1.0), batches)["loss"] != base
+    rounded = {bits: run.quantise(params, bits, 0, True) for bits in (2, 8)}
+    loss = {bits: evaluate(run.evaluate, made, batches)["loss"] - base for bits, made in rounded.items()}
     assert 0 < abs(loss[8]) < 1e-3 * base
     assert abs(loss[2]) > 20 * abs(loss[8])
 
@@ -157,8 +160,8 @@ def tuned(corpus_and_config, given, rate, points=(2, 8)):
     corpus, config = corpus_and_config
     parts, run, params, batches = given
     read = batch_reader(config, corpus, parts, lambda step: step)
-    before = disturb.loss(run.evaluate, params, batches)[0]
-    measure = lambda p: {"gained": before - disturb.loss(run.evaluate, p, batches)[0]}  # noqa: E731
+    before = evaluate(run.evaluate, params, batches)["loss"]
+    measure = lambda p: {"gained": before - evaluate(run.evaluate, p, batches)["loss"]}  # noqa: E731
     return disturb.fine_tune(run, params, read, rate, points, measure)[0]
 
 
@@ -197,7 +200,7 @@ def test_eight_devices_measure_what_one_does(corpus_and_config, one, eight):
     for parts, run, params, batches in (one, eight):
         assert parts.mesh.size == len(jax.devices()) if run is eight[1] else parts.mesh.size == 1
         variants = [params, run.noise(params, 1, 0.2), run.quantise(params, 4, 4, True)]
-        found.append([disturb.loss(run.evaluate, variant, batches)[0] for variant in variants])
+        found.append([evaluate(run.evaluate, variant, batches)["loss"] for variant in variants])
     np.testing.assert_allclose(*found, rtol=2e-6)
     paths = [[p["gained"] for p in tuned(corpus_and_config, given, 0.01)] for given in (one, eight)]
     np.testing.assert_allclose(*paths, atol=2e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import lm_runs
 from steppe.data import baselines, cache, loader
-from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
+from steppe.lm.measure.evaluate import evaluate, held_out, make_evaluation_step
 from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.state import create
 from steppe.lm.run.generate import generate, make_decoder
@@ -45,7 +45,7 @@ def _logits(trunk, vocabulary, params, inputs):
 def test_held_out_loss_is_plain_cross_entropy_over_every_token_once(run):
     _, corpus, parts, state = run
     step = make_evaluation_step(parts)
-    found = evaluate(step, state.params, corpus, "val", parts.mesh, batch_size=5)  # the last batch is padded
+    found = evaluate(step, state.params, held_out(corpus, "val", parts.mesh, 5))  # the last batch is padded
     nats = 0.0
     text = (pathlib.Path(corpus.directory).parents[1] / "val.txt").read_bytes()
     ids = np.array([b + 3 for b in text] + [1])
@@ -60,7 +60,7 @@ def test_held_out_loss_is_plain_cross_entropy_over_every_token_once(run):
     assert found["bytes"] == len(text)
     assert found["loss"] == pytest.approx(nats / len(ids), rel=1e-5)  # order of sums in float32
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
-    first = evaluate(step, state.params, corpus, "val", parts.mesh, batch_size=5, batches=1)
+    first = evaluate(step, state.params, held_out(corpus, "val", parts.mesh, 5, 1))
     assert first["tokens"] == 5 * 16
 
 

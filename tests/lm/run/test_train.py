@@ -143,16 +143,16 @@ def test_what_was_trained_can_be_evaluated_and_sampled(whole, capsys):
 
 
 def test_one_signal_in_the_last_evaluation_ends_the_run_which_then_owes_it(corpus, whole, tmp_path, monkeypatch):
-    real = measure.evaluate
+    real = measure.held_out
 
-    def signalled(*arguments, **options):
-        if options["batches"] == 0:  # of the end
+    def signalled(*arguments):
+        if arguments[-1] == 0:  # batches, of the end
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, **options)
+        return real(*arguments)
 
     config = lm_runs.config(*corpus, **METHOD, curvature__every=10)
     with monkeypatch.context() as patched:
-        patched.setattr(measure, "evaluate", signalled)
+        patched.setattr(measure, "held_out", signalled)
         assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.STOPPED
     assert [record["step"] for record in lm_runs.records(tmp_path, "evaluate")] == [0, 10]
     assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.FINISHED

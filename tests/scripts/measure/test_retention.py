@@ -15,7 +15,7 @@ from steppe.data import cache, loader
 from steppe.lm.keep import saved, workdir
 from steppe.lm.keep.checkpoint import Checkpoints
 from steppe.lm.measure import retention
-from steppe.lm.measure.evaluate import evaluate, make_evaluation_step
+from steppe.lm.measure.evaluate import evaluate, held_out, make_evaluation_step
 from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.state import create
 from steppe.lm.track.tracker import Tracker
@@ -101,7 +101,7 @@ def test_every_measure_is_a_number_in_the_file(measured):
 def test_the_loss_is_that_of_evaluate_on_the_same_rows(place, measured):
     run = saved.load(str(place / "sweep" / "a"), log=lambda text: None)
     step = make_evaluation_step(run.parts)
-    found = evaluate(step, run.params, run.corpus, "val", run.parts.mesh, 4, 3)
+    found = evaluate(step, run.params, held_out(run.corpus, "val", run.parts.mesh, 4, 3))
     assert measured[1]["loss"] == pytest.approx(found["loss"], rel=1e-6)
     assert measured[1]["held_out"]["tokens"] == found["tokens"]
 
