@@ -97,7 +97,6 @@ def _tokens(run: Unread, records: Records) -> int:
 
 
 def _training(run: Unread, about: dict[str, Any], tokens: int) -> list[tuple[str, str]]:
-    """(what, value) of how the run was trained."""
     config = run.config
     flat = flatten(config.to_dict())
     own = [key for key in config.optim if key in OPTIONS or is_foreign(f"optim.{key}", flat)]
@@ -145,6 +144,5 @@ def _seen(run: Unread, about: dict[str, Any], tokens: int) -> str:
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *escaped))

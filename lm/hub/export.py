@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,23 @@ MOST = 5 << 30  # bytes per file of weights
 PARTIAL = ".partial"  # suffix of the directory while it is being written
 
 
+@contextmanager
+def building(out: str) -> Iterator[Path]:
+    """A directory to write files into, which appears as `out` only when the `with` block has ended without an error."""
+    aside = Path(f"{out}{PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.iterdir():
+            files.sync(path)
+        if os.path.isdir(out):  # it is empty
+            os.rmdir(out)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
     """Writes the model of `run` to directory `out`, which appears only when complete.
 
@@ -30,11 +48,8 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
     """
     family = families.of_config(run.config)
     tokenizer = run.corpus.tokenizer
-    aside = Path(f"{out}{PARTIAL}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        ids = tokenizers.write(aside, run.corpus, run.config.data.sequence_length).ids()
+    with building(out) as aside:
+        ids = tokenizers.write(aside, run.corpus, run.config.data.sequence_length)
         names = [tokenizer.fingerprint, load_tokenizer(str(aside)).fingerprint]
         more = {**ids, families.VOCABULARY: names}
         files.write_json(aside / "config.json", families.theirs(family, run.config, tokenizer.vocab_size, more))
@@ -42,13 +57,6 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
         log(f"tokenizer   {tokenizer.vocab_size:,} tokens; {differences.said(aside, run.corpus)}")
         _write_weights(aside, run, family, log)
         files.write(aside / "README.md", card.card(run))
-        for path in aside.iterdir():
-            files.sync(path)
-        if os.path.isdir(out):  # it is empty
-            os.rmdir(out)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str], None]) -> None:
@@ -115,8 +123,3 @@ def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
             yield name.format(layer), array
             for bias in biases.get(paths[0], ()):
                 yield bias.format(layer), np.zeros(array.shape[-1], np.float32)
-
-
-def architecture(run: Unread) -> str:
-    """The name of the model's class in transformers."""
-    return families.of_config(run.config).architecture

@@ -17,7 +17,6 @@ from steppe.lm.keep.exits import Unusable
 from steppe.lm.model import parameters
 
 LAST_NORM = "final_norm/scale"  # before the readout
-_Size = stored.Positive | None
 
 
 class Rope(TypedDict, total=False):
@@ -28,36 +27,12 @@ class Rope(TypedDict, total=False):
     rope_theta: float | None
 
 
-class Theirs(TypedDict, total=False):
-    """The fields of a Hugging Face config.json that are read."""
-
-    architectures: list[str] | None
-    rope_parameters: Rope | None
-    rope_scaling: Rope | None
-    num_hidden_layers: _Size
-    hidden_size: _Size
-    num_attention_heads: _Size
-    num_key_value_heads: _Size
-    head_dim: _Size
-    intermediate_size: _Size
-    max_position_embeddings: _Size
-    rms_norm_eps: float | None
-    rope_theta: float | None
-    tie_word_embeddings: bool | None
-    n_layer: _Size
-    n_embd: _Size
-    n_head: _Size
-    n_inner: _Size
-    n_positions: _Size
-    layer_norm_epsilon: float | None
-
-
 class Family(NamedTuple):
     """names: {theirs: our paths}, with {} for the layer; several paths if theirs joins kernels along their outputs.
 
     linear: whether kernels are [out, in], as in torch's Linear, instead of [in, out]. zeros: {theirs: our path with
-    the same output size}, biases that we do not have. keys: {our key: (their keys)}, of which the first is read. fixed:
-    {their key: the value it must have}; these are written, and absent keys count as having them.
+    the same output size}, biases that we do not have. keys: {our key: theirs}. fixed: {their key: the value it must
+    have}; these are written, and absent keys count as having them.
     """
 
     kind: str
@@ -66,7 +41,7 @@ class Family(NamedTuple):
     qk_norm: bool
     linear: bool
     names: Mapping[str, tuple[str, ...]]
-    keys: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, str]
     fixed: Mapping[str, Any]
     zeros: Mapping[str, str] = {}
 
@@ -86,16 +61,16 @@ _LLAMA = {
     "model.layers.{}.mlp.down_proj.weight": ("layers/mlp/down/kernel",),
 }
 _LLAMA_KEYS = {
-    "model.layers": ("num_hidden_layers",),
-    "model.width": ("hidden_size",),
-    "model.heads": ("num_attention_heads",),
-    "model.kv_heads": ("num_key_value_heads",),
-    "model.head_width": ("head_dim",),
-    "model.mlp_width": ("intermediate_size",),
-    "model.norm_epsilon": ("rms_norm_eps",),
-    "model.rope_base": ("rope_theta",),
-    "model.tie_embeddings": ("tie_word_embeddings",),
-    "data.sequence_length": ("max_position_embeddings",),
+    "model.layers": "num_hidden_layers",
+    "model.width": "hidden_size",
+    "model.heads": "num_attention_heads",
+    "model.kv_heads": "num_key_value_heads",
+    "model.head_width": "head_dim",
+    "model.mlp_width": "intermediate_size",
+    "model.norm_epsilon": "rms_norm_eps",
+    "model.rope_base": "rope_theta",
+    "model.tie_embeddings": "tie_word_embeddings",
+    "data.sequence_length": "max_position_embeddings",
 }
 _LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
 
@@ -128,13 +103,13 @@ FAMILIES = (
             "transformer.h.{}.mlp.c_proj.weight": ("layers/mlp/down/kernel",),
         },
         {
-            "model.layers": ("n_layer",),
-            "model.width": ("n_embd",),
-            "model.heads": ("n_head",),
-            "model.mlp_width": ("n_inner",),
-            "model.norm_epsilon": ("layer_norm_epsilon",),
-            "model.tie_embeddings": ("tie_word_embeddings",),
-            "data.sequence_length": ("n_positions",),
+            "model.layers": "n_layer",
+            "model.width": "n_embd",
+            "model.heads": "n_head",
+            "model.mlp_width": "n_inner",
+            "model.norm_epsilon": "layer_norm_epsilon",
+            "model.tie_embeddings": "tie_word_embeddings",
+            "data.sequence_length": "n_positions",
         },
         {
             "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -151,6 +126,17 @@ FAMILIES = (
         },
     ),
 )  # fmt: skip
+_KINDS: dict[str, Any] = {
+    "tie_word_embeddings": bool, "rms_norm_eps": float, "layer_norm_epsilon": float, "rope_theta": float,
+}  # fmt: skip
+_MADE: Any = TypedDict  # type checkers accept only literal fields
+# The fields of a Hugging Face config.json that are read: of its names, its positions, and a family's keys
+Theirs = _MADE(
+    "Theirs",
+    {"architectures": list[str] | None, "rope_parameters": Rope | None, "rope_scaling": Rope | None}
+    | {name: _KINDS.get(name, stored.Positive) | None for family in FAMILIES for name in family.keys.values()},
+    total=False,
+)
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")  # for their training; any value is valid
 VOCABULARY = (
     "steppe_vocabulary"  # our key in their config.json: fingerprints of the vocabulary, the run's and the export's
@@ -203,7 +189,7 @@ def theirs(family: Family, config: ConfigDict, vocabulary: int, more: Mapping[st
         "model.head_width": model.head_width or model.width // model.heads,
         "data.sequence_length": config.data.sequence_length,
     }
-    found = {name: ours[key] for key, names in family.keys.items() for name in names}
+    found = {name: ours[key] for key, name in family.keys.items()}
     if "rope_theta" in found:
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": found["rope_theta"]}
     return {
@@ -248,7 +234,7 @@ def _accounted(family: Family, key: str, value: Any, found: Mapping[str, Any]) -
         return set(value) == {"full_attention"}
     if key in _NEUTRAL:
         return value == _NEUTRAL[key]
-    return key in _HARMLESS or key in family.fixed or key in {name for names in family.keys.values() for name in names}
+    return key in _HARMLESS or key in family.fixed or key in family.keys.values()
 
 
 def _short(value: Any) -> str:
@@ -264,10 +250,10 @@ def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]
     known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
     known.setdefault("head_dim", 0)
     known.setdefault("rope_theta", 10000.0)
-    missing = [names[0] for names in family.keys.values() if names[0] not in known]
+    missing = [name for name in family.keys.values() if name not in known]
     if missing:
         raise Unusable(f"{place}: {missing[0]}: is missing")
-    values = {key: known[names[0]] for key, names in family.keys.items()}
+    values = {key: known[name] for key, name in family.keys.items()}
     if values.get("model.head_width", 0) * values["model.heads"] == values["model.width"]:
         values["model.head_width"] = 0
     return {"model.size": "", "model.style": family.style, "model.qk_norm": family.qk_norm, **values}

@@ -5,31 +5,17 @@ reordered. Quantised tensors are dequantised.
 """
 
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from steppe.configs import packages
 from steppe.data import files
-from steppe.lm.hub import tokenizers
+from steppe.lm.hub import families, tokenizers
+from steppe.lm.hub.export import building
 from steppe.lm.keep.exits import Unusable
 
-_TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_HEADS = {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"}
 _KEYS = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -59,23 +45,21 @@ def write(source: str, out: str) -> None:
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise Unusable(f"{source}: cannot be read as gguf ({' '.join(str(error).split())})") from None
     config, made = _config(said, source), _tokenizer(said, source)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    known = {names.get_name(name.format(0), (".weight",)): name for name in families.FAMILIES[0].names}
     arrays = {}
     for tensor in reader.tensors:
-        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
-        name = found and _TENSORS.get(found[2])
-        if not found or not name:
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        name = known.get(f"blk.0.{tensor.name[layer.end() :]}" if layer else tensor.name)
+        if name is None:
             raise Unusable(f"{source}: tensor {tensor.name} is not part of a Llama model")
         array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        if found[2] in ("attn_q", "attn_k"):
-            heads = config["num_attention_heads" if found[2] == "attn_q" else "num_key_value_heads"]
+        heads = next((config[key] for kernel, key in _HEADS.items() if name.endswith(kernel)), 0)
+        if heads:
             array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        place = f"model.layers.{found[1]}.{name}" if found[1] else name
-        arrays[f"{place}.weight"] = np.ascontiguousarray(array)
+        arrays[name.format(layer and layer[1])] = np.ascontiguousarray(array)
     config["tie_word_embeddings"] = "lm_head.weight" not in arrays
-    aside = Path(f"{out}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with building(out) as aside:
         save_file(arrays, aside / "model.safetensors", metadata={"format": "pt"})
         (aside / "model.safetensors").chmod(0o644)
         files.write_json(aside / "config.json", config)
@@ -86,9 +70,6 @@ def write(source: str, out: str) -> None:
             aside / "tokenizer_config.json",
             {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "clean_up_tokenization_spaces": False},
         )
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _config(said: dict[str, Any], source: str) -> dict[str, Any]:

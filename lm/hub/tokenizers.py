@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from steppe.data import files
 from steppe.data.loader import Corpus
@@ -18,24 +18,9 @@ CONTROL = ("<pad>", "</s>", "<unk>")  # of the byte vocabulary, with ByT5's name
 _SPACE = "\u2581"
 
 
-class Named(NamedTuple):
-    """The tokens that begin and end a text and pad a batch, with their ids; pad may be None."""
-
-    bos: tuple[str, int]
-    eos: tuple[str, int]
-    pad: tuple[str, int] | None
-
-    def ids(self) -> dict[str, int | None]:
-        """The ids in the form of config.json and generation_config.json."""
-        return {f"{name}_token_id": token and token[1] for name, token in self._asdict().items()}
-
-    def tokens(self) -> dict[str, str]:
-        """The tokens in the form of tokenizer_config.json and special_tokens_map.json."""
-        return {f"{name}_token": token[0] for name, token in self._asdict().items() if token}
-
-
-def write(folder: Path, corpus: Corpus, length: int) -> Named:
-    """Writes tokenizer.json, its configs and, for a SentencePiece model, tokenizer.model.
+def write(folder: Path, corpus: Corpus, length: int) -> dict[str, int | None]:
+    """Writes tokenizer.json, its configs and, for a SentencePiece model, tokenizer.model; returns the ids of the tokens
+    that begin and end a text and pad a batch, in the form of config.json.
 
     length: the model's sequence length in tokens.
     """
@@ -46,21 +31,22 @@ def write(folder: Path, corpus: Corpus, length: int) -> Named:
     found = tokenizers.Tokenizer.from_str(json.dumps(made))
     begin, end = ((cast(str, found.id_to_token(number)), number) for number in (tokenizer.begin_id, tokenizer.eos_id))
     made["post_processor"] = _beginning(*begin)
-    named = Named(begin, end, _pad(made, (begin[1], end[1])))
+    named = {"bos": begin, "eos": end, "pad": _pad(made, (begin[1], end[1]))}
+    tokens = {f"{name}_token": token[0] for name, token in named.items() if token}
     files.write(folder / "tokenizer.json", json.dumps(made, ensure_ascii=False))
-    files.write_json(folder / "special_tokens_map.json", named.tokens())
+    files.write_json(folder / "special_tokens_map.json", tokens)
     files.write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **named.tokens(),
+            **tokens,
             "split_special_tokens": True,  # control strings in a text are text
             "padding_side": "left",
             "model_max_length": length,
             "clean_up_tokenization_spaces": False,
         },
     )
-    return named
+    return {f"{name}_token_id": token and token[1] for name, token in named.items()}
 
 
 def _pad(made: Mapping[str, Any], ends: tuple[int, int]) -> tuple[str, int] | None:
@@ -77,7 +63,6 @@ def _pad(made: Mapping[str, Any], ends: tuple[int, int]) -> tuple[str, int] | No
 
 
 def _made(folder: Path, corpus: Corpus) -> dict[str, Any]:
-    """The content of tokenizer.json without the begin token."""
     kept = corpus.manifest["vocabulary"]["file"]
     if not kept:
         return _of_bytes()
@@ -235,8 +220,7 @@ def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
     """The pairs of tokens that merge into a token, lowest rank first.
 
     ranks: of every token, as characters; neighbours whose joined token has the lowest rank merge first. Once all lower
-    merges are done, the parts that remain of a token are its only pair. For a token that merging cannot reach alone,
-    every pair is listed.
+    merges are done, the parts that remain of a token are its only pair. If it cannot be reached alone, all are listed.
     """
     pairs = []
     for token, rank in ranks.items():

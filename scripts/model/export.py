@@ -23,12 +23,13 @@ def main(argv: Sequence[str]) -> int:
     if lacking := packages.lacking("safetensors", "tokenizers", "transformers"):
         return process.fail(f"export {lacking}")
 
-    from steppe.lm.hub import export
+    from steppe.lm.hub import export, families
     from steppe.lm.keep import saved
 
     run = saved.unread(options.workdir, options.step, log=process.say, weights=options.weights, trust=options.trust)
     export.export(run, str(options.out), log=process.say)
     shown = Path(options.out)
-    process.say(f"{shown} holds {run.config.model.style} as {export.architecture(run)}; load it with")
+    architecture = families.of_config(run.config).architecture
+    process.say(f"{shown} holds {run.config.model.style} as {architecture}; load it with")
     process.say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(shown)!r})")
     return 0

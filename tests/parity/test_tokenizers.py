@@ -108,7 +108,7 @@ def export(folder, spec):
         kept = {"file": "kept"}
     corpus = Corpus(str(folder), {"vocabulary": {"file": kept}}, load_tokenizer(spec), 16, "concat", (), {})
     named = exported.write(folder / "hf", corpus, 16)
-    (folder / "hf" / "config.json").write_text(json.dumps({"model_type": "llama", **named.ids()}))
+    (folder / "hf" / "config.json").write_text(json.dumps({"model_type": "llama", **named}))
     return corpus, transformers.AutoTokenizer.from_pretrained(folder / "hf")
 
 

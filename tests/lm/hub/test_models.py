@@ -85,7 +85,7 @@ def test_transformers_computes_the_same_logits_and_the_same_continuation(text, m
     parts, params, run = made(*MODELS[name].items())
     export.export(run, str(tmp_path / "hf"), log=lambda line: None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    assert type(model).__name__ == export.architecture(run)
+    assert type(model).__name__ == families.of_config(run.config).architecture
     vocabulary = run.corpus.tokenizer.vocab_size
     ids = np.random.default_rng(1).integers(0, vocabulary, (3, 16))
 
