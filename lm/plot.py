@@ -1,11 +1,10 @@
 """The style of figures, and a run's loss curve, drawn from its metrics.jsonl alone."""
 
+import itertools
 import math
 import os
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from steppe.data import files
 from steppe.lm.track import lines
@@ -83,12 +82,13 @@ def losses_of(records: lines.Records, name: str):
     clean loss, which is the sharpness that the method sees. Losses are nats per token.
     """
     train, runs = records.train, records.of("run")
-    known = runs[-1].get("baselines", {}) if runs else {}
-    baselines = {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
+    recorded = runs[-1].get("baselines", {}) if runs else {}
+    baselines = {name: value for name, value in recorded.items() if value is not None and math.isfinite(value)}
     title = runs[-1]["title"] if runs and "title" in runs[-1] else name
 
     gap = train.perturbed_loss - train.loss
-    perturbed = bool(np.any(gap != 0, where=~np.isnan(gap)))
+    known = gap == gap  # NaN where a step did not perturb
+    perturbed = bool((gap[known] != 0).any())
     drawn = figure(9, 5.2 if perturbed else 4)
     ratios = [3, 1] if perturbed else [1]
     axes = drawn.subplots(len(ratios), 2, sharex="col", squeeze=False, height_ratios=ratios, width_ratios=[2, 3])
@@ -96,7 +96,7 @@ def losses_of(records: lines.Records, name: str):
     for column, begin in enumerate((0, train.step[len(train.step) // 4])):
         _losses(axes[0, column], train, [*records.of("evaluate"), *averages], baselines, begin)
         if perturbed:
-            _sharpness(axes[1, column], train.step[~np.isnan(gap)], gap[~np.isnan(gap)], begin)
+            _sharpness(axes[1, column], train.step[known], gap[known], begin)
         axes[-1, column].set_xlabel("step")
         axes[-1, column].set_xlim(begin, train.step[-1] + max(1, 0.01 * (train.step[-1] - begin)))
     axes[0, 0].set_ylabel("loss, nats per token")
@@ -145,7 +145,7 @@ def _losses(axes, train, evaluations, baselines, begin):
     ):
         axes.axhline(value, color=GREY, linewidth=1.1, linestyle=dash, label=f"{name} {value:.3f}")
 
-    trained = np.asarray(smooth)[steps >= begin] if begin else losses
+    trained = itertools.compress(smooth, steps >= begin) if begin else losses
     held_out = [record["loss"] for record in evaluations if record["step"] >= begin]
     _limit(axes, [*trained, *held_out, *(() if begin else baselines.values())], 0.08)
 
@@ -162,4 +162,4 @@ def _sharpness(axes, steps, values, begin):
     smooth, thin = running_mean(values.tolist(), _smoothing(len(values))), slice(None, None, -(-len(steps) // DRAWN))
     axes.plot(steps[thin], values[thin], color=GREEN, alpha=0.25, linewidth=0.7)
     axes.plot(steps[thin], smooth[thin], color=GREEN)
-    _limit(axes, [0.0, *(np.asarray(smooth)[steps >= begin] if begin else values)], 0.1)
+    _limit(axes, [0.0, *(itertools.compress(smooth, steps >= begin) if begin else values)], 0.1)

@@ -159,10 +159,8 @@ def measure(scores: Callable, params, items: Sequence[Item], made: Rows, mesh, b
             batch[name] = whole[mine]
         found.append(np.asarray(scores(params, place_batch(mesh, batch_size, mine, batch))))
     likely = np.concatenate(found)[: len(made.bytes)]
-    right, per_byte, at = 0, 0, 0
-    for item in items:
-        part = slice(at, at + len(item.choices))
-        right += int(np.argmax(likely[part]) == item.gold)
-        per_byte += int(np.argmax(likely[part] / made.bytes[part]) == item.gold)
-        at = part.stop
-    return {"accuracy": right / len(items), "accuracy_per_byte": per_byte / len(items), "items": len(items)}
+    ends, found = np.cumsum([len(item.choices) for item in items]), {}
+    for name, scored in (("accuracy", likely), ("accuracy_per_byte", likely / made.bytes)):
+        chosen = [int(np.argmax(part)) for part in np.split(scored, ends[:-1])]
+        found[name] = sum(at == item.gold for at, item in zip(chosen, items, strict=True)) / len(items)
+    return {**found, "items": len(items)}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from steppe.configs.keys import count, integer, listed
 from steppe.configs.read import UsageError
+from steppe.lm import plot
 
 
 class Settings(NamedTuple):
@@ -165,8 +166,6 @@ def note(frame: Any) -> str:
 def draw(frame: Any) -> Any:
     """A panel a quantity: its size over the width, both parametrisations."""
     from matplotlib.ticker import LogLocator
-
-    from steppe.lm import plot
 
     columns, rows = 2, math.ceil(len(frame.columns) / 2)
     drawn = plot.figure(7.5, 2.4 * rows)

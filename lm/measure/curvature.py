@@ -7,12 +7,12 @@ measured on the first batches of the first held-out set, at theta, with the run'
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from steppe.configs.keys import FLAG, PATTERN, TEXT, Accepted, count, number
 from steppe.configs.read import UsageError
+from steppe.lm import plot
 
 NOISE_BATCHES = Accepted(int, lambda: "0, or an integer >= 2", lambda value: value == 0 or 2 <= value < 2**31)
 
@@ -76,7 +76,7 @@ def measure_run(
 
     from steppe.data import loader
     from steppe.lm.measure import sharpness
-    from steppe.lm.measure.evaluate import held_out
+    from steppe.lm.measure.evaluate import first_batch
     from steppe.lm.measure.in_training import named_groups
     from steppe.optim.ascent import preconditioner
     from steppe.optim.base import kind_of
@@ -86,11 +86,7 @@ def measure_run(
     parts = min(settings.noise_scale, most)
     settings = settings._replace(batches=min(settings.batches, most), noise_scale=parts if parts > 1 else 0)
 
-    def placed(count: int) -> dict:
-        batch = next(held_out(run.corpus, name, run.parts.mesh, count * size))
-        batch.pop("bytes")
-        return batch
-
+    placed = lambda count: first_batch(run.corpus, run.parts.mesh, count * size)  # noqa: E731
     batch, scale = placed(settings.batches), None
     if "second" in kind_of(run.parts.optimizer.base.name).moments:
         moments = run.parts.optimizer.base.moments(run.optimizer, run.params)
@@ -148,73 +144,61 @@ def draw(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def draw_training(found: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> Any:
     """The figure of a run over training: results of its checkpoints, in order, and the run's own records."""
-    from steppe.lm import plot
+    import pandas as pd
 
     figure, (shares, norms, eigenvalues, sharpness) = _panels(7.5, 5.2, 2, 2, sharex=True)
+    summaries = pd.DataFrame([f["summary"] for f in found], index=[f["step"] for f in found])
+    own = pd.DataFrame([r.get("all", {}) for r in recorded], index=[r["step"] for r in recorded])
 
     # two lines, because the batches differ: the run's own records, and measurements of its checkpoints
-    series = {
-        ("-", "while training"): [
-            (r["step"], *(_number(r.get("all", {}), key) for key in ("logit_norm", "functional_norm")))
-            for r in recorded
-        ],
-        ("--", "checkpoints"): [
-            (f["step"], *(_number(f["summary"], key) for key in ("delta_logit_norm", "delta_func_norm"))) for f in found
-        ],
-    }
-    for (dash, label), rows in series.items():
-        if rows:
-            at, logit, functional = zip(*rows, strict=True)
-            share = [b**2 / max(a**2 + b**2, 1e-300) for _, a, b in rows]
-            shares.semilogy(at, share, dash, color=plot.GREEN, marker=".", label=label)
-            norms.semilogy(at, logit, dash, color=plot.VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
-            norms.semilogy(at, functional, dash, color=plot.GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
-    shares.set_title("share of δ_func in ‖δ_logit‖² + ‖δ_func‖²", loc="left", fontsize=9)
-    norms.set_title("norms", loc="left", fontsize=9)
-    for axes in (shares, norms):
+    for dash, label, frame, keys in (
+        ("-", "while training", own, ["logit_norm", "functional_norm"]),
+        ("--", "checkpoints", summaries, ["delta_logit_norm", "delta_func_norm"]),
+    ):
+        if len(frame):
+            logit, functional = (frame.reindex(columns=[key]).astype(float)[key] for key in keys)
+            share = functional**2 / (logit**2 + functional**2).clip(lower=1e-300)
+            shares.semilogy(share, dash, color=plot.GREEN, marker=".", label=label)
+            norms.semilogy(logit, dash, color=plot.VERMILION, marker=".", label=f"δ_logit = GGN ε̂, {label}")
+            norms.semilogy(functional, dash, color=plot.GREEN, marker=".", label=f"δ_func = NME ε̂, {label}")
+    for axes, title in ((shares, "share of δ_func in ‖δ_logit‖² + ‖δ_func‖²"), (norms, "norms")):
+        axes.set_title(title, loc="left", fontsize=9)
         axes.legend(fontsize=7)
 
-    steps = [f["step"] for f in found]
-    for matrix, label in _NAMES.items():
-        largest = [_number(f["summary"], f"{matrix}_lambda_max".removeprefix("hessian_")) for f in found]
-        eigenvalues.plot(steps, largest, color=_colours()[matrix], marker=".", label=label)
-    eigenvalues.set_title("largest eigenvalue", loc="left", fontsize=9)
-    for key, label, colour in (
+    largest = [(f"{key}_lambda_max".removeprefix("hessian_"), *of) for key, of in _MATRICES.items()]
+    rises = [
         ("sam_sharpness", "worst case", plot.BLUE),
         ("logit_sharpness", "its logit part", plot.VERMILION),
         ("functional_sharpness", "its functional part", plot.GREEN),
         ("average_sharpness", "average case", plot.GREY),
+    ]
+    for axes, title, measures in (
+        (eigenvalues, "largest eigenvalue", largest),
+        (sharpness, "rise of the loss, nats per token", rises),
     ):
-        sharpness.plot(steps, [_number(f["summary"], key) for f in found], color=colour, marker=".", label=label)
-    sharpness.set_title("rise of the loss, nats per token", loc="left", fontsize=9)
-    for axes in (eigenvalues, sharpness):
+        for key, label, colour in measures:
+            values = summaries.reindex(columns=[key]).astype(float)[key]
+            axes.plot(values, color=colour, marker=".", label=label)
+        axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("step")
         if found:
             axes.legend(fontsize=8)
     return figure
 
 
-_NAMES = {"hessian": "H", "ggn": "GGN", "nme": "NME"}
-
-
-def _colours() -> dict[str, str]:
-    from steppe.lm import plot
-
-    return {"hessian": plot.BLUE, "ggn": plot.VERMILION, "nme": plot.GREEN}
+_MATRICES = {"hessian": ("H", plot.BLUE), "ggn": ("GGN", plot.VERMILION), "nme": ("NME", plot.GREEN)}
 
 
 def _panels(width: float, height: float, rows: int, columns: int, **shared):
     """(figure, its axes in row order)."""
-    from steppe.lm import plot
-
     figure = plot.figure(width, height)
     return figure, figure.subplots(rows, columns, squeeze=False, **shared).ravel()
 
 
 def _spectra(found: Mapping[str, Any]) -> Any:
     figure, panels = _panels(9, 2.9, 1, 3, sharey=True)
-    for axes, (key, name) in zip(panels, _NAMES.items(), strict=True):
-        spectrum, colour = found["spectra"][key], _colours()[key]
+    for axes, (key, (name, colour)) in zip(panels, _MATRICES.items(), strict=True):
+        spectrum = found["spectra"][key]
         axes.semilogy(spectrum["grid"], spectrum["density"], color=colour)
         axes.fill_between(spectrum["grid"], 1e-30, spectrum["density"], color=colour, alpha=0.2)
         axes.set_title(
@@ -222,7 +206,7 @@ def _spectra(found: Mapping[str, Any]) -> Any:
             f"trace {spectrum['trace']:.4g}", loc="left", fontsize=9,
         )  # fmt: skip
         axes.set_xlabel("eigenvalue")
-    tallest = max(max(found["spectra"][key]["density"]) for key in _NAMES)
+    tallest = max(max(found["spectra"][key]["density"]) for key in _MATRICES)
     # about the height of a single eigenvalue
     alone = min(1 / found["spectra"]["hessian"]["dimension"], 1e-3) * 0.01 * tallest
     panels[0].set_ylim(alone, 3 * tallest)
@@ -233,18 +217,16 @@ def _spectra(found: Mapping[str, Any]) -> Any:
 def _slices(found: Mapping[str, Any]) -> Any:
     import numpy as np
 
-    from steppe.lm import plot
-
     slices = found["slices"]
     figure, (lines, noise, plane) = _panels(9, 3, 1, 3)
     for axes, names in ((lines, {"gradient": plot.BLUE, "nme": plot.GREEN}), (noise, {"random": plot.GREY})):
         for name, colour in names.items():
             label = {"gradient": "along ε̂", "nme": "NME's top eigenvector", "random": "a random direction"}[name]
-            axes.plot(slices[name]["at"], _numbers(slices[name]["loss"]), color=colour, marker=".", label=label)
+            axes.plot(slices[name]["at"], np.array(slices[name]["loss"], float), color=colour, marker=".", label=label)
         axes.set_xlabel("distance from θ")
         axes.legend(fontsize=8)
     lines.set_ylabel("loss, nats per token")
-    losses = np.array([_numbers(row) for row in slices["plane"]["loss"]])
+    losses = np.array(slices["plane"]["loss"], float)
     if np.isfinite(losses).all() and np.ptp(losses) > 0:
         drawn = plane.contourf(slices["plane"]["gradient"], slices["plane"]["nme"], losses, levels=12, cmap="viridis")
         figure.colorbar(drawn, ax=plane)
@@ -253,13 +235,3 @@ def _slices(found: Mapping[str, Any]) -> Any:
     plane.set_xlabel("along ε̂")
     plane.set_ylabel("along NME's top eigenvector", fontsize=8)
     return figure
-
-
-def _number(values: Mapping[str, Any], key: str) -> float:
-    """A number of a stored measurement; NaN if absent."""
-    found = values.get(key)
-    return math.nan if found is None else found
-
-
-def _numbers(values: list) -> list[float]:
-    return [float("nan") if value is None else value for value in values]

@@ -5,7 +5,8 @@ Functions of parameter trees, and the few compiled programs that measure them; l
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,26 +25,15 @@ from steppe.optim.curvature.along import along
 from steppe.optim.masks import path_names
 
 
-class Programs(NamedTuple):
-    """Compiled once for a shape of model, a mesh and a batch; nothing here depends on a run.
+def programs(parts: Parts) -> SimpleNamespace:
+    """Compiled once for a shape of model, a mesh and a batch; nothing here depends on a run, whose learning rate must
+    be a schedule of peak 1, which `rate` multiplies.
 
-    evaluate(params, batch) -> (nats, tokens). noise(params, seed, sigma) -> params.
+    evaluate(params, batch) -> (nats, tokens, bytes). noise(params, seed, sigma) -> params.
     quantise(params, bits, group, tables) -> params. grams: of lm.measure.gptq.gram_program.
     start(params) -> State with copies of them. step(state, batch, rate) -> (state, metrics), which takes the state's
     memory. along(params, batch, other): of the way from params to others, see optim.curvature.along.
     """
-
-    evaluate: Callable
-    noise: Callable
-    quantise: Callable
-    grams: Callable
-    start: Callable
-    step: Callable
-    along: Callable
-
-
-def programs(parts: Parts) -> Programs:
-    """The programs of a run's parts; its learning rate must be a schedule of peak 1, which `rate` multiplies."""
     places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
 
     def start_copy(params) -> State:
@@ -56,18 +46,16 @@ def programs(parts: Parts) -> Programs:
     def along_way(params, batch, other):
         return along(twice_differentiable(parts), params, batch, jax.tree.map(jnp.subtract, other, params))
 
-    return Programs(
-        make_evaluation_step(parts),
-        jax.jit(
-            lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma), out_shardings=places.params
-        ),
-        jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
-        gptq.gram_program(parts),
-        jax.jit(start_copy, out_shardings=places),
-        jitted(
-            step, parts.mesh, "fine-tuning", donate_argnums=0, out_shardings=(places, None)
-        ),  # as they came in: else a second compile
-        jitted(along_way, parts.mesh, "curvature along the way"),
+    noise = lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma)  # noqa: E731
+    as_given = (places, None)  # else a second compile
+    return SimpleNamespace(
+        evaluate=make_evaluation_step(parts),
+        noise=jax.jit(noise, out_shardings=places.params),
+        quantise=jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
+        grams=gptq.gram_program(parts),
+        start=jax.jit(start_copy, out_shardings=places),
+        step=jitted(step, parts.mesh, "fine-tuning", donate_argnums=0, out_shardings=as_given),
+        along=jitted(along_way, parts.mesh, "curvature along the way"),
     )
 
 
@@ -140,11 +128,10 @@ def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int =
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 def fine_tune(
-    run: Programs, params: Any, read: Callable[[int], dict], rate: float, points: Sequence[int],
+    run: SimpleNamespace, params: Any, read: Callable[[int], dict], rate: float, points: Sequence[int],
     measure: Callable[[Any], dict],
 ) -> tuple[list[dict], Any]:  # fmt: skip
-    """Trains on from `params` at peak learning rate `rate`: ({"step", **measure(params)} after each count of `points`,
-    the parameters at the end).
+    """Trains on at peak learning rate `rate`: ({"step", **measure(params)} after each of `points`, params at the end).
 
     read(step) -> batch on the mesh, read ahead. The parameters given stay as they are.
     """

@@ -49,11 +49,17 @@ def held_out(corpus: Corpus, name: str, mesh: Mesh, batch_size: int, batches: in
         yield place_batch(mesh, batch_size, rows, held_out_rows(corpus, name, index, batch_size, rows))
 
 
+def first_batch(corpus: Corpus, mesh: Mesh, rows: int) -> dict:
+    """The first rows of the first held-out set on the mesh, as a batch of training has them."""
+    batch = next(held_out(corpus, next(iter(corpus.held_out)), mesh, rows))
+    batch.pop("bytes")
+    return batch
+
+
 def evaluate(step: Callable, params, batches: Iterable[dict], stop: Callable[[], bool] = lambda: False) -> dict:
     """Loss on the batches of a held-out set: {loss (nats per token), bits_per_byte, tokens, bytes}.
 
-    step: from make_evaluation_step. batches: from held_out. stop() is asked before every batch is evaluated; if it
-    returns True, the result is {}.
+    step: from make_evaluation_step. batches: from held_out. stop() is asked before every batch; if True, returns {}.
     """
     results = []
     for batch in batches:

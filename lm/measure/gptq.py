@@ -1,8 +1,7 @@
 """Quantisation with error compensation: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, arXiv 2210.17323).
 
 A matrix is rounded input by input. The inputs not yet rounded compensate for each rounding's effect on the outputs, as
-measured on a calibration text. Blocks are rounded from first to last, each on the outputs of the rounded blocks before
-it.
+measured on a calibration text. Blocks are rounded from first to last, each on the outputs of those rounded before.
 """
 
 import math

@@ -11,9 +11,10 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from steppe.data import loader
+from steppe.lm.measure.evaluate import first_batch
 from steppe.lm.model import parameters
 from steppe.lm.model.attention import differentiable
-from steppe.lm.model.mesh import Placement, local_rows, place_batch
+from steppe.lm.model.mesh import Placement
 from steppe.lm.model.objective import objective, readout_kernel
 from steppe.lm.model.ordered import ordered
 from steppe.lm.model.readout import token_loss
@@ -85,11 +86,8 @@ class Curvature:
         origin: Any,
     ):
         self._tracker, self._judged, self._origin, self._scalars = tracker, judged, origin, parts.scalars
-        size, first = config.train.batch_size, next(iter(corpus.held_out))
-        rows = local_rows(parts.mesh, size)
-        batch = loader.held_out_rows(corpus, first, 0, size, rows)
-        batch.pop("bytes")
-        self._batch = lambda: place_batch(parts.mesh, size, rows, batch)
+        size = config.train.batch_size
+        self._batch = lambda: first_batch(corpus, parts.mesh, size)
         self.events = [Event(each(config.curvature.every), self.measure)]
 
         def compiled():

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 from steppe.configs.keys import FLAG, TEXT, count, integer, listed, number
 from steppe.configs.read import UsageError
 from steppe.data import stored
+from steppe.lm import plot
 from steppe.lm.measure import frontier
 
 WIDTHS = listed(integer(2, 8))
@@ -287,8 +288,6 @@ def draw_runs(found: Mapping[str, Any], labels: Mapping[str, str]) -> Any:
 
     labels: {run: its group}.
     """
-    from steppe.lm import plot
-
     colours = [*(plot.BLUE, plot.VERMILION, plot.GREEN, plot.PINK), *(plot.ORANGE, plot.SKY, plot.BLACK, plot.PALE)]
     looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), colours))  # beyond eight groups the dash differs
     styles = {

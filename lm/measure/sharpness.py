@@ -1,12 +1,12 @@
 """The measurements of steppe curvature on one checkpoint and one batch: compiled programs and their results.
 
-Programs depend only on shapes, so checkpoints and runs with equal shapes share them. `settings` are those of
-lm.measure.curvature.
+Programs depend only on shapes, so runs with equal shapes share them. `settings` are those of lm.measure.curvature.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,34 +28,16 @@ from steppe.optim.rule import Tree, norm, ratio
 OPERATORS = ("hessian", "ggn", "nme")  # and "preconditioned", the preconditioned Hessian
 
 
-class Programs(NamedTuple):
-    """Compiled functions of (params, batch, ...) for one shape, and conversions between parameters and flat vectors.
-
-    lanczos and start are restricted to the parameters of `within`; action is not.
-    """
-
-    flatten: Callable
-    unflatten: Callable
-    lanczos: dict[str, Callable]
-    action: dict[str, Callable]
-    ascend: Callable
-    rise: Callable
-    loss_at: Callable
-    logits: Callable
-    along: Callable
-    critical: Callable
-    start: Callable
-    gaussian: Callable
-    noise: Callable
-
-
 def compile_key(parts: Parts, microbatches: int, settings: Any) -> tuple:
     """A key that is equal for runs which share programs."""
     return parts.shape, parts.options, parts.mesh, microbatches, settings.lanczos, settings.within, settings.noise_scale
 
 
-def programs(parts: Parts, microbatches: int, settings: Any) -> Programs:
-    """The programs of a run. Raises ValueError if a regex of `within` matches no parameter."""
+def programs(parts: Parts, microbatches: int, settings: Any) -> SimpleNamespace:
+    """Compiled functions of (params, batch, ...) of a run, and conversions between parameters and flat vectors.
+
+    lanczos and start are restricted to parameters of `within`. ValueError if one of its regexes matches none.
+    """
     target = twice_differentiable(parts)
     split = NamedSharding(parts.mesh, P(AXES))
     view = spectra.flat(
@@ -84,18 +66,14 @@ def programs(parts: Parts, microbatches: int, settings: Any) -> Programs:
 
     places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract.params)
     compiled = partial(jitted, mesh=parts.mesh, name="curvature")
-    landscape_ = {
-        name: compiled(partial(getattr(landscape, name), target, microbatches=microbatches))
-        for name in ("ascend", "rise", "loss_at")
-    }
-    return Programs(
-        compiled(view.flatten),
-        compiled(view.unflatten, out_shardings=places),
-        {name: compiled(partial(lanczos, name)) for name in OPERATORS},
-        {name: compiled(partial(action, name)) for name in ("ggn", "nme")},
-        **landscape_,
+    of_batch = (landscape.ascend, landscape.rise, landscape.loss_at, along)
+    return SimpleNamespace(
+        flatten=compiled(view.flatten),
+        unflatten=compiled(view.unflatten, out_shardings=places),
+        lanczos={name: compiled(partial(lanczos, name)) for name in OPERATORS},
+        action={name: compiled(partial(action, name)) for name in ("ggn", "nme")},
+        **{each.__name__: compiled(partial(each, target, microbatches=microbatches)) for each in of_batch},
         logits=compiled(lambda params, batch, key: logit_hessian(parts, params, batch, key, microbatches)),
-        along=compiled(partial(along, target, microbatches=microbatches)),
         critical=compiled(partial(critical_step, target, microbatches=microbatches)),
         start=compiled(lambda key: spectra.signs(view, key, keep)),
         gaussian=compiled(gaussian, out_shardings=places),
@@ -104,7 +82,7 @@ def programs(parts: Parts, microbatches: int, settings: Any) -> Programs:
 
 
 def measure(
-    made: Programs, params: Tree, batch: dict, groups: dict[str, str], settings: Any, scale: Tree | None = None,
+    made: SimpleNamespace, params: Tree, batch: dict, groups: dict[str, str], settings: Any, scale: Tree | None = None,
     next_step: Callable[[Tree], tuple[Tree, float]] | None = None, towards: Tree | None = None,
     noisy: dict | None = None, tick: Callable[[str], None] = lambda stage: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
@@ -349,12 +327,14 @@ def _slices(made, params, batch, gradient, random, nme, settings) -> dict[str, A
     plane = [[_loss(made, params, batch, gradient, across, x, y) for x in reach * along] for y in reach * along]
 
     def line(direction, radius):
-        return [_loss(made, params, batch, direction, across, x, 0.0) for x in radius * along]
+        losses = [_loss(made, params, batch, direction, across, x, 0.0) for x in radius * along]
+        return {"at": (radius * along).tolist(), "loss": losses}
 
+    at = (reach * along).tolist()
     return {
-        "gradient": {"at": (reach * along).tolist(), "loss": line(gradient, reach)},
-        "nme": {"at": (reach * along).tolist(), "loss": line(nme, reach)},
-        "random": {"at": (settings.noise * along).tolist(), "loss": line(random, settings.noise)},
-        "plane": {"gradient": (reach * along).tolist(), "nme": (reach * along).tolist(), "loss": plane},
+        "gradient": line(gradient, reach),
+        "nme": line(nme, reach),
+        "random": line(random, settings.noise),
+        "plane": {"gradient": at, "nme": at, "loss": plane},
         "nme_overlap": float(overlap),
     }
