@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -36,8 +37,7 @@ class Checkpoints:
 
     directory: a path, or a gs:// or s3:// URL that etils can reach. keep: how many of the newest to keep. keep_every:
     multiples of this step are kept forever; 0: none. period: its newest multiple is also kept, to roll back to. run:
-    the run's id ("" in processes that do not know it). read_only: never writes, moves or deletes. log(line): prints
-    what the user must know.
+    the run's id ("" in processes that do not know it). read_only: never writes, moves or deletes. log: for the user.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Checkpoints:
         self.wait()
         multihost_utils.sync_global_devices("steppe checkpoints")
         problems = {}
-        for step in sorted((s for s in self._steps() if before is None or s < before), reverse=True):
+        for step in sorted((s for s in seal.steps(self.directory) if before is None or s < before), reverse=True):
             problem = self._examine(step)
             if problem is None:
                 break
@@ -92,7 +92,8 @@ class Checkpoints:
                 "Restore one, or remove them all to start from the beginning"
             )
         if problems and self._primary and not self._read_only:
-            self._set_aside(list(problems))
+            for number in problems:
+                seal.set_aside(self.directory, number, "damaged")
         if problems:
             self._log("falling back to " + (f"the checkpoint of step {step}" if step is not None else "the beginning"))
             multihost_utils.sync_global_devices("steppe checkpoints moved")
@@ -102,7 +103,7 @@ class Checkpoints:
         """Deletes the checkpoints after a step, from which the run takes another course. All processes must call it."""
         self.wait()
         if self._primary:
-            for step in self._steps():
+            for step in seal.steps(self.directory):
                 if step > after:
                     self._delete(step)
         multihost_utils.sync_global_devices("steppe checkpoints forgotten")
@@ -193,7 +194,7 @@ class Checkpoints:
 
     def _retire(self) -> None:
         """Deletes sealed checkpoints that retention does not keep; leaves unsealed ones alone."""
-        sealed = sorted(step for step in self._steps() if (self.directory / str(step) / seal.NAME).exists())
+        sealed = seal.sealed(self.directory)
         regular = [step for step in sealed if step % self._period == 0]
         for step in sealed[: -self._keep]:
             if step not in regular[-1:] and not (self._keep_every and step % self._keep_every == 0):
@@ -210,12 +211,6 @@ class Checkpoints:
             (path / seal.NAME).rename(retired / str(step))
         path.rmtree()
 
-    def _steps(self) -> list[int]:
-        if not self.directory.exists():
-            return []
-        names = [path.name for path in self.directory.iterdir() if path.is_dir()]
-        return [int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name))]
-
     def _examine(self, step: int) -> Broken | None:
         """What is wrong with a step. Each process reads a share of it; they agree on whether anything is wrong."""
         problem = None
@@ -229,13 +224,6 @@ class Checkpoints:
         if not agreed(problem is not None):
             return None
         return problem or Broken("another process found it damaged")
-
-    def _set_aside(self, steps: list[int]) -> None:
-        aside = self.directory / "damaged"
-        aside.mkdir(exist_ok=True)
-        for step in steps:
-            name = next(n for k in range(10**6) if not (aside / (n := f"{step}.{k}" if k else str(step))).exists())
-            (self.directory / str(step)).rename(aside / name)
 
 
 def _written(state: State) -> dict[str, Any]:
@@ -260,16 +248,9 @@ def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], N
 def load_arrays(start: epath.Path, names: Collection[str]) -> dict[str, np.ndarray]:
     """Some leaves of a checkpoint's State, {"params/embed/embedding": array}, in this host's memory. start: from
     `find`. Reads nothing else of the checkpoint."""
-    item: dict[str, Any] = {}
-    for name in names:
-        inside = item
-        *above, last = name.split("/")
-        for part in above:
-            inside = inside.setdefault(part, {})
-        inside[last] = np.zeros(())
-    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    found = jax.tree_util.tree_leaves_with_path(_restore(start, item, arguments))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in found}
+    item = traverse_util.unflatten_dict(dict.fromkeys(names, np.zeros(())), sep="/")
+    found = _restore(start, item, jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), item))
+    return {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(found, sep="/").items()}
 
 
 def shapes_of(start: epath.Path) -> dict[str, tuple[int, ...]]:

@@ -34,8 +34,7 @@ def goes_on(code: int, said: str) -> bool:
 
 
 def after(code: int, said: str, recorded: tuple[str, str] | None) -> tuple[str, str]:
-    """(status, why) of a run that ended for good with this exit status and last line. recorded: `status` of its record,
-    None if that cannot be read."""
+    """(status, why) of a run that ended for good with this exit status and last line. recorded: `status`, if known."""
     known, why = recorded or ("", "")
     if code == FINISHED and known in ("finished", "diverged"):
         return known, why

@@ -78,8 +78,7 @@ def here(workdir: str, checkpoints: bool = False) -> str:
 
 
 def add(directory: str | os.PathLike, *written: str) -> None:
-    """Copies files or folders that a command wrote into a directory from `here` to its URL; does nothing for
-    directories without a URL."""
+    """Copies files or folders that a command wrote into a directory from `here` to its URL, if it has one."""
     place = Path(directory)
     if place.parent.parent == _runs() and (place.parent / ADDRESS).exists():
         store = Store((place.parent / ADDRESS).read_text(), place)
@@ -92,8 +91,7 @@ def _runs() -> Path:
 
 
 def _place(address: str, reading: bool = False) -> Path:
-    """The local copy of a URL: a folder with the URL's last name, next to its locks. Training and reading have separate
-    copies."""
+    """The local copy of a URL, for training or for reading: a folder with the URL's last name, next to its locks."""
     address = address.rstrip("/")
     folder = checksum({"address": address})[:16] + ("-read" if reading else "")
     return _runs() / folder / (address.rpartition("/")[2] or "run")
@@ -162,8 +160,7 @@ class _Known:
             self.files = {name: tuple(each) for name, each in found["files"].items()}
 
     def save(self) -> None:
-        files.write_json(self._path, {"seals": {str(step): list(v) for step, v in self.seals.items()},
-                                      "files": {name: list(v) for name, v in self.files.items()}})  # fmt: skip
+        files.write_json(self._path, {"seals": self.seals, "files": self.files})
 
 
 def _newer(place: Path, there: _State, known: _Known, holder: str) -> tuple[bool, bool]:
@@ -220,7 +217,7 @@ def _looked(address: str, checkpoints: bool) -> Path:
                     if step < max(there.steps):
                         shutil.rmtree(place / CHECKPOINTS / str(step))
                     else:
-                        _set_aside(place, step)
+                        seal.set_aside(place / CHECKPOINTS, step, SUPERSEDED)
             mine, near = _seals(place), _seals(training)
             for step, digest in there.steps.items():
                 if mine.get(step) != digest:
@@ -259,8 +256,7 @@ def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: 
 
 
 def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callable, source: Path | None = None) -> bool:
-    """Fetches a sealed step, or links it from another local copy. Returns False if it is gone or damaged; the log
-    reports damage."""
+    """Fetches a sealed step, or links it from another local copy. False if it is gone or damaged; logs damage."""
     from steppe.lm.keep.checkpoint import ASIDE  # imported here: commands that read no checkpoint need no orbax
 
     target = files.below(place, f"{CHECKPOINTS}/{step}")
@@ -286,22 +282,13 @@ def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callab
         for path in filter(Path.is_file, aside.rglob("*")):
             files.sync(path)
         if target.exists():  # without a seal, so it is not a checkpoint
-            _set_aside(place, step)
+            seal.set_aside(place / CHECKPOINTS, step, SUPERSEDED)
         aside.rename(target)
         files.sync(target.parent)
         return True
     shutil.rmtree(aside, ignore_errors=True)
     log(f"CHECKPOINT {step} AT {store.address} IS NOT USED: {problem}")
     return False
-
-
-def _set_aside(place: Path, step: int) -> Path:
-    """Moves a step into SUPERSEDED, where no run looks for its newest checkpoint."""
-    aside = place / CHECKPOINTS / SUPERSEDED
-    aside.mkdir(exist_ok=True)
-    target = next(p for k in range(10**6) if not (p := aside / (f"{step}.{k}" if k else str(step))).exists())
-    (place / CHECKPOINTS / str(step)).rename(target)
-    return target
 
 
 # ------------------------------------------------------------------------------------------------------------- copying
@@ -383,7 +370,8 @@ class _Copier:
         retired, last = set(_retired(place)), max(mine, default=-1)
         for step, digest in mine.items() if theirs else ():
             if step > max(there.steps) or there.steps.get(step, digest) != digest:
-                self._log(f"workdir     step {step} is not part of the run there; moved to {_set_aside(place, step)}")
+                aside = seal.set_aside(place / CHECKPOINTS, step, SUPERSEDED)
+                self._log(f"workdir     step {step} is not part of the run there; moved to {aside}")
         mine = _seals(place)
         for step, digest in sorted(there.steps.items()):
             if step not in mine and (step, digest) not in retired and (theirs or step > last):
@@ -526,18 +514,16 @@ _DIGEST = 32  # first bytes of a seal: the hash of the rest
 def _seals(place: Path) -> dict[int, str]:
     """{step: digest of its seal} of a directory's checkpoints."""
     found = {}
-    with suppress(FileNotFoundError):
-        for folder in (place / CHECKPOINTS).iterdir():
-            if (step := _number(folder.name)) is not None:
-                with suppress(FileNotFoundError, NotADirectoryError, DataError):  # not an ordinary file, so no seal
-                    found[step] = _digest(folder / seal.NAME)
+    for step in seal.steps(place / CHECKPOINTS):
+        with suppress(FileNotFoundError, NotADirectoryError, DataError):  # not an ordinary file, so no seal
+            found[step] = _digest(place / CHECKPOINTS / str(step) / seal.NAME)
     return found
 
 
 def _retired(place: Path) -> Iterator[tuple[int, str]]:
     """(step, digest) of steps that retention has deleted since the last copy."""
     for path in sorted((place / CHECKPOINTS / seal.RETIRED).glob("*")):
-        if (step := _number(path.name)) is not None:
+        if (step := seal.number(path.name)) is not None:
             with suppress(FileNotFoundError, DataError):
                 yield step, _digest(path)
 
@@ -579,14 +565,10 @@ def _read(path: Path) -> str:
     return ""
 
 
-def _number(name: str) -> int | None:
-    return int(name) if name.isascii() and name.isdecimal() and name == str(int(name)) and len(name) < 19 else None
-
-
 def _step(name: str) -> int | None:
     """The step whose checkpoint a file belongs to; None for other files."""
     parts = name.split("/")
-    return _number(parts[1]) if len(parts) > 2 and parts[0] == CHECKPOINTS else None
+    return seal.number(parts[1]) if len(parts) > 2 and parts[0] == CHECKPOINTS else None
 
 
 def _seal_last(name: str) -> tuple[bool, str]:

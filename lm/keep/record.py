@@ -1,4 +1,5 @@
-"""A run's facts: its versions, its numbers, and what has changed since its checkpoint."""
+"""A run's facts: its versions, its numbers, the code of optimizers from users' files, and what has changed since its
+checkpoint. Reading the recorded code never runs it."""
 
 import importlib.metadata
 from collections.abc import Collection, Mapping
@@ -11,14 +12,16 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base
 from steppe.configs.keys import ConfigError
-from steppe.data import baselines, stored
+from steppe.data import baselines, files, stored
 from steppe.data.baselines import NAMES
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus
-from steppe.lm.keep import code, workdir
-from steppe.lm.keep.exits import Unusable
+from steppe.lm.keep import workdir
+from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.leg import Leg
 from steppe.lm.parts.memo import once
+from steppe.optim.references import Source, sources
 
 
 class Watched(TypedDict, total=False):
@@ -27,19 +30,6 @@ class Watched(TypedDict, total=False):
     losses: list[tuple[stored.Count, float]]
     skipped: stored.Count
     windows: Required[list[tuple[stored.Count, stored.Count]]]
-
-
-class KeptLeg(TypedDict, total=False):
-    """The fields of a leg.Leg."""
-
-    step: stored.Count
-    rows: stored.Count
-    batches: stored.Count
-    tokens: stored.Count
-    flops: stored.Amount
-    adamw_flops: stored.Amount
-    branch: stored.Count
-    planned: stored.Amount | None
 
 
 class Meta(TypedDict, total=False):
@@ -52,7 +42,7 @@ class Meta(TypedDict, total=False):
     wandb_id: Required[str]
     watch: Required[Watched]
     owes_evaluation: Required[bool]
-    leg: KeptLeg
+    leg: Leg
     tokens: stored.Count
     tokens_per_step: stored.Amount
     flops_per_step: tuple[stored.Amount, stored.Amount]
@@ -81,7 +71,7 @@ def versions() -> dict[str, str]:
 def facts(config: ConfigDict, corpus: Corpus) -> dict[str, Any]:
     """The facts that every checkpoint of this start stores."""
     known = {"config": config.to_dict(), "versions": versions(), "corpus": corpus.fingerprint}
-    return {**known, "code": code.digests(config)}
+    return {**known, "code": {source.reference: source.digest for source in _sources(config)}}
 
 
 def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, list]:
@@ -153,3 +143,38 @@ def of_run(config: ConfigDict, parts: Parts, references: dict[str, dict]) -> dic
         "baselines_bits_per_byte": {name: {k: found[k] for k in NAMES} for name, found in references.items()},
         "versions": versions(),
     }
+
+
+# ----------------------------------------------------------------------------------------------- code from users' files
+class Code(TypedDict):
+    """One recorded file: its reference in the config, sha256 and text."""
+
+    reference: str
+    sha256: str
+    text: str
+
+
+def _sources(config: ConfigDict) -> list[Source]:
+    return list(sources({"method": config.optim.method, "base": config.optim.base}).values())
+
+
+def keep_code(directory: str, config: ConfigDict) -> None:
+    """Records the texts of a config's optimizers from users' files in its workdir."""
+    found = [Code(reference=s.reference, sha256=s.digest, text=s.text) for s in _sources(config)]
+    if found:
+        files.write_json(Path(directory) / workdir.CODE, found)
+
+
+def same_code(directory: str, config: ConfigDict) -> None:
+    """Runs a config's optimizers from users' files. Raises WorkdirError if a file differs from the recorded one."""
+    path = Path(directory) / workdir.CODE
+    try:
+        kept = {each["reference"]: each["sha256"] for each in stored.read(path, list[Code])} if path.exists() else {}
+    except DataError as error:
+        raise WorkdirError(str(error)) from None
+    for source in _sources(config):
+        if kept.get(source.reference) != source.digest:
+            raise WorkdirError(
+                f"{directory}: {source.reference} must be the file that the run was trained with, of sha256 "
+                f"{kept.get(source.reference)}, but has {source.digest}; {path} holds its text"
+            )

@@ -13,7 +13,7 @@ from steppe.data import files, sources
 from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
 from steppe.data.manifest import path_of
-from steppe.lm.keep import code, mirror, seal
+from steppe.lm.keep import mirror, record, seal
 from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.weights import LAST, Weights, of_state, weights_of
@@ -82,8 +82,7 @@ def own_data(config: ConfigDict, corpus: Corpus, trust: bool) -> dict[str, Any]:
 
 
 def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], trust: bool = False) -> Corpus:
-    """The corpus of a run: the prepared one, else the one its config names. Raises WorkdirError if that is a URL or
-    runs code, and is not trusted."""
+    """A run's prepared corpus, else that of its config. WorkdirError if that is a URL or runs code, without trust."""
     kept = corpora.kept(directory)
     if kept is not None:
         return kept
@@ -179,8 +178,7 @@ def load(
     """The run of `directory` at `step`, by default at its newest sound checkpoint, whatever mesh it was trained on.
 
     weights: a name, by default the weights that the run is judged by. The model is sharded over all devices here (fsdp)
-    if they divide its batch and width; otherwise it goes to the first. Raises WorkdirError, Unusable or DataError, each
-    one line.
+    if they divide its batch and width; otherwise it goes to the first. Raises WorkdirError, Unusable or DataError.
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
@@ -195,7 +193,7 @@ def load(
         elif not trust:
             raise _untrusted(directory, "optim.base", config.optim.base, "a user's code")
         else:
-            code.same(directory, config)
+            record.same_code(directory, config)
     corpus = corpus_of(directory, config, log, trust)
     found = checkpoints_of(directory, config, trust)
     rows = max((part.rows for part in corpus.held_out.values()), default=1)
@@ -228,6 +226,4 @@ def newest(directory: str, trust: bool = False, log: Callable[[str], None] = pri
 def steps(directory: str, trust: bool = False) -> list[int]:
     """The steps of a run's sealed checkpoints, in order. Raises WorkdirError if `directory` is not a run."""
     directory = mirror.here(directory, checkpoints=True)
-    found = place(checkpoints_of(directory, config_of(directory), trust))
-    names = [path.name for path in found.iterdir()] if found.exists() else []
-    return sorted(int(name) for name in names if name.isdecimal() and (found / name / seal.NAME).exists())
+    return seal.sealed(place(checkpoints_of(directory, config_of(directory), trust)))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ class Saves:
             **self._facts,
             "wandb_id": tracker.wandb_id,
             "watch": at.watch.memory(),
-            "leg": self._parts.leg._asdict(),
+            "leg": asdict(self._parts.leg),
             "tokens": at.seen,
             "tokens_per_step": budget.tokens_per_step,
             "flops_per_step": [budget.flops, budget.adamw_flops],

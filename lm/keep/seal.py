@@ -123,6 +123,30 @@ def differences(saved: dict[str, list], wanted: dict[str, list]) -> list[str]:
     ]
 
 
+def steps(directory: Any) -> list[int]:
+    """The steps of the checkpoints in a directory, finished or not."""
+    names = [path.name for path in directory.iterdir() if path.is_dir()] if directory.exists() else []
+    return [step for step in map(number, names) if step is not None]
+
+
+def sealed(directory: Any) -> list[int]:
+    """The steps of the sealed checkpoints in a directory, in order."""
+    return sorted(step for step in steps(directory) if (directory / str(step) / NAME).exists())
+
+
+def number(name: str) -> int | None:
+    """The step that a checkpoint's directory is named after; None for other names."""
+    return int(name) if name.isascii() and name.isdecimal() and name == str(int(name)) and len(name) < 19 else None
+
+
+def set_aside(directory: Any, step: int, folder: str) -> Any:
+    """Moves a checkpoint into a folder next to it, where no run looks for checkpoints; returns its new path."""
+    aside = directory / folder
+    aside.mkdir(exist_ok=True)
+    target = next(path for k in range(10**6) if not (path := aside / (f"{step}.{k}" if k else str(step))).exists())
+    return (directory / str(step)).rename(target)
+
+
 def _digest(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
@@ -141,8 +165,7 @@ def _look(path: epath.Path) -> list:
 
 
 def _files(directory: epath.Path, below: str = "") -> Iterable[str]:
-    """Names of all files in a step directory, relative to it. Raises Broken for a link, whose target may lie outside
-    the run or be endless."""
+    """Names of all files in a step directory, relative to it. Broken for a link: its target may be anything."""
     for path in directory.iterdir():
         name = f"{below}{path.name}"
         if os.path.islink(path):

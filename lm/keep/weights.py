@@ -18,8 +18,7 @@ NAMES = (LAST, *AVERAGES, *(name for name, kind in BASES.items() if kind.evaluat
 class Weights(NamedTuple):
     """Weights as a function of a run's State: each parameter is combine(*leaves) of the leaves that `sources` name.
 
-    sources: names of State leaves as stored in checkpoints; {} stands for the parameter's path, * for any surrounding
-    path.
+    sources: names of State leaves as stored in checkpoints; {} is the parameter's path, * any path around it.
     """
 
     sources: tuple[str, ...]
@@ -56,11 +55,10 @@ def weights_of(config) -> dict[str, Weights]:
 
 def readers(config) -> dict[str, Callable[[Any], Any]]:
     """{name: function from a State to the parameters of this name}, in the order of weights_of."""
-
-    def reader(chosen: Weights) -> Callable[[Any], Any]:
-        return lambda state: of_state(chosen, state._asdict(), state.params)
-
-    return {name: reader(chosen) for name, chosen in weights_of(config).items()}
+    return {
+        name: lambda state, chosen=chosen: of_state(chosen, state._asdict(), state.params)
+        for name, chosen in weights_of(config).items()
+    }
 
 
 def of_state(chosen: Weights, state: Mapping[str, Any], like: Any) -> Any:

@@ -41,8 +41,7 @@ from steppe.optim.schedules import rho as rho_schedule
 
 
 class Parts(NamedTuple):
-    """The parts of a run. abstract: the State's shapes and shardings; initialise() -> State. key: equal for runs with
-    the same compiled programs.
+    """The parts of a run. abstract: the State's shapes and shardings; initialise() -> State. key: of its programs.
 
     scalars: operands of the step, so that runs that differ only in them share a program. optimizer_at(**scalars): the
     Optimizer at other values, which may be traced.
@@ -305,14 +304,12 @@ def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = 
 
 
 def _differs(text: str) -> bool:
-    """Whether processes have different texts."""
     same = int(xxhash.xxh32_hexdigest(text.encode()), 16)
     return len({int(other) for other in np.ravel(multihost_utils.process_allgather(np.uint32(same)))}) > 1
 
 
 def must_fit(config: ConfigDict, parts: Parts) -> None:
-    """Raises ConfigError if the state and a gradient, or one activation, exceed a device's memory: a lower bound,
-    before compiling."""
+    """Raises ConfigError if the state and a gradient, or one activation, exceed a device's memory: a lower bound."""
 
     def bytes_of(tree) -> int:
         return sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(tree))

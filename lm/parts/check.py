@@ -24,7 +24,10 @@ def check(config: ConfigDict, *, device_count: int | None, process_count: int = 
     device_count: None means the fewest that the mesh allows. backend: cpu, gpu or tpu; None skips checks that need it.
     Raises ConfigError, or data's DataError for a text source or vocabulary; each is one line.
     """
-    _check_data(config)
+    sources.parse(config.data.task)
+    sources.held_out_sources(config.data.task, config.data.held_out)
+    vocabulary.load_tokenizer(config.data.vocabulary)
+    described(config)
     for name, key in base.keys_of(flatten(config)).items():
         key.check(name, _value(config, name))
     _need(not (config.init_from and config.branch_from), config, "init_from", '"" with branch_from, which sets weights')
@@ -111,13 +114,6 @@ def kernel_of(config: ConfigDict, backend: str) -> str:
         )
     except attention.NoKernel as error:
         raise ConfigError("model.attention", model.attention, f"a kernel that runs on {backend} ({error})") from None
-
-
-def _check_data(config: ConfigDict) -> None:
-    sources.parse(config.data.task)
-    sources.held_out_sources(config.data.task, config.data.held_out)
-    vocabulary.load_tokenizer(config.data.vocabulary)
-    described(config)
 
 
 def described(config: ConfigDict) -> dict[str, Any]:
@@ -218,25 +214,19 @@ def _check_mesh(config: ConfigDict, device_count: int | None, process_count: int
         ("mlp_width", model.mlp_width),
         ("vocabulary_multiple", model.vocabulary_multiple),
     ):
-        accepted = f"a divisor of model.{key} = {size}"
-        _need(size % tensor == 0, config, "mesh.tensor", accepted)
-
-    accepted = f"a divisor of model.width = {model.width}"
-    _need(model.width % fsdp == 0, config, "mesh.fsdp", accepted)
+        _need(size % tensor == 0, config, "mesh.tensor", f"a divisor of model.{key} = {size}")
+    _need(model.width % fsdp == 0, config, "mesh.fsdp", f"a divisor of model.width = {model.width}")
     shards = data * fsdp
     unit = train.microbatches * shards
     accepted = f"a multiple of {unit} (microbatches {train.microbatches} x mesh.data {data} x mesh.fsdp {fsdp})"
     _need(train.batch_size % unit == 0, config, "train.batch_size", accepted)
-    accepted = f"a multiple of the {process_count} processes"
-    _need(train.batch_size % process_count == 0, config, "train.batch_size", accepted)
-    held_out = config.evaluate.batch_size
+    processes, held_out = f"a multiple of the {process_count} processes", config.evaluate.batch_size
+    _need(train.batch_size % process_count == 0, config, "train.batch_size", processes)
     accepted = f"0 or a multiple of {shards} (mesh.data {data} x mesh.fsdp {fsdp})"
     _need(held_out % shards == 0, config, "evaluate.batch_size", accepted)
-    accepted = f"0 or a multiple of the {process_count} processes"
-    _need(held_out % process_count == 0, config, "evaluate.batch_size", accepted)
+    _need(held_out % process_count == 0, config, "evaluate.batch_size", f"0 or {processes}")
     row = methods.row_of(config.optim.method)
     if row and row.share:
         each, k = train.batch_size // unit, methods.options_of(config.optim.method, method_options(config))["k"]
-        accepted = f"at most {each}, the sequences of one microbatch on one data shard"
         if k > each:
-            raise ConfigError("optim.k", k, accepted)
+            raise ConfigError("optim.k", k, f"at most {each}, the sequences of one microbatch on one data shard")

@@ -1,13 +1,18 @@
 """Counts of a run from before its batch or sequence length changed; recorded then, never recomputed from a config."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from steppe.configs import base
+from steppe.data import stored
 from steppe.lm.parts.anomaly import batch_index
 
 
-class Leg(NamedTuple):
+@dataclass(frozen=True)
+class Leg:
     """The part of a run since its batch or sequence length last changed, after `step` updates.
 
     Before it: rows of the training stream, read or skipped, and their batches; tokens predicted; FLOPs, and those AdamW
@@ -15,14 +20,14 @@ class Leg(NamedTuple):
     step; None: equal to tokens.
     """
 
-    step: int = 0
-    rows: int = 0
-    batches: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    adamw_flops: float = 0.0
-    branch: int = 0
-    planned: float | None = None
+    step: stored.Count = 0
+    rows: stored.Count = 0
+    batches: stored.Count = 0
+    tokens: stored.Count = 0
+    flops: stored.Amount = 0.0
+    adamw_flops: stored.Amount = 0.0
+    branch: stored.Count = 0
+    planned: stored.Amount | None = None
 
     def tokens_after(self, step: int, tokens_per_step: float) -> int:
         """Tokens predicted after `step` updates."""
@@ -43,7 +48,7 @@ def seen(step: int, meta: Mapping[str, Any]) -> int:
 
 def kept(meta: Mapping[str, Any]) -> Leg:
     """The Leg stored in a checkpoint's meta."""
-    return Leg(**{name: value for name, value in meta.get("leg", {}).items() if name in Leg._fields})
+    return msgspec.convert(meta.get("leg", {}), Leg)
 
 
 WHOLE = Leg()  # a run whose sizes never changed

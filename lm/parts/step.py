@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from steppe.lm.model.ordered import ordered
 from steppe.lm.parts.anomaly import UPDATE
 from steppe.lm.parts.assembly import Parts
+from steppe.lm.parts.memo import once
 from steppe.lm.parts.state import Optimizer, State
 from steppe.optim import Objective
 from steppe.optim.base import at_step
@@ -57,17 +58,13 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
 
 
 def compile_step(parts: Parts, batch: dict) -> Callable:
-    """The compiled step(state, batch, limit), which reuses the state's memory."""
-    return with_scalars(compiled(parts, batch), parts)
-
-
-def compiled(parts: Parts, batch: dict) -> Callable:
-    """The compiled step with Parts.scalars as an operand, so that similar runs can share it."""
-    return ordered(lower_step(parts, batch).compile(), parts.mesh, "training step")
+    """The compiled step(state, batch, limit), which reuses the state's memory; similar runs share its program."""
+    made = lambda: ordered(lower_step(parts, batch).compile(), parts.mesh, "training step")  # noqa: E731
+    return with_scalars(once("step", parts.key, made), parts)
 
 
 def with_scalars(compiled: Callable, parts: Parts) -> Callable:
-    """step(state, batch, limit) of a run, from a program of `compiled` made for it or for a similar run."""
+    """step(state, batch, limit) of a run, from a compiled `lower_step` of it or of a similar run."""
     scalars = _scalars(parts)
     return lambda state, batch, limit: compiled(state, batch, limit, scalars)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -59,12 +60,11 @@ class Start(NamedTuple):
         return Progress(self.state, done, seen(done, meta), Watch(config, meta["watch"]), meta["owes_evaluation"])
 
     def leg(self, facts: Mapping[str, Any]) -> Leg:
-        """The leg that starts here. A branch onto other text than its parent's reads that text from the start.
-        facts: of record.facts."""
+        """The leg that starts here. A branch onto other text reads it from the start. facts: of record.facts."""
         if not self.meta:
             return WHOLE
         leg = leg_of(int(self.state.step), self.meta, facts["config"], branched=self.parent is not None)
-        return leg._replace(rows=0) if self.parent and self.meta["corpus"] != facts["corpus"] else leg
+        return replace(leg, rows=0) if self.parent and self.meta["corpus"] != facts["corpus"] else leg
 
 
 def prepare(
@@ -75,7 +75,7 @@ def prepare(
     stack: ExitStack,
     log: Callable[[str], None],
 ) -> Ground:
-    """Prepares a run of this config; `stack` releases its locks. See train.open_run."""
+    """Prepares a run of this config; `stack` releases its locks. See train.run."""
     primary = jax.process_index() == 0
     directory = stack.enter_context(mirror.kept(directory, primary, log))
     workdir.adopt(directory, config)

@@ -23,11 +23,8 @@ class Profile:
     """Traces the named steps into WORKDIR/profile; a run that resumes among them traces the remaining ones."""
 
     def __init__(self, config: ConfigDict, workdir: str, tracker: Tracker):
-        self._steps, self._folder, self._tracker = (
-            _steps_of(config.log.profile),
-            str(Path(workdir) / "profile"),
-            tracker,
-        )
+        self._steps, self._tracker = _steps_of(config.log.profile), tracker
+        self._folder = str(Path(workdir) / "profile")
         self._first: int | None = None  # the first traced step, during a trace
         self.events = [Event(self._ends, self.end), Event(self.starts, self.start)]
 
@@ -54,6 +51,5 @@ class Profile:
 
 
 def _steps_of(text: str) -> tuple[int, int] | None:
-    """(first, last) of "steps 20-25"; None for ""."""
     first, _, last = text.removeprefix("steps ").partition("-")
     return (int(first), int(last)) if text else None

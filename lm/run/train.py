@@ -1,4 +1,4 @@
-"""A training run: `open_run` builds it from a config, `run` trains it to its end."""
+"""A training run: `run` builds it from a config and trains it to its end."""
 
 import math
 from collections.abc import Callable, Collection
@@ -12,7 +12,7 @@ from steppe.configs import packages
 from steppe.configs.keys import ConfigError
 from steppe.data import files, loader
 from steppe.lm import plot
-from steppe.lm.keep import branch, code, record
+from steppe.lm.keep import branch, record
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED
 from steppe.lm.keep.saving import Saves
 from steppe.lm.keep.weights import LAST, readers
@@ -24,9 +24,8 @@ from steppe.lm.parts import anomaly, assembly, chips
 from steppe.lm.parts import corpus as corpora
 from steppe.lm.parts.assembly import batch_reader, rows_reader
 from steppe.lm.parts.check import described
-from steppe.lm.parts.memo import once
 from steppe.lm.parts.progress import Event, Progress
-from steppe.lm.parts.step import compiled, with_scalars
+from steppe.lm.parts.step import compile_step
 from steppe.lm.run import begin
 from steppe.lm.run.begin import Ground, Start
 from steppe.lm.run.generate import sample
@@ -43,27 +42,12 @@ def run(
     until: int | None = None,
     trust: bool = False,
 ) -> int:
-    """Starts or resumes the run of `directory` and trains to its end; returns the exit status, see lm.keep.exits. See
-    open_run. Raises OSError if the workdir or the checkpoints can no longer be written."""
-    opened = open_run(config, directory, allow_change, until, trust)
-    if opened is None:
-        return FINISHED
-    with opened.closing, opened.tracker.goodput.spending("other"):
-        return opened.train()
-
-
-def open_run(
-    config: ConfigDict,
-    directory: str,
-    allow_change: Collection[str] = (),
-    until: int | None = None,
-    trust: bool = False,
-) -> "Run | None":
-    """The run of `directory`, a path or URL, ready for its next step; None if it is past `until` already.
+    """Starts or resumes the run of `directory`, a path or URL, and trains to its end; returns a status of keep.exits.
 
     allow_change: config keys (or "corpus", "code") that may differ from the stored run. until: stop after this step;
     schedules remain those of the whole run. trust: whether to use URLs and code in the stored config of the run that
-    config.branch_from names. Raises one of exits.REFUSALS before compiling if the run is not possible.
+    config.branch_from names. Raises one of exits.REFUSALS before compiling if the run is not possible, and OSError if
+    the workdir or the checkpoints can no longer be written.
     """
     goodput = Goodput()
     log = lambda text: print(files.visible(text), flush=True) if jax.process_index() == 0 else None  # noqa: E731
@@ -80,7 +64,7 @@ def open_run(
             begin.say_where(at, ground.start.meta, parts, log)
         if until is not None and until <= at.done < parts.budget.steps:
             log(f"stopped     already after step {at.done}, past --until={until}; run without --until to resume")
-            return None
+            return FINISHED
         tracker, references = _recorded(config, ground, at, goodput)
         stack.callback(lambda: tracker.close(at.ended))
         saves = Saves(config, parts, tracker, place=ground.place, run=ground.run, facts=ground.facts, log=log)
@@ -91,10 +75,10 @@ def open_run(
         before = goodput.seconds()["compile"] if at.done else 0.0
         given = {"questions": questions, "references": references, "until": until, "first": first}
         with compiling("the training step", tracker.note, before):
-            made = Run(config, ground, at, tracker, saves, **given, closing=(closing := ExitStack()))
-        closing.enter_context(stack.pop_all())
-        closing.callback(lambda: made.profile.end(at))
-        return made
+            made = Run(config, ground, at, tracker, saves, **given)
+        stack.callback(lambda: made.profile.end(at))
+        with goodput.spending("other"):
+            return made.train()
 
 
 def _recorded(config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput) -> tuple[Tracker, dict[str, dict]]:
@@ -102,7 +86,7 @@ def _recorded(config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput
     primary, budget, start = jax.process_index() == 0, ground.parts.budget, ground.start
     if primary:
         corpora.keep(ground.directory, ground.corpus)
-        code.keep(ground.directory, config)
+        record.keep_code(ground.directory, config)
         if start.parent:
             branch.copy_record(start.parent, ground.directory)
     tracker = Tracker(
@@ -129,8 +113,7 @@ def _recorded(config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput
 class Run:
     """A run in progress. Its parts are set once; only `at` changes.
 
-    first(): its initial state, for a rollback to before the first checkpoint. closing: releases its resources. events:
-    what happens between steps, in this order.
+    first(): its initial state, for a rollback to before any checkpoint. events: what happens between steps, in order.
     """
 
     def __init__(
@@ -145,12 +128,11 @@ class Run:
         references: dict[str, dict],
         until: int | None,
         first: Callable[[], Start],
-        closing: ExitStack,
     ):
         parts, corpus = ground.parts, ground.corpus
         self.config, self.directory, self.parts, self.corpus = config, ground.directory, parts, corpus
         self.at, self.tracker, self.saves, self.stopping = at, tracker, saves, ground.stopping
-        self.until, self.first, self.closing, self.total = until, first, closing, parts.budget.steps
+        self.until, self.first, self.total = until, first, parts.budget.steps
         batch_index = lambda step: at.watch.batch_index(step)  # noqa: E731 - a rollback changes the watch
         self.read = batch_reader(config, corpus, parts, batch_index)
         self.rows = rows_reader(config, corpus, parts, batch_index)
@@ -159,8 +141,7 @@ class Run:
         weights = readers(config)
         name, self.judged = next(iter(weights.items()))
         with tracker.goodput.spending("compile"):
-            like = partial(assembly.abstract_batch, parts, corpus, config.train.batch_size)
-            self.step = with_scalars(once("step", parts.key, lambda: compiled(parts, like())), parts)
+            self.step = compile_step(parts, assembly.abstract_batch(parts, corpus, config.train.batch_size))
             asked = {"questions": questions, "references": references, "asked": ground.stopping.asked}
             self.evaluations = Evaluations(config, corpus, parts, tracker, weights=weights, **asked)
             of = {"judged": None if name == LAST else self.judged, "origin": begin.origin(config, parts, tracker)}

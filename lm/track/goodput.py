@@ -72,8 +72,7 @@ class Goodput:
 
 
 def earlier(records: Records, step: int) -> dict[str, float]:
-    """The recorded time of the starts before this one, for a run that resumes after `step` updates. The time of later
-    steps counts as lost."""
+    """The recorded time of earlier starts of a run that resumes after `step` updates; that of later steps is lost."""
     known: dict[str, float] = {}
     for record in records.others:
         if record["step"] <= step and isinstance(record.get("goodput"), dict):

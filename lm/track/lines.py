@@ -274,8 +274,7 @@ def _restore(value: Any, nothing: float | None) -> Any:
 
 
 def latest(workdir: str | os.PathLike, kinds: tuple[str, ...] = ("run", "train", "evaluate")) -> dict[str, dict]:
-    """{kind: its last record} of a run, for kinds that occur. Reads the file from its end. Raises stored.Wrong like
-    `read`."""
+    """{kind: its last record} of a run, for kinds that occur. Reads from the file's end. Raises stored.Wrong."""
     path, found = Path(workdir) / METRICS, {}
     begins = {kind: b'\n{"kind": "%s",' % kind.encode() for kind in kinds}
     with contextlib.suppress(FileNotFoundError), files.ordinary(path) as handle:

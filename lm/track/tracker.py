@@ -20,11 +20,10 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from steppe.data import files
 from steppe.lm.track.goodput import Goodput, described, earlier
 from steppe.lm.track.lines import METRICS, number, plain, read, restored, rewind
 from steppe.lm.track.sinks import Sinks
-from steppe.lm.track.waiting import clock_face
+from steppe.lm.track.waiting import clock_face, say
 
 NOISE = 100  # steps over which the gradient noise scale is averaged
 
@@ -122,13 +121,12 @@ class Tracker:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, line=line)
         elif step % self._config.log.every == 0 or step == self._total:
-            self._print(f"step {step}/{self._total}  {line}")
+            self.note(f"step {step}/{self._total}  {line}")
 
     def evaluation(
         self, step: int, name: str, metrics: dict[str, Any], weights: str = "", kind: str = "evaluate"
     ) -> None:
-        """Records an evaluation of the parameters after `step` updates on held-out set `name`; of kind "choices", their
-        accuracy on the items `name`.
+        """Records an evaluation of the parameters after `step` updates on the held-out set, or the "choices", `name`.
 
         weights: their name, if not those that the run is judged by.
         """
@@ -187,7 +185,7 @@ class Tracker:
     def note(self, text: str) -> None:
         """Prints one line, which is not recorded."""
         if self._primary:
-            self._print(text)
+            say(text, self._bar, self._stream)
 
     def close(self, status: str) -> None:
         """Ends the record; prints `status` (finished, stopped, failed ...) and sends it to wandb; idempotent."""
@@ -201,7 +199,7 @@ class Tracker:
         except OSError as error:  # a full disk: the last line was not written, and its writer got the error
             status = f"{status} ({error})"
         self._sinks.close(status.startswith(("finished", "stopped")))
-        self._print(status)
+        self.note(status)
 
     def _noise_scale(self) -> float | None:
         """The gradient noise scale in tokens, by the mean squares of the last steps; None where noise hides it."""
@@ -247,13 +245,6 @@ class Tracker:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         self._sinks.record(restored(record))
-
-    def _print(self, text: str) -> None:
-        text = files.visible(text)
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)
 
     def _start_bar(self, start_step: int) -> None:
         from rich import progress

@@ -30,6 +30,14 @@ def heard() -> None:
         _first.cancel()
 
 
+def say(text: str, bar: Any, stream: TextIO | None) -> None:
+    """Prints a line that stays, above the bar if there is one."""
+    if bar is not None:
+        bar.console.print(files.visible(text), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(files.visible(text), file=stream, flush=True)
+
+
 def clock_face(seconds: float) -> str:
     """1:02:03 or 2:03; ? if unknown."""
     if math.isnan(seconds):
@@ -158,11 +166,8 @@ class Progress:
     def line(self, text: str) -> None:
         """Prints a line that stays."""
         heard()
-        self._said, text = self._clock(), files.visible(text)
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)
+        self._said = self._clock()
+        say(text, self._bar, self._stream)
 
     def _draw(self) -> None:
         if self._bar is not None:
