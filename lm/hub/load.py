@@ -47,9 +47,9 @@ def initial_params(config: ConfigDict, parts: Parts, log: Callable[[str], None] 
     found, family = read_config(source)
     _same(config, families.ours(family, found, source), config.init_from)
     _same_vocabulary(config, source, found)
-    with _Tensors(source) as tensors:
-        arrays = dict(_arrays(family, tensors, config, _shapes(abstract_params), parts.options.vocabulary))
-        tensors.account(tied="lm_head.weight", to=next(iter(family.names)))
+    tensors = _Tensors(source)
+    arrays = dict(_arrays(family, tensors, config, _shapes(abstract_params), parts.options.vocabulary))
+    tensors.account(tied="lm_head.weight", to=next(iter(family.names)))
     log(f"parameters  of {config.init_from} ({family.architecture})")
     return _placed(arrays, abstract_params)
 
@@ -148,9 +148,7 @@ class _Tensors:
     """The tensors of a directory's safetensors files by name, read on demand."""
 
     def __init__(self, directory: str):
-        self._folder, self._open, self._read = Path(directory).expanduser(), {}, set()
-
-    def __enter__(self) -> "_Tensors":
+        self._folder, self._read = Path(directory).expanduser(), set()
         if lacking := packages.lacking("safetensors"):
             raise Unusable(f"{self._folder}: {lacking}")
         try:
@@ -159,11 +157,10 @@ class _Tensors:
             else:
                 with self._opened(SINGLE) as file:
                     where = dict.fromkeys(file.keys(), SINGLE)
-            opened = {name: self._opened(name) for name in sorted(set(where.values()))}
+            self._open = {name: self._opened(name) for name in sorted(set(where.values()))}
         except Exception as error:  # safetensors has its own error types
             raise Unusable(f"{self._folder}: its weights cannot be read ({' '.join(str(error).split())})") from None
-        self._where, self._open = where, opened
-        return self
+        self._where = where
 
     def _opened(self, name: str):
         from safetensors import safe_open
@@ -171,9 +168,6 @@ class _Tensors:
         path = files.below(self._folder, name, links=True)
         files.ordinary(path).close()
         return safe_open(path, "numpy")
-
-    def __exit__(self, *_) -> None:
-        self._open.clear()
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

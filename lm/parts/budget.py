@@ -33,13 +33,6 @@ class Parameters(NamedTuple):
     non_embedding: int
 
 
-class Flops(NamedTuple):
-    """FLOPs of one token's forward pass: the trunk (with the full attention square) and one readout product."""
-
-    trunk: float
-    readout: float
-
-
 class Length(NamedTuple):
     """A run's length: predicted tokens of a step over all devices, on average, and steps.
 
@@ -85,16 +78,6 @@ def count_parameters(params: Any) -> Parameters:
     return Parameters(total, total - tables)
 
 
-def forward_flops(shape: Shape) -> Flops:
-    """A multiply-add counts two. Norms, softmax and activations are omitted (a few per cent at width 128)."""
-    D, F, H, G = shape.width, shape.mlp_width, shape.heads, shape.kv_heads
-    K = shape.features
-    projections = 2 * D * K * (2 * H + 2 * G)
-    mlp = 2 * D * F * (3 if shape.style == "modern" else 2)
-    square = 2 * 2 * shape.sequence_length * H * K  # scores, then their product with the values
-    return Flops(shape.layers * (projections + mlp + square), 2.0 * shape.vocabulary * D)
-
-
 @functools.cache
 def base_flops(shape: Shape, name: str, options: tuple[tuple[str, Any], ...] = ()) -> float:
     """FLOPs of a base optimizer's own products in a step, on average over 100 steps: of muon and soap; 0 for adamw.
@@ -125,29 +108,27 @@ def rule_flops(shape: Shape, rule: Rule, the_base: Base, batch_size: int) -> flo
 
 
 def step_flops(shape: Shape, tokens: int, cost: methods.Cost) -> float:
-    """FLOPs of a step of `tokens` tokens; a backward pass counts as two forward passes."""
-    trunk, readout = forward_flops(shape)
+    """FLOPs of a step of `tokens` tokens; a backward pass counts as two forward passes, a multiply-add as two.
+
+    The trunk has the full attention square. Norms, softmax and activations are omitted (a few per cent at width 128).
+    """
+    D, F, H, G, K = shape.width, shape.mlp_width, shape.heads, shape.kv_heads, shape.features
+    projections = 2 * D * K * (2 * H + 2 * G)
+    mlp = 2 * D * F * (3 if shape.style == "modern" else 2)
+    square = 2 * 2 * shape.sequence_length * H * K  # scores, then their product with the values
+    trunk, readout = shape.layers * (projections + mlp + square), 2.0 * shape.vocabulary * D
     return tokens * (trunk * (cost.forwards + 2 * cost.backwards) + readout * cost.products)
-
-
-class Memory(NamedTuple):
-    """Estimated bytes per device. activations: saved for the backward pass; kept: the stored loss derivative."""
-
-    state: float
-    gradients: float
-    activations: float
-    readout: float
-    kept: float
 
 
 def estimate_memory(
     shape: Shape, parameters: int, sequences: int, chunk_tokens: int, mesh: tuple, anchored: bool, averages: int = 0
-):
-    """The Memory of a step with `sequences` per microbatch and device, on a (data, fsdp, tensor) mesh.
+) -> tuple[float, float, float, float, float]:
+    """Estimated bytes per device of a step with `sequences` per microbatch and device, on a (data, fsdp, tensor) mesh,
+    for choices before compiling; steppe plan reports the compiler's own figures.
 
-    A first estimate, for choices before compiling; steppe plan reports the compiler's own figures. state: float32
-    parameters, two moments, and `averages` trees of the same size. gradients: one, theta + epsilon, and the hidden
-    states of an anchored method.
+    Of the state: float32 parameters, two moments, and `averages` trees of the same size. Of gradients: one, theta +
+    epsilon, and the hidden states of an anchored method. Of activations saved for the backward pass, of the readout,
+    and of its stored loss derivative.
     """
     _, fsdp, tensor = mesh
     tokens, small = sequences * shape.sequence_length, 2 if shape.dtype == "bfloat16" else 4
@@ -156,7 +137,7 @@ def estimate_memory(
     wide = 2 * D + (D + F * (2 if shape.style == "modern" else 1)) / tensor
     features = {"full": 0, "offload": 0, "dots": 2 * D / tensor + wide}.get(shape.remat, 3 * (2 * D / tensor + wide))
     layer = (2 * D / tensor + wide) * 3 * tokens * small  # of one layer while it is recomputed
-    return Memory(
+    return (
         (3 + averages) * own,
         2 * own + (tokens * D * small if anchored else 0),
         shape.layers * tokens * (D + features) * small + layer,
