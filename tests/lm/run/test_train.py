@@ -356,14 +356,14 @@ def test_the_command_stops_on_a_signal_and_continues_without_tensorflow(corpus, 
 
 
 def test_one_more_thing_between_steps_is_one_entry(corpus, tmp_path, monkeypatch):
-    seen, opened = [], train.open_run
+    seen, opened = [], train.Run
 
     def with_one_more(*arguments, **named):
         run = opened(*arguments, **named)
         run.events.append(Event(each(8, last=20), lambda at: seen.append((at.done, len(at.pending)))))
         return run
 
-    monkeypatch.setattr(train, "open_run", with_one_more)
+    monkeypatch.setattr(train, "Run", with_one_more)
     assert lm_runs.run(lm_runs.config(*corpus), str(tmp_path)) == train.FINISHED
     assert seen == [(8, 0), (16, 0), (20, 0)]  # what came before is recorded by then
 
