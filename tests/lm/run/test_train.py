@@ -390,16 +390,18 @@ def test_steps_of_a_mesh_are_those_of_one_device_and_a_run_ends_where_they_are_n
     assert lm_runs.run(config, str(tmp_path / "sound")) == train.FINISHED
     assert not lm_runs.records(tmp_path / "sound", "anomaly")
 
-    sound = train.with_scalars
+    sound = train.compile_step
 
-    def wrong(compiled, parts):
+    def wrong(*given):
+        step = sound(*given)
+
         def run(*arguments):
-            after, metrics = sound(compiled, parts)(*arguments)
+            after, metrics = step(*arguments)
             return after, {**metrics, "perturbed_loss": metrics["perturbed_loss"] + 0.05 * (after.step == 6)}
 
         return run
 
-    monkeypatch.setattr(train, "with_scalars", wrong)
+    monkeypatch.setattr(train, "compile_step", wrong)
     assert lm_runs.run(config, str(tmp_path / "wrong")) == train.ANOMALY
     (found,) = lm_runs.records(tmp_path / "wrong", "anomaly")
     assert (found["step"], found["what"], list(found["differing"])) == (6, "mismatch", ["perturbed_loss"])
