@@ -300,7 +300,7 @@ def draw_runs(found: Mapping[str, Any], labels: Mapping[str, str]) -> Any:
     figure = plot.figure(5.2 * (2 + tuned), 4.6 + 0.16 * math.ceil(len(styles) / 3))
     axes = figure.subplots(1, 2 + tuned)
     lines = _draw_noise(axes[0], means.filter(regex="^noise_"), errors, styles)
-    _draw_bars(axes[1], means.filter(regex="^int"), errors, styles)
+    _draw_bars(axes[1], means.filter(regex=r"^(q|int)\d"), errors, styles)  # int: before 0.3
     if tuned:
         _draw_frontier(axes[2], found, labels, styles)
     if len(styles) > 1:

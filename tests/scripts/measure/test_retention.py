@@ -163,6 +163,15 @@ def test_all_runs_are_checked_before_one_is_measured(place, measured, capsys, mo
     assert "must be of the same text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("prefix", ["q", "int"])
+def test_every_rounding_has_its_bars(prefix):
+    kinds = [f"{prefix}{kind}" for kind in ("8_channel", "4_gptq_group64", "3_channel_embedding")]
+    found = {name: record(3.0, [(1.0, 0.5)], noise_0=0.0, **dict.fromkeys(kinds, 0.5)) for name in ("one", "other")}
+    axes = retention.draw_runs(found, {name: name for name in found}).axes[1]
+    assert [label.get_text().replace("\n", "_") for label in axes.get_xticklabels()] == kinds
+    assert [bar.get_height() for bar in axes.patches] == [0.5] * 6
+
+
 def test_runs_are_compared_at_the_gain_and_at_the_loss_that_all_reach():
     found = {
         "strong": record(3.0, [(0.5, 0.1), (1.0, 0.5)]),
