@@ -6,6 +6,10 @@ import runpy
 STUDIES = pathlib.Path(__file__).parents[2] / "configs" / "studies"
 
 
+def test_every_number_of_the_page_is_computed_again_by_other_code():
+    assert runpy.run_path(str(STUDIES / "recompute.py"))["main"]() == 0
+
+
 def test_the_claims_on_the_page_follow_from_the_committed_runs():
     page = runpy.run_path(str(STUDIES / "page.py"))
     made = page["table"](page["read"]())

@@ -239,6 +239,15 @@ def test_a_mistyped_module_gets_the_line_of_a_mistyped_command(words):
     assert "did you mean train?" in done.stderr
 
 
+@pytest.mark.parametrize(("name", "code"), [("config", 0), ("judge.check", 2), ("bench.step", 2)])
+def test_a_module_is_a_command_or_is_refused_never_silent(name, code):
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", f"steppe.scripts.{name}", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert (f"usage: steppe {name}" if code == 0 else f"steppe {name}: no such command") in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
