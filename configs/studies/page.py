@@ -15,15 +15,7 @@ from steppe.scripts.report.numbers import statistics as st
 
 HERE = Path(__file__).parent
 COLOURS = {1: VERMILION, -1: BLUE, 0: BLACK}  # worse, better, cannot be told
-ROWS = {  # of the figure: names of entries, and how they are shown
-    "adamw ema": "AdamW's EMA",
-    "muon": "muon",
-    "msam": "msam",
-    "precond_msam": "precond_msam",
-    "functional_sam": "functional_sam",
-    "precond_functional_sam": "precond_functional_sam",
-    "sam": "sam",
-}
+ROWS = ("adamw ema", "muon", "msam", "precond_msam", "functional_sam", "precond_functional_sam", "sam")  # of the figure
 BATCHES = {  # name: title of its panel and column
     "english": "0.1 noise scales,\n1k tokens,\nEnglish",
     "4k": "1.1 noise scales,\n4k tokens,\nPython",
@@ -151,7 +143,7 @@ def draw(entries: dict[str, dict[str, en.Entry]]) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    names = list(ROWS)[::-1]
+    names = ROWS[::-1]
     with mpl.rc_context({"font.size": 11}):
         drawn = Figure(figsize=(6.2, 3.9), layout="constrained")
         panels = drawn.subplots(1, len(BATCHES), sharex=True, sharey=True)
@@ -170,7 +162,7 @@ def draw(entries: dict[str, dict[str, en.Entry]]) -> None:
                     axes.errorbar(mean, at + shift, xerr=bars, **style)
             axes.axvline(0, color="grey", linewidth=1)
             axes.set_title(title, fontsize=10)
-            axes.set_yticks(range(len(names)), [ROWS[name] for name in names])
+            axes.set_yticks(range(len(names)), [name.replace("adamw ema", "AdamW's EMA") for name in names])
             axes.spines[["top", "right"]].set_visible(False)
         drawn.supxlabel("← better    nats a byte less AdamW    worse →", fontsize=11)
         drawn.savefig(HERE / "answer.png", dpi=150)
