@@ -3,6 +3,7 @@
 python configs/studies/page.py
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +11,29 @@ from typing import NamedTuple
 
 from steppe.lm.plot import BLACK, BLUE, VERMILION
 from steppe.scripts import results
+from steppe.scripts.report.numbers import differences as diff
 from steppe.scripts.report.numbers import entries as en
 from steppe.scripts.report.numbers import statistics as st
 
 HERE = Path(__file__).parent
 COLOURS = {1: VERMILION, -1: BLUE, 0: BLACK}  # worse, better, cannot be told
-ROWS = ("adamw ema", "muon", "msam", "precond_msam", "functional_sam", "precond_functional_sam", "sam")  # of the figure
+SAME = "sam, same rho"  # sam at functional_sam's rate and rho
+ROWS = ("adamw ema", "muon", "msam", "precond_msam", "functional_sam", "precond_functional_sam", "sam", SAME)  # drawn
 BATCHES = {  # name: title of its panel and column
-    "english": "0.1 noise scales,\n1k tokens,\nEnglish",
-    "4k": "1.1 noise scales,\n4k tokens,\nPython",
-    "16k": "2 to 40 of them,\n16k tokens,\nPython",
+    "english": "0.1 noise scales,\n1k tokens, English",
+    "1k": "0.2 to 0.3 noise scales,\n1k tokens, Python",
+    "4k": "1.1 noise scales,\n4k tokens, Python",
+    "16k": "2 to 40 noise scales,\n16k tokens, Python",
 }
+LADDER = {"1k": 8, "16k": 128}  # of BATCHES, those of ladder/: sequences of a batch
 
 
 class Claim(NamedTuple):
     """That one entry is worse, or better, than another.
 
     pairs: {batch: (one, than)}; "flops": AdamW with as many FLOPs. sign: 1 where the claim is that the loss is higher.
-    least: the difference worth seeing, nats a byte.
+    least: the difference worth seeing, nats a byte. measure: an aspect of the report; forgetting is at the one loss on
+    the second text that all runs of a batch reach. before: (batch, one, than), whose difference is subtracted.
     """
 
     words: str
@@ -36,6 +42,7 @@ class Claim(NamedTuple):
     pairs: dict[str, tuple[str, str]]
     least: float = 0.01
     measure: str = "loss"
+    before: tuple[str, str, str] | None = None
 
 
 def everywhere(one: str, than: str, *but: str) -> dict[str, tuple[str, str]]:
@@ -43,7 +50,7 @@ def everywhere(one: str, than: str, *but: str) -> dict[str, tuple[str, str]]:
 
 
 GAIN = 0.0023  # nats a byte: the most of what the paper claims
-OF_BITS = {"source": "Watts et al.", "sign": -1, "measure": "int4_channel"}
+OF_BITS = {"source": "Watts et al.", "sign": -1, "measure": "int4"}
 CLAIMS = (
     Claim("SAM is worse than AdamW", "paper", 1, everywhere("sam", "adamw")),
     Claim("SAM is worse than Functional-SAM", "paper", 1, everywhere("sam", "functional_sam")),
@@ -51,18 +58,26 @@ CLAIMS = (
         "the same, SAM at Functional-SAM's rate and rho", "paper", 1,
         {"english": ("sam", "functional_sam, rho 0.1"), "16k": ("sam, rho 0.1", "functional_sam")},
     ),
+    Claim(
+        "this distance grows from 1k tokens to 16k", "ours", 1, {"16k": ("sam, rho 0.1", "functional_sam")},
+        before=("1k", "sam", "functional_sam"),
+    ),
     Claim("Functional-SAM is better than AdamW", "paper", -1, everywhere("functional_sam", "adamw"), GAIN),
     Claim(
         "preconditioned Functional-SAM is better than AdamW", "paper", -1,
         {"english": ("precond_functional_sam", "adamw")}, GAIN,
     ),
-    Claim("Functional-SAM is better at equal FLOPs", "reviewers", -1, everywhere("functional_sam", "flops", "16k")),
-    Claim("Momentum-SAM is better than AdamW", "ours", -1, everywhere("msam", "adamw", "16k")),
-    Claim("Momentum-SAM is better than AdamW's EMA", "ours", -1, everywhere("msam", "adamw ema", "16k")),
+    Claim("Functional-SAM is better at equal FLOPs", "reviewers", -1, everywhere("functional_sam", "flops", *LADDER)),
+    Claim("Momentum-SAM is better than AdamW", "ours", -1, everywhere("msam", "adamw", *LADDER)),
+    Claim("Momentum-SAM is better than AdamW's EMA", "ours", -1, everywhere("msam", "adamw ema", *LADDER)),
     Claim("Momentum-SAM keeps more in 4 bits than AdamW", pairs={"english": ("msam", "adamw")}, **OF_BITS),
     Claim(
         "Functional-SAM keeps more in 4 bits than AdamW",
-        pairs={"english": ("functional_sam, rho 0.1", "adamw")}, **OF_BITS,
+        pairs={"english": ("functional_sam, rho 0.1", "adamw"), "1k": ("functional_sam", "adamw")}, **OF_BITS,
+    ),
+    Claim(
+        "Functional-SAM forgets less than AdamW in fine-tuning", "Watts et al.", -1,
+        {"1k": ("functional_sam", "adamw")}, measure="forgetting",
     ),
 )  # fmt: skip
 
@@ -89,7 +104,7 @@ def table(entries: dict[str, dict[str, en.Entry]]) -> str:
     """The claims, a row each, as Markdown."""
     tests = {
         (claim.words, batch): made
-        for claim in CLAIMS for batch, pair in claim.pairs.items() if (made := test(claim, entries[batch], *pair))
+        for claim in CLAIMS for batch in claim.pairs if (made := test(claim, entries, batch))
     }  # fmt: skip
     kept = dict(zip(tests, st.holm([each.p for each in tests.values()]) < 1 - st.LEVEL, strict=True))
     heads = ["claim", "of", *(title.replace("\n", " ") for title in BATCHES.values())]
@@ -110,23 +125,40 @@ def read() -> dict[str, dict[str, en.Entry]]:
 
     found = {"english": [each for each in of("english") if each.cell == "0.03m, 200 tokens a parameter"]}
     found["4k"] = [each for each in of("judged") if each.budget == "512 steps"]
-    found["16k"] = of("ladder", lambda result: result.config["train.batch_size"] == 128)
+    for batch, size in LADDER.items():
+        found[batch] = of("ladder", lambda result, size=size: result.config["train.batch_size"] == size)
     named = {batch: {each.name: each for each in own} for batch, own in found.items()}
     for name in ("precond_functional_sam", "sam"):  # a lower rho is a little better on seed 0, and has no other
         named["english"][name] = named["english"][f"{name}, rho 0.1"]
+    named["1k"][SAME], named["16k"][SAME] = named["1k"]["sam"], named["16k"]["sam, rho 0.1"]
     return named
 
 
-def test(claim: Claim, entries: dict[str, en.Entry], one: str, than: str) -> Test | None:
+def test(claim: Claim, entries: dict[str, dict[str, en.Entry]], batch: str) -> Test | None:
     """None where no fresh pairs were run."""
-    other = entries[one].flops if than == "flops" else entries[than]
-    found = en.difference(entries[one], other, claim.measure)
-    if found is None or not found.fresh:
+    places = [(batch, *claim.pairs[batch]), *([claim.before] if claim.before else [])]
+    both = [(own[one], own[one].flops if than == "flops" else own[than])
+            for own, one, than in ((entries[place], *pair) for place, *pair in places)]  # fmt: skip
+    of = [diff.measured([*entries[place].values()])[claim.measure] for place, *_ in places]
+    found = [en.difference(*pair, measure) for pair, measure in zip(both, of, strict=True)]
+    if not all(each and each.fresh for each in found):
         return None
-    sigma = st.pooled([found.interval]).sigma
+    way = welch(*(each.interval for each in found)) if claim.before else found[0].interval
+    sigma = math.sqrt(sum(st.pooled([each.interval]).sigma ** 2 for each in found))
     pairs = next(n for n in range(2, 100_000) if st.detectable(sigma, n) <= claim.least)
-    seconds = sum(each.best["seconds"].median() for each in (entries[one], other) if each)
-    return Test(found, st.p_value(found.interval), pairs * seconds / 3600)
+    seconds = sum(each.best["seconds"].median() for pair in both for each in pair)
+    return Test(en.Difference(way, True, {}), st.p_value(way), pairs * seconds / 3600)
+
+
+def welch(one: st.Interval, other: st.Interval) -> st.Interval:
+    """A mean less another of other runs (Welch, Biometrika 34, 1947); n is the first one's."""
+    from scipy import stats
+
+    errors = [(each.high - each.low) / 2 / stats.t.ppf((1 + st.LEVEL) / 2, each.df) for each in (one, other)]
+    variance = sum(error**2 for error in errors)
+    df = variance**2 / sum(error**4 / each.df for error, each in zip(errors, (one, other), strict=True))
+    half, value = stats.t.ppf((1 + st.LEVEL) / 2, df) * math.sqrt(variance), one.value - other.value
+    return st.Interval(value, value - half, value + half, one.n, df)
 
 
 def cell(made: Test, kept: bool, sign: int) -> str:
@@ -145,8 +177,8 @@ def draw(entries: dict[str, dict[str, en.Entry]]) -> None:
 
     names = ROWS[::-1]
     with mpl.rc_context({"font.size": 11}):
-        drawn = Figure(figsize=(6.2, 3.9), layout="constrained")
-        panels = drawn.subplots(1, len(BATCHES), sharex=True, sharey=True)
+        drawn = Figure(figsize=(6.2, 6.0), layout="constrained")
+        panels = drawn.subplots(2, len(BATCHES) // 2, sharex=True, sharey=True).flat
         for axes, (batch, title) in zip(panels, BATCHES.items(), strict=True):
             own = entries[batch]
             for at, name in enumerate(names):

@@ -19,29 +19,38 @@ RATE, RHO = "optim.peak_learning_rate", "optim.rho"
 ENGLISH = {"model.size": "0.03m", "model.compute_dtype": "float32", "optim.schedule": "cosine", RATE: 0.008,
            "optim.ascent_over": "global", "train.tokens_per_parameter": 200.0, "optim.base": "adamw"}  # fmt: skip
 JUDGED = {"train.duration": "512 steps", "optim.base": "adamw", "optim.schedule": "cosine"}
-LADDER = {"train.batch_size": 128, "optim.ascent_over": "global", RATE: 0.064}
+LADDER = {"optim.ascent_over": "global"}
 COLUMNS = {  # the folder, what its runs share, and what tells each row's; "ema": of that average
     0: ("english", ENGLISH, {
         "adamw": {}, "sam": {RHO: 0.1}, "functional_sam": {RHO: 0.03}, "functional_sam 0.1": {RHO: 0.1},
         "precond_functional_sam": {RHO: 0.1}, "msam": {RHO: 0.3}, "flops": {"train.tokens_per_parameter": 400.0},
     }),
-    1: ("judged", JUDGED, {
+    1: ("ladder", LADDER | {"train.batch_size": 8}, {
+        "adamw": {RATE: 0.008}, "sam": {RATE: 0.004, RHO: 0.03}, "functional_sam": {RATE: 0.004, RHO: 0.03},
+    }),
+    2: ("judged", JUDGED, {
         "adamw": {RATE: 0.0453}, "sam": {}, "functional_sam": {}, "msam": {},
         "flops": {RATE: 0.0453, "train.duration": "1024 steps"},
     }),
-    2: ("ladder", LADDER, {"adamw": {}, "sam": {RHO: 0.03}, "functional_sam": {RHO: 0.1}, "sam 0.1": {RHO: 0.1}}),
+    3: ("ladder", LADDER | {"train.batch_size": 128, RATE: 0.064}, {
+        "adamw": {}, "sam": {RHO: 0.03}, "functional_sam": {RHO: 0.1}, "sam 0.1": {RHO: 0.1},
+    }),
 }  # fmt: skip
-ROWS = [  # per row of the table: measure, and per column the pair
-    ("loss", ("sam", "adamw"), ("sam", "adamw"), ("sam", "adamw")),
-    ("loss", ("sam", "functional_sam"), ("sam", "functional_sam"), ("sam", "functional_sam")),
-    ("loss", ("sam", "functional_sam 0.1"), None, ("sam 0.1", "functional_sam")),
-    ("loss", ("functional_sam", "adamw"), ("functional_sam", "adamw"), ("functional_sam", "adamw")),
-    ("loss", ("precond_functional_sam", "adamw"), None, None),
-    ("loss", ("functional_sam", "flops"), ("functional_sam", "flops"), None),
-    ("loss", ("msam", "adamw"), ("msam", "adamw"), None),
-    ("loss", ("msam", "adamw ema"), ("msam", "adamw ema"), None),
-    ("int4_channel", ("msam", "adamw"), None, None),
-    ("int4_channel", ("functional_sam 0.1", "adamw"), None, None),
+SAM, FUNCTIONAL = ("sam", "adamw"), ("functional_sam", "adamw")
+BOTH, MSAM = ("sam", "functional_sam"), ("msam", "adamw")
+ROWS = [  # per row of the table: measure, and per column the pair; a third part: the pair of 1k that is subtracted
+    ("loss", SAM, SAM, SAM, SAM),
+    ("loss", BOTH, BOTH, BOTH, BOTH),
+    ("loss", ("sam", "functional_sam 0.1"), None, None, ("sam 0.1", "functional_sam")),
+    ("loss", None, None, None, ("sam 0.1", "functional_sam", BOTH)),
+    ("loss", FUNCTIONAL, FUNCTIONAL, FUNCTIONAL, FUNCTIONAL),
+    ("loss", ("precond_functional_sam", "adamw"), None, None, None),
+    ("loss", ("functional_sam", "flops"), None, ("functional_sam", "flops"), None),
+    ("loss", MSAM, None, MSAM, None),
+    ("loss", ("msam", "adamw ema"), None, ("msam", "adamw ema"), None),
+    ("4 bits", MSAM, None, None, None),
+    ("4 bits", ("functional_sam 0.1", "adamw"), FUNCTIONAL, None, None),
+    ("forgotten", None, FUNCTIONAL, None, None),
 ]
 
 
@@ -52,14 +61,39 @@ def values(column: int, name: str, measure: str) -> dict[int, float]:
     method = "adamw" if name == "flops" else name.split()[0]
     wanted = {**shared, "optim.method": method, **rows[name]}
     common, *runs = [json.loads(line) for line in (HERE / folder / "runs.jsonl").read_text().splitlines()]
+    level = max((lowest(run) for run in runs if run.get("fine_tune")), default=math.nan)
     found = {}
     for run in runs:
         config = common["config"] | run["config"]
         if config["seed"] and all(config[key] == value for key, value in wanted.items()):
             part = next(each for each in run["averages"] if each["weights"] == "ema") if average else run
-            rise = 0.0 if measure == "loss" else part.get("retention", {}).get(measure, math.nan)
-            found[config["seed"]] = part["loss"] + rise
+            found[config["seed"]] = number(run, part, measure, level)
     return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+
+def number(run: dict, part: dict, measure: str, level: float) -> float:
+    """part: the run itself or its average; level: the loss on the second text at which runs are compared."""
+    if measure == "forgotten":
+        tuned = run["fine_tune"]
+        return min(forgotten(path, tuned["loss"] - level) for path in tuned["paths"])
+    kept = part.get("retention", {})
+    return part["loss"] + (kept.get("q4_channel", kept.get("int4_channel", math.nan)) if measure == "4 bits" else 0.0)
+
+
+def lowest(run: dict) -> float:
+    """The loss on the second text after 0.8 of a run's best gain."""
+    gains = [point["gained"] for path in run["fine_tune"]["paths"] for point in path["points"]]
+    return run["fine_tune"]["loss"] - 0.8 * max(gains)
+
+
+def forgotten(path: dict, gain: float) -> float:
+    """What is lost where a path first has this gain, on the straight line between its points; infinite if nowhere."""
+    gained, lost = ([0.0, *(point[key] for point in path["points"])] for key in ("gained", "lost"))
+    for at in range(1, len(gained)):
+        if gained[at] >= gain:
+            share = (gain - gained[at - 1]) / (gained[at] - gained[at - 1])
+            return lost[at - 1] + share * (lost[at] - lost[at - 1])
+    return math.inf
 
 
 def main() -> int:
@@ -71,10 +105,15 @@ def main() -> int:
         for column, pair in enumerate(pairs):
             shown = ""
             if pair:
-                one, other = (values(column, name, measure) for name in pair)
+                one, other = (values(column, name, measure) for name in pair[:2])
                 ways = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
-                half = stats.t.ppf(0.975, len(ways) - 1) * statistics.stdev(ways) / math.sqrt(len(ways))
-                shown = f"{statistics.mean(ways):+.3f} ± {half:.3f}".replace("-", "−")
+                mean, bounds = statistics.mean(ways), stats.ttest_1samp(ways, 0.0).confidence_interval()
+                if len(pair) > 2:
+                    one, other = (values(1, name, measure) for name in pair[2])
+                    before = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+                    mean -= statistics.mean(before)
+                    bounds = stats.ttest_ind(ways, before, equal_var=False).confidence_interval()
+                shown = f"{mean:+.3f} ± {(bounds.high - bounds.low) / 2:.3f}".replace("-", "−")
             same = shown in cells[column] and bool(shown) == bool(cells[column])
             wrong += not same
             print(f"    {shown:<20}{cells[column]}{'' if same else '   DIFFERS'}")

@@ -16,3 +16,8 @@ def test_the_claims_on_the_page_follow_from_the_committed_runs():
     assert all(verdict in made for verdict in ("**holds**", "**fails**", "cannot be told"))
     text = (STUDIES / "README.md").read_text(encoding="utf-8")
     assert made == text.split("<!-- claims -->\n")[1].split("<!-- end of claims -->")[0]
+
+
+def test_the_numbers_of_the_predictions_are_on_the_ladders_page(capsys):
+    assert runpy.run_path(str(STUDIES / "ladder" / "predictions.py"))["main"]() == 0
+    assert capsys.readouterr().out in (STUDIES / "ladder" / "README.md").read_text(encoding="utf-8")
