@@ -140,13 +140,14 @@ def test(claim: Claim, entries: dict[str, dict[str, en.Entry]], batch: str) -> T
     both = [(own[one], own[one].flops if than == "flops" else own[than])
             for own, one, than in ((entries[place], *pair) for place, *pair in places)]  # fmt: skip
     of = [diff.measured([*entries[place].values()])[claim.measure] for place, *_ in places]
-    found = [en.difference(*pair, measure) for pair, measure in zip(both, of, strict=True)]
-    if not all(each and each.fresh for each in found):
+    ways = [en.difference(*pair, measure) for pair, measure in zip(both, of, strict=True)]
+    found = [way for way in ways if way and way.fresh]
+    if len(found) < len(ways):
         return None
     way = welch(*(each.interval for each in found)) if claim.before else found[0].interval
     sigma = math.sqrt(sum(st.pooled([each.interval]).sigma ** 2 for each in found))
     pairs = next(n for n in range(2, 100_000) if st.detectable(sigma, n) <= claim.least)
-    seconds = sum(each.best["seconds"].median() for pair in both for each in pair)
+    seconds = sum(each.best["seconds"].median() for pair in both for each in pair if each)
     return Test(en.Difference(way, True, {}), st.p_value(way), pairs * seconds / 3600)
 
 
@@ -154,10 +155,11 @@ def welch(one: st.Interval, other: st.Interval) -> st.Interval:
     """A mean less another of other runs (Welch, Biometrika 34, 1947); n is the first one's."""
     from scipy import stats
 
-    errors = [(each.high - each.low) / 2 / stats.t.ppf((1 + st.LEVEL) / 2, each.df) for each in (one, other)]
+    t = lambda df: float(stats.t.ppf((1 + st.LEVEL) / 2, df))  # noqa: E731
+    errors = [(each.high - each.low) / 2 / t(each.df) for each in (one, other)]
     variance = sum(error**2 for error in errors)
     df = variance**2 / sum(error**4 / each.df for error, each in zip(errors, (one, other), strict=True))
-    half, value = stats.t.ppf((1 + st.LEVEL) / 2, df) * math.sqrt(variance), one.value - other.value
+    half, value = t(df) * math.sqrt(variance), one.value - other.value
     return st.Interval(value, value - half, value + half, one.n, df)
 
 
