@@ -7,6 +7,7 @@ ordinary workdirs of steppe train. A run that has ended for good also has `outco
 runs into one file, which is read like the directory.
 """
 
+import functools
 import json
 import math
 import os
@@ -492,6 +493,19 @@ def pack(found: Iterable[Result]) -> str:
 def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]:
     """The runs in a file that `pack` wrote; `directory` is the file. left_out: is called for each damaged line.
     Raises ResultsError for any other file."""
+    try:
+        found, damaged = _unpacked(path, stored.content_of(path, 4 * stored.MOST))
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: the file no longer exists") from None
+    except DataError as error:
+        raise ResultsError(f"{error}: must be a file that `steppe report pack` wrote") from None
+    for error in damaged:
+        left_out(error)
+    return list(found)
+
+
+@functools.lru_cache(maxsize=1)  # a verdict asks for the same runs at each of its looks
+def _unpacked(path: Path, content: bytes) -> tuple[list[Result], list[ResultsError]]:
     import numpy as np
 
     nothing = lines.Train(*[np.zeros(0)] * len(lines.Train._fields))
@@ -512,18 +526,13 @@ def unpack(path: Path, left_out: Callable[[ResultsError], None]) -> list[Result]
         }
         return Result(**{**known, **parts, "directory": path, "varied": {}, "train_curve": nothing})
 
-    found = []
-    try:
-        first, *rest = stored.content_of(path, 4 * stored.MOST).splitlines() or [b""]
-        alike = stored.decode(first, _ALIKE, f"{path}: line 1")["config"]
-    except FileNotFoundError:
-        raise ResultsError(f"{path}: the file no longer exists") from None
-    except DataError as error:
-        raise ResultsError(f"{error}: must be a file that `steppe report pack` wrote") from None
+    found, damaged = [], []
+    first, *rest = content.splitlines() or [b""]
+    alike = stored.decode(first, _ALIKE, f"{path}: line 1")["config"]
     for number, line in enumerate(rest, 2):
         place = f"{path}: line {number}"
         try:
             found.append(made(stored.decode(line, dict[str, Any], place), alike, place))
         except (DataError, ResultsError) as error:
-            left_out(ResultsError(error))
-    return found
+            damaged.append(ResultsError(error))
+    return found, damaged
