@@ -182,6 +182,23 @@ def test_a_packed_run_of_wrong_types_is_left_out_or_read_and_the_others_stay(tmp
     assert not said or key in said[0]
 
 
+def test_a_packed_file_is_read_again_once_it_changes_and_what_is_damaged_is_said_each_time(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / str(seed), seed=seed)
+    alike, first, second = results.pack(results.read(tmp_path)).splitlines()
+    packed = tmp_path / "runs.jsonl"
+    packed.write_text("\n".join((alike, first, "{")))
+    for _ in range(2):
+        said = []
+        (one,) = results.read(packed, left_out=said.append)
+        assert len(said) == 1
+        one.config.clear()  # what a reader does to its runs is its own
+    packed.write_text("\n".join((alike, first, second)))
+    assert [result.config["seed"] for result in results.read(packed)] == [
+        json.loads(x)["config"]["seed"] for x in (first, second)
+    ]
+
+
 def test_packed_runs_without_a_config_are_left_out_or_those_that_all_share(tmp_path):
     for seed in (1, 2):
         write_run(tmp_path / str(seed), seed=seed)
