@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from steppe.data.errors import DataError
 from steppe.lm.keep.exits import STATUSES
+from steppe.lm.track import lines
 from steppe.lm.track.waiting import clock_face
 from steppe.scripts import results
 
@@ -165,18 +167,19 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
     varying = [
         key for key in results.varying_keys([run.flat for run in runs]) if key not in ("seed", "optim.rho")
     ]  # fmt: skip
+    ahead = {run.name: 1 - progress(run.directory)[0] / run.steps for run in runs}  # share of the steps
     groups = {}
     for run in runs:
         values = [run.flat[key] for key in varying]
         shown = (", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
         groups.setdefault(tuple(shown), []).append(run)
-    lines = [[*(key.removeprefix("model.").removeprefix("optim.") for key in varying), "rho", "seeds"]]
-    lines[0] += ["runs", "done", "parameters", "steps", "tokens", "FLOPs", "time"]
+    rows = [[*(key.removeprefix("model.").removeprefix("optim.") for key in varying), "rho", "seeds"]]
+    rows[0] += ["runs", "done", "parameters", "steps", "tokens", "FLOPs", "time"]
     for key, members in groups.items():
         left = [run for run in members if statuses[run.name] == "unfinished"]
         rhos = sorted({run.flat["optim.rho"] for run in members} - {None})
         seeds = len({run.flat["seed"] for run in members})
-        lines.append(
+        rows.append(
             [
                 *key,
                 "-" if not rhos else f"{rhos[0]:g}" if len(rhos) == 1 else f"{rhos[0]:g}..{rhos[-1]:g} ({len(rhos)})",
@@ -187,22 +190,33 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
                 _range(f"{run.steps:,}" for run in members),
                 f"{sum(run.tokens for run in members):,}",
                 f"{sum(run.flops for run in members):.2g}",
-                clock_face(sum(map(speed.seconds, left))),
+                clock_face(sum(speed.seconds(run, ahead[run.name]) for run in left)),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     left = [run for run in runs if statuses[run.name] == "unfinished"]
+    time_left = makespan([speed.seconds(run, ahead[run.name]) for run in left], jobs)
     counts = {status: sum(statuses[run.name] == status for run in runs) for status in STATUSES}
     shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     text += [
         "",
         f"runs    {len(runs)} ({shown})",
         f"cost    {sum(run.tokens for run in runs):,} tokens, {sum(run.flops for run in runs):.3g} FLOPs; to do: "
-        f"{sum(run.tokens for run in left):,} tokens, {sum(run.flops for run in left):.3g} FLOPs",
-        f"time    {clock_face(makespan(list(map(speed.seconds, left)), jobs))} with {jobs} at a time ({speed.source})",
+        f"{sum(round(run.tokens * ahead[run.name]) for run in left):,} tokens, "
+        f"{sum(run.flops * ahead[run.name] for run in left):.3g} FLOPs",
+        f"time    {clock_face(time_left)} with {jobs} at a time ({speed.source})",
     ]
     return "\n".join(text)
+
+
+def progress(directory: Path) -> tuple[int, float]:
+    """(last recorded step, its training loss) of a run, from the end of metrics.jsonl; (0, nan) if none."""
+    try:
+        last = lines.latest(directory, ("train",)).get("train", {})
+    except DataError:
+        last = {}
+    return last.get("step", 0), last.get("loss", math.nan)
 
 
 def makespan(seconds: Sequence[float], jobs: int) -> float:

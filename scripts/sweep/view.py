@@ -1,20 +1,18 @@
 """The display of a running sweep: a live table on a terminal, otherwise one line per run that ends."""
 
+import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from steppe.data import files
-from steppe.data.errors import DataError
 from steppe.lm.keep.exits import STOPPED
-from steppe.lm.track import lines
 from steppe.lm.track.waiting import clock_face
 from steppe.scripts import results
 from steppe.scripts.sweep.launch import Job
-from steppe.scripts.sweep.plan import Run, Speed, makespan
+from steppe.scripts.sweep.plan import Run, Speed, makespan, progress
 
 EVERY = 30.0  # seconds between lines, where there is no terminal
 
@@ -40,8 +38,9 @@ class View:
         self._until = until or {}
         outcomes = {run.name: results.read_json(run.directory / results.OUTCOME, results.Outcome) for run in runs}
         self._statuses = {name: outcome["status"] for name, outcome in outcomes.items() if outcome}
-        self._began: dict[str, float] = {}
-        self._spent = self._expected = 0.0  # seconds of the runs that ended here, measured and estimated
+        self._begun: dict[str, tuple[float, int]] = {}  # {name: (time, step)} of a start here
+        self._marks: dict[str, tuple[float, int]] = {}  # where its first step since then was seen
+        self._ended: list[tuple[float, float]] = []  # what `_made` said of runs that finished here
         self._running: list[Job] = []
         self._waiting: list[Run] = []
         self._shown, self._live = 0.0, None
@@ -62,7 +61,8 @@ class View:
             self._live.stop()
 
     def started(self, job: Job) -> None:
-        self._began[job.run.name] = job.began
+        self._begun[job.run.name] = job.began, progress(job.run.directory)[0]
+        self._marks.pop(job.run.name, None)
         self._running.append(job)
 
     def ended(self, run: Run, outcome: dict[str, Any], status: int) -> None:
@@ -73,13 +73,11 @@ class View:
         if not outcome and run.name in self._until and status == STOPPED:
             named, why = "waiting", f"at step {self._until[run.name]}, to be compared"
         self._statuses[run.name] = named
-        seconds = self._now() - self._began.get(run.name, self._now())
-        if named == "finished" and run.name in self._began:
-            self._spent += seconds
-            self._expected += self._seconds(run)
+        began, _ = self._begun.get(run.name, (self._now(), 0))
+        self._ended += [self._made(run)] if named == "finished" else []
         loss = f"  loss {outcome['loss']:.4f}" if outcome.get("loss") is not None else ""
         self._print(
-            f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock_face(seconds)}"
+            f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock_face(self._now() - began)}"
             + (f"  {why}" if why else "")
             + f"  (left {clock_face(self._left())})"
         )
@@ -87,6 +85,9 @@ class View:
     def tick(self, running: Sequence[Job], waiting: Sequence[Run]) -> None:
         """Call often: redraws the table at most once a second, or says where it stands once in a while."""
         self._running, self._waiting = list(running), list(waiting)
+        for name, directory in [(job.run.name, job.run.directory) for job in running]:
+            if name not in self._marks and (step := progress(directory)[0]) > self._begun[name][1]:
+                self._marks[name] = self._now(), step
         if self._now() - self._shown < (EVERY if self._live is None else 1.0):
             return
         self._shown = self._now()
@@ -95,16 +96,34 @@ class View:
         else:
             self._live.update(self._table(), refresh=True)
 
-    def _seconds(self, run: Run) -> float:
-        return self._speed.seconds(run, self._until.get(run.name, run.steps) / run.steps)
+    def _cost(self, run: Run, steps: int) -> float:
+        """Estimated seconds of some of a run's steps; their FLOPs where the speed is unknown."""
+        rate = self._speed.rate(run)
+        return max(0, steps) / run.steps * run.flops / (1.0 if math.isnan(rate) else rate)
+
+    def _made(self, run: Run) -> tuple[float, float]:
+        """Seconds since the first step of a run was seen here, and the cost of the steps since then."""
+        if run.name not in self._marks:
+            return 0.0, 0.0
+        at, step = self._marks[run.name]
+        return self._now() - at, self._cost(run, progress(run.directory)[0] - step)
+
+    @property
+    def _pace(self) -> float:
+        """Seconds that a unit of cost took here so far; 1 before that is known, NaN where the speed is unknown too."""
+        made = [*self._ended, *(self._made(job.run) for job in self._running)]
+        seconds, costs = (sum(each[part] for each in made) for part in (0, 1))
+        return seconds / costs if costs else 1.0 if self._speed.startup >= 0 else math.nan
+
+    def _ahead(self, run: Run) -> float:
+        """The cost of the steps that a run still has to make."""
+        return self._cost(run, self._until.get(run.name, run.steps) - progress(run.directory)[0])
 
     def _left(self) -> float:
-        """Estimated seconds until the last run ends, corrected by the errors of earlier estimates."""
-        pace = self._spent / self._expected if self._expected else 1.0
-        rest = [
-            max(0.0, self._seconds(job.run) * pace - (self._now() - self._began[job.run.name])) for job in self._running
-        ]
-        return makespan(rest + [self._seconds(run) * pace for run in self._waiting], self._slots)
+        """Estimated seconds until the last run ends."""
+        pace, startup = self._pace, self._speed.startup if self._speed.startup >= 0 else 0.0
+        running = [pace * self._ahead(job.run) for job in self._running]
+        return makespan(running + [startup + pace * self._ahead(run) for run in self._waiting], self._slots)
 
     def _table(self):
         from rich.table import Table
@@ -112,12 +131,11 @@ class View:
         table = Table(box=None, pad_edge=False)
         for title in ("run", "step", "loss", "ETA"):
             table.add_column(title, justify="left" if title == "run" else "right", no_wrap=title != "run")
+        pace = self._pace
         for job in self._running:
             step, loss = progress(job.run.directory)
-            elapsed = self._now() - job.began
-            left = max(0.0, self._seconds(job.run) - elapsed)
             name, shown = files.visible(job.run.name), f"{loss:.4f}" if step else ""
-            table.add_row(name, f"{step}/{job.run.steps}", shown, clock_face(left))
+            table.add_row(name, f"{step}/{job.run.steps}", shown, clock_face(pace * self._ahead(job.run)))
         table.caption, table.caption_justify = self._stand(), "left"
         return table
 
@@ -133,12 +151,3 @@ class View:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
-
-
-def progress(directory: Path) -> tuple[int, float]:
-    """(last recorded step, its training loss) of a running run, from the end of metrics.jsonl; (0, nan) if none."""
-    try:
-        last = lines.latest(directory, ("train",)).get("train", {})
-    except DataError:
-        last = {}
-    return last.get("step", 0), last.get("loss", float("nan"))
