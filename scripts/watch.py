@@ -4,6 +4,8 @@ steppe watch DIR [--every=SECONDS] [--once]
 """
 
 import math
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,11 @@ from steppe.data import files
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import STATUSES
 from steppe.lm.track import lines
-from steppe.lm.track.waiting import clock_face
+from steppe.lm.track.waiting import clock_face, columns
 from steppe.scripts import command, process, results
 
 SILENT = 120  # seconds without a new line after which a run is shown as silent
+LEFT_OUT = "left out"  # the state of a run that cannot be read
 MOST = 40  # runs shown, the most recently changed ones
 
 
@@ -46,16 +49,18 @@ def main(argv: Sequence[str]) -> int:
     options = command.options_of(argv, parser)
     rows(options.directory)
     if options.once:
-        _console().print(table(rows(options.directory)))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+        print(table(rows(options.directory), width))
         return 0
     from rich.live import Live
+    from rich.text import Text
 
     try:
-        with Live(console=_console(), auto_refresh=False) as live:
+        with Live(auto_refresh=False) as live:
             while True:
                 found = rows(options.directory)
-                live.update(table(found), refresh=True)
-                if all(row.state in STATUSES[:4] for row in found):
+                live.update(Text(table(found, live.console.width)), refresh=True)
+                if all(row.state in (*STATUSES[:4], LEFT_OUT) for row in found):
                     return 0
                 time.sleep(options.every)
     except KeyboardInterrupt:
@@ -72,7 +77,7 @@ def rows(directory: str) -> list[Row]:
         except (DataError, results.ResultsError) as error:
             if len(places) == 1:
                 raise
-            found.append(Row(name, f"left out: {error}", "", "", "", "", "", math.nan))
+            found.append(Row(f"{name}: {error}", LEFT_OUT, "", "", "", "", "", math.nan))
     return sorted(found, key=lambda row: (math.isnan(row.seconds), row.seconds))
 
 
@@ -95,27 +100,14 @@ def _row(name: str, place: Path) -> Row:
     )  # fmt: skip
 
 
-def table(found: list[Row]):
-    """The rows as a rich table."""
-    from rich.table import Table
-
+def table(found: list[Row], width: float) -> str:
+    """The rows as text of this width, below the number of each kind."""
     counts = {state: sum(row.state.startswith(state) for row in found) for state in ("running", "silent", "waiting")}
     ended = len(found) - sum(counts.values())
     said = ", ".join(f"{count} {state}" for state, count in [*counts.items(), ("ended", ended)] if count)
-    shown = Table(title=said, title_justify="left", box=None, header_style="bold")
-    for column in ("run", "state", "step", "loss", "held-out", "tokens/s", "left"):
-        shown.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=column == "step")
-    for row in found[:MOST]:
-        shown.add_row(*map(files.visible, row[:-1]))
-    if len(found) > MOST:
-        shown.add_row(f"and {len(found) - MOST} more")
-    return shown
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False)
+    heads = ("run", "state", "step", "loss", "held-out", "tokens/s", "left")
+    shown = [said, columns([heads, *(tuple(map(files.visible, row[:-1])) for row in found[:MOST])], width)]
+    return "\n".join(shown + [f"and {len(found) - MOST} more"] * (len(found) > MOST))
 
 
 def _shown(loss: float | None) -> str:

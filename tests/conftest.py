@@ -40,7 +40,7 @@ def pytest_cmdline_main(config):
 
 def pytest_collection_modifyitems(config, items):
     """Whole commands first, small parts last: a worker that is given a long file at the end leaves the other idle."""
-    if getattr(config.option, "dist", "") == "loadfile":
+    if hasattr(config, "workerinput"):  # xdist hides from its workers how files are dealt out
         items.sort(key=lambda item: str(item.path), reverse=True)
 
 

@@ -67,7 +67,7 @@ def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("trained")
     text, cache = lm_runs.write_text(place)
     config = lm_runs.config(text, cache, train__duration="4 steps", average__weights=("ema",))
-    assert lm_runs.run(config.copy_and_resolve_references(), place / "run") == 0
+    assert lm_runs.run(config.copy_and_resolve_references(), place / "run", draws=True) == 0
     return config, place / "run"
 
 

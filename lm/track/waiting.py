@@ -47,6 +47,17 @@ def clock_face(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def columns(rows: Sequence[Sequence[str]], width: float = math.inf) -> str:
+    """Rows of cells, the heads first, as aligned text. Names, the first column, are never cut: where they make lines
+    longer than the width, each takes a line of its own above the rest of its row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    fits, lines = sum(widths) + 2 * len(widths) <= width + 2, []
+    for name, *cells in rows:
+        rest = "  ".join(cell.rjust(size) for cell, size in zip(cells, widths[1:], strict=True))
+        lines += [f"{name.ljust(widths[0])}  {rest}"] if fits else [name, f"  {rest}"]
+    return "\n".join(lines)
+
+
 @contextmanager
 def compiling(what: str, log: Callable[[str], None], before: float = 0.0) -> Iterator[None]:
     """Says that `what` is compiled while the `with` block runs, then how long it took. before: seconds that

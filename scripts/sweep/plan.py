@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import STATUSES
 from steppe.lm.track import lines
-from steppe.lm.track.waiting import clock_face
+from steppe.lm.track.waiting import clock_face, columns
 from steppe.scripts import results
 
 ASSUMED_STARTUP = 12.0  # seconds of imports and compiling, unless measured
@@ -193,13 +193,12 @@ def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int
                 clock_face(sum(speed.seconds(run, ahead[run.name]) for run in left)),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     left = [run for run in runs if statuses[run.name] == "unfinished"]
     time_left = makespan([speed.seconds(run, ahead[run.name]) for run in left], jobs)
     counts = {status: sum(statuses[run.name] == status for run in runs) for status in STATUSES}
     shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    text += [
+    text = [
+        columns(rows),
         "",
         f"runs    {len(runs)} ({shown})",
         f"cost    {sum(run.tokens for run in runs):,} tokens, {sum(run.flops for run in runs):.3g} FLOPs; to do: "

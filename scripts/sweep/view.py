@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from steppe.data import files
 from steppe.lm.keep.exits import STOPPED
-from steppe.lm.track.waiting import clock_face
+from steppe.lm.track.waiting import clock_face, columns
 from steppe.scripts import results
 from steppe.scripts.sweep.launch import Job
 from steppe.scripts.sweep.plan import Run, Speed, makespan, progress
@@ -94,7 +94,9 @@ class View:
         if self._live is None:
             self._print(self._stand())
         else:
-            self._live.update(self._table(), refresh=True)
+            from rich.text import Text
+
+            self._live.update(Text(self._table(self._live.console.width)), refresh=True)
 
     def _cost(self, run: Run, steps: int) -> float:
         """Estimated seconds of some of a run's steps; their FLOPs where the speed is unknown."""
@@ -125,19 +127,14 @@ class View:
         running = [pace * self._ahead(job.run) for job in self._running]
         return makespan(running + [startup + pace * self._ahead(run) for run in self._waiting], self._slots)
 
-    def _table(self):
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False)
-        for title in ("run", "step", "loss", "ETA"):
-            table.add_column(title, justify="left" if title == "run" else "right", no_wrap=title != "run")
-        pace = self._pace
+    def _table(self, width: float) -> str:
+        rows, pace = [("run", "step", "loss", "ETA")], self._pace
         for job in self._running:
             step, loss = progress(job.run.directory)
-            name, shown = files.visible(job.run.name), f"{loss:.4f}" if step else ""
-            table.add_row(name, f"{step}/{job.run.steps}", shown, clock_face(pace * self._ahead(job.run)))
-        table.caption, table.caption_justify = self._stand(), "left"
-        return table
+            left = clock_face(pace * self._ahead(job.run))
+            shown = f"{loss:.4f}" if step else ""
+            rows.append((files.visible(job.run.name), f"{step}/{job.run.steps}", shown, left))
+        return f"{columns(rows, width)}\n{self._stand()}"
 
     def _stand(self) -> str:
         """How many runs there are of each kind, and the time left."""

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from steppe.configs import base
+from steppe.lm import plot
 from steppe.lm.parts.memo import Memo
 from steppe.lm.run import train
 
@@ -47,13 +48,21 @@ def config(text: str, cache: str, **overrides):
     return small.lock()
 
 
-def run(config, workdir, *arguments, **options) -> int:
+def run(config, workdir, *arguments, draws: bool = False, **options) -> int:
     """`train.run` with what earlier runs of the process have compiled, as a worker of a sweep does it.
+
+    draws: whether it ends with its loss curve, which takes as long as all else of a run whose programs are compiled.
 
     On as many devices as config.mesh says: on one where it says nothing. Where a second start must compile for itself
     as a new process would, call train.run.
     """
-    with MEMO, devices(math.prod(max(1, config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        MEMO,
+        devices(math.prod(max(1, config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))),
+    ):
+        if not draws:
+            patch.setattr(plot, "loss_curve", lambda workdir: None)
         return train.run(config, str(workdir), *arguments, **options)
 
 

@@ -40,3 +40,14 @@ def test_watching_ends_when_all_have_ended(tmp_path, capsys):
     sweep(tmp_path)
     assert watch.main([str(tmp_path / "runs" / "finished"), "--every=0.01"]) == 0
     assert "1 ended" in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_said_and_does_not_keep_watch_from_ending(tmp_path, capsys):
+    sweep(tmp_path)
+    for name in ("waiting", "running"):
+        (tmp_path / "runs" / name).mkdir(exist_ok=True)
+        (tmp_path / "runs" / name / "outcome.json").write_text("{")
+    assert watch.main([str(tmp_path), "--every=0.01"]) == 0
+    said = capsys.readouterr().out.replace("\n", "")  # long names go on in the next line
+    assert said.count("left out") == 2
+    assert "outcome.json" in said

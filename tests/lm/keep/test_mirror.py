@@ -64,7 +64,7 @@ def test_another_machine_goes_on_bit_for_bit_and_reads(text, machine, address, t
     assert lm_runs.run(config.copy_and_resolve_references(), address, until=10) == train.FINISHED
     shutil.rmtree(tmp_path / "first" / "runs")
     machine("second")
-    assert lm_runs.run(config.copy_and_resolve_references(), address) == train.FINISHED
+    assert lm_runs.run(config.copy_and_resolve_references(), address, draws=True) == train.FINISHED
     found = names(address)
     assert {"config.json", "run_id", "corpus.json", "metrics.jsonl", "loss.png"} <= found
     assert not [name for name in found if name.endswith((".tmp", "lock")) or name == mirror.HOLDER]
@@ -383,7 +383,7 @@ def test_a_run_whose_cache_an_older_version_wrote_goes_on(machine, address):
 def test_readers_write_and_delete_nothing_but_their_own_copies(machine, address, text, tmp_path, capsys):
     machine("first")
     config = lm_runs.config(*text, **METHOD)
-    assert lm_runs.run(config.copy_and_resolve_references(), address, until=10) == train.FINISHED
+    assert lm_runs.run(config.copy_and_resolve_references(), address, draws=True, until=10) == train.FINISHED
     place = mirror._place(address)
     fsspec.filesystem("memory").rm(f"{address}/checkpoints", recursive=True)
     fsspec.filesystem("memory").rm(f"{address}/corpus.json")

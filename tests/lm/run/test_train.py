@@ -47,7 +47,7 @@ def corpus(tmp_path_factory):
 def whole(corpus, tmp_path_factory):
     """An undisturbed run of 20 steps, which also measures curvature."""
     place = tmp_path_factory.mktemp("whole")
-    assert lm_runs.run(lm_runs.config(*corpus, **METHOD, curvature__every=10), str(place)) == train.FINISHED
+    assert lm_runs.run(lm_runs.config(*corpus, **METHOD, curvature__every=10), str(place), draws=True) == train.FINISHED
     return place
 
 

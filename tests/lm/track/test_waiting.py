@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steppe.lm.track import waiting
 
@@ -78,3 +80,19 @@ def test_what_is_compiled_is_said_before_it_is_compiled():
     with waiting.compiling("the step", said.append, before=3.2):
         assert said == ["compiling   the step, 3.2 s before"]
     assert said[1].startswith("compiled    in 0.")
+
+
+CELLS = st.text("abc=,.", max_size=30)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1), st.integers(1, 90))
+def test_no_name_is_cut_and_cells_of_a_column_end_at_one_place(rows, width):
+    lines = waiting.columns(rows, width).split("\n")
+    if len(lines) == len(rows):
+        assert max(map(len, lines)) <= width
+        names, rest = [line[: max(len(row[0]) for row in rows)].rstrip() for line in lines], lines
+    else:
+        names, rest = lines[::2], lines[1::2]
+    assert names == [name for name, *_ in rows]
+    assert len(set(map(len, rest))) == 1
+    assert all(line.endswith(row[-1]) for line, row in zip(rest, rows, strict=True))
