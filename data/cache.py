@@ -15,11 +15,12 @@ from steppe.data.prepare import REFUSED, identity, recipe_of, sources_of, withou
 from steppe.data.prepare.shards import Recipe
 
 
-def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
+def ensure(data_config: Mapping, log: Callable[[str], None] = print, before: Callable[[], None] = lambda: None) -> str:
     """The prepared directory of config.data: `directory` if set, else one in the cache, prepared on first use. Fetches
     a URL into the cache.
 
-    Concurrent processes prepare it once. Preparation runs in another process, so this one never imports tensorflow.
+    before: called before a preparation, which may take hours, to raise whatever speaks against it. Concurrent processes
+    prepare it once. Preparation runs in another process, so this one never imports tensorflow.
     """
     if data_config["directory"]:
         directory = os.path.expanduser(data_config["directory"])
@@ -37,6 +38,7 @@ def ensure(data_config: Mapping, log: Callable[[str], None] = print) -> str:
     for known in (directory, older):  # older versions did not hash file contents
         if os.path.exists(os.path.join(known, manifests.NAME)):
             return known
+    before()
     try:
         os.makedirs(cache, exist_ok=True)
         with files.lock(directory + ".lock", wait=True):
@@ -53,10 +55,12 @@ def cache_of(data_config: Mapping) -> str:
     return os.path.expanduser(data_config["cache"] or files.user_cache())
 
 
-def open_of(data_config: Mapping, log: Callable[[str], None] = print) -> Corpus:
+def open_of(
+    data_config: Mapping, log: Callable[[str], None] = print, before: Callable[[], None] = lambda: None
+) -> Corpus:
     """Opens the corpus of config.data; see `ensure` and loader.open_corpus."""
     return open_corpus(
-        ensure(data_config, log),
+        ensure(data_config, log, before),
         vocabulary=data_config["vocabulary"],
         sequence_length=data_config["sequence_length"],
         packing=data_config["packing"],

@@ -49,6 +49,26 @@ def is_new(workdir: str) -> bool:
     return not os.path.exists(Path(workdir) / CONFIG)
 
 
+def check(workdir: str, config: ConfigDict, allow: Collection[str] = ()) -> None:
+    """Raises WorkdirError or ConfigError where `claim` would refuse this config, reading only."""
+    directory, path = Path(workdir), Path(workdir) / CONFIG
+    unknown = sorted(set(allow) - {*flatten(config.to_dict()), "corpus", "code"})
+    if unknown:
+        raise WorkdirError(f"--allow_change={unknown[0]}: must name keys of the config, corpus or code")
+    for name in WRITTEN:
+        if (directory / name).is_symlink():
+            raise WorkdirError(f"{directory / name}: is a link, and a run would write through it; remove it")
+    differing = changes(_read(path), config.to_dict()) if path.exists() else {}
+    if refused := [key for key in differing if key not in allow]:
+        first, others = refused[0], f" (also differing: {', '.join(refused[1:])})" if refused[1:] else ""
+        raise ConfigError(
+            first,
+            differing[first][1],
+            f"{differing[first][0]!r} to resume the run in {workdir}{others}; use another workdir for a new "
+            f"run, or --allow_change={','.join(refused)} to change it from here on",
+        )
+
+
 @contextmanager
 def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str] = ()) -> Iterator[str]:
     """Locks a workdir for this config while the `with` block runs; yields the run's id ("" unless primary).
@@ -57,37 +77,22 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
     unknown key in `allow`. Raises ConfigError if the stored config differs: it names the first key, both values, and
     the other keys. Free keys and those in `allow` may differ. Only process 0 locks and writes.
     """
-    directory, path = Path(workdir), Path(workdir) / CONFIG
-    unknown = sorted(set(allow) - {*flatten(config.to_dict()), "corpus", "code"})
-    if unknown:
-        raise WorkdirError(f"--allow_change={unknown[0]}: must name keys of the config, corpus or code")
+    directory = Path(workdir)
+    check(workdir, config, allow)
     with ExitStack() as stack:
         if primary:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise WorkdirError(f"{directory}: cannot be created ({error.strerror or error})") from None
-            for name in WRITTEN:
-                if (directory / name).is_symlink():
-                    raise WorkdirError(f"{directory / name}: is a link, and a run would write through it; remove it")
             try:
                 stack.enter_context(files.lock(directory / LOCK))
             except files.Held as held:
                 raise WorkdirError(f"{directory}: {IN_USE} {held.holder}; wait for it, or stop it") from None
-        if path.exists():
-            differing = changes(_read(path), config.to_dict())
-            refused = [key for key in differing if key not in allow]
-            if refused:
-                first, others = refused[0], f" (also differing: {', '.join(refused[1:])})" if refused[1:] else ""
-                raise ConfigError(
-                    first,
-                    differing[first][1],
-                    f"{differing[first][0]!r} to resume the run in {workdir}{others}; use another workdir for a new "
-                    f"run, or --allow_change={','.join(refused)} to change it from here on",
-                )
+            check(workdir, config, allow)  # again, because the previous holder may have begun it
         run = ""
         if primary:
-            files.write_json(path, config.to_dict())
+            files.write_json(directory / CONFIG, config.to_dict())
             if not (directory / RUN).exists():
                 files.write(directory / RUN, uuid.uuid4().hex)
             run = id_of(directory)

@@ -17,6 +17,7 @@ from steppe.data import baselines, loader
 from steppe.data.cache import open_of
 from steppe.data.errors import DataError
 from steppe.data.loader import Corpus
+from steppe.data.vocabulary import load_tokenizer
 from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
@@ -265,13 +266,29 @@ def program_key(config: ConfigDict, fingerprint: str, leg: Leg = WHOLE) -> tuple
     return repr(held), fingerprint, leg, tuple(_scalars(config))
 
 
-def open_parts(config: ConfigDict, log: Callable[[str], None], directory: str = "") -> tuple[Corpus, Parts, np.ndarray]:
+def open_parts(
+    config: ConfigDict,
+    log: Callable[[str], None],
+    directory: str = "",
+    before: Callable[[Parts], Any] = lambda parts: None,
+) -> tuple[Corpus, Parts, np.ndarray]:
     """(corpus, parts of the run, count of each token in the training text [V]).
 
-    directory: a workdir, whose prepared corpus is used if the text itself can no longer be read.
+    directory: a workdir, whose prepared corpus is used if the text itself can no longer be read. before(parts): called
+    before a corpus is prepared, with parts for one of made-up length, to raise what no corpus would change.
     """
+
+    def foresee() -> None:
+        vocabulary = load_tokenizer(config.data.vocabulary).vocab_size
+        padded = _padded(config, vocabulary)
+        epoch = 1000 * config.train.batch_size * config.data.sequence_length
+        made = assemble(config, vocabulary, epoch, jnp.full(padded, 1 / padded, jnp.float32))
+        must_fit(config, made)
+        if jax.process_count() == 1:  # another process may find the corpus prepared, and all must run the same programs
+            before(made)
+
     try:
-        corpus = open_of(config.data, log)
+        corpus = open_of(config.data, log, foresee)
     except DataError as error:
         corpus = corpora.kept(directory) if directory else None
         if corpus is None:
@@ -293,7 +310,7 @@ def open_parts(config: ConfigDict, log: Callable[[str], None], directory: str = 
 def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = WHOLE) -> Parts:
     """The parts of a run on a corpus; counts: of each token [V]. Raises ConfigError if they do not fit in memory."""
     vocabulary, key = corpus.tokenizer.vocab_size, program_key(config, corpus.fingerprint, leg)
-    padded = -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
+    padded = _padded(config, vocabulary)
     frequency = jnp.asarray(np.pad(counts, (0, padded - vocabulary)) / counts.sum(), jnp.float32)
     options = {"leg": leg, "tokens_per_row": corpus.tokens_per_row}
     made = once("parts", key, lambda: assemble(config, vocabulary, corpus.epoch_tokens, frequency, **options))
@@ -301,6 +318,11 @@ def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = 
     scalars = _scalars(config)  # those of `made` may belong to another run with the same programs
     start = jax.tree_util.Partial(made.initialise.func, np.uint32(config.seed))
     return made._replace(key=key, scalars=scalars, optimizer=made.optimizer_at(**scalars), initialise=start)
+
+
+def _padded(config: ConfigDict, vocabulary: int) -> int:
+    """The rows of the table of a vocabulary."""
+    return -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
 
 
 def _differs(text: str) -> bool:

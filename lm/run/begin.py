@@ -79,10 +79,15 @@ def prepare(
     primary = jax.process_index() == 0
     directory = stack.enter_context(mirror.kept(directory, primary, log))
     workdir.adopt(directory, config)
-    corpus, parts, counts = open_parts(config, log, directory)
-    # before the workdir is locked, in case a path or the given parameters cannot be used
+    workdir.check(directory, config, allow)
     place = checkpoint.place(checkpoint.directory_of(config, directory))
-    given = _given(config, directory, parts, log, trust)
+    corpus, parts, counts = open_parts(
+        config, log, directory, before=lambda parts: _given(config, directory, parts, lambda line: None, trust)
+    )
+    given = _given(config, directory, parts, log, trust)  # before the workdir is locked, in case it cannot be used
+    before = given.parent.step if given and given.parent else 0
+    if workdir.is_new(directory):
+        profile.check(config.log.profile, before + 1, parts.budget.steps)
     run = stack.enter_context(workdir.claim(directory, config, primary, allow))
     stopping = stack.enter_context(StopSignals())
     with Checkpoints(place, run=run, log=log) as checkpoints:
@@ -105,13 +110,9 @@ def begin(config: ConfigDict, parts: Parts, log: Callable[[str], None], trust: b
 
 
 def _given(config: ConfigDict, directory: str, parts: Parts, log: Callable[[str], None], trust: bool) -> Start | None:
-    """A new run's given start, read before its workdir is locked, in case it cannot be used; None if there is none."""
-    if not workdir.is_new(directory):
-        return None
-    found = begin(config, parts, log, trust) if config.init_from or config.branch_from else None
-    before = found.parent.step if found and found.parent else 0
-    profile.check(config.log.profile, before + 1, parts.budget.steps)
-    return found
+    """A new run's given start; None if there is none."""
+    given = workdir.is_new(directory) and (config.init_from or config.branch_from)
+    return begin(config, parts, log, trust) if given else None
 
 
 def restore(checkpoints: Checkpoints, parts: Parts, first: Callable[[], Start], before: int | None = None) -> Start:
