@@ -117,21 +117,23 @@ class View:
         seconds, costs = (sum(each[part] for each in made) for part in (0, 1))
         return seconds / costs if costs else 1.0 if self._speed.startup >= 0 else math.nan
 
-    def _ahead(self, run: Run) -> float:
-        """The cost of the steps that a run still has to make."""
-        return self._cost(run, self._until.get(run.name, run.steps) - progress(run.directory)[0])
+    def _seconds(self, run: Run, pace: float) -> float:
+        """Estimated seconds of what a run still has to do: its start, and the steps ahead."""
+        began, _ = self._begun.get(run.name, (self._now(), 0))
+        startup = self._speed.startup - (self._now() - began) if run.name not in self._marks else 0.0
+        steps = self._until.get(run.name, run.steps) - progress(run.directory)[0]
+        return max(0.0, startup if startup == startup else 0.0) + pace * self._cost(run, steps)
 
     def _left(self) -> float:
         """Estimated seconds until the last run ends."""
-        pace, startup = self._pace, self._speed.startup if self._speed.startup >= 0 else 0.0
-        running = [pace * self._ahead(job.run) for job in self._running]
-        return makespan(running + [startup + pace * self._ahead(run) for run in self._waiting], self._slots)
+        pace, runs = self._pace, [job.run for job in self._running] + self._waiting
+        return makespan([self._seconds(run, pace) for run in runs], self._slots)
 
     def _table(self, width: float) -> str:
         rows, pace = [("run", "step", "loss", "ETA")], self._pace
         for job in self._running:
             step, loss = progress(job.run.directory)
-            left = clock_face(pace * self._ahead(job.run))
+            left = clock_face(self._seconds(job.run, pace))
             shown = f"{loss:.4f}" if step else ""
             rows.append((files.visible(job.run.name), f"{step}/{job.run.steps}", shown, left))
         return f"{columns(rows, width)}\n{self._stand()}"
