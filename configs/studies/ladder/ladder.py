@@ -4,9 +4,10 @@
 
 Stages in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two rungs that
 decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose. equal: sam at
-functional_sam's rate and rho. rho: both at 1k at the rho that functional_sam chose at 16k. meters: AdamW's choice once
-more, with the noise scale of each step and the shares of delta along the run. 3: the other rows at both rungs. 4: the
-rung of 4k. 5: that of 32k. README.md in this folder has the prediction.
+functional_sam's rate and rho. rho: both at 1k at the rho that functional_sam chose at 16k. small: functional_sam at 16k
+at the rho that sam chose there. meters: AdamW's choice once more, with the noise scale of each step and the shares of
+delta along the run. 3: the other rows at both rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has
+the prediction.
 """
 
 LENGTH, EPSILON = 128, 1_024  # tokens of a sequence; tokens that one epsilon sees where microbatches have their own
@@ -61,6 +62,10 @@ def get_spec(stage: str) -> list[dict]:
             {"set": {**at(1_024), **row(name, 1_024), **LARGER, "seed": seed}}
             for seed in SEEDS
             for name in ("functional_sam", "sam")
+        ],
+        "small": lambda: [
+            {"set": {**at(16_384), **row("functional_sam", 16_384), **CHOSEN[16_384]["sam"], "seed": seed}}
+            for seed in SEEDS
         ],
         "meters": meters,
         "3": lambda: [block for rung in (16_384, 1_024) for block in grids(rung, THEN)],
