@@ -5,9 +5,9 @@
 Stages in the order of what they decide; all go to one OUT, and each resumes. 1: grids on seed 0 at the two rungs that
 decide, 16k and 1k tokens, of the four rows that the prediction names. 2: fresh seeds of what 1 chose. equal: sam at
 functional_sam's rate and rho. rho: both at 1k at the rho that functional_sam chose at 16k. small: functional_sam at 16k
-at the rho that sam chose there. meters: AdamW's choice once more, with the noise scale of each step and the shares of
-delta along the run. 3: the other rows at both rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has
-the prediction.
+at the rho that sam chose there. twice: AdamW's choice on twice the tokens, as many FLOPs as two passes take. meters:
+AdamW's choice once more, with the noise scale of each step and the shares of delta along the run. 3: the other rows at
+both rungs. 4: the rung of 4k. 5: that of 32k. README.md in this folder has the prediction.
 """
 
 LENGTH, EPSILON = 128, 1_024  # tokens of a sequence; tokens that one epsilon sees where microbatches have their own
@@ -28,6 +28,7 @@ SHARED = {
     "evaluate.batch_size": 32,
     "average.weights": ("ema",),
 }
+TWICE = "33554432 tokens"
 SMALL, LARGE = [0.03, 0.1], [0.3, 1.0]  # rho of two passes, and along the momentum
 FIRST = {"sam": SMALL, "functional_sam": SMALL, "sam per microbatch": SMALL}
 THEN = {"precond_functional_sam": SMALL, "msam": LARGE}
@@ -66,6 +67,11 @@ def get_spec(stage: str) -> list[dict]:
         "small": lambda: [
             {"set": {**at(16_384), **row("functional_sam", 16_384), **CHOSEN[16_384]["sam"], "seed": seed}}
             for seed in SEEDS
+        ],
+        "twice": lambda: [
+            {"set": {**at(rung), **row("adamw", rung), **CHOSEN[rung]["adamw"], "train.duration": TWICE, "seed": seed}}
+            for seed in SEEDS
+            for rung in CHOSEN
         ],
         "meters": meters,
         "3": lambda: [block for rung in (16_384, 1_024) for block in grids(rung, THEN)],
