@@ -224,3 +224,13 @@ def test_every_smoke_test_is_there():
         path, _, name = line.partition("::")
         functions = {node.name for node in ast.walk(_tree(ROOT / path)) if isinstance(node, ast.FunctionDef)}
         assert name.partition("[")[0] in functions, line
+
+
+def test_the_map_of_the_readme_is_that_of_the_tree():
+    """Lines of Python of each room, within a tenth."""
+    printed = re.findall(r"^\| `(\w+)/` \|.*\| ([\d.]+)k \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert [room for room, _ in printed] == ["configs", "data", "optim", "lm", "scripts", "tests"]
+    for room, thousands in printed:
+        paths = [path for path in (ROOT / room).rglob("*.py") if "studies" not in path.parts]
+        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+        assert lines == pytest.approx(1000 * float(thousands), rel=0.1), room
