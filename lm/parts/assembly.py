@@ -279,11 +279,7 @@ def open_parts(
     """
 
     def foresee() -> None:
-        vocabulary = load_tokenizer(config.data.vocabulary).vocab_size
-        padded = _padded(config, vocabulary)
-        epoch = 1000 * config.train.batch_size * config.data.sequence_length
-        made = assemble(config, vocabulary, epoch, jnp.full(padded, 1 / padded, jnp.float32))
-        must_fit(config, made)
+        made = foreseen(config)
         if jax.process_count() == 1:  # another process may find the corpus prepared, and all must run the same programs
             before(made)
 
@@ -305,6 +301,16 @@ def open_parts(
         raise ConfigError(f"optim.{part}", used[part], "a file that is the same on all processes")
     counts = once("counts", corpus.fingerprint, lambda: baselines.token_counts(corpus, corpus.tokenizer.vocab_size))
     return corpus, parts_of(config, corpus, counts), counts
+
+
+def foreseen(config: ConfigDict) -> Parts:
+    """The parts of a run on a corpus of made-up length. Raises what no corpus would change."""
+    vocabulary = load_tokenizer(config.data.vocabulary).vocab_size
+    padded = _padded(config, vocabulary)
+    epoch = 1000 * config.train.batch_size * config.data.sequence_length
+    made = assemble(config, vocabulary, epoch, jnp.full(padded, 1 / padded, jnp.float32))
+    must_fit(config, made)
+    return made
 
 
 def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = WHOLE) -> Parts:

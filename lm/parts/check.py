@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from steppe.configs import base, packages
-from steppe.configs.keys import ConfigError, flatten, slot
+from steppe.configs.keys import DURATION, ConfigError, flatten, slot
 from steppe.data import cache, manifest, sources, vocabulary
 from steppe.lm.model import attention
 from steppe.lm.model.transformer import widening_of
@@ -191,12 +191,11 @@ def _check_durations(config: ConfigDict) -> None:
     known = known and (config.data.packing == "concat" or in_steps(whole))
     total = 10**12 if whole == "chinchilla" else steps("train.duration", tokens_per_epoch=10**15)
     _need(total >= 1, config, "train.duration", f"at least one step, which is {tokens_per_step} tokens")
+    others = [name for name, key in base.keys().items() if key.accepted is DURATION and name != "train.duration"]
+    found = {name: steps(name, total_steps=total) for name in others}
     for key in ("evaluate.every", "checkpoint.every"):
-        _need(steps(key, total_steps=total) >= 1, config, key, "at least one step")
-    steps("checkpoint.keep_every", total_steps=total)
-    start, stop, warmup, cooldown = (
-        steps(f"optim.{key}", total_steps=total) for key in ("start", "stop", "warmup", "cooldown")
-    )
+        _need(found[key] >= 1, config, key, "at least one step")
+    start, stop, warmup, cooldown = (found[f"optim.{key}"] for key in ("start", "stop", "warmup", "cooldown"))
     if known:
         _need(start <= stop, config, "optim.stop", f"no earlier than optim.start = {config.optim.start!r}")
         _need(warmup <= total, config, "optim.warmup", f"no longer than the run, which has {total} steps")

@@ -16,7 +16,7 @@ RUNS = Path(__file__).parent / "runs.jsonl"
 SMALL, LARGE = 1_024, 16_384  # tokens of a batch
 ADAMW, SAM, FUNCTIONAL = ("adamw", None), ("sam", 0.03), ("functional_sam", 0.03)
 FUNCTIONAL_LARGE, SAM_LARGE, PARTS = ("functional_sam", 0.1), ("sam", 0.1), ("sam per microbatch", 0.03)
-RATES = {(SMALL, "adamw"): 0.008, SMALL: 0.004, LARGE: 0.064}  # the chosen ones
+RATES = {(SMALL, "adamw"): 0.008, (SMALL, 0.1): 0.008, SMALL: 0.004, LARGE: 0.064}  # by row, by rho; the chosen ones
 
 
 def losses() -> dict[tuple, dict[int, float]]:
@@ -27,9 +27,10 @@ def losses() -> dict[tuple, dict[int, float]]:
         config = first["config"] | run["config"]
         tokens, method = config["train.batch_size"] * config["data.sequence_length"], config["optim.method"]
         row = method + " per microbatch" * (config["optim.ascent_over"] == "microbatch")
-        rate = RATES.get((tokens, row), RATES[tokens])
+        rho = config["optim.rho"]
+        rate = RATES.get((tokens, row)) or RATES.get((tokens, rho)) or RATES[tokens]
         if config["seed"] and config["optim.peak_learning_rate"] == rate:
-            found.setdefault((tokens, (row, config["optim.rho"])), {})[config["seed"]] = run["loss"]
+            found.setdefault((tokens, (row, rho)), {})[config["seed"]] = run["loss"]
     return found
 
 
@@ -50,12 +51,14 @@ def main() -> int:
         print(f"{words}: {mean:+.4f} ± {(bounds.high - bounds.low) / 2:.4f} ({len(values)} pairs)".replace("-", "−"))
 
     small, large = pairs(SMALL, SAM, FUNCTIONAL), pairs(LARGE, SAM, FUNCTIONAL_LARGE)
-    equal = pairs(LARGE, SAM_LARGE, FUNCTIONAL_LARGE)
+    equal, before = pairs(LARGE, SAM_LARGE, FUNCTIONAL_LARGE), pairs(SMALL, SAM_LARGE, FUNCTIONAL_LARGE)
     shown("1. sam less functional_sam at 1k", small)
     shown("1. sam less functional_sam at 16k", large)
     shown("1. the second less the first", large, small)
-    shown("1. sam less functional_sam at 16k, one rate and rho", equal)
-    shown("1. the last less the first", equal, small)
+    shown("1. sam less functional_sam at 1k, one rate and rho 0.1", before)
+    shown("1. sam less functional_sam at 16k, one rate and rho 0.1", equal)
+    shown("1. the second less the first", equal, before)
+    shown("1. at 1k, rho 0.1 less rho 0.03", before, small)
     shown("2. sam per microbatch less functional_sam at 16k", pairs(LARGE, PARTS, FUNCTIONAL_LARGE))
     shown("2. sam less sam per microbatch at 16k", pairs(LARGE, SAM, PARTS))
     for tokens, row, words in ((SMALL, FUNCTIONAL, "1k"), (LARGE, FUNCTIONAL_LARGE, "16k")):

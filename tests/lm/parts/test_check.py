@@ -1,10 +1,15 @@
 """Every impossible value is refused by name, and what runs is let through."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from steppe.configs import base
-from steppe.configs.keys import ConfigError
+from steppe.configs.keys import DURATION, ConfigError
+from steppe.configs.read import UsageError, reader
 from steppe.data.errors import DataError
+from steppe.lm.keep.exits import REFUSALS
+from steppe.lm.parts.assembly import foreseen
 from steppe.lm.parts.check import check, mesh_shape
 from steppe.optim.methods import METHODS, OPTIONS, method
 from steppe.optim.rule import OptionError
@@ -193,6 +198,40 @@ def test_every_method_runs_with_every_option_it_takes(method):
 )
 def test_what_can_run_is_let_through(changes, devices):
     check(_with(**changes), device_count=devices)
+
+
+DURATIONS = [name for name, key in base.keys().items() if key.accepted is DURATION and name != "train.duration"]
+
+
+@pytest.mark.parametrize("text", ["1 epochs", "soon", "101%", "1e400 steps"])
+@pytest.mark.parametrize("key", DURATIONS)
+def test_every_key_that_is_a_duration_is_looked_at(key, text):
+    with pytest.raises(ConfigError) as refused:
+        check(_with(**{key: text}), device_count=1)
+    assert (refused.value.key, refused.value.value) == (key, text)
+
+
+WHATEVER = [
+    "0", "1", "3", "0.5", "-1", "1e-8", "1e30", "5%", "100%", "10 steps", "1 epochs", "('layers/',)", "('typo',)",
+    "('layers/=0.5',)", "true", "false", "",
+]  # fmt: skip
+SECTIONS = ("optim.", "model.", "train.", "average.", "evaluate.", "data.")
+OF_PARTS = [name for name in list(base.keys()) if name.startswith(SECTIONS)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_what_check_takes_is_assembled_or_refused(data):
+    """No value of a key comes as far as the parts of a run and fails there in another way."""
+    key = data.draw(st.sampled_from(OF_PARTS))
+    names = base.keys()[key].accepted.names
+    value = data.draw(st.sampled_from([*(names() if callable(names) else names or ()), *WHATEVER]))
+    try:
+        config = reader("quickstart")([("model.size", "0.01m"), (key, value)])
+        check(config, device_count=1, backend="cpu")
+        foreseen(config)
+    except (*REFUSALS, UsageError):
+        pass
 
 
 def test_mesh_shape_fills_the_one_free_axis():
