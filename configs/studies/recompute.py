@@ -27,6 +27,7 @@ COLUMNS = {  # the folder, what its runs share, and what tells each row's; "ema"
     }),
     1: ("ladder", LADDER | {"train.batch_size": 8}, {
         "adamw": {RATE: 0.008}, "sam": {RATE: 0.004, RHO: 0.03}, "functional_sam": {RATE: 0.004, RHO: 0.03},
+        "sam 0.1": {RATE: 0.008, RHO: 0.1}, "functional_sam 0.1": {RATE: 0.008, RHO: 0.1},
     }),
     2: ("judged", JUDGED, {
         "adamw": {RATE: 0.0453}, "sam": {}, "functional_sam": {}, "msam": {},
@@ -37,12 +38,12 @@ COLUMNS = {  # the folder, what its runs share, and what tells each row's; "ema"
     }),
 }  # fmt: skip
 SAM, FUNCTIONAL = ("sam", "adamw"), ("functional_sam", "adamw")
-BOTH, MSAM = ("sam", "functional_sam"), ("msam", "adamw")
+BOTH, MSAM, LARGER = ("sam", "functional_sam"), ("msam", "adamw"), ("sam 0.1", "functional_sam 0.1")
 ROWS = [  # per row of the table: measure, and per column the pair; a third part: the pair of 1k that is subtracted
     ("loss", SAM, SAM, SAM, SAM),
     ("loss", BOTH, BOTH, BOTH, BOTH),
-    ("loss", ("sam", "functional_sam 0.1"), None, None, ("sam 0.1", "functional_sam")),
-    ("loss", None, None, None, ("sam 0.1", "functional_sam", BOTH)),
+    ("loss", ("sam", "functional_sam 0.1"), LARGER, None, ("sam 0.1", "functional_sam")),
+    ("loss", None, None, None, ("sam 0.1", "functional_sam", LARGER)),
     ("loss", FUNCTIONAL, FUNCTIONAL, FUNCTIONAL, FUNCTIONAL),
     ("loss", ("precond_functional_sam", "adamw"), None, None, None),
     ("loss", ("functional_sam", "flops"), None, ("functional_sam", "flops"), None),

@@ -132,8 +132,7 @@ def note(summary: dict[str, float]) -> str:
         return ""
     tokens, scale = summary["batch_tokens"], summary["noise_scale"]
     said = f"a batch of {tokens:,.0f} tokens is {tokens / scale:.2g} of the gradient noise scale, {scale:,.0f} tokens"
-    follows = "differ little here" if tokens < scale else "may differ here"
-    return f"{said}: SAM and a functional method {follows}"
+    return f"{said}: its gradient is mostly {'noise' if tokens < scale else 'signal'}"
 
 
 def draw(found: Mapping[str, Any]) -> dict[str, Any]:
