@@ -51,10 +51,10 @@ def config(text: str, cache: str, **overrides):
 def run(config, workdir, *arguments, draws: bool = False, **options) -> int:
     """`train.run` with what earlier runs of the process have compiled, as a worker of a sweep does it.
 
-    draws: whether it ends with its loss curve, which takes as long as all else of a run whose programs are compiled.
-
     On as many devices as config.mesh says: on one where it says nothing. Where a second start must compile for itself
     as a new process would, call train.run.
+
+    draws: whether it ends with its loss curve, which takes as long as all else of a run whose programs are compiled.
     """
     with (
         pytest.MonkeyPatch.context() as patch,
