@@ -34,10 +34,13 @@ class Moments(NamedTuple):
 
 
 class Base(NamedTuple):
-    """An optax transform, and moments(state, params) -> Moments, which reads its state."""
+    """An optax transform, and moments(state, params) -> Moments, which reads its state.
+
+    transform: its update also takes `value`, the loss at the parameters, which some optimizers need.
+    """
 
     name: str
-    transform: optax.GradientTransformation
+    transform: optax.GradientTransformationExtraArgs
     moments: Callable[[Any, Tree], Moments]
 
 
@@ -305,23 +308,38 @@ def _kind_from_outside(reference: str) -> Kind:
         if s.widening != 1 and "widening" not in taken:
             raise OptionError("base", reference, "another base under mup, one with a parameter `widening`")
         given = {name: each.default for name, each in options(made).items()} | dict(s.options)
-        try:
+        with references.running("base", reference, "a function that returns an optax transformation"):
             transform = make(made, {**s._asdict(), "mask": s.decay_mask, **given})
-        except OptionError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            accepted = f"a function that returns an optax transformation: {type(error).__name__}: {error}"
-            raise OptionError("base", reference, accepted) from None
         if not isinstance(transform, optax.GradientTransformation):
             accepted = f"a function that returns an optax.GradientTransformation, not a {type(transform).__name__}"
             raise OptionError("base", reference, accepted)
         decay = [] if "weight_decay" in taken or not s.weight_decay else [_decoupled(s)]
-        return [transform, *s.factors(), *decay]
+        return [_guarded(reference, transform), *s.factors(), *decay]
 
-    toy = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("matrix", (2, 2)), ("vector", (2,)))}
-    settings = Settings(1e-3, 0.9, 0.99, 1e-8, 0.0, None, None)
-    state = jax.eval_shape(optax.chain(*parts(settings)).init, toy)
+    state = _toy_state(optax.chain(*parts(Settings(1e-3, 0.9, 0.99, 1e-8, 0.0, None, None))))
+    kinds = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScheduleFreeState))
+    if any(isinstance(kind, ScheduleFreeState) for kind in kinds):
+        raise OptionError("base", reference, "schedule_free: a run evaluates the weights of this base at others")
     return Kind(_kept(state), parts)
+
+
+def _guarded(reference: str, transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transform of a user's file, whose errors are OptionErrors."""
+    init = references.running("base", reference, "a base whose init takes the model's parameters")
+    accepted = "a base whose update takes a gradient, its state, the parameters and, by keyword, value (the loss)"
+    update = references.running("base", reference, accepted)
+    return optax.GradientTransformationExtraArgs(
+        init(transform.init), update(optax.with_extra_args_support(transform).update)
+    )
+
+
+def _toy_state(transform: optax.GradientTransformation) -> Any:
+    """The shapes of its state for two small parameters; () if it takes only those of a certain model."""
+    toy = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("matrix", (2, 2)), ("vector", (2,)))}
+    try:
+        return jax.eval_shape(transform.init, toy)
+    except OptionError:
+        return ()
 
 
 def _kept(state: Any) -> tuple[str, ...]:
@@ -385,13 +403,13 @@ def base(
         matrix_axes=matrix_axes, rate_factors=tuple(rate_factors), widening=widening, options=own,
     )  # fmt: skip
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    transform = optax.chain(*clip, *kind.parts(settings))
+    transform = optax.with_extra_args_support(optax.chain(*clip, *kind.parts(settings)))
 
     def read(state: Any, params: Tree) -> Moments:
         nothing = jax.tree.map(jnp.zeros_like, params)  # zero gradients, and zero parameters: no decay
         return moments(state, params, b2)._replace(
             update=lambda step, fill=lambda second: second: transform.update(
-                nothing, _with_second(at_step(state, step), fill), nothing
+                nothing, _with_second(at_step(state, step), fill), nothing, value=jnp.float32(0)
             )[0]
         )
 

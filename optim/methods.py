@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Mapping
+from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
 
 from steppe.optim import ascent, references
@@ -209,11 +210,8 @@ def _row_from_outside(reference: str) -> Method:
     says = (made.__doc__ or reference).partition("\n")[0]
     if needs(made).keys() & {"rho", "microbatches", "base"}:
         return Method(equation=says, source=reference, rule=made)
-    try:
+    with references.running("method", reference, "a function that returns a direction from its defaults"):
         part = _defaults(made)
-    except Exception as error:  # a user's function may raise anything
-        accepted = f"a function that returns a direction from its defaults: {type(error).__name__}: {error}"
-        raise OptionError("method", reference, accepted) from None
     if isinstance(part, Ascent):
         return Method(says, reference, made, second_pass.full)
     if not (hasattr(part, "init") and hasattr(part, "gradient")):
@@ -370,7 +368,8 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
     if row is None or not perturbs(name, rho):
         return Plain(switches)
     if row.rule:
-        return _own_rule(name, row.rule, values, switches, base)
+        rule = _own_rule(name, row.rule, values, switches, base)
+        return _guarded(name, rule) if references.is_reference(name) else rule
     for need, must in row.needs().items():
         if must and needed[need] is None:
             raise OptionError(need, None, f"given, because {name} needs it: see optim.methods.Method.needs")
@@ -378,6 +377,9 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
     assert row.ascent is not None
     assert row.second is not None
     up, down = make(row.ascent, values), make(row.second, values)
+    if references.is_reference(name):
+        guard = references.running("method", name, "a direction whose functions run")
+        up = up._replace(direction=guard(up.direction), init=guard(up.init))
     if switches.widening != 1 and switches.layerwise_rho != "none":
         raise OptionError("layerwise_rho", switches.layerwise_rho, "none under mup, which scales rho itself")
     if switches.widening != 1 and up.widths is None:
@@ -407,6 +409,12 @@ def _own_rule(name: str, rule: Callable[..., Rule], values: dict, switches: Swit
                 )
             raise OptionError(switch, value, f"{getattr(plain, switch)!r} with {name}, whose rule does not take it")
     return make(rule, {**switches._asdict(), **values, "rho": switches.rho, "base": base})
+
+
+def _guarded(name: str, rule: Rule) -> Any:
+    """The rule of a user's file, whose errors are OptionErrors."""
+    guard = references.running("method", name, "a rule whose functions run")
+    return SimpleNamespace(**{part: guard(getattr(rule, part)) for part in ("init", "gradient", "perturbing")})
 
 
 def _switches(given: Mapping[str, Any]) -> tuple[Switches, dict[str, Any]]:

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,15 +53,12 @@ def load(key: str, reference: str) -> Source:
     """Runs the file of a reference, once per process. Raises OptionError for `key`, "method" or "base"."""
     path, _, name = reference.rpartition(":")
     try:
-        module, text = _module(path)
+        with running(key, reference, "a file that runs", (FileNotFoundError, SyntaxError)):
+            module, text = _module(path)
     except FileNotFoundError:
         raise OptionError(key, reference, f"{ACCEPTED}; there is no {path or 'file'} in {os.getcwd()}") from None
     except SyntaxError as error:
         raise OptionError(key, reference, f"a file that runs: line {error.lineno}: {error.msg}") from None
-    except (Exception, SystemExit) as error:  # a user's file may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"line {lines[-1]}: " if lines else ""
-        raise OptionError(key, reference, f"a file that runs: {where}{type(error).__name__}: {error}") from None
     made = getattr(module, name, None)
     if not callable(made) and not hasattr(made, "declared"):
         known = sorted(each for each, value in vars(module).items() if callable(value) and _own(value, module))
@@ -70,6 +67,25 @@ def load(key: str, reference: str) -> Source:
     if origin and not _own(made, module):
         text = Path(origin).read_text(encoding="utf-8")
     return Source(reference, made, text)
+
+
+@contextlib.contextmanager
+def running(key: str, reference: str, accepted: str, passed: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Runs a user's code, also as a decorator: what it raises becomes an OptionError with the line of the user's file.
+
+    key: "method" or "base". passed: kinds of errors that stay as they are.
+    """
+    try:
+        yield
+    except (OptionError, *passed):
+        raise
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        path = reference.rpartition(":")[0]
+        path = os.path.abspath(getattr(sys.modules.get(path), "__file__", path))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"line {lines[-1]}: " if lines else ""
+        said = " ".join(f"{error}".split())[:300]
+        raise OptionError(key, reference, f"{accepted}: {where}{type(error).__name__}: {said}") from None
 
 
 @functools.cache
@@ -84,7 +100,7 @@ def _module(path: str) -> tuple[Any, str]:
             raise FileNotFoundError(path)
         return importlib.import_module(path), Path(spec.origin).read_text(encoding="utf-8")
     text = Path(path).read_text(encoding="utf-8")
-    name = f"steppe_outside_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    name = f"steppe_outside_{hashlib.sha256(f'{os.path.abspath(path)}:{text}'.encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None

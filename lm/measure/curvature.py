@@ -114,7 +114,7 @@ def measure_run(
 
 
 def _next_step(run):
-    """gradient -> (update, learning rate): the next step of the run's base optimizer."""
+    """(loss, gradient) -> (update, learning rate): the next step of the run's base optimizer."""
     import jax
     import jax.numpy as jnp
 
@@ -123,7 +123,7 @@ def _next_step(run):
 
     state = State(jnp.int32(run.step), run.params, run.optimizer, rule=(), averages={})
     taken = jax.jit(functools.partial(next_step, run.parts.optimizer))
-    return lambda gradient: jax.block_until_ready(taken(gradient, state))
+    return lambda loss, gradient: jax.block_until_ready(taken(loss, gradient, state))
 
 
 def note(summary: dict[str, float]) -> str:

@@ -63,12 +63,12 @@ def at_rate(optimizer: Optimizer, rate: float | jax.Array) -> Optimizer:
     """The optimizer with its updates times `rate`, which may be traced: one compile serves every rate."""
     transform = optimizer.base.transform
 
-    def update(updates, state, params=None):
-        updates, state = transform.update(updates, state, params)
+    def update(updates, state, params=None, **given):
+        updates, state = transform.update(updates, state, params, **given)
         return jax.tree.map(lambda u: rate * u, updates), state
 
     return optimizer._replace(
-        base=optimizer.base._replace(transform=optax.GradientTransformation(transform.init, update)),
+        base=optimizer.base._replace(transform=optax.GradientTransformationExtraArgs(transform.init, update)),
         learning_rate=lambda count: rate * optimizer.learning_rate(count),
     )
 

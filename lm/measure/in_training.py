@@ -53,8 +53,8 @@ def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1)
     named, objective = named_groups(groups), twice_differentiable(parts)
 
     def measure(params, state, origin, batch, scalars):
-        _, gradient = last = plain_gradient(objective, state.params, batch, microbatches)
-        update, rate = next_step(parts.optimizer_at(**scalars), gradient, state)
+        loss, gradient = last = plain_gradient(objective, state.params, batch, microbatches)
+        update, rate = next_step(parts.optimizer_at(**scalars), loss, gradient, state)
         found = critical(rate, critical_step(objective, state.params, batch, update, microbatches))
         at = objective.after(state.params if params is None else params, found["critical_forwards"])
         _, gradient = last if params is None else plain_gradient(objective, at, batch, microbatches)
@@ -122,10 +122,10 @@ class Curvature:
             self._tracker.note(f"curvature   {len(self._spent)} times, {spent:.1f} s, {share:.1%} of this start's time")
 
 
-def next_step(optimizer: Optimizer, gradient: Tree, state: State) -> tuple[Tree, jax.Array]:
-    """(update, learning rate) of the base optimizer for a gradient at this state."""
+def next_step(optimizer: Optimizer, loss: jax.Array, gradient: Tree, state: State) -> tuple[Tree, jax.Array]:
+    """(update, learning rate) of the base optimizer for a loss and its gradient at this state."""
     counted = at_step(state.optimizer, state.step)
-    update, _ = optimizer.base.transform.update(gradient, counted, state.params)
+    update, _ = optimizer.base.transform.update(gradient, counted, state.params, value=loss)
     return update, optimizer.learning_rate(state.step)
 
 

@@ -83,15 +83,15 @@ def programs(parts: Parts, microbatches: int, settings: Any) -> SimpleNamespace:
 
 def measure(
     made: SimpleNamespace, params: Tree, batch: dict, groups: dict[str, str], settings: Any, scale: Tree | None = None,
-    next_step: Callable[[Tree], tuple[Tree, float]] | None = None, towards: Tree | None = None,
+    next_step: Callable[[jax.Array, Tree], tuple[Tree, float]] | None = None, towards: Tree | None = None,
     noisy: dict | None = None, tick: Callable[[str], None] = lambda stage: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
     """(summary: {name: number}, details) of one checkpoint on one batch; all numbers are Python floats.
 
-    scale: the preconditioner D from the base's second moment; None omits preconditioned measures. next_step: gradient
-    -> (update, learning rate) of the run's base, for its critical sharpness. towards: other parameters, for the
-    curvature along the displacement to them. noisy: settings.noise_scale batches of the run, joined, in random order.
-    tick(stage): called before each stage, in the order of costs(settings).
+    scale: the preconditioner D from the base's second moment; None omits preconditioned measures. next_step: (loss,
+    gradient) -> (update, learning rate) of the run's base, for its critical sharpness. towards: other parameters, for
+    the curvature along the displacement to them. noisy: settings.noise_scale batches of the run, joined, in random
+    order. tick(stage): called before each stage, in the order of costs(settings).
     """
     key = jax.random.key(settings.seed)
     summary, details = {}, {}
@@ -112,7 +112,7 @@ def measure(
     logits = made.logits(params, batch, jax.random.fold_in(key, 2))
     summary |= {f"logit_{name}": float(value) for name, value in logits.items()}
     if next_step is not None:
-        update, rate = next_step(gradient)
+        update, rate = next_step(loss, gradient)
         found = critical(rate, made.critical(params, batch, update))
         summary |= {name: float(value) for name, value in found.items() if np.isfinite(value)}
     if towards is not None:

@@ -26,7 +26,7 @@ from steppe.lm.model.transformer import Shape, shape, widening_of
 from steppe.lm.parts import budget as budgets
 from steppe.lm.parts import corpus as corpora
 from steppe.lm.parts.budget import Budget, Length, budget, count_parameters, describe, length
-from steppe.lm.parts.check import base_options, kernel_of, mesh_shape, method_options, method_settings
+from steppe.lm.parts.check import base_options, kernel_of, mesh_shape, method_options, method_settings, options_as_keys
 from steppe.lm.parts.chips import chip_of
 from steppe.lm.parts.leg import WHOLE, Leg
 from steppe.lm.parts.memo import once
@@ -62,6 +62,7 @@ class Parts(NamedTuple):
     key: Hashable = None
 
 
+@options_as_keys()  # of those that can only be checked with the parameters
 def assemble(
     config: ConfigDict,
     vocabulary_size: int,
@@ -77,7 +78,7 @@ def assemble(
     on average, None if unknown. frequency: share of each token in the training text [padded V], for methods that need
     it. devices: default all. leg: of a run that resumes.
     """
-    devices = jax.devices() if devices is None else devices
+    devices, optim = jax.devices() if devices is None else devices, config.optim
     sizes = mesh_shape(config, len(devices))
     mesh, shards = make_mesh(sizes, devices), sizes[0] * sizes[1]
     kernel = kernel_of(config, devices[0].platform)
@@ -100,11 +101,15 @@ def assemble(
         keep=options.keep,
         leg=leg,
     )
+    if references.is_reference(optim.method):
+        budgets.trace_rule(model_shape, optimizer.rule, optimizer.base, config.train.batch_size)
     initialise = initialiser(model_shape, optimizer, config.seed)
-    try:
-        described = abstract(mesh, initialise)
-    except OptionError as error:  # an option that can only be checked with the parameters
-        raise ConfigError(f"optim.{error.name}", error.value, error.accepted) from None
+    described = abstract(mesh, initialise)
+    for part, name, state in (("base", optim.base, described.optimizer), ("method", optim.method, described.rule)):
+        for path, leaf in jax.tree.leaves_with_path(state):
+            if not leaf.size:
+                accepted = f"one whose state checkpoints can hold: its {jax.tree_util.keystr(path)} has no entries"
+                raise OptionError(part, name, accepted)
     return Parts(
         mesh=mesh,
         shape=model_shape,
@@ -120,6 +125,7 @@ def assemble(
     )
 
 
+@options_as_keys()
 def planned(
     config: ConfigDict, model_shape: Shape, params: Any, epoch_tokens: int, tokens_per_row: float | None = None
 ) -> Budget:

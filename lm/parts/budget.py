@@ -17,7 +17,7 @@ from steppe.lm.parts.check import base_options, method_settings
 from steppe.lm.parts.chips import Chip
 from steppe.lm.parts.leg import WHOLE, Leg
 from steppe.lm.parts.state import parameter_shapes
-from steppe.optim import Rule, methods
+from steppe.optim import Objective, Rule, methods
 from steppe.optim.averaging import AVERAGES
 from steppe.optim.base import Base, base
 from steppe.optim.outside.flops import counted
@@ -86,25 +86,35 @@ def base_flops(shape: Shape, name: str, options: tuple[tuple[str, Any], ...] = (
     """
     params = parameter_shapes(shape)
     transform = base(name, 1e-3, matrix_axes=parameters.MATRIX_AXES, **dict(options)).transform
-    return counted(transform.update, params, jax.eval_shape(transform.init, params), params, steps=range(100, 200))
+    update = functools.partial(transform.update, value=jnp.float32(0))
+    return counted(update, params, jax.eval_shape(transform.init, params), params, steps=range(100, 200))
 
 
 def rule_flops(shape: Shape, rule: Rule, the_base: Base, batch_size: int) -> float:
     """FLOPs of a rule's gradient in addition to a plain one, counted from its program and averaged over 100 steps."""
-    params, place = parameter_shapes(shape), Placement()
-    options = Options(shape.vocabulary, shape.sequence_length)
-    made = objective(shape._replace(kernel="einsum", remat="none", small=False), options, place)
-    tokens = jax.ShapeDtypeStruct((batch_size, shape.sequence_length), jnp.int32)
-    batch = {"inputs": tokens, "targets": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)}
-    step = jax.ShapeDtypeStruct((), jnp.int32)
 
     def flops(rule: Rule) -> float:
-        states = jax.eval_shape(the_base.transform.init, params), jax.eval_shape(rule.init, params)
-        return counted(
-            lambda *given: rule.gradient(made, *given)[0], params, batch, *states, step, steps=range(100, 200)
-        )
+        made, given = _of_gradient(shape, rule, the_base, batch_size)
+        return counted(lambda *given: rule.gradient(made, *given)[0], *given, steps=range(100, 200))
 
     return flops(rule) - flops(methods.method("adamw"))
+
+
+def trace_rule(shape: Shape, rule: Rule, the_base: Base, batch_size: int) -> None:
+    """Traces a rule's gradient. Raises OptionError if a user's code in it raises."""
+    made, given = _of_gradient(shape, rule, the_base, batch_size)
+    jax.eval_shape(lambda *given: rule.gradient(made, *given)[0], *given)
+
+
+def _of_gradient(shape: Shape, rule: Rule, the_base: Base, batch_size: int) -> tuple[Objective, tuple]:
+    """(an objective, the shapes of the other arguments) of a rule's gradient on one device."""
+    params = parameter_shapes(shape)
+    options = Options(shape.vocabulary, shape.sequence_length)
+    made = objective(shape._replace(kernel="einsum", remat="none", small=False), options, Placement())
+    tokens = jax.ShapeDtypeStruct((batch_size, shape.sequence_length), jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)}
+    states = jax.eval_shape(the_base.transform.init, params), jax.eval_shape(rule.init, params)
+    return made, (params, batch, *states, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def step_flops(shape: Shape, tokens: int, cost: methods.Cost) -> float:

@@ -1,6 +1,8 @@
 """Refuses a config that cannot run, before anything is compiled or written."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -140,7 +142,7 @@ def _check_method(config: ConfigDict) -> None:
     low = config.mesh.ascent_reduction != "float32"
     _need(not low or methods.only_climbs(optim.method), config, "mesh.ascent_reduction", accepted)
     row = methods.row_of(optim.method)
-    try:
+    with options_as_keys():
         methods.method(
             optim.method,
             base=base_optimizer(
@@ -154,6 +156,13 @@ def _check_method(config: ConfigDict) -> None:
             **method_settings(config),
             **dict.fromkeys(row.needs() if row else (), 1),  # placeholders for values that are known later
         )
+
+
+@contextlib.contextmanager
+def options_as_keys() -> Iterator[None]:
+    """Turns OptionErrors into ConfigErrors of their keys."""
+    try:
+        yield
     except OptionError as error:
         raise ConfigError(f"optim.{error.name}", error.value, error.accepted) from None
 

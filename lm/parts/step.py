@@ -32,7 +32,9 @@ def make_step(objective: Objective, optimizer: Optimizer) -> Callable:
             objective, state.params, batch, state.optimizer, state.rule, state.step
         )
         counted = at_step(state.optimizer, state.step)
-        updates, optimizer_state = optimizer.base.transform.update(gradient, counted, state.params)
+        updates, optimizer_state = optimizer.base.transform.update(
+            gradient, counted, state.params, value=report["loss"]
+        )
         params = optax.apply_updates(state.params, updates)
         length, spike = norm(updates), report["loss"] > limit
         sound = (report["nonfinite"] == 0) & jnp.isfinite(length)

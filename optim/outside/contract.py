@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from steppe.optim.base import Base, base
 from steppe.optim.methods import method, row_of
 from steppe.optim.outside import toy
-from steppe.optim.rule import REPORT, Tree, cosine, norm
+from steppe.optim.rule import REPORT, OptionError, Tree, cosine, norm
 
 DEVICES = (2, 2, 2)  # of the mesh: data, fsdp, tensor
 CLOSE = 1e-5  # tolerance for sums in another order, relative to the norm
@@ -72,7 +72,7 @@ def step_of(subject: Subject, microbatches: int = 1, broken: bool = False) -> An
         rule = subject.rule(lambda _: rho, microbatches=microbatches)
         gradient, new_rule, report = rule.gradient(problem, params, batch, base_state, rule_state, i)
         report.pop("aux", None)
-        updates, new_base = transform.update(gradient, base_state, params)
+        updates, new_base = transform.update(gradient, base_state, params, value=report["loss"])
         keep = lambda new, old: jnp.where(report["nonfinite"] > 0, old, new)  # noqa: E731
         new = jax.tree.map(keep, (optax.apply_updates(params, updates), new_base), (params, base_state))
         return *new, new_rule, gradient, report
@@ -116,7 +116,7 @@ def shapes(subject: Subject) -> None:
         rule = subject.rule(subject.rho)
         run = lambda *s, rule=rule: rule.gradient(toy.language_model(), s[0], toy.batch(), s[1], s[2], jnp.int32(3))  # noqa: E731
         gradient, rule_state, report = jax.eval_shape(run, *start)
-        updates, base_state = jax.eval_shape(transform.update, gradient, start[1], start[0])
+        updates, base_state = jax.eval_shape(transform.update, gradient, start[1], start[0], value=report["loss"])
         for name, made, given in (
             ("gradient", gradient, start[0]),
             ("update", updates, start[0]),
@@ -237,11 +237,13 @@ CHECKS = (shapes, jit, radius, zeros, nan, microbatches, sharding, resume, learn
 
 
 def outcomes(subject: Subject, checks: Sequence[Callable[[Subject], None]] = CHECKS) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, meaning, error message or "") of every check."""
+    """Yields (name, meaning, error message or "") of every check. Raises OptionError where the subject cannot run."""
     for check in checks:
         try:
             check(subject)
             said = ""
+        except OptionError:
+            raise
         except Broken as error:
             said = str(error)
         except Exception as error:  # a user's function may raise anything

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     process.ready_to_compute()
-    from steppe.lm.parts.check import base_options, check, method_options
+    from steppe.lm.parts.check import base_options, check, method_options, options_as_keys
     from steppe.optim import references
     from steppe.optim.options import needs
     from steppe.optim.outside import contract
@@ -54,9 +54,10 @@ def main(argv: Sequence[str]) -> int:
 
     process.say(f"{options.reference} as a {part}, {names['base' if part == 'method' else 'method']} as the other part")
     broken = 0
-    for name, meaning, said in contract.outcomes(contract.Subject(**names, options=tuple(given.items()), rho=rho)):
-        process.say(f"{'FAILS' if said else 'holds':<6} {name:<13} {said or meaning}")
-        broken += bool(said)
+    with options_as_keys():
+        for name, meaning, said in contract.outcomes(contract.Subject(**names, options=tuple(given.items()), rho=rho)):
+            process.say(f"{'FAILS' if said else 'holds':<6} {name:<13} {said or meaning}")
+            broken += bool(said)
     process.say(f"\n{cost(config)}")
     process.say(f"\n{broken} of {len(contract.CHECKS)} checks fail" if broken else "\nall checks hold")
     return 1 if broken else 0

@@ -124,7 +124,8 @@ def compiled_step(config, vocabulary_size: int, epoch_tokens: int, devices: list
     batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding) for name, dtype in names.items()}
     lowered = lower_step(parts, batch)
     try:
-        with compiling(f"the training step of {config.optim.method}", process.warn):
+        optimizer = " on ".join(dict.fromkeys((config.optim.method, config.optim.base)))
+        with compiling(f"the training step of {optimizer}", process.warn):
             return parts, lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         status, _, why = str(error).splitlines()[0].partition(": ")

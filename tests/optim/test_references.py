@@ -1,14 +1,17 @@
 """Optimizers by reference: what a file makes is what the same parts make here, and bad files are refused in a line."""
 
+import inspect
 import textwrap
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from steppe import optim
 from steppe.optim import methods
 from steppe.optim.base import kind_of
+from steppe.optim.outside import toy
 from steppe.optim.outside.contract import Subject, run
 from steppe.optim.references import declared, load
 from steppe.optim.rule import OptionError
@@ -126,6 +129,92 @@ def test_a_file_that_does_not_serve_is_refused_in_one_line(tmp_path, text, name,
     assert "\n" not in str(caught.value)
     with pytest.raises(OptionError):
         kind_of(f"{path}:{name}")
+
+
+BROKEN = """
+    import optax
+    from steppe.optim import ascent
+    from steppe.optim.rule import plain_gradient, report
+
+    def fails(*given, **named):
+        raise {}
+
+    def init(learning_rate):
+        return optax.GradientTransformation(fails, optax.identity().update)
+
+    def update(learning_rate):
+        return optax.GradientTransformation(optax.identity().init, fails)
+
+    def made(learning_rate):
+        return fails()
+
+    def direction() -> ascent.Ascent:
+        return ascent.Ascent(fails)
+
+    def begins() -> ascent.Ascent:
+        return ascent.gradient()._replace(init=fails)
+
+    class Rule:
+        init = lambda self, params: ()
+        perturbing = lambda self, steps: 1.0
+        gradient = fails
+
+    def rule():
+        return Rule()
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyError('k')", "TypeError('two\\nlines')", "SystemExit(3)", "optax.nothing"])
+@pytest.mark.parametrize("name", ["init", "update", "made", "direction", "begins", "rule"])
+def test_whatever_the_functions_of_a_file_raise_is_one_line_that_names_its_own(tmp_path, monkeypatch, name, error):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"broken_{tmp_path.name}.py"
+    path.write_text(textwrap.dedent(BROKEN.format(error)))
+    part = "base" if name in ("init", "update", "made") else "method"
+    with pytest.raises(OptionError, match=r"line 7: (\w+Error|SystemExit): ") as caught:
+        run(Subject(**{part: f"{path.name}:{name}"}), 1)
+    assert caught.value.name == part
+    assert "\n" not in str(caught.value)
+
+
+def libraries():
+    for module in (optax, optax.contrib):
+        for name, function in sorted(vars(module).items()):
+            public = inspect.isfunction(function) and not name.startswith("_")
+            if public and "learning_rate" in inspect.signature(function).parameters:
+                yield f"{module.__name__}:{name}"
+
+
+# what a step cannot give them, or what must be chosen
+REFUSED = {"lbfgs": "value_fn", "sophia": "obj_fn", "dpsgd": "l2_norm_clip", "schedule_free": "base_optimizer"}
+ELSEWHERE = dict.fromkeys(["schedule_free_adamw", "schedule_free_sgd"], "must be schedule_free")
+
+
+@pytest.mark.parametrize("reference", [*libraries()])
+@pytest.mark.filterwarnings("ignore:Specifying a key", "ignore:.optimistic_adam. is deprecated")
+def test_an_optimizer_of_optax_serves_or_is_refused_by_name(reference):
+    def updated():
+        transform, params = optim.base_optimizer(reference, 1e-3, weight_decay=0.1).transform, toy.parameters()
+        state = transform.init(params)
+        return transform.update(params, state, params, value=np.float32(1))
+
+    says = {**REFUSED, **ELSEWHERE}.get(reference.partition(":")[2])
+    if says:
+        with pytest.raises(OptionError, match=says):
+            jax.eval_shape(updated)
+    else:
+        assert jax.tree.structure(jax.eval_shape(updated)[0]) == jax.tree.structure(toy.parameters())
+
+
+def test_a_base_sees_the_loss_of_its_step():
+    """Momo's step is the loss over the squared gradient where that is small: Polyak's."""
+    subject = Subject(base="optax.contrib:momo")
+    before = subject.start()[0]
+    (after, *_), gradient, report = run(subject, 1)
+    length = sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(gradient))
+    rate = min(1e-2, float(report["loss"]) / length)
+    for old, new, slope in zip(*map(jax.tree.leaves, (before, after, gradient)), strict=True):
+        np.testing.assert_allclose(new, old - rate * slope, rtol=1e-5, atol=1e-7)
 
 
 def test_names_that_are_nowhere_are_refused(file):

@@ -53,6 +53,18 @@ TABLE = [
     ([*TRAIN, f"--config.evaluate.batch_size={2**40}"], "a batch of which one activation fits a device"),
     ([*TRAIN, f"--config.data.sequence_length={2**40}"], "an integer from 1 to 16777216"),
     ([*TRAIN, "--config.branch_from=" + "x" * 5000], "config.branch_from = 'xxx"),
+    (
+        [*TRAIN, "--config.optim.method=sam", "--config.optim.base=optax:lbfgs"],
+        "config.optim.base = 'optax:lbfgs': must be a base whose update takes a gradient",
+    ),
+    (
+        [*TRAIN, "--config.optim.method=sam", "--config.optim.base=optax.contrib:galore"],
+        "must be one whose state checkpoints can hold",
+    ),
+    (
+        ["check", "optax:lbfgs", "--method=sam"],
+        "config.optim.base = 'optax:lbfgs': must be a base whose update takes a gradient",
+    ),
     ([*TRAIN, "--config.data.task=lines:absent"], "lines:absent matches no file"),
     ([*TRAIN, "--config.data.task=lines:."], "lines:. is a directory"),
     ([*TRAIN, "--config.data.directory=absent"], "config.data.directory = 'absent' does not exist"),
