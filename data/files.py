@@ -123,16 +123,20 @@ def reached(address: str) -> tuple[Any, str]:
     """(fsspec file system, path in it) of a URL. Raises DataError if the driver is missing or fails."""
     import fsspec  # slow to import, and local files need none of it
 
-    try:
+    with reaching(address):
         return fsspec.core.url_to_fs(address)
+
+
+@contextlib.contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """Turns the errors of a URL's driver into a DataError of one line."""
+    try:
+        yield
+    except DataError:
+        raise
     except Exception as error:  # a missing package, an unknown scheme, no credentials: every store has its own
-        raise unreachable(address, error) from error
-
-
-def unreachable(address: str, error: Exception) -> DataError:
-    """The DataError for a URL that a driver could not access."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return DataError(f"{address}: cannot be reached ({reason[:200]})")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{address}: cannot be reached ({reason[:200]})") from error
 
 
 def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list[str]:
@@ -147,11 +151,9 @@ def matching(pattern: str, kind: Callable[[str], bool] = os.path.isfile) -> list
         literal = next(start for start in reversed(starts) if not start or os.path.lexists(start))
         paths = glob.glob(glob.escape(literal) + pattern[len(literal) :], recursive=True)
         return sorted(filter(kind, paths))
-    system, inside = reached(pattern)
-    try:
+    with reaching(pattern):
+        system, inside = reached(pattern)
         return sorted(system.unstrip_protocol(path) for path in system.glob(inside) if system.isfile(path))
-    except Exception as error:
-        raise unreachable(pattern, error) from error
 
 
 def content_hash(path: str | os.PathLike) -> str:

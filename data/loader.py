@@ -5,6 +5,7 @@ element s * batch_size + r of this endless sequence. So there is no iterator sta
 workers or restarts.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -170,16 +171,13 @@ def _stream(corpus: Corpus, seed: int) -> Sequence[tuple[int, int]]:
 
     def shuffled(number: int, part: Rows) -> grain.MapDataset:
         # Mixing in the name gives every source its own order, independent of the rest of the mixture.
-        order = grain.MapDataset.range(part.rows).seed(_mix(seed, part.name)).shuffle().repeat(None)
+        (own,) = np.random.SeedSequence([seed, *part.name.encode()]).generate_state(1)
+        order = grain.MapDataset.range(part.rows).seed(int(own)).shuffle().repeat(None)
         return order.map(lambda row: (number, int(row)))
 
     parts = [shuffled(number, part) for number, part in enumerate(corpus.train)]
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=[part.weight for part in corpus.train])
     return cast(Sequence[tuple[int, int]], mixed)
-
-
-def _mix(seed: int, name: str) -> int:
-    return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
 
 
 def rows_in_order(corpus: Corpus, part: Rows, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -197,11 +195,7 @@ def held_out_rows(
 ) -> dict[str, np.ndarray]:
     """Rows of batch `index` of a held-out set, in a fixed order; empty rows fill the last batch."""
     part = _held_out(corpus, name)
-    numbers = [index * batch_size + r for r in _checked(rows, batch_size)]
-    if batch_size >= READ_AHEAD:
-        order = _held_out_order(part.rows)
-        records = iter(_read(part, [int(order[n]) for n in numbers if n < part.rows]))
-        return _batch(corpus, [next(records) if n < part.rows else None for n in numbers])
+    numbers = (index * batch_size + r for r in _checked(rows, batch_size))
     places = [divmod(n, READ_AHEAD) if n < part.rows else None for n in numbers]
     return _batch(corpus, [at and _held_out_block(corpus, name, at[0])[at[1]] for at in places])
 
@@ -261,7 +255,7 @@ def beginning(corpus: Corpus, most: int = 24) -> str:
     return line if len(line) <= most else line[:most].rpartition(" ")[0] or line[:most]
 
 
-class prefetch:
+class prefetch(Iterator, contextlib.AbstractContextManager):
     """Iterates over (step, read(step)) for first <= step < last, with background threads that read ahead.
 
     depth: most waiting results. workers: threads that call `read`; 0 reads on demand. Results keep their order.
@@ -276,14 +270,8 @@ class prefetch:
         self._iterator.start_prefetch()
         self.waited = self.last_wait = 0.0
 
-    def __enter__(self) -> "prefetch":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
-
-    def __iter__(self) -> Iterator:
-        return self
 
     def __next__(self):
         began = time.perf_counter()

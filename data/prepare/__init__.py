@@ -5,16 +5,14 @@ prepared directory.
 """
 
 import contextlib
-import functools
 import glob
 import itertools
-import json
 import os
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import xxhash
 
@@ -35,8 +33,7 @@ LOCK = ".lock"
 SAMPLES = "samples"  # key of an identity: hashes of file contents, by source
 BAD = "refused.json"  # the error of one of several processes, for the others
 POLL = 1.0  # seconds between checks for shards that other processes finished
-TOLD = 30.0  # seconds between lines that say how far a preparation is
-REFUSED = 3  # exit status of the preparing process after an error, whose JSON is the last line of stderr
+REFUSED = 3  # exit status of `python -m steppe.data.prepare` after an error, whose JSON is the last line of stderr
 
 
 def recipe_of(data_config: Mapping, **overrides) -> Recipe:
@@ -75,7 +72,7 @@ def identity(recipe: Recipe) -> dict:
         "vocabulary": load_tokenizer(recipe.vocabulary).fingerprint,
         "held_out": list(recipe.held_out),
         "sources": {
-            f"{source.kind}:{source.where}": readers.of(source.kind).fingerprint(source, recipe.reading)
+            f"{source.kind}:{source.where}": readers.READERS[source.kind].fingerprint(source, recipe.reading)
             for source in (*listed["train"], *listed["held_out"])
         },
         "format": manifests.FORMAT,
@@ -114,7 +111,7 @@ def prepare(
         raise DataError(f"--out={out}: exists and is not a preparation; choose an empty or new directory")
     tokenizer = load_tokenizer(recipe.vocabulary)
     for source in {(s.kind, s.where, s.split): s for part in sources_of(recipe).values() for s in part}.values():
-        readers.of(source.kind).check(source, recipe.reading, log)
+        readers.READERS[source.kind].check(source, recipe.reading, log)
     if os.path.lexists(out) and not os.path.isdir(out):
         raise DataError(f"--out={out}: exists and is not a directory; choose an empty or new one")
     created = not os.path.exists(out)
@@ -354,7 +351,7 @@ def _hint(recipe: Recipe, source: sources.Source) -> str:
     """A remedy for a set without documents, as the end of an error line."""
     if source.kind in sources.PREPARED or source.split == "all":
         return ""
-    every = readers.of(source.kind).records(source._replace(split="all"), recipe.reading)
+    every = readers.READERS[source.kind].records(source._replace(split="all"), recipe.reading)
     if len(list(itertools.islice(every, 2))) < 2:
         remedy = "one document cannot be split: name another source in config.data.held_out, such as val=text:OTHER@all"
         return f"; {remedy}, and add @all to this one"
@@ -426,28 +423,3 @@ def _run_jobs(
         assert entry is not None
         listed.setdefault(job.source.name, []).append(entry)
     return listed
-
-
-def main(arguments: Iterable[str]) -> int:
-    """`python -m steppe.data.prepare RECIPE_JSON DIRECTORY [PARENT]`, which data/cache.py starts.
-
-    Ends when the process PARENT ends. Users call steppe prepare_data instead.
-    """
-    recipe, directory, *parent = arguments
-    log = functools.partial(print, flush=True)
-    if parent:
-        workers_of.follow(int(parent[0]))
-    told = time.monotonic()
-
-    def report(state: dict) -> None:
-        nonlocal told
-        if time.monotonic() - told > TOLD:
-            told = time.monotonic()
-            log(f"{state['documents']:,} documents, {state['tokens']:,} tokens so far")
-
-    try:
-        prepare(Recipe(**json.loads(recipe)), directory, log=log, report=report, wait=True)
-    except (DataError, StorageError) as error:
-        print(json.dumps(to_json(error), default=str), file=sys.stderr)
-        return REFUSED
-    return 0

@@ -102,7 +102,7 @@ def _write(directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable
     path = os.path.join(directory, job.file)
     tally = _Tally(job, _held_out_digests(directory) if job.part == "train" else frozenset())
     tokenizer = load_tokenizer(recipe.vocabulary)
-    records = readers.of(job.source.kind).records(job.source, recipe.reading, job.shard, job.shards)
+    records = readers.READERS[job.source.kind].records(job.source, recipe.reading, job.shard, job.shards)
     documents = _documents(_groups(tally.good(records)), tokenizer, tally, count)
 
     with files.replacing(path) as partial:

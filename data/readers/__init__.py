@@ -1,4 +1,4 @@
-"""Readers of the kinds of sources, and `of`, which selects one.
+"""Readers of the kinds of sources.
 
 A reader has check(source, reading, log), records(source, reading, shard, shards) and fingerprint(source, reading).
 """
@@ -20,11 +20,6 @@ READERS = {
 }
 
 
-def of(kind: str):
-    """The module that reads a kind of source."""
-    return READERS[kind]
-
-
 def fault_of(text: bytes) -> str:
     """The fault of a text: "encoding" if it is not UTF-8, "empty" if it is blank, else ""."""
     if text.isascii():
@@ -43,7 +38,7 @@ def texts(sources: tuple[Source, ...], reading: Reading) -> Iterator[str]:
     """The valid documents of a task. Alternates between sources by weight until one of them ends."""
 
     def good(source: Source) -> Iterator[str]:
-        for record in of(source.kind).records(source, reading):
+        for record in READERS[source.kind].records(source, reading):
             if not record.fault and not fault_of(record.text):
                 yield record.text.decode("utf-8")
 

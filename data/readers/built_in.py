@@ -16,21 +16,16 @@ def check(source: Source, reading: Reading, log: Callable[[str], None]) -> None:
 
 def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -> Iterator[Record]:
     """Every `shards`-th document of the split, starting with number `shard`. A hash of its name decides the split."""
-    listed = [text for name, text in documents(source.kind) if in_split(source, reading, name.encode())]
+    listed = [text for name, text in DOCUMENTS[source.kind]() if in_split(source, reading, name.encode())]
     yield from (Record(text) for text in listed[shard::shards])
 
 
 def fingerprint(source: Source, reading: Reading) -> str:
     """Hash of names and contents."""
     digest = xxhash.xxh3_128()
-    for name, text in documents(source.kind):
+    for name, text in DOCUMENTS[source.kind]():
         digest.update(f"{name}\0{len(text)}\0".encode() + text)
     return digest.hexdigest()
-
-
-def documents(kind: str) -> list[tuple[str, bytes]]:
-    """(name, UTF-8 text) of the documents of a kind, sorted by name."""
-    return embedded_documents() if kind == "embedded" else topic_documents()
 
 
 def topic_documents() -> list[tuple[str, bytes]]:
@@ -62,3 +57,6 @@ def embedded_documents() -> list[tuple[str, bytes]]:
                     if text.decode("utf-8").strip():
                         documents.append((relative, text))
     return sorted([*documents, *topic_documents()])
+
+
+DOCUMENTS = {"embedded": embedded_documents, "topics": topic_documents}

@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def check(source: Source, reading: Reading, log: Callable[[str], None]) -> None:
             pass
     seen: dict[str, None] = {}
     first = None
-    for record in islice(_every_record(source, reading, paths, None, seen), HEAD):
+    for record in islice(_every_record(source, reading, paths, seen), HEAD):
         if not record.fault:
             return
         first = first or record
@@ -75,12 +76,9 @@ def records(source: Source, reading: Reading, shard: int = 0, shards: int = 1) -
     shard and one split. A hash of its text (or of the faulty line or location) decides the split.
     """
     paths = files(source)
-    by_file = len(paths) >= shards
-    if by_file:
-        paths, mine = paths[shard::shards], None
-    else:
-        mine = lambda file, number: (number + file) % shards == shard  # noqa: E731
-    for record in _every_record(source, reading, paths, mine, {}):
+    if len(paths) >= shards:
+        paths, shard, shards = paths[shard::shards], 0, 1
+    for record in _every_record(source, reading, paths, {}, shard, shards):
         if in_split(source, reading, record.text):
             yield record
 
@@ -130,14 +128,14 @@ def _sample(path: str, size: int, blocks: int | None) -> bytes:
 
 
 def _every_record(
-    source: Source, reading: Reading, paths: list[str], mine: Callable[[int, int], bool] | None, seen: dict[str, None]
+    source: Source, reading: Reading, paths: list[str], seen: dict[str, None], shard: int = 0, shards: int = 1
 ) -> Iterator[Record]:
-    """The records with mine(file, number). Adds the fields of records without text to `seen`."""
+    """Every `shards`-th record of each file. Adds the fields of records without text to `seen`."""
     read = {"text": _whole, "lines": _lines, "jsonl": _objects, "parquet": _rows}[source.kind]
     for index, path in enumerate(paths):
-        chosen = None if mine is None else (lambda number, index=index: mine(index, number))
+        mine = range((shard - index) % shards, sys.maxsize, shards)  # numbers of records
         with opened_text(path, source.kind) as handle:
-            yield from read(handle, path, reading.text_field, chosen, seen)
+            yield from read(handle, path, reading.text_field, mine, seen)
 
 
 @contextmanager
@@ -245,19 +243,19 @@ def _bounded(document: bytes, place: str) -> bytes:
 
 
 def _whole(handle, path, field, mine, seen) -> Iterator[Record]:
-    if mine is None or mine(0):
+    if 0 in mine:
         yield Record(_bounded(handle.read(LONGEST + 1), path), "", path)
 
 
 def _lines(handle, path, field, mine, seen) -> Iterator[Record]:
     for number, line in enumerate(iter(lambda: _bounded(handle.readline(LONGEST + 1), path), b"")):
-        if (mine is None or mine(number)) and not line.isspace():
+        if number in mine and not line.isspace():
             yield Record(line.rstrip(b"\r\n"), "", f"{path}:{number + 1}")
 
 
 def _objects(handle, path, field, mine, seen) -> Iterator[Record]:
     for number in count():
-        record = _object(handle, f"{path}:{number + 1}", field, mine is None or mine(number), seen)
+        record = _object(handle, f"{path}:{number + 1}", field, number in mine, seen)
         if record is None:
             return
         if record is not _NOTHING:
@@ -337,7 +335,7 @@ def _rows(handle, path, field, mine, seen) -> Iterator[Record]:
         number = 0
         for batch in table.iter_batches(columns=[field], batch_size=1024):
             for value in batch.column(0).to_pylist():
-                if mine is None or mine(number):
+                if number in mine:
                     place = f"{path}, row {number + 1}"
                     value = value_at(value, ".".join(inside)) if inside else value
                     if isinstance(value, str | bytes):

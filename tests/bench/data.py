@@ -143,7 +143,7 @@ def _preparation(folder: str, task: str, vocabulary: str, packing: str) -> tuple
     began = time.process_time()
     entry = shards.take(tempfile.mkdtemp(dir=folder), recipe, job, token_dtype(tokenizer.vocab_size))
     spent = time.process_time() - began
-    texts = [record.text.decode() for record in readers.of(source.kind).records(source, recipe.reading)]
+    texts = [record.text.decode() for record in readers.READERS[source.kind].records(source, recipe.reading)]
     began = time.process_time()
     for text in texts:
         tokenizer.encode(text)
@@ -154,7 +154,7 @@ def _peak(folder: str, task: str, vocabulary: str) -> int:
     """Largest resident bytes of a process that prepares a task (Linux)."""
     program = (
         "import sys\n"
-        "from steppe.data.prepare import main\n"
+        "from steppe.data.prepare.__main__ import main\n"
         "assert main(sys.argv[1:]) == 0\n"
         # not ru_maxrss, which begins with the size of the process that started this one
         "print(1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))"

@@ -257,7 +257,7 @@ def test_an_absent_package_is_one_line_with_its_extra(hub, tmp_path, package):
     hub.put("datasets/o/s", shards(TEXTS))
     code = """import sys
 sys.modules[sys.argv[1]] = None
-from steppe.data.prepare import main
+from steppe.data.prepare.__main__ import main
 sys.exit(main(sys.argv[2:]))"""
     recipe = json.dumps(recipe_of(get_config().data, **OPTIONS, task="hf:o/s")._asdict())
     command = [sys.executable, "-P", "-c", code, package, recipe, str(tmp_path / "out")]

@@ -35,12 +35,12 @@ TEXTS = [f"document {i}\nnaïve 漢字" for i in range(100)]
 def read(task, **options):
     (source,) = parse(task)
     place = {name: options.pop(name) for name in ("shard", "shards") if name in options}
-    return list(readers.of(source.kind).records(source, Reading(**{"held_out_fraction": 0.2, **options}), **place))
+    return list(readers.READERS[source.kind].records(source, Reading(**{"held_out_fraction": 0.2, **options}), **place))
 
 
 def check(task, **options):
     (source,) = parse(task)
-    readers.of(source.kind).check(source, Reading(**options), print)
+    readers.READERS[source.kind].check(source, Reading(**options), print)
 
 
 def texts(task, **options):
