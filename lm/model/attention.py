@@ -1,6 +1,5 @@
 """Causal attention as one function; the kernel is chosen by name or by backend."""
 
-import functools
 from typing import Any
 
 import jax
@@ -40,11 +39,6 @@ def choose(
         return name
     fast = next((kernel for kernel, able in can.items() if able), None)
     return fast or differentiable(sequence_length)
-
-
-def unsplit(name: str, sequence_length: int) -> str:
-    """The kernel to use instead of `name` for a batch that is not split over a mesh, which splash requires."""
-    return differentiable(sequence_length) if name == "splash" else name
 
 
 def differentiable(sequence_length: int) -> str:
@@ -148,16 +142,13 @@ def _splash(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT, place: Plac
     )
 
     # XLA cannot partition the custom call, so each device runs it on its own sequences and heads.
-    def local(query, key, value, segments):
+    def local(query, key, value, *segments):
         mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * query.shape[2])
         kernel: Any = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, residual_checkpoint_name=MIXED)
         heads_first = (x.swapaxes(1, 2) for x in (query * K**-0.5, key, value))
-        ids = None if segments is None else splash.SegmentIds(segments, segments)
+        ids = splash.SegmentIds(*segments, *segments) if segments else None
         return jax.vmap(kernel)(*heads_first, segment_ids=ids).swapaxes(1, 2)
 
-    kinds = ("heads", "heads", "heads")
-    if segments_BxT is None:
-        split = place.split(functools.partial(local, segments=None), kinds, "heads")
-        return split(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK)
-    split = place.split(local, (*kinds, "tokens"), "heads")
-    return split(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, segments_BxT)
+    segments = () if segments_BxT is None else (segments_BxT,)
+    kinds = ("heads", "heads", "heads", *["tokens"] * len(segments))
+    return place.split(local, kinds, "heads")(query_BxTxHxK, key_BxTxGxK, value_BxTxGxK, *segments)

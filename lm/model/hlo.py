@@ -4,23 +4,10 @@ import math
 import re
 from typing import NamedTuple
 
-_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "f64": 8,
-    "s64": 8,
-}
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(?:[a-z]+(\d+)(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")  # (bits, dimensions)
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
@@ -195,8 +182,8 @@ def _added(body: dict[str, Instruction], name: str) -> int:
 def _collective(kind: str, instruction: Instruction, times: int, scatters: bool) -> Collective:
     size = _group_size(instruction.rest)
     arrays = [
-        math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, 4)
-        for dtype, dims in _ARRAY.findall(instruction.type)
+        math.prod(int(d) for d in dims.split(",") if d) * int(bits or 8) / 8
+        for bits, dims in _ARRAY.findall(instruction.type)
     ]
     # A start lists its operands, then its results; it has several of each when arrays travel together.
     if instruction.operation.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":

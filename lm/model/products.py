@@ -75,7 +75,9 @@ def _times(place: Placement, reads: bool, x, kernel_DxN, shape):
     return place.summed(jnp.einsum("btn,dn->btd", x_BxTxN, kernel_DxN), "tensor")
 
 
-def _multiplied(place: Placement, reads: bool, x, kernel):
+def _product(place: Placement, reads: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The product if fsdp splits the width. reads: the width is the kernel's first axis, else its last."""
+
     def local(x, kernel):
         return _times(place, reads, x, place.gathered(_matrix(reads, kernel)), kernel.shape[1:])
 
@@ -83,13 +85,8 @@ def _multiplied(place: Placement, reads: bool, x, kernel):
     return place.split(local, tuple(inputs), output)(x, kernel)
 
 
-def _product(place: Placement, reads: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product if fsdp splits the width. reads: the width is the kernel's first axis, else its last."""
-    return _multiplied(place, reads, x, kernel)
-
-
 def _sharded_forward(place, reads, x, kernel):
-    return _multiplied(place, reads, x, kernel), (x, kernel)
+    return _product(place, reads, x, kernel), (x, kernel)
 
 
 def _sharded_backward(place, reads, kept, cotangent):

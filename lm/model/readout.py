@@ -139,11 +139,6 @@ def _fitted(options: Options, sequences: int) -> Options:
     return options._replace(place=place)
 
 
-def _gathered(options: Options, kernel_VxD, dtype):
-    """The weights in the compute dtype, whole along D; cast before the gather to send half the bytes."""
-    return options.place.whole_width(kernel_VxD.astype(dtype))
-
-
 def _reduced(options: Options, gradient, value):
     """(d/d hidden, d/d kernel), each summed over devices once; d/d kernel stays split like the stored weights.
 
@@ -160,14 +155,15 @@ _INPUTS = ("table", "hidden", "tokens", "tokens")
 _GRADIENT = ("hidden", "table")
 
 
-def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients: bool):
+def _clean_pass(options: Options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients: bool = True):
     options = _fitted(options, len(hidden_BxTxD))
     wide = jnp.promote_types(jnp.float32, hidden_BxTxD.dtype)
 
     def local(kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT):
         B, T, _ = hidden_BxTxD.shape
-        # Cast inside the function, so that the kernel's gradient keeps the precision of its sum.
-        kernel_VxD = _gathered(options, kernel_VxD, hidden_BxTxD.dtype)
+        # Cast before the gather, to send half the bytes, but inside the function, so that the kernel's gradient keeps
+        # the precision of its sum.
+        kernel_VxD = options.place.whole_width(kernel_VxD.astype(hidden_BxTxD.dtype))
 
         def body(carry, take, put):
             losses, gradient, kept = carry
@@ -218,16 +214,12 @@ def _scaled(cotangent, to_hidden, to_kernel):
     return cotangent * to_kernel, (cotangent * to_hidden).astype(to_hidden.dtype)
 
 
-def _cross_entropy_forward(options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT):
-    return _clean_pass(options, kernel_VxD, hidden_BxTxD, targets_BxT, weights_BxT, gradients=True)
-
-
 def _cross_entropy_backward(options, gradient, cotangents):
     return *_scaled(cotangents[0], *gradient), None, None
 
 
 cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(0,))
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+cross_entropy.defvjp(_clean_pass, _cross_entropy_backward)
 
 
 def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weights_BxT):
@@ -236,8 +228,8 @@ def _frozen_pass(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT
     *rebuilt_from, kept = anchor
 
     def local(kernel_VxD, hidden_BxTxD, targets_BxT, share_BxT, fixed):
-        kernel_VxD = _gathered(options, kernel_VxD, hidden_BxTxD.dtype)
-        anchor_kernel_VxD = _gathered(options, fixed[0], hidden_BxTxD.dtype) if kept is None else None
+        kernel_VxD = options.place.whole_width(kernel_VxD.astype(hidden_BxTxD.dtype))
+        anchor_kernel_VxD = options.place.whole_width(fixed[0].astype(hidden_BxTxD.dtype)) if kept is None else None
 
         def body(carry, take, put):
             value, gradient = carry
@@ -273,13 +265,9 @@ def _frozen_change(options: Options, kernel_VxD, hidden_BxTxD, anchor, targets_B
     return _frozen_pass(options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weights_BxT)[0]
 
 
-def _frozen_forward(options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weights_BxT):
-    return _frozen_pass(options, kernel_VxD, hidden_BxTxD, anchor, targets_BxT, weights_BxT)
-
-
 def _frozen_backward(options, gradient, cotangent):
     return *_scaled(cotangent, *gradient), None, None, None
 
 
 frozen_change = jax.custom_vjp(_frozen_change, nondiff_argnums=(0,))
-frozen_change.defvjp(_frozen_forward, _frozen_backward)
+frozen_change.defvjp(_frozen_pass, _frozen_backward)

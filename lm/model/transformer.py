@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from steppe.lm.model.attention import CACHED, MIXED, attention, cached_attention, unsplit
+from steppe.lm.model.attention import CACHED, MIXED, attention, cached_attention, differentiable
 from steppe.lm.model.mesh import Placement
 from steppe.lm.model.products import PRODUCT, read, write
 
@@ -162,7 +162,13 @@ class Table(nn.Module):
         return self.param("embedding", self.draw, (self.rows, self.width), jnp.float32)
 
 
-def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+def _lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+    """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
+
+    Written per device, because XLA would gather all sequences on every device. The gradient is summed in float32 or
+    better on each device, whatever the dtype, and over devices as `place` says.
+    """
+
     def local(table, ids):
         if place.size("fsdp") > 1:
             table = place.whole_width(table.astype(dtype))
@@ -171,16 +177,6 @@ def _looked_up(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, id
         return found.astype(dtype) if mine is None else place.summed(found, "tensor")
 
     return place.split(local, (kind, "tokens"), "hidden")(table_RxD, ids_BxT)
-
-
-def _lookup(place: Placement, kind: str, dtype: str, table_RxD: jax.Array, ids_BxT: jax.Array) -> jax.Array:
-    """Rows of a table by id, [B, T, D] in `dtype`. kind: "table" (rows split over tensor) or "positions" (not split).
-
-    Written per device, because XLA would gather all sequences on every device. The gradient is summed in float32 or
-    better on each device, whatever the dtype, and over devices as `place` says.
-    """
-
-    return _looked_up(place, kind, dtype, table_RxD, ids_BxT)
 
 
 def _local_index(place: Placement, kind: str, ids, rows: int):
@@ -194,7 +190,7 @@ def _local_index(place: Placement, kind: str, ids, rows: int):
 
 def _lookup_forward(place, kind, dtype, table_RxD, ids_BxT):
     # Not lookup itself: second derivatives differentiate this rule, which has no rule of its own.
-    return _looked_up(place, kind, dtype, table_RxD, ids_BxT), (table_RxD, ids_BxT)
+    return _lookup(place, kind, dtype, table_RxD, ids_BxT), (table_RxD, ids_BxT)
 
 
 def _lookup_backward(place, kind, dtype, kept, cotangent_BxTxD):
@@ -339,7 +335,8 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None):
         s, place = self.shape, self.constrain.fitting(tokens_BxT.shape[0])
-        if place is not self.constrain and (kernel := unsplit(s.kernel, s.sequence_length)) != s.kernel:
+        if place is not self.constrain and s.kernel == "splash":  # which runs on a split batch only
+            kernel = differentiable(s.sequence_length)
             one = f"a batch of {tokens_BxT.shape[0]}, which does not divide over the devices"
             warnings.warn(f"attention: uses {kernel} instead of {s.kernel} for {one}", stacklevel=2)
             s = s._replace(kernel=kernel)
