@@ -73,10 +73,7 @@ def held_out_of(data_config: Mapping, task: str, log: Callable[[str], None] = pr
 
     Tokenised and packed according to config.data.
     """
-    named = tuple(
-        f"{source.name}={source.kind}{f':{source.where}' * bool(source.where)}@{source.split}"
-        for source in sources.parse(task, "--task", "all")
-    )
+    named = tuple(f"{source.name}={source.address}@{source.split}" for source in sources.parse(task, "--task", "all"))
     return open_of({**data_config, "directory": "", "task": "", "held_out": named}, log)
 
 

@@ -142,7 +142,6 @@ def _explained(repository: Repository, error: Exception, client: Any) -> str:
     kinds, endpoint = client.errors, client.constants.ENDPOINT
     page = f"{endpoint}/{'datasets/' if repository.kind == 'dataset' else ''}{repository.name}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     if isinstance(error, kinds.GatedRepoError):
         return f"is gated; accept its terms at {page} and set HF_TOKEN to a token of your account"
     if isinstance(error, kinds.RevisionNotFoundError):
@@ -155,6 +154,6 @@ def _explained(repository: Repository, error: Exception, client: Any) -> str:
         return f"cannot write {error.filename} ({error.strerror})"
     if isinstance(error, kinds.HfHubHTTPError) and status:
         return f"the hub at {endpoint} answers with status {status}; run again later"
-    if isinstance(error, kinds.LocalEntryNotFoundError) and error.__cause__:
-        reason = " ".join(f"{type(error.__cause__).__name__}: {error.__cause__}".split())[:200]
+    cause = (isinstance(error, kinds.LocalEntryNotFoundError) and error.__cause__) or error
+    reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
     return f"{endpoint} cannot be read ({reason}); check the network and run again, complete files remain"

@@ -38,6 +38,11 @@ class Source(NamedTuple):
     split: str
     weight: float  # share of rows in a mixture, relative to the others
 
+    @property
+    def address(self) -> str:
+        """KIND or KIND:WHERE."""
+        return f"{self.kind}:{self.where}" if self.where else self.kind
+
 
 class Limit(NamedTuple):
     """How much of a split to read: until one of both is reached. given: whether the source says it."""
@@ -123,7 +128,11 @@ def hub_split(split: str) -> tuple[str, Limit]:
 def held_out_sources(task: str, held_out: tuple[str, ...]) -> tuple[Source, ...]:
     """The held-out sets of a run: those of config.data.held_out, else the held_out split of every source."""
     if not held_out:
-        return tuple(source._replace(split=_held_out(source), weight=1.0) for source in parse(task))
+        sets = []
+        for source in parse(task):  # a limit of the hub's sets holds for the held-out split too
+            limit = source.split.partition("[")[1:] if source.kind == "hf" else ()
+            sets.append(source._replace(split="".join(("held_out", *limit)), weight=1.0))
+        return tuple(sets)
     key = "data.held_out"
     parsed = [parse(entry, key, "held_out") for entry in held_out]
     if several := [entry for entry, listed in zip(held_out, parsed, strict=True) if len(listed) > 1]:
@@ -132,11 +141,6 @@ def held_out_sources(task: str, held_out: tuple[str, ...]) -> tuple[Source, ...]
     if len({source.name for source in sources}) < len(sources):
         raise refused(key, held_out, "sets with different names: two are equal; name them, such as a=text:GLOB@all")
     return sources
-
-
-def _held_out(source: Source) -> str:
-    """The held-out split of a source; a limit of the hub's sets holds there too."""
-    return "held_out" + (source.split[source.split.find("[") :] if source.kind == "hf" and "[" in source.split else "")
 
 
 def in_split(source: Source, reading: Reading, identity: bytes) -> bool:

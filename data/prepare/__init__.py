@@ -1,7 +1,6 @@
 """Prepares a corpus: first a plan, then shards in parallel, then the manifest.
 
-`prepare` may be interrupted at any time and resumes when it is called again. data/cache.py calls it for runs without a
-prepared directory.
+An interrupted `prepare` resumes when it is called again. data/cache.py calls it for runs without a prepared directory.
 """
 
 import contextlib
@@ -24,12 +23,11 @@ from steppe.data.manifest import Manifest
 from steppe.data.packing import PACKINGS, token_dtype
 from steppe.data.prepare import shards
 from steppe.data.prepare import workers as workers_of
-from steppe.data.prepare.shards import Job, Recipe
+from steppe.data.prepare.shards import LOCK, Job, Recipe
 from steppe.data.readers import plain
 from steppe.data.vocabulary import load_tokenizer, read_model
 
 PLAN = "preparation.json"  # the plan of an unfinished preparation
-LOCK = ".lock"
 SAMPLES = "samples"  # key of an identity: hashes of file contents, by source
 BAD = "refused.json"  # the error of one of several processes, for the others
 POLL = 1.0  # seconds between checks for shards that other processes finished
@@ -311,8 +309,8 @@ def _component(recipe: Recipe, part: str, source: sources.Source, entries: list[
         f"excluded as held-out text: {totals['overlap']:,}"
     )
     if not totals["documents"]:
-        where = f"{source.kind}:{source.where}" if source.where else source.kind
-        raise BadRecords(f"{part} set {source.name} ({where}@{source.split}) has no documents{_hint(recipe, source)}")
+        name = f"{source.name} ({source.address}@{source.split})"
+        raise BadRecords(f"{part} set {name} has no documents{_hint(recipe, source)}")
     return {
         **source._asdict(),
         **totals,
@@ -401,7 +399,7 @@ def _run_jobs(
         report({"shards": done, "of": len(jobs), **dict(zip(("documents", "tokens", "bytes"), totals, strict=True))})
 
     while waiting := [job for job in jobs if entries[job] is None]:
-        free = [job for job in waiting if not shards.is_taken(out, job)]
+        free = [job for job in waiting if not files.is_held(os.path.join(out, job.file) + LOCK)]
         before = tuple(counts)
 
         def tell_more(more: Sequence[int], before=before) -> None:

@@ -77,11 +77,6 @@ def finished(directory: str, job: Job) -> dict | None:
     return None
 
 
-def is_taken(directory: str, job: Job) -> bool:
-    """Whether a process is writing this shard."""
-    return files.is_held(os.path.join(directory, job.file) + LOCK)
-
-
 def take(
     directory: str, recipe: Recipe, job: Job, dtype: str, count: Callable[[int, int, int], None] = lambda *_: None
 ) -> dict | None:
@@ -142,8 +137,9 @@ class _Tally:
         self.faults[fault] += 1
         self.places.setdefault(fault, place)
         if self.faults.total() == self.records >= GIVE_UP:
-            why = listed(self.faults, self.places)
-            raise BadRecords(f"{_describe(self.job)}: its first {self.records} records are all bad ({why}); {REMEDY}")
+            (part, source, *_), why = self.job, listed(self.faults, self.places)
+            name = f"{source.address} ({part}, {source.name})"
+            raise BadRecords(f"{name}: its first {self.records} records are all bad ({why}); {REMEDY}")
 
     def good(self, records: Iterable[Record]) -> Iterator[Record]:
         """The valid records that are not in a held-out set."""
@@ -221,11 +217,6 @@ def _documents(
             else:  # a lossy vocabulary may drop a whole text, such as zero-width characters
                 tally.bad("no token", record.place)
         count(*(after - b for after, b in zip((tally.documents, tally.tokens, tally.bytes), before, strict=True)))
-
-
-def _describe(job: Job) -> str:
-    place = f":{job.source.where}" if job.source.where else ""
-    return f"{job.source.kind}{place} ({job.part}, {job.source.name})"
 
 
 def _write_rows(path: str, rows: Iterator[list[packing.Segment]], dtype: str) -> tuple[int, str]:

@@ -42,7 +42,8 @@ def check(source: Source, reading: Reading, log: Callable[[str], None]) -> None:
     selection = _selected(source)
     part = "only the files that it needs are downloaded" if selection.limit.given else "all is downloaded"
     licence = selection.card.get("license", "not given")
-    log(f"{_name(source)} is {_amount(selection.files)} at commit {selection.commit}, licence {licence}; {part}")
+    found = f"{_amount(selection.files)} at commit {selection.commit}, licence {licence}"
+    log(f"{source.address}@{source.split} is {found}; {part}")
     plain.check(_file(selection, selection.files[0], log), reading, log)
 
 
@@ -74,14 +75,10 @@ def fingerprint(source: Source, reading: Reading) -> str:
     large and the source has no limit. Downloads nothing but the list of files."""
     selection, (repository, config) = _selected(source), _repository(source)
     if sum(file["size"] for file in selection.files) > LARGE and not selection.limit.given:
-        name = _name(source)
+        name = f"{source.address}@{source.split}"
         examples = f"{name}[:1GB], {name}[:100000] documents, or {name}[:all]"
         raise refused("data.task", name, f"a limit, because it is {_amount(selection.files)}: {examples}")
     return f"{repository.name}/{config}@{selection.commit}"
-
-
-def _name(source: Source) -> str:
-    return f"hf:{source.where}@{source.split}"
 
 
 def _amount(listed: list[File]) -> str:
@@ -119,7 +116,7 @@ def _selected(source: Source) -> Selection:
     else:
         chosen, split = "train", wanted  # the hash of a document divides the only split
     if chosen not in splits:
-        raise refused("data.task", _name(source), f"one of its splits: {', '.join(splits)}")
+        raise refused("data.task", f"{source.address}@{source.split}", f"one of its splits: {', '.join(splits)}")
     return Selection(repository, listing["commit"], listing["card"], splits[chosen], split, limit)
 
 
@@ -130,7 +127,8 @@ def _splits(source: Source, repository: Repository, config: str, listing: huggin
         suffixes = sorted({os.path.splitext(file["path"])[1] for file in listing["files"]} - {""})
         remedy = f"the hub's own conversion may exist: {repository}:refs/convert/parquet"
         raise DataError(f"{repository} has no parquet, jsonl or txt files, only {', '.join(suffixes)}; {remedy}")
-    card = _configs(repository, listing)
+    known = stored.typed(listing["card"], Card, f"README.md of {repository}").get("configs") or []
+    card = {each.get("config_name", "default"): each for each in known}
     config = config or next((n for n in card if card[n].get("default") or n == "default" or len(card) == 1), "")
     entry = card.get(config, Config(data_dir=config))
     folder = entry.get("data_dir", "")
@@ -141,7 +139,7 @@ def _splits(source: Source, repository: Repository, config: str, listing: huggin
     if not any(splits.values()) or (card and not config):
         folders = dict.fromkeys(path.split("/")[0] for path in readable if "/" in path)
         names = ", ".join(f"{repository.name}/{name}" for name in [*(card or folders)][:20])
-        raise refused("data.task", f"hf:{source.where}", f"a set with one of its configurations: {names}")
+        raise refused("data.task", source.address, f"a set with one of its configurations: {names}")
     return {split: [readable[path] for path in paths] for split, paths in splits.items() if paths}
 
 
@@ -181,12 +179,6 @@ class Card(TypedDict, total=False):
     """What we read of a card."""
 
     configs: list[Config] | None
-
-
-def _configs(repository: Repository, listing: huggingface.Listing) -> dict[str, Config]:
-    """The configurations in the card of a set, by name."""
-    card = stored.typed(listing["card"], Card, f"README.md of {repository}")
-    return {each.get("config_name", "default"): each for each in card.get("configs") or []}
 
 
 def _by_card(paths: Iterable[str], folder: str, listed: Patterns) -> dict[str, list[str]]:

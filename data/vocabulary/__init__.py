@@ -39,8 +39,7 @@ def read_model(spec: str) -> bytes:
         return hub.joined(spec, path, stored.content_of(path))
     except (OSError, stored.Wrong) as error:
         reason = getattr(error, "strerror", None) or error
-        accepted = f"{ACCEPTED} ({reason})"
-        raise refused("data.vocabulary", spec, accepted) from error
+        raise refused("data.vocabulary", spec, f"{ACCEPTED} ({reason})") from error
 
 
 _PUBLISHED = re.compile(rf"hf:({huggingface.NAME})(?:/([^:]+))?(?::(.+))?")

@@ -131,20 +131,15 @@ def is_joined(content: bytes) -> bool:
 
 
 def load(spec: str, content: bytes, kept: str = "") -> Tokenizer:
-    """Loads the result of `joined`; kept: see `load_tokenizer`.
-
-    Raises DataError if its library is missing or refuses it.
-    """
+    """Loads the result of `joined`; kept: see `load_tokenizer`. Raises DataError if its library does not load it."""
     found = stored.decode(content, Joined, spec)
     digest = hashlib.sha256(content).hexdigest()[:32]
-    kind = "tokenizer" if "tokenizer" in found else "tiktoken"
-    library = {"tokenizer": "tokenizers", "tiktoken": "tiktoken"}[kind]
+    library = "tokenizers" if "tokenizer" in found else "tiktoken"
     fingerprint = f"{library}-{digest}"
-    textual = (
-        kind == "tokenizer" and kept != fingerprint
-    )  # old versions turned control strings in text into control ids
+    # old versions turned control strings in text into control ids
+    textual = library == "tokenizers" and kept != fingerprint
     try:
-        made = _ranked(found) if kind == "tiktoken" else _fast(found, textual)
+        made = _ranked(found) if library == "tiktoken" else _fast(found, textual)
     except ImportError:
         raise DataError(f"config.data.vocabulary = {spec!r}: {packages.lacking(library)}") from None
     except Exception as error:  # the libraries have their own error types
