@@ -253,10 +253,9 @@ def config_of(keys: Mapping[str, Key], values: Mapping[str, Any] = MappingProxyT
     return config
 
 
-def slot(config: Any, key: str) -> tuple[Any, str]:
-    """(section that holds the key, name of the key in it)."""
-    *sections, name = key.split(".")
-    return functools.reduce(lambda section, each: section[each], sections, config), name
+def value_of(config: Any, key: str) -> Any:
+    """The value of a key such as "optim.rho" of a nested config."""
+    return functools.reduce(lambda section, each: section[each], key.split("."), config)
 
 
 def flatten(config: Mapping | ConfigDict, prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ length of None means the vector's global l2 norm, so |epsilon|_2 = rho.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,9 @@ class AscentInput(NamedTuple):
     step: jax.Array
 
 
-class Direction(Protocol):
-    """The direction from theta to theta + epsilon."""
-
-    def __call__(self, given: AscentInput) -> tuple[Tree, jax.Array | None, Tree]:
-        """(vector, length, new state); a length of None stands for the vector's global l2 norm."""
-        ...
-
-
 class Ascent(NamedTuple):
-    """A direction. needs: its inputs, of "gradient", "first" and "second" moment. init(params) -> its state.
+    """direction(AscentInput) -> (vector, length, new state), from theta to theta + epsilon. needs: its inputs, of
+    "gradient", "first" and "second" moment. init(params) -> its state.
 
     widths: for mup, the powers of the width that multiply the direction, (in parameters with one long axis, in
     matrices). Entries of the former must then stay constant, and entries of matrices must fall as 1 / width. Gradient
@@ -42,7 +35,7 @@ class Ascent(NamedTuple):
     refused under mup.
     """
 
-    direction: Direction
+    direction: Callable[[AscentInput], tuple[Tree, jax.Array | None, Tree]]
     needs: tuple[str, ...] = ("gradient",)
     init: Callable[[Tree], Tree] = lambda params: ()
     widths: tuple[float, float] | None = (1, 0)

@@ -84,32 +84,29 @@ def at_step(state: Any, step: jax.Array) -> Any:
     Does not change the counts of moments, because skipped gradients did not update them.
     """
 
-    def moved(x):
-        if isinstance(x, ScheduleFreeState):  # counts from 1 and contains another state
-            return x._replace(step_count=step + 1, base_optimizer_state=at_step(x.base_optimizer_state, step))
-        if isinstance(x, optax.ScaleByScheduleState):
-            return x._replace(count=step.astype(jnp.result_type(x.count)))
-        return x
+    def free(x):  # counts from 1 and contains another state
+        return x._replace(step_count=step + 1, base_optimizer_state=at_step(x.base_optimizer_state, step))
 
-    scheduled = (ScheduleFreeState, optax.ScaleByScheduleState)
-    return jax.tree.map(moved, state, is_leaf=lambda x: isinstance(x, scheduled))
+    def scheduled(x):
+        return x._replace(count=step.astype(jnp.result_type(x.count)))
+
+    return _replaced(state, {ScheduleFreeState: free, optax.ScaleByScheduleState: scheduled})
+
+
+def _replaced(state: Any, by: dict[type, Callable[[Any], Any]]) -> Any:
+    return jax.tree.map(lambda x: by.get(type(x), lambda x: x)(x), state, is_leaf=lambda x: type(x) in by)
 
 
 def _with_second(state: Any, fill: Callable[[Tree], Tree]) -> Any:
     """The optimizer state with fill(second) in place of Adam's second moments; in SOAP only for non-matrices."""
 
-    def moved(x):
-        if isinstance(x, optax.ScaleByAdamState):
-            return x._replace(nu=fill(x.nu))
-        if isinstance(x, SoapState):  # a small moment along an eigenvector is a measured one
-            leaves, structure = jax.tree.flatten(x.nu)
-            plain = fill([v for v, sides in zip(leaves, x.sides, strict=True) if not sides])
-            rest = iter(plain)
-            kept = [v if sides else next(rest) for v, sides in zip(leaves, x.sides, strict=True)]
-            return x._replace(nu=jax.tree.unflatten(structure, kept))
-        return x
+    def soap(x):  # a small moment along an eigenvector is a measured one
+        leaves, structure = jax.tree.flatten(x.nu)
+        rest = iter(fill([v for v, sides in zip(leaves, x.sides, strict=True) if not sides]))
+        kept = [v if sides else next(rest) for v, sides in zip(leaves, x.sides, strict=True)]
+        return x._replace(nu=jax.tree.unflatten(structure, kept))
 
-    return jax.tree.map(moved, state, is_leaf=lambda x: isinstance(x, (optax.ScaleByAdamState, SoapState)))
+    return _replaced(state, {optax.ScaleByAdamState: lambda x: x._replace(nu=fill(x.nu)), SoapState: soap})
 
 
 def _merge(a: Tree, b: Tree) -> Tree:

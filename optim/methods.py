@@ -20,14 +20,15 @@ from steppe.optim.schedules import is_number
 class Method(NamedTuple):
     """One row of the table. Its options are rho and those that its parts declare.
 
-    equation: the gradient handed to the base optimizer. memory: memory beyond the base step; theta is one copy of the
-    parameters, h the hidden states. ascent, second, first, period: functions that make the parts, see optim.options;
-    with a period of n, every n-th step perturbs. rule: makes the whole rule instead of these parts; its parameters may
-    name rho, microbatches, base and the switches. passes: (forwards, backwards) of a step that perturbs, over the
-    sequences that `first` selects; default: two of each if the direction needs a gradient, else one, and one more
-    forward if the second pass is anchored. products: products with the readout's weights; default: one per forward and
-    two per backward. share(sequences, shards, ...options): the fraction of the sequences that `first` selects. rho:
-    default radius. second_derivatives: whether the method differentiates the model twice.
+    equation: the gradient handed to the base optimizer. memory: beyond the base step; theta is one copy of the
+    parameters, h the hidden states; default: theta and what the second pass reuses. ascent, second, first, period:
+    functions that make the parts, see optim.options; with a period of n, every n-th step perturbs. rule: makes the
+    whole rule instead of these parts; its parameters may name rho, microbatches, base and the switches. passes:
+    (forwards, backwards) of a step that perturbs, over the sequences that `first` selects; default: two of each if the
+    direction needs a gradient, else one, and one more forward if the second pass is anchored. products: products with
+    the readout's weights; default: one per forward and two per backward. share(sequences, shards, ...options): the
+    fraction of the sequences that `first` selects. rho: default radius. second_derivatives: whether the method
+    differentiates the model twice.
     """
 
     equation: str
@@ -35,7 +36,7 @@ class Method(NamedTuple):
     ascent: Callable[..., Ascent] | None = None
     second: Callable[..., SecondPass] | None = None
     passes: tuple[float, float] | None = None
-    memory: str = "1 θ"
+    memory: str = ""
     rho: float = 0.05
     products: float | None = None
     first: Callable[..., first_pass.FirstPass] | None = None
@@ -62,6 +63,12 @@ class Method(NamedTuple):
             return 2, 2
         return 1 + _defaults(self.second).anchored, 1
 
+    def stored(self) -> str:
+        """`memory`, or its default."""
+        second = _defaults(self.second) if self.second else None
+        reused = " + activations" if second and second.pulls else " + h" if second and second.anchored else ""
+        return self.memory or f"1 θ{reused}"
+
     def needs(self) -> dict[str, bool]:
         """{need: whether it is required}. Today only "frequency": the frequencies of tokens [V]."""
         all_needs = functools.reduce(lambda known, part: known | needs(part), self.makers(), {})
@@ -77,22 +84,14 @@ METHODS: dict[str, Method | None] = {
     "adamw": None,
     "sam": Method("J(θ+ε)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖", "Foret et al. 2021", ascent.gradient, second_pass.full),
     "functional_sam": Method(
-        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = ρ g/‖g‖", "Singh et al. 2025", ascent.gradient, second_pass.functional, memory="1 θ + h"
+        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = ρ g/‖g‖", "Singh et al. 2025", ascent.gradient, second_pass.functional
     ),
     "logit_sam": Method(
-        "J(θ)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖",
-        "Baek, Kolter, Raghunathan 2024",
-        ascent.gradient,
-        second_pass.logit,
-        memory="1 θ + activations",
+        "J(θ)ᵀ∇ℓ(F(θ+ε)), ε = ρ g/‖g‖", "Baek, Kolter, Raghunathan 2024", ascent.gradient, second_pass.logit
     ),
     "precond_sam": Method("sam with ε = ρ D⁻¹g/‖D⁻¹g‖", "Singh et al. 2025", ascent.preconditioned, second_pass.full),
     "precond_functional_sam": Method(
-        "functional_sam with ε = ρ D⁻¹g/‖D⁻¹g‖",
-        "Singh et al. 2025",
-        ascent.preconditioned,
-        second_pass.functional,
-        memory="1 θ + h",
+        "functional_sam with ε = ρ D⁻¹g/‖D⁻¹g‖", "Singh et al. 2025", ascent.preconditioned, second_pass.functional
     ),
     "mixture_sam": Method(
         "α functional_sam + (1-α) logit_sam",
@@ -118,7 +117,7 @@ METHODS: dict[str, Method | None] = {
     ),
     "msam": Method("∇L(θ - ρ m/‖m‖)", "Becker, Altrock, Risse 2024", ascent.momentum, second_pass.full, rho=1.0),
     "functional_msam": Method(
-        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ m/‖m‖", "ours", ascent.momentum, second_pass.functional, memory="1 θ + h", rho=1.0
+        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ m/‖m‖", "ours", ascent.momentum, second_pass.functional, rho=1.0
     ),
     "precond_msam": Method(
         "∇L(θ - ρ u/‖u‖), -u the base's update for a zero gradient (Adam: u = D⁻¹m)",
@@ -128,12 +127,7 @@ METHODS: dict[str, Method | None] = {
         rho=1.0,
     ),
     "precond_functional_msam": Method(
-        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ u/‖u‖ as in precond_msam",
-        "ours",
-        ascent.update,
-        second_pass.functional,
-        memory="1 θ + h",
-        rho=1.0,
+        "J(θ+ε)ᵀ∇ℓ(F(θ)), ε = -ρ u/‖u‖ as in precond_msam", "ours", ascent.update, second_pass.functional, rho=1.0
     ),
     "k_sam": Method(
         "sam on the k sequences of highest loss in each data shard",
@@ -282,18 +276,6 @@ def takes(name: str) -> str:
     return f"takes {', '.join(row.declared() if row else ()) or 'no options'}"
 
 
-def period_options(name: str) -> list[str]:
-    """The options that set a method's period; [] for a method without one."""
-    row = row_of(name)
-    return list(options(row.period)) if row and row.period else []
-
-
-def period(name: str, **given) -> int:
-    """The method's period in steps: it perturbs one step per period. 1 for methods without a period."""
-    row = row_of(name)
-    return make(row.period, options_of(name, given)) if row and row.period else 1
-
-
 def perturbs(name: str, rho: float | Callable) -> bool:
     """Whether a method can differ from its base: it has a row, and its radius (if any) is not known to be 0."""
     row = row_of(name)
@@ -311,28 +293,16 @@ def accepted_bases(name: str) -> list[str]:
     return [base for base, kind in BASES.items() if needed_moments(name) <= set(kind.moments)]
 
 
-def second_of(name: str) -> SecondPass | None:
-    """The method's second pass with default options; None if it has none."""
+def second_of(name: str) -> SecondPass:
+    """The method's second pass with default options; the full one, which reuses nothing, if it has none."""
     row = row_of(name)
-    return _defaults(row.second) if row and row.second else None
-
-
-def is_anchored(name: str) -> bool:
-    """Whether the method's second pass uses the hidden states of the first pass."""
-    second = second_of(name)
-    return bool(second and second.anchored)
-
-
-def is_frozen(name: str) -> bool:
-    """Whether the second pass uses the first pass's loss derivative, which the readout may store."""
-    second = second_of(name)
-    return bool(second and second.frozen)
+    return _defaults(row.second if row and row.second else second_pass.full)
 
 
 def only_climbs(name: str) -> bool:
     """Whether the method uses the gradient at theta for the ascent only."""
-    row, second = row_of(name), second_of(name)
-    return bool(row and row.ascent and second and second.only_climbs and "gradient" in _defaults(row.ascent).needs)
+    row = row_of(name)
+    return bool(row and row.ascent and second_of(name).only_climbs and "gradient" in _defaults(row.ascent).needs)
 
 
 def _defaults(part: Callable) -> Any:
@@ -359,11 +329,11 @@ def method(name: str, *, base: Base | None = None, b2: float = 0.999, shards: in
         raise OptionError("base", base.name, f"one of {', '.join(accepted_bases(name))} with {name}")
     if fraction != 1 and over != "subset":
         raise OptionError("ascent_fraction", fraction, f"1.0 unless ascent_over is subset, and it is {over}")
-    if period_of := period_options(name):
+    if row and row.period:
         if switches.every != 1:
-            accepted = f"1 with optim.method = {name}; set optim.{period_of[0]} instead"
+            accepted = f"1 with optim.method = {name}; set optim.{next(iter(options(row.period)))} instead"
             raise OptionError("every", switches.every, accepted)
-        switches = switches._replace(every=period(name, **values))
+        switches = switches._replace(every=make(row.period, values))
     switches = switches._replace(rho=rho)
     if row is None or not perturbs(name, rho):
         return Plain(switches)

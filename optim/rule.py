@@ -293,17 +293,10 @@ def plain_gradient(objective: Objective, params: Tree, batch: Tree, microbatches
     return plain_pass(objective, params, batch, microbatches)[:2]
 
 
-class PlainPass(NamedTuple):
-    """The mean loss, its gradient at theta, the readout's `returned` of each part or None, and microbatch_norm."""
-
-    loss: jax.Array
-    gradient: Tree
-    aux: Tree
-    microbatch_norm: jax.Array | float
-
-
-def plain_pass(objective: Objective, params: Tree, batch: Tree, microbatches: int) -> PlainPass:
-    """The plain gradient in `microbatches` parts."""
+def plain_pass(
+    objective: Objective, params: Tree, batch: Tree, microbatches: int
+) -> tuple[jax.Array, Tree, Tree, jax.Array | float]:
+    """(mean loss, its gradient at theta, the readout's `returned` of each part or None, microbatch_norm)."""
 
     def one(before, part):
         clean = clean_pass(objective, objective.after(params, before), part)
@@ -313,9 +306,9 @@ def plain_pass(objective: Objective, params: Tree, batch: Tree, microbatches: in
     parts, shares = microbatched(objective, batch, microbatches)
     if shares is None:
         clean = clean_pass(objective, params, batch)
-        return PlainPass(clean.loss, clean.gradient, clean.aux.get("returned"), jnp.nan)
+        return clean.loss, clean.gradient, clean.aux.get("returned"), jnp.nan
     _, (loss, gradient), (aux, squares) = accumulate(one, no_square(params), parts, shares)
-    return PlainPass(loss, gradient, aux, jnp.sqrt(jnp.sum(shares * squares)))
+    return loss, gradient, aux, jnp.sqrt(jnp.sum(shares * squares))
 
 
 def no_square(params: Tree) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from steppe.configs import base
-from steppe.configs.keys import ConfigError, flatten, slot
+from steppe.configs.keys import ConfigError, flatten
 from steppe.data import files, stored
 from steppe.data.errors import DataError
 from steppe.lm.keep.exits import IN_USE, WorkdirError
@@ -40,8 +40,7 @@ def adopt(workdir: str, config: ConfigDict) -> None:
     known, flat = flatten(_read(path)), flatten(config.to_dict())
     for name, value in base.former(base.with_defaults(known), known).items():
         if flat[name] == base.keys()[name].default:
-            section, key = slot(config, name)
-            section[key] = value
+            config.update_from_flattened_dict({name: value})
 
 
 def is_new(workdir: str) -> bool:

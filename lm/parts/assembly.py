@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from steppe.configs.keys import ConfigError, flatten, slot
+from steppe.configs.keys import ConfigError, flatten, value_of
 from steppe.data import baselines, loader
 from steppe.data.cache import open_of
 from steppe.data.errors import DataError
@@ -22,7 +22,7 @@ from steppe.lm.model import readout
 from steppe.lm.model.mesh import Placement, batch_sharding, local_rows, make_mesh, place_batch
 from steppe.lm.model.objective import objective
 from steppe.lm.model.parameters import GROUPS, MATRIX_AXES
-from steppe.lm.model.transformer import Shape, shape, widening_of
+from steppe.lm.model.transformer import Shape, padded_vocabulary, shape, widening_of
 from steppe.lm.parts import budget as budgets
 from steppe.lm.parts import corpus as corpora
 from steppe.lm.parts.budget import Budget, Length, budget, count_parameters, describe, length
@@ -35,7 +35,7 @@ from steppe.optim import Objective, references
 from steppe.optim.averaging import Averages
 from steppe.optim.base import base
 from steppe.optim.masks import factors, mask
-from steppe.optim.methods import is_frozen, method, options_of, perturbs, row_of
+from steppe.optim.methods import method, options_of, perturbs, row_of, second_of
 from steppe.optim.rule import OptionError
 from steppe.optim.schedules import duration_steps, learning_rate
 from steppe.optim.schedules import rho as rho_schedule
@@ -85,7 +85,7 @@ def assemble(
     model_shape = shape(config.model, vocabulary_size, config.data.sequence_length, kernel)
     params = parameter_shapes(model_shape)
     scalars = _scalars(config)
-    frozen = "rho" in scalars and is_frozen(config.optim.method)
+    frozen = "rho" in scalars and second_of(config.optim.method).frozen
     options = _readout_options(config, model_shape, vocabulary_size, params, mesh, devices[0], frozen)
     long = length(config, params, epoch_tokens, leg, tokens_per_row)
     optimizer_at = _optimizers(config, params, long, shards, {"frequency": frequency}, leg.branch)
@@ -238,11 +238,11 @@ def _readout_options(config: ConfigDict, shape: Shape, vocabulary_size: int, par
 
 def _matching(config: ConfigDict, key: str, params, reader: Callable = mask) -> Any:
     """The result of a key's patterns for each parameter. Raises ConfigError if one matches none."""
-    section, name = slot(config, key)
+    rules = tuple(value_of(config, key))
     try:
-        return reader(params, tuple(section[name]))
+        return reader(params, rules)
     except ValueError as error:
-        raise ConfigError(key, tuple(section[name]), f"patterns of parameter paths: {error}") from None
+        raise ConfigError(key, rules, f"patterns of parameter paths: {error}") from None
 
 
 def _keeps_derivative(config, shape: Shape, parameters: int, rows: int, chunk: int, mesh: Mesh, device) -> bool:
@@ -312,7 +312,7 @@ def open_parts(
 def foreseen(config: ConfigDict) -> Parts:
     """The parts of a run on a corpus of made-up length. Raises what no corpus would change."""
     vocabulary = load_tokenizer(config.data.vocabulary).vocab_size
-    padded = _padded(config, vocabulary)
+    padded = padded_vocabulary(vocabulary, config.model.vocabulary_multiple)
     epoch = 1000 * config.train.batch_size * config.data.sequence_length
     made = assemble(config, vocabulary, epoch, jnp.full(padded, 1 / padded, jnp.float32))
     must_fit(config, made)
@@ -322,7 +322,7 @@ def foreseen(config: ConfigDict) -> Parts:
 def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = WHOLE) -> Parts:
     """The parts of a run on a corpus; counts: of each token [V]. Raises ConfigError if they do not fit in memory."""
     vocabulary, key = corpus.tokenizer.vocab_size, program_key(config, corpus.fingerprint, leg)
-    padded = _padded(config, vocabulary)
+    padded = padded_vocabulary(vocabulary, config.model.vocabulary_multiple)
     frequency = jnp.asarray(np.pad(counts, (0, padded - vocabulary)) / counts.sum(), jnp.float32)
     options = {"leg": leg, "tokens_per_row": corpus.tokens_per_row}
     made = once("parts", key, lambda: assemble(config, vocabulary, corpus.epoch_tokens, frequency, **options))
@@ -330,11 +330,6 @@ def parts_of(config: ConfigDict, corpus: Corpus, counts: np.ndarray, leg: Leg = 
     scalars = _scalars(config)  # those of `made` may belong to another run with the same programs
     start = jax.tree_util.Partial(made.initialise.func, np.uint32(config.seed))
     return made._replace(key=key, scalars=scalars, optimizer=made.optimizer_at(**scalars), initialise=start)
-
-
-def _padded(config: ConfigDict, vocabulary: int) -> int:
-    """The rows of the table of a vocabulary."""
-    return -(-vocabulary // config.model.vocabulary_multiple) * config.model.vocabulary_multiple
 
 
 def _differs(text: str) -> bool:
@@ -363,7 +358,7 @@ def must_fit(config: ConfigDict, parts: Parts) -> None:
                 f"a batch of which one activation fits a device: {rows:,} sequences of {data.sequence_length:,} tokens "
                 f"need {needed / 1e9:,.1f} GB on each of {parts.mesh.size} devices, which has {memory / 1e9:,.1f} GB"
             )
-            raise ConfigError(key, slot(config, key)[0].batch_size, accepted)
+            raise ConfigError(key, value_of(config, key), accepted)
 
 
 def report_parts(config: ConfigDict, parts: Parts, corpus: Corpus, log: Callable[[str], None]) -> None:

@@ -184,7 +184,7 @@ def step_traffic(config, vocabulary_size: int, mesh: tuple, chip: Chip, link: fl
     per_layer = 12 * shape_.width**2
     parameters = shape_.layers * per_layer + shape_.vocabulary * shape_.width
     chunk = min(config.model.readout_chunk or 4096, tokens)
-    anchored = methods.is_anchored(config.optim.method)
+    anchored = methods.second_of(config.optim.method).anchored
     each = rows // config.train.microbatches
     averages = averages_kept(config)
     memory = estimate_memory(shape_, parameters, each, chunk, mesh, anchored, averages)
@@ -293,15 +293,14 @@ def describe(budget: Budget, method: str) -> str:
     """The budget as a few lines of text."""
     total, non_embedding = budget.parameters
     whole, plain = budget.total_flops, budget.total_adamw_flops
-    share, padding = budget.tokens_per_step / budget.positions_per_step, ""
+    share = budget.tokens_per_step / budget.positions_per_step
+    lines = [
+        f"parameters  {total:,} ({non_embedding:,} non-embedding)",
+        f"tokens      {budget.tokens:,} in {budget.steps:,} steps of {budget.tokens_per_step:,.10g}"
+        f" ({budget.tokens / max(1, non_embedding):.1f} per non-embedding parameter)",
+    ]
     if share < 1:
-        padding = f"positions   {budget.positions:,}, {budget.positions_per_step:,} a step, {share:.1%} of them tokens"
-    return "\n".join(
-        [
-            f"parameters  {total:,} ({non_embedding:,} non-embedding)",
-            f"tokens      {budget.tokens:,} in {budget.steps:,} steps of {budget.tokens_per_step:,.10g}"
-            f" ({budget.tokens / max(1, non_embedding):.1f} per non-embedding parameter)",
-            *([padding] if padding else []),
-            f"FLOPs       {whole:.3g} with {method}, {plain:.3g} with adamw ({whole / plain:.2f} x)",
-        ]
-    )
+        each = f"{budget.positions_per_step:,} a step, {share:.1%} of them tokens"
+        lines.append(f"positions   {budget.positions:,}, {each}")
+    lines.append(f"FLOPs       {whole:.3g} with {method}, {plain:.3g} with adamw ({whole / plain:.2f} x)")
+    return "\n".join(lines)

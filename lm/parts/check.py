@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from steppe.configs import base, packages
-from steppe.configs.keys import DURATION, ConfigError, flatten, slot
+from steppe.configs.keys import DURATION, ConfigError, flatten, value_of
 from steppe.data import cache, manifest, sources, vocabulary
 from steppe.lm.model import attention
 from steppe.lm.model.transformer import widening_of
@@ -31,7 +31,7 @@ def check(config: ConfigDict, *, device_count: int | None, process_count: int = 
     vocabulary.load_tokenizer(config.data.vocabulary)
     described(config)
     for name, key in base.keys_of(flatten(config)).items():
-        key.check(name, _value(config, name))
+        key.check(name, value_of(config, name))
     _need(not (config.init_from and config.branch_from), config, "init_from", '"" with branch_from, which sets weights')
     _need(bool(config.init_from) or not config.init_weights, config, "init_weights", '"" without init_from')
     _check_model(config, backend)
@@ -72,14 +72,9 @@ def mesh_shape(config: ConfigDict, device_count: int | None) -> tuple[int, int, 
     return axes["data"], axes["fsdp"], axes["tensor"]
 
 
-def _value(config: ConfigDict, key: str) -> Any:
-    section, name = slot(config, key)
-    return section[name]
-
-
 def _need(true: bool, config: ConfigDict, key: str, accepted: str) -> None:
     if not true:
-        raise ConfigError(key, _value(config, key), accepted)
+        raise ConfigError(key, value_of(config, key), accepted)
 
 
 def _check_model(config: ConfigDict, backend: str | None) -> None:
@@ -186,7 +181,7 @@ def _check_durations(config: ConfigDict) -> None:
     tokens_per_step = config.train.batch_size * config.data.sequence_length
 
     def steps(key: str, **known: int) -> int:
-        text = _value(config, key)
+        text = value_of(config, key)
         try:
             return duration_steps(text, tokens_per_step=tokens_per_step, **known)
         except DurationError as error:

@@ -1,7 +1,7 @@
 """First passes: the gradients of a method at theta, their sequences, and the results that the second pass reuses."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,8 @@ class Residuals(NamedTuple):
     aux: Tree = None
 
 
-class FirstPass(Protocol):
-    """Computation at theta on one (micro)batch."""
-
-    def __call__(self, objective: Objective, params: Tree, batch: Tree) -> tuple[Gradients, Residuals]:
-        """The gradients at theta, and the residuals for the second pass over the same rows."""
-        ...
+# (objective, params, (micro)batch) -> (the gradients at theta, the residuals for the second pass over the same rows)
+FirstPass = Callable[[Objective, Tree, Tree], tuple[Gradients, Residuals]]
 
 
 def whole(objective: Objective, params: Tree, batch: Tree) -> tuple[Gradients, Residuals]:
@@ -129,8 +125,7 @@ def focal(
         # Above zero, because the mean does not count tokens of weight 0, and a weight may underflow.
         share = jnp.maximum(lam * (1 - frequency) ** gamma, 1e-30)
         focused = {**batch, "weights": batch["weights"] * share[batch["targets"]]}
-        hidden, pull = jax.vjp(lambda p: objective.trunk(p, batch), params)
-        (loss, aux), clean = backward(objective.readout, pull, params, hidden, batch, has_aux=True)
+        loss, aux, clean, (_, hidden, _), pull = clean_pass(objective, params, batch)
         (focused_loss, own), ascent = backward(objective.readout, pull, params, hidden, focused, has_aux=True)
         anchor = Anchor(params, hidden, own.get("kept"))
         # The second pass computes the focused loss only, so pass on the difference to report the whole loss.

@@ -1,12 +1,13 @@
 """Second passes: the gradient taken after the perturbation is known, and its combination with the gradient at theta.
 
-A path maps PassInput to (perturbed loss, vectors, aux). The full path gives the exact loss. The other paths do not form
-perturbed logits and give a first-order estimate; if the loss is convex in the outputs, the functional path
-underestimates it and the logit path overestimates it.
+A path maps PassInput to (perturbed loss, vectors, aux). vectors: trees, averaged over microbatches before `combine`.
+aux: the readout's `returned` at theta + epsilon, None if the readout is not called there. The full path gives the exact
+loss. The other paths do not form perturbed logits and give a first-order estimate; if the loss is convex in the
+outputs, the functional path underestimates it and the logit path overestimates it.
 """
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +33,6 @@ class PassInput(NamedTuple):
     pull: Callable | None
 
 
-class Path(Protocol):
-    """The computation of a second pass on one (micro)batch."""
-
-    def __call__(self, given: PassInput) -> tuple[jax.Array, Tree, Tree]:
-        """(perturbed loss, vectors, aux). vectors: trees, averaged over microbatches before `combine`. aux: the
-        readout's `returned` at theta + epsilon, None if the readout is not called there."""
-        ...
-
-
 class SecondPass(NamedTuple):
     """A path, and combine(Gradients, vectors) -> gradient.
 
@@ -51,7 +43,7 @@ class SecondPass(NamedTuple):
     perturbed ones (LookSAM); None: those steps return the clean gradient.
     """
 
-    path: Path
+    path: Callable[[PassInput], tuple[jax.Array, Tree, Tree]]
     combine: Callable[[Gradients, Tree], Tree] | None = None
     anchored: bool = False
     frozen: bool = False

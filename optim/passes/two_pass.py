@@ -125,13 +125,10 @@ class Plain(NamedTuple):
 
     def gradient(self, objective, params, batch, optimizer_state, rule_state, step):
         """See Rule.gradient."""
-        found = plain_pass(objective, params, batch, self.switches.microbatches)
-        clean = found.gradient
-        facts = report(
-            found.loss, norm(clean), clean, groups=self.switches.groups, epsilon_norm=0.0, cosine=1.0,
-            microbatch_norm=found.microbatch_norm,
-        )  # fmt: skip
-        return _clip(clean, self.switches.clip_norm), rule_state, _with_aux(facts, found.aux)
+        loss, clean, aux, spread = plain_pass(objective, params, batch, self.switches.microbatches)
+        known = {"epsilon_norm": 0.0, "cosine": 1.0, "microbatch_norm": spread}
+        facts = report(loss, norm(clean), clean, groups=self.switches.groups, **known)
+        return _clip(clean, self.switches.clip_norm), rule_state, _with_aux(facts, aux)
 
     def perturbing(self, steps: int) -> float:
         """See Rule.perturbing."""

@@ -141,7 +141,7 @@ def plan(config, parts, program, devices: list) -> Plan:
     from steppe.lm.model import hlo
     from steppe.lm.parts.budget import roofline
     from steppe.lm.parts.chips import chip_of, network_of
-    from steppe.optim.methods import is_anchored
+    from steppe.optim.methods import second_of
 
     def local(tree):
         leaves = jax.tree.leaves(tree)
@@ -152,7 +152,7 @@ def plan(config, parts, program, devices: list) -> Plan:
     rows = config.train.batch_size // shards
     small = 2 if shape.dtype == "bfloat16" else 4
     hidden = rows * shape.sequence_length * shape.width * small
-    if is_anchored(config.optim.method):
+    if second_of(config.optim.method).anchored:
         anchor = hidden
         if parts.options.keep:
             anchor = rows * shape.sequence_length * shape.vocabulary * 2 // parts.mesh.shape["tensor"]

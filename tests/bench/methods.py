@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def table(options: argparse.Namespace):
     """Yields the lines of the table: FLOPs over AdamW's, measured and predicted, and temporary memory."""
-    from steppe.optim.methods import cost, is_frozen, period
+    from steppe.optim.methods import cost, row_of, second_of
 
     flops, memory, parameters = measure("adamw", options)
     yield (
@@ -56,14 +56,15 @@ def table(options: argparse.Namespace):
     yield f"| {COLUMNS} |"
     yield "|---" * 6 + "|"
     for name in options.methods:
-        share, one = 1 / period(name), cost(name, sequences=options.batch_size)
+        row, one = row_of(name), cost(name, sequences=options.batch_size)
+        share = 1 / row.period() if row and row.period else 1.0
         ratio = predicted(options, one.averaged(share)) / predicted(options, cost("adamw"))
         measured, temporary, _ = measure(name, options)
 
         def average(perturbed, share=share):
             return (share * perturbed + (1 - share) * flops) / flops
 
-        kept = f"{average(measure(name, options, keep=True, memory=False)[0]):.2f}" if is_frozen(name) else ""
+        kept = f"{average(measure(name, options, keep=True, memory=False)[0]):.2f}" if second_of(name).frozen else ""
         yield (
             f"| `{name}` | {average(measured):.2f} | {ratio:.2f} | {temporary / 2**20:.0f} | "
             f"{(temporary - memory) / 2**20:+.0f} | {kept} |"
@@ -90,7 +91,8 @@ def measure(
     import optax
 
     from steppe.optim import base_optimizer, method
-    from steppe.optim.methods import period_options, row_of
+    from steppe.optim.methods import row_of
+    from steppe.optim.options import options as options_of
 
     adamw = base_optimizer("adamw", 1e-3, weight_decay=0.1)
 
@@ -115,8 +117,8 @@ def measure(
 
     frequency = jnp.full(options.vocabulary, 1 / options.vocabulary)
     # A method with a period as a step that perturbs: XLA counts both branches of the conditional between the two kinds.
-    own = dict.fromkeys(period_options(name), 1)
     row = row_of(name)
+    own = dict.fromkeys(options_of(row.period), 1) if row and row.period else {}
     needs = row.needs() if row else {}
     rule = method(name, base=adamw, **{**own, **dict.fromkeys(needs, frequency), **given})
     program, params, state = lowered(1)

@@ -16,7 +16,7 @@ from steppe import optim
 from steppe.optim import methods, rule
 from steppe.optim.base import BASES
 
-FROZEN = [name for name in methods.METHODS if methods.is_anchored(name)]
+FROZEN = [name for name in methods.METHODS if methods.second_of(name).anchored]
 NEVER_AT_THETA = {"random_sam", "msam", "precond_msam"}  # one pass, at theta + epsilon
 
 
@@ -71,7 +71,7 @@ def test_every_method_hands_back_aux_of_the_whole_batch(name, microbatches, over
             assert aux["seen"].tolist() == [3] * microbatches, step
         np.testing.assert_array_equal(whole["rows"], batch["row"], err_msg=str(step))
         at_theta = all(jax.tree.leaves(jax.tree.map(np.array_equal, seen, params)))
-        beyond = name in NEVER_AT_THETA or (over == "subset" and not methods.is_anchored(name))
+        beyond = name in NEVER_AT_THETA or (over == "subset" and not methods.second_of(name).anchored)
         assert at_theta == (step == 0 or not beyond), step
         if over != "microbatch" or at_theta:  # else each part is at an epsilon of its own
             wanted = problems.trunk(seen, batch) @ seen["readout"]

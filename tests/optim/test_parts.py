@@ -368,7 +368,7 @@ def test_costs():
     assert cost("sam").averaged(0.25) == (1.25, 1.25, 3.75)
     assert cost("k_sam", sequences=16, k=4) == (1.5, 0.5, 2.5)
     assert cost("k_sam", sequences=16, k=4, microbatches=2, shards=2) == (3, 2, 7)
-    assert cost("look_sam").averaged(1 / methods.period("look_sam", k=5)) == (1.2, 1.2, 3.6)
+    assert cost("look_sam").averaged(1 / 5) == (1.2, 1.2, 3.6)
     assert cost("sam", **subset) == (1.25, 1.25, 3.75)
     assert cost("functional_sam", **subset) == (2.25, 1.25, 4.75)
     assert cost("functional_sam", keep=True) == (2, 2, 5)

@@ -36,7 +36,7 @@ def methods_table() -> str:
             passes = times = "1 + 1/k"
         defaults = ", ".join(f"{option} {each.default}" for option, each in row.declared().items())
         equation = row.equation.replace("|", "\\|")
-        return f"`{name}` | {equation} | {row.source} | {passes} | {times} | {row.memory} | {defaults}"
+        return f"`{name}` | {equation} | {row.source} | {passes} | {times} | {row.stored()} | {defaults}"
 
     head = "name | gradient handed to the base | source | F, B | cost | memory | defaults"
     lines = [head, "|".join(["---"] * 7), *(cells(name, row) for name, row in methods.METHODS.items())]
