@@ -31,10 +31,8 @@ def styled(**changes):
     """The context to make and save figures in. changes: to STYLE, with `_` for the dots of its names."""
     import matplotlib
 
-    style: Any = {
-        **STYLE,
-        **{name if "." in name else name.replace("_", "."): value for name, value in changes.items()},
-    }
+    given = {name if "." in name else name.replace("_", "."): value for name, value in changes.items()}
+    style: Any = {**STYLE, **given}
     return matplotlib.rc_context(style)
 
 
@@ -106,31 +104,28 @@ def losses_of(records: lines.Records, name: str):
     return drawn
 
 
-def running_mean(values: list[float], decay: float) -> list[float]:
-    """Exponential average, corrected for the bias of its start; skips NaN and infinities."""
-    means, total, weight = [], 0.0, 0.0
-    for value in values:
-        if math.isfinite(value):
-            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        means.append(total / weight if weight else math.nan)
-    return means
+def running_mean(values, share: float):
+    """Exponential average [n], corrected for the bias of its start; skips NaN and infinities. share: of a new value."""
+    import pandas as pd
+
+    finite = pd.Series(values, dtype=float).replace([math.inf, -math.inf], math.nan)
+    return finite.ewm(alpha=share, ignore_na=True).mean().to_numpy()
 
 
-def _smoothing(count: int) -> float:
-    """The decay that averages over about a fiftieth of the points."""
-    return 1 - 1 / max(1.0, count / 50)
+def _curve(axes, steps, values, color, label=""):
+    """Draws values, faint, and their running mean over about a fiftieth of them; returns the mean."""
+    smooth, thin = running_mean(values, 1 / max(1.0, len(values) / 50)), slice(None, None, -(-len(steps) // DRAWN))
+    axes.plot(steps[thin], values[thin], color=color, alpha=0.25, linewidth=0.7)
+    axes.plot(steps[thin], smooth[thin], color=color, label=label and f"{label} {smooth[-1]:.3f}")
+    return smooth
 
 
 def _losses(axes, train, evaluations, baselines, begin):
     """Draws the losses; the limits of the axis are those of the losses from step `begin` on, of 0 with baselines."""
-    steps, losses = train.step, train.loss
-    smooth = running_mean(losses.tolist(), _smoothing(len(losses)))
-    thin = slice(None, None, -(-len(steps) // DRAWN))
-    axes.plot(steps[thin], losses[thin], color=BLUE, alpha=0.25, linewidth=0.7)
-    axes.plot(steps[thin], smooth[thin], color=BLUE, label=f"training {smooth[-1]:.3f}")
+    smooth = _curve(axes, train.step, train.loss, BLUE, "training")
     names = dict.fromkeys(record["name"] for record in evaluations)
-    looks = zip(names, "osD^vP*X" * len(names), (VERMILION, GREEN, PINK, ORANGE, SKY, BLACK) * len(names), strict=False)
-    for name, marker, colour in looks:
+    markers, colours = itertools.cycle("osD^vP*X"), itertools.cycle((VERMILION, GREEN, PINK, ORANGE, SKY, BLACK))
+    for name, marker, colour in zip(names, markers, colours, strict=False):
         found = [r for r in evaluations if r["name"] == name]
         label = f"held-out {name} {found[-1]['loss']:.3f}"
         part = [(r["step"], r["loss"]) for r in found if r.get("tokens") == found[0].get("tokens")]
@@ -141,11 +136,11 @@ def _losses(axes, train, evaluations, baselines, begin):
             style |= {"markersize": 7, "fillstyle": "none", "label": f"{label}, whole set"}
             axes.plot(*zip(*whole, strict=True), **style, linestyle="")
     for (name, value), dash in zip(
-        baselines.items(), [":", "-.", (0, (6, 2)), (0, (1, 3))] * len(baselines), strict=False
+        baselines.items(), itertools.cycle((":", "-.", (0, (6, 2)), (0, (1, 3)))), strict=False
     ):
         axes.axhline(value, color=GREY, linewidth=1.1, linestyle=dash, label=f"{name} {value:.3f}")
 
-    trained = itertools.compress(smooth, steps >= begin) if begin else losses
+    trained = smooth[train.step >= begin] if begin else train.loss
     held_out = [record["loss"] for record in evaluations if record["step"] >= begin]
     _limit(axes, [*trained, *held_out, *(() if begin else baselines.values())], 0.08)
 
@@ -159,7 +154,5 @@ def _limit(axes, values, margin):
 
 
 def _sharpness(axes, steps, values, begin):
-    smooth, thin = running_mean(values.tolist(), _smoothing(len(values))), slice(None, None, -(-len(steps) // DRAWN))
-    axes.plot(steps[thin], values[thin], color=GREEN, alpha=0.25, linewidth=0.7)
-    axes.plot(steps[thin], smooth[thin], color=GREEN)
-    _limit(axes, [0.0, *(itertools.compress(smooth, steps >= begin) if begin else values)], 0.1)
+    smooth = _curve(axes, steps, values, GREEN)
+    _limit(axes, [0.0, *(smooth[steps >= begin] if begin else values)], 0.1)

@@ -15,8 +15,8 @@ import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypedDict
 
+import msgspec
 from etils import epath
 
 from steppe.data import files, stored
@@ -50,14 +50,13 @@ def kept(workdir: str, primary: bool, log: Callable[[str], None]) -> Iterator[st
         yield str(_looked(workdir, checkpoints=False))
         return
     with ExitStack() as stack:
-        place = _made(_place(workdir), workdir)
+        place = _made(workdir)
         try:
             stack.enter_context(files.lock(place.parent / TRAINING))
         except files.Held as held:
             raise WorkdirError(f"{workdir}: {IN_USE} {held.holder}; wait for it, or stop it") from None
         with _one_line(place):
             copier = _Copier(workdir, place, log)
-            copier.begin()
         log(f"workdir     {workdir}, through {place}")
         stack.callback(copier.close)
         yield str(place)
@@ -97,7 +96,8 @@ def _place(address: str, reading: bool = False) -> Path:
     return _runs() / folder / (address.rpartition("/")[2] or "run")
 
 
-def _made(place: Path, address: str) -> Path:
+def _made(address: str, reading: bool = False) -> Path:
+    place = _place(address, reading)
     try:
         place.mkdir(parents=True, exist_ok=True)
         files.write(place.parent / ADDRESS, address)
@@ -123,7 +123,7 @@ class _State:
     """The present content of a URL. steps: {step: digest of its seal}, if asked for. run: its id, "" for none."""
 
     def __init__(self, store: Store, seals: bool = True):
-        self.names: dict[str, There] = store.names()
+        self.names = store.names()
         sealed = [name for name in self.names if seals and f"{CHECKPOINTS}/{_step(name)}/{seal.NAME}" == name]
         found = store.beginnings(sealed, _DIGEST)
         steps = ((_step(name), digest.decode(errors="replace")) for name, digest in found.items())
@@ -132,35 +132,27 @@ class _State:
 
     def within(self, step: int) -> list[str]:
         """The names of a step's files, with its seal last."""
-        return sorted((name for name in self.names if _step(name) == step), key=_seal_last)
+        return sorted((n for n in self.names if _step(n) == step), key=lambda n: (n.endswith(f"/{seal.NAME}"), n))
 
 
-class Kept(TypedDict):
-    """The content of _Known's file."""
-
-    seals: dict[str, tuple[str, bool]]
-    files: dict[str, tuple[int, int, str]]
-
-
-class _Known:
+class _Known(msgspec.Struct):
     """What a local directory knows of its URL, stored in a file next to it.
 
     seals: {step: (digest, whether it arrived)} of seals fetched from there or sent. files: {name: (size, local time,
     remote mark)} of other files when both copies last agreed; the mark is "" if unknown.
     """
 
-    def __init__(self, place: Path):
-        self._path = place.parent / KNOWN
-        self.seals: dict[int, tuple[str, bool]] = {}
-        self.files: dict[str, tuple[int, int, str]] = {}
-        self.any = self._path.exists()
-        with suppress(FileNotFoundError, stored.Wrong):  # a damaged file counts as absent
-            found = stored.read(self._path, Kept)
-            self.seals = {int(step): tuple(each) for step, each in found["seals"].items() if step.isdecimal()}
-            self.files = {name: tuple(each) for name, each in found["files"].items()}
+    seals: dict[int, tuple[str, bool]] = {}
+    files: dict[str, tuple[int, int, str]] = {}
 
-    def save(self) -> None:
-        files.write_json(self._path, {"seals": self.seals, "files": self.files})
+    @classmethod
+    def of(cls, place: Path) -> "_Known":
+        with suppress(FileNotFoundError, stored.Wrong, msgspec.ValidationError):  # a damaged file counts as absent
+            return msgspec.convert(stored.read(place.parent / KNOWN, dict), cls, str_keys=True)
+        return cls()
+
+    def save(self, place: Path) -> None:
+        files.write_json(place.parent / KNOWN, msgspec.structs.asdict(self))
 
 
 def _newer(place: Path, there: _State, known: _Known, holder: str) -> tuple[bool, bool]:
@@ -174,17 +166,24 @@ def _newer(place: Path, there: _State, known: _Known, holder: str) -> tuple[bool
     theirs = theirs and known.seals.get(other, ("",))[0] != there.steps[other]
     ours = bool(mine) and there.steps.get(last) != mine[last]
     ours = ours and not (theirs and known.seals.get(last) == (mine[last], True))
-    if ours and theirs and not known.any:  # an older version wrote no record
+    if ours and theirs and not (place.parent / KNOWN).exists():  # an older version wrote no record
         theirs = f" on {socket.gethostname()} (" not in holder
     return ours, theirs
 
 
+def _other_run(place: Path, there: _State) -> str:
+    """The id of the run in this cache if the URL holds another, else ""."""
+    with suppress(OSError, DataError), files.ordinary(place / RUN) as handle:
+        run = handle.read().decode(errors="replace").strip()
+        return run if there.run not in ("", run) else ""
+    return ""
+
+
 def _refuse_two(place: Path, address: str, there: _State, both: bool) -> None:
     """Raises WorkdirError if the URL and this cache hold different runs, or different continuations of one."""
-    run = _read(place / RUN)
-    other = bool(run and there.run and run != there.run)
-    if other or both:
-        what = f"the run {there.run}, this machine the run {run}" if other else "steps that this machine never had"
+    run = _other_run(place, there)
+    if run or both:
+        what = f"the run {there.run}, this machine the run {run}" if run else "steps that this machine never had"
         last, mine = max(there.steps, default=0), max(_seals(place), default=0)
         raise WorkdirError(
             f"{address}: holds {what}: step {last} there, step {mine} in {place}; nothing was changed. To resume from "
@@ -197,14 +196,14 @@ def _looked(address: str, checkpoints: bool) -> Path:
     training = _place(address)
     if files.is_held(training.parent / TRAINING):  # a run on this machine is ahead of the URL
         return training
-    place = _made(_place(address, reading=True), address)
+    place = _made(address, reading=True)
     with _one_line(place), files.lock(place.parent / "fetch.lock", wait=True):
         store = Store(address, place)
         there = _State(store, seals=checkpoints or bool(_seals(training)))
-        ours, theirs = _newer(training, there, _Known(training), "")
+        ours, theirs = _newer(training, there, _Known.of(training), "")
         if ours and not theirs:
             return training
-        known = _Known(place)
+        known = _Known.of(place)
         if there.names:
             for name in [name for name in known.files if name not in there.names]:
                 if (place / name).exists() and _mark(place / name) == known.files[name][:2]:
@@ -218,12 +217,12 @@ def _looked(address: str, checkpoints: bool) -> Path:
                         shutil.rmtree(place / CHECKPOINTS / str(step))
                     else:
                         seal.set_aside(place / CHECKPOINTS, step, SUPERSEDED)
-            mine, near = _seals(place), _seals(training)
+            mine, others = _seals(place), _seals(training)
             for step, digest in there.steps.items():
                 if mine.get(step) != digest:
-                    source = training / CHECKPOINTS / str(step) if near.get(step) == digest else None
-                    _fetch_step(store, place, there, step, print, source)
-        known.save()
+                    near = training / CHECKPOINTS / str(step) if others.get(step) == digest else None
+                    _fetch_step(store, place, there, step, print, near)
+        known.save(place)
     return place
 
 
@@ -231,9 +230,9 @@ def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: 
     """Fetches files outside of steps, except those in `kept` and those that are already here."""
     wanted = []
     for name in filter(_is_shared, there.names):
-        have = known.files.get(name)
-        same = have is not None and have[2] == there.names[name].mark and (place / name).exists()
-        if name not in kept and not (have and same and _mark(place / name) == have[:2]):
+        *mark, remote = known.files.get(name, ("",))
+        same = remote == there.names[name].mark and (place / name).exists() and [*_mark(place / name)] == mark
+        if not same and name not in kept:
             wanted.append(name)
     incoming = place.parent / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)
@@ -255,29 +254,28 @@ def _fetch_files(store: Store, place: Path, there: _State, known: _Known, kept: 
     shutil.rmtree(incoming, ignore_errors=True)
 
 
-def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callable, source: Path | None = None) -> bool:
+def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callable, near: Path | None = None) -> bool:
     """Fetches a sealed step, or links it from another local copy. False if it is gone or damaged; logs damage."""
     from steppe.lm.keep.checkpoint import ASIDE  # imported here: commands that read no checkpoint need no orbax
 
     target = files.below(place, f"{CHECKPOINTS}/{step}")
     aside, problem = target.with_name(f"{step}{ASIDE}-fetched"), None
-    for _ in range(2):  # twice, because a connection may have been cut within a file
+    for source in (near, None):  # twice, because a connection may have been cut within a file
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            if source is not None:
+            if source:
                 shutil.copytree(source, aside, copy_function=os.link)
             else:
                 start = f"{CHECKPOINTS}/{step}/"
                 store.get({name: files.below(aside, name.removeprefix(start)) for name in there.within(step)})
             seal.verify(epath.Path(aside), step)
         except (FileNotFoundError, shutil.Error):  # its run has deleted it, or the file system has no links
-            if source is None:
-                shutil.rmtree(aside, ignore_errors=True)
-                return False
-            source = None
+            if not source:
+                problem = None
+                break
             continue
         except seal.Broken as broken:
-            problem, source = broken, None
+            problem = broken
             continue
         for path in filter(Path.is_file, aside.rglob("*")):
             files.sync(path)
@@ -287,32 +285,34 @@ def _fetch_step(store: Store, place: Path, there: _State, step: int, log: Callab
         files.sync(target.parent)
         return True
     shutil.rmtree(aside, ignore_errors=True)
-    log(f"CHECKPOINT {step} AT {store.address} IS NOT USED: {problem}")
+    if problem:
+        log(f"CHECKPOINT {step} AT {store.address} IS NOT USED: {problem}")
     return False
 
 
 # ------------------------------------------------------------------------------------------------------------- copying
+_SENT = There(0, "")  # of files sent since the URL was last listed
+
+
 class _Taken(Exception):
     """Another process has taken over the run."""
 
 
 class _Copier:
-    """Copies a run's directory to its URL every SECONDS, from a thread, and once more when closed."""
+    """Copies a run's directory to its URL every SECONDS, from a thread, and once more when closed.
+
+    First compares both copies, takes over the run and fetches what is newer at the URL. Raises WorkdirError, before
+    writing anything, if both have continued.
+    """
 
     def __init__(self, address: str, place: Path, log: Callable[[str], None]):
-        self._store, self._place, self._log = Store(address, place), place, log
+        self._store = store = Store(address, place)
+        self._place, self._log = place, log
         self._token = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex[:8]})"
-        self._known = _Known(place)
-        self._there: dict[int, str] = {}  # {step: digest of its seal} at the URL
-        self._names: set[str] = set()  # the files of steps at the URL
-        self._lost, self._failing, self._since = "", False, 0.0
+        self._known = known = _Known.of(place)
+        self._lost, self._failing_since = "", 0.0  # 0: it does not fail
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def begin(self) -> None:
-        """Compares both copies, takes over the run, fetches what is newer at the URL, and starts copying. Raises
-        WorkdirError, before writing anything, if both have continued."""
-        store, place, known = self._store, self._place, self._known
         before = (store.read(HOLDER) or b"").decode(errors="replace")
         there = _State(store)
         _refuse_two(place, store.address, there, all(_newer(place, there, known, before)))
@@ -333,10 +333,10 @@ class _Copier:
             self._log(f"workdir     step {other} at the URL is newer than step {last} here; it is fetched")
         self._fetch(there, theirs)
         changed = {name for name, mark in _files(place).items() if self._is_new(name, mark)}
-        settled = theirs or not (known.any or ours)  # for files in both copies, the URL decides
+        begun = (place.parent / KNOWN).exists()
+        settled = theirs or not (begun or ours)  # for files in both copies, the URL decides
         _fetch_files(store, place, there, known, kept=() if settled else changed)
-        known.any = True
-        known.save()
+        known.save(place)
         self._adopt(there)
         self._thread.start()
 
@@ -379,30 +379,30 @@ class _Copier:
 
     def _adopt(self, there: _State) -> None:
         """Records the content of the URL as sent."""
-        self._there, self._names = dict(there.steps), {name for name in there.names if _step(name) is not None}
+        self._there = there
         self._known.files = {name: mark for name, mark in self._known.files.items() if name in there.names}
 
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
                 self._copy()
-                if self._failing:
-                    spent = time.monotonic() - self._since
+                if self._failing_since:
+                    spent = time.monotonic() - self._failing_since
                     self._log(f"COPIED      again, after {spent:,.0f} s; {self._held()} is at {self._store.address}")
-                self._failing = False
+                self._failing_since = 0.0
             except _Taken as taken:
                 self._lost = str(taken)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             except Exception as error:
-                if not self._failing:
-                    self._failing, self._since = True, time.monotonic()
+                if not self._failing_since:
+                    self._failing_since = time.monotonic()
                     again = f"the run continues and tries again every {SECONDS:g} s"
                     self._log(f"NOT COPIED  {error}; {self._lacking()}; {again}")
             self._ended.wait(SECONDS)
 
     def _held(self) -> str:
-        return f"step {max(self._there)}" if self._there else "no checkpoint"
+        return f"step {max(self._there.steps)}" if self._there.steps else "no checkpoint"
 
     def _lacking(self) -> str:
         return f"anything newer than {self._held()} is only in {self._place}"
@@ -411,8 +411,7 @@ class _Copier:
         """Sends new files: those of steps, then others, then seals. Removes steps that retention has deleted."""
         self._must_hold()
         known, sealed = self._known, _seals(self._place)
-        new = [step for step in sorted(sealed) if self._there.get(step) != sealed[step]]
-        new = [step for step in new if self._send(step)]
+        new = [step for step in sorted(sealed) if self._there.steps.get(step) != sealed[step] and self._send(step)]
         now = _files(self._place)
         changed = [name for name, mark in now.items() if self._is_new(name, mark)]
         for name in self._store.put({name: self._place / name for name in changed}):
@@ -423,20 +422,20 @@ class _Copier:
         if gone:
             self._must_hold()
         for step, digest in gone:
-            if step not in _seals(self._place) and self._there.get(step, digest) == digest:
-                self._remove(step, set())
+            if step not in _seals(self._place) and self._there.steps.get(step, digest) == digest:
+                self._remove(step)
                 known.seals.pop(step, None)
             (self._place / CHECKPOINTS / seal.RETIRED / str(step)).unlink()
         if new or gone or changed:
-            known.save()
+            known.save(self._place)
 
     def _send(self, step: int) -> bool:
         """Sends a step's files except its seal, without which it is no checkpoint; False if the step is gone."""
         folder = self._place / CHECKPOINTS / str(step)
         found = [path for path in folder.rglob("*") if path.is_file() and path != folder / seal.NAME]
         names = {path.relative_to(self._place).as_posix(): path for path in found}
-        self._remove(step, set(names))
-        self._names |= set(names)
+        self._remove(step, names)
+        self._there.names.update(dict.fromkeys(names, _SENT))
         return len(self._store.put(names)) == len(names) > 0
 
     def _seal(self, step: int, digest: str) -> None:
@@ -445,19 +444,20 @@ class _Copier:
             return
         self._must_hold()
         self._known.seals[step] = (digest, False)
-        self._known.save()
-        self._names.add(name)
+        self._known.save(self._place)
+        self._there.names[name] = _SENT
         if self._store.put({name: self._place / name}):
             self._known.seals[step] = (digest, True)
-            self._there[step] = digest
+            self._there.steps[step] = digest
 
-    def _remove(self, step: int, but: set[str]) -> None:
+    def _remove(self, step: int, but: Collection[str] = ()) -> None:
         """Removes a step at the URL, its seal first, except the files `but`, which are about to be replaced."""
-        for name in sorted((n for n in self._names if _step(n) == step and n not in but), key=_seal_last, reverse=True):
-            self._store.remove(name)
-            self._names.discard(name)
-            if Path(name).name == seal.NAME:
-                self._there.pop(step, None)
+        for name in reversed(self._there.within(step)):
+            if name not in but:
+                self._store.remove(name)
+                del self._there.names[name]
+                if name.endswith(f"/{seal.NAME}"):
+                    self._there.steps.pop(step, None)
 
     def _must_hold(self) -> None:
         """Raises _Taken if another process owns the run. Rewrites a holder file that vanished with everything else."""
@@ -467,8 +467,7 @@ class _Copier:
         if holder is not None:
             raise _Taken(holder.decode(errors="replace"))
         there = _State(self._store)
-        run = _read(self._place / RUN)
-        if _newer(self._place, there, self._known, "")[1] or (run and there.run and run != there.run):
+        if _newer(self._place, there, self._known, "")[1] or _other_run(self._place, there):
             raise _Taken("another, which has ended")
         self._store.write(HOLDER, self._token.encode())
         self._adopt(there)
@@ -493,14 +492,14 @@ class _Copier:
                 known.files = {name: (*at[:2], there.names[name].mark) for name, at in known.files.items()}
                 heard = {step: digest for step, (digest, _) in known.seals.items() if there.steps.get(step) == digest}
                 known.seals = {step: (digest, True) for step, digest in {**heard, **sealed}.items()}
-                known.save()
+                known.save(place)
                 return
             if last:
                 raise StorageError(f"{self._store.address}: lacks {(wrong + lacking)[0]}, although it was sent")
             for name in wrong:
                 known.files.pop(name, None)
             for step in lacking:
-                self._there.pop(step, None)
+                there.steps.pop(step, None)
             self._copy()
 
     def _is_new(self, name: str, mark: tuple[int, int]) -> bool:
@@ -559,17 +558,7 @@ def _is_shared(name: str) -> bool:
     return name not in (LOCK, HOLDER) and top != CHECKPOINTS and not last.endswith((".lock", files.ASIDE))
 
 
-def _read(path: Path) -> str:
-    with suppress(OSError, DataError), files.ordinary(path) as handle:
-        return handle.read().decode(errors="replace").strip()
-    return ""
-
-
 def _step(name: str) -> int | None:
     """The step whose checkpoint a file belongs to; None for other files."""
     parts = name.split("/")
     return seal.number(parts[1]) if len(parts) > 2 and parts[0] == CHECKPOINTS else None
-
-
-def _seal_last(name: str) -> tuple[bool, str]:
-    return name.endswith(f"/{seal.NAME}"), name

@@ -70,7 +70,7 @@ class Saves:
         with tracker.goodput.spending("save"):
             stall = checkpoints.save(at.done, at.state, meta)
         tracker.goodput.mark(at.done)
-        tracker.checkpoint(at.done, {"stall": stall})
+        tracker.measurement("checkpoint", at.done, {"stall": stall, "goodput": tracker.goodput.seconds()})
         self.timer.restart()
 
     def conclude(self) -> None:

@@ -39,20 +39,17 @@ class Goodput:
 
     def move(self, seconds: float, source: str, target: str) -> None:
         """Moves seconds from one kind to another."""
-        self._turn(self._kind)
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def mark(self, step: int) -> None:
         """Marks a step that the run can go back to."""
-        self._turn(self._kind)
-        self._marks[step] = self._seconds["step"]
+        self._marks[step] = self.seconds()["step"]
 
     def back(self, step: int) -> None:
         """The run goes back to a step: the time of steps since then counts as lost."""
-        self._turn(self._kind)
-        since = max((at for at in self._marks if at <= step), default=None)
-        self.move(self._seconds["step"] - (self._marks[since] if since is not None else 0.0), "step", "lost")
+        since = max((at for at in self._marks if at <= step), default=-1)
+        self.move(self.seconds()["step"] - self._marks.get(since, 0.0), "step", "lost")
 
     def add(self, earlier: Mapping[str, float]) -> None:
         """Adds the time of earlier starts of the run."""

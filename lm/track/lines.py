@@ -127,7 +127,8 @@ def read(workdir: str | os.PathLike) -> Records:
         apart.append(after)
         after = False
     step, tokens, *numbers = np.frombuffer(rows, np.float64).reshape(-1, len(Train._fields) - 1).T
-    return Records(Train(step.astype(np.int64), tokens.astype(np.int64), *numbers, np.frombuffer(apart, bool)), others)
+    counts = step.astype(np.int64), tokens.astype(np.int64)
+    return Records(Train._make((*counts, *numbers, np.frombuffer(apart, bool))), others)
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:

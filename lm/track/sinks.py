@@ -3,7 +3,7 @@
 Every start and rollback rebuilds them from it, so a kill leaves no gaps and no steps that are not the run's. If one
 fails, a note says so once and the run continues without it. Each has
 
-- row(row): adds a row; rows come in the order of metrics.jsonl, again from the first after again()
+- row(row): adds a row; rows come in the order of metrics.jsonl, from the first
 - facts(values): sets the run's facts
 - close(good): ends it
 """
@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,18 +73,12 @@ class Wandb:
     starts, because wandb cannot delete rows.
     """
 
-    name = "wandb"
-
     def __init__(self, workdir: Path, config: ConfigDict, id: str):
-        self._workdir, self._config = workdir, config
-        self._open(id)
-
-    def _open(self, id: str) -> None:
         import wandb
 
-        log, self.id = self._config.log, id
+        log = config.log
         offline = log.wandb == "offline"
-        for old in self._workdir.glob(f"wandb/offline-run-*-{id}") if offline else ():
+        for old in workdir.glob(f"wandb/offline-run-*-{id}") if offline else ():
             if old.is_dir() and not old.is_symlink() and not any(old.glob("*.synced")):
                 # wandb's own process outlives a killed run for a while and may still write there
                 gone = old.rename(old.with_name(f"removed-{uuid.uuid4().hex[:8]}"))
@@ -93,12 +87,12 @@ class Wandb:
             mode=log.wandb,
             project=log.project,
             group=log.group or None,
-            name=log.name or self._workdir.resolve().name,
+            name=log.name or workdir.resolve().name,
             tags=list(log.tags) or None,
             id=id,
             resume="allow",
-            dir=self._workdir,
-            config=self._config.to_dict(),
+            dir=workdir,
+            config=config.to_dict(),
             # wandb's capture of the terminal conflicts with the live line; an outage must not delay a run for long
             settings=wandb.Settings(console="off", silent=True, init_timeout=30, login_timeout=30, finish_timeout=60),
         )
@@ -106,22 +100,13 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
         for axis in ("tokens", "seconds"):
             self._run.define_metric(axis, step_metric="step")
-        self._known = 0 if offline else self._run.step  # rows that wandb already has
-
-    @property
-    def is_ahead(self) -> bool:
-        """Whether wandb has more rows than have been replayed."""
-        return self._known > 0
+        self.ahead = 0 if offline else self._run.step  # rows that wandb has and that have not been replayed
 
     def row(self, row: Row) -> None:
-        if self._known:
-            self._known -= 1
+        if self.ahead:
+            self.ahead -= 1
         else:
             self._run.log({"step": row.step, **row.axes, **row.values})
-
-    def again(self) -> None:
-        self.close(True)
-        self._open(self.id if self._config.log.wandb == "offline" else _new_id())
 
     def facts(self, values: dict[str, Any]) -> None:
         self._run.config.update({"run": values}, allow_val_change=True)
@@ -136,37 +121,27 @@ class Wandb:
 class TensorBoard:
     """The event file in WORKDIR/tensorboard. Its times are the run's, counted from when the run began."""
 
-    name = "tensorboard"
-
     def __init__(self, workdir: Path):
-        begun = workdir / "run_id"
-        self._folder, self._begin = workdir / "tensorboard", begun.stat().st_mtime if begun.exists() else time.time()
-        self._open()
-
-    def _open(self) -> None:
         from tensorboardX import SummaryWriter
 
-        for old in self._folder.glob("events.out.tfevents.*"):
+        begun, folder = workdir / "run_id", workdir / "tensorboard"
+        self._begin = begun.stat().st_mtime if begun.exists() else time.time()
+        for old in folder.glob("events.out.tfevents.*"):
             if old.is_file() and not old.is_symlink():
                 old.unlink()
         # purge_step makes a running TensorBoard forget the previous file
-        self._writer = SummaryWriter(str(self._folder), purge_step=0)
+        self._writer = SummaryWriter(str(folder), purge_step=0)
 
     def row(self, row: Row) -> None:
         from tensorboardX.proto import summary_pb2
         from tensorboardX.summary import scalar
 
         messages: Any = summary_pb2  # its classes are created at import, so type checkers do not see them
-
         shown = {**row.values, **(row.axes if row.own else {})}
         numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
         summary = messages.Summary(value=[scalar(name, value).value[0] for name, value in numbers.items()])
         file: Any = self._writer.file_writer
         file.add_summary(summary, row.step, self._begin + row.elapsed)
-
-    def again(self) -> None:
-        self._writer.close()
-        self._open()
 
     def facts(self, values: dict[str, Any]) -> None:
         self._writer.add_text("run", f"```json\n{json.dumps(values, indent=1, default=str)}\n```", 0)
@@ -176,27 +151,30 @@ class TensorBoard:
 
 
 class Sinks:
-    """The sinks that config.log asks for, filled from metrics.jsonl. wandb_id: of a checkpoint, or "". note(line):
-    prints a line for the user.
+    """The sinks that config.log asks for, filled from metrics.jsonl. note(line): prints a line for the user.
+
+    wandb_id: of a checkpoint, or ""; afterwards of the present wandb run, if there is one.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, *, wandb_id: str, note: Callable[[str], None]):
-        self._workdir, self._note, self._given, self._facts = workdir, note, wandb_id, None
-        self._sinks: list[Wandb | TensorBoard] = []
-        if config.log.wandb != "disabled":
-            self._given = _id(workdir, wandb_id)
-            self._start(Wandb, workdir, config, self._given)
-        if config.log.tensorboard:
-            self._start(TensorBoard, workdir)
-        self._wandb = next((sink for sink in self._sinks if isinstance(sink, Wandb)), None)
-        self._replay()
-        if self._wandb and self._wandb.is_ahead:
+        self._workdir, self._config, self._note, self._facts = workdir, config, note, None
+        asked = {Wandb: config.log.wandb != "disabled", TensorBoard: config.log.tensorboard}
+        self.wandb_id = _id(workdir, wandb_id) if asked[Wandb] else wandb_id
+        self._open([kind for kind in asked if asked[kind]])
+        if any(isinstance(sink, Wandb) and sink.ahead for sink in self._sinks):
             self.again()
 
-    @property
-    def wandb_id(self) -> str:
-        """The id of the wandb run, "" if there is none."""
-        return self._wandb.id if self._wandb else self._given
+    def _open(self, kinds: Iterable[Any]) -> None:
+        self._sinks: list[Wandb | TensorBoard] = []
+        self._rows = Rows()
+        for kind in kinds:
+            try:
+                given = {Wandb: (self._config, self.wandb_id), TensorBoard: ()}[kind]
+                self._sinks.append(kind(self._workdir, *given))
+            except Exception as error:
+                self._failed(kind, error)
+        for record in records(self._workdir / METRICS) if self._sinks else ():
+            self.record(record)
 
     def record(self, record: dict[str, Any]) -> None:
         """Sends the numbers of a record that was just added to metrics.jsonl."""
@@ -210,12 +188,13 @@ class Sinks:
 
     def again(self) -> None:
         """Rebuilds the sinks after metrics.jsonl was truncated."""
-        self._each(lambda sink: sink.again())
-        if self._wandb and self._wandb.id != self._given:
-            self._given = self._wandb.id
-            files.write(self._workdir / "wandb_id", self._given + "\n")
-            self._note(f"wandb       continues as run {self._given}, because wandb cannot delete the old run's rows")
-        self._replay()
+        self.close(True)
+        kinds = list(map(type, self._sinks))
+        if Wandb in kinds and self._config.log.wandb == "online":
+            self.wandb_id = _new_id()
+            files.write(self._workdir / "wandb_id", self.wandb_id + "\n")
+            self._note(f"wandb       continues as run {self.wandb_id}, because wandb cannot delete the old run's rows")
+        self._open(kinds)
         if self._facts is not None:
             self.facts(self._facts)
 
@@ -223,27 +202,16 @@ class Sinks:
         """Closes all; good: whether the run did not fail."""
         self._each(lambda sink: sink.close(good))
 
-    def _replay(self) -> None:
-        self._rows = Rows()
-        for record in records(self._workdir / METRICS) if self._sinks else ():
-            self.record(record)
-
-    def _start(self, kind: Any, *given: Any) -> None:
-        try:
-            self._sinks.append(kind(*given))
-        except Exception as error:
-            self._drop(kind.name, error)
-
     def _each(self, call: Callable[[Wandb | TensorBoard], None]) -> None:
         for sink in list(self._sinks):
             try:
                 call(sink)
             except Exception as error:
                 self._sinks.remove(sink)
-                self._drop(sink.name, error)
+                self._failed(type(sink), error)
 
-    def _drop(self, name: str, error: Exception) -> None:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    def _failed(self, kind: type, error: Exception) -> None:
+        reason, name = " ".join(f"{type(error).__name__}: {error}".split()), kind.__name__.lower()
         self._note(f"{name} failed and is not used from here on; metrics.jsonl has everything ({reason[:200]})")
 
 

@@ -70,7 +70,7 @@ class Tracker:
         self._rate = self._pace = 0.0  # steps per second, tokens per second
         self._squares = collections.deque(maxlen=NOISE)  # (|G|^2, noise) of the last steps with microbatches
         self._held_out: tuple[str, float] | None = None  # the first held-out set and its latest loss
-        self._bar = self._task = None
+        self._bar = None
 
         self._workdir.mkdir(parents=True, exist_ok=True)
         self.goodput.add(earlier(read(self._workdir), start_step))
@@ -118,8 +118,8 @@ class Tracker:
             self._squares.append(from_norms(*norms, self._config.train.microbatches))
         self._write("train", step, {**pace, **known})
         line = self._line(now, step, metrics)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, line=line)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, line=line)
         elif step % self._config.log.every == 0 or step == self._total:
             self.note(f"step {step}/{self._total}  {line}")
 
@@ -139,10 +139,6 @@ class Tracker:
         where = f"{'choices' if kind == 'choices' else 'held-out'} {name}" + f"/{weights}" * bool(weights)
         shown = "  ".join(f"{key} {_short(number(value))}" for key, value in metrics.items())
         self.note(f"step {step}  {where}  {shown}")
-
-    def checkpoint(self, step: int, facts: dict[str, Any] | None = None) -> None:
-        """Records the start of a checkpoint of `step`."""
-        self.measurement("checkpoint", step, {**(facts or {}), "goodput": self.goodput.seconds()})
 
     def event(self, kind: str, step: int, facts: dict[str, Any]) -> None:
         """Records a rare event: `anomaly`, `rollback`, `change`."""
@@ -201,21 +197,16 @@ class Tracker:
         self._sinks.close(status.startswith(("finished", "stopped")))
         self.note(status)
 
-    def _noise_scale(self) -> float | None:
-        """The gradient noise scale in tokens, by the mean squares of the last steps; None where noise hides it."""
-        if len(self._squares) < NOISE:
-            return None
-        square, noise = map(sum, zip(*self._squares, strict=True))
-        return noise / square * self._tokens_per_step if square > 0 else None
-
     def _line(self, now: float, step: int, metrics: dict[str, Any]) -> str:
         parts = [f"tokens {_si(self._seen)}"]
         if "loss" in metrics:
             parts.append(f"loss {number(metrics['loss']):.4f}")
         if self._held_out is not None:
             parts.append(f"held-out {self._held_out[1]:.4f}")
-        if (scale := self._noise_scale()) is not None:
-            parts.append(f"noise scale {_si(max(scale, 0.0))} tokens")
+        if len(self._squares) == NOISE:
+            square, noise = map(sum, zip(*self._squares, strict=True))
+            if square > 0:  # otherwise noise hides it
+                parts.append(f"noise scale {_si(max(noise / square * self._tokens_per_step, 0.0))} tokens")
         if self._rate:
             parts.append(f"{_si(self._pace)} tokens/s")
             flops = self._rate * self._flops_per_step
@@ -261,7 +252,7 @@ class Tracker:
             redirect_stdout=sys.stdout.isatty(),  # other output appears above the live line
             redirect_stderr=False,
         )
-        self._task = self._bar.add_task("", total=self._total, completed=start_step, line="compiling")
+        self._bar.add_task("", total=self._total, completed=start_step, line="compiling")
         self._bar.start()
 
 

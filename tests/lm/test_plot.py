@@ -73,6 +73,6 @@ def test_nothing_recorded_draws_nothing(tmp_path):
 
 
 def test_running_mean_is_an_average_from_the_first_value_on():
-    assert plot.running_mean([2.0, 2.0, 2.0], 0.9) == pytest.approx([2.0, 2.0, 2.0])
+    assert plot.running_mean([2.0, 2.0, 2.0], 0.1) == pytest.approx([2.0, 2.0, 2.0])
     assert plot.running_mean([1.0, math.nan, 3.0], 0.5) == pytest.approx([1.0, 1.0, (0.25 * 1 + 0.5 * 3) / 0.75])
     assert math.isnan(plot.running_mean([math.inf], 0.5)[0])

@@ -60,7 +60,7 @@ def test_every_step_is_one_strict_json_line_of_exact_values(tmp_path, config):
     tracker.step(1, {"loss": np.float32(0.1), **bad})
     tracker.step(2, {"loss": np.float32(0.2), "nonfinite": 0.0, "perturbed_loss": float("nan")})
     tracker.evaluation(1, "books", {"loss": -math.inf})
-    tracker.checkpoint(1, {"path": "checkpoints/1"})
+    tracker.measurement("checkpoint", 1, {"path": "checkpoints/1"})
     lines = _lines(tmp_path)  # readable while the run is still open
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("run", 0), ("train", 1), ("train", 2), ("evaluate", 1), ("checkpoint", 1),
@@ -150,7 +150,7 @@ def test_plain_lines_when_not_a_terminal(tmp_path, config):
             tracker.evaluation(5, "books", {"loss": 2.5, "bits_per_byte": 3.6067})
             tracker.evaluation(5, "code", {"loss": 9.0})  # progress shows the first set
             clock.now += 1000.0  # time outside steps must not count as slow steps
-            tracker.checkpoint(5)
+            tracker.measurement("checkpoint", 5, {})
     tracker.close("finished")
     assert stream.getvalue().splitlines() == [
         "step 5/12  tokens 5.00k  loss 2.0000  2.00k tokens/s  6.00 GFLOP/s  ETA 0:04",
@@ -193,7 +193,7 @@ def test_other_processes_write_nothing(tmp_path, config):
     tracker.run(0, {})
     _steps(tracker, 1, 5)
     tracker.evaluation(5, "books", {"loss": 1.0})
-    tracker.checkpoint(5)
+    tracker.measurement("checkpoint", 5, {})
     tracker.note("hello")
     tracker.close("finished")
     assert stream.getvalue() == ""
