@@ -6,7 +6,7 @@ Parameters are read from the checkpoint one at a time and written whenever a fil
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,53 +59,54 @@ def export(run: Unread, out: str, log: Callable[[str], None] = print) -> None:
         files.write(aside / "README.md", card.card(run))
 
 
-def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str], None]) -> None:
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a .safetensors file that everyone may read."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    names: dict[str, str] = {}  # {their tensor: its file}
-    held: dict[str, np.ndarray] = {}
-    written = total = 0
+    try:
+        save_file(arrays, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from error
+    path.chmod(0o644)
 
-    def flush() -> None:
-        nonlocal written, held
-        if held:
-            written += 1
-            file = f"part-{written}.safetensors"
-            try:
-                save_file(held, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(errno.EIO, " ".join(str(error).split()), str(folder / file)) from error
-            (folder / file).chmod(0o644)
-            names.update(dict.fromkeys(held, file))
-            held = {}
 
-    for name, array in tensors(run, family):
-        if sum(each.nbytes for each in held.values()) + array.nbytes > MOST:
-            flush()
-        held[name] = np.ascontiguousarray(array)
-        total += array.nbytes
-    flush()
-    final = {f"part-{n}.safetensors": f"model-{n:05d}-of-{written:05d}.safetensors" for n in range(1, written + 1)}
-    if written == 1:
-        final = {"part-1.safetensors": "model.safetensors"}
+def _write_weights(folder: Path, run: Unread, family: Family, log: Callable[[str], None]) -> None:
+    numbers: dict[str, int] = {}  # {their tensor: the number of its file}
+    count = total = 0
+    for count, (held, size) in enumerate(_parts(tensors(run, family)), 1):
+        save(folder / f"part-{count}.safetensors", held)
+        numbers |= dict.fromkeys(held, count)
+        total += size
+        held.clear()  # frees the memory before more is read
+    final = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        final = ["model.safetensors"]
     else:
-        where = {name: final[file] for name, file in sorted(names.items())}
-        files.write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
-        )
-    for before, after in final.items():
-        (folder / before).rename(folder / after)
-    log(f"wrote {len(names)} tensors, {total / 1e6:,.1f} MB, in {written} {'file' if written == 1 else 'files'}")
+        where = {name: final[number - 1] for name, number in sorted(numbers.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        files.write_json(folder / "model.safetensors.index.json", index)
+    for number, name in enumerate(final, 1):
+        (folder / f"part-{number}.safetensors").rename(folder / name)
+    log(f"wrote {len(numbers)} tensors, {total / 1e6:,.1f} MB, in {count} {'file' if count == 1 else 'files'}")
+
+
+def _parts(arrays: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """(arrays by name, their bytes) of each file."""
+    held, size = {}, 0
+    for name, array in arrays:
+        if held and size + array.nbytes > MOST:
+            yield held, size
+            held, size = {}, 0
+        held[name] = np.ascontiguousarray(array)
+        size += array.nbytes
+    yield held, size
 
 
 def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
     """(their name, array) of every tensor of the model, read from the checkpoint on demand."""
     vocabulary, layers = run.corpus.tokenizer.vocab_size, run.config.model.layers
     widening = widening_of(run.config.model)
-    biases: dict[str, list[str]] = {}
-    for bias, path in family.zeros.items():
-        biases.setdefault(path, []).append(bias)
     for name, paths in family.names.items():
         if not all(path in run.shapes for path in paths):  # a tied model has no readout
             continue
@@ -121,5 +122,5 @@ def tensors(run: Unread, family: Family) -> Iterator[tuple[str, np.ndarray]]:
             if paths[0] == families.LAST_NORM and widening != 1:  # mup divides the readout's input by it
                 array = array / np.float32(widening)
             yield name.format(layer), array
-            for bias in biases.get(paths[0], ()):
+            if (bias := families.bias_of(name)) in family.zeros:
                 yield bias.format(layer), np.zeros(array.shape[-1], np.float32)

@@ -5,7 +5,7 @@ sides' RoPE pairs the halves of a head. The parameter table (lm/model/parameters
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -19,20 +19,12 @@ from steppe.lm.model import parameters
 LAST_NORM = "final_norm/scale"  # before the readout
 
 
-class Rope(TypedDict, total=False):
-    """The RoPE settings of a config.json."""
-
-    rope_type: str | None
-    type: str | None
-    rope_theta: float | None
-
-
 class Family(NamedTuple):
     """names: {theirs: our paths}, with {} for the layer; several paths if theirs joins kernels along their outputs.
 
-    linear: whether kernels are [out, in], as in torch's Linear, instead of [in, out]. zeros: {theirs: our path with
-    the same output size}, biases that we do not have. keys: {our key: theirs}. fixed: {their key: the value it must
-    have}; these are written, and absent keys count as having them.
+    linear: whether kernels are [out, in], as in torch's Linear, instead of [in, out]. keys: {our key: theirs}. fixed:
+    {their key: the value it must have}; these are written, and absent keys count as having them. zeros: their biases,
+    which we do not have.
     """
 
     kind: str
@@ -43,7 +35,12 @@ class Family(NamedTuple):
     names: Mapping[str, tuple[str, ...]]
     keys: Mapping[str, str]
     fixed: Mapping[str, Any]
-    zeros: Mapping[str, str] = {}
+    zeros: Collection[str] = ()
+
+
+def bias_of(name: str) -> str:
+    """Their name of the bias next to their weight `name`."""
+    return name.removesuffix("weight") + "bias"
 
 
 _LLAMA = {
@@ -52,13 +49,11 @@ _LLAMA = {
     "lm_head.weight": ("readout/kernel",),
     "model.layers.{}.input_layernorm.weight": ("layers/attention_norm/scale",),
     "model.layers.{}.post_attention_layernorm.weight": ("layers/mlp_norm/scale",),
-    "model.layers.{}.self_attn.q_proj.weight": ("layers/attention/query/kernel",),
-    "model.layers.{}.self_attn.k_proj.weight": ("layers/attention/key/kernel",),
-    "model.layers.{}.self_attn.v_proj.weight": ("layers/attention/value/kernel",),
-    "model.layers.{}.self_attn.o_proj.weight": ("layers/attention/out/kernel",),
-    "model.layers.{}.mlp.gate_proj.weight": ("layers/mlp/gate/kernel",),
-    "model.layers.{}.mlp.up_proj.weight": ("layers/mlp/up/kernel",),
-    "model.layers.{}.mlp.down_proj.weight": ("layers/mlp/down/kernel",),
+    **{
+        f"model.layers.{{}}.self_attn.{name[0]}_proj.weight": (f"layers/attention/{name}/kernel",)
+        for name in ("query", "key", "value", "out")
+    },
+    **{f"model.layers.{{}}.mlp.{name}_proj.weight": (f"layers/mlp/{name}/kernel",) for name in ("gate", "up", "down")},
 }
 _LLAMA_KEYS = {
     "model.layers": "num_hidden_layers",
@@ -74,6 +69,20 @@ _LLAMA_KEYS = {
 }
 _LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
 
+_GPT2 = {
+    "transformer.wte.weight": ("embed/embedding",),
+    "transformer.wpe.weight": ("position/embedding",),
+    "transformer.ln_f.weight": (LAST_NORM,),
+    "lm_head.weight": ("readout/kernel",),
+    "transformer.h.{}.ln_1.weight": ("layers/attention_norm/scale",),
+    "transformer.h.{}.ln_2.weight": ("layers/mlp_norm/scale",),
+    "transformer.h.{}.attn.c_attn.weight": tuple(
+        f"layers/attention/{name}/kernel" for name in ("query", "key", "value")
+    ),
+    "transformer.h.{}.attn.c_proj.weight": ("layers/attention/out/kernel",),
+    "transformer.h.{}.mlp.c_fc.weight": ("layers/mlp/up/kernel",),
+    "transformer.h.{}.mlp.c_proj.weight": ("layers/mlp/down/kernel",),
+}
 FAMILIES = (
     Family("llama", "LlamaForCausalLM", "modern", False, True, _LLAMA, _LLAMA_KEYS, _LLAMA_FIXED),
     Family(
@@ -87,21 +96,7 @@ FAMILIES = (
         {**_LLAMA_FIXED, "use_sliding_window": False},
     ),
     Family(
-        "gpt2", "GPT2LMHeadModel", "nanodo", False, False,
-        {
-            "transformer.wte.weight": ("embed/embedding",),
-            "transformer.wpe.weight": ("position/embedding",),
-            "transformer.ln_f.weight": (LAST_NORM,),
-            "lm_head.weight": ("readout/kernel",),
-            "transformer.h.{}.ln_1.weight": ("layers/attention_norm/scale",),
-            "transformer.h.{}.ln_2.weight": ("layers/mlp_norm/scale",),
-            "transformer.h.{}.attn.c_attn.weight": tuple(
-                f"layers/attention/{name}/kernel" for name in ("query", "key", "value")
-            ),
-            "transformer.h.{}.attn.c_proj.weight": ("layers/attention/out/kernel",),
-            "transformer.h.{}.mlp.c_fc.weight": ("layers/mlp/up/kernel",),
-            "transformer.h.{}.mlp.c_proj.weight": ("layers/mlp/down/kernel",),
-        },
+        "gpt2", "GPT2LMHeadModel", "nanodo", False, False, _GPT2,
         {
             "model.layers": "n_layer",
             "model.width": "n_embd",
@@ -115,21 +110,14 @@ FAMILIES = (
             "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
             "reorder_and_upcast_attn": False, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
         },
-        {
-            "transformer.ln_f.bias": LAST_NORM,
-            "transformer.h.{}.ln_1.bias": "layers/attention_norm/scale",
-            "transformer.h.{}.ln_2.bias": "layers/mlp_norm/scale",
-            "transformer.h.{}.attn.c_attn.bias": "layers/attention/query/kernel",
-            "transformer.h.{}.attn.c_proj.bias": "layers/attention/out/kernel",
-            "transformer.h.{}.mlp.c_fc.bias": "layers/mlp/up/kernel",
-            "transformer.h.{}.mlp.c_proj.bias": "layers/mlp/down/kernel",
-        },
+        [bias_of(name) for name in _GPT2 if "wte" not in name and "wpe" not in name and name != "lm_head.weight"],
     ),
 )  # fmt: skip
 _KINDS: dict[str, Any] = {
     "tie_word_embeddings": bool, "rms_norm_eps": float, "layer_norm_epsilon": float, "rope_theta": float,
 }  # fmt: skip
 _MADE: Any = TypedDict  # type checkers accept only literal fields
+Rope = _MADE("Rope", {"rope_type": str | None, "type": str | None, "rope_theta": float | None}, total=False)
 # The fields of a Hugging Face config.json that are read: of its names, its positions, and a family's keys
 Theirs = _MADE(
     "Theirs",
@@ -138,9 +126,7 @@ Theirs = _MADE(
     total=False,
 )
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")  # for their training; any value is valid
-VOCABULARY = (
-    "steppe_vocabulary"  # our key in their config.json: fingerprints of the vocabulary, the run's and the export's
-)
+VOCABULARY = "steppe_vocabulary"  # our key in their config.json: the vocabulary's fingerprints, the run's, the export's
 # Keys of a config.json that do not affect what a model computes: names, ids, initial values, output and sampling
 _HARMLESS = frozenset((
     "architectures", "model_type", "vocab_size", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
@@ -170,10 +156,9 @@ def of_config(config: ConfigDict) -> Family:
     model = config.model
     if model.logit_soft_cap:
         raise ConfigError("model.logit_soft_cap", model.logit_soft_cap, "0 to be exported: no family caps its logits")
-    for family in FAMILIES:
-        if (family.style, family.qk_norm) == (model.style, model.qk_norm):
-            break
-    else:
+    kind = model.style, model.qk_norm
+    family = next((each for each in FAMILIES if (each.style, each.qk_norm) == kind), None)
+    if family is None:
         raise ConfigError("model.qk_norm", model.qk_norm, f"false to be exported in style {model.style}")
     if "model.head_width" not in family.keys and model.head_width not in (0, model.width // model.heads):
         raise ConfigError("model.head_width", model.head_width, f"0 to be exported as {family.architecture}")
@@ -215,7 +200,9 @@ def of_theirs(found: Mapping[str, Any], place: str) -> Family:
         raise Unusable(f"{place}: rope_type = {files.shown(kind)}: must be 'default'; Steppe scales no positions")
     for key, value in {**{name: v for name, v in rope.items() if name not in ("type", "rope_type")}, **found}.items():
         if value is not None and not _accounted(family, key, value, found):
-            raise Unusable(f"{place}: {key} = {_short(value)}: {_REASONS.get(key, 'is not a key that Steppe knows')}")
+            raise Unusable(
+                f"{place}: {key} = {files.shown(value)}: {_REASONS.get(key, 'is not a key that Steppe knows')}"
+            )
     return family
 
 
@@ -237,11 +224,6 @@ def _accounted(family: Family, key: str, value: Any, found: Mapping[str, Any]) -
     return key in _HARMLESS or key in family.fixed or key in family.keys.values()
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]:
     """{our key: value} of a config.json, complete except for text and training."""
     known = {**(found.get("rope_parameters") or {}), **{k: v for k, v in found.items() if v is not None}}
@@ -261,29 +243,20 @@ def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]
 
 def to_theirs(family: Family, path: str, array: np.ndarray) -> np.ndarray:
     """One of our parameters, of one layer, in the form that theirs has."""
-    line = parameters.of(path)
-    if line.kind != "matrix":
+    if parameters.of(path).kind != "matrix":
         return array
-    flat = array.reshape(math.prod(_read(line, array.shape, array.ndim)), -1)
-    return flat.T if family.linear else flat
+    kernel = array.reshape(sizes(path, array.shape))
+    return kernel.T if family.linear else kernel
 
 
 def to_ours(family: Family, path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of to_theirs; shape: of our parameter, of one layer."""
-    if parameters.of(path).kind == "matrix":
-        array = array.T if family.linear else array
-    return array.reshape(shape)
+    transposed = family.linear and parameters.of(path).kind == "matrix"
+    return (array.T if transposed else array).reshape(shape)
 
 
-def written(path: str, shape: tuple[int, ...]) -> int:
-    """The number of output features of one layer's parameter, along which theirs joins kernels."""
+def sizes(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(inputs, outputs) of one layer's kernel; the table's axes count the layer axis, which `shape` lacks."""
     line = parameters.of(path)
-    if line.kind != "matrix":
-        return shape[-1]
-    return math.prod(shape) // math.prod(_read(line, shape, len(shape)))
-
-
-def _read(line: parameters.Parameter, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """The sizes of the axes that a kernel sums over; the table counts the layer axis, which is absent here."""
-    stacked = len(line.spec) - ndim
-    return tuple(shape[axis - stacked] for axis in line.reads)
+    inputs = math.prod(shape[axis - len(line.spec) + len(shape)] for axis in line.reads)
+    return inputs, math.prod(shape) // inputs

@@ -12,7 +12,7 @@ import numpy as np
 from steppe.configs import packages
 from steppe.data import files
 from steppe.lm.hub import families, tokenizers
-from steppe.lm.hub.export import building
+from steppe.lm.hub.export import building, save
 from steppe.lm.keep.exits import Unusable
 
 _HEADS = {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"}
@@ -37,7 +37,6 @@ def write(source: str, out: str) -> None:
     if lacking := packages.lacking("gguf", "safetensors"):
         raise Unusable(f"{source}: {lacking}")
     import gguf
-    from safetensors.numpy import save_file
 
     try:
         reader = gguf.GGUFReader(source)
@@ -60,8 +59,7 @@ def write(source: str, out: str) -> None:
         arrays[name.format(layer and layer[1])] = np.ascontiguousarray(array)
     config["tie_word_embeddings"] = "lm_head.weight" not in arrays
     with building(out) as aside:
-        save_file(arrays, aside / "model.safetensors", metadata={"format": "pt"})
-        (aside / "model.safetensors").chmod(0o644)
+        save(aside / "model.safetensors", arrays)
         files.write_json(aside / "config.json", config)
         files.write_json(aside / "tokenizer.json", made)
         tokens = said["tokenizer.ggml.tokens"]

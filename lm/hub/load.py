@@ -64,11 +64,12 @@ def _placed(arrays: dict[str, np.ndarray], abstract_params: Any) -> Any:
 
 def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str], None]) -> Any:
     """The parameters of a run's checkpoint; for a directory that holds only checkpoints, the last ones."""
-    if not os.path.exists(os.path.join(os.path.expanduser(source), "config.json")):
+    if not (Path(source).expanduser() / "config.json").exists():
         if weights not in ("", LAST):
             raise ConfigError("init_weights", weights, f'"" or {LAST} unless init_from is the workdir of a run')
-        return checkpoint.load_parts(source, {"params": abstract_params}, log)["params"]
-    name, _ = saved.choose(source, config_of(source), weights or None)
+        name = LAST
+    else:
+        name, _ = saved.choose(source, config_of(source), weights or None)
     if name == LAST:
         return checkpoint.load_parts(source, {"params": abstract_params}, log)["params"]
     run, shapes = saved.unread(source, log=log, weights=name), _shapes(abstract_params)
@@ -80,10 +81,8 @@ def _of_run(source: str, weights: str, abstract_params: Any, log: Callable[[str]
 
 def is_hub(path: str) -> bool:
     """Whether a path is a directory that transformers can load a model from."""
-    folder = os.path.expanduser(path)
-    return os.path.exists(os.path.join(folder, "config.json")) and any(
-        os.path.exists(os.path.join(folder, name)) for name in (INDEX, SINGLE)
-    )
+    folder = Path(path).expanduser()
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in (INDEX, SINGLE))
 
 
 def read_config(directory: str) -> tuple[dict[str, Any], Family]:
@@ -209,7 +208,7 @@ def _arrays(
         stacked = "{}" in name
         each = {path: shapes[path][1:] if stacked else shapes[path] for path in paths}
         made = {path: np.zeros(shapes[path], np.float32) for path in paths}
-        edges = np.cumsum([families.written(path, shape) for path, shape in each.items()])[:-1]
+        edges = np.cumsum([families.sizes(path, shape)[1] for path, shape in each.items()])[:-1]
         for layer in range(layers if stacked else 1):
             array = tensors[name.format(layer)]
             parts = np.split(array, edges, axis=0 if family.linear else 1) if len(paths) > 1 else [array]
