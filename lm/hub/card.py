@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def card(run: Unread) -> str:
         more=max(1, min(50, config.data.sequence_length - len(run.corpus.tokenizer.encode(prompt)) - 1)),
         length=config.data.sequence_length,
         begin=run.corpus.tokenizer.begin_id,
-        training=_table(("", ""), _training(run, about, tokens)),
+        training=_table(("", ""), _training(run, about, tokens).items()),
         evaluation=_evaluation(run, records, about),
         seen=_seen(run, about, tokens),
         config=json.dumps(files.plain(config.to_dict()), indent=1),
@@ -96,7 +97,7 @@ def _tokens(run: Unread, records: Records) -> int:
     return int(records.train.tokens[at]) if at < len(records.train.step) else 0
 
 
-def _training(run: Unread, about: dict[str, Any], tokens: int) -> list[tuple[str, str]]:
+def _training(run: Unread, about: dict[str, Any], tokens: int) -> dict[str, str]:
     config = run.config
     flat = flatten(config.to_dict())
     own = [key for key in config.optim if key in OPTIONS or is_foreign(f"optim.{key}", flat)]
@@ -104,7 +105,7 @@ def _training(run: Unread, about: dict[str, Any], tokens: int) -> list[tuple[str
     padded = config.data.packing == "bestfit" and config.train.counted == "positions"
     flops = run.step * about.get("flops_per_step", 0.0)
     averaged = run.weights != LAST or run.weights != next(iter(weights_of(config)))
-    found = {
+    return {
         "text": config.data.task or f"the corpus {config.data.directory}",
         "tokens": f"{tokens:,}" + ", padding included" * padded,
         "steps": f"{run.step:,} of {config.train.batch_size:,} sequences",
@@ -115,7 +116,6 @@ def _training(run: Unread, about: dict[str, Any], tokens: int) -> list[tuple[str
         "seed": str(config.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items()),
     }
-    return list(found.items())
 
 
 def _evaluation(run: Unread, records: Records, about: dict[str, Any]) -> str:
@@ -143,6 +143,6 @@ def _seen(run: Unread, about: dict[str, Any], tokens: int) -> str:
     return f"It has read {tokens / count:.1f} tokens per non-embedding parameter, where 20 are common."
 
 
-def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *escaped))

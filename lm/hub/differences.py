@@ -21,11 +21,8 @@ _PLANES = ((0x20, 0x7F), (0x80, 0x3000), (0x3000, 0xD800), (0xE000, 0x10000), (0
 
 
 class Found(NamedTuple):
-    """How many texts were compared, and how many have other ids, by reason.
-
-    control: a control string is not text in the export. ties: another segmentation is equally likely. normal: the
-    library normalises combining marks differently. other: texts without a known reason, shortest first.
-    """
+    """How many texts were compared, and how many have other ids, by reason: a control string that is not text in the
+    export, an equally likely segmentation, other normal combining marks. other: the rest, shortest first."""
 
     texts: int
     control: int = 0

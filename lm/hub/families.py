@@ -23,8 +23,7 @@ class Family(NamedTuple):
     """names: {theirs: our paths}, with {} for the layer; several paths if theirs joins kernels along their outputs.
 
     linear: whether kernels are [out, in], as in torch's Linear, instead of [in, out]. keys: {our key: theirs}. fixed:
-    {their key: the value it must have}; these are written, and absent keys count as having them. zeros: their biases,
-    which we do not have.
+    {their key: the value it must have}; written, and absent keys count as having it. zeros: biases, which we lack.
     """
 
     kind: str
@@ -226,12 +225,9 @@ def _accounted(family: Family, key: str, value: Any, found: Mapping[str, Any]) -
 
 def ours(family: Family, found: Mapping[str, Any], place: str) -> dict[str, Any]:
     """{our key: value} of a config.json, complete except for text and training."""
-    known = {**(found.get("rope_parameters") or {}), **{k: v for k, v in found.items() if v is not None}}
-    known.setdefault("tie_word_embeddings", family.kind == "gpt2")
-    known.setdefault("n_inner", 4 * known.get("n_embd", 0))
-    known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
-    known.setdefault("head_dim", 0)
-    known.setdefault("rope_theta", 10000.0)
+    given = {**(found.get("rope_parameters") or {}), **{k: v for k, v in found.items() if v is not None}}
+    known = {"tie_word_embeddings": family.kind == "gpt2", "head_dim": 0, "rope_theta": 10000.0}
+    known |= {"n_inner": 4 * given.get("n_embd", 0), "num_key_value_heads": given.get("num_attention_heads"), **given}
     missing = [name for name in family.keys.values() if name not in known]
     if missing:
         raise Unusable(f"{place}: {missing[0]}: is missing")

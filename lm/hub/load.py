@@ -154,8 +154,7 @@ class _Tensors:
             if os.path.exists(self._folder / INDEX):
                 where = stored.read(self._folder / INDEX, Index)["weight_map"]
             else:
-                with self._opened(SINGLE) as file:
-                    where = dict.fromkeys(file.keys(), SINGLE)
+                where = dict.fromkeys(self._opened(SINGLE).keys(), SINGLE)
             self._open = {name: self._opened(name) for name in sorted(set(where.values()))}
         except Exception as error:  # safetensors has its own error types
             raise Unusable(f"{self._folder}: its weights cannot be read ({' '.join(str(error).split())})") from None

@@ -19,11 +19,8 @@ _SPACE = "\u2581"
 
 
 def write(folder: Path, corpus: Corpus, length: int) -> dict[str, int | None]:
-    """Writes tokenizer.json, its configs and, for a SentencePiece model, tokenizer.model; returns the ids of the tokens
-    that begin and end a text and pad a batch, in the form of config.json.
-
-    length: the model's sequence length in tokens.
-    """
+    """Writes tokenizer.json, its configs and, for a SentencePiece model, tokenizer.model. Returns the ids that begin
+    and end a text and pad a batch, as in config.json. length: the model's sequence length in tokens."""
     import tokenizers
 
     tokenizer = corpus.tokenizer

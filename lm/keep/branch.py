@@ -54,12 +54,11 @@ def take(
         config = workdir.config_of(directory)
     except WorkdirError:
         raise ConfigError(KEY, text, f"the workdir of a run, or RUN@STEP; there is no run in {directory}") from None
-    place = saved.checkpoints_of(directory, config, trust)
-    start = checkpoint.find(place if step is None else f"{place}/{step}", lambda line: None)
+    start = checkpoint.find(saved.checkpoints_of(directory, config, trust, step), lambda line: None)
     step = int(start.name)
     theirs, ours = seal.read(start)["tree"], seal.tree_of(abstract)
     shared = _within(theirs, "rule") == _within(ours, "rule")
-    with Checkpoints(place, read_only=True, log=log) as checkpoints:
+    with Checkpoints(start.parent, read_only=True, log=log) as checkpoints:
         meta = meta_of(checkpoints.meta(step), start)
     wanted = {"step": abstract.step, "params": abstract.params, "optimizer": abstract.optimizer}
     wanted |= {"rule": abstract.rule} if shared and _within(ours, "rule") else {}

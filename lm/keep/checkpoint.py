@@ -6,9 +6,9 @@ renames, writes the seal, then deletes older checkpoints. A kill at any moment l
 
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         )
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._writer = ThreadPoolExecutor(1, "seal")
+        self._pending: Future[None] | None = None
         if self._primary and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.iterdir():
@@ -75,29 +75,26 @@ class Checkpoints:
         """
         self.wait()
         multihost_utils.sync_global_devices("steppe checkpoints")
-        problems = {}
+        problems, newest = {}, None
         for step in sorted((s for s in seal.steps(self.directory) if before is None or s < before), reverse=True):
             problem = self._examine(step)
             if problem is None:
+                newest = step
                 break
             problems[step] = problem
-        else:
-            step = None
-        for number, problem in problems.items():
-            self._log(f"CHECKPOINT {number} IS NOT USED: {problem}")
-        finished = [number for number, problem in problems.items() if problem.sealed]
-        if step is None and finished:
+            self._log(f"CHECKPOINT {step} IS NOT USED: {problem}")
+        finished = [step for step, problem in problems.items() if problem.sealed]
+        if newest is None and finished:
             raise Unusable(
                 f"{self.directory}: no checkpoint can be used; the newest, {finished[0]}: {problems[finished[0]]}. "
                 "Restore one, or remove them all to start from the beginning"
             )
-        if problems and self._primary and not self._read_only:
-            for number in problems:
-                seal.set_aside(self.directory, number, "damaged")
         if problems:
-            self._log("falling back to " + (f"the checkpoint of step {step}" if step is not None else "the beginning"))
+            for step in problems if self._primary and not self._read_only else ():
+                seal.set_aside(self.directory, step, "damaged")
+            self._log("falling back to " + ("the beginning" if newest is None else f"the checkpoint of step {newest}"))
             multihost_utils.sync_global_devices("steppe checkpoints moved")
-        return step
+        return newest
 
     def forget(self, after: int) -> None:
         """Deletes the checkpoints after a step, from which the run takes another course. All processes must call it."""
@@ -114,32 +111,21 @@ class Checkpoints:
         Raises Unusable before reading if paths, dtypes or shapes differ, because orbax would cast silently.
         """
         path = self.directory / str(step)
-        _compare(path, seal.read(path)["tree"], seal.tree_of(abstract))
-        restored = self._read(path, state=ocp.args.StandardRestore(_written(abstract)), meta=ocp.args.JsonRestore())
-        return State(**{"averages": {}, **restored["state"]}), restored["meta"]
+        found = _fitting(path, seal.read(path)["tree"], _written(abstract))
+        return State(**{"averages": {}, **found}), self.meta(step)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The meta of a step that `newest` returned."""
-        return self._read(self.directory / str(step), meta=ocp.args.JsonRestore())["meta"]
-
-    def _read(self, path: epath.Path, **parts: ocp.args.CheckpointArgs) -> Any:
-        try:
-            return self._orbax.restore(path, args=ocp.args.Composite(**parts))
-        except OSError:
-            raise
-        except Exception as error:  # the seal is sound, so another program saved this
-            raise _not_ours(path, error) from None
+        return _read(self.directory / str(step), "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
 
     def room(self, state: State) -> str:
         """Why the next save does not fit, "" if it does. Counts bytes before compression; local directories only."""
-        problem, needed, free = False, 0, 0
+        problem = ""
         if self._primary and not files.is_remote(self.directory):
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE
             free = shutil.disk_usage(self.directory).free
-            problem = free < needed
-        if not agreed(problem):
-            return ""
-        return f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed" if self._primary else "no room"
+            problem = f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed" if free < needed else ""
+        return (problem or "no room") if agreed(bool(problem)) else ""
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> float:
         """Starts writing the state after `step` steps with meta (JSON); returns the seconds that the caller waited.
@@ -154,18 +140,14 @@ class Checkpoints:
             self._orbax.save(path, args=args)
         except Exception as error:  # tensorstore and jax raise many kinds of errors for a full disk
             raise self._not_written(path, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(path, step, tree), name="seal")
-        self._thread.start()
+        self._pending = self._writer.submit(self._finish, path, step, tree)
         return time.monotonic() - began
 
     def wait(self) -> None:
         """Returns when the last save is finished and sealed. Raises StorageError if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            error, self._failure = self._failure, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         """Finishes writing; logs a failure that has not been raised yet."""
@@ -173,6 +155,7 @@ class Checkpoints:
             self.wait()
         except StorageError as error:
             self._log(str(error))
+        self._writer.shutdown()
         self._orbax.close()
 
     def _finish(self, path: epath.Path, step: int, tree: dict) -> None:
@@ -182,7 +165,7 @@ class Checkpoints:
                 seal.write(path, step, self._run, tree)
                 self._retire()
         except Exception as error:
-            self._failure = self._not_written(path, error)
+            raise self._not_written(path, error) from error
 
     def _not_written(self, path: epath.Path, error: BaseException) -> StorageError:
         """The error of a failed save; removes the partial checkpoint to free its space."""
@@ -215,8 +198,7 @@ class Checkpoints:
         """What is wrong with a step. Each process reads a share of it; they agree on whether anything is wrong."""
         problem = None
         try:
-            share = (jax.process_index(), jax.process_count())
-            seal.verify(self.directory / str(step), step, self._run, share)
+            seal.verify(self.directory / str(step), step, self._run, (jax.process_index(), jax.process_count()))
         except Broken as broken:
             problem = broken
         except OSError as error:
@@ -240,31 +222,47 @@ def load_parts(path: str, abstract_parts: dict[str, Any], log: Callable[[str], N
     start = find(path, log)
     tree = seal.read(start)["tree"]
     saved = {name: entry for name, entry in tree.items() if name.partition("/")[0] in abstract_parts}
-    _compare(start, saved, seal.tree_of(abstract_parts))
+    found = _fitting(start, saved, abstract_parts)
     log(f"parameters  of {start}")
-    return _restore(start, abstract_parts, ocp.checkpoint_utils.construct_restore_args(abstract_parts))
+    return found
+
+
+def _fitting(start: epath.Path, saved: dict, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of a checkpoint like the abstract ones. saved: their part of its tree. Raises Unusable if it differs."""
+    here = seal.tree_of(wanted)
+    shown = lambda entry: f"{entry[0]}{entry[1]}" if entry else "absent"  # noqa: E731
+    found = [
+        f"{path}: {shown(saved.get(path))} in the checkpoint, {shown(here.get(path))} here"
+        for path in sorted({*saved, *here})
+        if saved.get(path) != here.get(path)
+    ]
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise Unusable(f"{start} does not fit this config: {'; '.join(found[:3])}{more}")
+    return _restored(start, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
 
 
 def load_arrays(start: epath.Path, names: Collection[str]) -> dict[str, np.ndarray]:
     """Some leaves of a checkpoint's State, {"params/embed/embedding": array}, in this host's memory. start: from
     `find`. Reads nothing else of the checkpoint."""
     item = traverse_util.unflatten_dict(dict.fromkeys(names, np.zeros(())), sep="/")
-    found = _restore(start, item, jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), item))
+    found = _restored(start, item, jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), item))
     return {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(found, sep="/").items()}
 
 
-def shapes_of(start: epath.Path) -> dict[str, tuple[int, ...]]:
-    """{"params/embed/embedding": shape} of a checkpoint; start: from `find`."""
-    return {name: tuple(entry[1]) for name, entry in seal.read(start)["tree"].items()}
+def _restored(start: epath.Path, item: Any, arguments: Any) -> Any:
+    args = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+    return _read(start, "state", ocp.PyTreeCheckpointHandler(), args)
 
 
-def _restore(start: epath.Path, item: Any, arguments: Any) -> Any:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        args = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+def _read(start: epath.Path, part: str, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> Any:
+    with ocp.Checkpointer(handler) as reader:
         try:
-            return reader.restore(start / "state", args=args)
-        except Exception as error:
-            raise _not_ours(start, error) from None
+            return reader.restore(start / part, args=args)
+        except OSError:
+            raise
+        except Exception as error:  # the seal is sound, so another program saved this
+            raise Unusable(f"{start}: cannot be restored ({' '.join(str(error).split())[:300]})") from None
 
 
 def find(path: str, log: Callable[[str], None] = print) -> epath.Path:
@@ -304,13 +302,6 @@ def place(path: str | epath.Path) -> epath.Path:
         raise Unusable(f"{path}: cannot be reached ({type(error).__name__}: {reason[:300]})") from None
 
 
-def _compare(path: epath.Path, saved: dict, wanted: dict) -> None:
-    found = seal.differences(saved, wanted)
-    if found:
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        raise Unusable(f"{path} does not fit this config: {'; '.join(found[:3])}{more}")
-
-
 def agreed(flag: bool) -> bool:
     """Whether the flag is set on any process."""
     if jax.process_count() == 1:
@@ -321,7 +312,3 @@ def agreed(flag: bool) -> bool:
 def _not_orbax(record: logging.LogRecord) -> bool:
     """A log filter: drops tracebacks that orbax's threads print of errors which are also raised here."""
     return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
-
-
-def _not_ours(path: epath.Path, error: BaseException) -> Unusable:
-    return Unusable(f"{path}: cannot be restored ({' '.join(str(error).split())[:300]})")

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -23,9 +23,9 @@ from steppe.data import files, stored
 from steppe.data.errors import DataError, StorageError
 from steppe.data.manifest import checksum
 from steppe.lm.keep import seal
-from steppe.lm.keep.exits import IN_USE, WorkdirError
+from steppe.lm.keep.exits import WorkdirError
 from steppe.lm.keep.store import Store, There
-from steppe.lm.keep.workdir import LOCK, RUN
+from steppe.lm.keep.workdir import LOCK, RUN, alone
 
 SECONDS = 20.0  # between copies
 HOLDER = "holder"  # the file at the URL that names the training process; removed after a clean end
@@ -49,24 +49,19 @@ def kept(workdir: str, primary: bool, log: Callable[[str], None]) -> Iterator[st
     if not primary:
         yield str(_looked(workdir, checkpoints=False))
         return
-    with ExitStack() as stack:
-        place = _made(workdir)
-        try:
-            stack.enter_context(files.lock(place.parent / TRAINING))
-        except files.Held as held:
-            raise WorkdirError(f"{workdir}: {IN_USE} {held.holder}; wait for it, or stop it") from None
+    place = _made(workdir)
+    with alone(place.parent / TRAINING, workdir):
         with _one_line(place):
             copier = _Copier(workdir, place, log)
         log(f"workdir     {workdir}, through {place}")
-        stack.callback(copier.close)
-        yield str(place)
+        with closing(copier):
+            yield str(place)
 
 
 def here(workdir: str, checkpoints: bool = False) -> str:
     """The current local directory of a workdir for reading, with checkpoints if asked for; a path is unchanged.
 
-    If a run on this machine is ahead of the URL, its directory is used; it is never written. Raises WorkdirError if
-    there is nothing at the URL.
+    If a run on this machine is ahead of the URL, its directory is used. Raises WorkdirError for an empty URL.
     """
     if not files.is_remote(workdir):
         return workdir
@@ -179,16 +174,20 @@ def _other_run(place: Path, there: _State) -> str:
     return ""
 
 
-def _refuse_two(place: Path, address: str, there: _State, both: bool) -> None:
-    """Raises WorkdirError if the URL and this cache hold different runs, or different continuations of one."""
+def _compared(store: Store, place: Path, known: _Known, holder: str) -> tuple[_State, bool, bool]:
+    """The content of the URL, and the result of _newer. Raises WorkdirError if the URL and this cache hold different
+    runs, or different continuations of one."""
+    there = _State(store)
+    ours, theirs = _newer(place, there, known, holder)
     run = _other_run(place, there)
-    if run or both:
+    if run or (ours and theirs):
         what = f"the run {there.run}, this machine the run {run}" if run else "steps that this machine never had"
         last, mine = max(there.steps, default=0), max(_seals(place), default=0)
         raise WorkdirError(
-            f"{address}: holds {what}: step {last} there, step {mine} in {place}; nothing was changed. To resume from "
-            "the URL, move that directory away; to resume from here, pass a copy of it as --workdir"
+            f"{store.address}: holds {what}: step {last} there, step {mine} in {place}; nothing was changed. To resume "
+            "from the URL, move that directory away; to resume from here, pass a copy of it as --workdir"
         )
+    return there, ours, theirs
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -314,14 +313,12 @@ class _Copier:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         before = (store.read(HOLDER) or b"").decode(errors="replace")
-        there = _State(store)
-        _refuse_two(place, store.address, there, all(_newer(place, there, known, before)))
+        _compared(store, place, known, before)
         if before:
             self._log(f"workdir     {before} did not end cleanly; this process takes over")
         store.write(HOLDER, self._token.encode())
-        there = _State(store)  # again, because the previous owner may have written in the meantime
-        ours, theirs = _newer(place, there, known, before)
-        _refuse_two(place, store.address, there, ours and theirs)
+        # again, because the previous owner may have written in the meantime
+        there, ours, theirs = _compared(store, place, known, before)
         mine = _seals(place)
         last, other = max(mine, default=0), max(there.steps, default=0)
         if ours:

@@ -70,8 +70,8 @@ def versions() -> dict[str, str]:
 
 def facts(config: ConfigDict, corpus: Corpus) -> dict[str, Any]:
     """The facts that every checkpoint of this start stores."""
-    known = {"config": config.to_dict(), "versions": versions(), "corpus": corpus.fingerprint}
-    return {**known, "code": {source.reference: source.digest for source in _sources(config)}}
+    code = {source.reference: source.digest for source in _sources(config)}
+    return {"config": config.to_dict(), "versions": versions(), "corpus": corpus.fingerprint, "code": code}
 
 
 def changes(meta: Mapping, now: Mapping, allowed: Collection[str]) -> dict[str, list]:

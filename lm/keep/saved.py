@@ -1,8 +1,7 @@
 """Loads a model from a run's checkpoint, for commands that use trained models."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from steppe.data.cache import open_of
 from steppe.data.loader import Corpus
 from steppe.data.manifest import path_of
 from steppe.lm.keep import mirror, record, seal
-from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place, shapes_of
+from steppe.lm.keep.checkpoint import directory_of, find, load_arrays, load_parts, place
 from steppe.lm.keep.exits import Unusable, WorkdirError
 from steppe.lm.keep.weights import LAST, Weights, of_state, weights_of
 from steppe.lm.keep.workdir import config_of
@@ -39,10 +38,10 @@ class Saved(NamedTuple):
     corpus: Corpus
     parts: Parts
     params: Any
-    optimizer: Any = None
-    weights: str = LAST
-    step: int | None = None
-    data: Mapping[str, Any] = MappingProxyType({})
+    optimizer: Any
+    weights: str
+    step: int | None
+    data: dict[str, Any]
 
     @property
     def are_last(self) -> bool:
@@ -51,10 +50,9 @@ class Saved(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A checkpoint of a run whose parameters are read on demand.
+    """A checkpoint of a run in `directory`, whose parameters are read on demand.
 
-    directory: the run's. shapes: {path: shape} of every parameter. read(paths): {path: array} in this host's memory.
-    weights: the parameters' name in lm.keep.weights.
+    shapes: {path: shape} of every parameter. read(paths): {path: array} in this host's memory. weights: see Saved.
     """
 
     directory: str
@@ -90,10 +88,8 @@ def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], tr
     if not trust:
         if files.is_remote(data.directory):
             raise _untrusted(directory, "data.directory", data.directory, "a URL")
-        for key, listed in (
-            ("task", sources.parse(data.task)),
-            ("held_out", sources.held_out_sources("", data.held_out)),
-        ):
+        held_out = sources.held_out_sources("", data.held_out)
+        for key, listed in (("task", sources.parse(data.task)), ("held_out", held_out)):
             for source in () if data.directory else listed:
                 if what := UNTRUSTED.get(source.kind, "a URL" if files.is_remote(source.where) else ""):
                     raise _untrusted(directory, f"data.{key}", f"{source.kind}:{source.where}", what)
@@ -102,12 +98,12 @@ def corpus_of(directory: str, config: ConfigDict, log: Callable[[str], None], tr
     return open_of(data.to_dict() if trust else {**data.to_dict(), "cache": "", "seqio_module": ""}, log)
 
 
-def checkpoints_of(directory: str, config: ConfigDict, trust: bool = False) -> str:
-    """The directory of a run's checkpoints. Raises WorkdirError if it is a URL and not trusted."""
+def checkpoints_of(directory: str, config: ConfigDict, trust: bool = False, step: int | None = None) -> str:
+    """The directory of a run's checkpoints, or of one step. Raises WorkdirError if it is a URL and not trusted."""
     found = directory_of(config, directory)
     if files.is_remote(found) and not trust:
         raise _untrusted(directory, "checkpoint.directory", found, "a URL")
-    return found
+    return found if step is None else f"{found}/{step}"
 
 
 def _untrusted(directory: str, key: str, value: str, what: str) -> WorkdirError:
@@ -124,15 +120,14 @@ def unread(
 ) -> Unread:
     """The run of `directory` at `step`, by default at its newest sound checkpoint; loads no parameters.
 
-    weights: a name, by default the weights that the run is judged by. trust: see corpus_of. Raises WorkdirError,
-    Unusable or DataError, each one line.
+    weights, trust: see load and corpus_of. Raises WorkdirError, Unusable or DataError, each one line.
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
     corpus = corpus_of(directory, config, log, trust)
-    found = checkpoints_of(directory, config, trust)
-    start = find(found if step is None else f"{found}/{step}", log)
-    known, (name, chosen) = shapes_of(start), choose(directory, config, weights)
+    start = find(checkpoints_of(directory, config, trust, step), log)
+    known = {name: tuple(shape) for name, (_, shape) in seal.read(start)["tree"].items()}
+    name, chosen = choose(directory, config, weights)
     shapes = {name.removeprefix(PARAMS): shape for name, shape in known.items() if name.startswith(PARAMS)}
 
     stacked = {shape[:1] for name, shape in shapes.items() if name.startswith("layers/")}
@@ -182,8 +177,7 @@ def load(
     """
     directory = mirror.here(directory, checkpoints=True)
     config = config_of(directory)
-    devices = jax.devices()
-    devices = devices if spreads(config) else devices[:1]
+    devices = jax.devices()[: None if spreads(config) else 1]
     config.mesh.update(data=1, fsdp=len(devices), tensor=1)
     config.train.microbatches = 1  # this mesh may not divide them, and nothing is trained here
     config.optim.update(method="adamw", **dict.fromkeys(OPTIONS))
@@ -195,7 +189,7 @@ def load(
         else:
             record.same_code(directory, config)
     corpus = corpus_of(directory, config, log, trust)
-    found = checkpoints_of(directory, config, trust)
+    found = checkpoints_of(directory, config, trust, step)
     rows = max((part.rows for part in corpus.held_out.values()), default=1)
     config.train.batch_size = min(config.train.batch_size, -(-rows // len(devices)) * len(devices))  # enough rows
     check_stored(config)
@@ -203,9 +197,9 @@ def load(
         config, corpus.tokenizer.vocab_size, corpus.epoch_tokens, devices=devices, tokens_per_row=corpus.tokens_per_row
     )
     name, chosen = choose(directory, config, weights)
-    fields = chosen.sections | ({"optimizer"} if optimizer else set())
+    fields = {source.partition("/")[0] for source in chosen.sources} | ({"optimizer"} if optimizer else set())
     wanted = {field: getattr(parts.abstract, field) for field in fields}
-    state = load_parts(found if step is None else f"{found}/{step}", wanted, log)
+    state = load_parts(found, wanted, log)
     params = of_state(chosen, state, parts.abstract.params)
     kept = state["optimizer"] if optimizer else None
     return Saved(config, corpus, parts, params, kept, weights=name, step=step, data=own_data(config, corpus, trust))

@@ -1,14 +1,13 @@
 """The seal of a checkpoint: a manifest with a hash of every file, written last.
 
-A step directory without a complete seal is not a checkpoint, however complete it looks. The seal is text: a line with
-the hash of the rest, then JSON. Reading it runs no code.
+A step directory without a complete seal is no checkpoint. The seal is text: the hash of the rest, then a line of JSON.
 """
 
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import jax
 import xxhash
@@ -25,7 +24,7 @@ RETIRED = "retired"  # a folder next to the steps: seals of deleted steps, until
 class Seal(TypedDict):
     """A seal's content: step, run id, {path: [dtype, shape]} of the arrays, {name: [bytes, hash]} of the files."""
 
-    format: int
+    format: Literal[1]  # FORMAT
     step: stored.Count
     run: str
     tree: dict[str, tuple[str, list[stored.Count]]]
@@ -50,9 +49,7 @@ def tree_of(state: Any) -> dict[str, list]:
 
 def write(directory: epath.Path, step: int, run: str, tree: dict[str, list]) -> None:
     """Seals a finished step directory of run `run`. Durable when it returns; OSError if it cannot be written."""
-    names = list(_files(directory))
-    with ThreadPoolExecutor(4) as pool:
-        found = dict(zip(names, pool.map(lambda name: _look(directory / name), names), strict=True))
+    found = _looks(directory, list(_files(directory)))
     body = json.dumps({"format": FORMAT, "step": step, "run": run, "tree": tree, "files": found}).encode()
     content = _digest(body).encode() + b"\n" + body
     if not files.is_remote(directory):
@@ -79,8 +76,6 @@ def read(directory: epath.Path) -> Seal:
         seal = stored.decode(body, Seal, NAME)
     except stored.Wrong as error:
         raise Broken(f"its seal does not have the format of this version, {FORMAT} ({error})") from None
-    if seal["format"] != FORMAT:
-        raise Broken(f"its seal does not have the format of this version, {FORMAT}")
     try:
         if not files.is_remote(directory):
             for name in seal["files"]:
@@ -105,22 +100,10 @@ def verify(directory: epath.Path, step: int, run: str = "", share: tuple[int, in
     for what, names in (("lacks", set(seal["files"]) - found), ("has a foreign file", found - set(seal["files"]))):
         if names:
             raise Broken(f"it {what} {min(names)[:100]}")
-    names = sorted(found)[share[0] :: share[1]]
-    with ThreadPoolExecutor(4) as pool:
-        for name, (size, digest) in zip(names, pool.map(lambda name: _look(directory / name), names), strict=True):
-            if [size, digest] != seal["files"][name]:
-                raise Broken(f"{name} was altered ({size} bytes, {seal['files'][name][0]} when saved)")
+    for name, looked in _looks(directory, sorted(found)[share[0] :: share[1]]).items():
+        if looked != seal["files"][name]:
+            raise Broken(f"{name} was altered ({looked[0]} bytes, {seal['files'][name][0]} when saved)")
     return seal
-
-
-def differences(saved: dict[str, list], wanted: dict[str, list]) -> list[str]:
-    """The differences between two results of tree_of, a line each."""
-    shown = lambda entry: f"{entry[0]}{entry[1]}" if entry else "absent"  # noqa: E731
-    return [
-        f"{path}: {shown(saved.get(path))} in the checkpoint, {shown(wanted.get(path))} here"
-        for path in sorted({*saved, *wanted})
-        if saved.get(path) != wanted.get(path)
-    ]
 
 
 def steps(directory: Any) -> list[int]:
@@ -149,6 +132,12 @@ def set_aside(directory: Any, step: int, folder: str) -> Any:
 
 def _digest(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def _looks(directory: epath.Path, names: list[str]) -> dict[str, list]:
+    """{name: [size, hash]} of files of a step directory."""
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: _look(directory / name), names), strict=True))
 
 
 def _look(path: epath.Path) -> list:

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,7 @@ class There(NamedTuple):
 class Store:
     """The content of a URL, by names relative to it.
 
-    place: the local directory of its copy; a name that leaves it raises DataError. Errors of a driver, and timeouts,
-    raise StorageError, which is an OSError.
+    place: of its local copy; a name that leaves it raises DataError. A driver's errors and timeouts are StorageErrors.
     """
 
     def __init__(self, address: str, place: Path):
@@ -135,21 +135,19 @@ class Store:
         two never write at once; asking again with its key waits for the same request."""
         if self._pending is not None and self._pending.key != key:
             self._answered(self._pending)
-            self._pending = None
-        if self._pending is None:
-            self._pending = _Request(key, lambda progress: what(self._system, progress))
-        request = self._pending
+        request = self._pending = self._pending or _Request(key, lambda progress: what(self._system, progress))
         self._answered(request)
-        self._pending = None
-        if request.error is None:
-            return request.result
-        if isinstance(request.error, FileNotFoundError):
-            raise request.error
-        raise self._error(request.error) from request.error
+        try:
+            return request.answer.result()
+        except FileNotFoundError:
+            raise
+        except BaseException as error:  # every driver raises its own errors
+            raise self._error(error) from error
 
     def _answered(self, request: "_Request") -> None:
         if not request.wait(PATIENCE):
             raise StorageError(f"{self.address}: no answer for {time.monotonic() - request.moved:.0f} s")
+        self._pending = None
 
     def _error(self, error: BaseException) -> StorageError:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -161,10 +159,7 @@ class _Request(Callback):
 
     def __init__(self, key: tuple, what: Callable[[Callback], Any]):
         super().__init__()
-        self.key, self.moved = key, time.monotonic()
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._done = threading.Event()
+        self.key, self.moved, self.answer = key, time.monotonic(), Future()
         threading.Thread(target=self._run, args=(what,), daemon=True).start()
 
     def call(self, *_, **__) -> None:
@@ -175,17 +170,15 @@ class _Request(Callback):
 
     def wait(self, patience: float) -> bool:
         """Whether it is done; False after `patience` seconds without progress."""
-        while not self._done.wait(max(0.0, self.moved + patience - time.monotonic())):
-            if time.monotonic() - self.moved >= patience:
-                return False
-        return True
+        while (left := self.moved + patience - time.monotonic()) > 0 and not self.answer.done():
+            wait([self.answer], left)
+        return self.answer.done()
 
     def _run(self, what: Callable[[Callback], Any]) -> None:
         try:
-            self.result = what(self)
-        except BaseException as error:  # every driver raises its own errors
-            self.error = error
-        self._done.set()
+            self.answer.set_result(what(self))
+        except BaseException as error:
+            self.answer.set_exception(error)
 
 
 def _mark(info: Mapping) -> str:

@@ -24,11 +24,6 @@ class Weights(NamedTuple):
     sources: tuple[str, ...]
     combine: Callable[..., Any]
 
-    @property
-    def sections(self) -> set[str]:
-        """The fields of a State that they use."""
-        return {source.partition("/")[0] for source in self.sources}
-
     def names(self, path: str, known: Collection[str]) -> list[str]:
         """The leaves of a State that the parameter at `path` is computed from. known: names of all leaves."""
         found = []

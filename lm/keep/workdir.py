@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +78,29 @@ def claim(workdir: str, config: ConfigDict, primary: bool, allow: Collection[str
     """
     directory = Path(workdir)
     check(workdir, config, allow)
-    with ExitStack() as stack:
-        if primary:
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise WorkdirError(f"{directory}: cannot be created ({error.strerror or error})") from None
-            try:
-                stack.enter_context(files.lock(directory / LOCK))
-            except files.Held as held:
-                raise WorkdirError(f"{directory}: {IN_USE} {held.holder}; wait for it, or stop it") from None
-            check(workdir, config, allow)  # again, because the previous holder may have begun it
-        run = ""
-        if primary:
-            files.write_json(directory / CONFIG, config.to_dict())
-            if not (directory / RUN).exists():
-                files.write(directory / RUN, uuid.uuid4().hex)
-            run = id_of(directory)
-        yield run
+    if not primary:
+        yield ""
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkdirError(f"{directory}: cannot be created ({error.strerror or error})") from None
+    with alone(directory / LOCK, str(directory)):
+        check(workdir, config, allow)  # again, because the previous holder may have begun it
+        files.write_json(directory / CONFIG, config.to_dict())
+        if not (directory / RUN).exists():
+            files.write(directory / RUN, uuid.uuid4().hex)
+        yield id_of(directory)
+
+
+@contextmanager
+def alone(lock: Path, workdir: str) -> Iterator[None]:
+    """Holds a lock of a workdir. Raises WorkdirError if another process holds it."""
+    try:
+        with files.lock(lock):
+            yield
+    except files.Held as held:
+        raise WorkdirError(f"{workdir}: {IN_USE} {held.holder}; wait for it, or stop it") from None
 
 
 def id_of(directory: str | os.PathLike) -> str:

@@ -1,7 +1,6 @@
 """Samples text from a model: continues prompts token by token, with a cache of keys and values.
 
-Within the model's sequence length T, earlier tokens are not computed again. Beyond it the window slides, every position
-changes, and each token costs a whole pass.
+Beyond the model's sequence length T the window slides, every position changes, and each token costs a whole pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +25,7 @@ class Decoder(NamedTuple):
     """Compiled functions for B prompts at a time; ids [B], keys [B], temperature a number.
 
     first(params, tokens [B, N], lengths [B], keys, temperature) -> (next ids after the first `lengths` tokens, cache).
-    next(params, cache, ids, positions [B], keys, temperature) -> (next ids, cache). again: like `first`, without a
-    cache. length: T.
+    next(params, cache, ids, positions [B], keys, temperature) -> (next ids, cache). again: `first` without a cache.
     """
 
     first: Callable

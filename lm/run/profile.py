@@ -15,7 +15,7 @@ KEY = "log.profile"
 def check(text: str, first: int, last: int) -> None:
     """Raises ConfigError if `text` names steps outside of `first` to `last`, which the run executes."""
     named = _steps_of(text)
-    if named is not None and not first <= named[0] <= named[1] <= last:
+    if text and not (named and first <= named[0] and named[-1] <= last):
         raise ConfigError(KEY, text, f"steps of the run, from {first} to {last}")
 
 
@@ -30,10 +30,10 @@ class Profile:
 
     def starts(self, at: Progress) -> bool:
         """Whether to start a trace now."""
-        return self._steps is not None and self._first is None and self._steps[0] - 1 <= at.done < self._steps[1]
+        return self._first is None and at.done + 1 in self._steps
 
     def _ends(self, at: Progress) -> bool:
-        return self._steps is not None and self._first is not None and at.done >= self._steps[1]
+        return self._first is not None and at.done + 1 >= self._steps.stop
 
     def start(self, at: Progress) -> None:
         """Starts a trace."""
@@ -50,6 +50,6 @@ class Profile:
             self._first = None
 
 
-def _steps_of(text: str) -> tuple[int, int] | None:
+def _steps_of(text: str) -> range:
     first, _, last = text.removeprefix("steps ").partition("-")
-    return (int(first), int(last)) if text else None
+    return range(int(first), int(last) + 1) if text else range(0)

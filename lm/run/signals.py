@@ -16,9 +16,8 @@ TOGETHER = 1.0  # seconds within which several signals count as one, because lau
 class StopSignals:
     """Catches SIGTERM and SIGINT while in use.
 
-    With several processes, jax's preemption service passes a signal to all of them, and all stop after the same step. A
-    second signal ends the process at once, even while it hangs in an exchange, when no Python handler could run. The
-    others end when they miss its heartbeat.
+    With several processes, jax's preemption service passes a signal to all, and all stop after the same step. A second
+    signal ends a process at once, even one that hangs in an exchange; the others end when they miss its heartbeat.
     """
 
     def __init__(self):

@@ -1,11 +1,8 @@
 """Followers of metrics.jsonl: wandb and TensorBoard. Their content is a function of that file.
 
 Every start and rollback rebuilds them from it, so a kill leaves no gaps and no steps that are not the run's. If one
-fails, a note says so once and the run continues without it. Each has
-
-- row(row): adds a row; rows come in the order of metrics.jsonl, from the first
-- facts(values): sets the run's facts
-- close(good): ends it
+fails, a note says so once and the run continues without it. Each has row(row), for rows in the file's order from the
+first on, facts(values) of the run, and close(good).
 """
 
 import json
@@ -46,15 +43,14 @@ class Rows:
     def of(self, record: dict[str, Any]) -> Row | None:
         """The row of a record; None if the record has none."""
         values = {key: value for key, value in record.items() if key not in ("kind", "step", "name", "weights")}
-        kind, step = record["kind"], record["step"]
+        kind, axes = record["kind"], self._axes
         if kind == "train":
             axes = {name: values.pop(name) for name in _AXES if name in values}
             last, self._axes = self._axes, {name: axes.get(name, before) for name, before in self._axes.items()}
             if self._axes["seconds"] < last["seconds"]:  # another start, whose clock began at 0
                 self._before += last["seconds"]
             values = {f"train/{name}": value for name, value in values.items()}
-            return Row(step, values, axes, True, self._before + self._axes["seconds"])
-        if kind in _PLACES:
+        elif kind in _PLACES:
             place = "/".join(filter(None, (_PLACES[kind], record["name"], record.get("weights", ""))))
             values = {f"{place}/{name}": value for name, value in values.items()}
         elif kind == "goodput":
@@ -62,15 +58,14 @@ class Rows:
             values = {"goodput": share(spent), **{f"goodput/{each}": seconds for each, seconds in spent.items()}}
         else:
             return None
-        return Row(step, values, self._axes, False, self._before + self._axes["seconds"])
+        return Row(record["step"], values, axes, kind == "train", self._before + self._axes["seconds"])
 
 
 class Wandb:
     """A wandb run, continued by a resumed run. workdir: its directory; id: of the wandb run.
 
     Offline, its directories are rebuilt, except those already synchronised. Online, rows that wandb has are not sent
-    again. If wandb has rows that metrics.jsonl no longer has, after a rollback or a kill, a wandb run with another id
-    starts, because wandb cannot delete rows.
+    again; if it has rows that metrics.jsonl has lost, another wandb run starts, because wandb cannot delete rows.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, id: str):
@@ -191,7 +186,7 @@ class Sinks:
         self.close(True)
         kinds = list(map(type, self._sinks))
         if Wandb in kinds and self._config.log.wandb == "online":
-            self.wandb_id = _new_id()
+            self.wandb_id = uuid.uuid4().hex[:8]
             files.write(self._workdir / "wandb_id", self.wandb_id + "\n")
             self._note(f"wandb       continues as run {self.wandb_id}, because wandb cannot delete the old run's rows")
         self._open(kinds)
@@ -219,10 +214,6 @@ def _id(workdir: Path, given: str) -> str:
     file = workdir / "wandb_id"
     if file.exists():  # newer than the checkpoint's id if a rollback started another wandb run
         given = stored.content_of(file, 1000).decode(errors="replace").strip() or given
-    given = given or _new_id()
+    given = given or uuid.uuid4().hex[:8]
     files.write(file, given + "\n")
     return given
-
-
-def _new_id() -> str:
-    return uuid.uuid4().hex[:8]

@@ -1,10 +1,7 @@
 """Records and displays a run: progress on the terminal, metrics.jsonl, and its followers (wandb, TensorBoard).
 
-Lines of metrics.jsonl are JSON objects with a `kind`: `run` (facts of the run, one per start), `train` (one per step),
-`evaluate`, `average` (evaluation of other weights, named `weights`, than those that the run is judged by), `curvature`,
-`checkpoint`, `anomaly` (a bad step), `rollback`, `change` (of a config key, by a restart after `step`) and `goodput`
-(wall-clock time by kind, at the end of a start). Each has its `step`, the number of updates made. NaN is null and
-infinities are the strings "inf" and "-inf", because JSON has neither. Values that a method does not compute are absent.
+Lines of metrics.jsonl are JSON objects with a `kind` (see lines.KINDS) and a `step`, the number of updates made. NaN is
+null; infinities are "inf" and "-inf". Values that a method does not compute are absent.
 """
 
 import collections
@@ -31,11 +28,10 @@ NOISE = 100  # steps over which the gradient noise scale is averaged
 class Tracker:
     """Records one run in `workdir`, continuing after `start_step` updates.
 
-    tokens_per_step: predicted tokens of an average step over all devices; tokens_seen: before this start.
-    flops_per_step: FLOPs of one step over all devices, 0 if unknown. peak_flops: FLOP/s of all devices, 0 if unknown,
-    for the MFU. wandb_id: from a checkpoint; "" to use the workdir's id or a new one. goodput: the run's time so far;
-    earlier starts are added to it. primary: False makes every method do nothing, on all processes but the first. clock:
-    monotonic seconds. stream: for progress, live on a terminal.
+    tokens_per_step: predicted tokens of an average step on all devices. tokens_seen: before this start. flops_per_step,
+    peak_flops: of all devices, a step and a second, 0 if unknown. wandb_id: from a checkpoint; "" to use the workdir's
+    or a new one. goodput: the run's time so far, without earlier starts. primary: False, on all processes but the
+    first, makes every method do nothing. clock: monotonic seconds. stream: for progress, live on a terminal.
     """
 
     def __init__(

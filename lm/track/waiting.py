@@ -71,8 +71,7 @@ def compiling(what: str, log: Callable[[str], None], before: float = 0.0) -> Ite
 class Progress:
     """What is being done, the share of it that is done, and the time left.
 
-    doing: what comes first. stream: of the lines where there is no bar, by default standard output. A bar is on
-    standard error, if that is a terminal.
+    doing: what comes first. A bar is on standard error, if that is a terminal; else lines are on the stream.
     """
 
     def __init__(self, doing: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
@@ -121,8 +120,7 @@ class Progress:
     def left(self) -> float:
         """Estimated seconds until everything is done; NaN if unknown.
 
-        From the costs at the pace of the last thing that was done, or at first the expected one; and, of the present
-        thing, from the share that is done once that is a fifth.
+        From the costs at the last thing's pace, at first the expected one; once a fifth of a thing is done, from that.
         """
         if not (ahead := self._costs[self._done :]):
             return math.nan

@@ -29,7 +29,7 @@ def test_a_request_without_an_answer_holds_the_next_and_is_taken_up_again(monkey
         behind.write("b", b"b")
     assert not fsspec.filesystem("memory").exists("/requests/run/b"), "it would overtake the one before"
     answers.set()
-    behind._pending._done.wait(10)
+    behind._pending.answer.result(10)
     assert behind.put({"a": tmp_path / "a"}) == {"a"}
     behind.write("b", b"b")
     assert set(behind.names()) == {"a", "b"}
