@@ -22,7 +22,7 @@ from steppe.lm.parts.assembly import Parts
 
 
 class Decoder(NamedTuple):
-    """Compiled functions for B prompts at a time; ids [B], keys [B], temperature a number.
+    """Compiled functions for B prompts at a time; ids [B], keys [B], temperature a number. length: the model's T.
 
     first(params, tokens [B, N], lengths [B], keys, temperature) -> (next ids after the first `lengths` tokens, cache).
     next(params, cache, ids, positions [B], keys, temperature) -> (next ids, cache). again: `first` without a cache.
