@@ -71,7 +71,6 @@ def measure_config(
     KIND: at the start. KIND update: what the steps, each on a batch of its own, have changed of it. KIND perturbation:
     what the method's epsilon after them changes; absent where it has none. tick(stage): called when a stage begins.
     """
-    import jax
     import jax.numpy as jnp
 
     from steppe.lm.model.ordered import jitted
@@ -88,9 +87,8 @@ def measure_config(
     state = create(parts.mesh, parts.initialise)
     tick("activations")
     first = outputs(state.params)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batches[0])
     tick("compiling the training step")
-    step = compile_step(parts, shapes)
+    step = compile_step(parts, batches[0])
     tick("training")
     for each in batches:
         state, _ = step(state, each, jnp.float32(jnp.inf))
@@ -167,14 +165,13 @@ def draw(frame: Any) -> Any:
     """A panel a quantity: its size over the width, both parametrisations."""
     from matplotlib.ticker import LogLocator
 
-    columns, rows = 2, math.ceil(len(frame.columns) / 2)
+    rows = math.ceil(len(frame.columns) / 2)
     drawn = plot.figure(7.5, 2.4 * rows)
-    panels = drawn.subplots(rows, columns, squeeze=False, sharex=True)
+    panels = drawn.subplots(rows, 2, squeeze=False, sharex=True)
     for axes, quantity in zip(panels.flat, frame, strict=False):
         for form, colour, marker in ((STANDARD, plot.VERMILION, "s"), (MUP, plot.BLUE, "o")):
             sizes = frame.loc[form, quantity].dropna()
-            label = f"{form}: width^{slope(sizes):+.2f}"
-            axes.plot(sizes, color=colour, marker=marker, markersize=4, label=label)
+            axes.plot(sizes, color=colour, marker=marker, markersize=4, label=f"{form}: width^{slope(sizes):+.2f}")
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes.index, sizes.index.map(str), fontsize=8)

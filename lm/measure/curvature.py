@@ -91,7 +91,8 @@ def measure_run(
     if "second" in kind_of(run.parts.optimizer.base.name).moments:
         moments = run.parts.optimizer.base.moments(run.optimizer, run.params)
         scale = preconditioner(moments.second, moments.count == 0)
-    key = sharpness.compile_key(run.parts, settings.batches, settings)
+    sizes = settings.batches, settings.lanczos, settings.within, settings.noise_scale
+    key = run.parts.shape, run.parts.options, run.parts.mesh, *sizes
     if key not in programs:
         try:
             programs[key] = sharpness.programs(run.parts, settings.batches, settings)

@@ -114,16 +114,15 @@ def quantise_array(w: jax.Array, bits: int, reduced: Sequence[int], group: int =
     One scale for each output channel (the axes not in `reduced`) and, with group > 0, for every `group` inputs of it in
     a row (the axes `reduced`, flattened; the last group may be smaller). Ties go to the even integer.
     """
-    reduced = tuple(reduced)
-    moved = jnp.moveaxis(w, reduced, tuple(range(-len(reduced), 0)))
-    flat = moved.reshape(*moved.shape[: -len(reduced)], -1)
-    inputs = flat.shape[-1]
-    size = min(group, inputs) or inputs
-    padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -inputs % size)])
-    grouped = padded.reshape(*flat.shape[:-1], -1, size)
-    scale = gptq.scale_of(grouped, bits, -1)
-    rounded = gptq.nearest(grouped, scale, bits).reshape(padded.shape)
-    return jnp.moveaxis(rounded[..., :inputs].reshape(moved.shape), tuple(range(-len(reduced), 0)), reduced)
+
+    def rounded(rows):
+        inputs = rows.shape[-1]
+        size = min(group, inputs) or inputs
+        padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -inputs % size)])
+        grouped = padded.reshape(*rows.shape[:-1], -1, size)
+        return gptq.nearest(grouped, gptq.scale_of(grouped, bits, -1), bits).reshape(padded.shape)[..., :inputs]
+
+    return gptq.in_rows(w, reduced, rounded)
 
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning

@@ -25,12 +25,7 @@ from steppe.lm.track.tracker import Tracker
 
 
 def make_evaluation_step(parts: Parts) -> Callable:
-    """The compiled evaluation_step of a run's Parts."""
-    return jitted(evaluation_step(parts), parts.mesh, "evaluation")
-
-
-def evaluation_step(parts: Parts) -> Callable:
-    """step(params, batch) -> (nats, tokens, bytes) of a batch, with plain cross-entropy for any training loss."""
+    """step(params, batch) -> (nats, tokens, bytes), compiled, with plain cross-entropy for any training loss."""
     plain = choices.plain_options(parts)
 
     def step(params, batch):
@@ -39,7 +34,7 @@ def evaluation_step(parts: Parts) -> Callable:
         tokens = jnp.sum(batch["weights"] > 0)
         return loss * tokens, tokens, jnp.sum(batch["bytes"])
 
-    return step
+    return jitted(step, parts.mesh, "evaluation")
 
 
 def held_out(corpus: Corpus, name: str, mesh: Mesh, batch_size: int, batches: int = 0) -> Iterator[dict]:
@@ -57,10 +52,7 @@ def first_batch(corpus: Corpus, mesh: Mesh, rows: int) -> dict:
 
 
 def evaluate(step: Callable, params, batches: Iterable[dict], stop: Callable[[], bool] = lambda: False) -> dict:
-    """Loss on the batches of a held-out set: {loss (nats per token), bits_per_byte, tokens, bytes}.
-
-    step: from make_evaluation_step. batches: from held_out. stop() is asked before every batch; if True, returns {}.
-    """
+    """{loss (nats per token), bits_per_byte, tokens, bytes} of held_out's batches; {} if stop(), asked before each."""
     results = []
     for batch in batches:
         if stop():

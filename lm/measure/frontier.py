@@ -77,10 +77,7 @@ def best_gain(paths: Paths) -> float:
 
 
 def equal_loss(fine_tunes: Sequence[Mapping[str, Any]]) -> float:
-    """A loss on the second text that all runs reach: the highest loss of a run after SHARE of its best gain.
-
-    Runs that gain nothing are ignored; NaN if none gains.
-    """
+    """A loss on the second text that all runs which gain reach: the highest after SHARE of a best gain; NaN of none."""
     gains = [(each["loss"], best_gain(paths_of(each))) for each in fine_tunes]
     return max((loss - SHARE * gain for loss, gain in gains if gain > 0), default=math.nan)
 

@@ -4,7 +4,6 @@ A matrix is rounded input by input. The inputs not yet rounded compensate for ea
 measured on a calibration text. Blocks are rounded from first to last, each on the outputs of those rounded before.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -95,32 +94,28 @@ def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int =
 
 
 def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, group: int = 0) -> Any:
-    """The parameters with every matrix of the blocks rounded by GPTQ; tables and norms are unchanged.
-
-    grams: from gram_program. batches: the calibration text, on the mesh.
-    """
+    """The parameters with the blocks' matrices rounded. grams: from gram_program; batches: calibration text, placed."""
     names, structure = jax.tree.flatten(path_names(params))
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
     places = {name: leaf.sharding for name, leaf in leaves.items()}
     matrices = [name for name in names if parameters.of(name).kind == "matrix"]
-    layers = leaves[matrices[0]].shape[0]
-    for layer in range(layers):
+    for layer in range(leaves[matrices[0]].shape[0]):
         whole = structure.unflatten([leaves[name] for name in names])
         # one batch at a time, and matrices on one device, because speed does not matter here
         found = [jax.device_get(grams(whole, batch)) for batch in batches]
         for name in matrices:
             gram = sum(each[name][layer] for each in found)
-            change = lambda w, gram=gram: quantise_rows(w, gram, bits, group)  # noqa: E731
+            change = lambda w, gram=gram: quantise_rows(w.reshape(-1, w.shape[-1]), gram, bits, group)  # noqa: E731
             stack = np.array(leaves[name])
-            stack[layer] = _in_rows(jnp.asarray(stack[layer]), parameters.of(name).reads, change)
+            reads = [axis - 1 for axis in parameters.of(name).reads]  # of one layer
+            stack[layer] = in_rows(jnp.asarray(stack[layer]), reads, change)
             leaves[name] = jax.device_put(stack, places[name])
     return structure.unflatten([leaves[name] for name in names])
 
 
-def _in_rows(w: jax.Array, stacked_reads: Sequence[int], change: Callable) -> jax.Array:
-    """Applies `change` to a layer's matrix as [outputs, inputs]; stacked_reads: its input axes in the stacked array."""
-    reads = tuple(axis - 1 for axis in stacked_reads)
+def in_rows(w: jax.Array, reads: Sequence[int], change: Callable) -> jax.Array:
+    """Applies `change` to a weight as [..., inputs]: the axes `reads`, which its product sums over, as one."""
     behind = tuple(range(-len(reads), 0))
-    moved = jnp.moveaxis(w, reads, behind)
-    inputs = math.prod(w.shape[axis] for axis in reads)
-    return jnp.moveaxis(change(moved.reshape(-1, inputs)).reshape(moved.shape), behind, reads)
+    moved = jnp.moveaxis(w, tuple(reads), behind)
+    changed = change(moved.reshape(*moved.shape[: -len(reads)], -1))
+    return jnp.moveaxis(changed.reshape(moved.shape), behind, tuple(reads))

@@ -129,7 +129,7 @@ def second_text(
     from ml_collections import ConfigDict
 
     from steppe.configs import base
-    from steppe.data import cache, loader
+    from steppe.data import cache
 
     plain, fixed = {**config.to_dict(), "data": dict(data)}, base.get_config().to_dict()
     plain["seed"], plain["optim"], plain["train"] = 0, fixed["optim"], fixed["train"]
@@ -139,10 +139,7 @@ def second_text(
     if settings.fine_tune == NO_TEXT:
         return ConfigDict(plain), None
     plain["data"] |= {"task": settings.fine_tune, "held_out": (), "held_out_fraction": HELD_OUT, "directory": ""}
-    made = ConfigDict(plain)
-    own = made.data
-    found = loader.open_corpus(cache.ensure(own, log), own.vocabulary, own.sequence_length, own.packing, own.verify)
-    return made, found
+    return ConfigDict(plain), cache.open_of(plain["data"], log)
 
 
 class Text(NamedTuple):
@@ -200,32 +197,20 @@ def measure_run(
                 details[key] = {"samples": found, "standard_error": error}
     if second is not None:
         there = text(second)
+        points, paths = sorted({max(1, round(share * settings.fine_tune_steps)) for share in POINTS}), []
+        both = lambda params: {"gained": there.before - there.loss(params), "lost": own.rise(params)}  # noqa: E731
+        for rate in settings.fine_tune_rates:
+            tick(f"fine-tuning at {rate:g}")
+            path, end = disturb.fine_tune(tools, run.params, there.read, rate, points, both)
+            # how a batch of the first text bends along the whole path
+            way = {name: float(value) for name, value in tools.along(run.params, own.batches[0], end).items()}
+            paths.append({"rate": rate, "points": path, "along": way})
         record["fine_tune"] = {"task": settings.fine_tune, **there.on}
-        details["fine_tune"] = _fine_tuned(tools, run.params, (own, there), settings, tick)
+        details["fine_tune"] = {"loss": there.before, "paths": paths}
         summary |= frontier.at_rates(details["fine_tune"], ("lost", "curvature"))  # a gain is no increase of a loss
     # the report takes every entry as a number
     known = {key: value for key, value in summary.items() if math.isfinite(value)}
     return {"summary": known, **record, "details": details}
-
-
-def _fine_tuned(
-    tools: Any, params: Any, of: tuple[Text, Text], settings: Settings, tick: Callable[[str], None]
-) -> dict[str, Any]:
-    """{"loss" on the second text before, "paths": one for each rate}.
-
-    A path: its points, {step, gained, lost}, and "along": how a batch of the first text bends along the whole of it.
-    """
-    from steppe.lm.measure import disturb
-
-    own, there = of
-    points, paths = sorted({max(1, round(share * settings.fine_tune_steps)) for share in POINTS}), []
-    both = lambda params: {"gained": there.before - there.loss(params), "lost": own.rise(params)}  # noqa: E731
-    for rate in settings.fine_tune_rates:
-        tick(f"fine-tuning at {rate:g}")
-        path, end = disturb.fine_tune(tools, params, there.read, rate, points, both)
-        way = {name: float(value) for name, value in tools.along(params, own.batches[0], end).items()}
-        paths.append({"rate": rate, "points": path, "along": way})
-    return {"loss": there.before, "paths": paths}
 
 
 # ------------------------------------------------------------------------------------------------------- comparing runs
@@ -242,15 +227,12 @@ def compare(found: Mapping[str, Any]) -> None:
     for name, record in found.items():
         for key in _EQUAL:
             record["summary"].pop(key, None)
-        if record["fine_tune"]:
-            best[name] = frontier.best_gain(frontier.paths_of(record["details"]["fine_tune"]))
-    best = {name: gain for name, gain in best.items() if gain > 0}
-    if not best:
-        return
-    gain = frontier.SHARE * min(best.values())
-    loss = frontier.equal_loss([found[name]["details"]["fine_tune"] for name in best])
-    for name in best:
-        there = found[name]["details"]["fine_tune"]
+        there = record["details"]["fine_tune"] if record["fine_tune"] else {"paths": ()}
+        if (gain := frontier.best_gain(frontier.paths_of(there))) > 0:
+            best[name] = gain
+    tuned = {name: found[name]["details"]["fine_tune"] for name in best}
+    gain, loss = frontier.SHARE * min(best.values(), default=0.0), frontier.equal_loss(list(tuned.values()))
+    for name, there in tuned.items():
         found[name]["details"]["equal"] = {"gain": gain, "loss": loss, "runs": len(best)}
         marks = dict(zip(_EQUAL, (gain, there["loss"] - loss), strict=True))
         lost = {key: frontier.lost_at(frontier.paths_of(there), mark) for key, mark in marks.items()}
@@ -262,12 +244,10 @@ def note_runs(found: Mapping[str, Any]) -> str:
     tokens = next(iter(found.values()))["held_out"]["tokens"]
     marks = [record["details"]["equal"] for record in found.values() if "equal" in record["details"]]
     said = f"increase of held-out loss, nats a token, over {tokens:,} tokens"
-    if not marks:
-        return said
-    return (
-        f"{said}\nequal gain: {marks[0]['gain']:.4f} nats gained on the second text; "
-        f"equal loss: {marks[0]['loss']:.4f} nats reached there; all {marks[0]['runs']} runs reach both"
-    )
+    for mark in marks[:1]:  # the same in all
+        said += f"\nequal gain: {mark['gain']:.4f} nats gained on the second text; equal loss: {mark['loss']:.4f} nats "
+        said += f"reached there; all {mark['runs']} runs reach both"
+    return said
 
 
 def title(key: str) -> str:
@@ -284,18 +264,13 @@ def frame(found: Mapping[str, Any]) -> Any:
 
 
 def draw_runs(found: Mapping[str, Any], labels: Mapping[str, str]) -> Any:
-    """Loss against noise, quantisation as bars, and the forgetting frontier; means and errors over each group of runs.
-
-    labels: {run: its group}.
-    """
+    """Noise, rounding and the forgetting frontier: means and errors over groups of runs. labels: {run: its group}."""
     colours = [*(plot.BLUE, plot.VERMILION, plot.GREEN, plot.PINK), *(plot.ORANGE, plot.SKY, plot.BLACK, plot.PALE)]
     looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), colours))  # beyond eight groups the dash differs
-    styles = {
-        label: {"linestyle": dash, "color": colour}
-        for label, (dash, colour) in zip(dict.fromkeys(labels.values()), looks, strict=False)
-    }
     grouped = frame(found).groupby(labels, sort=False)
     means, errors = grouped.mean(), grouped.sem().fillna(0.0)
+    named = zip(means.index, looks, strict=False)
+    styles = {label: {"linestyle": dash, "color": colour} for label, (dash, colour) in named}
     tuned = any(record["fine_tune"] for record in found.values())
     figure = plot.figure(5.2 * (2 + tuned), 4.6 + 0.16 * math.ceil(len(styles) / 3))
     axes = figure.subplots(1, 2 + tuned)

@@ -28,11 +28,6 @@ from steppe.optim.rule import Tree, norm, ratio
 OPERATORS = ("hessian", "ggn", "nme")  # and "preconditioned", the preconditioned Hessian
 
 
-def compile_key(parts: Parts, microbatches: int, settings: Any) -> tuple:
-    """A key that is equal for runs which share programs."""
-    return parts.shape, parts.options, parts.mesh, microbatches, settings.lanczos, settings.within, settings.noise_scale
-
-
 def programs(parts: Parts, microbatches: int, settings: Any) -> SimpleNamespace:
     """Compiled functions of (params, batch, ...) of a run, and conversions between parameters and flat vectors.
 
@@ -99,8 +94,12 @@ def measure(
     def of_noise() -> None:
         assert noisy is not None
         tick("noise scale")
-        details["noise"] = {name: float(value) for name, value in made.noise(params, noisy).items()}
-        summary.update(_of_noise(details["noise"], int(jnp.sum(noisy["weights"] > 0)), settings.noise_scale))
+        found = details["noise"] = {name: float(value) for name, value in made.noise(params, noisy).items()}
+        tokens = int(jnp.sum(noisy["weights"] > 0))
+        summary["batch_tokens"] = tokens / settings.noise_scale
+        summary.update(_delta("expected_", found["expected_logit_norm"], found["expected_functional_norm"]))
+        if np.isfinite(found["scale"]):
+            summary["noise_scale"] = found["scale"] * tokens
 
     if settings.noise_alone:
         of_noise()
@@ -133,13 +132,8 @@ def measure(
     for prefix, direction in directions.items():
         split = _split(made, params, batch, direction, groups)
         details[f"{prefix}delta"] = split
-        logit, functional = split["all"]["logit_norm"], split["all"]["functional_norm"]
-        summary |= {
-            f"{prefix}delta_logit_norm": logit,
-            f"{prefix}delta_func_norm": functional,
-            f"{prefix}delta_func_share": functional**2 / max(logit**2 + functional**2, 1e-300),
-            f"{prefix}delta_cosine": split["all"]["cosine"],
-        }
+        summary |= _delta(prefix, split["all"]["logit_norm"], split["all"]["functional_norm"])
+        summary[f"{prefix}delta_cosine"] = split["all"]["cosine"]
 
     tick("sharpness")
     worst, losses = _worst_case(made, params, batch, step, float(loss), settings)
@@ -166,19 +160,11 @@ def measure(
     return summary, details
 
 
-def _of_noise(found: dict[str, float], tokens: int, batches: int) -> dict[str, float]:
-    """The noise scale in tokens, absent if it is not finite, and the parts of delta expected on a batch of the run.
-
-    tokens: of the joined batch that `found` was measured on; batches: how many batches it consists of.
-    """
-    logit, functional = found["expected_logit_norm"], found["expected_functional_norm"]
-    expected = {
-        "batch_tokens": tokens / batches,
-        "expected_delta_logit_norm": logit,
-        "expected_delta_func_norm": functional,
-        "expected_delta_func_share": functional**2 / max(logit**2 + functional**2, 1e-300),
-    }
-    return expected | ({"noise_scale": found["scale"] * tokens} if np.isfinite(found["scale"]) else {})
+def _delta(prefix: str, logit: float, functional: float) -> dict[str, float]:
+    """The norms of the two parts of delta, and the share of the second."""
+    share = functional**2 / max(logit**2 + functional**2, 1e-300)
+    norms = {"delta_logit_norm": logit, "delta_func_norm": functional, "delta_func_share": share}
+    return {prefix + name: value for name, value in norms.items()}
 
 
 PRODUCTS = {"hessian": 2.5, "ggn": 2.0, "nme": 3.0, "preconditioned": 3.5}  # cost of a product, in gradients
@@ -211,8 +197,6 @@ def _spectra(made, params, batch, settings, scale, key, tick):
     """({operator: eigenvalues, trace, density ...}, {operator: its top eigenvector, flat})."""
     starts = [made.start(jax.random.fold_in(key, i)) for i in range(settings.probes)]
     chosen = jnp.abs(starts[0])  # 1 for parameters of `within`, 0 for others and for padding
-    # Hutchinson estimates of H need no Hessian product, because v^T H v is the sum over its two parts.
-    forms = {"ggn": [], "nme": [], **({} if scale is None else {"preconditioned": []})}
 
     def act(name, vector):
         if name in made.action:
@@ -232,8 +216,8 @@ def _spectra(made, params, batch, settings, scale, key, tick):
             ritz = spectra.ritz(krylov)
             probes.append(ritz)
             samples.append(float(krylov.diagonal[0] * krylov.square))
-            for side, index in (("min", 0), ("max", -1)):
-                value = ritz.values[index] if side == "max" else -ritz.values[index]
+            for side, index, sign in (("min", 0, -1), ("max", -1, 1)):
+                value = sign * ritz.values[index]
                 if side not in best or value > best[side][0]:
                     best[side] = value, spectra.ritz_vector(krylov, ritz, index)
             del krylov
@@ -252,12 +236,15 @@ def _spectra(made, params, batch, settings, scale, key, tick):
         }
         tops[name] = best["max"][1]
     tick("traces")
-    for name in forms:
-        for start in starts[_runs(name, settings) :]:
-            forms[name].append(float(jnp.vdot(start, act(name, start))))
+    forms = {
+        name: [float(jnp.vdot(start, act(name, start))) for start in starts[_runs(name, settings) :]]
+        for name in found
+        if name != "hessian"
+    }
+    # Hutchinson estimates of H need no Hessian product, because v^T H v is the sum over its two parts.
     forms["hessian"] = [a + b for a, b in zip(forms["ggn"], forms["nme"], strict=True)]
     for name, values in found.items():
-        values["samples"] = values["samples"] + forms.get(name, [])
+        values["samples"] += forms[name]
         values["trace"], values["trace_error"] = spectra.estimate(values["samples"])
     return found, tops
 

@@ -23,8 +23,11 @@ from steppe.configs import keys
 from steppe.configs.packages import ready
 from steppe.configs.read import UsageError
 from steppe.data import files
+from steppe.lm import plot
+from steppe.lm.keep.exits import REFUSALS, Unusable, WorkdirError
+from steppe.lm.track import lines
 from steppe.lm.track.waiting import Progress, clock_face
-from steppe.scripts import command, process
+from steppe.scripts import command, process, results
 from steppe.scripts.measure import runs
 
 PACKAGE = "steppe.lm.measure"
@@ -61,7 +64,7 @@ class Target(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Measures, writes and prints; returns the exit status: 1 if a checkpoint was passed over, 2 for bad input."""
     name, *rest = argv or [""]
-    kinds = dict.fromkeys(ready(PACKAGE, "measure_run"), of_checkpoints)
+    kinds = dict.fromkeys(results.MEASURED, of_checkpoints)
     kinds |= dict.fromkeys(ready(PACKAGE, "measure_config"), of_configs)
     if name not in kinds:
         return process.fail(f"{name or 'nothing'}: must be one of {', '.join(sorted(kinds))}")
@@ -94,16 +97,6 @@ def of_checkpoints(name: str, measurement: ModuleType, argv: Sequence[str]) -> i
 def read(name: str, measurement: ModuleType, argv: Sequence[str]) -> Asked:
     """What a command line asks for. UsageError."""
     compares = hasattr(measurement, "compare")
-    options = command.options_of(argv, _parser(name, measurement, compares))
-    settings = command.settings_of(options, measurement.Settings)
-    if said := getattr(measurement, "refused", lambda settings: "")(settings):
-        raise UsageError(said)
-    if not options.step.isdecimal() and options.step not in ("last", "last" if compares else "all"):
-        raise UsageError(f"--step={options.step}: must be a number of steps" + ", or all" * (not compares))
-    return Asked(name, measurement, options, settings)
-
-
-def _parser(name: str, measurement: ModuleType, compares: bool) -> command.Parser:
     parser = command.parser(name, command.headline(measurement.__doc__), config=False)
     add, which = parser.add_argument, "a sweep, of which all that finished," if compares else "a sweep,"
     add("--workdir", required=True, action="append", help=f"a run, {which} or a pattern of them; repeatable")
@@ -120,14 +113,18 @@ def _parser(name: str, measurement: ModuleType, compares: bool) -> command.Parse
         add("--skip_done", action="store_true", help="skip checkpoints that have been measured")
         said = f"with --step=all, begin no checkpoint that would end later (default {MINUTES}); 0: no limit"
         add("--minutes", type=keys.number(least=0), default=MINUTES, metavar="N", help=said)
-    return parser
+    options = command.options_of(argv, parser)
+    settings = command.settings_of(options, measurement.Settings)
+    if said := getattr(measurement, "refused", lambda settings: "")(settings):
+        raise UsageError(said)
+    if not options.step.isdecimal() and options.step not in ("last", "last" if compares else "all"):
+        raise UsageError(f"--step={options.step}: must be a number of steps" + ", or all" * (not compares))
+    return Asked(name, measurement, options, settings)
 
 
 def find(asked: Asked, progress: Progress) -> list[Target]:
     """The checkpoints asked for, what has none of them named. WorkdirError where there are none."""
     from steppe.lm.keep import mirror, saved
-    from steppe.lm.keep.exits import REFUSALS, WorkdirError
-    from steppe.scripts import results
 
     options, found, lacking = asked.options, [], []
     given = [Path(mirror.here(each) if files.is_remote(each) else each).expanduser() for each in options.workdir]
@@ -136,6 +133,8 @@ def find(asked: Asked, progress: Progress) -> list[Target]:
     names, several = [each.directory.resolve().name for each in begun], options.weights or [None]
     for result, name in zip(begun, names, strict=True):
         directory, steps = str(result.directory), []
+        plain, made = result.adamw_flops / (result.flops or math.nan), len(result.train_curve.step)
+        pace = result.seconds / made * plain / result.config["train.batch_size"] if made else math.nan
         if asked.compares and result.status != "finished" and result.directory not in given:
             lacking.append(f"{directory}: {result.status} {result.why}".rstrip())
             continue
@@ -149,7 +148,7 @@ def find(asked: Asked, progress: Progress) -> list[Target]:
             shown = (name if names.count(name) == 1 else directory) + f" {weights}" * (len(several) > 1)
             for step in steps:
                 path = files.below(folder, f"{asked.name}.json" if asked.compares else f"{asked.name}/{step}.json")
-                found.append(Target(shown, directory, result.config, step, weights, path, _pace(result)))
+                found.append(Target(shown, directory, result.config, step, weights, path, pace))
     if not found:
         raise WorkdirError(lacking[0] if lacking else f"--workdir={', '.join(options.workdir)}: must hold a run")
     for line in lacking:
@@ -157,16 +156,9 @@ def find(asked: Asked, progress: Progress) -> list[Target]:
     return found
 
 
-def _pace(result: Any) -> float:
-    """Seconds that the gradient of one sequence took while a run trained."""
-    steps, plain = len(result.train_curve.step), result.adamw_flops / (result.flops or math.nan)
-    return result.seconds / steps * plain / result.config["train.batch_size"] if steps else math.nan
-
-
 def _steps(directory: str, options: Any, progress: Progress) -> list[int]:
     """The steps of a run's checkpoints that are asked for. WorkdirError where it has none of them."""
     from steppe.lm.keep import saved
-    from steppe.lm.keep.exits import WorkdirError
 
     if options.step == "last":
         return [saved.newest(directory, options.trust, progress.line)]
@@ -183,8 +175,6 @@ def measure(asked: Asked, targets: Sequence[Target], found: dict[Path, dict], pr
 
     Says the expected cost first. Returns the number of those for which --minutes has no time.
     """
-    from steppe.lm.keep.exits import REFUSALS
-
     for target in targets:
         if target.path in found:
             progress.line(f"{target.name}: already measured")
@@ -229,10 +219,9 @@ def spread(targets: Sequence[Target]) -> list[Target]:
     ranked = []
     for weights, directory in dict.fromkeys((target.weights, target.directory) for target in targets):
         own = [target for target in targets if (target.weights, target.directory) == (weights, directory)]
-        chosen = [own.pop(max(range(len(own)), key=lambda index: own[index].step))]
-        while own:
-            gaps = [min(abs(target.step - other.step) for other in chosen) for target in own]
-            chosen.append(own.pop(gaps.index(max(gaps))))
+        chosen = [max(own, key=lambda target: target.step)]
+        while rest := [target for target in own if target not in chosen]:
+            chosen.append(max(rest, key=lambda target: min(abs(target.step - other.step) for other in chosen)))
         ranked += enumerate(chosen)
     return [target for _, target in sorted(ranked, key=lambda each: each[0])]
 
@@ -242,9 +231,7 @@ def examine(asked: Asked, target: Target, programs: dict, progress: Progress) ->
     import jax
     import jax.numpy as jnp
 
-    from steppe.lm import plot
     from steppe.lm.keep import saved
-    from steppe.lm.keep.exits import Unusable, WorkdirError
 
     began, quiet, trust = time.perf_counter(), lambda line: None, asked.options.trust
     directory, step, measurement = target.directory, target.step, asked.measurement
@@ -288,10 +275,6 @@ def conclude(asked: Asked, targets: Sequence[Target], found: dict[Path, dict]) -
 
 def over_training(measurement: ModuleType, workdir: str) -> None:
     """Draws NAME/training.png from every STEP.json and what the run recorded itself under this name."""
-    from steppe.lm import plot
-    from steppe.lm.track import lines
-    from steppe.scripts import results
-
     if not hasattr(measurement, "draw_training"):
         return
     name, found = measurement.__name__.rpartition(".")[2], []
@@ -307,8 +290,6 @@ def over_training(measurement: ModuleType, workdir: str) -> None:
 
 
 def _save(figure: Any, title: str, path: Path) -> None:
-    from steppe.lm import plot
-
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     plot.save(figure, path, dpi=150)
 
@@ -326,7 +307,6 @@ def of_configs(name: str, measurement: ModuleType, argv: Sequence[str]) -> int:
         import jax
         import pandas as pd
 
-        from steppe.lm import plot
         from steppe.lm.parts.check import check
 
         made, found = measurement.configs(config, settings), {}

@@ -11,6 +11,7 @@ from typing import Any
 from steppe.configs.read import UsageError
 from steppe.data import files, stored
 from steppe.data.errors import DataError
+from steppe.lm import plot
 from steppe.scripts import process, results
 
 
@@ -55,7 +56,6 @@ def check(asked: Any, targets: Sequence[Any], found: Mapping[Path, dict], log: C
 
 def conclude(asked: Any, targets: Sequence[Any], measured: Mapping[Path, dict]) -> None:
     """Compares, writes what that adds to the files of the runs, and prints and draws the comparison."""
-    from steppe.lm import plot
     from steppe.lm.keep import mirror
 
     measurement, found = asked.measurement, {target.name: measured[target.path] for target in targets}
@@ -86,9 +86,10 @@ def labels_of(configs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     keys = [key for key in results.varying_keys(list(configs.values())) if key != "seed"]
     labels = {}
     for name, flat in configs.items():
-        shown = [f"{key.split('.')[-1]} {flat.get(key)}" for key in keys if flat.get(key) is not None]
-        shown = ", ".join(part.removeprefix("method ") for part in shown)
-        labels[name] = shown or (name if len(configs) == 1 else "all")
+        shown = [
+            f"{key.split('.')[-1]} {flat[key]}".removeprefix("method ") for key in keys if flat.get(key) is not None
+        ]
+        labels[name] = ", ".join(shown) or (name if len(configs) == 1 else "all")
     return labels
 
 

@@ -6,9 +6,8 @@ import pytest
 
 from helpers.programs import LENGTH, VOCABULARY, batch_of, curvature_calls, parts_on
 from steppe.lm.measure import disturb, in_training
-from steppe.lm.measure.evaluate import evaluation_step
+from steppe.lm.measure.evaluate import make_evaluation_step
 from steppe.lm.model import hlo
-from steppe.lm.model.ordered import jitted
 from steppe.lm.parts.step import lower_step
 from steppe.lm.run.generate import make_decoder
 from steppe.optim import methods
@@ -56,8 +55,7 @@ def test_measurements(microbatches):
 def test_evaluation_and_retention():
     parts = parts_on("cpu", optim__schedule="constant")
     made, params = disturb.programs(parts), parts.abstract.params
-    evaluation = jitted(evaluation_step(parts), parts.mesh, "evaluation")
-    assert not pairs(evaluation, params, batch_of(parts, bytes=jnp.int32))
+    assert not pairs(make_evaluation_step(parts), params, batch_of(parts, bytes=jnp.int32))
     assert not pairs(made.step, parts.abstract, batch_of(parts), 0.1)
     assert not pairs(made.along, params, batch_of(parts), params)
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.optim_problems import telling
 from helpers.programs import LENGTH, PLATFORMS, VOCABULARY, batch_of, curvature_calls, parts_on
 from steppe.lm.measure import disturb
-from steppe.lm.measure.evaluate import evaluation_step
+from steppe.lm.measure.evaluate import make_evaluation_step
 from steppe.lm.parts import state as states
 from steppe.lm.parts.step import lower_step
 from steppe.lm.run.generate import make_decoder
@@ -70,7 +70,7 @@ def test_creation_evaluation_and_sampling(platform):
     places = states.shardings(parts.mesh, jax.eval_shape(parts.initialise))
     lower(platform, jax.jit(parts.initialise.func, out_shardings=places), *parts.initialise.args)
     params, batch = parts.abstract.params, batch_of(parts, bytes=jnp.int32)
-    text = lower(platform, evaluation_step(parts), params, batch)
+    text = lower(platform, make_evaluation_step(parts), params, batch)
     assert (kernels(text) > 0) == (platform == "tpu")
     decoder, ids = make_decoder(parts.shape, VOCABULARY, parts.mesh), jax.ShapeDtypeStruct((3,), jnp.int32)
     window, keys = jax.ShapeDtypeStruct((3, LENGTH), jnp.int32), jax.random.split(jax.random.key(0), 3)
