@@ -39,8 +39,11 @@ def main(argv: Sequence[str]) -> int:
         print("| method | gathered GiB | least | scattered GiB | least | reduced GiB | other GiB | all / least |")
         print("|---|---|---|---|---|---|---|---|")
         for method in options.methods:
-            parts, program = _compiled(method, options, devices)
-            found = hlo.collectives(program.as_text())
+            values = {"model.size": options.size, "model.compute_dtype": "bfloat16", "optim.method": method}
+            values |= {"data.sequence_length": 512, "train.batch_size": options.batch_size, "mesh.data": 1}
+            config = plan.setting(values | {"train.duration": "1000 steps", "mesh.fsdp": len(devices)})
+            parts, program = plan.compiled_step(config, 32100, 10**9, devices)
+            found = hlo.collectives(program.as_text() or "")
             print(_row(method, found, least(method, parts)), flush=True)
             if options.sources:
                 for each in sorted(found, key=lambda one: -one.bytes)[:12]:
@@ -49,25 +52,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _compiled(method: str, options: Any, devices: list) -> tuple[Any, Any]:
-    values = {"model.size": options.size, "model.compute_dtype": "bfloat16", "optim.method": method, "mesh.data": 1}
-    values |= {"data.sequence_length": 512, "train.batch_size": options.batch_size, "train.duration": "1000 steps"}
-    return plan.compiled_step(plan.setting(values | {"mesh.fsdp": len(devices)}), 32100, 10**9, devices)
-
-
 def least(method: str, parts: Any) -> tuple[float, float]:
     """Bytes that one device must send in a step: (gathered parameters, gradients scattered to their shards)."""
     import jax
 
     from steppe.optim.methods import cost
 
-    width = 2 if parts.shape.dtype == "bfloat16" else 4
-    shards = parts.mesh.shape["fsdp"]
-    share = (shards - 1) / shards
+    width, shards, passes = 2 if parts.shape.dtype == "bfloat16" else 4, parts.mesh.shape["fsdp"], cost(method)
     sharded = [s for s in jax.tree.leaves(parts.abstract.params) if s.sharding.shard_shape(s.shape) != s.shape]
-    numbers = sum(math.prod(leaf.shape) for leaf in sharded)
-    passes = cost(method)
-    sent = numbers * width * share
+    sent = sum(math.prod(leaf.shape) for leaf in sharded) * width * ((shards - 1) / shards)
     return (passes.forwards + passes.backwards) * sent, passes.backwards * sent
 
 
@@ -75,8 +68,7 @@ def _row(method: str, found: list[hlo.Collective], needed: tuple[float, float]) 
     sent: dict[str, float] = defaultdict(float)
     for each in found:
         sent[each.kind] += each.bytes
+    ratio = sum(sent.values()) / sum(needed)
     gathered, scattered, reduced = (sent.pop(kind, 0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
-    other = sum(sent.values())
-    numbers = gathered, needed[0], scattered, needed[1], reduced, other
-    ratio = (gathered + scattered + reduced + other) / sum(needed)
+    numbers = gathered, needed[0], scattered, needed[1], reduced, sum(sent.values())
     return f"| {method} | {' | '.join(f'{number / GIB:.3f}' for number in numbers)} | {ratio:.2f} |"

@@ -10,15 +10,16 @@ GPU, slowly, to test the command.
 
 import argparse
 import glob
-import json
 import math
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, cast
 
 from steppe.configs import keys, sizes
 from steppe.scripts import command, process
@@ -42,22 +43,18 @@ def main(argv: Sequence[str]) -> int:
     add("--sequence_length", type=command.integer(1), default=1024, help="tokens of a sequence")
     add("--remat", default="dots", type=command.of_key("model.remat"), help="config.model.remat")
     add("--anywhere", action="store_true", help="also run without a GPU")
-    add("--torch_only", help=argparse.SUPPRESS)
     parser.set_defaults(vocabulary_size=32_128)
     options = command.options_of(argv, parser)
-    if options.torch_only:
-        print(json.dumps(_torch(options.torch_only, options)))
-        return 0
-    if not options.anywhere and not _has_gpu():
+    import jax
+
+    if not options.anywhere and _apart(jax.default_backend) != "gpu":
         return process.fail(
             "steppe bench gpu: needs a GPU that jax can use (pip install '.[gpu]'); --anywhere runs it here"
         )
     began = time.monotonic()
     sequences = {size: options.batch_size or SEQUENCES.get(size, 64) for size in options.sizes}
     own = {size: argparse.Namespace(**{**vars(options), "batch_size": n}) for size, n in sequences.items()}
-    by_torch = {size: _torch_apart(size, own[size]) for size in options.sizes}
-    import jax
-
+    by_torch = {size: _torch(size, own[size]) for size in options.sizes}
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}, bfloat16, remat {options.remat}")
     _print_kernels(options)
@@ -68,11 +65,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _has_gpu() -> bool:
-    """Whether jax sees a GPU, asked of another process, because this one must not take the GPU's memory yet."""
-    line = "import jax; print(jax.default_backend())"
-    found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
-    return found.stdout.strip() == "gpu"
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in another process, which gives the GPU's memory back when it ends."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _print_kernels(options: Any) -> None:
@@ -106,39 +102,14 @@ def _print_kernels(options: Any) -> None:
             print(f"| {label} | {dtype} | {' | '.join(f'{one:.1e}' for one in apart)} |", flush=True)
 
 
-class _Step:
-    """A compiled step with its state and a batch. compiling: seconds; used: bytes of arguments and temporaries."""
-
-    def __init__(self, size: str, method: str, options: Any):
-        import jax
-
-        from steppe.lm.parts.state import create
-        from steppe.lm.parts.step import with_scalars
-        from steppe.scripts.plan.compiled import compiled_step
-
-        config, since = turns.config_of(size, options, method), time.monotonic()
-        config.model.compute_dtype = "bfloat16"
-        self.parts, program = compiled_step(config, options.vocabulary_size, 10**9, jax.devices()[:1])
-        self.compiling = time.monotonic() - since
-        memory: Any = program.memory_analysis()
-        self.used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        self._step, self._state = with_scalars(program, self.parts), create(self.parts.mesh, self.parts.initialise)
-        self._batch = turns.batch_of(options)
-
-    def once(self) -> None:
-        """Dispatches one step."""
-        self._state, _ = self._step(self._state, self._batch, math.inf)
-
-    def finish(self) -> None:
-        """Blocks until all dispatched steps are done."""
-        import jax
-
-        jax.block_until_ready(self._state)
-
-
 def _print_steps(size: str, by_torch: dict[str, Any], options: Any) -> None:
     """Prints one table of Steppe's steps and of the PyTorch steps, which were measured before."""
+    import jax
+
     from steppe.lm.parts.chips import peak_flops
+    from steppe.lm.parts.state import create
+    from steppe.lm.parts.step import with_scalars
+    from steppe.scripts.plan.compiled import compiled_step
 
     sequences, length = options.batch_size, options.sequence_length
     print(f"\n{size}: {sequences} x {length} tokens a step, {options.seconds:g} s each\n")
@@ -152,13 +123,18 @@ def _print_steps(size: str, by_torch: dict[str, Any], options: Any) -> None:
         print(f"| {' | '.join(cells)} | {used / 2**30:.1f} | {compiling} |", flush=True)
 
     for method in options.methods:
-        step = _Step(size, method, options)
-        spent, budget = turns.repeat(step.once, options.seconds, step.finish), step.parts.budget
+        config, since = turns.config_of(size, options, method), time.monotonic()
+        config.model.compute_dtype = "bfloat16"
+        parts, program = compiled_step(config, options.vocabulary_size, 10**9, jax.devices()[:1])
+        compiling, memory = f"{time.monotonic() - since:.0f}", cast(Any, program.memory_analysis())
+        run, batch = with_scalars(program, parts), turns.batch_of(options)
+        step = lambda state, run=run, batch=batch: run(state, batch, math.inf)[0]  # noqa: E731
+        state = create(parts.mesh, parts.initialise)
+        spent, state = turns.repeat(step, state, options.seconds, jax.block_until_ready)
         if method == options.methods[0]:
-            first = spent, budget.adamw_flops, peak_flops(step.parts.mesh)
-        line(method, spent, budget.flops, step.used, f"{step.compiling:.0f}")
-        trace = trace or _trace(step.once, step.finish)
-        del step
+            first, trace = (spent, parts.budget.adamw_flops, peak_flops(parts.mesh)), _trace(step, state)
+        line(method, spent, parts.budget.flops, memory.temp_size_in_bytes + memory.argument_size_in_bytes, compiling)
+        del state  # before the next method takes as much
     for name, (spent, used) in by_torch.get("steps", {}).items():
         line(name, spent, first[1] * (2 if "SAM" in name else 1), used)
     if "error" in by_torch:
@@ -168,15 +144,15 @@ def _print_steps(size: str, by_torch: dict[str, Any], options: Any) -> None:
         print(f"  {spent:8.3f}  {name[:100]}")
 
 
-def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, Any]]:
+def _trace(step: Callable[[Any], Any], state: Any, steps: int = 5, most: int = 12) -> list[tuple[str, Any]]:
     """(operation, ms of a step) of the `most` most expensive operations on the device, or in a CPU's threads."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
-                once()
-            finish()
+                state = step(state)
+            jax.block_until_ready(state)
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         spent: Counter[str] = Counter()
         for plane in jax.profiler.ProfileData.from_file(path).planes:
@@ -187,24 +163,19 @@ def _trace(once, finish, steps: int = 5, most: int = 12) -> list[tuple[str, Any]
         return spent.most_common(most)
 
 
-def _torch_apart(size: str, options: Any) -> dict[str, Any]:
-    """The result of `_torch` from another process, which frees the memory when it ends."""
-    line = [sys.executable, "-P", "-m", "steppe.scripts.cli", "bench", "gpu", f"--torch_only={size}"]
-    line += [f"--seconds={options.seconds}", f"--batch_size={options.batch_size}"]
-    line += [f"--sequence_length={options.sequence_length}"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _torch(size: str, options: Any) -> dict[str, Any]:
-    from steppe.scripts.bench.against import torch_step
+    """{"steps": {name: (seconds, bytes)}} of PyTorch, or {"error": why there are none}."""
+    try:
+        return {"steps": _apart(_torch_steps, size, options)}
+    except Exception as error:  # torch may be missing, or run out of memory
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[-1]}
 
-    found, shape = {}, turns.shape_of(size, options)
-    for name, sam in (("torch.compile adamw", False), ("torch.compile SAM", True)):
-        found[name] = torch_step.measure(shape, options.batch_size, sam, options.seconds)
-    return {"steps": found}
+
+def _torch_steps(size: str, options: Any) -> dict[str, tuple[float, float]]:
+    from steppe.scripts.bench.against.torch_step import measure
+
+    shape, kinds = turns.shape_of(size, options), {"torch.compile adamw": False, "torch.compile SAM": True}
+    return {name: measure(shape, options.batch_size, sam, options.seconds) for name, sam in kinds.items()}
 
 
 def _print_quickstart() -> None:

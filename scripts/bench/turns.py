@@ -84,16 +84,16 @@ def ratio(mine: list[float], base: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(mine, base, strict=True))
 
 
-def repeat(step: Callable[[], None], seconds: float, finish: Callable[[], None]) -> float:
-    """Seconds per step, averaged over as many as fit into `seconds`, after three for warm-up."""
-    for _ in range(3):
-        step()
-    finish()
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds or count < 3:
-        step()
+def repeat(step: Callable[[Any], Any], state: Any, seconds: float, finish: Callable[[Any], Any]) -> tuple[float, Any]:
+    """(seconds of a step(state) -> state, the last state) over `seconds`, after three; finish(state) waits for it."""
+    count, began = -3, 0.0
+    while count < 3 or time.perf_counter() - began < seconds:
+        if count == 0:
+            finish(state)
+            began = time.perf_counter()
+        state = step(state)
         count += 1
-        if count % 4 == 0:
-            finish()
-    finish()
-    return (time.perf_counter() - began) / count
+        if count > 0 and count % 4 == 0:
+            finish(state)
+    finish(state)
+    return (time.perf_counter() - began) / count, state

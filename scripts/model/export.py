@@ -4,7 +4,6 @@ steppe export --workdir=DIR --out=HF_DIR [--step=K]
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from steppe.configs import packages
 from steppe.scripts import command, process
@@ -28,8 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
     run = saved.unread(options.workdir, options.step, log=process.say, weights=options.weights, trust=options.trust)
     export.export(run, str(options.out), log=process.say)
-    shown = Path(options.out)
     architecture = families.of_config(run.config).architecture
-    process.say(f"{shown} holds {run.config.model.style} as {architecture}; load it with")
-    process.say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(shown)!r})")
+    process.say(f"{options.out} holds {run.config.model.style} as {architecture}; load it with")
+    process.say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(options.out)!r})")
     return 0

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 
 from steppe.configs.read import read_config
+from steppe.lm.parts.chips import chip_of
 from steppe.scripts import command, process
 from steppe.scripts.plan import table
 from steppe.scripts.plan.compiled import GPUS, DoesNotFit, compiled_step, described, plan
@@ -77,7 +78,6 @@ def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool
     from steppe.lm.model.mesh import AXES
     from steppe.lm.parts.budget import describe
     from steppe.lm.parts.check import mesh_shape
-    from steppe.lm.parts.chips import chip_of
 
     chip = chip_of(devices[0], len(devices))
     mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh_shape(config, len(devices)), strict=True))

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from steppe.configs import base, sizes
 from steppe.configs.keys import config_of
+from steppe.lm.parts.chips import chip_of, network_of
 from steppe.lm.track.waiting import compiling
 from steppe.scripts import command, process
 
@@ -140,7 +141,6 @@ def plan(config, parts, program, devices: list) -> Plan:
 
     from steppe.lm.model import hlo
     from steppe.lm.parts.budget import roofline
-    from steppe.lm.parts.chips import chip_of, network_of
     from steppe.optim.methods import second_of
 
     def local(tree):

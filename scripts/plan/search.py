@@ -3,16 +3,17 @@
 import itertools
 from collections.abc import Callable
 
+from steppe.configs.keys import ConfigError
+from steppe.lm.model.mesh import AXES
+from steppe.lm.parts.budget import fixed_memory, step_traffic
+from steppe.lm.parts.check import check
+from steppe.lm.parts.chips import chip_of, network_of
+
 TRIES = 4  # settings that are compiled for each number of microbatches
 
 
 def candidates(config, vocabulary_size: int, devices: list) -> list[tuple[float, str, tuple]]:
     """[(seconds by estimate, remat, mesh)] of everything that should fit, cheapest first."""
-    from steppe.configs.keys import ConfigError
-    from steppe.lm.parts.budget import step_traffic
-    from steppe.lm.parts.check import check
-    from steppe.lm.parts.chips import chip_of, network_of
-
     chip, count, found = chip_of(devices[0], len(devices)), len(devices), []
     link = network_of(devices, chip).bandwidth
     processes = len({device.process_index for device in devices})
@@ -39,8 +40,6 @@ def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, show:
     show(config, vocabulary_size, epoch_tokens, devices): compiles, prints, and returns whether it fits. Prints the
     flags that fit, or what is the least that is missing; returns the exit status.
     """
-    from steppe.lm.model.mesh import AXES
-
     begun, batch = config.train.microbatches, config.train.batch_size
     doubles = itertools.takewhile(lambda n: batch % n == 0, (begun * 2**power for power in itertools.count(1)))
     for microbatches in (begun, *doubles):
@@ -62,9 +61,6 @@ def search(config, vocabulary_size: int, epoch_tokens: int, devices: list, show:
 
 def _missing(config, vocabulary_size: int, devices: list) -> str:
     """By estimate, how many of these devices hold what no batch size changes."""
-    from steppe.lm.parts.budget import fixed_memory
-    from steppe.lm.parts.chips import chip_of
-
     needed, count = fixed_memory(config, vocabulary_size), len(devices)
     each = chip_of(devices[0], count).memory
     while count * each < needed:

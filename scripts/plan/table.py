@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from steppe.lm.parts.chips import chip_of, network_of
 from steppe.scripts.plan.compiled import DoesNotFit, compiled_step, described, plan, setting
 
 # size -> (topology, batch size, sequence length, vocabulary size, fsdp, compute dtype) of the table
@@ -21,8 +22,6 @@ LONG, LONG_SIZES, SLICES, REMATS = 8192, ("1.2b", "8b"), ("v5e:16x16", "v6e:16x1
 
 def budgets(sizes: Sequence[str] | None, methods: Sequence[str] | None) -> None:
     """Prints one line per size and method, Chinchilla budgets. None: the table's own."""
-    from steppe.lm.parts.chips import chip_of
-
     print("| size | method | machine | tokens a step | GiB a device | parameters + optimizer | anchor | temporary "
           "| FLOPs / adamw | sent, GiB | step s | MFU | days |")  # fmt: skip
     print("|" + "---|" * 13)
@@ -50,10 +49,7 @@ def budgets(sizes: Sequence[str] | None, methods: Sequence[str] | None) -> None:
 
 
 def long(sizes: Sequence[str] | None, methods: Sequence[str] | None, topology: str | None) -> None:
-    """Prints one line per method: remat policy, GiB a device and seconds of a step on every slice.
-
-    None: the table's own.
-    """
+    """Prints a line per method: remat policy, GiB a device, seconds of a step on each slice. None: the table's own."""
     from steppe.optim.methods import METHODS
 
     machines = {each: described(each) for each in ([topology] if topology else SLICES)}
@@ -68,7 +64,6 @@ def long(sizes: Sequence[str] | None, methods: Sequence[str] | None, topology: s
 def _long_cell(size: str, method: str, devices: list) -> str:
     """The first remat policy that fits, its GiB a device and its seconds. Estimates leave out what is far too large."""
     from steppe.lm.parts.budget import step_traffic
-    from steppe.lm.parts.chips import chip_of, network_of
     from steppe.optim.rule import OptionError
 
     count, chip = len(devices), chip_of(devices[0], len(devices))

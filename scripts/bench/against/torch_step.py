@@ -69,16 +69,15 @@ def measure(shape: Shape, batch_size: int, sam: bool, seconds: float) -> tuple[f
             loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
 
-    def step():
+    def step(_):
         backward()
         if sam:
             _climb_and_back(model, backward)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    spent = repeat(step, seconds, torch.cuda.synchronize if device == "cuda" else lambda: None)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return spent, peak
+    spent, _ = repeat(step, None, seconds, lambda _: torch.cuda.synchronize() if device == "cuda" else None)
+    return spent, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
 def _climb_and_back(model: nn.Module, backward: Callable[[], None], rho: float = 0.05) -> None:
