@@ -25,7 +25,7 @@ from steppe.configs import keys
 from steppe.configs.read import UsageError, read_config
 from steppe.configs.sizes import SIZES
 from steppe.scripts import command, process
-from steppe.scripts.judge.stages import Budget, Launch, budget
+from steppe.scripts.judge.stages import Budget, budget
 from steppe.scripts.sweep.__main__ import add_launch
 
 
@@ -121,13 +121,14 @@ def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> 
     from steppe.scripts.judge import page, stages, tuning, verdict
     from steppe.scripts.judge.contest import contender
     from steppe.scripts.judge.plan import plan
+    from steppe.scripts.sweep.plan import at_a_time, devices_of
 
     overrides = [*given, ("model.size", size)] if size else given
     config = read_config(path, overrides)
     contenders = [contender(name, config) for name in (options.candidate, *against(options))]
     stages.must_be_new_or_same(options.out, path, given, keep=not options.plan)
-    launch = Launch(options.launcher, options.jobs, options.cores, options.devices, tuple(options.slurm))
-    arena = stages.Arena(options.out, path, overrides, launch, size and f"@{size}", options.again)
+    jobs = options.jobs or at_a_time(options, devices_of(options)[1])
+    arena = stages.Arena(options.out, path, overrides, options, jobs, size and f"@{size}", options.again)
     if options.plan:
         process.say(f"{size}\n" * bool(size) + plan(arena, contenders, options))
         return {}
@@ -139,7 +140,6 @@ def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> 
     tuned = [adamw if each is first else tuning.tune(arena, each, options.trials, halve) for each in contenders]
     batch = tuning.regime(arena, adamw)
     found = verdict.compare(arena, tuned, options) | {"batch": batch, "halving": rung, "size": size}
-    jobs = {"jobs": launch.at_a_time(), "budget": options.budget}
-    found["asked"] = {name: getattr(options, name) for name in ASKED} | jobs
+    found["asked"] = {name: getattr(options, name) for name in ASKED} | {"jobs": jobs, "budget": options.budget}
     process.say(page.keep(options.out, found))
     return found

@@ -1,13 +1,13 @@
 """All verdicts of a directory as one page: a leaderboard against AdamW at equal compute, then each verdict."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from steppe.data import files, stored
+from steppe.lm import plot
 from steppe.scripts.judge import page, retention
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.verdict import EQUAL
@@ -26,12 +26,8 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (each["parameters"], each.get("nats_a_byte", math.inf), each["candidate"]))
 
 
-def frame(verdicts: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row a verdict: its loss, and its difference from each of LESS with bounds and state."""
-    return pd.DataFrame([_row(each) for each in verdicts])
-
-
 def _row(found: dict[str, Any]) -> dict[str, Any]:
+    """A verdict's loss, and its difference from each of LESS with bounds and state."""
     rows = found["comparisons"]
     against = {"flops": rows.get(EQUAL) or rows.get("adamw", {}), "ema": rows.get(EMA, {})}
     row = {name: found[name] for name in ("candidate", "parameters", "tokens_a_parameter", "flops_of_adamw")}
@@ -48,17 +44,14 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
 
 def text(made: pd.DataFrame) -> str:
     """The leaderboard on a terminal."""
-    lines = [
-        f"{'candidate':<32} {'parameters':>11}  {'nats a byte':>11}  {'less adamw':>10}  {'95% over all looks':>20}  "
-        "verdict against adamw at equal FLOPs"
-    ]
+    titles = ("candidate", "parameters", "nats a byte", "less adamw", "95% over all looks")
+    rows: list[tuple] = [(*titles, "verdict against adamw at equal FLOPs")]
     for row in made.to_dict("records"):
         bounds = f"{row['flops_low']:+.4f} to {row['flops_high']:+.4f}" if row["flops_n"] > 0 else "-"
-        cells = [f"{row['nats_a_byte']:.4f}", f"{row['flops']:+.4f}"]
-        level, less = (cell if "nan" not in cell else "-" for cell in cells)
-        head = f"{row['candidate']:<32} {row['parameters']:>11,}  {level:>11}  {less:>10}  {bounds:>20}"
-        lines.append(f"{head}  {row['flops_state']}")
-    return "\n".join(lines)
+        level, less = f"{row['nats_a_byte']:.4f}", f"{row['flops']:+.4f}"
+        cells = [cell if "nan" not in cell else "-" for cell in (level, less)]
+        rows.append((row["candidate"], f"{row['parameters']:,}", *cells, bounds, row["flops_state"]))
+    return "\n".join("{:<32} {:>11}  {:>11}  {:>10}  {:>20}  {}".format(*row) for row in rows)
 
 
 def sentences(made: pd.DataFrame) -> list[str]:
@@ -83,8 +76,6 @@ def _counts(states: pd.Series, effect: float) -> list[tuple[str, int]]:
 
 def figure(made: pd.DataFrame, name: str) -> dr.Drawing:
     """A line a candidate, against both of LESS."""
-    from steppe.lm import plot
-
     drawn = plot.figure(dr.WIDTH, 1.2 + 0.42 * len(made))
     axes = drawn.subplots()
     axes.grid(visible=False, axis="y")
@@ -129,7 +120,7 @@ def write(directory: Path) -> str:
     verdicts = read(directory)
     if not verdicts:
         return f"{directory}: no verdict yet; steppe judge CANDIDATE --config=NAME --out={directory} makes one"
-    made, sections = frame(verdicts), []
+    made, sections = pd.DataFrame(map(_row, verdicts)), []
     with dr.styled():
         for size, rows in made.groupby("parameters", sort=True):
             name = f"leaderboard_{size}"
@@ -147,9 +138,8 @@ def write(directory: Path) -> str:
 
 def _section(found: dict[str, Any], directory: Path) -> whole.Section:
     """A verdict: its sentence, figure, table, and how it was reached."""
-    section = whole.Section(found["candidate"] + f" at {found['size']}" * bool(found["size"])).text(
-        *page.line(found).splitlines()
-    )
+    section = whole.Section(found["candidate"] + f" at {found['size']}" * bool(found["size"]))
+    section.text(*page.line(found).splitlines())
     drawing = page.drawing(found)
     if drawing is not None:
         section.figure(drawing, dr.save(drawing, directory / page.VERDICTS), folded=True)

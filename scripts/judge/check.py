@@ -47,9 +47,8 @@ def main(argv: Sequence[str]) -> int:
     chosen = [(f"optim.{key}", name) for key, name in names.items()]
     config = read_config(path or "quickstart", [*chosen, *overrides])
     check(config, device_count=None)
-    given = {
-        name: value for name, value in (method_options(config) | base_options(config)).items() if value is not None
-    }
+    known = (method_options(config) | base_options(config)).items()
+    given = {name: value for name, value in known if value is not None}
     rho = given.pop("rho", None) or 0.1
 
     process.say(f"{options.reference} as a {part}, {names['base' if part == 'method' else 'method']} as the other part")
@@ -80,15 +79,9 @@ def cost(config) -> str:
         parts, program = compiled_step(each, vocabulary, 10**9, device)
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.abstract))
         analysed: Any = program.memory_analysis()
-        memory = analysed.temp_size_in_bytes
-        found.append((parts.budget.flops, state, memory, time.monotonic() - begun))
+        found.append((parts.budget.flops, state, analysed.temp_size_in_bytes, time.monotonic() - begun))
     lines = [f"cost of a step    {'this':>12} {'adamw':>12}   ratio"]
-    for name, unit, index in (
-        ("GFLOPs", 1e9, 0),
-        ("state, MiB", 2**20, 1),
-        ("temporary, MiB", 2**20, 2),
-        ("compiling, s", 1, 3),
-    ):
-        own, plain = found[0][index] / unit, found[1][index] / unit
-        lines.append(f"{name:<17} {own:>12,.3f} {plain:>12,.3f} {own / plain:>7.2f}")
+    units = {"GFLOPs": 1e9, "state, MiB": 2**20, "temporary, MiB": 2**20, "compiling, s": 1}
+    for (name, unit), own, plain in zip(units.items(), *found, strict=True):
+        lines.append(f"{name:<17} {own / unit:>12,.3f} {plain / unit:>12,.3f} {own / plain:>7.2f}")
     return "\n".join(lines)

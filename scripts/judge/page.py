@@ -1,12 +1,13 @@
 """What a verdict says: its sentence, table and figure, and how it was reached."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from steppe.data import files
+from steppe.lm import plot
+from steppe.lm.measure.curvature import note
 from steppe.scripts.judge import retention, tuning
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.stages import file_name
@@ -18,25 +19,24 @@ VERDICTS = "verdicts"
 
 def line(found: dict[str, Any]) -> str:
     """The verdict in a sentence or two."""
-    candidate, size = (
-        found["candidate"],
-        f"at {found['parameters']:,} parameters, {found['tokens_a_parameter']:.0f} tokens each",
-    )
+    candidate, compared = found["candidate"], found["comparisons"]
+    size = f"at {found['parameters']:,} parameters, {found['tokens_a_parameter']:.0f} tokens each"
     if "diverged" in found:
-        return (
-            f"{size}: {candidate} diverged on {len(found['diverged'])} fresh seeds of its best trial's settings: worse."
-        )
+        seeds = f"{len(found['diverged'])} fresh seeds of its best trial's settings"
+        return f"{size}: {candidate} diverged on {seeds}: worse."
+    words = {looks.BETTER: "better than", looks.WORSE: "worse than",
+             looks.WITHIN: f"within {found['rule']['effect']:g} of", looks.CANNOT: "not told apart from"}  # fmt: skip
     parts = []
-    for state, words in (
-        (looks.BETTER, "better than"),
-        (looks.WORSE, "worse than"),
-        (looks.WITHIN, f"within {found['rule']['effect']:g} of"),
-        (looks.CANNOT, "not told apart from"),
-    ):
-        names = [_short(rival, each) for rival, each in found["comparisons"].items() if each["state"] == state]
-        parts += [f"{words} {' and '.join(names)}"] if names else []
+    for state, word in words.items():
+        names = [_short(rival, each) for rival, each in compared.items() if each["state"] == state]
+        parts += [f"{word} {' and '.join(names)}"] if names else []
     level = f" ({found['nats_a_byte']:.4f})" if "nats_a_byte" in found else ""
-    return f"{size}, in nats a byte, {candidate}{level} is {'; '.join(parts)}." + _adamw(found["comparisons"]["adamw"])
+    said, adamw = f"{size}, in nats a byte, {candidate}{level} is {'; '.join(parts)}.", compared["adamw"]
+    if "low" not in adamw:
+        return said
+    units = f"{adamw['nats_a_token']:+.4f} nats a token, {adamw['bits_a_byte']:+.4f} bits a byte, "
+    said += f"\nFrom adamw that is {units}{adamw['share_of_loss']:+.2%} of its loss"
+    return f"{said}; {tokens.said(adamw['tokens'])}." if adamw["tokens"] else f"{said}."
 
 
 def _short(rival: str, each: dict[str, Any]) -> str:
@@ -45,20 +45,11 @@ def _short(rival: str, each: dict[str, Any]) -> str:
     return f"{rival} ({each['difference']:+.4f}, {each['low']:+.4f} to {each['high']:+.4f})"
 
 
-def _adamw(each: dict[str, Any]) -> str:
-    """The difference from AdamW in other units."""
-    if "low" not in each:
-        return ""
-    units = f"{each['nats_a_token']:+.4f} nats a token, {each['bits_a_byte']:+.4f} bits a byte, "
-    said = f"\nFrom adamw that is {units}{each['share_of_loss']:+.2%} of its loss"
-    return f"{said}; {tokens.said(each['tokens'])}." if each["tokens"] else f"{said}."
-
-
 def text(found: dict[str, Any]) -> str:
     """Every comparison, then how each contender was tuned, for a terminal."""
-    titles = ("less", "nats a byte", "95% over all looks", "nats a token", "bits a byte", "share", "pairs")
-    lines = [_row(titles) + "  verdict"]
-    lines += [_compared(rival, each) for rival, each in found["comparisons"].items()]
+    rows = [("less", "nats a byte", "95% over all looks", "nats a token", "bits a byte", "share", "pairs", "verdict")]
+    rows += [_compared(rival, each) for rival, each in found["comparisons"].items()]
+    lines = ["{:<24}  {:>11}  {:>20}  {:>12}  {:>11}  {:>8}  {:>5}  {}".format(*row) for row in rows]
     needs = {name: each["tokens"] for name, each in found["comparisons"].items() if each.get("tokens")}
     if needs:
         lines += ["", *(f"{name:<24} {tokens.said(each)}" for name, each in needs.items())]
@@ -70,8 +61,6 @@ def text(found: dict[str, Any]) -> str:
 
 def protocol(found: dict[str, Any]) -> list[str]:
     """How the verdict was reached, and its cost, a line each."""
-    from steppe.lm.measure.curvature import note
-
     spent, batch = found["cost"], note(found["batch"])
     return [
         *(_tuning(name, tuned) for name, tuned in found["tuned"].items()),
@@ -81,23 +70,16 @@ def protocol(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(cells: Sequence[str]) -> str:
-    widths = (24, 11, 20, 12, 11, 8, 5)
-    aligned = "<>>>>>>"
-    return "  ".join(f"{cell:{way}{width}}" for cell, way, width in zip(cells, aligned, widths, strict=True))
-
-
-def _compared(rival: str, each: dict[str, Any]) -> str:
-    takes = ""
+def _compared(rival: str, each: dict[str, Any]) -> tuple:
+    said = each["state"]
     if each.get("pairs_needed"):
-        takes = f": would take {each['pairs_needed']} pairs, {hours(each['hours_needed'])}"
+        said += f": would take {each['pairs_needed']} pairs, {hours(each['hours_needed'])}"
     numbers = ["-"] * 5
     if "low" in each:
         bounds = f"{each['low']:+.4f} to {each['high']:+.4f}"
         numbers = [f"{each['difference']:+.4f}", bounds, f"{each['nats_a_token']:+.4f}"]
         numbers += [f"{each['bits_a_byte']:+.4f}", f"{each['share_of_loss']:+.2%}"]
-    said = f"{each['state']}{takes}" + (", as it diverged" if "diverged" in each else "")
-    return _row([rival, *numbers, str(each["pairs"])]) + f"  {said}"
+    return rival, *numbers, each["pairs"], said + ", as it diverged" * ("diverged" in each)
 
 
 def hours(number: float) -> str:
@@ -143,8 +125,6 @@ def comparisons(found: dict[str, Any]) -> pd.DataFrame:
 
 def drawing(found: dict[str, Any]) -> dr.Drawing | None:
     """A line a rival: seeds as dots, the interval over all looks, the effect as a band; None without any bounds."""
-    from steppe.lm import plot
-
     made = comparisons(found)
     if made.empty:
         return None

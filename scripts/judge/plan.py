@@ -1,11 +1,13 @@
 """What a judgement will cost and be able to tell, stage by stage, before its first run."""
 
+import functools
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy import stats
 
+from steppe.lm.track.waiting import clock_face, columns
 from steppe.scripts.judge import board
 from steppe.scripts.judge.contest import Contender
 from steppe.scripts.judge.numbers import looks, tokens
@@ -32,27 +34,25 @@ def plan(arena: Arena, contenders: list[Contender], options: Any) -> str:
     tuned = [tune(arena, each, options.trials, make=False) for each in contenders]
     steps = next(run.steps for each, run in zip(contenders, made, strict=True) if each.name == "adamw")
     case = case_of(arena, tuned, prices, steps=steps, seed=made[0].flat["seed"], options=options)
-    sd, source = noise(arena.directory, options.noise)
+    verdicts = [each for found in board.read(arena.directory) for each in found["comparisons"].values()]
+    known = [each["sd"] for each in verdicts if each.get("sd")]
+    sd, source = options.noise, "assumed, as --noise says"
+    if known:
+        sd, source = max(known), f"the largest of {len(known)} comparisons here"
     rows = [
         Stage(f"tuning {each.name}", options.trials, len(done.trials), Cost().plus(prices[each.name], options.trials),
               "its rate" + "".join(f", {axis.key.removeprefix('optim.')}" for axis in each.axes[1:]))
         for each, done in zip(contenders, tuned, strict=True)
     ]  # fmt: skip
-    rows += [*_looks(case, sd, options), _tokens(case)]
+    pairs, (low, high) = case.rule.looks[-1], tokens.LENGTHS
+    cost = Cost().plus(case.rivals["adamw"].price, pairs * sum(tokens.LENGTHS))
+    said = f"AdamW's tokens for the same loss, from {low:.2f} to {high:.2f} x"
+    rows += [*_looks(case, sd, options), Stage("tokens", 2 * pairs, 0, cost, said)]
     if options.retention:
         said = "forgetting, rounding, noise, of as many models; its time is not foretold"
-        rows.append(Stage("retention", 2 * case.rule.looks[-1], 0, Cost(), said))
+        rows.append(Stage("retention", 2 * pairs, 0, Cost(), said))
     return "\n".join([_table(rows, arena), "", f"noise       {sd:.2g} nats a byte, sd of a pair: {source}",
                       f"speed       {speed.source}", *_budget(rows, options.budget, arena)])  # fmt: skip
-
-
-def noise(directory: Path, assumed: float) -> tuple[float, str]:
-    """The sd of a pair, nats a byte, and where it comes from: verdicts of the directory, of these the largest."""
-    verdicts = board.read(directory)
-    known = [each["sd"] for one in verdicts for each in one["comparisons"].values() if each.get("sd")]
-    if known:
-        return max(known), f"the largest of {len(known)} comparisons here"
-    return assumed, "assumed, as --noise says"
 
 
 def _looks(case: Case, sd: float, options: Any) -> Iterator[Stage]:
@@ -78,40 +78,23 @@ def able(rule: looks.Rule, number: int, sd: float) -> str:
     return said + (f", or that it is within {rule.effect:g}" if half < rule.effect else "")
 
 
-def _tokens(case: Case) -> Stage:
-    pairs = case.rule.looks[-1]
-    cost = Cost().plus(case.rivals["adamw"].price, pairs * sum(tokens.LENGTHS))
-    low, high = tokens.LENGTHS
-    return Stage("tokens", 2 * pairs, 0, cost, f"AdamW's tokens for the same loss, from {low:.2f} to {high:.2f} x")
-
-
 def _table(rows: list[Stage], arena: Arena) -> str:
-    from steppe.lm.track.waiting import clock_face
-
-    total = Stage("at most", sum(each.runs for each in rows), sum(each.there for each in rows), Cost(), "")
-    for each in rows:
-        total = total._replace(cost=total.cost.plus(each.cost))
-    lines = [["stage", "runs", "there", "FLOPs", "time", "tells"]] + [
+    cost = functools.reduce(Cost.plus, (each.cost for each in rows))
+    total = Stage("at most", sum(each.runs for each in rows), sum(each.there for each in rows), cost, "")
+    cells = [["stage", "runs", "there", "FLOPs", "time"]] + [
         [each.name, str(each.runs), str(each.there), f"{each.cost.flops:.2g}",
-         clock_face(each.cost.seconds / arena.launch.at_a_time()), each.tells] for each in [*rows, total]
+         clock_face(each.cost.seconds / arena.jobs)] for each in [*rows, total]
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    widths[-1] = 0
-    aligned = ("<", ">", ">", ">", ">", "<")
-    return "\n".join(
-        "  ".join(f"{cell:{way}{width}}" for cell, way, width in zip(line, aligned, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    tells = ["tells", *(each.tells for each in rows), ""]
+    lines = zip(columns(cells).splitlines(), tells, strict=True)
+    return "\n".join(f"{line}  {said}".rstrip() for line, said in lines)
 
 
 def _budget(rows: list[Stage], budget: Any, arena: Arena) -> list[str]:
     """Which look a budget pays for, if all before it are made."""
     if budget is None:
         return []
-    spent, last = Cost(), "not the first stage"
-    for each in rows:
-        spent = spent.plus(each.cost)
-        if not budget.allows(spent, arena.launch.at_a_time()):
-            break
-        last = f"as far as {each.name}"
+    spent = itertools.accumulate((each.cost for each in rows), Cost.plus)
+    paid = sum(budget.allows(each, arena.jobs) for each in spent)  # costs only rise
+    last = f"as far as {rows[paid - 1].name}" if paid else "not the first stage"
     return [f"budget      {budget.amount:g} {budget.unit}: {last}; what is decided sooner costs less"]

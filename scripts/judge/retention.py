@@ -12,6 +12,7 @@ from steppe.scripts import process, results
 from steppe.scripts.judge.numbers import looks
 from steppe.scripts.judge.stages import Stopped
 from steppe.scripts.judge.trend import ALPHA
+from steppe.scripts.measure.__main__ import main as measure
 from steppe.scripts.report.numbers import statistics as st
 
 MEASURES = {
@@ -28,8 +29,6 @@ def compared(case: Any, pairs: int, task: str) -> dict[str, Any]:
 
     case: verdict.Case; task: the second text. Raises Stopped, UsageError.
     """
-    from steppe.scripts.measure.__main__ import main as measure
-
     if pairs not in case.rule.looks:
         return {}
     both = [case.tuned[0].settings, case.rivals["adamw"].settings]

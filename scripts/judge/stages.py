@@ -1,7 +1,6 @@
 """The runs of a judgement: a sweep that grows stage by stage, and its results."""
 
 import functools
-import json
 import math
 import re
 from argparse import ArgumentTypeError
@@ -9,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from steppe.configs.keys import ConfigError, flatten
 from steppe.configs.read import UsageError, reader
 from steppe.data import files
 from steppe.scripts import results
 from steppe.scripts.results import Result
+from steppe.scripts.sweep.__main__ import identity, runs_of
+from steppe.scripts.sweep.__main__ import main as sweep
 
 STAGES, PACKED, BEGAN = "stages", "runs.jsonl", "judge.json"
 
@@ -70,91 +72,52 @@ def budget(text: str) -> Budget:
     return Budget(amount, "FLOPs") if unit == "flop" else Budget(amount * HOURS[unit], "hours")
 
 
-class Launch(NamedTuple):
-    """How runs are executed, by the flags of steppe sweep. jobs: runs at a time, 0: one for each `cores` cores."""
-
-    launcher: str = "local"
-    jobs: int = 0
-    cores: int = 1
-    devices: int = 1
-    slurm: tuple[str, ...] = ()
-
-    def flags(self) -> list[str]:
-        """For the command line of a sweep."""
-        cluster = [f"--devices={self.devices}", "--wait", *(f"--slurm={each}" for each in self.slurm)]
-        return [f"--launcher={self.launcher}", f"--jobs={self.jobs}", f"--cores={self.cores}"] + cluster * self.far
-
-    @property
-    def far(self) -> bool:
-        """Whether runs execute on other machines."""
-        return self.launcher != "local"
-
-    def on(self) -> tuple[int, str | None]:
-        """(devices of a run, their backend, None where it is not known here)."""
-        from steppe.scripts.sweep import plan
-
-        return (self.devices, None) if self.far else plan.devices()
-
-    def at_a_time(self) -> int:
-        """Runs that are made side by side."""
-        from steppe.scripts.sweep import plan
-
-        return self.jobs or (1 if self.on()[1] == "gpu" else max(1, len(plan.usable_cores()) // self.cores))
-
-
 class Arena(NamedTuple):
     """Where runs are made. directory: a sweep's, which may have packed runs too; path, overrides: of its config.
 
-    label: of its stages, where there are several arenas in one directory. complete: whether all runs have to be there.
+    launch: the flags of sweep.__main__.add_launch; jobs: runs at a time. label: of its stages, where there are several
+    arenas in one directory. complete: whether all runs have to be there.
     """
 
     directory: Path
     path: str
     overrides: list[tuple[str, str]]
-    launch: Launch = Launch()
-    label: str = ""
-    complete: bool = False
+    launch: Any
+    jobs: int
+    label: str
+    complete: bool
 
     def make(self, stage: str, runs: Sequence[Mapping[str, str]], halving: Mapping[str, Any] = {}) -> Find:
-        """Makes the runs that are not there yet, by steppe sweep; what `read` gives then. halving: as in its specs.
-
-        Raises Stopped.
-        """
+        """Makes runs that lack, by steppe sweep; returns what `read` does. halving: as in a spec. Raises Stopped."""
         find = self.read()
         if all(find(run) is not None for run in runs):
             return find
         if self.complete:
             raise UsageError(f"--again: must be left out, {self.directory} lacks runs of its stage {stage}")
-        from steppe.scripts.sweep.__main__ import main as sweep
-
-        file = self.directory / STAGES / f"{stage}{self.label}.py"
+        file, launch = self.directory / STAGES / f"{stage}{self.label}.py", self.launch
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"        {dict(run)!r},\n" for run in runs if halving or find(run) is None)
         block = f"{{'blocks': [{{'list': [\n{lines}    ]}}], 'halving': {dict(halving)!r}}}"
         files.write(file, f"def get_spec():\n    return {block}\n")
-        given = [f"--config.{key}={text}" for key, text in self.overrides]
-        where = [f"--sweep={file}", f"--out={self.directory}", *self.launch.flags()]
-        if (status := sweep([f"--config={self.path}", *given, *where])) not in (0, 1):
+        line = [f"--config={self.path}", *(f"--config.{key}={text}" for key, text in self.overrides)]
+        line += [f"--sweep={file}", f"--out={self.directory}", *(f"--slurm={each}" for each in launch.slurm)]
+        line += [f"--{name}={getattr(launch, name)}" for name in ("launcher", "jobs", "cores", "devices")]
+        if (status := sweep([*line, *["--wait"] * (launch.launcher != "local")])) not in (0, 1):
             raise Stopped(status)  # 1: a run failed, which is judged as one that diverged
         return self.read()
 
     def estimate(self, runs: Sequence[Mapping[str, str]]) -> tuple[list[Any], Any]:
         """Some runs with their steps and FLOPs, and the sweep.plan.Speed of these. Raises UsageError, DataError."""
         from steppe.scripts.sweep import launch, plan
-        from steppe.scripts.sweep.__main__ import runs_of
 
-        devices, backend = self.launch.on()
-        record, made = results.read_sweep(self.directory), []
-        for run in runs:
-            found, _ = runs_of(self.path, self.overrides, [dict(run)], self.directory, record, devices, backend)
-            made += found
-        made = plan.with_budgets(made, log=print)
+        where, record = plan.devices_of(self.launch), results.read_sweep(self.directory)
+        alone = [runs_of(self.path, self.overrides, [dict(run)], self.directory, record, *where)[0] for run in runs]
+        made = plan.with_budgets([run for found in alone for run in found], log=print)
         outcomes = {run.name: launch.settle(run.directory) for run in made}
-        return made, plan.speed(made, outcomes, self.launch.cores, backend)
+        return made, plan.speed(made, outcomes, self.launch.cores, where[1])
 
     def can(self, run: Mapping[str, str]) -> bool:
         """Whether a run's config is one that can run."""
-        from steppe.configs.keys import ConfigError
         from steppe.lm.parts.check import check
 
         try:
@@ -165,28 +128,20 @@ class Arena(NamedTuple):
 
     def read(self) -> Find:
         """find(overrides of a run) -> its Result once it has ended; None where it has not."""
-        places = [self.directory] * (self.directory / results.SWEEP).exists()
-        places += [self.directory / PACKED] * (self.directory / PACKED).exists()
+        marks = {results.SWEEP: self.directory, PACKED: self.directory / PACKED}
+        places = [place for mark, place in marks.items() if (self.directory / mark).exists()]
         there = results.read(places, left_out=lambda line: None) if places else []
-        known = {_identity(run.config): run for run in there if run.status != "unfinished"}
+        known = {identity(run.config): run for run in there if run.status != "unfinished"}
         config_of = _reader(self.path)
 
         def find(run: Mapping[str, str]) -> Result | None:
             texts = dict(self.overrides) | dict(run)
-            return known.get(_identity(results.flatten(config_of(list(texts.items())).to_dict())))
+            return known.get(identity(flatten(config_of(list(texts.items())).to_dict())))
 
         return find
 
 
 _reader = functools.cache(reader)  # which says once what gives way
-
-
-def _identity(flat: Mapping[str, Any]) -> str:
-    """What a config computes: its keys but those that change nothing of it."""
-    from steppe.configs.base import FREE
-
-    said = {key: value for key, value in flat.items() if value is not None and key not in FREE}
-    return json.dumps(said, sort_keys=True, default=list)
 
 
 def loss(result: Result | None) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from steppe.data import files
+from steppe.lm import plot
 from steppe.scripts.judge.numbers import looks
 from steppe.scripts.judge.stages import file_name
 from steppe.scripts.report.numbers import statistics as st
@@ -86,8 +87,6 @@ def keep(directory: Path, found: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(candidate: str, found: Mapping[str, Any], effect: float, path: Path) -> None:
     """A panel a rival: the difference at each size with its interval, the effect as a band."""
-    from steppe.lm import plot
-
     with plot.styled():
         drawn = plot.figure(2.4 * len(found), 2.6)
         panels = np.atleast_1d(drawn.subplots(1, len(found), sharey=True))

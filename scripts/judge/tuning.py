@@ -13,6 +13,7 @@ import pandas as pd
 from steppe.scripts import process
 from steppe.scripts.judge.contest import Contender, Point, best_of, proposals
 from steppe.scripts.judge.stages import Arena, Stopped, file_name, loss
+from steppe.scripts.measure.__main__ import main as measure
 from steppe.scripts.results import Result
 
 EMA = {"average.weights": "ema"}
@@ -119,8 +120,6 @@ def said(rung: dict[str, Any]) -> str:
 
 def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:
     """{"batch_tokens", "noise_scale"} at the end of AdamW's best trial, in tokens; {} where the noise hides it."""
-    from steppe.scripts.measure.__main__ import main as measure
-
     run = adamw.run
     if not run.curvature:
         process.say("batch       measuring the gradient noise scale at the end of AdamW's best trial")

@@ -54,10 +54,7 @@ def longer(steps: int, times: float) -> dict[str, str]:
 
 
 class Case(NamedTuple):
-    """What a verdict is sought of. own: price of a candidate's run; first: the first fresh seed.
-
-    used: {key: cost} of the runs that the verdict rests on, which it fills.
-    """
+    """What a verdict is sought of. own: price of a candidate's run; first: fresh seed; used: {run: cost}, by `runs`."""
 
     arena: Arena
     tuned: list[Tuned]
@@ -84,7 +81,7 @@ class Case(NamedTuple):
 
     def affords(self, more: Cost) -> bool:
         """Whether the budget allows some more."""
-        return self.budget is None or self.budget.allows(self.spent().plus(more), self.arena.launch.at_a_time())
+        return self.budget is None or self.budget.allows(self.spent().plus(more), self.arena.jobs)
 
     def price(self, names: Sequence[str]) -> Cost:
         """Of a pair more of these rivals; one run serves as the weights and as their average."""
@@ -119,11 +116,11 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
         return found | {"diverged": own, "cost": spending(case)}
     last = looks.verdict(case.rule, differences, ended=True)
     needs = in_tokens(case, last, mine)
-    for name, rival in case.rivals.items():
+    for name in case.rivals:
         lost = {"state": looks.BETTER, "pairs": len(mine), "diverged": bad[name]} if name in bad else None
-        found["comparisons"][name] = lost or comparison(case, name, last[name], differences.get(name, []))
+        found["comparisons"][name] = lost or comparison(case, name, last[name], differences.get(name, []), mine)
         if not lost and last[name].interval:
-            found["comparisons"][name] |= in_units(last[name], mine, rival.mine) | {"tokens": needs.get(name)}
+            found["comparisons"][name]["tokens"] = needs.get(name)
     levels = {f"{name}nats_a_byte": level(mine, name.rstrip("_")) for name in ("", "ema_")} if mine else {}
     if options.retention:
         pairs = found["comparisons"]["adamw"]["pairs"]
@@ -200,35 +197,22 @@ def in_tokens(case: Case, found: Mapping[str, looks.Finding], mine: Sequence[Res
     return needs
 
 
-def comparison(case: Case, name: str, finding: looks.Finding, differences: list[float]) -> dict[str, Any]:
-    """What is kept of a comparison, without its interval."""
-    pairs = finding.needed
-    if finding.state == looks.CANNOT and not finding.interval:
+def comparison(
+    case: Case, name: str, finding: looks.Finding, differences: list[float], mine: Sequence[Result]
+) -> dict[str, Any]:
+    """What is kept of a comparison: the difference and its bounds are in nats a byte, and follow in other units."""
+    pairs, interval = finding.needed, finding.interval
+    if finding.state == looks.CANNOT and not interval:
         pairs = case.rule.looks[-1]
-    seconds = case.price([name]).seconds / case.arena.launch.at_a_time()
-    return {
-        "state": finding.state,
-        "pairs": len(differences),
-        "sd": finding.sd,
-        "differences": differences,
-        "pairs_needed": pairs,
-        "hours_needed": pairs and pairs * seconds / 3600,
-    }
-
-
-def in_units(finding: looks.Finding, mine: Sequence[Result], weights: str) -> dict[str, float]:
-    """A difference and its bounds, nats a byte, and the same in other units."""
-    interval = finding.interval
-    assert interval is not None
-    value, run = interval.value, mine[0]
-    return {
-        "difference": value,
-        "low": interval.low,
-        "high": interval.high,
-        "nats_a_token": value * run.loss / loss(run),
-        "bits_a_byte": value / math.log(2),
-        "share_of_loss": value / (level(mine[: interval.n], weights) - value),
-    }
+    hours = pairs and pairs * case.price([name]).seconds / case.arena.jobs / 3600
+    found = {"state": finding.state, "pairs": len(differences), "sd": finding.sd, "differences": differences}
+    found |= {"pairs_needed": pairs, "hours_needed": hours}
+    if interval:
+        value, own = interval.value, level(mine[: interval.n], case.rivals[name].mine)
+        found |= {"difference": value, "low": interval.low, "high": interval.high}
+        found |= {"nats_a_token": value * mine[0].loss / loss(mine[0]), "bits_a_byte": value / math.log(2)}
+        found["share_of_loss"] = value / (own - value)
+    return found
 
 
 def spending(case: Case) -> dict[str, float]:

@@ -12,22 +12,27 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steppe.configs import only
+from steppe.configs.base import FREE, with_defaults
+from steppe.configs.keys import ConfigError, named
 from steppe.configs.packages import ready
 from steppe.configs.read import reader
 from steppe.data import files
 from steppe.lm.keep.exits import STATUSES, STOPPED
 from steppe.scripts import command, process, results
 from steppe.scripts.sweep import halving as sweep_halving
+from steppe.scripts.sweep import launch as sweep_launch
+from steppe.scripts.sweep import plan as sweep_plan
+from steppe.scripts.sweep import slurm as sweep_slurm
 from steppe.scripts.sweep import spec as sweep_spec
+from steppe.scripts.sweep.plan import Run
+from steppe.scripts.sweep.view import View
 
 LAUNCHERS = ("local", "slurm", "print")
-
-
 _SWEEP_HELP = "a module or file with get_spec(), or one of " + ", ".join(ready(sweep_spec.PACKAGE, "get_spec"))
 
 
@@ -71,17 +76,8 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
     record = results.read_sweep(options.out)
     if record and record["config"] != path:
         raise command.UsageError(f"--config = {path}: must be {record['config']}, the config of {options.out}")
-
-    from steppe.data import cache
-    from steppe.scripts.sweep import launch as sweep_launch
-    from steppe.scripts.sweep import plan as sweep_plan
-    from steppe.scripts.sweep import slurm as sweep_slurm
-    from steppe.scripts.sweep.view import View
-
-    local = options.launcher == "local"
-    device_count, backend = sweep_plan.devices() if local else (options.devices, None)
-    usable = sweep_plan.usable_cores()
-    jobs = options.jobs or (max(1, len(usable) // options.cores) if backend != "gpu" else 1)
+    device_count, backend = sweep_plan.devices_of(options)
+    jobs = sweep_plan.at_a_time(options, backend)
     slurm = sweep_slurm.parameters_of(options.slurm)
     runs, record = runs_of(path, overrides, assignments, options.out, record, device_count, backend)
     runs = sweep_plan.with_budgets(only.matching(runs, options.only, lambda run: run.flat), log=print)
@@ -109,6 +105,8 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
             for run in left:
                 print(shlex.join(sweep_launch.command_line(run, path)))
             return 0
+        from steppe.data import cache
+
         for data in {json.dumps(run.config.data.to_dict()): run.config.data for run in left}.values():
             cache.ensure(data, process.say)  # before they start, so that concurrent runs do not wait for it
         if options.launcher == "slurm":
@@ -118,14 +116,14 @@ def _sweep(path: str | None, overrides: list, options: Any) -> int:
                 return 0
             with View(runs, speed, options.jobs or len(left)) as view:
                 return _summary(runs, sweep_slurm.wait(left, view), None)
-        slots = sweep_launch.slots_of(jobs, options.cores, usable)
+        slots = sweep_launch.slots_of(jobs, options.cores, sweep_plan.usable_cores())
 
         def launch(some: list, until: dict[str, int]) -> bool:
             with View(runs, speed, jobs, until) as view:
                 return sweep_launch.run_local(some, path, slots, view, until)
 
         complete = halving is None or _halve(runs, left, halving, launch)
-        complete = complete and launch([run for run in left if not _outcome(run)], {})
+        complete = complete and launch([run for run in left if not run.outcome], {})
     return _summary(runs, complete, halving)
 
 
@@ -151,6 +149,13 @@ def _assignments(options: Any) -> tuple[list[dict[str, str]], sweep_halving.Halv
     return found, halving
 
 
+def identity(flat: Mapping[str, Any], swept: Collection[str] = ()) -> str:
+    """What a flat config computes: its keys but those that change nothing of it, unless they are `swept`."""
+    # A record of another version may lack keys: they have their defaults, which is None for options.
+    said = {key: value for key, value in with_defaults(flat).items() if value is not None}
+    return json.dumps({key: said[key] for key in said if key in swept or key not in FREE}, sort_keys=True)
+
+
 def runs_of(
     path: str, overrides: list, assignments: list[dict[str, str]], out: Path, record: dict, device_count: int, backend
 ) -> tuple[list, dict]:
@@ -159,23 +164,14 @@ def runs_of(
     A run is identified by its resolved config, without keys that do not change the computation unless the sweep sets
     them. It therefore keeps its name and results when the sweep grows.
     """
-    from steppe.configs.base import FREE, with_defaults
-    from steppe.configs.keys import ConfigError
     from steppe.lm.parts.check import check
-    from steppe.scripts.sweep.plan import Run
 
     read = reader(path)
     base = results.flatten(read(overrides).to_dict())
     record = record or {"config": path, "base": base, "runs": {}, "resolved": {}}
     swept = {key for run in assignments for key in run}
 
-    def identity(flat: dict) -> str:
-        # A record of another version may lack keys: they have their defaults, which is None for options.
-        said = {key: value for key, value in with_defaults(flat).items() if value is not None}
-        kept = {key: value for key, value in said.items() if key in swept or key not in FREE}
-        return json.dumps(kept, sort_keys=True)
-
-    known = {identity({**record["base"], **changed}): name for name, changed in record["resolved"].items()}
+    known = {identity({**record["base"], **changed}, swept): name for name, changed in record["resolved"].items()}
     found = {}
     for assignment in assignments:
         texts = [*overrides, *assignment.items()]
@@ -186,7 +182,7 @@ def runs_of(
             shown = " ".join(f"{key}={text}" for key, text in assignment.items())
             raise command.UsageError(f"run {shown}: {error}") from None
         flat = results.flatten(config.to_dict())
-        found.setdefault(identity(flat), (dict(texts), config, flat))
+        found.setdefault(identity(flat, swept), (dict(texts), config, flat))
 
     everything = [{**record["base"], **changed} for changed in record["resolved"].values()]
     everything += [flat for _, _, flat in found.values()]
@@ -195,10 +191,9 @@ def runs_of(
     for key, (texts, config, flat) in found.items():
         name = known.get(key) or sweep_spec.name_run(flat, varying, taken)
         taken.add(name)
-        group = {} if config.log.group else {"log.group": out.resolve().name}
-        named = {} if config.log.name else {"log.name": name}
-        for full, text in {**group, **named}.items():
-            texts[full] = flat[full] = config.log[full.removeprefix("log.")] = text
+        for part, text in {"group": out.resolve().name, "name": name}.items():
+            if not config.log[part]:
+                texts[f"log.{part}"] = flat[f"log.{part}"] = config.log[part] = text
         runs.append(Run(name, out / results.RUNS / name, list(texts.items()), config, flat))
     return runs, record
 
@@ -206,60 +201,48 @@ def runs_of(
 def _grown(out: Path, record: dict, runs: list) -> dict:
     """sweep.json with these runs added to those that it has by now."""
     record = results.read_sweep(out) or record
+    base = record["base"]
     for run in runs:
-        base = record["base"]
+        changed = {key: value for key, value in run.flat.items() if value != base.get(key, "absent")}
         record["runs"].setdefault(run.name, dict(run.overrides))
-        record["resolved"].setdefault(
-            run.name, {key: value for key, value in run.flat.items() if value != base.get(key, "absent")}
-        )
+        record["resolved"].setdefault(run.name, changed)
     return record
-
-
-def _outcome(run: Any) -> dict:
-    return results.read_json(run.directory / results.OUTCOME, results.Outcome)
 
 
 def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Callable[[list, dict], bool]) -> bool:
     """Executes groups up to each rung and ends their worse runs; False if a signal stopped it."""
     groups, order = sweep_halving.groups(runs, halving.over), [run.name for run in left]
     for number, fraction in enumerate(halving.rungs, 1):
-        outcomes = {run.name: _outcome(run) for run in runs}
         steps = {run.name: sweep_halving.rung_step(run, fraction) for group in groups for run in group}
-        some = [run for group in groups for run in sweep_halving.to_run(group, steps[group[0].name], outcomes)]
-        some = sorted((run for run in some if steps[run.name]), key=lambda run: order.index(run.name))
+        some = [run for group in groups for run in group if sweep_halving.is_to_reach(run, steps[run.name])]
+        some.sort(key=lambda run: order.index(run.name))
         if some and not launch(some, {run.name: steps[run.name] for run in some}):
             return False
-        outcomes = {run.name: _outcome(run) for run in runs}
         for group in groups:
-            if steps[group[0].name]:
-                for run in sweep_halving.prune(group, steps[group[0].name], halving.eta**-number, outcomes):
-                    process.say(f"pruned    {run.name}  {_outcome(run)['why']}")
+            if step := steps[group[0].name]:
+                for run in sweep_halving.prune(group, step, halving.eta**-number):
+                    process.say(f"pruned    {run.name}  {run.outcome['why']}")
     return True
 
 
 def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
     """Warns if results come from other source code of data, lm and optim than the current one."""
     made = [outcome["code"] for outcome in outcomes.values() if outcome.get("code")]
-    if not made:
-        return
-    from steppe.lm.keep.record import versions
-
-    other = sum(code != versions()["code"] for code in made)
+    other = sum(code != named("lm.keep.record:versions")()["code"] for code in made)
     if other:
         print(f"code    {other} of {len(made)} results were made by other source code", file=sys.stderr, flush=True)
 
 
 def _summary(runs: list, complete: bool, halving: sweep_halving.Halving | None) -> int:
-    outcomes = {run.name: _outcome(run) for run in runs}
+    outcomes = {run.name: run.outcome for run in runs}
     if halving is not None:
         process.say(sweep_halving.saved(runs))
-    named = [outcome.get("status", "unfinished") for outcome in outcomes.values()]
-    counts = {status: named.count(status) for status in STATUSES if status in named}
-    process.say(", ".join(f"{count} {status}" for status, count in counts.items()))
+    ends = [outcome.get("status", "unfinished") for outcome in outcomes.values()]
+    process.say(", ".join(f"{ends.count(status)} {status}" for status in STATUSES if status in ends))
     for name, outcome in outcomes.items():
         if outcome.get("status") in ("failed", "diverged"):
             process.say(f"{outcome['status']:<10}{name}: {outcome.get('why', '')}")
-    if not complete or "unfinished" in named:
+    if not complete or "unfinished" in ends:
         process.say("run the same command again to continue")
         return STOPPED
-    return 1 if "failed" in named else 0
+    return 1 if "failed" in ends else 0

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from steppe.configs.read import UsageError
 from steppe.lm.keep.exits import STOPPED
 from steppe.lm.track import lines
-from steppe.scripts import results
 from steppe.scripts.sweep import launch as sweep_launch
 from steppe.scripts.sweep.plan import Run
 
@@ -37,8 +36,7 @@ def parse(text: str) -> Halving:
 
 def settings(given: Mapping[str, Any]) -> Halving:
     """A Halving from the `halving` entry of a spec. Raises UsageError."""
-    unknown = sorted(set(given) - set(Halving._fields))
-    if unknown:
+    if unknown := sorted(set(given) - set(Halving._fields)):
         raise UsageError(f"halving of the sweep: {unknown[0]}: must be eta, rungs or over")
     typed: dict[str, Any] = {key: value if key == "eta" else tuple(value) for key, value in given.items()}
     made = Halving(**typed)
@@ -77,12 +75,12 @@ def loss_at(run: Run, step: int) -> float:
     return math.inf
 
 
-def to_run(group: Sequence[Run], step: int, outcomes: Mapping[str, dict]) -> list[Run]:
-    """The runs of a group that have yet to reach this step."""
-    return [run for run in group if not outcomes[run.name] and not math.isfinite(loss_at(run, step))]
+def is_to_reach(run: Run, step: int) -> bool:
+    """Whether a run has yet to reach this step; 0 is none."""
+    return bool(step) and not run.outcome and not math.isfinite(loss_at(run, step))
 
 
-def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, dict]) -> list[Run]:
+def prune(group: Sequence[Run], step: int, share: float) -> list[Run]:
     """Ends the runs of a group that are not among its best at this step, for good; returns them.
 
     share: of the group that continues, rounded up. Ranks cover all runs of the group whatever their status, so calling
@@ -91,26 +89,20 @@ def prune(group: Sequence[Run], step: int, share: float, outcomes: Mapping[str, 
     losses = {run.name: loss_at(run, step) for run in group}
     ranked = sorted(group, key=lambda run: losses[run.name])
     kept = max(1, math.ceil(len(group) * share))
-    ended = []
-    for rank, run in enumerate(ranked, 1):
-        if rank > kept and not outcomes[run.name]:
-            best = f"the best has {losses[ranked[0].name]:.4f}"
-            why = f"loss {losses[run.name]:.4f} at step {step}, rank {rank} of {len(group)}; {best}"
-            sweep_launch.record(run.directory, "pruned", STOPPED, why)
-            ended.append(run)
-    return ended
+    ended = [(rank, run) for rank, run in enumerate(ranked, 1) if rank > kept and not run.outcome]
+    for rank, run in ended:
+        best = f"the best has {losses[ranked[0].name]:.4f}"
+        why = f"loss {losses[run.name]:.4f} at step {step}, rank {rank} of {len(group)}; {best}"
+        sweep_launch.record(run.directory, "pruned", STOPPED, why)
+    return [run for _, run in ended]
 
 
 def saved(runs: Sequence[Run]) -> str:
     """A line that says what stopping runs early saved."""
-    tokens = flops = 0.0
-    outcomes = {run.name: results.read_json(run.directory / results.OUTCOME, results.Outcome) for run in runs}
-    pruned = [run for run in runs if outcomes[run.name].get("status") == "pruned"]
-    for run in pruned:
-        rest = 1 - max(lines.read(run.directory).train.step, default=0) / run.steps
-        tokens, flops = tokens + rest * run.tokens, flops + rest * run.flops
-    whole = sum(run.flops for run in runs)
+    pruned = [run for run in runs if run.outcome.get("status") == "pruned"]
+    rests = [(run, 1 - max(lines.read(run.directory).train.step, default=0) / run.steps) for run in pruned]
+    tokens, flops = sum(rest * run.tokens for run, rest in rests), sum(rest * run.flops for run, rest in rests)
     return (
         f"halving  stopped {len(pruned)} of {len(runs)} runs early and saved {tokens:,.0f} tokens, {flops:.3g} FLOPs, "
-        f"{flops / whole:.0%} of the whole"
+        f"{flops / sum(run.flops for run in runs):.0%} of the whole"
     )

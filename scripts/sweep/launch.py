@@ -75,10 +75,7 @@ def end_attempt(directory: Path, status: int, cpu_seconds: float = 0.0) -> dict[
 
 
 def settle(directory: Path) -> dict[str, Any]:
-    """The outcome of a run, {} if it is to resume; records an end that no process has recorded.
-
-    That happens after a sweep was killed, and with runs that another scheduler started.
-    """
+    """The outcome of a run, {} if it is to resume; records an end that a killed sweep or another scheduler did not."""
     outcome = results.read_json(directory / results.OUTCOME, results.Outcome)
     if outcome or not (directory / "metrics.jsonl").exists() or files.is_held(directory / LOCK):
         return outcome
@@ -166,18 +163,24 @@ def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view
                     continue
                 idle = free.pop(0)
                 worker = idle if isinstance(idle, Worker) else Worker(idle)
-                job = _start(ready, config, worker, until.get(ready.name))
-                jobs.append(job)
-                view.started(job)
+                more = [f"--until={until[ready.name]}"] if until.get(ready.name) else []
+                begin_attempt(ready.directory, [*command_line(ready, config), *more])
+                worker.start([*arguments(ready, config), *more], ready.directory / LOG)
+                jobs.append(Job(ready, worker, time.time()))
+                view.started(jobs[-1])
                 if signals:  # a signal that arrived while the worker was starting
-                    job.worker.signal(signal.SIGTERM)
+                    worker.signal(signal.SIGTERM)
             for job in list(jobs):
                 if found := job.worker.poll():
                     status, cpu_seconds = found
                     if status == FINISHED and until.get(job.run.name, job.run.steps) < job.run.steps:
                         status = STOPPED  # at its `until`, not at its end
                     jobs.remove(job)
-                    free.append(_next(job.worker, bool(waiting)))
+                    if waiting and job.worker.alive():
+                        free.append(job.worker)
+                    else:
+                        job.worker.close()
+                        free.append(job.worker.slot)
                     outcome = end_attempt(job.run.directory, status, cpu_seconds)
                     view.ended(job.run, outcome, status)
             view.tick(jobs, waiting)
@@ -190,21 +193,6 @@ def run_local(runs: Sequence[Run], config: str, slots: Sequence[list[int]], view
         for number, handler in before.items():
             signal.signal(number, handler)
     return not signals
-
-
-def _start(run: Run, config: str, worker: Worker, until: int | None) -> Job:
-    more = [f"--until={until}"] if until else []
-    begin_attempt(run.directory, [*command_line(run, config), *more])
-    worker.start([*arguments(run, config), *more], run.directory / LOG)
-    return Job(run, worker, time.time())
-
-
-def _next(worker: Worker, needed: bool) -> Worker | list[int]:
-    """The worker for the next run; its slot if it has died, or if no run is left and it should end."""
-    if needed and worker.alive():
-        return worker
-    worker.close()
-    return worker.slot
 
 
 def slots_of(jobs: int, cores: int, usable: Sequence[int]) -> list[list[int]]:

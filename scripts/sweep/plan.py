@@ -41,6 +41,11 @@ class Run(NamedTuple):
     tokens: int = 0
     flops: float = 0.0
 
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """Its outcome.json; {} if it has not ended for good."""
+        return results.read_json(self.directory / results.OUTCOME, results.Outcome)
+
 
 class Speed(NamedTuple):
     """Speed of runs: rate(run) -> FLOP/s, seconds to start one, and the source of both figures."""
@@ -54,8 +59,13 @@ class Speed(NamedTuple):
         return self.startup + share * run.flops / self.rate(run)
 
 
-def devices() -> tuple[int, str]:
-    """(devices, backend) that a run on this machine would see. This process does not take the accelerator."""
+def devices_of(options: Any) -> tuple[int, str | None]:
+    """(devices of a run, their backend, None where it is not known here) by the flags of sweep.__main__.add_launch.
+
+    Of this machine those that a run would see; this process does not take the accelerator.
+    """
+    if options.launcher != "local":
+        return options.devices, None
     import jax
 
     platforms = os.environ.get("JAX_PLATFORMS", "")
@@ -71,9 +81,14 @@ def devices() -> tuple[int, str]:
     return jax.device_count(), "cpu"
 
 
+def at_a_time(options: Any, backend: str | None) -> int:
+    """Runs side by side by the same flags; without --jobs one on a GPU, else one for each --cores."""
+    return options.jobs or (1 if backend == "gpu" else max(1, len(usable_cores()) // options.cores))
+
+
 def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     """The runs with parameters, steps, tokens and FLOPs. DataError if a corpus that a budget needs cannot be read."""
-    from steppe.data import cache, loader
+    from steppe.data import cache
     from steppe.data.vocabulary import load_tokenizer
     from steppe.lm.model.transformer import shape
     from steppe.lm.parts.assembly import planned
@@ -82,10 +97,9 @@ def with_budgets(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
     tokenizers = {name: load_tokenizer(name) for name in {run.config.data.vocabulary for run in runs}}
     corpora, found = {}, []
 
-    def corpus_of(data: Any) -> loader.Corpus:
+    def corpus_of(data: Any) -> Any:
         if (key := json.dumps(data.to_dict())) not in corpora:
-            given = (data.vocabulary, data.sequence_length, data.packing, data.verify)
-            corpora[key] = loader.open_corpus(cache.ensure(data, log), *given)
+            corpora[key] = cache.open_of(data, log)
         return corpora[key]
 
     for run in runs:
@@ -164,9 +178,7 @@ def usable_cores() -> list[int]:
 
 def table(runs: Sequence[Run], statuses: dict[str, str], speed: Speed, jobs: int) -> str:
     """The plan as text: groups of runs that differ only in rho and seed, how many are done, and the remaining cost."""
-    varying = [
-        key for key in results.varying_keys([run.flat for run in runs]) if key not in ("seed", "optim.rho")
-    ]  # fmt: skip
+    varying = [key for key in results.varying_keys([run.flat for run in runs]) if key not in ("seed", "optim.rho")]
     ahead = {run.name: 1 - progress(run.directory)[0] / run.steps for run in runs}  # share of the steps
     groups = {}
     for run in runs:

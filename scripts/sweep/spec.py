@@ -39,8 +39,7 @@ def load(text: str) -> tuple[list[dict], dict]:
     found = call("--sweep", text, "get_spec", PACKAGE)
     halving = {}
     if isinstance(found, Mapping) and "blocks" in found:
-        unknown = sorted(set(found) - {"blocks", "halving"})
-        if unknown:
+        if unknown := sorted(set(found) - {"blocks", "halving"}):
             raise UsageError(f"--sweep = {text}: {unknown[0]}: must be blocks or halving")
         found, halving = found["blocks"], dict(found.get("halving", {}))
     blocks = [found] if isinstance(found, Mapping) else found
@@ -68,8 +67,7 @@ def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:
 
 def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
     """{key: text as on the command line} of every run of the blocks, in order, without duplicates. UsageError."""
-    found = [run for number, block in enumerate(blocks, 1) for run in _expand_block(block, f"block {number}")]
-    found = [_own(run, blocks) for run in found]
+    found = [_own(run, blocks) for number, block in enumerate(blocks, 1) for run in _expand_block(block, number)]
     return list({tuple(sorted(run.items())): run for run in reversed(found)}.values())[::-1]
 
 
@@ -83,67 +81,61 @@ def _own(run: dict[str, str], blocks: Sequence[Mapping]) -> dict[str, str]:
     return run | {f"optim.{name}": "None" for name in foreign}
 
 
-def _expand_block(block: Mapping, where: str) -> list[dict[str, str]]:
-    unknown = sorted(set(block) - set(_PARTS))
-    if unknown:
-        raise UsageError(f"{where} of the sweep: {unknown[0]}: must be one of {', '.join(_PARTS)}")
-    axes = [[_texts(block.get("set", {}), where)]]
-    for key, values in block.get("grid", {}).items():
-        axes.append([{key: text_of(value)} for value in _values(key, values, where)])
-    if block.get("zip"):
-        columns = {key: _values(key, values, where) for key, values in block["zip"].items()}
-        if len({len(values) for values in columns.values()}) > 1:
+def _expand_block(block: Mapping, number: int) -> list[dict[str, str]]:
+    def refused(what: str) -> UsageError:
+        return UsageError(f"block {number} of the sweep: {what}")
+
+    def texts(values: Mapping) -> dict[str, str]:
+        if not isinstance(values, Mapping):
+            raise refused(f"{values!r}: must be {{key: value, ...}}")
+        for key, value in values.items():
+            if isinstance(value, list):
+                raise refused(f"{key} = {value!r}: must be one value here; several go into grid")
+        return {key.removeprefix("config."): text_of(value) for key, value in values.items()}
+
+    def several(part: str) -> dict[str, Sequence]:
+        lists = {key: _listed(values) for key, values in (block.get(part) or {}).items()}
+        for key, values in lists.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise refused(f"{key} = {values!r}: must be a list of values")
+        return lists
+
+    def matches(run: Mapping[str, str], rule: Mapping) -> bool:
+        if unknown := [key for key in rule if key not in keys]:
+            raise refused(f"{unknown[0]}: must be a key that this block sets, to choose runs by it")
+        accepted = {key: each if isinstance(each, list) else [each] for key, each in rule.items()}
+        return all(run.get(key) in list(map(text_of, each)) for key, each in accepted.items())
+
+    if unknown := sorted(set(block) - set(_PARTS)):
+        raise refused(f"{unknown[0]}: must be one of {', '.join(_PARTS)}")
+    axes = [[texts(block.get("set", {}))]]
+    axes += [[{key: text_of(value)} for value in values] for key, values in several("grid").items()]
+    if columns := several("zip"):
+        if len(set(map(len, columns.values()))) > 1:
             shown = ", ".join(f"{key} has {len(values)}" for key, values in columns.items())
-            raise UsageError(f"{where} of the sweep: zip: must be lists of one length, and {shown}")
-        axes.append(
-            [_texts(dict(zip(columns, row, strict=True)), where) for row in zip(*columns.values(), strict=True)]
-        )
+            raise refused(f"zip: must be lists of one length, and {shown}")
+        axes.append([texts(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)])
     if block.get("list"):
-        axes.append([_texts(entry, where) for entry in block["list"]])
+        axes.append(list(map(texts, block["list"])))
     keys = [key for axis in axes for key in dict.fromkeys(key for entry in axis for key in entry)]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise UsageError(f"{where} of the sweep: {twice[0]}: must be in one of set, grid, zip and list")
-    runs = [{key: text for entry in entries for key, text in entry.items()} for entries in itertools.product(*axes)]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise refused(f"{twice[0]}: must be in one of set, grid, zip and list")
+    runs = [dict(itertools.chain(*map(dict.items, entries))) for entries in itertools.product(*axes)]
     for rule in block.get("where", ()):
         if set(rule) != {"if", "set"}:
-            raise UsageError(f'{where} of the sweep: where: must be a list of {{"if": {{...}}, "set": {{...}}}}')
-        changed = _texts(rule["set"], where)
-        runs = [{**run, **changed} if _matches(run, rule["if"], keys, where) else run for run in runs]
+            raise refused('where: must be a list of {"if": {...}, "set": {...}}')
+        changed = texts(rule["set"])
+        runs = [run | changed if matches(run, rule["if"]) else run for run in runs]
         keys += changed
-    if block.get("only"):
-        runs = [run for run in runs if _matches(run, block["only"], keys, where)]
+    runs = [run for run in runs if matches(run, block.get("only") or {})]
     excluded = block.get("exclude", ())
     for rule in [excluded] if isinstance(excluded, Mapping) else excluded:
-        runs = [run for run in runs if not _matches(run, rule, keys, where)]
+        runs = [run for run in runs if not matches(run, rule)]
     return runs
 
 
-def _texts(values: Mapping, where: str) -> dict[str, str]:
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{where} of the sweep: {values!r}: must be {{key: value, ...}}")
-    for key, value in values.items():
-        if isinstance(value, list):
-            raise UsageError(f"{where} of the sweep: {key} = {value!r}: must be one value here; several go into grid")
-    return {key.removeprefix("config."): text_of(value) for key, value in values.items()}
-
-
-def _values(key: str, values: Any, where: str) -> Sequence:
-    if type(values).__module__ == "numpy" and getattr(values, "ndim", 0) == 1:
-        values = values.tolist()
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise UsageError(f"{where} of the sweep: {key} = {values!r}: must be a list of values")
-    return values
-
-
-def _matches(run: Mapping[str, str], rule: Mapping, known: Collection[str], where: str) -> bool:
-    for key, accepted in rule.items():
-        if key not in known:
-            raise UsageError(f"{where} of the sweep: {key}: must be a key that this block sets, to choose runs by it")
-        texts = [text_of(value) for value in (accepted if isinstance(accepted, list) else [accepted])]
-        if run.get(key) not in texts:
-            return False
-    return True
+def _listed(values: Any) -> Any:
+    return values.tolist() if type(values).__module__ == "numpy" and getattr(values, "ndim", 0) == 1 else values
 
 
 def name_run(config: Mapping[str, Any], varying: Sequence[str], taken: Collection[str]) -> str:

@@ -9,8 +9,7 @@ from typing import Any, TextIO
 
 from steppe.data import files
 from steppe.lm.keep.exits import STOPPED
-from steppe.lm.track.waiting import clock_face, columns
-from steppe.scripts import results
+from steppe.lm.track.waiting import clock_face, columns, say
 from steppe.scripts.sweep.launch import Job
 from steppe.scripts.sweep.plan import Run, Speed, makespan, progress
 
@@ -18,10 +17,7 @@ EVERY = 30.0  # seconds between lines, where there is no terminal
 
 
 class View:
-    """Shows the runs of a sweep.
-
-    jobs: runs at a time. until: {name: step} at which a run stops for now.
-    """
+    """Shows the runs of a sweep. jobs: runs at a time; until: {name: step} at which a run stops for now."""
 
     def __init__(
         self,
@@ -36,8 +32,7 @@ class View:
         self._total, self._speed, self._slots, self._now = len(runs), speed, jobs, now
         self._stream = stream or sys.stderr
         self._until = until or {}
-        outcomes = {run.name: results.read_json(run.directory / results.OUTCOME, results.Outcome) for run in runs}
-        self._statuses = {name: outcome["status"] for name, outcome in outcomes.items() if outcome}
+        self._statuses = {run.name: outcome["status"] for run in runs if (outcome := run.outcome)}
         self._begun: dict[str, tuple[float, int]] = {}  # {name: (time, step)} of a start here
         self._marks: dict[str, tuple[float, int]] = {}  # where its first step since then was seen
         self._ended: list[tuple[float, float]] = []  # what `_made` said of runs that finished here
@@ -76,23 +71,20 @@ class View:
         began, _ = self._begun.get(run.name, (self._now(), 0))
         self._ended += [self._made(run)] if named == "finished" else []
         loss = f"  loss {outcome['loss']:.4f}" if outcome.get("loss") is not None else ""
-        self._print(
-            f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock_face(self._now() - began)}"
-            + (f"  {why}" if why else "")
-            + f"  (left {clock_face(self._left())})"
-        )
+        line = f"[{len(self._statuses)}/{self._total}] {named:<10} {run.name}{loss}  {clock_face(self._now() - began)}"
+        say(line + f"  {why}" * bool(why) + f"  (left {clock_face(self._left())})", self._live, self._stream)
 
     def tick(self, running: Sequence[Job], waiting: Sequence[Run]) -> None:
         """Call often: redraws the table at most once a second, or says where it stands once in a while."""
         self._running, self._waiting = list(running), list(waiting)
-        for name, directory in [(job.run.name, job.run.directory) for job in running]:
-            if name not in self._marks and (step := progress(directory)[0]) > self._begun[name][1]:
-                self._marks[name] = self._now(), step
+        for run in [job.run for job in running]:
+            if run.name not in self._marks and (step := progress(run.directory)[0]) > self._begun[run.name][1]:
+                self._marks[run.name] = self._now(), step
         if self._now() - self._shown < (EVERY if self._live is None else 1.0):
             return
         self._shown = self._now()
         if self._live is None:
-            self._print(self._stand())
+            say(self._stand(), None, self._stream)
         else:
             from rich.text import Text
 
@@ -143,10 +135,3 @@ class View:
         counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(self._statuses.values()).items()))
         running = f"{len(self._running)} running, {len(self._waiting)} waiting{', ' + counts if counts else ''}"
         return f"{running} of {self._total}; left {clock_face(self._left())}"
-
-    def _print(self, text: str) -> None:
-        text = files.visible(text)
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)

@@ -329,16 +329,15 @@ def test_halving_is_read_and_refused():
 def test_a_rung_ends_the_runs_of_highest_loss_and_a_second_call_changes_nothing(tmp_path):
     """Of three with one half to go on, two do; a loss that is absent or not finite ranks last."""
     losses = {"a": 3.0, "b": float("nan"), "c": 2.0}
-    group = [argparse.Namespace(name=name, directory=tmp_path / name) for name in losses]
+    group = [sweep_plan.Run(name, tmp_path / name, [], None, {}) for name in losses]
     for run in group:
         run.directory.mkdir()
         record = {"kind": "evaluate", "step": 30, "name": "val", "loss": losses[run.name], "bits_per_byte": 1.0}
         (run.directory / "metrics.jsonl").write_text(json.dumps(record).replace("NaN", "null") + "\n")
-    outcomes = dict.fromkeys(losses)
-    assert [run.name for run in sweep_halving.prune(group, 30, 1 / 2, outcomes)] == ["b"]
+    assert [run.name for run in sweep_halving.prune(group, 30, 1 / 2)] == ["b"]
     assert json.loads((tmp_path / "b" / "outcome.json").read_text())["status"] == "pruned"
-    assert sweep_halving.prune(group, 30, 1 / 2, {**outcomes, "b": {"status": "pruned"}}) == []
-    assert [run.name for run in sweep_halving.prune(group, 30, 1 / 3, {**outcomes, "b": {"status": "pruned"}})] == ["a"]
+    assert sweep_halving.prune(group, 30, 1 / 2) == []
+    assert [run.name for run in sweep_halving.prune(group, 30, 1 / 3)] == ["a"]
 
 
 def test_groups_differ_in_the_given_keys_alone():
