@@ -106,9 +106,8 @@ def rows(items: Sequence[Item], tokenizer: Tokenizer, length: int) -> Rows:
         part = slice(end - count, end)
         before = _before(np.cumsum(tokens.lengths[part]), len(query.rstrip().encode()))
         if before == count:
-            raise DataError(
-                f"config.{KEY}: no token of the vocabulary represents the choice {choice!a} after {query!a}"
-            )
+            what = f"the choice {choice!a} after {query!a}"
+            raise DataError(f"config.{KEY}: no token of the vocabulary represents {what}")
         ids = [tokenizer.begin_id, *tokens.ids[part].tolist()]
         first = max(before, len(ids) - 1 - length)  # of the targets that count
         kept = ids[-(length + 1) :]
@@ -151,12 +150,10 @@ def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:
 def measure(scores: Callable, params, items: Sequence[Item], made: Rows, mesh, batch_size: int) -> dict[str, float]:
     """{accuracy, accuracy_per_byte, items}, for the choices that are likeliest in total and per byte."""
     mine, found = local_rows(mesh, batch_size), []
+    arrays = {"inputs": made.inputs, "targets": made.targets, "weights": made.weights}
+    whole = {name: np.pad(array, ((0, -len(array) % batch_size), (0, 0))) for name, array in arrays.items()}
     for start in range(0, len(made.bytes), batch_size):
-        batch = {}
-        for name in ("inputs", "targets", "weights"):
-            part = getattr(made, name)[start : start + batch_size]
-            whole = np.pad(part, ((0, batch_size - len(part)), (0, 0)))
-            batch[name] = whole[mine]
+        batch = {name: array[start : start + batch_size][mine] for name, array in whole.items()}
         found.append(np.asarray(scores(params, place_batch(mesh, batch_size, mine, batch))))
     likely = np.concatenate(found)[: len(made.bytes)]
     ends, found = np.cumsum([len(item.choices) for item in items]), {}

@@ -16,17 +16,13 @@ from steppe.configs.keys import count, integer, listed
 from steppe.configs.read import UsageError
 from steppe.lm import plot
 
+WIDTHS = listed(integer(1, 1 << 16), least=2)
+
 
 class Settings(NamedTuple):
     """Which models are made, and how far they are trained."""
 
-    widths: Annotated[tuple[int, ...], "of the models", listed(integer(1, 1 << 16), least=2)] = (
-        64,
-        128,
-        256,
-        512,
-        1024,
-    )
+    widths: Annotated[tuple[int, ...], "of the models", WIDTHS] = (64, 128, 256, 512, 1024)
     steps: Annotated[int, "of training", count(1)] = 4
 
 
@@ -132,13 +128,8 @@ def _perturbed(parts: Any, state: Any, batch: dict) -> Any:
 
     rule = parts.optimizer.rule
     _, gradient = plain_gradient(parts.objective, state.params, batch)
-    known = AscentInput(
-        gradient=gradient,
-        params=state.params,
-        moments=rule.moments(state.optimizer, state.params),
-        state=state.rule[0],
-        step=state.step,
-    )
+    moments, stored = rule.moments(state.optimizer, state.params), state.rule[0]
+    known = AscentInput(gradient=gradient, params=state.params, moments=moments, state=stored, step=state.step)
     epsilon, _ = perturbation(rule.ascent, known, rule.switches.radius(state.step), rule.switches)
     return jax.tree.map(jnp.add, state.params, epsilon)
 

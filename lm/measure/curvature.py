@@ -139,7 +139,7 @@ def note(summary: dict[str, float]) -> str:
 def draw(found: Mapping[str, Any]) -> dict[str, Any]:
     """{name: figure} of a result of measure_run."""
     drawn = {"spectra": _spectra, "slices": _slices}
-    return {name: draw(found) for name, draw in drawn.items() if name in found}
+    return {name: draw(found[name]) for name, draw in drawn.items() if name in found}
 
 
 def draw_training(found: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> Any:
@@ -165,19 +165,17 @@ def draw_training(found: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping
         axes.set_title(title, loc="left", fontsize=9)
         axes.legend(fontsize=7)
 
-    largest = [(f"{key}_lambda_max".removeprefix("hessian_"), *of) for key, of in _MATRICES.items()]
-    rises = [
-        ("sam_sharpness", "worst case", plot.BLUE),
-        ("logit_sharpness", "its logit part", plot.VERMILION),
-        ("functional_sharpness", "its functional part", plot.GREEN),
-        ("average_sharpness", "average case", plot.GREY),
-    ]
+    largest = {f"{key}_lambda_max".removeprefix("hessian_"): of for key, of in _MATRICES.items()}
+    rises = {
+        "sam_sharpness": ("worst case", plot.BLUE), "logit_sharpness": ("its logit part", plot.VERMILION),
+        "functional_sharpness": ("its functional part", plot.GREEN), "average_sharpness": ("average case", plot.GREY),
+    }  # fmt: skip
     for axes, title, measures in (
         (eigenvalues, "largest eigenvalue", largest),
         (sharpness, "rise of the loss, nats per token", rises),
     ):
-        for key, label, colour in measures:
-            values = summaries.reindex(columns=[key]).astype(float)[key]
+        for key, values in summaries.reindex(columns=list(measures)).astype(float).items():
+            label, colour = measures[key]
             axes.plot(values, color=colour, marker=".", label=label)
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("step")
@@ -195,34 +193,33 @@ def _panels(width: float, height: float, rows: int, columns: int, **shared):
     return figure, figure.subplots(rows, columns, squeeze=False, **shared).ravel()
 
 
-def _spectra(found: Mapping[str, Any]) -> Any:
+def _spectra(spectra: Mapping[str, Any]) -> Any:
     figure, panels = _panels(9, 2.9, 1, 3, sharey=True)
     for axes, (key, (name, colour)) in zip(panels, _MATRICES.items(), strict=True):
-        spectrum = found["spectra"][key]
+        spectrum = spectra[key]
         axes.semilogy(spectrum["grid"], spectrum["density"], color=colour)
         axes.fill_between(spectrum["grid"], 1e-30, spectrum["density"], color=colour, alpha=0.2)
-        axes.set_title(
-            f"{name}: λ {spectrum['lambda_min']:.3g} to {spectrum['lambda_max']:.4g}, "
-            f"trace {spectrum['trace']:.4g}", loc="left", fontsize=9,
-        )  # fmt: skip
+        said = f"λ {spectrum['lambda_min']:.3g} to {spectrum['lambda_max']:.4g}, trace {spectrum['trace']:.4g}"
+        axes.set_title(f"{name}: {said}", loc="left", fontsize=9)
         axes.set_xlabel("eigenvalue")
-    tallest = max(max(found["spectra"][key]["density"]) for key in _MATRICES)
+    tallest = max(max(spectra[key]["density"]) for key in _MATRICES)
     # about the height of a single eigenvalue
-    alone = min(1 / found["spectra"]["hessian"]["dimension"], 1e-3) * 0.01 * tallest
+    alone = min(1 / spectra["hessian"]["dimension"], 1e-3) * 0.01 * tallest
     panels[0].set_ylim(alone, 3 * tallest)
     panels[0].set_ylabel("density")
     return figure
 
 
-def _slices(found: Mapping[str, Any]) -> Any:
+def _slices(slices: Mapping[str, Any]) -> Any:
     import numpy as np
 
-    slices = found["slices"]
     figure, (lines, noise, plane) = _panels(9, 3, 1, 3)
-    for axes, names in ((lines, {"gradient": plot.BLUE, "nme": plot.GREEN}), (noise, {"random": plot.GREY})):
-        for name, colour in names.items():
-            label = {"gradient": "along ε̂", "nme": "NME's top eigenvector", "random": "a random direction"}[name]
-            axes.plot(slices[name]["at"], np.array(slices[name]["loss"], float), color=colour, marker=".", label=label)
+    for axes, name, label, colour in (
+        (lines, "gradient", "along ε̂", plot.BLUE),
+        (lines, "nme", "NME's top eigenvector", plot.GREEN),
+        (noise, "random", "a random direction", plot.GREY),
+    ):
+        axes.plot(slices[name]["at"], np.array(slices[name]["loss"], float), color=colour, marker=".", label=label)
         axes.set_xlabel("distance from θ")
         axes.legend(fontsize=8)
     lines.set_ylabel("loss, nats per token")

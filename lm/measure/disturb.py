@@ -19,7 +19,7 @@ from steppe.lm.measure.in_training import twice_differentiable
 from steppe.lm.model import parameters
 from steppe.lm.model.ordered import jitted
 from steppe.lm.parts.assembly import Parts
-from steppe.lm.parts.state import Optimizer, State, start
+from steppe.lm.parts.state import Optimizer, start
 from steppe.lm.parts.step import make_step
 from steppe.optim.curvature.along import along
 from steppe.optim.masks import path_names
@@ -36,10 +36,6 @@ def programs(parts: Parts) -> SimpleNamespace:
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
 
-    def start_copy(params) -> State:
-        # Copies: the first step gives its state's memory away, and the parameters are needed again.
-        return start(parts.optimizer, jax.tree.map(jnp.copy, params))
-
     def step(state, batch, rate):
         return make_step(parts.objective, at_rate(parts.optimizer, rate))(state, batch)
 
@@ -47,13 +43,15 @@ def programs(parts: Parts) -> SimpleNamespace:
         return along(twice_differentiable(parts), params, batch, jax.tree.map(jnp.subtract, other, params))
 
     noise = lambda params, seed, sigma: add_noise(params, jax.random.key(seed), sigma)  # noqa: E731
+    # Copies: the first step gives its state's memory away, and the parameters are needed again.
+    begun = lambda params: start(parts.optimizer, jax.tree.map(jnp.copy, params))  # noqa: E731
     as_given = (places, None)  # else a second compile
     return SimpleNamespace(
         evaluate=make_evaluation_step(parts),
         noise=jax.jit(noise, out_shardings=places.params),
         quantise=jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
         grams=gptq.gram_program(parts),
-        start=jax.jit(start_copy, out_shardings=places),
+        start=jax.jit(begun, out_shardings=places),
         step=jitted(step, parts.mesh, "fine-tuning", donate_argnums=0, out_shardings=as_given),
         along=jitted(along_way, parts.mesh, "curvature along the way"),
     )
@@ -95,8 +93,7 @@ def add_noise(params: Any, key: jax.Array, sigma: float | jax.Array) -> Any:
 def quantise(params: Any, bits: int, group: int = 0, tables: bool = False) -> Any:
     """The parameters with every matrix rounded to `bits`-bit integers times scales, see quantise_array.
 
-    Matrices are those of lm.model.parameters: attention and MLP weights, scaled per output channel. tables: also
-    embedding, positions and readout, scaled per row. Norms stay as they are.
+    Attention and MLP weights are scaled per output channel. tables: also embedding, positions and readout, per row.
     """
 
     kinds = ("matrix", "table") if tables else ("matrix",)

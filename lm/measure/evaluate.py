@@ -60,12 +60,8 @@ def evaluate(step: Callable, params, batches: Iterable[dict], stop: Callable[[],
         results.append(step(params, batch))
         jax.block_until_ready(results[-2:][0])  # stay at most one batch ahead, so that stop() is asked in time
     nats, tokens, size = (sum(np.float64(x) for x in column) for column in zip(*jax.device_get(results), strict=True))
-    return {
-        "loss": float(nats / tokens),
-        "bits_per_byte": float(nats / math.log(2) / size),
-        "tokens": int(tokens),
-        "bytes": int(size),
-    }
+    found = {"loss": float(nats / tokens), "bits_per_byte": float(nats / math.log(2) / size)}
+    return found | {"tokens": int(tokens), "bytes": int(size)}
 
 
 class Evaluations:
@@ -96,8 +92,8 @@ class Evaluations:
         made = lambda: (make_evaluation_step(parts), choices.make_scores(parts))  # noqa: E731
         self._step, self._scores = once("evaluation", parts.key, made)
         self._latest: dict[tuple[str, str], dict] = {}
-        when = each(max(1, parts.budget.steps_of(config.evaluate.every)), self._total)
-        self.events = [Event(when, self.evaluate)]
+        every = max(1, parts.budget.steps_of(config.evaluate.every))
+        self.events = [Event(each(every, self._total), self.evaluate)]
 
     def evaluate(self, at: Progress) -> None:
         """Evaluates everything. If a signal to stop comes first, it records nothing and the run owes the evaluation."""

@@ -53,21 +53,13 @@ def paths_of(fine_tune: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
     ]
 
 
-_OF_PATH = {
-    "gained": lambda path: path["points"][-1]["gained"],
-    "lost": lambda path: path["points"][-1]["lost"],
-    "curvature": lambda path: path.get("along", {}).get("curvature"),
-}
-
-
-def at_rates(fine_tune: Mapping[str, Any], asked: Sequence[str] = tuple(_OF_PATH)) -> dict[str, float]:
+def at_rates(fine_tune: Mapping[str, Any], asked: Sequence[str] = ("gained", "lost", "curvature")) -> dict[str, float]:
     """{"fine_tune_lr=RATE: KIND": number} for the paths of a fine-tuning record, without unknown numbers.
 
-    KIND, one of `asked`: gained on the second text or lost on the first at the last step, nats a token; or curvature of
-    the first text's loss along the path.
+    KIND, one of `asked`: gained on the second text or lost on the first, nats a token; or curvature along the path.
     """
-    paths = sorted(fine_tune.get("paths", ()), key=lambda path: path["rate"])
-    found = {f"fine_tune_lr={path['rate']:g}: {kind}": _OF_PATH[kind](path) for kind in asked for path in paths}
+    ends = {path["rate"]: {**path["points"][-1], **path.get("along", {})} for path in fine_tune.get("paths", ())}
+    found = {f"fine_tune_lr={rate:g}: {kind}": ends[rate].get(kind) for kind in asked for rate in sorted(ends)}
     return {key: float(value) for key, value in found.items() if value is not None}
 
 

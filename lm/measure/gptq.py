@@ -97,20 +97,18 @@ def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, g
     """The parameters with the blocks' matrices rounded. grams: from gram_program; batches: calibration text, placed."""
     names, structure = jax.tree.flatten(path_names(params))
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
-    places = {name: leaf.sharding for name, leaf in leaves.items()}
     matrices = [name for name in names if parameters.of(name).kind == "matrix"]
     for layer in range(leaves[matrices[0]].shape[0]):
-        whole = structure.unflatten([leaves[name] for name in names])
         # one batch at a time, and matrices on one device, because speed does not matter here
-        found = [jax.device_get(grams(whole, batch)) for batch in batches]
+        found = [jax.device_get(grams(structure.unflatten(leaves.values()), batch)) for batch in batches]
         for name in matrices:
             gram = sum(each[name][layer] for each in found)
             change = lambda w, gram=gram: quantise_rows(w.reshape(-1, w.shape[-1]), gram, bits, group)  # noqa: E731
             stack = np.array(leaves[name])
             reads = [axis - 1 for axis in parameters.of(name).reads]  # of one layer
             stack[layer] = in_rows(jnp.asarray(stack[layer]), reads, change)
-            leaves[name] = jax.device_put(stack, places[name])
-    return structure.unflatten([leaves[name] for name in names])
+            leaves[name] = jax.device_put(stack, leaves[name].sharding)
+    return structure.unflatten(leaves.values())
 
 
 def in_rows(w: jax.Array, reads: Sequence[int], change: Callable) -> jax.Array:

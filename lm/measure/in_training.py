@@ -71,8 +71,7 @@ def make_measurement(parts: Parts, groups: Sequence[str], microbatches: int = 1)
 class Curvature:
     """Measures curvature at theta during a run, always on the same held-out batch.
 
-    judged: function from a State to the parameters that the run is judged by; None if they are State.params. origin:
-    the given parameters that the run started from; None if there were none or they are gone.
+    judged: State -> the parameters it is judged by, None for its own; origin: those it started from, None if unknown.
     """
 
     def __init__(
@@ -93,12 +92,8 @@ class Curvature:
         def compiled():
             made = make_measurement(parts, config.curvature.groups, config.train.microbatches)
             params, began = (None if tree is None else parts.abstract.params for tree in (judged, origin))
-            like = abstract_batch(parts, corpus, size)
-            return ordered(
-                made.lower(params, parts.abstract, began, like, parts.scalars).compile(),
-                parts.mesh,
-                "curvature of the run",
-            )
+            lowered = made.lower(params, parts.abstract, began, abstract_batch(parts, corpus, size), parts.scalars)
+            return ordered(lowered.compile(), parts.mesh, "curvature of the run")
 
         self._measure = once("curvature", (parts.key, origin is None), compiled)
         self._began, self._spent = time.monotonic(), []

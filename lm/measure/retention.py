@@ -123,8 +123,7 @@ def second_text(
 ) -> tuple[Any, Any]:
     """(the run's config for fine-tuning, the second corpus: prepared on first use, None where none is asked for).
 
-    Whatever the run was trained with, the config is the same for all: the same model, plain AdamW of configs/base.py at
-    peak 1, as the learning rate comes with each step, and plain cross-entropy.
+    All runs have the same model, plain cross-entropy, and plain AdamW at peak 1: the rate comes with each step.
     """
     from ml_collections import ConfigDict
 
@@ -220,8 +219,7 @@ _EQUAL = {"forgetting_at_equal_gain": "equal gain", "forgetting_at_equal_loss": 
 def compare(found: Mapping[str, Any]) -> None:
     """Adds to each summary what is lost at a gain, and at a loss, on the second text that every run reaches.
 
-    These are frontier.SHARE of the smallest best gain, and the loss of frontier.equal_loss. A run that gains nothing,
-    or whose losses are not finite, sets no mark and gets no number.
+    The gain is frontier.SHARE of the least best one, the loss frontier.equal_loss. Runs that gain nothing do not count.
     """
     best = {}
     for name, record in found.items():

@@ -136,17 +136,22 @@ def measure(
         summary[f"{prefix}delta_cosine"] = split["all"]["cosine"]
 
     tick("sharpness")
-    worst, losses = _worst_case(made, params, batch, step, float(loss), settings)
+    worst, losses = step, [float(loss)]
+    for _ in range(settings.ascent + 1):
+        here, _, further = made.ascend(params, batch, step, settings.rho)
+        worst = step if float(here) > max(losses[1:], default=-np.inf) else worst
+        losses.append(float(here))
+        step = further
     parts = {name: float(value) for name, value in made.rise(params, batch, gradient, worst).items()}
-    average = _average_case(made, params, batch, float(loss), settings, jax.random.fold_in(key, 1))
-    summary |= {
-        "sam_sharpness": parts["rise"],
-        "first_order_sharpness": parts["first_order"],
-        "functional_sharpness": parts["functional"],
-        "logit_sharpness": parts["logit"],
-        "average_sharpness": average.mean,
-        "average_sharpness_error": average.error,
-    }
+    rises = []
+    for i in range(settings.draws):  # mirrored pairs cancel the first order
+        noise = made.gaussian(jax.random.fold_in(jax.random.fold_in(key, 1), i))
+        pair = [_loss(made, params, batch, noise, noise, x) for x in (settings.noise, -settings.noise)]
+        rises.append(sum(pair) / 2 - float(loss))
+    average = spectra.estimate(rises)
+    summary["sam_sharpness"] = parts["rise"]
+    summary |= {f"{name}_sharpness": parts[name] for name in ("first_order", "functional", "logit")}
+    summary |= {"average_sharpness": average.mean, "average_sharpness_error": average.error}
     details["ascent_losses"] = losses
 
     if noisy is not None:
@@ -260,30 +265,8 @@ def _compare(logit, functional, groups):
     return products.compare(logit, functional, dict(groups), stacked=LAYERS)
 
 
-def _worst_case(made, params, batch, step, loss, settings) -> tuple[Tree, list[float]]:
-    """(the epsilon with the highest loss, the losses from theta on)."""
-    best, losses, epsilon = step, [loss], step
-    for _ in range(settings.ascent + 1):
-        here, _, further = made.ascend(params, batch, epsilon, settings.rho)
-        if float(here) > max(losses[1:], default=-np.inf):
-            best = epsilon
-        losses.append(float(here))
-        epsilon = further
-    return best, losses
-
-
-def _loss(made, params, batch, first, second, x, y) -> float:
+def _loss(made, params, batch, first, second, x, y=0.0) -> float:
     return float(made.loss_at(params, batch, (first, second), jnp.asarray([x, y], jnp.float32)))
-
-
-def _average_case(made, params, batch, loss, settings, key) -> spectra.Estimate:
-    """The mean rise of the loss for Gaussian noise of norm `noise`; mirrored pairs cancel the first order."""
-    rises = []
-    for i in range(settings.draws):
-        direction = made.gaussian(jax.random.fold_in(key, i))
-        pair = [_loss(made, params, batch, direction, direction, x, 0.0) for x in (settings.noise, -settings.noise)]
-        rises.append(sum(pair) / 2 - loss)
-    return spectra.estimate(rises)
 
 
 # Compiled and awaited, because two concurrent sums over devices can block the threads of a CPU mesh.
@@ -305,23 +288,17 @@ def _across(vector, unit):
 def _slices(made, params, batch, gradient, random, nme, settings) -> dict[str, Any]:
     """Losses along the gradient, NME's top vector and a random direction, and over the plane of the first two.
 
-    Radii: four rho along the gradient and the NME's vector, `noise` along the random direction. The plane's second axis
-    is orthogonalised against the first.
+    Radii: four rho, `noise` along the random direction. The plane's second axis is orthogonalised against the first.
     """
     along = np.linspace(-1, 1, settings.slices)
     reach = 4 * settings.rho
     across, overlap = jax.block_until_ready(_across(nme, gradient))
     plane = [[_loss(made, params, batch, gradient, across, x, y) for x in reach * along] for y in reach * along]
 
-    def line(direction, radius):
-        losses = [_loss(made, params, batch, direction, across, x, 0.0) for x in radius * along]
-        return {"at": (radius * along).tolist(), "loss": losses}
-
+    found: dict[str, Any] = {}
+    lines = {"gradient": (gradient, reach), "nme": (nme, reach), "random": (random, settings.noise)}
+    for name, (direction, radius) in lines.items():
+        losses = [_loss(made, params, batch, direction, across, x) for x in radius * along]
+        found[name] = {"at": (radius * along).tolist(), "loss": losses}
     at = (reach * along).tolist()
-    return {
-        "gradient": line(gradient, reach),
-        "nme": line(nme, reach),
-        "random": line(random, settings.noise),
-        "plane": {"gradient": at, "nme": at, "loss": plane},
-        "nme_overlap": float(overlap),
-    }
+    return found | {"plane": {"gradient": at, "nme": at, "loss": plane}, "nme_overlap": float(overlap)}

@@ -68,10 +68,7 @@ def ours(size: str, method: str, options) -> Variant:
     parts, program = compiled_step(config, options.vocabulary_size, 10**9, jax.devices()[:1])
     spent = time.process_time() - began
     state = create(parts.mesh, parts.initialise) if options.runs else None
-
-    def step(state, batch):
-        return program(state, batch, math.inf, parts.scalars)
-
+    step = lambda state, batch: program(state, batch, math.inf, parts.scalars)  # noqa: E731
     return variant(method, program, step, state, turns.batch_of(options), spent)
 
 

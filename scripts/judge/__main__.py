@@ -40,11 +40,8 @@ def main(argv: Sequence[str]) -> int:
     add("--effect", type=keys.number(above=0), default=0.005, metavar="NATS",
                         help="nats a byte below which a difference does not matter")  # fmt: skip
     add("--trials", type=command.integer(3), default=12, help="trials of each contender")
-    add(
-        "--pairs",
-        type=command.integer(3),
-        help="fresh seeds at most (default: as many as tell the effect with power 0.8)",
-    )
+    said = "fresh seeds at most (default: as many as tell the effect with power 0.8)"
+    add("--pairs", type=command.integer(3), help=said)
     add("--noise", type=keys.number(above=0), default=0.006, metavar="NATS",
                         help="sd of one pair's difference that the looks are planned for")  # fmt: skip
     add("--budget", type=budget, metavar="TIME|FLOPS",

@@ -133,8 +133,7 @@ def proposals(
 ) -> list[Point]:
     """The points to be tried next; none once there were `trials`. losses: inf of one that diverged.
 
-    The neighbours of the best along one axis, then the next; finer ones where none is missing, down to an eighth. None
-    that is not legal, and none that says what another one said.
+    The neighbours of the best along one axis, then the next, then finer ones; all legal, none that says what one said.
     """
     if not losses:
         return [(0.0,) * len(axes)]

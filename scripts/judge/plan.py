@@ -56,26 +56,22 @@ def plan(arena: Arena, contenders: list[Contender], options: Any) -> str:
 
 
 def _looks(case: Case, sd: float, options: Any) -> Iterator[Stage]:
-    before = 0
+    before, rule = 0, case.rule
+    errors = looks.errors(rule.looks, rule.alpha / rule.comparisons)
     different = {str(each.settings): each.settings for each in case.rivals.values()}
     settings = [case.tuned[0].settings, *different.values()]
     tuned = all(len(each.trials) == options.trials for each in case.tuned)
     find = case.arena.read()
-    for number, pairs in enumerate(case.rule.looks):
+    for number, pairs in enumerate(rule.looks):
         runs = [each for one in settings for each in case.seeds(one, pairs)[before:]]
         there = sum(find(each) is not None for each in runs) if tuned else 0
         cost = Cost().plus(case.price(list(case.rivals)), pairs - before)
-        yield Stage(f"look at {pairs} pairs", len(runs), there, cost, able(case.rule, number, sd))
+        # what this look by itself tells of the comparison that is told first
+        said = f"a difference of {looks.detectable(rule, sd, number):.2g} nats a byte with probability {rule.power:g}"
+        half = float(stats.t.isf(errors[number] / 2, pairs - 1)) * sd / pairs**0.5
+        said += f", or that it is within {rule.effect:g}" * (half < rule.effect)
+        yield Stage(f"look at {pairs} pairs", len(runs), there, cost, said)
         before = pairs
-
-
-def able(rule: looks.Rule, number: int, sd: float) -> str:
-    """What a look by itself tells with the rule's power, of the comparison that is told first."""
-    pairs, error = rule.looks[number], looks.errors(rule.looks, rule.alpha / rule.comparisons)[number]
-    found = looks.detectable(rule, sd, number)
-    half = float(stats.t.isf(error / 2, pairs - 1)) * sd / pairs**0.5
-    said = f"a difference of {found:.2g} nats a byte with probability {rule.power:g}"
-    return said + (f", or that it is within {rule.effect:g}" if half < rule.effect else "")
 
 
 def _table(rows: list[Stage], arena: Arena) -> str:

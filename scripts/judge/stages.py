@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -90,7 +90,7 @@ class Arena(NamedTuple):
     def make(self, stage: str, runs: Sequence[Mapping[str, str]], halving: Mapping[str, Any] = {}) -> Find:
         """Makes runs that lack, by steppe sweep; returns what `read` does. halving: as in a spec. Raises Stopped."""
         find = self.read()
-        if all(find(run) is not None for run in runs):
+        if all(map(find, runs)):
             return find
         if self.complete:
             raise UsageError(f"--again: must be left out, {self.directory} lacks runs of its stage {stage}")
@@ -153,6 +153,11 @@ def loss(result: Result | None) -> float:
 def cost(result: Result) -> Cost:
     """What a run took."""
     return Cost(result.flops, result.took or result.seconds)
+
+
+def costs(found: Iterable[Result]) -> dict[tuple[str, str], Cost]:
+    """{run: what it took}, each once."""
+    return {(str(run.directory), run.name): cost(run) for run in found}
 
 
 def average(result: Result, name: str) -> Result | None:

@@ -56,8 +56,7 @@ def named(tuned: Sequence[Tuned], name: str) -> Tuned:
 def tune(arena: Arena, contender: Contender, trials: int, halve: bool = False, make: bool = True) -> Tuned:
     """Tries points of a contender's axes on the config's seed until there were that many trials.
 
-    halve: whether a trial may stop at RUNG; its loss is then inf. make: whether trials that are not there are made;
-    else the search ends with them.
+    halve: a trial may stop at RUNG, its loss is then inf. make: trials that lack are made, else the search ends there.
     """
     known: dict[Point, Result] = {}
     losses: dict[Point, float] = {}
@@ -112,10 +111,8 @@ def said(rung: dict[str, Any]) -> str:
     if not rung:
         return "every trial is a whole run: there is no evaluation on the way"
     way = "losing trials stop there" if rung["holds"] else "every trial is a whole run"
-    return (
-        f"at step {rung['step']} and at the end, ranks of AdamW's {rung['trials']} trials correlate by "
-        f"{rung['correlation']:.2f}: {way}"
-    )
+    ranks = f"ranks of AdamW's {rung['trials']} trials correlate by {rung['correlation']:.2f}"
+    return f"at step {rung['step']} and at the end, {ranks}: {way}"
 
 
 def regime(arena: Arena, adamw: Tuned) -> dict[str, float]:

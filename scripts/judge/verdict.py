@@ -9,7 +9,7 @@ from steppe.scripts import process
 from steppe.scripts.judge import retention
 from steppe.scripts.judge.contest import unsure
 from steppe.scripts.judge.numbers import looks, tokens
-from steppe.scripts.judge.stages import Arena, Budget, Cost, Find, average, cost, file_name, loss
+from steppe.scripts.judge.stages import Arena, Budget, Cost, Find, average, cost, costs, file_name, loss
 from steppe.scripts.judge.tuning import EMA, Tuned, named
 from steppe.scripts.results import Result
 
@@ -44,10 +44,6 @@ def rivals_of(tuned: Sequence[Tuned], prices: Mapping[str, Cost], steps: int) ->
     return found
 
 
-def _key(run: Result) -> tuple[str, str]:
-    return str(run.directory), run.name
-
-
 def longer(steps: int, times: float) -> dict[str, str]:
     """{key: text} of a run of another length."""
     return {"train.duration": f"{math.ceil(steps * times)} steps"}
@@ -72,7 +68,7 @@ class Case(NamedTuple):
     def runs(self, find: Find, settings: Mapping[str, str], pairs: int) -> list[Result]:
         """Those of the fresh seeds that have ended, counted as used."""
         found = [run for each in self.seeds(settings, pairs) if (run := find(each))]
-        self.used.update({_key(run): cost(run) for run in found})
+        self.used.update(costs(found))
         return found
 
     def spent(self) -> Cost:
@@ -95,7 +91,7 @@ def case_of(
     """The Case of the first of the tuned. prices, steps: as of rivals_of; seed: that tuned."""
     rivals = rivals_of(tuned, prices, steps)
     rule = looks.plan(options.noise, options.effect, comparisons=len(rivals), most=options.pairs)
-    used = {_key(run): cost(run) for each in tuned for run in each.runs}
+    used = costs(run for each in tuned for run in each.runs)
     return Case(arena, tuned, rivals, rule, prices[tuned[0].name], seed + BEYOND, options.budget, used)
 
 
@@ -103,9 +99,8 @@ def compare(arena: Arena, tuned: list[Tuned], options: Any) -> dict[str, Any]:
     """Adds fresh seeds, look by look, until every comparison is decided or no pairs are left; the whole verdict."""
     candidate, adamw = tuned[0], named(tuned, "adamw")
     if not all(math.isfinite(loss(each.run)) for each in (candidate, adamw)):
-        raise ValueError(
-            f"{arena.directory}: AdamW's best trial diverged: give a lower config.optim.peak_learning_rate"
-        )
+        remedy = "give a lower config.optim.peak_learning_rate"
+        raise ValueError(f"{arena.directory}: AdamW's best trial diverged: {remedy}")
     prices = {each.name: cost(each.run) for each in tuned}
     seed = int(candidate.run.config["seed"])
     case = case_of(arena, tuned, prices, steps=adamw.run.steps, seed=seed, options=options)

@@ -17,12 +17,10 @@ def main(argv: Sequence[str]) -> int:
     parser = command.run_parser("evaluate", command.headline(__doc__))
     add = parser.add_argument
     add("--batches", type=command.integer(), default=0, help="batches of each set; 0 (default): all")
-    add(
-        "--task", metavar="SOURCE", help="other text, in the form of config.data.task; default: the run's held-out sets"
-    )
+    said = "other text, in the form of config.data.task; default: the run's held-out sets"
+    add("--task", metavar="SOURCE", help=said)
     add("--choices", action="append", metavar="NAME=jsonl:FILE", help="multiple-choice items; default: the run's own")
     options = command.options_of(argv, parser)
-
     with Progress("evaluate: loading the model", sys.stderr) as progress:
         return _evaluate(options, progress)
 
@@ -45,21 +43,20 @@ def _evaluate(options: Any, progress: Progress) -> int:
             "name the items with --choices, or pass --trust if the run is your own"
         )
     questions = questions or choices.read(stored)
-    step = make_evaluation_step(run.parts)
-    corpus = run.corpus
+    step, corpus, size = make_evaluation_step(run.parts), run.corpus, run.config.train.batch_size
     if options.task is not None:
         corpus = held_out_of(saved.own_data(run.config, run.corpus, options.trust), options.task)
     counts = baselines.token_counts(run.corpus, run.corpus.tokenizer.vocab_size)
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
-    size = run.config.train.batch_size
-    steps = {name: held_out_steps(corpus, name, size) for name in corpus.held_out}
-    steps = {name: min(options.batches or most, most) for name, most in steps.items()}
+    most = {name: held_out_steps(corpus, name, size) for name in corpus.held_out}
+    steps = {name: min(options.batches or each, each) for name, each in most.items()}
     progress.expect([*steps.values(), *(len(items) for items in questions.values())])
     for name, batches in steps.items():
-        progress.begin(f"{name}: compiling, then {batches:,} batches", dict.fromkeys(map(str, range(batches)), 1.0))
-        ticks = map(str, range(batches))
+        stages = list(map(str, range(batches)))
+        progress.begin(f"{name}: compiling, then {batches:,} batches", dict.fromkeys(stages, 1.0))
         text = held_out(corpus, name, run.parts.mesh, size, options.batches)
-        found = evaluate(step, run.params, text, lambda ticks=ticks: progress.tick(next(ticks)) is not None)
+        ticks = map(progress.tick, stages)
+        found = evaluate(step, run.params, text, lambda ticks=ticks: next(ticks) is not None)
         progress.end(name)
         reference = baselines.baselines(corpus, name, counts)
         process.say(
@@ -72,8 +69,6 @@ def _evaluate(options: Any, progress: Progress) -> int:
         progress.begin(f"{name}: compiling, then {len(items):,} items")
         found = choices.measure(scores, run.params, items, rows, run.parts.mesh, size)
         progress.end(name)
-        process.say(
-            f"choices {name}: accuracy {found['accuracy']:.4f}, per byte {found['accuracy_per_byte']:.4f}, "
-            f"of {len(items):,} items"
-        )
+        accuracy = f"accuracy {found['accuracy']:.4f}, per byte {found['accuracy_per_byte']:.4f}"
+        process.say(f"choices {name}: {accuracy}, of {len(items):,} items")
     return 0

@@ -13,9 +13,8 @@ from steppe.scripts import command, process
 def main(argv: Sequence[str]) -> int:
     """Writes the directory; returns the exit status, 2 for bad input."""
     parser = command.run_parser("export", command.headline(__doc__))
-    parser.add_argument(
-        "--out", required=True, type=command.writable_directory, metavar="HF_DIR", help="a new or empty directory"
-    )
+    directory = command.writable_directory
+    parser.add_argument("--out", required=True, type=directory, metavar="HF_DIR", help="a new or empty directory")
     options = command.options_of(argv, parser)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         return process.fail(f"--out={options.out}: must be a new or empty directory")

@@ -14,6 +14,7 @@ from typing import Any
 
 from steppe.configs import keys
 from steppe.configs.keys import TEXT
+from steppe.data import files
 from steppe.lm.track.waiting import Progress
 from steppe.scripts import command, process
 
@@ -33,16 +34,13 @@ def main(argv: Sequence[str]) -> int:
     options = command.options_of(argv, parser)
     if options.prompt is not None and not TEXT.allows(options.prompt):
         return process.fail(f"--prompt={options.prompt!a}: must be {TEXT.text()}")
-
     prompts = [options.prompt] if options.prompts is None else _prompts(options.prompts)
-
     with Progress("generate: loading the model", sys.stderr) as progress:
         return _generate(options, prompts, progress)
 
 
 def _generate(options: Any, prompts: list, progress: Progress) -> int:
     process.ready_to_compute()
-    from steppe.data import files
     from steppe.lm.keep import saved
     from steppe.lm.run import generate
 
@@ -51,18 +49,12 @@ def _generate(options: Any, prompts: list, progress: Progress) -> int:
     decoder = generate.make_decoder(run.parts.shape, tokenizer.vocab_size, run.parts.mesh, cap)
     prompts = [generate.prompt_of(run.config, run.corpus) if prompt is None else prompt for prompt in prompts]
     texts, parts = [], range(0, len(prompts), options.batch_size)
+    given = {"tokens": options.tokens, "temperature": options.temperature}
     progress.expect([1.0] * len(parts))
     for start in parts:
         progress.begin("more prompts" if start else f"compiling, then up to {options.tokens} tokens a prompt")
-        texts += generate.generate(
-            decoder,
-            run.params,
-            tokenizer,
-            prompts[start : start + options.batch_size],
-            tokens=options.tokens,
-            temperature=options.temperature,
-            seed=options.seed + start,
-        )
+        some = prompts[start : start + options.batch_size]
+        texts += generate.generate(decoder, run.params, tokenizer, some, **given, seed=options.seed + start)
         progress.end(f"{len(texts)} of {len(prompts)} prompts")
         if options.out is None:
             for prompt, text in zip(prompts[start:], texts[start:], strict=False):
@@ -82,9 +74,8 @@ def _prompts(path: str) -> list[str]:
     try:
         text = Path(path).read_bytes().decode()
     except (OSError, ValueError) as error:
-        raise command.UsageError(
-            f"--prompts={path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise command.UsageError(f"--prompts={path}: cannot be read ({why})") from None
     found = []
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
         line = line.removesuffix("\r").removeprefix("\ufeff")

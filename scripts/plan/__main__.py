@@ -27,12 +27,8 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--topology", metavar="KIND:SIZE", help="cpu:8, v5e:16x16, v5p:8x8x4, v6e:4x4, h100:8, a100:4x8")
     add("--vocabulary_size", type=command.integer(1), help="instead of reading config.data.vocabulary")
-    add(
-        "--epoch_tokens",
-        type=command.integer(0, 10**18),
-        default=0,
-        help="tokens of the corpus, for durations in epochs",
-    )
+    tokens = command.integer(0, 10**18)
+    add("--epoch_tokens", type=tokens, default=0, help="tokens of the corpus, for durations in epochs")
     add("--search", action="store_true", help="also choose config.model.remat and config.mesh")
     add("--table", action="store_true", help="plan many sizes and methods, as a table in Markdown")
     add("--long", action="store_true", help="with --table: every method on sequences of 8,192 tokens")
@@ -49,9 +45,8 @@ def main(argv: Sequence[str]) -> int:
     if not options.topology:
         return process.fail("--topology is missing: cpu:8, v5e:16x16, v5p:8x8x4, ...")
     if not re.fullmatch(rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(GPUS)}|v\w+):\d+(x\d+)+", options.topology):
-        return process.fail(
-            f"--topology={options.topology}: must be like cpu:8, v5e:16x16, v5p:8x8x4, h100:8 or a100:4x8"
-        )
+        known = "cpu:8, v5e:16x16, v5p:8x8x4, h100:8 or a100:4x8"
+        return process.fail(f"--topology={options.topology}: must be like {known}")
     if "epoch" in config.train.duration and not options.epoch_tokens:
         return process.fail(f"config.train.duration = {config.train.duration!r}: needs --epoch_tokens=N here")
     devices = described(options.topology)
@@ -92,9 +87,8 @@ def show(config, vocabulary_size: int, epoch_tokens: int, devices: list) -> bool
     print(f"kernels     attention {parts.shape.kernel}, derivative {'kept' if parts.options.keep else 'rebuilt'}, "
           f"logits of {parts.options.chunk} positions at a time")  # fmt: skip
     fits = found.memory <= chip.memory
-    print(
-        f"memory      {_gib(found.memory)} of {_gib(chip.memory)} on each device: {'fits' if fits else 'does not fit'}"
-    )
+    said = "fits" if fits else "does not fit"
+    print(f"memory      {_gib(found.memory)} of {_gib(chip.memory)} on each device: {said}")
     for name in ("parameters", "optimizer", "anchor", "temporary", "batch"):
         print(f"  {name:<12}{_gib(getattr(found, name))}")
     print("collectives sent by each device in a step")

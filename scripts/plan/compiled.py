@@ -18,22 +18,14 @@ from steppe.scripts import command, process
 _GPU = (
     "gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 "
     "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536 "
-    "registers_per_block_limit: 65536 shared_memory_per_block: 49152 {} }} "
+    "registers_per_block_limit: 65536 shared_memory_per_block: 49152 cuda_compute_capability {{ major: {} }} "
+    "core_count: {} fpus_per_core: {} clock_rate_ghz: {} shared_memory_per_core: {} "
+    "shared_memory_per_block_optin: {} l2_cache_size: {} memory_bandwidth: {} device_memory_size: 85000000000 }} "
     'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{}"'
 )
 GPUS = {
-    "h100": _GPU.format(
-        "cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 "
-        "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 l2_cache_size: 52428800 "
-        "memory_bandwidth: 3350000000000 device_memory_size: 85000000000",
-        "NVIDIA H100 80GB HBM3",
-    ),
-    "a100": _GPU.format(
-        "cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 "
-        "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040 "
-        "memory_bandwidth: 2039000000000 device_memory_size: 85000000000",
-        "NVIDIA A100-SXM4-80GB",
-    ),
+    "h100": _GPU.format(9, 132, 128, 1.98, 233472, 232448, 52428800, 3350000000000, "NVIDIA H100 80GB HBM3"),
+    "a100": _GPU.format(8, 108, 64, 1.41, 167936, 166912, 41943040, 2039000000000, "NVIDIA A100-SXM4-80GB"),
 }
 
 

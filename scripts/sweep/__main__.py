@@ -161,8 +161,7 @@ def runs_of(
 ) -> tuple[list, dict]:
     """(the runs, checked, named and without duplicates; the record of the sweep). Raises UsageError, DataError.
 
-    A run is identified by its resolved config, without keys that do not change the computation unless the sweep sets
-    them. It therefore keeps its name and results when the sweep grows.
+    A run is known by the `identity` of its resolved config, so it keeps its name and results when the sweep grows.
     """
     from steppe.lm.parts.check import check
 

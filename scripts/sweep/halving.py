@@ -83,8 +83,7 @@ def is_to_reach(run: Run, step: int) -> bool:
 def prune(group: Sequence[Run], step: int, share: float) -> list[Run]:
     """Ends the runs of a group that are not among its best at this step, for good; returns them.
 
-    share: of the group that continues, rounded up. Ranks cover all runs of the group whatever their status, so calling
-    this again has the same effect.
+    share: of the group that continues, rounded up. Ranks cover runs of every status, so a second call changes nothing.
     """
     losses = {run.name: loss_at(run, step) for run in group}
     ranked = sorted(group, key=lambda run: losses[run.name])

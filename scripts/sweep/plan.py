@@ -135,20 +135,16 @@ def speed(runs: Sequence[Run], outcomes: dict[str, dict], cores: int, backend: s
 
         number = sum(map(len, measured.values()))
         shown = ", ".join(f"{rates[count] / 1e9:.2g}" for count in sorted(rates))
-        return Speed(
-            rate, max(0.0, startup), f"{number} finished runs here ({shown} GFLOP/s, {startup:.0f} s to start)"
-        )
+        source = f"{number} finished runs here ({shown} GFLOP/s, {startup:.0f} s to start)"
+        return Speed(rate, max(0.0, startup), source)
     if backend != "cpu":
         return Speed(lambda run: math.nan, math.nan, "unknown until a run of this sweep has finished")
     timed = {run.flat["model.width"]: run for run in runs}
     rates = {width: ASSUMED_SHARE * _product_rate(run, cores) for width, run in timed.items()}
     shown = ", ".join(f"{rates[width] / 1e9:.2g}" for width in sorted(rates))
-    return Speed(
-        lambda run: rates[run.flat["model.width"]],
-        ASSUMED_STARTUP,
-        f"assumed: {ASSUMED_SHARE:.0%} of bare matrix products of the models' sizes, timed now ({shown} GFLOP/s), "
-        f"and {ASSUMED_STARTUP:.0f} s to start a run",
-    )
+    source = f"assumed: {ASSUMED_SHARE:.0%} of bare matrix products of the models' sizes, timed now ({shown} GFLOP/s), "
+    source += f"and {ASSUMED_STARTUP:.0f} s to start a run"
+    return Speed(lambda run: rates[run.flat["model.width"]], ASSUMED_STARTUP, source)
 
 
 def _product_rate(run: Run, cores: int) -> float:

@@ -41,22 +41,16 @@ def times(candidate: Sequence[float], adamw: Mapping[float, Sequence[float]], er
     n, means = gaps.shape[1], gaps.mean(1)
     half = stats.t.isf(error / 2, n - 1) * gaps.std(1, ddof=1) / math.sqrt(n)
     inside = np.abs(means) <= half
-    value = _zero(grid, means)
+    below, value = np.flatnonzero(means <= 0), None
+    if len(below) and means[0] >= 0:  # where AdamW's mean loss falls to the candidate's
+        sides = [below[0], below[0] - 1]
+        value = math.exp(grid[0] if below[0] == 0 else np.interp(0.0, means[sides], grid[sides]))
     ends = grid[inside]
     if not len(ends):  # told from zero everywhere: beyond one end, or between two points of the grid
         ends = grid[-1:] if means[-1] > 0 else grid[:1] if means[0] < 0 else grid[means <= 0][:1]
     low = math.exp(ends[0]) if ends[0] > logs[0] else None
     high = math.exp(ends[-1]) if ends[-1] < logs[-1] else None
     return Times(value, low, high, factors[0], factors[-1])
-
-
-def _zero(grid: np.ndarray, means: np.ndarray) -> float | None:
-    """Where AdamW's mean loss falls to the candidate's."""
-    below = np.flatnonzero(means <= 0)
-    if not len(below) or means[0] < 0:
-        return None
-    at = below[0]
-    return math.exp(grid[0] if at == 0 else np.interp(0.0, means[[at, at - 1]], grid[[at, at - 1]]))
 
 
 def said(found: Mapping[str, Any]) -> str:
