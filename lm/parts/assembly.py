@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from steppe.lm.parts.check import base_options, kernel_of, mesh_shape, method_op
 from steppe.lm.parts.chips import chip_of
 from steppe.lm.parts.leg import WHOLE, Leg
 from steppe.lm.parts.memo import once
-from steppe.lm.parts.state import Optimizer, State, abstract, initialiser, parameter_shapes
+from steppe.lm.parts.state import Optimizer, State, abstract, initialiser, parameter_shapes, start
 from steppe.optim import Objective, references
 from steppe.optim.averaging import Averages
 from steppe.optim.base import base
@@ -78,7 +79,7 @@ def assemble(
     on average, None if unknown. frequency: share of each token in the training text [padded V], for methods that need
     it. devices: default all. leg: of a run that resumes.
     """
-    devices, optim = jax.devices() if devices is None else devices, config.optim
+    devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(config, len(devices))
     mesh, shards = make_mesh(sizes, devices), sizes[0] * sizes[1]
     kernel = kernel_of(config, devices[0].platform)
@@ -101,15 +102,9 @@ def assemble(
         keep=options.keep,
         leg=leg,
     )
-    if references.is_reference(optim.method):
-        budgets.trace_rule(model_shape, optimizer.rule, optimizer.base, config.train.batch_size)
     initialise = initialiser(model_shape, optimizer, config.seed)
     described = abstract(mesh, initialise)
-    for part, name, state in (("base", optim.base, described.optimizer), ("method", optim.method, described.rule)):
-        for path, leaf in jax.tree.leaves_with_path(state):
-            if not leaf.size:
-                accepted = f"one whose state checkpoints can hold: its {jax.tree_util.keystr(path)} has no entries"
-                raise OptionError(part, name, accepted)
+    _must_serve(config, model_shape, optimizer, described)
     return Parts(
         mesh=mesh,
         shape=model_shape,
@@ -132,7 +127,20 @@ def planned(
     """The Budget of a run on one device, without assembling it. params: their shapes."""
     long = length(config, params, epoch_tokens, tokens_per_row=tokens_per_row)
     made = _optimizers(config, params, long, 1, {"frequency": jnp.ones(model_shape.vocabulary)})(**_scalars(config))
+    _must_serve(config, model_shape, made, jax.eval_shape(partial(start, made), params))
     return budget(config, shape=model_shape, params=params, length=long, rule=made.rule, the_base=made.base)
+
+
+def _must_serve(config: ConfigDict, model_shape: Shape, optimizer: Optimizer, state: State) -> None:
+    """Raises OptionError if an optimizer from outside cannot run, or checkpoints cannot hold its state."""
+    optim = config.optim
+    if references.is_reference(optim.method):
+        budgets.trace_rule(model_shape, optimizer.rule, optimizer.base, config.train.batch_size)
+    for part, name, tree in (("base", optim.base, state.optimizer), ("method", optim.method, state.rule)):
+        for path, leaf in jax.tree.leaves_with_path(tree) if references.is_reference(name) else ():
+            if not leaf.size:
+                accepted = f"one whose state checkpoints can hold: its {jax.tree_util.keystr(path)} has no entries"
+                raise OptionError(part, name, accepted)
 
 
 def _scalars(config: ConfigDict) -> dict[str, float]:

@@ -123,9 +123,11 @@ def judged(options: Any, path: str, given: list[tuple[str, str]], size: str) -> 
     overrides = [*given, ("model.size", size)] if size else given
     config = read_config(path, overrides)
     contenders = [contender(name, config) for name in (options.candidate, *against(options))]
-    stages.must_be_new_or_same(options.out, path, given, keep=not options.plan)
     jobs = options.jobs or at_a_time(options, devices_of(options)[1])
     arena = stages.Arena(options.out, path, overrides, options, jobs, size and f"@{size}", options.again)
+    if not options.again and not options.plan:
+        arena.planned(list(map(tuning.begin, contenders)))  # refuses a contender before others are tuned for hours
+    stages.must_be_new_or_same(options.out, path, given, keep=not options.plan)
     if options.plan:
         process.say(f"{size}\n" * bool(size) + plan(arena, contenders, options))
         return {}

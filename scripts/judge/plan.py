@@ -12,7 +12,7 @@ from steppe.scripts.judge import board
 from steppe.scripts.judge.contest import Contender
 from steppe.scripts.judge.numbers import looks, tokens
 from steppe.scripts.judge.stages import Arena, Cost
-from steppe.scripts.judge.tuning import EMA, tune
+from steppe.scripts.judge.tuning import begin, tune
 from steppe.scripts.judge.verdict import Case, case_of
 
 
@@ -28,8 +28,7 @@ class Stage(NamedTuple):
 
 def plan(arena: Arena, contenders: list[Contender], options: Any) -> str:
     """The stages for a reader: runs, cost, and what each tells; the cost is at most this, and less as looks end it."""
-    starts = [each.at((0.0,) * len(each.axes)) | EMA for each in contenders]
-    made, speed = arena.estimate(starts)
+    made, speed = arena.estimate(list(map(begin, contenders)))
     prices = {each.name: Cost(run.flops, speed.seconds(run)) for each, run in zip(contenders, made, strict=True)}
     tuned = [tune(arena, each, options.trials, make=False) for each in contenders]
     steps = next(run.steps for each, run in zip(contenders, made, strict=True) if each.name == "adamw")

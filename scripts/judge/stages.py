@@ -107,14 +107,20 @@ class Arena(NamedTuple):
         return self.read()
 
     def estimate(self, runs: Sequence[Mapping[str, str]]) -> tuple[list[Any], Any]:
-        """Some runs with their steps and FLOPs, and the sweep.plan.Speed of these. Raises UsageError, DataError."""
+        """Some runs as `planned`, and the sweep.plan.Speed of these."""
         from steppe.scripts.sweep import launch, plan
+
+        made = self.planned(runs)
+        outcomes = {run.name: launch.settle(run.directory) for run in made}
+        return made, plan.speed(made, outcomes, self.launch.cores, plan.devices_of(self.launch)[1])
+
+    def planned(self, runs: Sequence[Mapping[str, str]]) -> list[Any]:
+        """Some runs with their steps and FLOPs. Raises UsageError or ConfigError for one that is refused, DataError."""
+        from steppe.scripts.sweep import plan
 
         where, record = plan.devices_of(self.launch), results.read_sweep(self.directory)
         alone = [runs_of(self.path, self.overrides, [dict(run)], self.directory, record, *where)[0] for run in runs]
-        made = plan.with_budgets([run for found in alone for run in found], log=print)
-        outcomes = {run.name: launch.settle(run.directory) for run in made}
-        return made, plan.speed(made, outcomes, self.launch.cores, where[1])
+        return plan.with_budgets([run for found in alone for run in found], log=print)
 
     def can(self, run: Mapping[str, str]) -> bool:
         """Whether a run's config is one that can run."""

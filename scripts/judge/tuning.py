@@ -48,6 +48,11 @@ class Tuned(NamedTuple):
         return self.runs[list(self.trials).index(self.best)]
 
 
+def begin(contender: Contender) -> dict[str, str]:
+    """The overrides of its first trial."""
+    return contender.at((0.0,) * len(contender.axes)) | EMA
+
+
 def named(tuned: Sequence[Tuned], name: str) -> Tuned:
     """The one of this name."""
     return next(each for each in tuned if each.name == name)

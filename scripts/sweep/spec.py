@@ -21,13 +21,20 @@ import hashlib
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from steppe.configs.keys import named
 from steppe.configs.only import split, text_of
 from steppe.configs.read import UsageError, call
+from steppe.data import stored
 
-_PARTS = ("set", "grid", "zip", "list", "where", "only", "exclude")
+_Rule = TypedDict("_Rule", {"if": dict[str, Any], "set": dict[str, Any]})
+_Block = TypedDict(  # noqa: UP013  a class would take `set` and `list` for its own
+    "_Block",
+    {"set": dict[str, Any], "grid": dict[str, Any], "zip": dict[str, Any], "list": list[dict[str, Any]],
+     "where": list[_Rule], "only": dict[str, Any], "exclude": list[dict[str, Any]] | dict[str, Any]},
+    total=False,
+)  # fmt: skip
 PACKAGE = "steppe.configs.sweeps"
 _SAFE = re.compile(r"[^A-Za-z0-9._+=,%-]")
 _LONGEST = 150  # characters of a run's name
@@ -66,8 +73,12 @@ def from_flags(grids: Sequence[str], zips: Sequence[str]) -> dict:
 
 
 def expand(blocks: Sequence[Mapping]) -> list[dict[str, str]]:
-    """{key: text as on the command line} of every run of the blocks, in order, without duplicates. UsageError."""
-    found = [_own(run, blocks) for number, block in enumerate(blocks, 1) for run in _expand_block(block, number)]
+    """{key: text as on the command line} of every run of the blocks, in order, without duplicates.
+
+    Raises UsageError, or stored.Wrong for a block of another shape.
+    """
+    found = [run for number, block in enumerate(blocks, 1) for run in _expand_block(block, number)]
+    found = [_own(run, blocks) for run in found]
     return list({tuple(sorted(run.items())): run for run in reversed(found)}.values())[::-1]
 
 
@@ -85,13 +96,17 @@ def _expand_block(block: Mapping, number: int) -> list[dict[str, str]]:
     def refused(what: str) -> UsageError:
         return UsageError(f"block {number} of the sweep: {what}")
 
+    def text(key: str, value: Any) -> str:
+        try:
+            return text_of(value)
+        except UsageError as error:
+            raise refused(f"{key} = {error}") from None
+
     def texts(values: Mapping) -> dict[str, str]:
-        if not isinstance(values, Mapping):
-            raise refused(f"{values!r}: must be {{key: value, ...}}")
         for key, value in values.items():
             if isinstance(value, list):
                 raise refused(f"{key} = {value!r}: must be one value here; several go into grid")
-        return {key.removeprefix("config."): text_of(value) for key, value in values.items()}
+        return {key.removeprefix("config."): text(key, value) for key, value in values.items()}
 
     def several(part: str) -> dict[str, Sequence]:
         lists = {key: _listed(values) for key, values in (block.get(part) or {}).items()}
@@ -104,12 +119,13 @@ def _expand_block(block: Mapping, number: int) -> list[dict[str, str]]:
         if unknown := [key for key in rule if key not in keys]:
             raise refused(f"{unknown[0]}: must be a key that this block sets, to choose runs by it")
         accepted = {key: each if isinstance(each, list) else [each] for key, each in rule.items()}
-        return all(run.get(key) in list(map(text_of, each)) for key, each in accepted.items())
+        return all(run.get(key) in [text(key, value) for value in each] for key, each in accepted.items())
 
-    if unknown := sorted(set(block) - set(_PARTS)):
-        raise refused(f"{unknown[0]}: must be one of {', '.join(_PARTS)}")
+    if unknown := [part for part in block if part not in _Block.__annotations__]:
+        raise refused(f"{unknown[0]}: must be one of {', '.join(_Block.__annotations__)}")
+    stored.typed(block, _Block, f"block {number} of the sweep")
     axes = [[texts(block.get("set", {}))]]
-    axes += [[{key: text_of(value)} for value in values] for key, values in several("grid").items()]
+    axes += [[{key: text(key, value)} for value in values] for key, values in several("grid").items()]
     if columns := several("zip"):
         if len(set(map(len, columns.values()))) > 1:
             shown = ", ".join(f"{key} has {len(values)}" for key, values in columns.items())
@@ -122,8 +138,6 @@ def _expand_block(block: Mapping, number: int) -> list[dict[str, str]]:
         raise refused(f"{twice[0]}: must be in one of set, grid, zip and list")
     runs = [dict(itertools.chain(*map(dict.items, entries))) for entries in itertools.product(*axes)]
     for rule in block.get("where", ()):
-        if set(rule) != {"if", "set"}:
-            raise refused('where: must be a list of {"if": {...}, "set": {...}}')
         changed = texts(rule["set"])
         runs = [run | changed if matches(run, rule["if"]) else run for run in runs]
         keys += changed

@@ -62,8 +62,8 @@ TABLE = [
         "must be one whose state checkpoints can hold",
     ),
     (
-        ["check", "optax:lbfgs", "--method=sam"],
-        "config.optim.base = 'optax:lbfgs': must be a base whose update takes a gradient",
+        ["judge", "optax.contrib:galore", "--config=study", "--out=judged"],
+        "config.optim.base = 'optax.contrib:galore': must be one whose state checkpoints can hold",
     ),
     ([*TRAIN, "--config.data.task=lines:absent"], "lines:absent matches no file"),
     ([*TRAIN, "--config.data.task=lines:."], "lines:. is a directory"),

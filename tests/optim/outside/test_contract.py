@@ -6,6 +6,7 @@ import pytest
 
 from steppe.optim.outside import contract
 from steppe.optim.outside.contract import Broken, Subject
+from steppe.optim.rule import OptionError
 
 EXAMPLES = "steppe.optim.outside.examples."
 SOME = [
@@ -99,3 +100,8 @@ def test_sharding_needs_eight_devices_and_says_so(monkeypatch):
     monkeypatch.setattr(contract, "DEVICES", (64, 64, 64))
     with pytest.raises(Broken, match="JAX_NUM_CPU_DEVICES"):
         contract.sharding(Subject())
+
+
+def test_a_base_that_asks_for_more_than_a_step_gives_is_refused_at_once():
+    with pytest.raises(OptionError, match="value_fn"):
+        next(contract.outcomes(Subject(base="optax:lbfgs")))

@@ -9,10 +9,13 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers import lm_runs, sweep_runs
 from steppe.configs import only
 from steppe.configs.read import UsageError
+from steppe.data.stored import Wrong
 from steppe.lm.track.waiting import clock_face
 from steppe.scripts import results, train
 from steppe.scripts.sweep import __main__ as sweep
@@ -95,15 +98,39 @@ def test_flags_are_a_block():
         ({"zip": {"seed": [1, 2], "optim.rho": [1.0]}}, ["zip", "seed has 2, optim.rho has 1"]),
         ({"set": {"seed": 1}, "grid": {"seed": [1]}}, ["seed", "in one of"]),
         ({"grid": {"seed": [1]}, "exclude": [{"optim.rho": 1.0}]}, ["optim.rho", "a key that this block sets"]),
-        ({"grid": {"seed": [1]}, "where": [{"seed": 1}]}, ["where", '"if"']),
-        ({"grid": {"seed": [{"a": 1}]}}, ["{'a': 1}", "a number"]),
+        ({"grid": {"seed": [1]}, "where": [{"seed": 1}]}, ["where[0].if: is missing"]),
+        ({"grid": ["seed"]}, ["grid", "must be an object"]),
+        ({"grid": {"seed": [{"a": 1}]}}, ["seed = {'a': 1}", "a number"]),
     ],
 )
 def test_malformed_blocks_are_refused(block, parts):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises((UsageError, Wrong)) as error:
         sweep_spec.expand([block])
     for part in parts:
         assert part in str(error.value)
+
+
+_KEYS = st.sampled_from(["optim.rho", "config.seed", "nonsense", "", 3, None])
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(object())
+_RULES = _SCALARS | st.dictionaries(_KEYS, _SCALARS | st.lists(_SCALARS, max_size=3) | st.tuples(_SCALARS), max_size=2)
+_CHANGES = st.dictionaries(st.sampled_from(["if", "set", "x"]), _RULES, max_size=3)
+_BLOCKS = st.dictionaries(
+    st.sampled_from(sorted(sweep_spec._Block.__annotations__)),
+    _RULES | st.lists(_RULES | _CHANGES, max_size=2),
+    max_size=4,
+)
+
+
+@given(st.lists(_BLOCKS, min_size=1, max_size=2))
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_spec_returns_is_runs_or_one_line(blocks):
+    runs, said = [], "block 1 of the sweep: "
+    try:
+        runs = sweep_spec.expand(blocks)
+    except (UsageError, Wrong) as error:
+        said = str(error)
+    assert re.fullmatch(r"block [12] of the sweep: .*", said)
+    assert all(isinstance(text, str) for run in runs for text in (*run, *run.values()))
 
 
 def test_names_are_short_safe_and_new():
