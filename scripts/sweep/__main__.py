@@ -143,7 +143,7 @@ def _assignments(options: Any) -> tuple[list[dict[str, str]], sweep_halving.Halv
     if options.sweep:
         blocks, given = sweep_spec.load(options.sweep)
         found = [run | other for run in sweep_spec.expand(blocks) for other in found]
-        halving = halving or (sweep_halving.settings(given) if given else None)
+        halving = halving or (None if given == {} else sweep_halving.settings(given))
     if not found:
         raise command.UsageError(f"--sweep = {options.sweep}: no run is left after its filters")
     return found, halving
@@ -227,7 +227,8 @@ def _halve(runs: list, left: list, halving: sweep_halving.Halving, launch: Calla
 def _warn_of_other_code(outcomes: dict[str, dict]) -> None:
     """Warns if results come from other source code of data, lm and optim than the current one."""
     made = [outcome["code"] for outcome in outcomes.values() if outcome.get("code")]
-    other = sum(code != named("lm.keep.record:versions")()["code"] for code in made)
+    here = named("lm.keep.record:versions")()["code"] if made else ""
+    other = sum(code != here for code in made)
     if other:
         print(f"code    {other} of {len(made)} results were made by other source code", file=sys.stderr, flush=True)
 

@@ -7,9 +7,10 @@ length, so a run that continues equals an uninterrupted one.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from steppe.configs.read import UsageError
+from steppe.data import stored
 from steppe.lm.keep.exits import STOPPED
 from steppe.lm.track import lines
 from steppe.scripts.sweep import launch as sweep_launch
@@ -24,6 +25,12 @@ class Halving(NamedTuple):
     over: tuple[str, ...] = ("optim.rho",)
 
 
+class _Given(TypedDict, total=False):
+    eta: float
+    rungs: list[float]
+    over: list[str]
+
+
 def parse(text: str) -> Halving:
     """ "2:0.25,0.5", "3" or "" as a Halving; omitted parts have their defaults. Raises UsageError."""
     eta, _, rungs = text.partition(":")
@@ -35,9 +42,11 @@ def parse(text: str) -> Halving:
 
 
 def settings(given: Mapping[str, Any]) -> Halving:
-    """A Halving from the `halving` entry of a spec. Raises UsageError."""
-    if unknown := sorted(set(given) - set(Halving._fields)):
+    """A Halving from the `halving` entry of a spec. Raises UsageError, or stored.Wrong for one of another shape."""
+    stored.typed(given, dict[str, Any], "halving of the sweep")
+    if unknown := [key for key in given if key not in Halving._fields]:
         raise UsageError(f"halving of the sweep: {unknown[0]}: must be eta, rungs or over")
+    stored.typed(given, _Given, "halving of the sweep")
     typed: dict[str, Any] = {key: value if key == "eta" else tuple(value) for key, value in given.items()}
     made = Halving(**typed)
     if not made.eta > 1:

@@ -46,9 +46,9 @@ def load(text: str) -> tuple[list[dict], dict]:
     found = call("--sweep", text, "get_spec", PACKAGE)
     halving = {}
     if isinstance(found, Mapping) and "blocks" in found:
-        if unknown := sorted(set(found) - {"blocks", "halving"}):
+        if unknown := [key for key in found if key not in ("blocks", "halving")]:
             raise UsageError(f"--sweep = {text}: {unknown[0]}: must be blocks or halving")
-        found, halving = found["blocks"], dict(found.get("halving", {}))
+        found, halving = found["blocks"], found.get("halving", {})
     blocks = [found] if isinstance(found, Mapping) else found
     if not isinstance(blocks, Sequence) or not blocks or not all(isinstance(block, Mapping) for block in blocks):
         raise UsageError(f"--sweep = {text}: get_spec must return a block or a list of blocks; see configs/sweeps")

@@ -133,6 +133,18 @@ def test_whatever_a_spec_returns_is_runs_or_one_line(blocks):
     assert all(isinstance(text, str) for run in runs for text in (*run, *run.values()))
 
 
+@given(_RULES | st.dictionaries(st.sampled_from(["eta", "rungs", "over"]), _SCALARS | st.lists(_SCALARS, max_size=3)))
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_spec_gives_as_halving_is_one_or_one_line(given):
+    made, said = None, "halving of the sweep: "
+    try:
+        made = sweep_halving.settings(given)
+    except (UsageError, Wrong) as error:
+        said = str(error)
+    assert re.fullmatch(r"halving of the sweep: .*", said)
+    assert made is None or (made.eta > 1 and 0 < made.rungs[0] <= made.rungs[-1] < 1)
+
+
 def test_names_are_short_safe_and_new():
     config = {"model.size": "0.1m", "optim.method": "sam", "optim.rho": 0.03, "optim.every": 1, "seed": 0}
     config |= {"evaluate.every": "10%", "train.duration": "2 steps", "data.task": "text:/a,b@all", "log.name": ""}
