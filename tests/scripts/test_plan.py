@@ -24,7 +24,7 @@ from steppe.lm.parts.assembly import assemble
 from steppe.lm.parts.budget import step_flops
 from steppe.optim.methods import Cost
 from steppe.scripts.plan import __main__ as plan
-from steppe.scripts.plan import compiled
+from steppe.scripts.plan import compiled, search
 
 
 def config(size: str, batch: int, length: int, method: str, **model):
@@ -254,7 +254,8 @@ def test_the_plan_of_a_small_run_is_printed(capsys, request, monkeypatch):
 def test_a_search_ends_with_flags_that_fit_or_with_what_is_missing(capsys, request, monkeypatch, megabytes, status):
     monkeypatch.chdir(request.config.rootpath)
     small = chips.chip_of(jax.devices()[0])._replace(memory=megabytes * 1e6)
-    monkeypatch.setattr(chips, "chip_of", lambda device, devices_here=1: small)
+    for module in (plan, compiled, search):
+        monkeypatch.setattr(module, "chip_of", lambda device, devices_here=1: small)
     line = ["--config=quickstart", "--config.model.size=0.1m", "--config.train.batch_size=64", "--topology=cpu:1"]
     assert plan.main(line) == 1
     assert "--search chooses" in capsys.readouterr().out

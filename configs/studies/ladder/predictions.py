@@ -59,6 +59,9 @@ def main() -> int:
     shown("1. sam less functional_sam at 16k, one rate and rho 0.1", equal)
     shown("1. the second less the first", equal, before)
     shown("1. at 1k, rho 0.1 less rho 0.03", before, small)
+    kept = pairs(LARGE, SAM, FUNCTIONAL)
+    shown("1. sam less functional_sam at 16k, one rate and rho 0.03", kept)
+    shown("1. at 16k, rho 0.1 less rho 0.03", equal, kept)
     shown("2. sam per microbatch less functional_sam at 16k", pairs(LARGE, PARTS, FUNCTIONAL_LARGE))
     shown("2. sam less sam per microbatch at 16k", pairs(LARGE, SAM, PARTS))
     for tokens, row, words in ((SMALL, FUNCTIONAL, "1k"), (LARGE, FUNCTIONAL_LARGE, "16k")):
