@@ -11,6 +11,7 @@ from steppe.scripts import command, process
 from steppe.scripts.cli import KINDS
 
 
+@process.refusing
 def main(argv: Sequence[str]) -> int:
     """Runs steppe.scripts.bench.KIND with the remaining arguments; returns its exit status."""
     process.keep_memory()

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser("bench gpu", __doc__, config=False)
     add = parser.add_argument
     add("--sizes", nargs="+", default=["118m", "1.2b"], choices=list(sizes.SIZES), help="sizes of configs/sizes.py")
-    add("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
+    add("--methods", nargs="+", default=list(METHODS), type=turns.method, help="METHOD or METHOD:keep|rebuild")
     add("--seconds", type=keys.number(above=0), default=6.0, metavar="S", help="seconds per measurement (default 6)")
     add("--batch_size", type=command.integer(1), help="sequences a step; default: by size")
     add("--sequence_length", type=command.integer(1), default=1024, help="tokens of a sequence")

@@ -32,19 +32,14 @@ class Variant(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Prints one table per size; returns the exit status."""
     parser = turns.parser("bench step", __doc__, turns=7)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="METHOD or METHOD:keep|rebuild")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), type=turns.method, help="METHOD or METHOD:keep|rebuild"
+    )
     parser.add_argument("--layers", type=command.integer(1), help="layers; default: those of the size")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     parser.add_argument("--chunk", type=command.integer(), default=0, help="tokens: config.model.readout_chunk")
     parser.add_argument("--against", action="store_true", help="also measure plain flax and optax steps")
     options = command.options_of(argv, parser)
-    from steppe.optim.methods import canonical
-
-    try:
-        for method in options.methods:
-            canonical(method.partition(":")[0])
-    except ValueError as error:
-        return process.fail(error)
     for size in options.sizes:
         variants = [ours(size, method, options) for method in options.methods]
         if options.against:

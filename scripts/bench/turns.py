@@ -37,6 +37,15 @@ def parser(name: str, summary: str | None, turns: int) -> command.Parser:
     return made
 
 
+def method(text: str) -> str:
+    """An argparse type: METHOD or METHOD:keep|rebuild."""
+    name, colon, readout = text.partition(":")
+    command.of_key("optim.method")(name)
+    if colon:
+        command.of_key("model.functional_readout")(readout)
+    return text
+
+
 def config_of(size: str, options: argparse.Namespace, method: str = "adamw") -> ConfigDict:
     """The base config with a named size and the options' shapes, for METHOD or METHOD:keep|rebuild."""
     name, _, readout = method.partition(":")
