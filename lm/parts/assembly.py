@@ -102,9 +102,8 @@ def assemble(
         keep=options.keep,
         leg=leg,
     )
+    _must_serve(config, model_shape, params, optimizer)
     initialise = initialiser(model_shape, optimizer, config.seed)
-    described = abstract(mesh, initialise)
-    _must_serve(config, model_shape, optimizer, described)
     return Parts(
         mesh=mesh,
         shape=model_shape,
@@ -114,7 +113,7 @@ def assemble(
         optimizer_at=optimizer_at,
         scalars=scalars,
         initialise=initialise,
-        abstract=described,
+        abstract=abstract(mesh, initialise),
         budget=plan,
         leg=leg,
     )
@@ -127,17 +126,25 @@ def planned(
     """The Budget of a run on one device, without assembling it. params: their shapes."""
     long = length(config, params, epoch_tokens, tokens_per_row=tokens_per_row)
     made = _optimizers(config, params, long, 1, {"frequency": jnp.ones(model_shape.vocabulary)})(**_scalars(config))
-    _must_serve(config, model_shape, made, jax.eval_shape(partial(start, made), params))
+    _must_serve(config, model_shape, params, made)
     return budget(config, shape=model_shape, params=params, length=long, rule=made.rule, the_base=made.base)
 
 
-def _must_serve(config: ConfigDict, model_shape: Shape, optimizer: Optimizer, state: State) -> None:
+def _must_serve(config: ConfigDict, model_shape: Shape, params: Any, optimizer: Optimizer) -> None:
     """Raises OptionError if an optimizer from outside cannot run, or checkpoints cannot hold its state."""
-    optim = config.optim
-    if references.is_reference(optim.method):
+    names = {"base": config.optim.base, "method": config.optim.method}
+    outside, row = (
+        {part: name for part, name in names.items() if references.is_reference(name)},
+        row_of(names["method"]),
+    )
+    if not outside:
+        return
+    row = row_of(outside["method"]) if "method" in outside else None
+    if row and not row.rule:  # else the budget has traced it
         budgets.trace_rule(model_shape, optimizer.rule, optimizer.base, config.train.batch_size)
-    for part, name, tree in (("base", optim.base, state.optimizer), ("method", optim.method, state.rule)):
-        for path, leaf in jax.tree.leaves_with_path(tree) if references.is_reference(name) else ():
+    state = jax.eval_shape(partial(start, optimizer), params)
+    for part, name in outside.items():
+        for path, leaf in jax.tree.leaves_with_path(state.optimizer if part == "base" else state.rule):
             if not leaf.size:
                 accepted = f"one whose state checkpoints can hold: its {jax.tree_util.keystr(path)} has no entries"
                 raise OptionError(part, name, accepted)
