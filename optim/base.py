@@ -316,7 +316,11 @@ def _kind_from_outside(reference: str) -> Kind:
     state = _toy_state(optax.chain(*parts(Settings(1e-3, 0.9, 0.99, 1e-8, 0.0, None, None))))
     kinds = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScheduleFreeState))
     if any(isinstance(kind, ScheduleFreeState) for kind in kinds):
-        raise OptionError("base", reference, "schedule_free: a run evaluates the weights of this base at others")
+        raise OptionError(
+            "base",
+            reference,
+            "schedule_free, which a run evaluates at the averaged weights; of this base it would evaluate others",
+        )
     return Kind(_kept(state), parts)
 
 
