@@ -4,13 +4,13 @@ A file has one object a line: {"query", "choices", "gold"}, joined without a sep
 "endings", "label"}, joined by a blank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steppe.data import files
 from steppe.data.errors import DataError, refused
@@ -147,15 +147,25 @@ def make_scores(parts: Parts) -> Callable[[Any, dict], jax.Array]:
     return jitted(scores, parts.mesh, "choices", out_shardings=NamedSharding(parts.mesh, PartitionSpec()))
 
 
-def measure(scores: Callable, params, items: Sequence[Item], made: Rows, mesh, batch_size: int) -> dict[str, float]:
-    """{accuracy, accuracy_per_byte, items}, for the choices that are likeliest in total and per byte."""
-    mine, found = local_rows(mesh, batch_size), []
+def steps(made: Rows, batch_size: int) -> int:
+    """The number of batches that the rows fill, the last perhaps in part."""
+    return -(-len(made.bytes) // batch_size)
+
+
+def batches(made: Rows, mesh: Mesh, batch_size: int) -> Iterator[dict]:
+    """The rows in batches on the mesh."""
+    mine = local_rows(mesh, batch_size)
     arrays = {"inputs": made.inputs, "targets": made.targets, "weights": made.weights}
     whole = {name: np.pad(array, ((0, -len(array) % batch_size), (0, 0))) for name, array in arrays.items()}
     for start in range(0, len(made.bytes), batch_size):
         batch = {name: array[start : start + batch_size][mine] for name, array in whole.items()}
-        found.append(np.asarray(scores(params, place_batch(mesh, batch_size, mine, batch))))
-    likely = np.concatenate(found)[: len(made.bytes)]
+        yield place_batch(mesh, batch_size, mine, batch)
+
+
+def measure(scores: Callable, params, items: Sequence[Item], made: Rows, batches: Iterable[dict]) -> dict[str, float]:
+    """{accuracy, accuracy_per_byte, items}, for the choices that are likeliest in total and per byte."""
+    scored = [np.asarray(scores(params, batch)) for batch in batches]
+    likely = np.concatenate(scored)[: len(made.bytes)]
     ends, found = np.cumsum([len(item.choices) for item in items]), {}
     for name, scored in (("accuracy", likely), ("accuracy_per_byte", likely / made.bytes)):
         chosen = [int(np.argmax(part)) for part in np.split(scored, ends[:-1])]

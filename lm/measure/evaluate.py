@@ -51,17 +51,19 @@ def first_batch(corpus: Corpus, mesh: Mesh, rows: int) -> dict:
     return batch
 
 
-def evaluate(step: Callable, params, batches: Iterable[dict], stop: Callable[[], bool] = lambda: False) -> dict:
-    """{loss (nats per token), bits_per_byte, tokens, bytes} of held_out's batches; {} if stop(), asked before each."""
+def evaluate(step: Callable, params, batches: Iterable[dict]) -> dict:
+    """{loss (nats per token), bits_per_byte, tokens, bytes} of held_out's batches."""
     results = []
     for batch in batches:
-        if stop():
-            return {}
         results.append(step(params, batch))
-        jax.block_until_ready(results[-2:][0])  # stay at most one batch ahead, so that stop() is asked in time
+        jax.block_until_ready(results[-2:][0])  # stay at most one batch ahead: whoever yields them knows the pace
     nats, tokens, size = (sum(np.float64(x) for x in column) for column in zip(*jax.device_get(results), strict=True))
     found = {"loss": float(nats / tokens), "bits_per_byte": float(nats / math.log(2) / size)}
     return found | {"tokens": int(tokens), "bytes": int(size)}
+
+
+class Interrupted(Exception):
+    """A signal to stop came during an evaluation."""
 
 
 class Evaluations:
@@ -92,39 +94,60 @@ class Evaluations:
         made = lambda: (make_evaluation_step(parts), choices.make_scores(parts))  # noqa: E731
         self._step, self._scores = once("evaluation", parts.key, made)
         self._latest: dict[tuple[str, str], dict] = {}
+        self._totals = {name: held_out_steps(corpus, name, self._rows) for name in corpus.held_out}
+        more = {name: total - min(total, self._batches or total) for name, total in self._totals.items()}
+        tracker.expect({self._shown(name, kind): more[name] for name in more for kind in weights})
         every = max(1, parts.budget.steps_of(config.evaluate.every))
         self.events = [Event(each(every, self._total), self.evaluate)]
 
     def evaluate(self, at: Progress) -> None:
         """Evaluates everything. If a signal to stop comes first, it records nothing and the run owes the evaluation."""
         with self._tracker.goodput.spending("evaluate"):
-            found = self._held_out(at)
-            if found is None:
+            try:
+                found, answers = self._held_out(at), self._choices(at)
+            except Interrupted:
                 at.stop = at.owes_evaluation = True
                 return
             for (kind, name), values in found.items():
                 self._tracker.evaluation(at.done, name, values, "" if kind == self._judged else kind)
-            self._latest, params = found, self._weights[self._judged](at.state)
-            for name, (items, rows) in self._questions.items():
-                values = choices.measure(self._scores, params, items, rows, self._mesh, self._rows)
+            for name, values in answers.items():
                 self._tracker.evaluation(at.done, name, values, kind="choices")
+            self._latest = found
 
-    def _held_out(self, at: Progress) -> dict[tuple[str, str], dict] | None:
-        """{(weights, set): values}; None if a signal came first."""
+    def _held_out(self, at: Progress) -> dict[tuple[str, str], dict]:
+        """{(weights, set): values}. Interrupted."""
         found, batches = {}, 0 if at.done == self._total else self._batches
         for kind, of_state in self._weights.items():
             params = of_state(at.state)
-            for name in self._corpus.held_out:
+            for name, total in self._totals.items():
                 text = held_out(self._corpus, name, self._mesh, self._rows, batches)
-                values = found[kind, name] = evaluate(self._step, params, text, self._asked)
-                if not values:
-                    return None
+                text = self._watched(self._shown(name, kind), text, min(total, batches or total))
+                found[kind, name] = evaluate(self._step, params, text)
         return found
+
+    def _shown(self, name: str, kind: str) -> str:
+        return f"held-out {name}" + f" with {kind}" * (kind != self._judged)
+
+    def _choices(self, at: Progress) -> dict[str, dict]:
+        """{set of items: values}. Interrupted."""
+        found, params = {}, self._weights[self._judged](at.state)
+        for name, (items, rows) in self._questions.items():
+            batches = choices.batches(rows, self._mesh, self._rows)
+            watched = self._watched(f"choices {name}", batches, choices.steps(rows, self._rows))
+            found[name] = choices.measure(self._scores, params, items, rows, watched)
+        return found
+
+    def _watched(self, name: str, batches: Iterable[dict], total: int) -> Iterator[dict]:
+        """The batches, while the tracker says how far they are. Interrupted if a signal comes."""
+        for batch in self._tracker.over(name, batches, total):
+            if self._asked():
+                raise Interrupted
+            yield batch
 
     def conclude(self) -> None:
         """Prints the last results next to the baselines of each set."""
         for (kind, name), values in self._latest.items():
             known = self._references.get(name, {})
             others = ", ".join(f"{of} {known[key]:.3f}" for key, of in NAMES.items() if known)
-            whose = "" if kind == self._judged else f" with {kind}"
-            self._tracker.note(f"result      {name}{whose}: {values['bits_per_byte']:.3f} bits per byte ({others})")
+            shown = self._shown(name, kind).removeprefix("held-out ")
+            self._tracker.note(f"result      {shown}: {values['bits_per_byte']:.3f} bits per byte ({others})")

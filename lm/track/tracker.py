@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from steppe.lm.track.goodput import Goodput, described, earlier
 from steppe.lm.track.lines import METRICS, number, plain, read, restored, rewind
 from steppe.lm.track.sinks import Sinks
-from steppe.lm.track.waiting import clock_face, say
+from steppe.lm.track.waiting import EVERY, clock_face, heard, say, soon
 
 NOISE = 100  # steps over which the gradient noise scale is averaged
 
@@ -66,6 +66,8 @@ class Tracker:
         self._rate = self._pace = 0.0  # steps per second, tokens per second
         self._squares = collections.deque(maxlen=NOISE)  # (|G|^2, noise) of the last steps with microbatches
         self._held_out: tuple[str, float] | None = None  # the first held-out set and its latest loss
+        self._more: dict[str, int] = {}  # batches of the last evaluation alone
+        self._paces: dict[str, float] = {}  # seconds of a batch of an evaluation, 0 if unknown
         self._bar = None
 
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -115,9 +117,9 @@ class Tracker:
         self._write("train", step, {**pace, **known})
         line = self._line(now, step, metrics)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, line=line)
+            self._live(line, step)
         elif step % self._config.log.every == 0 or step == self._total:
-            self.note(f"step {step}/{self._total}  {line}")
+            self._live(f"step {step}/{self._total}  {line}")
 
     def evaluation(
         self, step: int, name: str, metrics: dict[str, Any], weights: str = "", kind: str = "evaluate"
@@ -146,6 +148,32 @@ class Tracker:
         if self._primary:
             self._pause(step)
             self._write(kind, step, facts)
+
+    def expect(self, more: dict[str, int]) -> None:
+        """The last evaluation has more batches than the others, by name of `over`: the time left counts them."""
+        self._more = more
+
+    def over(self, name: str, batches: Iterable, total: int) -> Iterator:
+        """Yields the batches of an evaluation; where that is long, says how far it is and how long it will take."""
+        if not self._primary:
+            yield from batches
+            return
+        doing = f"evaluating  {name}, {total:,} batches"
+        soon(doing, self._stream)
+        began, said, done = self._clock(), self._clock(), 0
+        try:
+            for index, batch in enumerate(batches):
+                now = self._clock()
+                if index == 1:
+                    began, done = now, 1  # the first may have to be compiled
+                elif index and now - said > EVERY:
+                    said, left = now, (now - began) / (index - 1) * (total - index)
+                    self._live(f"{doing}  {index / total:.0%}  left {clock_face(left)}")
+                yield batch
+        finally:
+            heard()
+        known = total > 1 or name in self._paces
+        self._paces[name] = (self._clock() - began) / (total - done) if known else 0.0
 
     def spent(self, step: int) -> None:
         """Records and prints the wall-clock time of all starts of the run by kind, at the end of this start."""
@@ -212,8 +240,16 @@ class Tracker:
                 parts.append(f"{_si(flops, ' ')}FLOP/s")
         begun, first = self._first or (now, step)
         if step > first:
-            parts.append(f"ETA {clock_face((self._total - step) * (now - begun) / (step - first))}")
+            last = sum(batches * self._paces.get(name, 0.0) for name, batches in self._more.items())
+            parts.append(f"ETA {clock_face((self._total - step) * (now - begun) / (step - first) + last)}")
         return "  ".join(parts)
+
+    def _live(self, text: str, step: int | None = None) -> None:
+        """Shows where the run is: on the bar, whose count is `step` if given, or as a line."""
+        if self._bar is None:
+            self.note(text)
+        else:
+            self._bar.update(self._bar.task_ids[0], completed=step, line=text)
 
     def _pause(self, step: int) -> None:
         """Excludes time between steps from the rate; the ETA includes it."""

@@ -4,7 +4,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -163,6 +163,14 @@ class Progress:
         self._draw()
         if self._bar is None and self._clock() - self._said > EVERY:
             self.line(self.text)
+
+    def over(self, name: str, batches: Iterable, total: int) -> Iterator:
+        """Begins the next thing, and yields its batches, each of which is a stage."""
+        stages = list(map(str, range(total)))
+        self.begin(f"{name}: compiling, then {total:,} batches", dict.fromkeys(stages, 1.0))
+        for stage, batch in zip(stages, batches, strict=True):
+            self.tick(stage)
+            yield batch
 
     def end(self, text: str) -> None:
         """The present thing is done."""

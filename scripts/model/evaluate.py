@@ -50,24 +50,23 @@ def _evaluate(options: Any, progress: Progress) -> int:
     print(f"{'held-out set':<20} {'nats/token':>10} {'bits/byte':>10} {'unigram':>8} {'gzip -9':>8} {'tokens':>12}")
     most = {name: held_out_steps(corpus, name, size) for name in corpus.held_out}
     steps = {name: min(options.batches or each, each) for name, each in most.items()}
-    progress.expect([*steps.values(), *(len(items) for items in questions.values())])
+    length = run.config.data.sequence_length
+    rows = {name: choices.rows(items, run.corpus.tokenizer, length) for name, items in questions.items()}
+    asked = {name: choices.steps(each, size) for name, each in rows.items()}
+    progress.expect([*steps.values(), *asked.values()])
     for name, batches in steps.items():
-        stages = list(map(str, range(batches)))
-        progress.begin(f"{name}: compiling, then {batches:,} batches", dict.fromkeys(stages, 1.0))
         text = held_out(corpus, name, run.parts.mesh, size, options.batches)
-        ticks = map(progress.tick, stages)
-        found = evaluate(step, run.params, text, lambda ticks=ticks: next(ticks) is not None)
+        found = evaluate(step, run.params, progress.over(name, text, batches))
         progress.end(name)
         reference = baselines.baselines(corpus, name, counts)
         process.say(
             f"{name:<20} {found['loss']:>10.4f} {found['bits_per_byte']:>10.4f} {reference['unigram']:>8.4f} "
             f"{reference['gzip']:>8.4f} {found['tokens']:>12,}"
         )
-    scores, length = choices.make_scores(run.parts), run.config.data.sequence_length
+    scores = choices.make_scores(run.parts)
     for name, items in questions.items():
-        rows = choices.rows(items, run.corpus.tokenizer, length)
-        progress.begin(f"{name}: compiling, then {len(items):,} items")
-        found = choices.measure(scores, run.params, items, rows, run.parts.mesh, size)
+        batches = progress.over(name, choices.batches(rows[name], run.parts.mesh, size), asked[name])
+        found = choices.measure(scores, run.params, items, rows[name], batches)
         progress.end(name)
         accuracy = f"accuracy {found['accuracy']:.4f}, per byte {found['accuracy_per_byte']:.4f}"
         process.say(f"choices {name}: {accuracy}, of {len(items):,} items")

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -28,13 +29,16 @@ ITEMS = [
 ]
 
 
+def config_of(place, text):
+    return lm_runs.config(*text, data__sequence_length=24, evaluate__choices=(f"mine=jsonl:{place}/items.jsonl",))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     text = lm_runs.write_text(place)
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
-    config = lm_runs.config(*text, data__sequence_length=24, evaluate__choices=(f"mine=jsonl:{place}/items.jsonl",))
-    assert lm_runs.run(config, place / "run") == train.FINISHED
+    assert lm_runs.run(config_of(place, text), place / "run") == train.FINISHED
     return place
 
 
@@ -78,6 +82,26 @@ def test_likelihoods_are_the_sums_and_the_likeliest_is_the_answer(run, capsys):
     assert (recorded[-1]["accuracy"], recorded[-1]["accuracy_per_byte"]) == (right / 3, per_byte / 3)
     assert evaluate.main([f"--workdir={run / 'run'}"]) == 0
     assert f"choices mine: accuracy {right / 3:.4f}, per byte {per_byte / 3:.4f}, of 3 items" in capsys.readouterr().out
+
+
+def test_a_signal_among_the_questions_ends_the_run_which_then_owes_them(run, tmp_path, monkeypatch):
+    real, calls = choices.batches, []
+
+    def signalled(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # at the end
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    config = functools.partial(config_of, run, lm_runs.write_text(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(choices, "batches", signalled)
+        assert lm_runs.run(config(), tmp_path / "run") == train.STOPPED
+    assert [record["step"] for record in lm_runs.records(tmp_path / "run", "choices")] == [0, 10]
+    assert lm_runs.run(config(), tmp_path / "run") == train.FINISHED
+    for kind in ("choices", "evaluate"):
+        found, whole = (lm_runs.records(place / "run", kind) for place in (tmp_path, run))
+        assert found == whole
 
 
 @pytest.mark.parametrize(

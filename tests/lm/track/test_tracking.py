@@ -162,6 +162,37 @@ def test_plain_lines_when_not_a_terminal(tmp_path, config):
     ]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_long_evaluation_says_how_far_it_is_and_the_time_left_counts_the_last(tmp_path, config, terminal):
+    stream, clock = (Terminal if terminal else io.StringIO)(), Clock()
+    tracker = _track(tmp_path, config, stream=stream, clock=clock, total_steps=10)
+    tracker.expect({"held-out books": 98, "held-out code": 7})
+
+    def evaluated(name, total, compiling=0.0):
+        for batch in tracker.over(f"held-out {name}", iter(range(total)), total):
+            clock.now += 6.0 + compiling * (batch == 0)
+
+    evaluated("books", 2, compiling=100.0)
+    evaluated("code", 1, compiling=100.0)  # of one batch nothing is known yet
+    for step in range(1, 6):
+        clock.now += 1.0
+        tracker.step(step, {"loss": 2.0})
+    assert terminal or "ETA 9:53" in stream.getvalue()  # 5 s of steps, 98 batches
+    evaluated("code", 1)
+    for step in range(6, 11):
+        tracker.step(step, {"loss": 2.0})
+    assert terminal or "ETA 10:30" in stream.getvalue()  # 105 batches
+    before = len(stream.getvalue())
+    evaluated("books", 100)
+    tracker.close("finished")
+    said = stream.getvalue()[before:]
+    if terminal:  # drawn from time to time, and at the end
+        assert "98%" in said
+    else:
+        assert "evaluating  held-out books, 100 batches  50%  left 5:00" in said
+        assert said.count("evaluating") == 49  # one each 10 s at most
+
+
 def test_mfu_where_the_peak_is_known(tmp_path, config):
     stream, clock = io.StringIO(), Clock()
     tracker = _track(tmp_path, config, stream=stream, clock=clock, flops_per_step=3e9, peak_flops=12e9)
