@@ -350,6 +350,7 @@ def get_config() -> ConfigDict:
 
 
 FREE = frozenset(name for name, key in _KEYS.items() if key.free)
+_DEFAULTS = flatten({name: key.default for name, key in _KEYS.items()})
 
 
 def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,7 +358,7 @@ def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     Newer keys get their defaults. If a method's default has changed since, its option gets the old default.
     """
-    complete = flatten({name: key.default for name, key in stored_keys(flat).items()}) | dict(flat)
+    complete = {**_DEFAULTS, **flat}
     complete |= former(complete, flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(complete["optim.method"], options).items():

@@ -335,9 +335,15 @@ def varying_keys(configs: list[dict[str, Any]]) -> list[str]:
     def different(keys: list[str]) -> int:
         return len({json.dumps([flat.get(key) for key in keys]) for flat in configs})
 
+    def varies(key: str) -> bool:
+        first, *rest = (flat.get(key) for flat in configs)
+        plain = first is None or isinstance(first, bool | int | float | str)
+        same = plain and all(type(each) is type(first) and each == first for each in rest)
+        return not same and different([key]) > 1
+
     keys = dict.fromkeys(key for config in configs for key in config if not key.startswith("log."))
     named = all(flat.get("model.size") for flat in configs)
-    found = [key for key in keys if not (named and key in OF_SIZE) and different([key]) > 1]
+    found = [key for key in keys if not (named and key in OF_SIZE) and varies(key)]
     telling = [key for key in found if key not in FREE]
     return telling if different(telling) == different(found) else found
 

@@ -138,16 +138,16 @@ class Arena(NamedTuple):
         places = [place for mark, place in marks.items() if (self.directory / mark).exists()]
         there = results.read(places, left_out=lambda line: None) if places else []
         known = {identity(run.config): run for run in there if run.status != "unfinished"}
-        config_of = _reader(self.path)
-
-        def find(run: Mapping[str, str]) -> Result | None:
-            texts = dict(self.overrides) | dict(run)
-            return known.get(identity(flatten(config_of(list(texts.items())).to_dict())))
-
-        return find
+        return lambda run: known.get(_identity(self.path, tuple((dict(self.overrides) | dict(run)).items())))
 
 
 _reader = functools.cache(reader)  # which says once what gives way
+
+
+@functools.cache
+def _identity(path: str, texts: tuple[tuple[str, str], ...]) -> str:
+    """The identity of a config with overrides."""
+    return identity(flatten(_reader(path)(list(texts)).to_dict()))
 
 
 def loss(result: Result | None) -> float:
