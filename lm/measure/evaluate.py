@@ -70,7 +70,7 @@ class Evaluations:
     """A run's evaluations: all its weights on every held-out set; the weights it is judged by also on multiple choice.
 
     weights: {name: function from a State to its parameters}, those that the run is judged by first. questions: items
-    by name. references: baselines of each set. asked(): whether a signal asks to stop.
+    by name. references: baselines of each set. asked(): whether a signal asks to stop, alike on all processes.
     """
 
     def __init__(

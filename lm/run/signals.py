@@ -70,12 +70,8 @@ class StopSignals:
             signal.signal(known, signal.SIG_DFL)
         os.write(2, b"stopping after this step; a second signal stops at once\n")
 
-    def asked(self) -> bool:
-        """Whether the only process was asked to stop; False with several, which must agree after a step."""
-        return self._asked and jax.process_count() == 1
-
     def requested(self) -> bool:
-        """Whether to stop after this step. All processes get the same answer and must ask after every step."""
+        """Whether to stop. All processes get the same answer and must ask at the same places, after every step."""
         if jax.process_count() == 1:
             return self._asked
         # a counter, because the service needs numbers that only grow and a rollback decreases the step

@@ -142,7 +142,7 @@ class Run:
         name, self.judged = next(iter(weights.items()))
         with tracker.goodput.spending("compile"):
             self.step = compile_step(parts, assembly.abstract_batch(parts, corpus, config.train.batch_size))
-            asked = {"questions": questions, "references": references, "asked": ground.stopping.asked}
+            asked = {"questions": questions, "references": references, "asked": ground.stopping.requested}
             self.evaluations = Evaluations(config, corpus, parts, tracker, weights=weights, **asked)
             of = {"judged": None if name == LAST else self.judged, "origin": begin.origin(config, parts, tracker)}
             measured = config.curvature.every

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -29,9 +30,16 @@ def corpus(tmp_path_factory):
 
 
 def start(
-    corpus, workdir, steps: int, devices: int, tensor: int, *arguments: str, method: str = "precond_functional_sam"
+    corpus,
+    workdir,
+    steps: int,
+    devices: int,
+    tensor: int,
+    *arguments: str,
+    method: str = "precond_functional_sam",
+    batches: int = 0,
 ) -> subprocess.Popen:
-    """scripts.train on `devices` simulated devices; each evaluation is of the whole text."""
+    """scripts.train on `devices` simulated devices. batches: of an evaluation, of the whole text by default."""
     command = [
         *(sys.executable, "-P", "-m", "steppe.scripts.train", "--config=base", f"--workdir={workdir}", *arguments),
         *(f"--config.data.task=text:{corpus}/train.txt@all", f"--config.data.cache={corpus}/cache"),
@@ -44,7 +52,11 @@ def start(
         ),
         *(f"--config.optim.method={method}", "--config.optim.rho=0.05", "--config.mesh.data=-1"),
         *("--config.mesh.fsdp=2", f"--config.mesh.tensor={tensor}", "--config.evaluate.batch_size=16"),
-        *(f"--config.train.duration={steps} steps", "--config.evaluate.every=100%", "--config.evaluate.batches=0"),
+        *(
+            f"--config.train.duration={steps} steps",
+            "--config.evaluate.every=100%",
+            f"--config.evaluate.batches={batches}",
+        ),
         *("--config.average.weights=('ema', 'lawa')", "--config.average.horizon=4 steps"),
         *("--config.average.snapshots=2", "--config.log.every=1"),
         *("--config.checkpoint.every=5 steps", "--config.sample.tokens=0"),
@@ -55,7 +67,7 @@ def start(
     )  # fmt: skip
 
 
-def pair(corpus, workdir, steps: int, devices: int, tensor: int, *more: str, **method: str) -> list[subprocess.Popen]:
+def pair(corpus, workdir, steps: int, devices: int, tensor: int, *more: str, **chosen) -> list[subprocess.Popen]:
     """The same run as two processes of equally many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -72,7 +84,7 @@ def pair(corpus, workdir, steps: int, devices: int, tensor: int, *more: str, **m
             f"--process_id={index}",
             "--heartbeat=10",
             *more,
-            **method,
+            **chosen,
         )
         for index in range(2)
     ]
@@ -118,6 +130,26 @@ def test_a_method_from_a_file_runs_in_two_processes_and_resumes(corpus, tmp_path
     said = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [2, 2], said
     assert "half_sign" in said[0]
+
+
+@pytest.mark.exhaustive  # two pairs of processes; of one process: lm/run/test_train.py
+def test_a_signal_to_one_process_in_the_last_evaluation_stops_both_which_then_owe_it(corpus, tmp_path):
+    (corpus / "val.txt").write_text(pathlib.Path(os.__file__).read_text()[20_000:])  # some hundred batches
+    both = pair(corpus, tmp_path, 5, 1, 1, batches=1)
+    for line in both[0].stdout:
+        if line.startswith("step 5/5"):
+            both[1].send_signal(signal.SIGTERM)
+            break
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [75, 75], said
+    assert "stopped after step 5; run the same command again" in said[0]
+    assert [record["step"] for record in lm_runs.records(tmp_path, "evaluate")] == [0]
+    both = pair(corpus, tmp_path, 5, 1, 1, batches=1)
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    first, last = lm_runs.records(tmp_path, "evaluate")
+    assert (last["step"], first["tokens"]) == (5, 256)
+    assert last["tokens"] > 50 * first["tokens"]
 
 
 @pytest.mark.exhaustive  # half a minute of waiting; a peer that hangs: lm/run/test_signals.py
