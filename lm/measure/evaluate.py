@@ -101,7 +101,7 @@ class Evaluations:
         self.events = [Event(each(every, self._total), self.evaluate)]
 
     def evaluate(self, at: Progress) -> None:
-        """Evaluates everything. If a signal to stop comes first, it records nothing and the run owes the evaluation."""
+        """Evaluates everything. If a signal to stop comes first, it records nothing and the run owes it still."""
         with self._tracker.goodput.spending("evaluate"):
             try:
                 found, answers = self._held_out(at), self._choices(at)
@@ -112,7 +112,7 @@ class Evaluations:
                 self._tracker.evaluation(at.done, name, values, "" if kind == self._judged else kind)
             for name, values in answers.items():
                 self._tracker.evaluation(at.done, name, values, kind="choices")
-            self._latest = found
+            self._latest, at.owes_evaluation = found, False
 
     def _held_out(self, at: Progress) -> dict[tuple[str, str], dict]:
         """{(weights, set): values}. Interrupted."""

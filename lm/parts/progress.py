@@ -16,7 +16,8 @@ class Progress:
 
     state, done: after `done` updates. seen: tokens that the loss has counted. watch: judges steps. pending: (step,
     metrics, seconds spent waiting for data) of steps whose metrics are unread, because they are read one step late.
-    stop: whether to end after this step. owes_evaluation: whether an evaluation was interrupted. ended: the final line.
+    stop: whether to end after this step. owes_evaluation: whether an evaluation of this state is to come. ended: the
+    final line.
     """
 
     state: State

@@ -12,7 +12,7 @@ from steppe.configs import packages
 from steppe.configs.keys import ConfigError
 from steppe.data import files, loader
 from steppe.lm import plot
-from steppe.lm.keep import branch, record
+from steppe.lm.keep import branch, checkpoint, record
 from steppe.lm.keep.exits import ANOMALY, FINISHED, STOPPED
 from steppe.lm.keep.saving import Saves
 from steppe.lm.keep.weights import LAST, readers
@@ -65,7 +65,8 @@ def run(
         if until is not None and until <= at.done < parts.budget.steps:
             log(f"stopped     already after step {at.done}, past --until={until}; run without --until to resume")
             return FINISHED
-        tracker, references = _recorded(config, ground, at, goodput)
+        owed = at.owes_evaluation * (len(readers(config)) * len(ground.corpus.held_out) + len(questions))
+        tracker, references = _recorded(config, ground, at, goodput, owed)
         stack.callback(lambda: tracker.close(at.ended))
         saves = Saves(config, parts, tracker, place=ground.place, run=ground.run, facts=ground.facts, log=log)
         stack.callback(saves.checkpoints.close)
@@ -81,8 +82,10 @@ def run(
             return made.train()
 
 
-def _recorded(config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput) -> tuple[Tracker, dict[str, dict]]:
-    """(the run's record, with its facts and with changes since its checkpoint added; baselines)."""
+def _recorded(
+    config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput, owed: int
+) -> tuple[Tracker, dict[str, dict]]:
+    """(the run's record, with its facts and with changes since its checkpoint added; baselines). owed: see Tracker."""
     primary, budget, start = jax.process_index() == 0, ground.parts.budget, ground.start
     if primary:
         corpora.keep(ground.directory, ground.corpus)
@@ -96,12 +99,14 @@ def _recorded(config: ConfigDict, ground: Ground, at: Progress, goodput: Goodput
         tokens_per_step=budget.tokens_per_step,
         tokens_seen=at.seen,
         start_step=at.done,
+        owed=owed,
         flops_per_step=budget.flops,
         peak_flops=chips.peak_flops(ground.parts.mesh),
         wandb_id=start.meta["wandb_id"] if start.meta else "",
         primary=primary,
         goodput=goodput,
     )
+    at.owes_evaluation = checkpoint.agreed(tracker.owes)
     references = record.references(ground.corpus, ground.counts, primary)
     tracker.run(at.done, record.of_run(config, ground.parts, references))
     for key, (before, after) in ground.changed.items():
@@ -147,7 +152,8 @@ class Run:
             of = {"judged": None if name == LAST else self.judged, "origin": begin.origin(config, parts, tracker)}
             measured = config.curvature.every
             self.curvature = Curvature(config, corpus, parts, tracker, **of) if measured else None
-        owners = (self.curvature, self.evaluations, saves, self.profile)
+        # An evaluation may take long: what is saved before it owes it.
+        owners = (self.curvature, saves, self.evaluations, self.profile)
         self.events: list[Event] = [event for owner in owners if owner for event in owner.events]
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -157,7 +163,6 @@ class Run:
         self.saves.timer.restart()
         self.tracker.goodput.mark(at.done)
         if at.done == 0 or at.owes_evaluation:
-            at.owes_evaluation = False
             self.evaluations.evaluate(at)
             if at.owes_evaluation:
                 return self.stopped()
@@ -186,8 +191,9 @@ class Run:
                 at.pending.append((index + 1, metrics, batches.last_wait))
                 goodput.move(batches.last_wait, "step", "data")
                 at.done = index + 1
-                at.stop, at.owes_evaluation = self.stopping.requested() or at.done == self.until, False
+                at.stop = self.stopping.requested() or at.done == self.until
                 due = [event.what for event in self.events if event.when(at)]
+                at.owes_evaluation = self.evaluations.evaluate in due
                 bad = bad or (self.settle() if due else None)
                 if bad:
                     return bad

@@ -5,7 +5,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
@@ -49,6 +49,7 @@ KINDS: dict[str, Any] = {
     "goodput": {"goodput": dict[str, stored.Amount]},  # seconds by kind
     "checkpoint": {"goodput": dict[str, stored.Amount]},
 }  # fmt: skip
+EVALUATED = ("evaluate", "average", "choices")  # the kinds of an evaluation
 _MADE: Any = TypedDict  # type checkers accept only literal fields
 RECORD = _MADE("record", COMMON, total=False)
 KINDS = {kind: _MADE(kind, {**COMMON, **values}, total=False) for kind, values in KINDS.items()}
@@ -143,10 +144,22 @@ def restored(record: dict[str, Any]) -> dict[str, Any]:
     return _restore(record, nothing=None if record["kind"] in ("run", "change") else math.nan)
 
 
-def rewind(path: Path, step: int) -> list[str]:
+def evaluated(path: Path, step: int) -> int:
+    """How many records of the evaluation after `step` updates metrics.jsonl has."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as handle:
+        handle.seek(_tail(path, step))
+        records = map(_record, handle)
+        return sum(record is not None and record["step"] == step and record["kind"] in EVALUATED for record in records)
+
+
+def rewind(path: Path, step: int, without: Collection[str] = ("change",)) -> list[str]:
     """Truncates metrics.jsonl to the records up to `step` updates (-1: empties it); returns lines for the user.
 
-    Reads from the end, only as far as necessary. A kill leaves the old file or the new one.
+    without: the kinds of which those of `step` itself go too. A change belongs to the restart that made it: a restart
+    from the same step records it again. Reads from the end, only as far as necessary. A kill leaves the old file or the
+    new one.
     """
     if not path.exists():
         return []
@@ -162,11 +175,10 @@ def rewind(path: Path, step: int) -> list[str]:
     broken = sum(record is None for _, record in records)
     problems = [f"{path.name}: dropped a torn last line of {torn} bytes"] if torn else []
     problems += [f"{path.name}: dropped {broken} damaged lines"] if broken else []
-    # a change belongs to the restart that made it: a restart from the same step records it again
     kept = b"".join(
         line + b"\n"
         for line, record in records
-        if record and (record["step"] < step or (record["step"] == step and record["kind"] != "change"))
+        if record and (record["step"] < step or (record["step"] == step and record["kind"] not in without))
     )
     if tail.startswith(kept):
         if len(kept) < len(tail):

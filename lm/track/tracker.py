@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from steppe.lm.track.goodput import Goodput, described, earlier
-from steppe.lm.track.lines import METRICS, number, plain, read, restored, rewind
+from steppe.lm.track.lines import EVALUATED, METRICS, evaluated, number, plain, read, restored, rewind
 from steppe.lm.track.sinks import Sinks
 from steppe.lm.track.waiting import EVERY, clock_face, heard, say, soon
 
@@ -28,10 +28,12 @@ NOISE = 100  # steps over which the gradient noise scale is averaged
 class Tracker:
     """Records one run in `workdir`, continuing after `start_step` updates.
 
-    tokens_per_step: predicted tokens of an average step on all devices. tokens_seen: before this start. flops_per_step,
-    peak_flops: of all devices, a step and a second, 0 if unknown. wandb_id: from a checkpoint; "" to use the workdir's
-    or a new one. goodput: the run's time so far, without earlier starts. primary: False, on all processes but the
-    first, makes every method do nothing. clock: monotonic seconds. stream: for progress, live on a terminal.
+    tokens_per_step: predicted tokens of an average step on all devices. tokens_seen: before this start. owed: the
+    records of the evaluation at start_step, if it was to follow its checkpoint; `owes`: whether some lack.
+    flops_per_step, peak_flops: of all devices, a step and a second, 0 if unknown. wandb_id: from a checkpoint; "" to
+    use the workdir's or a new one. goodput: the run's time so far, without earlier starts. primary: False, on all
+    processes but the first, makes every method do nothing. clock: monotonic seconds. stream: for progress, live on a
+    terminal.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Tracker:
         tokens_per_step: float,
         tokens_seen: int | None = None,
         start_step: int = 0,
+        owed: int = 0,
         flops_per_step: float = 0.0,
         peak_flops: float = 0.0,
         wandb_id: str = "",
@@ -52,7 +55,7 @@ class Tracker:
         stream: TextIO | None = None,
     ):
         self.wandb_id, self.goodput = wandb_id, goodput or Goodput(clock)
-        self._primary = primary
+        self._primary, self.owes = primary, False
         if not primary:
             return
         self._workdir, self._config = Path(workdir), config
@@ -72,7 +75,9 @@ class Tracker:
 
         self._workdir.mkdir(parents=True, exist_ok=True)
         self.goodput.add(earlier(read(self._workdir), start_step))
-        problems = rewind(self._workdir / METRICS, start_step or -1)
+        path = self._workdir / METRICS
+        self.owes = evaluated(path, start_step) < owed
+        problems = rewind(path, start_step or -1, ("change", *EVALUATED * self.owes))
         self._open()
         if self._stream.isatty():
             self._start_bar(start_step)

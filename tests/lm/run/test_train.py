@@ -21,6 +21,7 @@ from steppe.lm.measure import evaluate as measure
 from steppe.lm.parts import anomaly
 from steppe.lm.parts.progress import Event, each
 from steppe.lm.run import replay, signals, train
+from steppe.lm.track import tracker
 from steppe.optim.rule import norm
 from steppe.scripts.model import evaluate, generate
 
@@ -156,8 +157,41 @@ def test_one_signal_in_the_last_evaluation_ends_the_run_which_then_owes_it(corpu
         assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.STOPPED
     assert [record["step"] for record in lm_runs.records(tmp_path, "evaluate")] == [0, 10]
     assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.FINISHED
+    for _ in range(2):  # then it is finished, whatever the checkpoint says
+        assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.FINISHED
     ends = [[(r["step"], r["loss"]) for r in lm_runs.records(run, "evaluate")] for run in (tmp_path, whole)]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("where", ["the first batch", "the second record"])
+def test_what_ends_a_run_in_its_last_evaluation_costs_no_step_and_leaves_each_record_once(
+    corpus, tmp_path, monkeypatch, where
+):
+    config = lm_runs.config(*corpus, average__weights=("ema",), checkpoint__every="100%", evaluate__every="100%")
+    real, calls = {"held_out": measure.held_out, "evaluation": tracker.Tracker.evaluation}, []
+
+    def failing(name, last):
+        def call(*arguments, **keywords):
+            calls.append(name)
+            if calls.count(name) == last:
+                raise RuntimeError("a cable is pulled")
+            return real[name](*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        if where == "the first batch":
+            patched.setattr(measure, "held_out", failing("held_out", 3))
+        else:
+            patched.setattr(tracker.Tracker, "evaluation", failing("evaluation", 4))
+        with pytest.raises(RuntimeError, match="cable"):
+            lm_runs.run(config.copy_and_resolve_references(), str(tmp_path))
+    assert [r["step"] for r in lm_runs.records(tmp_path, "train")] == list(range(1, 21))
+    for _ in range(2):
+        assert lm_runs.run(config.copy_and_resolve_references(), str(tmp_path)) == train.FINISHED
+    for kind in ("evaluate", "average"):
+        assert [(r["step"], r["name"]) for r in lm_runs.records(tmp_path, kind)] == [(0, "val"), (20, "val")]
+    assert [r["step"] for r in lm_runs.records(tmp_path, "run")] == [0, 20, 20]  # where each start began
 
 
 def test_a_finished_run_does_nothing_more(corpus, whole):
