@@ -76,7 +76,7 @@ class Tracker:
         self._workdir.mkdir(parents=True, exist_ok=True)
         self.goodput.add(earlier(read(self._workdir), start_step))
         path = self._workdir / METRICS
-        self.owes = evaluated(path, start_step) < owed
+        self.owes = owed > 0 and evaluated(path, start_step) < owed
         problems = rewind(path, start_step or -1, ("change", *EVALUATED * self.owes))
         self._open()
         if self._stream.isatty():
