@@ -350,7 +350,11 @@ def get_config() -> ConfigDict:
 
 
 FREE = frozenset(name for name, key in _KEYS.items() if key.free)
-_DEFAULTS = flatten({name: key.default for name, key in _KEYS.items()})
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flatten({name: key.default for name, key in keys().items()})
 
 
 def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,7 +362,7 @@ def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     Newer keys get their defaults. If a method's default has changed since, its option gets the old default.
     """
-    complete = {**_DEFAULTS, **flat}
+    complete = {**_defaults(), **flat}
     complete |= former(complete, flat)
     options = [name.removeprefix("optim.") for name in flat]
     for option, value in named("optim.methods:former")(complete["optim.method"], options).items():

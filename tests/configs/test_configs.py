@@ -225,3 +225,9 @@ def test_every_run_of_the_study_can_run_and_is_listed_once(path):
     for run in found:
         check(read(list(run.items())), device_count=1)
     assert len({repr(sorted(run.items())) for run in found}) == len(found) > 0
+
+
+def test_a_completed_config_has_every_key_in_order_and_no_other():
+    assert list(base.with_defaults({})) == list(base.keys())
+    foreign = {"optim.method": "mine.py:mine", "optim.own": 1.0}
+    assert list(base.with_defaults(foreign)) == [*base.keys(), "optim.own"]

@@ -17,7 +17,7 @@ with StopSignals() as stop:
     print("ready", stop.requested(), flush=True)
     while not stop.requested():
         time.sleep(0.01)
-    print("asked", stop.asked(), flush=True)
+    print("asked", stop.requested(), flush=True)
     time.sleep(60)
 """
 
