@@ -96,7 +96,7 @@ class Evaluations:
         self._latest: dict[tuple[str, str], dict] = {}
         self._totals = {name: held_out_steps(corpus, name, self._rows) for name in corpus.held_out}
         more = {name: total - min(total, self._batches or total) for name, total in self._totals.items()}
-        tracker.expect({self._shown(name, kind): more[name] for name in more for kind in weights})
+        tracker.expect({f"held-out {self._shown(name, kind)}": more[name] for name in more for kind in weights})
         every = max(1, parts.budget.steps_of(config.evaluate.every))
         self.events = [Event(each(every, self._total), self.evaluate)]
 
@@ -121,12 +121,12 @@ class Evaluations:
             params = of_state(at.state)
             for name, total in self._totals.items():
                 text = held_out(self._corpus, name, self._mesh, self._rows, batches)
-                text = self._watched(self._shown(name, kind), text, min(total, batches or total))
+                text = self._watched(f"held-out {self._shown(name, kind)}", text, min(total, batches or total))
                 found[kind, name] = evaluate(self._step, params, text)
         return found
 
     def _shown(self, name: str, kind: str) -> str:
-        return f"held-out {name}" + f" with {kind}" * (kind != self._judged)
+        return name + f" with {kind}" * (kind != self._judged)
 
     def _choices(self, at: Progress) -> dict[str, dict]:
         """{set of items: values}. Interrupted."""
@@ -149,5 +149,5 @@ class Evaluations:
         for (kind, name), values in self._latest.items():
             known = self._references.get(name, {})
             others = ", ".join(f"{of} {known[key]:.3f}" for key, of in NAMES.items() if known)
-            shown = self._shown(name, kind).removeprefix("held-out ")
+            shown = self._shown(name, kind)
             self._tracker.note(f"result      {shown}: {values['bits_per_byte']:.3f} bits per byte ({others})")

@@ -124,7 +124,7 @@ class Tracker:
         if self._bar is not None:
             self._live(line, step)
         elif step % self._config.log.every == 0 or step == self._total:
-            self._live(f"step {step}/{self._total}  {line}")
+            self.note(f"step {step}/{self._total}  {line}")
 
     def evaluation(
         self, step: int, name: str, metrics: dict[str, Any], weights: str = "", kind: str = "evaluate"
