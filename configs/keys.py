@@ -19,9 +19,10 @@ from ml_collections.config_dict import placeholder
 
 
 def refusal(name: str, value: Any, accepted: str) -> str:
-    """The sentence on a bad value of a config key or an option: NAME = VALUE: must be ACCEPTED."""
+    """The sentence on a bad value of a config key or an option, in one line: NAME = VALUE: must be ACCEPTED."""
     shown = repr(value)
-    return f"{name} = {shown if len(shown) < 500 else f'{shown[:500]}...'}: must be {accepted}"
+    shown = shown if len(shown) < 500 else f"{shown[:500]}..."
+    return " ".join(f"{name} = {shown}: must be {accepted}".split("\n"))  # accepted may repeat a part of the value
 
 
 class ConfigError(ValueError):

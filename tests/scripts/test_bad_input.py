@@ -263,7 +263,7 @@ WORDS = [
     "('a',)", "'", "\\", "a" * 5000, "1e300 epochs", "1e300 tokens", "5%", "101%", "0%", "9999999999 steps",
     "chinchilla", "bytes", "/", "/proc", "~", "~nobody", "gs://x/y", "://", "text:/", "text:*", "jsonl:/dev/null",
     "tfds:x", "seqio:x", "0.5 embedded + 0.5 topics", "embedded + topics", "[", "*", "layers/", "sam", "\0", "\n", "漢",
-    "\ud800", "1,2", "a=b", "=", "--", "@", "embedded@x", "1_000", "0x10",
+    "\n:", "\ud800", "1,2", "a=b", "=", "--", "@", "embedded@x", "1_000", "0x10",
 ]  # fmt: skip
 ASSIGNED = st.tuples(st.sampled_from(list(base.keys())), st.one_of(st.sampled_from(WORDS), st.text(max_size=20)))
 
