@@ -23,10 +23,10 @@ SHARED = {
     "sample.tokens": 0,
     "log.every": 5,
 }
-METHODS = (
+METHODS = (  # the longest first, so that two jobs end together
+    {"optim.method": "functional_sam", "optim.rho": 0.03},
     {"optim.method": "adamw"},
     {"optim.method": "msam", "optim.rho": 0.1},
-    {"optim.method": "functional_sam", "optim.rho": 0.03},
 )
 
 
