@@ -362,6 +362,7 @@ class Trunk(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]: flax accepts it but declares int
             length=s.layers,
             unroll=s.layers if s.small else 1,
+            check_constancy_invariants=self.is_initializing(),  # a second trace, which moves the draws on
         )
         x_BxTxD, _ = layers(s, place, name="layers")(place(x_BxTxD, "hidden"), positions_BxT, segments_BxT)
         hidden_BxTxD = Norm(s, name="final_norm")(x_BxTxD)

@@ -261,15 +261,15 @@ class TwoPass(NamedTuple):
     def second_pass(self, given: StepInput, epsilon: Tree, perturbed: Tree, _, residuals: Residuals):
         """((), (perturbed loss, vectors), aux) of one microbatch."""
         objective = given.objective
-        # Another collective could overtake one inside a branch, see steppe.lm.model.hlo.unordered.
-        late = objective if objective.sharded else objective._replace(trunk=_late(objective.trunk))
         # None if the path is not anchored
         anchor = cast(Anchor, residuals.anchor and residuals.anchor._replace(params=given.params))
         passed = PassInput(
-            objective=late, params=given.params, epsilon=epsilon, perturbed=perturbed, batch=residuals.batch,
+            objective=objective, params=given.params, epsilon=epsilon, perturbed=perturbed, batch=residuals.batch,
             anchor=anchor, loss=residuals.loss, pull=residuals.pull,
         )  # fmt: skip
-        loss, vectors, aux = self.second.path(passed)
+        # Another collective could overtake one inside a branch, see steppe.lm.model.hlo.unordered.
+        path = self.second.path if objective.sharded else _late(self.second.path)
+        loss, vectors, aux = path(passed)
         return (), (loss, vectors), aux
 
 
@@ -380,22 +380,22 @@ def shares(epsilon: Tree, groups: Mapping[str, str]) -> dict:
     return {name: ratio(part, sum(sums), 0.0) for name, part in {"epsilon_row": largest, **parts}.items()}
 
 
-def _late(trunk: Callable) -> Callable:
-    """The trunk of a second pass, without memory for its buffers during the first pass.
+def _late(path: Callable) -> Callable:
+    """A second pass without memory for its buffers during the first pass.
 
     The stacked outputs of a scan start as constants. XLA on CPU allocates those of all passes when the step begins,
     which doubles the memory of activations. In a branch with an opaque condition it allocates them when the pass
     begins. XLA on TPU does not need this, and a branch would stop it from sharing memory.
     """
 
-    def run(params, batch):
-        plain = jax.jit(lambda p: trunk(p, batch), inline=True)  # traced once for its three uses
+    def run(passed):
+        plain = jax.jit(lambda p: path(passed._replace(perturbed=p)), inline=True)  # traced once for its three uses
 
         def behind_a_branch(params):
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(plain, params))
             return lax.cond(lax.optimization_barrier(True), plain, lambda _: nothing, params)
 
-        return lax.platform_dependent(params, cpu=behind_a_branch, default=plain)
+        return lax.platform_dependent(passed.perturbed, cpu=behind_a_branch, default=plain)
 
     return run
 
