@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from steppe.data import files
 from steppe.lm.track import lines
 
@@ -106,10 +108,13 @@ def losses_of(records: lines.Records, name: str):
 
 def running_mean(values, share: float):
     """Exponential average [n], corrected for the bias of its start; skips NaN and infinities. share: of a new value."""
-    import pandas as pd
-
-    finite = pd.Series(values, dtype=float).replace([math.inf, -math.inf], math.nan)
-    return finite.ewm(alpha=share, ignore_na=True).mean().to_numpy()
+    values = np.asarray(values, float)  # by hand: to import pandas takes longer than to draw
+    known = np.isfinite(values)
+    steps = itertools.accumulate(values[known], lambda mean, new: mean + share * (new - mean), initial=0.0)
+    sums = np.fromiter(steps, float)
+    means = sums / np.maximum(1 - (1 - share) ** np.arange(len(sums)), share)
+    means[0] = math.nan  # before the first
+    return means[np.cumsum(known)]
 
 
 def _curve(axes, steps, values, color, label=""):
