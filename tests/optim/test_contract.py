@@ -207,7 +207,12 @@ def test_momentless_methods_never_read_the_base(name):
     assert len(read) > 100
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+SECOND = [*problems.telling("second")]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SECOND else NIGHTLY) for name in methods.METHODS]
+)
 def test_static_zero_rho_is_the_same_program_as_the_base(name):
     params, batch = problems.parameters(), trap(problems.batch())
 

@@ -11,7 +11,8 @@ pytest.importorskip("lm_eval.models.huggingface", reason="steppe[hub] is not ins
 from parity import exported
 
 PAIRS = list(itertools.product(exported.VOCABULARIES, exported.FAMILIES))
-SAMPLED = set(zip(exported.VOCABULARIES, itertools.cycle(exported.FAMILIES), strict=False))
+# Bytes and tiktoken's ranks by day: lm/hub/test_tokenizers.py
+SAMPLED = {("SentencePiece BPE", "llama"), ("SentencePiece unigram", "qwen3"), ("tokenizer.json", "gpt2")}
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,10 @@ def test_greedy_sampling_follows_the_most_likely_token(run):
     assert text == "import os" + corpus.tokenizer.decode(ids[10:])
 
 
-@pytest.mark.parametrize("model", [{}, {"style": "modern", "heads": 4, "kv_heads": 2, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({}, marks=pytest.mark.exhaustive), {"style": "modern", "heads": 4, "kv_heads": 2, "qk_norm": True}],
+)
 def test_kept_keys_and_values_change_no_token_nor_do_neighbours(tmp_path, model):
     """Prompts of all lengths at once, some sliding past the window of 48, against each alone and without a cache."""
     config = lm_runs.config(

@@ -120,7 +120,10 @@ def test_initial_statistics_of_every_parameter(drawn):
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize(("kernel", "lean"), [("blockwise", False), ("blockwise", True), ("einsum", True)])
+@pytest.mark.parametrize(
+    ("kernel", "lean"),
+    [("blockwise", True), pytest.param("blockwise", False, marks=pytest.mark.exhaustive), ("einsum", True)],
+)
 def test_attention_by_blocks_equals_one_einsum(kernel, lean, segmented, monkeypatch):
     monkeypatch.setattr(attention, "query_block", lambda length: 8)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -70,7 +70,7 @@ def test_a_budget_of_tokens_is_what_the_loss_sees(whole, capsys):
     assert all(rate > 0 for rate in rates)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"mesh__fsdp": 2, "mesh__tensor": 2}])
+@pytest.mark.parametrize("mesh", [pytest.param({}, marks=pytest.mark.exhaustive), {"mesh__fsdp": 2, "mesh__tensor": 2}])
 def test_the_count_is_exact_on_resume_and_on_any_mesh(lines, whole, tmp_path, mesh):
     made = config(lines, "0.7 short=lines:{}/short.txt + 0.3 mixed=lines:{}/mixed.txt", **mesh)
     assert lm_runs.run(made, tmp_path, until=4) == train.FINISHED
