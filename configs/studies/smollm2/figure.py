@@ -1,4 +1,4 @@
-"""The figure of this study from numbers.csv; with the directory of the sweep, numbers.csv from it first.
+"""The figure of this study from numbers.csv; with the directory of the sweep, its runs go into numbers.csv first.
 
     python configs/studies/smollm2/figure.py [OUT]
 
@@ -61,13 +61,18 @@ def draw(rows: list[dict[str, str]]) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    rows = list(csv.DictReader(NUMBERS.open(encoding="utf-8"))) if NUMBERS.exists() else []
     if arguments:
-        rows = list(collected(Path(arguments[0])))
+        new = list(collected(Path(arguments[0])))
+        again = {(row["method"], str(row["seed"])) for row in new}
+        rows = [row for row in rows if (row["method"], row["seed"]) not in again] + new
+        rows.sort(key=lambda row: (list(COLOURS).index(row["method"]), int(row["seed"]), int(row["step"])))
         with NUMBERS.open("w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, ["method", "seed", "step", *TEXTS, *BITS], lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-    draw(list(csv.DictReader(NUMBERS.open(encoding="utf-8"))))
+        rows = list(csv.DictReader(NUMBERS.open(encoding="utf-8")))
+    draw(rows)
     return 0
 
 
