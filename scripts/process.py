@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import os
 import socket
@@ -42,6 +43,7 @@ def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
+        gc.set_threshold(50_000)  # imports, traces and figures make many small objects that stay: a tenth of their time
         try:
             return main(argv)
         except (UsageError, *REFUSALS) as error:

@@ -12,7 +12,6 @@ figures and tables as CSV.
 """
 
 import contextlib
-import gc
 import importlib
 import shlex
 from collections.abc import Callable, Sequence
@@ -46,7 +45,6 @@ def main(argv: Sequence[str]) -> int:
     from steppe.scripts import results
     from steppe.scripts.report import drawing
 
-    gc.set_threshold(50_000)  # the many small objects of figures and frames live until the end
     directories = options.directories
     out = results.report_place(directories, options.out)
     with pd.option_context("mode.string_storage", "python"):  # Arrow's are slow in frames of a few hundred rows
