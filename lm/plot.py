@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from steppe.data import files
 from steppe.lm.track import lines
 
@@ -108,7 +106,9 @@ def losses_of(records: lines.Records, name: str):
 
 def running_mean(values, share: float):
     """Exponential average [n], corrected for the bias of its start; skips NaN and infinities. share: of a new value."""
-    values = np.asarray(values, float)  # by hand: to import pandas takes longer than to draw
+    import numpy as np  # by hand: to import pandas takes longer than to draw
+
+    values = np.asarray(values, float)
     known = np.isfinite(values)
     steps = itertools.accumulate(values[known], lambda mean, new: mean + share * (new - mean), initial=0.0)
     sums = np.fromiter(steps, float)
