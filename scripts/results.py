@@ -110,6 +110,7 @@ class Result(NamedTuple):
     the method and of plain AdamW. seconds: of training so far, without compiling, evaluating and saving.
     loss, bits_per_byte: after the last step, on the whole first held-out set (nats a token; bits a byte). curve:
     held-out losses of that set during the run; train_curve: losses of every training step. code: hash of the sources.
+    held_out: tokens of the whole first held-out set.
     branch: NAME@STEP of the run and step that it branched from, whose steps are included in its own.
     goodput: the share of wall-clock time, over all starts, spent in steps.
     averages: a Result for each average of the weights, as if it were a run; `weights` is the average's name, and its
@@ -138,6 +139,7 @@ class Result(NamedTuple):
     bits_per_byte: float = math.nan
     curve: Sequence[Point] = ()
     code: str = ""
+    held_out: stored.Count = 0
     branch: str = ""
     took: stored.Amount = 0.0
     goodput: float = math.nan
@@ -408,7 +410,7 @@ def _result(name: str, directory: Path, planned: dict[str, Any], left_out: Calla
         status, why = exits.status(records, evaluations, steps, unigram, ended)
         return {
             "directory": directory, "status": status, "why": why, "loss": float(last.get("loss", math.nan)),
-            "bits_per_byte": float(last.get("bits_per_byte", math.nan)),
+            "bits_per_byte": float(last.get("bits_per_byte", math.nan)), "held_out": last.get("tokens", 0),
             "curve": [point(record) for record in evaluations], **_measured(directory, left_out),
         }  # fmt: skip
 

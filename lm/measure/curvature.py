@@ -57,8 +57,9 @@ def refused(settings: Settings) -> str:
 COMPILING = 60.0  # seconds on two cores, whatever the size of the model
 
 
-def costs(config: Mapping[str, Any], settings: Settings) -> dict[str, float]:
-    """{stage that measure_run announces: its cost, in gradients of one sequence} of a run with this flat config."""
+def costs(config: Mapping[str, Any], settings: Settings, held_out: int) -> dict[str, float]:
+    """{stage that measure_run announces: its cost, in gradients of one sequence} of a run with this flat config, whose
+    first held-out set has so many sequences (0: unknown)."""
     from steppe.lm.measure import sharpness
 
     return {stage: cost * config["train.batch_size"] for stage, cost in sharpness.costs(settings).items()}

@@ -90,9 +90,13 @@ def disturbances(settings: Settings) -> dict[str, dict[str, list[list[tuple]]]]:
 COMPILING = 30.0  # seconds on two cores, whatever the size of the model
 
 
-def costs(config: Mapping[str, Any], settings: Settings) -> dict[str, float]:
-    """{stage that measure_run announces: its cost, in gradients of one sequence}; a held-out loss costs a third."""
-    loss = settings.batch_size * (settings.batches or 100) / 3
+def costs(config: Mapping[str, Any], settings: Settings, held_out: int) -> dict[str, float]:
+    """{stage that measure_run announces: its cost, in gradients of one sequence}; a held-out loss costs a third.
+
+    held_out: sequences of the first held-out set, 0: unknown.
+    """
+    batches = -(-held_out // settings.batch_size) or 100
+    loss = settings.batch_size * min(batches, settings.batches or batches) / 3
     tuned = settings.fine_tune_rates if settings.fine_tune != NO_TEXT else ()
     path = settings.batch_size * settings.fine_tune_steps + 2 * len(POINTS) * loss
     drawn = {

@@ -49,7 +49,8 @@ class Asked(NamedTuple):
 
 class Target(NamedTuple):
     """A checkpoint to measure. weights: by name, None for those the run is judged by; path: where its numbers go; pace:
-    seconds that the gradient of one sequence took while the run trained, NaN if unknown."""
+    seconds that the gradient of one sequence took while the run trained, NaN if unknown; held_out: sequences of the
+    first held-out set, 0 if unknown."""
 
     name: str
     directory: str
@@ -58,6 +59,7 @@ class Target(NamedTuple):
     weights: str | None
     path: Path
     pace: float
+    held_out: int
 
 
 @process.refusing
@@ -135,6 +137,7 @@ def find(asked: Asked, progress: Progress) -> list[Target]:
         directory, steps = str(result.directory), []
         plain, made = result.adamw_flops / (result.flops or math.nan), len(result.train_curve.step)
         pace = result.seconds / made * plain / result.config["train.batch_size"] if made else math.nan
+        held_out = -(-result.held_out // result.config["data.sequence_length"])
         if asked.compares and result.status != "finished" and result.directory not in given:
             lacking.append(f"{directory}: {result.status} {result.why}".rstrip())
             continue
@@ -148,7 +151,7 @@ def find(asked: Asked, progress: Progress) -> list[Target]:
             shown = (name if names.count(name) == 1 else directory) + f" {weights}" * (len(several) > 1)
             for step in steps:
                 path = files.below(folder, f"{asked.name}.json" if asked.compares else f"{asked.name}/{step}.json")
-                found.append(Target(shown, directory, result.config, step, weights, path, pace))
+                found.append(Target(shown, directory, result.config, step, weights, path, pace, held_out))
     if not found:
         raise WorkdirError(lacking[0] if lacking else f"--workdir={', '.join(options.workdir)}: must hold a run")
     for line in lacking:
@@ -180,7 +183,7 @@ def measure(asked: Asked, targets: Sequence[Target], found: dict[Path, dict], pr
             progress.line(f"{target.name}: already measured")
     left, programs, late = spread([target for target in targets if target.path not in found]), {}, []
     limit = 60 * asked.options.minutes if asked.options.step == "all" else 0
-    costs = [asked.measurement.costs(target.config, asked.settings) for target in left]
+    costs = [asked.measurement.costs(target.config, asked.settings, target.held_out) for target in left]
     seconds = [sum(cost.values()) * target.pace for cost, target in zip(costs, left, strict=True)]
     progress.expect([asked.measurement.COMPILING * (number == 0) + each for number, each in enumerate(seconds)], 1.0)
     progress.line(expected(asked, left, seconds, limit))

@@ -259,7 +259,7 @@ PRICES = {
             TITLES, COMPILING = {"widest": "widest"}, 0.0
 
 
-            def costs(settings, config):
+            def costs(config, settings, held_out):
                 """No gradient."""
                 return {}
 
