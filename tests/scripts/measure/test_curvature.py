@@ -283,7 +283,7 @@ def test_a_limit_in_minutes_measures_the_newest_and_names_the_rest(run, tmp_path
 
 def test_every_beginning_of_the_order_covers_the_training():
     targets = [
-        measure.Target("", name, {}, step, None, pathlib.Path(), 1.0) for name in "ab" for step in range(0, 90, 10)
+        measure.Target("", name, {}, step, None, pathlib.Path(), 1.0, 0) for name in "ab" for step in range(0, 90, 10)
     ]
     order = [(target.directory, target.step) for target in measure.spread(targets)]
     assert order[:6] == [("a", 80), ("b", 80), ("a", 0), ("b", 0), ("a", 40), ("b", 40)]
