@@ -73,8 +73,8 @@ class Watch:
         }
 
     def parted(self, metrics: dict[str, float]) -> float | None:
-        """The usual cosine between the two passes' gradients, if this step's is too far below it for a small rho. Then
-        a device, or the exchange between devices, may be faulty. None if the cosine is normal or unknown."""
+        """The usual cosine between the two passes' gradients, if this step's is far below it: the loss bends sharply
+        here, or a device or an exchange is faulty. None if the cosine is normal or unknown."""
         cosine = metrics["cosine"]
         if not metrics["epsilon_norm"] > 0 or not math.isfinite(cosine):
             return None
@@ -122,8 +122,9 @@ def describe(step: int, found: dict[str, Any]) -> str:
 def describe_parted(step: int, cosine: float, usual: float) -> str:
     """One line about a result of Watch.parted."""
     return (
-        f"step {step}: the gradients at theta and at theta + epsilon have cosine {cosine:.3f}, after {usual:.3f}: no "
-        "small rho explains this; a device or the exchange between devices may be faulty"
+        f"step {step}: the gradients at theta and at theta + epsilon have cosine {cosine:.3f}, after {usual:.3f}: the "
+        "loss bends sharply at this batch, or a device or the exchange between devices is faulty; "
+        "--config.mesh.check_every tells the two apart"
     )
 
 
