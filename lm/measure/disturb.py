@@ -30,7 +30,7 @@ def programs(parts: Parts) -> SimpleNamespace:
     be a schedule of peak 1, which `rate` multiplies.
 
     evaluate(params, batch) -> (nats, tokens, bytes). noise(params, seed, sigma) -> params.
-    quantise(params, bits, group, tables) -> params. grams: of lm.measure.gptq.gram_program.
+    quantise(params, bits, group, tables) -> params. layers: for lm.measure.gptq.quantise.
     start(params) -> State with copies of them. step(state, batch, rate) -> (state, metrics), which takes the state's
     memory. along(params, batch, other): of the way from params to others, see optim.curvature.along.
     """
@@ -50,7 +50,7 @@ def programs(parts: Parts) -> SimpleNamespace:
         evaluate=make_evaluation_step(parts),
         noise=jax.jit(noise, out_shardings=places.params),
         quantise=jax.jit(quantise, static_argnums=(1, 2, 3), out_shardings=places.params),
-        grams=gptq.gram_program(parts),
+        layers=gptq.layers_of(parts),
         start=jax.jit(begun, out_shardings=places),
         step=jitted(step, parts.mesh, "fine-tuning", donate_argnums=0, out_shardings=as_given),
         along=jitted(along_way, parts.mesh, "curvature along the way"),

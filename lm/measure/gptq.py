@@ -6,7 +6,7 @@ measured on a calibration text. Blocks are rounded from first to last, each on t
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,31 +14,55 @@ import numpy as np
 
 from steppe.lm.model import parameters
 from steppe.lm.model.ordered import jitted
-from steppe.lm.model.transformer import INPUTS, Trunk
+from steppe.lm.model.transformer import INPUTS, Block, Trunk
 from steppe.lm.parts.assembly import Parts
 from steppe.optim.masks import path_names
 
 DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, added to the diagonal (as in the paper)
 
 
-def gram_program(parts: Parts) -> Callable:
-    """(params, batch) -> {path: [L, I, I]}: the sum over counted tokens of x xᵀ, with x a stacked matrix's input."""
-    trunk = Trunk(parts.shape, parts.options.place)
+class Layers(NamedTuple):
+    """Programs for one block at a time, so that a text goes through the model twice, whatever its depth.
 
-    def grams(params, batch):
-        _, kept = trunk.apply(
-            {"params": params}, batch["inputs"], batch.get("positions"), batch.get("segments"), mutable=[INPUTS]
-        )
+    enter(params, batch) -> (x [B, T, D], positions) before the first block. grams(layer, entered, batch) -> {path:
+    [I, I]}: the sum over counted tokens of y yᵀ, with y a matrix's input. advance(layer, entered, batch) -> the same as
+    enter, after a block. layer: the parameters of one block.
+    """
+
+    enter: Callable
+    grams: Callable
+    advance: Callable
+
+
+def layers_of(parts: Parts) -> Layers:
+    """The programs of a model on its mesh."""
+    shape, place = parts.shape, parts.options.place
+
+    def through(layer, entered, batch, **options):
+        x, positions = entered
+        block = Block(shape, place.fitting(len(x)))
+        return block.apply({"params": layer}, x, positions, batch.get("segments"), **options)
+
+    def enter(params, batch):
+        trunk = Trunk(shape, place, enters=True)
+        return trunk.apply({"params": params}, batch["inputs"], batch.get("positions"), batch.get("segments"))
+
+    def grams(layer, entered, batch):
+        _, kept = through(layer, entered, batch, mutable=[INPUTS])
         counted = (batch["weights"] > 0).astype(jnp.float32)
 
-        def gram(x):
-            flat = x.reshape(*x.shape[:3], -1).astype(jnp.float32) * counted[None, ..., None]
-            return jnp.einsum("lbti,lbtj->lij", flat, flat, precision="highest")
+        def gram(y):
+            flat = y.reshape(*y.shape[:2], -1).astype(jnp.float32) * counted[..., None]
+            return jnp.einsum("bti,btj->ij", flat, flat, precision="highest")
 
         found, _ = jax.tree_util.tree_flatten_with_path(kept[INPUTS])  # tuples of length one
-        return {f"{parameters.name_of(path[:-1]).removesuffix('_input')}/kernel": gram(x) for path, x in found}
+        return {f"layers/{parameters.name_of(path[:-1]).removesuffix('_input')}/kernel": gram(y) for path, y in found}
 
-    return jitted(grams, parts.mesh, "inputs of products")
+    def advance(layer, entered, batch):
+        return through(layer, entered, batch)[0], entered[1]
+
+    called = {"enter": enter, "grams": grams, "advance": advance}
+    return Layers(**{name: jitted(made, parts.mesh, "calibration") for name, made in called.items()})
 
 
 def scale_of(w: jax.Array, bits: int, axis: int) -> jax.Array:
@@ -93,22 +117,27 @@ def quantise_rows(w_OxI: jax.Array, gram_IxI: jax.Array, bits: int, group: int =
         return jax.lax.fori_loop(0, I, one, (w_OxI, jnp.ones(O, w_OxI.dtype)))[0]
 
 
-def quantise(params: Any, grams: Callable, batches: Sequence[dict], bits: int, group: int = 0) -> Any:
-    """The parameters with the blocks' matrices rounded. grams: from gram_program; batches: calibration text, placed."""
+def quantise(params: Any, layers: Layers, batches: Sequence[dict], bits: int, group: int = 0) -> Any:
+    """The parameters with the blocks' matrices rounded. batches: calibration text, placed."""
     names, structure = jax.tree.flatten(path_names(params))
-    leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
-    matrices = [name for name in names if parameters.of(name).kind == "matrix"]
-    for layer in range(leaves[matrices[0]].shape[0]):
-        # one batch at a time, and matrices on one device, because speed does not matter here
-        found = [jax.device_get(grams(structure.unflatten(leaves.values()), batch)) for batch in batches]
-        for name in matrices:
-            gram = sum(each[name][layer] for each in found)
+    stacks = {
+        name: leaf for name, leaf in zip(names, jax.tree.leaves(params), strict=True) if name.startswith("layers/")
+    }
+    kept = {name: np.array(stack) for name, stack in stacks.items()}
+    blocks = jax.tree.structure(params["layers"])
+    entered = [layers.enter(params, batch) for batch in batches]
+    for layer in range(len(next(iter(kept.values())))):
+        block = blocks.unflatten([stack[layer] for stack in kept.values()])  # views: rounded below
+        found = [jax.device_get(layers.grams(block, *each)) for each in zip(entered, batches, strict=True)]
+        grams = jax.tree.map(lambda *each: sum(each), *found)
+        for name, gram in grams.items():  # matrices on one device, because speed does not matter here
             change = lambda w, gram=gram: quantise_rows(w.reshape(-1, w.shape[-1]), gram, bits, group)  # noqa: E731
-            stack = np.array(leaves[name])
             reads = [axis - 1 for axis in parameters.of(name).reads]  # of one layer
-            stack[layer] = in_rows(jnp.asarray(stack[layer]), reads, change)
-            leaves[name] = jax.device_put(stack, leaves[name].sharding)
-    return structure.unflatten(leaves.values())
+            kept[name][layer] = in_rows(jnp.asarray(kept[name][layer]), reads, change)
+        entered = [layers.advance(block, *each) for each in zip(entered, batches, strict=True)]
+    rounded = {name: jax.device_put(kept[name], stack.sharding) for name, stack in stacks.items()}
+    leaves = zip(names, jax.tree.leaves(params), strict=True)
+    return structure.unflatten([rounded.get(name, leaf) for name, leaf in leaves])
 
 
 def in_rows(w: jax.Array, reads: Sequence[int], change: Callable) -> jax.Array:

@@ -188,7 +188,7 @@ def measure_run(
     record = {"loss": own.before, "held_out": own.on, "fine_tune": None}
     # calibrated on the run's own text: held-out text is what rounding is judged by
     calibration = [own.read(index) for index in range(settings.gptq)]
-    by_gptq = lambda params, *rest: gptq.quantise(params, tools.grams, calibration, *rest)  # noqa: E731
+    by_gptq = lambda params, *rest: gptq.quantise(params, tools.layers, calibration, *rest)  # noqa: E731
     how = {"noise": tools.noise, "nearest": tools.quantise, "gptq": by_gptq}
     for stage, measures in disturbances(settings).items():
         tick(stage)

@@ -326,11 +326,13 @@ class Trunk(nn.Module):
     """tokens [B, T] -> hidden [B, T, D] after the final norm, in the compute dtype.
 
     constrain: the Placement of activations on a mesh. Parameter paths: embed/embedding, position/embedding (nanodo),
-    layers/... stacked over L, final_norm/scale, readout/kernel (untied).
+    layers/... stacked over L, final_norm/scale, readout/kernel (untied). enters: whether it ends before the first
+    block, with (x [B, T, D], positions [B, T]) as a block takes them.
     """
 
     shape: Shape
     constrain: Placement = Placement()
+    enters: bool = False
 
     @nn.compact
     def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None):
@@ -350,6 +352,8 @@ class Trunk(nn.Module):
                 x_BxTxD = x_BxTxD + lookup(place, "positions", s.dtype, places, positions_BxT)
         if positions_BxT is None:
             positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+        if self.enters:
+            return place(x_BxTxD, "hidden"), positions_BxT
         if not s.tie_embeddings:
             Kernel((s.vocabulary, s.width), draw, "float32", name="readout")()
         block = Block

@@ -1,5 +1,6 @@
 """GPTQ against the rule it stands for, written out in double precision, and on a model."""
 
+import collections
 import os
 import pathlib
 
@@ -75,21 +76,31 @@ def model(tmp_path_factory):
 
 def test_grams_are_of_what_each_matrix_is_multiplied_with(model):
     parts, params, batches = model
-    found = gptq.gram_program(parts)(params, batches[0])
+    layers = gptq.layers_of(parts)
+    first, second = (jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]) for n in range(2))
+    entered = layers.advance(first, layers.enter(params, batches[0]), batches[0])
+    found = layers.grams(second, entered, batches[0])
     matrices = {f"layers/attention/{name}/kernel" for name in ("query", "key", "value", "out")}
     assert set(found) == matrices | {f"layers/mlp/{name}/kernel" for name in ("up", "gate", "down")}
     tokens, width = float(jnp.sum(batches[0]["weights"] > 0)), parts.shape.width
     for name in ("attention/query", "attention/key", "mlp/up", "mlp/gate"):  # after an RMSNorm of scale one
-        assert np.trace(found[f"layers/{name}/kernel"][1]) == pytest.approx(tokens * width, rel=1e-3)
-    assert found["layers/mlp/down/kernel"].shape == (2, parts.shape.mlp_width, parts.shape.mlp_width)
+        assert np.trace(found[f"layers/{name}/kernel"]) == pytest.approx(tokens * width, rel=1e-3)
+    assert found["layers/mlp/down/kernel"].shape == (parts.shape.mlp_width, parts.shape.mlp_width)
 
 
 def test_a_model_keeps_more_of_its_outputs_than_when_rounded_to_the_nearest(model):
     parts, params, batches = model
     trunk = jax.jit(parts.objective.trunk)
-    grams = gptq.gram_program(parts)
     plain = jax.jit(disturb.quantise, static_argnums=(1, 2, 3))(params, 3, 0, False)
-    made_up = gptq.quantise(params, grams, batches, 3)
+    called = collections.Counter()
+
+    def counted(name, program):
+        return lambda *given: called.update([name]) or program(*given)
+
+    layers = gptq.layers_of(parts)._asdict()
+    layers = gptq.Layers(**{name: counted(name, program) for name, program in layers.items()})
+    made_up = gptq.quantise(params, layers, batches, 3)
+    assert called == {"enter": 2, "grams": 4, "advance": 4}  # two batches, two layers: the text goes through twice
     off = [
         sum(float(jnp.sum((trunk(other, b) - trunk(params, b)) ** 2)) for b in batches) for other in (plain, made_up)
     ]
