@@ -99,8 +99,9 @@ def costs(config: Mapping[str, Any], settings: Settings, held_out: int) -> dict[
     loss = settings.batch_size * min(batches, settings.batches or batches) / 3
     tuned = settings.fine_tune_rates if settings.fine_tune != NO_TEXT else ()
     path = settings.batch_size * settings.fine_tune_steps + 2 * len(POINTS) * loss
+    more = {"gptq": settings.gptq * config["train.batch_size"]}  # two passes forward, and the Gram matrices
     drawn = {
-        stage: loss * sum(len(draw) for draws in measures.values() for draw in draws)
+        stage: sum(loss + more.get(name, 0) for draws in measures.values() for draw in draws for name, *_ in draw)
         for stage, measures in disturbances(settings).items()
     }
     return {"held-out loss": loss, **drawn, **{f"fine-tuning at {rate:g}": path for rate in tuned}}

@@ -249,5 +249,7 @@ def test_bad_input_is_one_line(place, measured, arguments, named, capsys):
 def test_a_whole_held_out_set_is_expected_to_take_as_long_as_it_has_sequences():
     """38 sequences are 5 batches of 8, the last of which is padded; a limit below them holds."""
     for limit, batches in ((0, 5), (3, 3), (9, 5)):
-        costs = retention.costs({}, retention.Settings(batch_size=8, batches=limit), 38)
+        settings = retention.Settings(batch_size=8, batches=limit, bits=(4,), gptq=2)
+        costs = retention.costs({"train.batch_size": 16}, settings, 38)
         assert costs["held-out loss"] == pytest.approx(8 * batches / 3)
+        assert costs["4 bits by GPTQ"] == pytest.approx(2 * (8 * batches / 3 + 2 * 16))
