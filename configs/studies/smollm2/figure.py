@@ -22,10 +22,10 @@ COLOURS = {"adamw": "black", "msam": "tab:orange", "functional_sam": "tab:blue"}
 def collected(out: Path) -> Iterator[dict]:
     """The lines of numbers.csv. Runs that have not finished are left out, and named."""
     for run in sorted((out / "runs").iterdir()):
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         if not (run / "outcome.json").exists() or not (run / "retention.json").exists():
             print(f"{run.name}: not finished or not measured by steppe retention", file=sys.stderr)
             continue
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         rounded = json.loads((run / "retention.json").read_text(encoding="utf-8"))["summary"]
         steps: dict[int, dict] = {}
@@ -54,8 +54,13 @@ def draw(rows: list[dict[str, str]]) -> None:
         for place, key in enumerate(BITS):
             at = place + 0.2 * list(COLOURS).index(method) - 0.2
             bits.plot(at, float(run[-1][key]), "o", color=COLOURS[method], fillstyle="full" if label else "none")
-    path.set(xlabel="English gained, nats a token", ylabel="own text lost, nats a token", title="lower is better")
+    path.set(
+        xlabel="English gained, nats a token",
+        ylabel="own text lost, nats a token",
+        title="Forgotten as English is learnt: lower is better",
+    )
     bits.set(ylabel="rise of the loss by 4 bits, nats a token", xticks=range(len(BITS)), xticklabels=BITS)
+    bits.set(ylim=(0, None), title="Cost of 4 bits: lower is better")
     path.legend(frameon=False)
     figure.savefig(FIGURE, dpi=110)
 
