@@ -125,13 +125,14 @@ def quantise(params: Any, layers: Layers, batches: Sequence[dict], bits: int, gr
     }
     kept = {name: np.array(stack) for name, stack in stacks.items()}
     blocks = jax.tree.structure(params["layers"])
+    matrices = [name for name in stacks if parameters.of(name).kind == "matrix"]
     entered = [layers.enter(params, batch) for batch in batches]
     for layer in range(len(next(iter(kept.values())))):
         block = blocks.unflatten([stack[layer] for stack in kept.values()])  # views: rounded below
         found = [jax.device_get(layers.grams(block, *each)) for each in zip(entered, batches, strict=True)]
         grams = jax.tree.map(lambda *each: sum(each), *found)
-        for name, gram in grams.items():  # matrices on one device, because speed does not matter here
-            change = lambda w, gram=gram: quantise_rows(w.reshape(-1, w.shape[-1]), gram, bits, group)  # noqa: E731
+        for name in matrices:  # on one device, because speed does not matter here
+            change = lambda w, gram=grams[name]: quantise_rows(w.reshape(-1, w.shape[-1]), gram, bits, group)  # noqa: E731
             reads = [axis - 1 for axis in parameters.of(name).reads]  # of one layer
             kept[name][layer] = in_rows(jnp.asarray(kept[name][layer]), reads, change)
         entered = [layers.advance(block, *each) for each in zip(entered, batches, strict=True)]
